@@ -1,0 +1,8 @@
+"""raycifar: three CIFAR-100 architectures trained data-parallel on Ray, compared and explained."""
+
+import os
+
+# Ray otherwise answers `uv run` by building a copy of the environment for every worker process.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+__version__ = "0.1.0"

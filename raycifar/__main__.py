@@ -1,0 +1,5 @@
+"""`python -m raycifar` is the console script."""
+
+from raycifar.cli import main
+
+main()

@@ -1,0 +1,34 @@
+"""The console script: `raycifar train` is `python -m raycifar.train`, and so for each door."""
+
+import importlib
+from typing import Any
+
+import click
+
+from raycifar import __version__
+
+DOORS = {"train": "Train one model, data-parallel, on Ray Train."}
+
+
+class Doors(click.Group):
+    """Imports a door when it is opened, so that asking for help doesn't wait for the others."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(DOORS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> Any:
+        return importlib.import_module(f"raycifar.{cmd_name}").main if cmd_name in DOORS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(DOORS.items()))
+
+
+@click.group(cls=Doors)
+@click.version_option(__version__, prog_name="raycifar")
+def main() -> None:
+    """The CIFAR-100 study, trained data-parallel on Ray."""
+
+
+if __name__ == "__main__":
+    main()

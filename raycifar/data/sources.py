@@ -1,0 +1,240 @@
+"""Finding and reading CIFAR-100, in whichever of its layouts it lies there.
+
+What a path or URI holds is told by its content. Nothing is unpacked, and no pickle may name a class but
+NumPy's arrays.
+"""
+
+import io
+import os
+import pickle
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import platformdirs
+import pooch
+import pyarrow as pa
+import pyarrow.parquet as pq
+import requests
+from PIL import Image
+from pyarrow import fs
+
+from raycifar.data import BYTES, SHAPE
+from raycifar.data.synthetic import synthetic
+from raycifar.data.tables import Source, to_table
+from raycifar.errors import RequestError
+from raycifar.files import locate
+
+URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
+MD5 = "03b5dce01913d631647c71ecec9e9cb8"
+
+RECORD = 2 + BYTES  # coarse label, fine label, pixels
+WANTED = (
+    "CIFAR-100 is read as the official binary archive or its folder, as cifar-100-python (archive or folder), "
+    "or as a folder of Parquet files with the columns img.bytes, fine_label and coarse_label"
+)
+
+Read = Callable[[str], bytes]  # from a file's base name to its content
+
+
+def load(name: str, seed: int = 0) -> Source:
+    """Return the data set that `--data` names: cifar100, synthetic, a path or a URI.
+
+    Raises:
+        RequestError: it can't be had, or it isn't CIFAR-100; the message says why and what to do.
+    """
+    if name == "synthetic":
+        return synthetic(seed=seed)
+    place = fetch() if name == "cifar100" else name
+    filesystem, path = locate(place)
+    try:
+        kind = filesystem.get_file_info(path).type
+        if kind == fs.FileType.NotFound:
+            raise RequestError(f"{name} does not exist: give --data a path, a URI, cifar100 or synthetic.")
+        if kind == fs.FileType.Directory:
+            return read_folder(name, filesystem, path)
+        return read_file(name, filesystem, path)
+    except OSError as error:
+        raise RequestError(f"{name} can't be read: {error}.") from error
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("RAYCIFAR_CACHE") or platformdirs.user_cache_path("raycifar"))
+
+
+def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
+    """Return the archive's path in the cache, downloaded, checked and renamed into place once."""
+    folder, file = cache_folder(), PurePosixPath(url).name
+    base = url.removesuffix(file)
+    store = pooch.create(path=folder, base_url=base, registry={file: f"md5:{md5}"}, retry_if_failed=2)
+    pooch.get_logger().setLevel("ERROR")
+    try:
+        return Path(store.fetch(file, downloader=pooch.HTTPDownloader(progressbar=progress, timeout=30)))
+    except (requests.RequestException, OSError, ValueError) as error:
+        reason = "what it sent has another md5" if isinstance(error, ValueError) else type(error).__name__
+        raise RequestError(
+            f"CIFAR-100 can't be fetched from {url} ({reason}): give a copy with --data PATH or "
+            "RAYCIFAR_DATA=PATH, or use --data synthetic."
+        ) from error
+
+
+def read_file(name: str, filesystem: fs.FileSystem, path: str) -> Source:
+    with filesystem.open_input_file(path) as file:
+        head = file.read(512)
+    if head[:4] == b"PAR1":
+        raise RequestError(f"{name} is one Parquet file, so one split: give the folder with the train and test files.")
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        contents = read_archive(name, stream)
+    return read_layout(name, contents.get, set(contents))
+
+
+def read_archive(name: str, stream: io.IOBase) -> dict[str, bytes]:
+    """Return the archive's files by base name, read in one pass and never unpacked.
+
+    Raises:
+        RequestError: it is no tar archive, is truncated, or has a member that points out of its folder.
+    """
+    contents = {}
+    try:
+        with tarfile.open(fileobj=stream, mode="r|*") as archive:
+            for member in archive:
+                place = PurePosixPath(member.name)
+                if place.is_absolute() or ".." in place.parts or not (member.isfile() or member.isdir()):
+                    raise RequestError(
+                        f"{name} is refused: its member {member.name!r} points out of the archive's folder."
+                    )
+                if member.isfile() and (content := archive.extractfile(member)):
+                    contents[place.name] = content.read()
+                    if len(contents[place.name]) < member.size:
+                        raise EOFError
+    except (EOFError, zlib.error) as error:
+        raise RequestError(f"{name} is truncated: fetch it again.") from error
+    except tarfile.ReadError as error:
+        if contents or "unexpected end" in str(error):
+            raise RequestError(f"{name} is truncated or damaged ({error}): fetch it again.") from error
+        raise RequestError(f"{name} is no tar archive. {WANTED}.") from error
+    return contents
+
+
+def read_folder(name: str, filesystem: fs.FileSystem, path: str) -> Source:
+    files = [f for f in filesystem.get_file_info(fs.FileSelector(path, recursive=True)) if f.is_file]
+    parquet = sorted(f.path for f in files if f.extension == "parquet")
+    if parquet:
+        return read_parquet(name, filesystem, parquet)
+    paths = {f.base_name: f.path for f in files}
+
+    def read(base: str) -> bytes:
+        with filesystem.open_input_stream(paths[base]) as stream:
+            return stream.read()
+
+    return read_layout(name, read, set(paths))
+
+
+def read_layout(name: str, read: Callable[[str], bytes | None], names: set[str]) -> Source:
+    """Return the data set from files in the binary or the Python layout, told apart by their names."""
+    if {"train.bin", "test.bin"} <= names:
+        parse = parse_records
+        files = {"train": "train.bin", "test": "test.bin"}
+    elif {"train", "test"} <= names:
+        parse = parse_pickle
+        files = {"train": "train", "test": "test"}
+    else:
+        shown = ", ".join(sorted(names)[:5]) or "nothing"
+        raise RequestError(f"{name} is not CIFAR-100: it holds {shown}. {WANTED}.")
+    tables = {split: parse(read(file) or b"", f"{name}: {file}") for split, file in files.items()}
+    return Source(name, **tables)
+
+
+def parse_records(content: bytes, origin: str) -> pa.Table:
+    """Return the records of the official binary layout: coarse label, fine label, 3×1024 pixels."""
+    if len(content) % RECORD:
+        raise RequestError(f"{origin} has {len(content):,} bytes, no multiple of a CIFAR-100 record's {RECORD:,}.")
+    records = np.frombuffer(content, np.uint8).reshape(-1, RECORD)
+    return to_table(records[:, 2:], records[:, 1], records[:, 0], origin)
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Admits what cifar-100-python is made of: builtin containers, and NumPy's arrays."""
+
+    ADMITTED = frozenset(
+        (module, name)
+        for core in ("numpy.core", "numpy._core")
+        for module, name in (
+            (f"{core}.multiarray", "_reconstruct"),
+            (f"{core}.multiarray", "scalar"),
+            (f"{core}.numeric", "_frombuffer"),
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+        )
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):  # how protocol 2 spells bytes
+            return lambda text, encoding: (
+                text.encode("latin1") if encoding == "latin1" else self.refuse("_codecs", name)
+            )
+        if (module, name) not in self.ADMITTED:
+            self.refuse(module, name)
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+    def refuse(self, module: str, name: str) -> None:
+        raise RequestError(f"the pickle asks for {module}.{name}, which no copy of CIFAR-100 needs")
+
+
+def parse_pickle(content: bytes, origin: str) -> pa.Table:
+    """Return the images of a file of cifar-100-python, without letting the pickle run anything."""
+    try:
+        raw = ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+    except RequestError as error:
+        raise RequestError(f"{origin} is refused: {error.message}.") from error
+    except Exception as error:  # a damaged pickle raises whatever it stumbles over
+        raise RequestError(f"{origin} is no readable pickle: {error}.") from error
+    if not isinstance(raw, dict):
+        raise RequestError(f"{origin} holds a {type(raw).__name__}, not the dictionary of cifar-100-python.")
+    fields = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in raw.items()}
+    try:
+        pixels = np.asarray(fields["data"])
+        fine, coarse = (np.asarray(fields[key], np.int64) for key in ("fine_labels", "coarse_labels"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise RequestError(f"{origin} is not of cifar-100-python: {error!s} is missing or unusable.") from error
+    if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != BYTES:
+        raise RequestError(f"{origin}: the images are {pixels.dtype} of shape {pixels.shape}, not uint8 (N, {BYTES}).")
+    if not len(pixels) == len(fine) == len(coarse):
+        raise RequestError(f"{origin} has {len(pixels)} images, {len(fine)} fine and {len(coarse)} coarse labels.")
+    return to_table(pixels, fine, coarse, origin)
+
+
+def read_parquet(name: str, filesystem: fs.FileSystem, paths: list[str]) -> Source:
+    """Return the data set from Parquet in the Hugging Face layout; a file's name says its split."""
+    tables = {}
+    for split in ("train", "test"):
+        mine = [path for path in paths if PurePosixPath(path).name.startswith(split)]
+        mine = mine or [path for path in paths if split in PurePosixPath(path).parts]
+        if not mine:
+            raise RequestError(f"{name} has no Parquet file whose name begins with {split!r}, so no {split} split.")
+        parts = [parse_parquet(filesystem, path, f"{name}: {PurePosixPath(path).name}") for path in mine]
+        tables[split] = pa.concat_tables(parts)
+    return Source(name, **tables)
+
+
+def parse_parquet(filesystem: fs.FileSystem, path: str, origin: str) -> pa.Table:
+    try:
+        with filesystem.open_input_file(path) as file:
+            table = pq.read_table(file, columns=["img.bytes", "fine_label", "coarse_label"])
+    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
+        raise RequestError(f"{origin} is no readable Parquet file: {error}.") from error
+    missing = {"img", "fine_label", "coarse_label"} - set(table.column_names)
+    if missing:
+        raise RequestError(f"{origin} lacks the columns {', '.join(sorted(missing))}. {WANTED}.")
+    files = table["img"].combine_chunks().flatten()[0]
+    images = np.empty((len(files), *SHAPE), np.uint8)
+    for row, file in enumerate(files):
+        try:
+            pixels = np.asarray(Image.open(io.BytesIO(file.as_py())).convert("RGB"))
+            images[row] = pixels.transpose(2, 0, 1)
+        except (OSError, TypeError, ValueError) as error:
+            raise RequestError(f"{origin}: image {row} is no 32×32 picture: {error}.") from error
+    return to_table(images, table["fine_label"].to_numpy(), table["coarse_label"].to_numpy(), origin)

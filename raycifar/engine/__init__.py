@@ -1,0 +1,1 @@
+"""How one worker trains: the loop, and what it stands on."""

@@ -1,0 +1,82 @@
+"""From uint8 images on the device to the network's input, a whole batch at a time.
+
+torchvision's transforms.v2 draw one set of random numbers for a whole batch; flips, shifts and holes are
+wanted for each image, so they are tensor operations here. Where one draw for the batch is right, as for
+mixup and cutmix, torchvision's are used. All random numbers come from torch's default generators.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raycifar.data import MEAN, STD
+from raycifar.recipes import Augmentation, Recipe
+
+PAD = 4  # pixels an image may be shifted, as in He et al. (2016)
+HOLE = 8  # side of cutout's square, DeVries and Taylor (2017) for CIFAR-100
+
+
+def augment(images: Tensor, kind: Augmentation) -> Tensor:
+    """Return `images` (N, 3, H, W) uint8, each flipped, shifted or cut on its own."""
+    if kind == "none":
+        return images
+    flipped = torch.rand(len(images), device=images.device) < 0.5
+    if kind == "flip":
+        return torch.where(flipped[:, None, None, None], images.flip(3), images)
+    images = shift(images, flipped)
+    return cut_hole(images) if kind == "cutout" else images
+
+
+def shift(images: Tensor, flipped: Tensor) -> Tensor:
+    """Return each image shifted by up to PAD pixels into black, and mirrored where `flipped`: one gather."""
+    count, channels, height, width = images.shape
+    device = images.device
+    y, x = torch.randint(0, 2 * PAD + 1, (2, count), device=device)
+    columns = torch.arange(width, device=device)
+    columns = torch.where(flipped[:, None], width - 1 - columns, columns)
+    rows = torch.arange(height, device=device)
+    return F.pad(images, (PAD,) * 4)[
+        torch.arange(count, device=device)[:, None, None, None],
+        torch.arange(channels, device=device)[None, :, None, None],
+        (y[:, None] + rows)[:, None, :, None],
+        (x[:, None] + columns)[:, None, None, :],
+    ]
+
+
+def cut_hole(images: Tensor) -> Tensor:
+    count, _, height, width = images.shape
+    y = torch.randint(0, height, (count, 1), device=images.device)
+    x = torch.randint(0, width, (count, 1), device=images.device)
+    outside = [
+        (torch.arange(size, device=images.device) - centre + HOLE // 2).div(HOLE, rounding_mode="floor") != 0
+        for size, centre in ((height, y), (width, x))
+    ]
+    return images * (outside[0][:, None, :, None] | outside[1][:, None, None, :])
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Return (N, 3, H, W) float32, channels last, with the training set's mean 0 and deviation 1 per channel."""
+    mean = torch.tensor(MEAN, device=images.device)[:, None, None] * 255
+    scale = 1 / (torch.tensor(STD, device=images.device)[:, None, None] * 255)
+    return ((images - mean) * scale).contiguous(memory_format=torch.channels_last)
+
+
+def mix(images: Tensor, targets: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Blend some batches, by the recipe's shares, with torchvision's mixup or cutmix.
+
+    Args:
+        images: (N, 3, H, W) float. targets: (N,) int64.
+
+    Returns:
+        The images, and the targets: (N,) int64 as they were, or (N, classes) float shares.
+    """
+    if not recipe.mixup + recipe.cutmix:
+        return images, targets
+    from torchvision.transforms import v2  # 1 s of import that only these recipes pay
+
+    draw = torch.rand(()).item()
+    if draw < recipe.mixup:
+        return v2.MixUp(num_classes=100)(images, targets)
+    if draw < recipe.mixup + recipe.cutmix:
+        return v2.CutMix(num_classes=100)(images, targets)
+    return images, targets

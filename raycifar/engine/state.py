@@ -1,0 +1,137 @@
+"""All that a run is made of between two steps, and its way to disk and back.
+
+Tensors travel as safetensors, the rest as JSON: reading a checkpoint runs no code.
+"""
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from raycifar import models
+from raycifar.data import CLASSES, MEAN, STD
+from raycifar.engine.optim import build_optimizer
+from raycifar.engine.order import Segment
+from raycifar.recipes import Recipe
+
+TENSORS, PROGRESS = "state.safetensors", "progress.json"
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    epoch: int = 1  # the one under way, from 1
+    segments: list[Segment] = field(default_factory=list)  # its steps done, by number of workers
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # its images, loss and hits so far
+    seconds: float = 0.0  # spent on its steps so far
+    history: list[dict[str, Any]] = field(default_factory=list)  # of the epochs before it
+
+    @property
+    def step(self) -> int:
+        """Steps done of the epoch under way."""
+        return sum(segment.steps for segment in self.segments)
+
+    @classmethod
+    def from_json(cls, content: bytes) -> "Progress":
+        values = json.loads(content)
+        return cls(**{**values, "segments": [Segment(**segment) for segment in values["segments"]]})
+
+
+class TrainingState:
+    """A model, its optimiser, its running average and its progress.
+
+    Args:
+        name: of the model. seed: of its first weights, the same on every worker.
+    """
+
+    def __init__(self, name: str, recipe: Recipe, seed: int, device: torch.device) -> None:
+        torch.manual_seed(seed)
+        model = models.build(name, CLASSES, recipe.dropout)
+        self.model: nn.Module = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = build_optimizer(self.model, recipe)
+        self.average = (
+            AveragedModel(self.model, multi_avg_fn=ema_from_the_start(recipe.ema), use_buffers=True)
+            if recipe.ema
+            else None
+        )
+        self.progress = Progress()
+
+    @property
+    def scored(self) -> nn.Module:
+        """The network that is scored and kept: the running average where there is one."""
+        return self.average.module if self.average else self.model
+
+    def average_buffers(self) -> None:
+        """Replace batch norm's running statistics, which are each worker's own, by their mean over workers."""
+        if not dist.is_initialized():
+            return
+        networks = [self.model, self.average] if self.average else [self.model]
+        for buffer in itertools.chain.from_iterable(network.buffers() for network in networks):
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= dist.get_world_size()
+
+    def to_files(self) -> dict[str, bytes]:
+        return {
+            TENSORS: safetensors.torch.save(self._tensors()),
+            PROGRESS: json.dumps(asdict(self.progress)).encode(),
+        }
+
+    def load_files(self, contents: Mapping[str, bytes]) -> None:
+        tensors = safetensors.torch.load(contents[TENSORS])
+        self.model.load_state_dict(strip_prefix(tensors, "model."))
+        if self.average:
+            self.average.load_state_dict(strip_prefix(tensors, "average."))
+        saved = self.optimizer.state_dict()
+        for key, value in strip_prefix(tensors, "optimizer.").items():
+            index, slot = key.split(".", 1)
+            saved["state"].setdefault(int(index), {})[slot] = value
+        self.optimizer.load_state_dict(saved)
+        # In the memory layout they had: the optimiser's arithmetic then takes the same path, bit for bit.
+        for parameter, slots in self.optimizer.state.items():
+            for slot, value in slots.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    slots[slot] = torch.empty_like(parameter).copy_(value)
+        self.progress = Progress.from_json(contents[PROGRESS])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
+        if self.average:
+            tensors |= {f"average.{key}": value for key, value in self.average.state_dict().items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items() if torch.is_tensor(value)}
+        return {key: value.contiguous() for key, value in tensors.items()}
+
+
+def to_weights_file(model: nn.Module, name: str) -> bytes:
+    """Return the safetensors file of a network, with what it takes to use it: equal weights, equal bytes."""
+    about = {"model": name, "classes": CLASSES, "mean": MEAN, "std": STD}
+    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+    # One key alone: safetensors writes several in an order that differs from one process to the next.
+    return safetensors.torch.save(tensors, metadata={"raycifar": json.dumps(about)})
+
+
+def ema_from_the_start(decay: float) -> Any:
+    """Return an averaging function whose horizon grows with the steps taken, up to that of `decay`.
+
+    A fixed decay would keep the random first weights in a short run's average. The number of updates
+    bounds it to (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage.
+    """
+
+    def update(averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
+        n = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, values, count)
+
+    return update
+
+
+def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -1,0 +1,28 @@
+"""The architectures, by name. Adding one is a module with a `build` function and a line here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+NAMES = ("cnn", "vgg16", "resnet50")
+
+
+def build(name: str, classes: int, dropout: float = 0.0) -> nn.Module:
+    """Return the architecture, initialised from torch's default generator.
+
+    Args:
+        name: one of `NAMES`.
+        classes: how many logits the network ends in.
+        dropout: probability of zeroing a feature before a dense layer of the head.
+
+    The network maps float images (N, 3, 32, 32), normalised, to logits (N, classes).
+    """
+    if name not in NAMES:
+        raise ValueError(f"no model is named {name!r}: choose from {', '.join(NAMES)}")
+    # Imported when asked for: a worker that trains `cnn` has no need of torchvision.
+    module = importlib.import_module(f"raycifar.models.{name}")
+    return module.build(classes, dropout)

@@ -1,0 +1,44 @@
+"""The study's own network: five convolution blocks, then two dense layers."""
+
+from collections import OrderedDict
+
+from torch import nn
+
+FILTERS = (64, 128, 256, 512, 512)
+
+
+def block(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+    )
+
+
+def build(classes: int, dropout: float) -> nn.Module:
+    """Return the network: 4.2 M parameters for 100 classes. Five poolings leave a 1×1 map of 32×32 pixels."""
+    channels = (3, *FILTERS)
+    classifier = nn.Linear(512, classes)
+    model = nn.Sequential(
+        OrderedDict(
+            features=nn.Sequential(*(block(i, o) for i, o in zip(channels, FILTERS, strict=False))),
+            head=nn.Sequential(
+                nn.Flatten(),
+                nn.Dropout(dropout),
+                nn.Linear(FILTERS[-1], 512),
+                nn.ReLU(inplace=True),
+                nn.Dropout(dropout),
+                classifier,
+            ),
+        )
+    )
+    for layer in model.modules():
+        if isinstance(
+            layer, nn.Conv2d | nn.Linear
+        ):  # He et al. (2015), for ReLU: a dense head of no batch norm needs it
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    nn.init.normal_(classifier.weight, std=0.01)  # the first predictions are even
+    return model

@@ -1,0 +1,77 @@
+"""What the doors share: their options, and the way they end."""
+
+import dataclasses
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, get_args
+
+import click
+
+from raycifar.recipes import Recipe
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add an option for each field of the recipe; what isn't given is None, so the model's own."""
+    for field in reversed(dataclasses.fields(Recipe)):
+        choices = get_args(field.type)
+        kind = click.Choice(choices) if choices else field.type
+        name = f"--{field.name.replace('_', '-')}"
+        command = click.option(name, type=kind, help=field.metadata["help"])(command)
+    return command
+
+
+def pick_recipe(base: Recipe, options: dict[str, Any]) -> Recipe:
+    """Return `base` with the fields that were given; what is no field is left alone.
+
+    Raises:
+        click.UsageError: a value makes no sense.
+    """
+    given = {f.name: options[f.name] for f in dataclasses.fields(Recipe) if options.get(f.name) is not None}
+    try:
+        return dataclasses.replace(base, **given)
+    except ValueError as error:
+        raise click.UsageError(f"{error}.") from error
+
+
+class Interrupted(BaseException):
+    """Ctrl-C, or a job that is stopped."""
+
+
+def door(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command its endings: 0 done, 1 failed, 2 wrong request, 130 interrupted; one sentence for each."""
+
+    @click.option("--debug", is_flag=True, help="Show tracebacks, and all that Ray says.")
+    @functools.wraps(command)
+    def with_endings(debug: bool, **options: Any) -> None:
+        def interrupt(number: int, frame: Any) -> None:
+            raise Interrupted
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
+        try:
+            command(debug=debug, **options)
+        except click.ClickException as error:
+            if debug:
+                raise (error.__cause__ or error) from None
+            click.echo(f"Error: {error.format_message()}", err=True)
+            leave(error.exit_code)
+        except Interrupted:
+            click.echo("Interrupted: the same command with the same --name continues.", err=True)
+            leave(130)
+        leave(0)
+
+    return with_endings
+
+
+def leave(code: int) -> None:
+    """End this process and what Ray has started for it, without waiting for a training thread."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if (ray := sys.modules.get("ray")) and ray.is_initialized():
+        ray.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

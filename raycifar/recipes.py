@@ -1,0 +1,86 @@
+"""The hyperparameters: one frozen dataclass, one instance a model.
+
+Every field is an option of `raycifar train`. None depends on the number of workers: the batch size is
+global, and the learning rate is a function of the step alone.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+Optimizer = Literal["sgd", "adamw"]
+Schedule = Literal["cosine", "linear", "step", "constant"]
+Augmentation = Literal["none", "flip", "crop", "cutout"]
+Precision = Literal["auto", "bfloat16", "float32"]
+
+
+def option(default: Any, help: str) -> Any:  # noqa: A002 (click's own word)
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained. Raises ValueError, naming the field, where a value makes no sense."""
+
+    epochs: int = option(200, "passes over the training images")
+    batch_size: int = option(128, "images in a step, over all workers")
+    optimizer: Optimizer = option("sgd", "sgd (Nesterov momentum) or adamw")
+    lr: float = option(0.1, "peak learning rate")
+    momentum: float = option(0.9, "of sgd; the first beta of adamw")
+    schedule: Schedule = option("cosine", "learning rate after warm-up; step divides by 5 at 30, 60 and 80 %")
+    warmup: float = option(0.05, "share of all steps over which the learning rate rises from 0")
+    weight_decay: float = option(5e-4, "of weights; none on norms and biases")
+    label_smoothing: float = option(0.1, "share of each label spread over all classes")
+    augment: Augmentation = option("crop", "none; flip; crop (flip and 4-pixel shifts); cutout (crop and an 8x8 hole)")
+    mixup: float = option(0.0, "share of batches blended pairwise (Zhang et al., 2018)")
+    cutmix: float = option(0.0, "share of batches with patches exchanged (Yun et al., 2019)")
+    dropout: float = option(0.0, "share of features zeroed before each dense layer")
+    ema: float = option(0.0, "decay of a running average of the weights, which is then scored and kept; 0: none")
+    clip_norm: float = option(0.0, "largest gradient norm; 0: no limit")
+    precision: Precision = option("auto", "auto is bfloat16 where every worker's hardware has it, else float32")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if (choices := get_args(f.type)) and value not in choices:
+                raise ValueError(f"{f.name} is {value!r}: choose from {', '.join(choices)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{f.name} is {value}: a finite number is needed")
+        at_least_one = ("epochs", "batch_size")
+        shares = ("warmup", "label_smoothing", "mixup", "cutmix", "momentum", "dropout", "ema")
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+        for name in shares:
+            if not 0 <= getattr(self, name) < 1 and not (name in ("mixup", "cutmix") and getattr(self, name) == 1):
+                raise ValueError(f"{name} is {getattr(self, name)}: a share from 0 to below 1 is needed")
+        for name in ("lr", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it can't be negative")
+        if self.mixup + self.cutmix > 1:
+            raise ValueError(
+                f"mixup {self.mixup} and cutmix {self.cutmix} are shares of the same batches: at most 1 together"
+            )
+
+    def learning_rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of `step` (from 0) of `steps` in all."""
+        warmup_steps = self.warmup * steps
+        if step + 1 < warmup_steps:
+            return self.lr * (step + 1) / warmup_steps
+        done = (step - warmup_steps) / max(1.0, steps - warmup_steps)
+        match self.schedule:
+            case "cosine":
+                return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
+            case "linear":
+                return self.lr * (1 - min(1.0, max(0.0, done)))
+            case "step":
+                return self.lr * 0.2 ** sum(step / steps >= milestone for milestone in (0.3, 0.6, 0.8))
+            case _:
+                return self.lr
+
+
+RECIPES = {
+    "cnn": Recipe(),
+    "vgg16": Recipe(),
+    "resnet50": Recipe(),
+}

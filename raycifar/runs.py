@@ -1,0 +1,169 @@
+"""The run folder, STORAGE/NAME/: the only room that knows its files.
+
+    run.json            what is trained, on what, by whom
+    metrics.jsonl       a line for each finished epoch
+    result.json         how it ended, with the scores on the test set
+    model.safetensors   the final weights
+    best.safetensors    the weights of the epoch with the best validation top-1
+    checkpoint_*        what a run resumes from; each has a manifest, written last, with a digest of each file
+
+Every file is complete or absent. A checkpoint without a manifest, or with a file that differs from it, was
+cut off in mid-upload or damaged since, and is passed over.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from raycifar.files import is_local, locate, write_whole
+
+RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
+MODEL, BEST = "model.safetensors", "best.safetensors"
+MANIFEST = "manifest.json"
+RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+KEPT = 3  # checkpoints; the newest may be damaged, and so may the one before
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, there or to be made. `storage` is a local folder or a URI."""
+
+    storage: str
+    name: str
+
+    @cached_property
+    def _place(self) -> tuple[fs.FileSystem, str]:
+        filesystem, root = locate(self.storage)
+        return filesystem, f"{root.rstrip('/')}/{self.name}"
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        return self._place[0]
+
+    @property
+    def root(self) -> str:
+        """The storage's path on `filesystem`."""
+        return self._place[1].rpartition("/")[0]
+
+    @property
+    def folder(self) -> str:
+        """The folder's path, or for remote storage its URI."""
+        return self._place[1] if is_local(self.filesystem) else f"{self.storage.rstrip('/')}/{self.name}"
+
+    # Files ------------------------------------------------------------------------------------------
+
+    def read(self, file: str) -> bytes | None:
+        """Return a file's content, or None where there is none."""
+        filesystem, folder = self._place
+        try:
+            with filesystem.open_input_stream(f"{folder}/{file}") as stream:
+                return stream.read()
+        except FileNotFoundError:
+            return None
+
+    def write(self, file: str, content: bytes) -> None:
+        filesystem, folder = self._place
+        write_whole(filesystem, f"{folder}/{file}", content)
+
+    def read_json(self, file: str) -> Any:
+        content = self.read(file)
+        return None if content is None else json.loads(content)
+
+    def write_json(self, file: str, value: Any) -> None:
+        self.write(file, json.dumps(value, indent=2).encode() + b"\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.read(METRICS) or b"").splitlines()]
+
+    def write_history(self, rows: list[dict[str, Any]]) -> None:
+        self.write(METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    # Checkpoints ------------------------------------------------------------------------------------
+
+    def upload_checkpoint(self, source: Path, name: str) -> tuple[fs.FileSystem, str]:
+        """Copy the files of the local folder `source` into the checkpoint `name`, the manifest last.
+
+        Returns:
+            The file system and the path of the checkpoint.
+        """
+        filesystem, folder = self._place
+        if self.read(RUN) is None:
+            raise FileNotFoundError(
+                f"{self.folder} can't be seen from this node: give --storage a URI or a shared folder"
+            )
+        digests = {}
+        if is_local(filesystem):
+            filesystem.create_dir(f"{folder}/{name}")
+        for file in sorted(source.iterdir()):
+            content = file.read_bytes()
+            digests[file.name] = digest(content)
+            self.write(f"{name}/{file.name}", content)
+        self.write_json(f"{name}/{MANIFEST}", digests)
+        return filesystem, f"{folder}/{name}"
+
+    def checkpoint_names(self) -> list[str]:
+        """Return the names of all checkpoints, the newest first; some may be damaged."""
+        filesystem, folder = self._place
+        entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+        names = (entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
+        return sorted((name for name in names if name.startswith("checkpoint_")), reverse=True)
+
+    def read_checkpoint(self, name: str) -> dict[str, bytes]:
+        """Return the checkpoint's files by name.
+
+        Raises:
+            ValueError: it is incomplete or damaged; the message says which file.
+        """
+        manifest = self.read(f"{name}/{MANIFEST}")
+        if manifest is None:
+            raise ValueError("it was not written to its end")
+        try:
+            digests = json.loads(manifest)
+        except ValueError as error:
+            raise ValueError(f"{MANIFEST} is damaged") from error
+        contents = {}
+        for file, expected in digests.items():
+            content = self.read(f"{name}/{file}")
+            if content is None or digest(content) != expected:
+                raise ValueError(f"{file} is {'missing' if content is None else 'damaged'}")
+            contents[file] = content
+        return contents
+
+    def sound_checkpoints(self, passed_over: Callable[[str], None]) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """Yield the checkpoints that can be read, the newest first; say which are passed over, and why."""
+        for name in self.checkpoint_names():
+            try:
+                yield name, self.read_checkpoint(name)
+            except ValueError as error:
+                passed_over(f"{name} is passed over: {error}.")
+
+    def delete_checkpoints(self, names: list[str]) -> None:
+        filesystem, folder = self._place
+        for name in names:
+            filesystem.delete_dir(f"{folder}/{name}")
+
+    def mend_snapshot(self) -> None:
+        """Drop Ray Train's list of checkpoints where it is damaged or names one that is gone.
+
+        Ray would refuse to start. Nothing is lost: a run resumes from the checkpoints themselves.
+        """
+        content = self.read(RAY_SNAPSHOT)
+        if content is None:
+            return
+        try:
+            listed = {entry["checkpoint_dir_name"] for entry in json.loads(content)["checkpoint_results"]}
+        except (ValueError, KeyError, TypeError):
+            listed = None
+        if listed is None or not listed <= set(self.checkpoint_names()):
+            filesystem, folder = self._place
+            filesystem.delete_file(f"{folder}/{RAY_SNAPSHOT}")
+
+
+def digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

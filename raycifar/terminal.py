@@ -1,0 +1,163 @@
+"""What a run says: a calm screen at a terminal, plain lines anywhere else."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from raycifar.board import Board
+
+POLL_SECONDS = 0.25
+LINE_SECONDS = 30  # between two lines about the same thing, where there is no terminal
+
+Row = dict[str, Any]
+
+
+class Screen:
+    """Writes to standard output; lines are never wrapped where it is no terminal."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=not os.isatty(1))
+
+    def say(self, text: str = "") -> None:
+        self.console.print(text, markup=False)
+
+    def lines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.say(line)
+
+    def facts(self, title: str, pairs: dict[str, str]) -> None:
+        width = max(map(len, pairs))
+        self.console.print(title, style="bold", markup=False)
+        self.lines(f"  {name:<{width}}  {value}" for name, value in pairs.items())
+
+    @contextmanager
+    def waiting(self, for_what: str) -> Iterator[None]:
+        """Say what is being waited for, while it is."""
+        if self.console.is_terminal:
+            with self.console.status(f"{for_what} …"):
+                yield
+        else:
+            self.say(f"{for_what} …")
+            yield
+
+    def follow(self, board: Board, running: Callable[[], bool], epochs: int) -> None:
+        """Show the run on `board` until it is no longer `running`."""
+        if self.console.is_terminal:
+            bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+            )
+            with Live(bar, console=self.console, transient=True, refresh_per_second=4):
+                self._follow(board, running, epochs, LiveLine(bar))
+        else:
+            self._follow(board, running, epochs, PlainLine(self.say))
+
+    def _follow(self, board: Board, running: Callable[[], bool], epochs: int, line: "LiveLine | PlainLine") -> None:
+        attempt, notices, failures, shown = None, 0, 0, 0
+        while True:
+            alive = running()  # asked first: what is on the board after the end is still shown
+            content = board.get("worker") or {"attempt": None, "phase": "starting the workers"}
+            told = board.get("failures") or []
+            for failure in told[failures:]:
+                self.say(failure)
+            failures = len(told)
+            if content["attempt"] != attempt:
+                attempt, notices = content["attempt"], 0
+            for notice in content.get("notices", [])[notices:]:
+                self.say(notice)
+            notices = len(content.get("notices", []))
+            for row in content.get("history", []):
+                if row["epoch"] > shown:
+                    self.say(epoch_line(row, epochs))
+                    shown = row["epoch"]
+            line.show(content["phase"], content.get("step"))
+            if not alive:
+                return
+            time.sleep(POLL_SECONDS)
+
+
+class LiveLine:
+    """A progress bar for the epoch under way, or what is waited for."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar = bar
+        self.task = bar.add_task("", figures="", total=None)
+        self.epoch = 0
+
+    def show(self, phase: str, step: Row | None) -> None:
+        if step is None:
+            self.bar.update(self.task, description=phase, total=None, completed=0, figures="")
+            self.epoch = 0
+            return
+        if step["epoch"] != self.epoch:
+            self.bar.reset(self.task, total=step["steps"])
+            self.epoch = step["epoch"]
+        self.bar.update(
+            self.task,
+            description=f"epoch {step['epoch']}",
+            total=step["steps"],
+            completed=step["step"],
+            figures=figures(step),
+        )
+
+
+class PlainLine:
+    """A line when something new begins, and every half minute while it lasts."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.phase, self.began, self.spoke = "", 0.0, 0.0
+
+    def show(self, phase: str, step: Row | None) -> None:
+        now = time.monotonic()
+        if phase != self.phase:
+            self.phase, self.began, self.spoke = phase, now, now
+            self.say(f"{phase} …")
+        elif now - self.spoke >= LINE_SECONDS:
+            self.spoke = now
+            if step is None:
+                self.say(f"{phase}: {now - self.began:.0f} s so far …")
+            else:
+                left = (step["steps"] - step["step"]) * step["images_per_step"] / step["images_per_second"]
+                self.say(
+                    f"epoch {step['epoch']}, step {step['step']}/{step['steps']}: {figures(step)}, {left:.0f} s left"
+                )
+
+
+def figures(step: Row) -> str:
+    return f"loss {step['loss']:.3f}  top-1 {step['top1']:.3f}  {step['images_per_second']:,.0f} images/s"
+
+
+def epoch_line(row: Row, epochs: int) -> str:
+    """Return the line that stays of a finished epoch."""
+    number = f"{row['epoch']:>{len(str(epochs))}}/{epochs}"
+    parts = [f"epoch {number}  loss {row['train_loss']:.4f}  top-1 {row['train_top1']:.4f}"]
+    if row["val_loss"] is not None:
+        parts.append(f"validation loss {row['val_loss']:.4f}  top-1 {row['val_top1']:.4f}  top-5 {row['val_top5']:.4f}")
+    parts.append(f"lr {row['lr']:.2g}  {row['images_per_second']:,.0f} images/s  {row['seconds']:.0f} s")
+    return "  |  ".join(parts)
+
+
+def result_lines(result: Row, folder: str, source: str) -> list[str]:
+    """Return what is said of a finished run."""
+    test, speed = result["test"], f"{result['images_per_second']:,.0f} images/s"
+    lines = [
+        f"Test, {test['images']:,} images: top-1 {test['top1']:.4f}  top-5 {test['top5']:.4f}  "
+        f"superclass {test['superclass_top1']:.4f}  loss {test['loss']:.4f}  calibration error {test['ece']:.4f}",
+        f"Trained {result['epochs']} epochs in {result['train_seconds']:.0f} s, {speed}"
+        + (f"; best validation at epoch {result['best_epoch']}" if result["best_epoch"] else ""),
+        f"Run folder: {folder}",
+    ]
+    if source == "synthetic":
+        lines.insert(1, "These are synthetic images: the accuracy says nothing about CIFAR-100.")
+    return lines

@@ -1,0 +1,329 @@
+"""Train one model, data-parallel, on Ray Train: `python -m raycifar.train --model vgg16`."""
+
+# Ray and PyTorch take seconds to import: what needs them is imported below, once there is something to read.
+
+import logging
+import platform
+import re
+import threading
+import uuid
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from raycifar import models
+from raycifar.board import Board
+from raycifar.data.sources import load
+from raycifar.data.tables import Source, Splits, split
+from raycifar.errors import RequestError, WorkError
+from raycifar.options import door, pick_recipe, recipe_options
+from raycifar.recipes import RECIPES, Recipe
+from raycifar.runs import KEPT, RESULT, RUN, Run
+from raycifar.terminal import Screen, result_lines
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
+    from raycifar.cluster import Workers
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for. All but the last block decides the weights, and must be the same to resume a run."""
+
+    model: str
+    recipe: Recipe
+    data: str
+    val_size: int
+    limit: int | None
+    seed: int
+    pretrained: str
+
+    name: str
+    storage: str
+    workers: int | None
+    device: str
+    cpus_per_worker: float | None
+    compile: bool
+    checkpoint_steps: int
+    max_failures: int
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 110})
+@click.option("--model", type=click.Choice(models.NAMES), required=True)
+@click.option("--data", envvar="RAYCIFAR_DATA", default="cifar100", help="cifar100, synthetic, a path or a URI.")
+@click.option("--val-size", type=int, default=5000, help="Training images held out, the same number of each class.")
+@click.option("--limit", type=int, help="Use only so many training images, the same number of each class.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the split, the first weights and every epoch.")
+@click.option("--pretrained", type=click.Choice(["none"]), default="none")
+@click.option("--workers", type=click.IntRange(min=0), help="0: this process.  [one for each GPU, else 1]")
+@click.option("--device", type=click.Choice(["auto", "gpu", "cpu"]), default="auto")
+@click.option("--cpus-per-worker", type=click.FloatRange(min=0, min_open=True), help="CPUs, so threads.  [fair share]")
+@click.option("--storage", default="results", help="Where runs are kept: a folder or a URI.")
+@click.option("--name", help="The run's name; the same name resumes it.  [model, seed and time]")
+@click.option("--checkpoint-steps", type=click.IntRange(min=0), default=0, help="0: at the end of each epoch alone.")
+@click.option("--max-failures", type=click.IntRange(min=0), default=3, help="Restarts after a worker died.")
+@click.option("--compile", is_flag=True, help="Compile the model with torch.compile.")
+@recipe_options
+@door
+def main(debug: bool, **options: Any) -> None:
+    """Train one model, data-parallel, on Ray Train.
+
+    The options from --epochs on are the recipe's: what isn't given is the model's own, and is shown at the start.
+    """
+    recipe = pick_recipe(RECIPES[options["model"]], options)
+    name = options["name"] or f"{options['model']}-s{options['seed']}-{datetime.now():%Y%m%d-%H%M%S}"
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise RequestError(f"--name {name!r} is no folder's name: use letters, digits, '-', '_' and '.'.")
+    own = {key: options[key] for key in Request.__annotations__ if key in options}
+    train(Request(**{**own, "recipe": recipe, "name": name}), debug=debug)
+
+
+def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
+    """Train, score and save a run, and show it; a finished run of the same name is only shown.
+
+    Returns:
+        The content of the run's `result.json`.
+
+    Raises:
+        RequestError: the request is wrong; nothing was started or written.
+        WorkError: training failed; the run folder keeps what was reached.
+    """
+    screen, run = Screen(), Run(request.storage, request.name)
+
+    with screen.waiting(f"Reading {request.data}"):
+        source = load(request.data)
+        splits = split(source, request.val_size, request.limit, request.seed)
+    identity = identify(request, source, splits)
+    if earlier := compare_with_earlier(run, identity):
+        screen.say(f"{run.folder} is finished; nothing is trained again.")
+        screen.lines(result_lines(earlier, run.folder, source.name))
+        return earlier
+
+    with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
+        workers = place(request, debug=debug)
+    if request.recipe.batch_size < 2 * workers.count:
+        raise RequestError(
+            f"--batch-size {request.recipe.batch_size} leaves less than 2 images for each of {workers.count} workers."
+        )
+    screen.facts(request.name, overview(identity, workers, run.folder))
+    record(run, identity, workers)
+
+    board = Board(uuid.uuid4().hex)
+    trainer = build_trainer(request, run, board, source, splits, workers, debug=debug)
+    outcome = fit(trainer, screen, board, request.recipe.epochs)
+    result = conclude(run, outcome)
+    screen.lines(result_lines(result, run.folder, source.name))
+    return result
+
+
+# The run's identity and its record -----------------------------------------------------------------
+
+
+def identify(request: Request, source: Source, splits: Splits) -> dict[str, Any]:
+    """Return what decides the weights: a run of the same name must agree in all of it to be resumed."""
+    return {
+        "name": request.name,
+        "model": request.model,
+        "recipe": asdict(request.recipe),
+        "data": {
+            "source": source.name,
+            "fingerprint": source.fingerprint(),
+            **{name: len(table) for name, table in vars(splits).items()},
+        },
+        "val_size": request.val_size,
+        "limit": request.limit,
+        "pretrained": request.pretrained,
+        "seed": request.seed,
+        "compile": request.compile,
+    }
+
+
+def compare_with_earlier(run: Run, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the result of a finished run of the same name, or None where there is something to do.
+
+    Raises:
+        RequestError: the run of that name is another one; the message names the differences.
+    """
+    earlier = run.read_json(RUN)
+    if earlier is None:
+        return None
+    before, now = flatten(earlier), flatten(identity)
+    # The same images may lie elsewhere today.
+    differences = [
+        f"{key} {before.get(key)} there, {now[key]} here"
+        for key in now
+        if before.get(key) != now[key] and key != "source"
+    ]
+    if differences:
+        raise RequestError(
+            f"{run.folder} is another run: {'; '.join(differences)}. Give another --name, or the options of that run."
+        )
+    result = run.read_json(RESULT)
+    return result if result and result["status"] == "finished" else None
+
+
+def flatten(identity: dict[str, Any]) -> dict[str, Any]:
+    return {**identity, **identity["recipe"], **identity["data"], "recipe": None, "data": None}
+
+
+def record(run: Run, identity: dict[str, Any], workers: "Workers") -> None:
+    """Write `run.json`; of a run that is resumed, the day it was begun stays."""
+    now = f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}"
+    versions = {package: metadata.version(package) for package in ("raycifar", "ray", "torch", "torchvision", "numpy")}
+    run.write_json(
+        RUN,
+        {
+            **identity,
+            "workers": workers.count,
+            "cpus_per_worker": workers.cpus,
+            "device": "gpu" if workers.use_gpu else "cpu",
+            "created": (run.read_json(RUN) or {}).get("created", now),
+            "versions": {"python": platform.python_version(), **versions},
+        },
+    )
+
+
+def overview(identity: dict[str, Any], workers: "Workers", folder: str) -> dict[str, str]:
+    recipe, data = identity["recipe"], identity["data"]
+    return {
+        "model": f"{identity['model']}, pretrained {identity['pretrained']}, seed {identity['seed']}",
+        "data": data["source"],
+        "images": f"{data['train']:,} training, {data['val']:,} validation, {data['test']:,} test",
+        "workers": str(workers),
+        "recipe": ", ".join(f"{name} {value}" for name, value in recipe.items() if value != 0),
+        "folder": folder,
+    }
+
+
+# The work ------------------------------------------------------------------------------------------
+
+
+def place(request: Request, *, debug: bool) -> "Workers":
+    """Connect to Ray, unless training in this process, and size the workers to it."""
+    from raycifar import cluster
+
+    if not debug:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+    if request.workers == 0:
+        return cluster.in_process(request.device, request.cpus_per_worker)
+    cluster.connect(debug=debug)
+    return cluster.size(request.workers, request.device, request.cpus_per_worker)
+
+
+def build_trainer(
+    request: Request,
+    run: Run,
+    board: Board,
+    source: Source,
+    splits: Splits,
+    workers: "Workers",
+    *,
+    debug: bool,
+) -> "TorchTrainer":
+    """Return Ray Train's trainer for the run: the same for one process, one machine and a cluster."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    from raycifar.data.shards import ExactShards, to_datasets
+    from raycifar.engine.loop import FailureNotices, Job, train_loop_per_worker
+
+    job = Job(
+        run=run,
+        board=board,
+        model=request.model,
+        recipe=request.recipe,
+        seed=request.seed,
+        images=len(splits.train),
+        validate=len(splits.val) > 0,
+        parents=source.superclasses(),
+        use_gpu=workers.use_gpu,
+        threads=workers.threads,
+        in_process=workers.count == 0,
+        compile=request.compile,
+        checkpoint_steps=request.checkpoint_steps,
+    )
+    run.mend_snapshot()
+    return TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"job": job},
+        datasets=to_datasets(splits.tables(), workers.count),
+        dataset_config=ExactShards(),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=workers.resources
+        ),
+        run_config=RunConfig(
+            name=run.name,
+            storage_path=run.root,
+            storage_filesystem=run.filesystem,
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
+            failure_config=FailureConfig(max_failures=request.max_failures),
+            callbacks=[FailureNotices(board)],
+            logging_config=LoggingConfig("INFO" if debug else "ERROR"),
+        ),
+    )
+
+
+def fit(trainer: "TorchTrainer", screen: Screen, board: Board, epochs: int) -> dict[str, Any]:
+    """Run the trainer in a thread of its own, while this one shows the run and hears Ctrl-C.
+
+    Returns:
+        What the first worker's training function returned.
+    """
+    outcome: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            outcome["returned"] = trainer.fit().return_value
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    screen.follow(board, thread.is_alive, epochs)
+    if error := outcome.get("error"):
+        raise WorkError(
+            f"training failed: {root_cause(error)} The same command continues from the last checkpoint."
+        ) from error
+    return outcome["returned"]
+
+
+def root_cause(error: BaseException) -> str:
+    """Return a sentence for what Ray Train raised: the first worker's own error, where there is one."""
+    failures = getattr(error, "worker_failures", None) or {}
+    rank, cause = next(iter(failures.items()), (None, error))
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    where = "" if rank is None else f"on worker {rank}, "
+    return f"{where}{lines[-1].rstrip('.')}."
+
+
+def conclude(run: Run, outcome: dict[str, Any]) -> dict[str, Any]:
+    """Write `result.json` and return it.
+
+    Raises:
+        WorkError: training stopped by itself; the result says why.
+    """
+    if failure := outcome.get("failure"):
+        run.write_json(RESULT, {"status": "failed", "reason": failure, "epochs": len(run.history())})
+        raise WorkError(f"{failure}. The last checkpoint and the history are kept in {run.folder}.")
+    history = outcome["history"]
+    seconds = sum(row["seconds"] for row in history)
+    images = sum(row["images_per_second"] * row["training_seconds"] for row in history)
+    result = {
+        "status": "finished",
+        "epochs": len(history),
+        "best_epoch": outcome["best_epoch"],
+        "train_seconds": seconds,
+        "images_per_second": images / sum(row["training_seconds"] for row in history),
+        "test": outcome["test"],
+    }
+    run.write_json(RESULT, result)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What the tests share: real images where they are at hand, one Ray for the session, and the command itself."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raycifar.data.sources import load
+from raycifar.data.synthetic import synthetic
+from raycifar.data.tables import to_numpy
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"train": 1200, "test": 500}
+
+
+@pytest.fixture(scope="session")
+def cifar():
+    """The path of the real data set."""
+    path = os.environ.get("RAYCIFAR_DATA")
+    if not path:
+        pytest.skip("needs the real CIFAR-100: set RAYCIFAR_DATA to its archive or folder")
+    return str(Path(path).resolve())
+
+
+@pytest.fixture(scope="session")
+def small_arrays():
+    """A few images a class, as arrays by split: real ones where they are at hand, else synthetic."""
+    source = load(os.environ["RAYCIFAR_DATA"]) if "RAYCIFAR_DATA" in os.environ else synthetic(10_000, 2_000)
+    arrays = {}
+    for split, count in SMALL.items():
+        table = getattr(source, split)
+        fine = table["fine"].to_numpy()
+        rows = np.concatenate([np.flatnonzero(fine == label)[: count // 100] for label in range(100)])
+        rows = np.random.default_rng(0).permutation(rows)
+        images = to_numpy(table["image"].combine_chunks(), "image")[rows]
+        arrays[split] = images, fine[rows], table["coarse"].to_numpy()[rows]
+    return arrays
+
+
+@pytest.fixture(scope="session")
+def small_files(small_arrays):
+    """The small data set's files in the official binary layout, by name."""
+    files = {}
+    for split, (images, fine, coarse) in small_arrays.items():
+        labels = np.stack([coarse, fine], axis=1).astype(np.uint8)
+        files[f"{split}.bin"] = np.concatenate([labels, images.reshape(len(images), -1)], axis=1).tobytes()
+    return files
+
+
+@pytest.fixture(scope="session")
+def small(small_files, tmp_path_factory):
+    """The path of an archive of 1,200 training and 500 test images."""
+    return write_archive(tmp_path_factory.mktemp("data") / "cifar-100-binary.tar.gz", small_files)
+
+
+def write_archive(path: Path, files: dict[str, bytes], folder: str = "cifar-100-binary") -> str:
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"{folder}/{name}" if folder else name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+class Command:
+    """`python -m raycifar.train`, in a process of its own, as a user starts it."""
+
+    def __init__(self, *args: object, storage: Path, env: dict[str, str] | None = None, cwd: Path = ROOT) -> None:
+        command = [sys.executable, "-m", "raycifar.train", *map(str, args), "--storage", str(storage)]
+        environment = {**os.environ, **(env or {})}
+        self.process = subprocess.Popen(
+            command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def finish(self, timeout: float = 240) -> subprocess.CompletedProcess:
+        out, err = self.process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(self.process.args, self.process.returncode, out, err)
+
+    def kill(self, number: int = signal.SIGKILL) -> subprocess.CompletedProcess:
+        self.process.send_signal(number)
+        return self.finish()
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Run a training command to its end; it must end with the exit code `code`."""
+
+    def run(*args, code=0, storage=tmp_path / "runs", env=None):
+        done = Command(*args, storage=storage, env=env).finish()
+        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stdout + done.stderr
+        return done
+
+    return run
+
+
+def wait_until(condition, seconds: float = 120, what: str = "it"):
+    """Wait for a condition of the run under way, and return its value."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"{what} did not happen within {seconds} s")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints of a run, the newest first."""
+    return sorted((path.parent for path in folder.glob("checkpoint_*/manifest.json")), reverse=True)
+
+
+def history(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """One Ray on loopback for the whole session, with a token: the environment that reaches it."""
+    temp = Path(tempfile_in_tmp())
+    token = temp / "token"
+    token.write_text("0123456789abcdef" * 4)
+    env = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ADDRESS": "127.0.0.1:16379",
+    }
+    ray = str(Path(sys.executable).with_name("ray"))
+    start = [ray, "start", "--head", "--node-ip-address=127.0.0.1", "--port=16379", "--num-cpus=2"]
+    start += ["--dashboard-port=18265", "--include-dashboard=true", f"--temp-dir={temp}", "--disable-usage-stats"]
+    started = {key: value for key, value in {**os.environ, **env}.items() if key != "RAY_ADDRESS"}
+    # Left running by Ray, the daemons would hold a pipe open for ever: their output goes to a file.
+    with (temp / "start.log").open("w") as log:
+        subprocess.run(start, env=started, stdout=log, stderr=log, check=True, timeout=120)
+    yield env
+    gcs = [line.split()[0] for line in ps() if f"temp-dir={temp}" in line or str(temp) in line]
+    for pid in gcs:
+        try:
+            os.kill(int(pid), signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def ps() -> list[str]:
+    return subprocess.run(["ps", "-eo", "pid,args", "ww"], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def tempfile_in_tmp() -> str:
+    """A short path: Ray's sockets lie in it, and their paths are limited to 107 bytes."""
+    import tempfile
+
+    return tempfile.mkdtemp(prefix="rc")

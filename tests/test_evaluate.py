@@ -1,0 +1,53 @@
+"""The scores, held against torchmetrics."""
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+
+from raycifar.data.shards import Shard
+from raycifar.engine.augment import normalise
+from raycifar.engine.evaluate import evaluate
+from raycifar.engine.loop import loss_and_sums
+
+PARENTS = [label // 5 for label in range(100)]
+
+
+def test_scores_match_torchmetrics():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (1234, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 100, (1234,), generator=generator)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 100))
+    with torch.no_grad():
+        model[1].weight *= 20
+        guesses = model(normalise(images))
+        easy = torch.arange(1234) < 600
+        labels[easy] = guesses.argmax(1)[easy]
+    shard = Shard(images, labels, labels // 5)
+    scores = evaluate(model, shard, PARENTS, torch.autocast("cpu", torch.bfloat16, enabled=False))
+
+    def accuracy(predicted, target, **options):
+        return multiclass_accuracy(predicted, target, average="micro", **options).item()
+
+    assert scores["images"] == 1234
+    assert scores["loss"] == pytest.approx(nn.functional.cross_entropy(guesses, labels).item(), rel=1e-5)
+    assert scores["top1"] == pytest.approx(accuracy(guesses, labels, num_classes=100))
+    assert scores["top5"] == pytest.approx(accuracy(guesses, labels, num_classes=100, top_k=5))
+    assert scores["superclass_top1"] == pytest.approx(accuracy(guesses.argmax(1) // 5, labels // 5, num_classes=20))
+    assert scores["ece"] == pytest.approx(multiclass_calibration_error(guesses, labels, 100, n_bins=15).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shares", [False, True])
+def test_the_objective_is_torch_s_and_the_history_counts_plain_cross_entropy(smoothing, shares):
+    torch.manual_seed(0)
+    logits, targets = torch.randn(50, 100), torch.randint(0, 100, (50,))
+    if shares:
+        targets = torch.randn(50, 100).softmax(1)
+    objective, sums = loss_and_sums(logits, targets, smoothing)
+    reference = nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum")
+    plain = nn.functional.cross_entropy(logits, targets, reduction="sum")
+    assert objective.item() == pytest.approx(reference.item(), rel=1e-5)
+    labels = targets.argmax(1) if shares else targets
+    assert sums.tolist() == pytest.approx([50, plain.item(), (logits.argmax(1) == labels).sum().item()], rel=1e-5)
