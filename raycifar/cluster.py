@@ -46,6 +46,8 @@ def connect(*, debug: bool) -> str:
     Raises:
         WorkError: the cluster refuses, or can't be reached.
     """
+    # Ray Train takes one report of each worker at each look, every 2 s by default: epochs of a GPU are shorter.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     quiet = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
     try:
         context = ray.init(address="auto", **quiet)

@@ -13,6 +13,8 @@ Schedule = Literal["cosine", "linear", "step", "constant"]
 Augmentation = Literal["none", "flip", "crop", "cutout"]
 Precision = Literal["auto", "bfloat16", "float32"]
 
+SHARES = ("warmup", "label_smoothing", "momentum", "dropout", "ema")
+
 
 def option(default: Any, help: str) -> Any:  # noqa: A002 (click's own word)
     return field(default=default, metadata={"help": help})
@@ -25,10 +27,10 @@ class Recipe:
     epochs: int = option(200, "passes over the training images")
     batch_size: int = option(128, "images in a step, over all workers")
     optimizer: Optimizer = option("sgd", "sgd (Nesterov momentum) or adamw")
-    lr: float = option(0.1, "peak learning rate")
+    lr: float = option(0.05, "peak learning rate")
     momentum: float = option(0.9, "of sgd; the first beta of adamw")
     schedule: Schedule = option("cosine", "learning rate after warm-up; step divides by 5 at 30, 60 and 80 %")
-    warmup: float = option(0.05, "share of all steps over which the learning rate rises from 0")
+    warmup: float = option(0.2, "share of all steps over which the learning rate rises from 0")
     weight_decay: float = option(5e-4, "of weights; none on norms and biases")
     label_smoothing: float = option(0.1, "share of each label spread over all classes")
     augment: Augmentation = option("crop", "none; flip; crop (flip and 4-pixel shifts); cutout (crop and an 8x8 hole)")
@@ -46,17 +48,15 @@ class Recipe:
                 raise ValueError(f"{f.name} is {value!r}: choose from {', '.join(choices)}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{f.name} is {value}: a finite number is needed")
-        at_least_one = ("epochs", "batch_size")
-        shares = ("warmup", "label_smoothing", "mixup", "cutmix", "momentum", "dropout", "ema")
-        for name in at_least_one:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is needed")
-        for name in shares:
-            if not 0 <= getattr(self, name) < 1 and not (name in ("mixup", "cutmix") and getattr(self, name) == 1):
-                raise ValueError(f"{name} is {getattr(self, name)}: a share from 0 to below 1 is needed")
-        for name in ("lr", "weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it can't be negative")
+        for names, allowed, wanted in (
+            (("epochs", "batch_size"), lambda v: v >= 1, "at least 1"),
+            (("lr", "weight_decay", "clip_norm"), lambda v: v >= 0, "0 or more"),
+            (("mixup", "cutmix"), lambda v: 0 <= v <= 1, "a share from 0 to 1"),
+            (SHARES, lambda v: 0 <= v < 1, "a share from 0 to below 1"),
+        ):
+            for name in names:
+                if not allowed(value := getattr(self, name)):
+                    raise ValueError(f"{name} is {value}: it must be {wanted}")
         if self.mixup + self.cutmix > 1:
             raise ValueError(
                 f"mixup {self.mixup} and cutmix {self.cutmix} are shares of the same batches: at most 1 together"

@@ -10,6 +10,7 @@ import uuid
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -110,6 +111,8 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
             f"--batch-size {request.recipe.batch_size} leaves less than 2 images for each of {workers.count} workers."
         )
     screen.facts(request.name, overview(identity, workers, run.folder))
+    if "runtime_resources" in Path(run.folder).parts:  # where Ray unpacks a job's --working-dir
+        screen.say("Note: this job's folder is temporary, and the run in it: give --storage a full path or a URI.")
     record(run, identity, workers)
 
     board = Board(uuid.uuid4().hex)

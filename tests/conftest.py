@@ -1,12 +1,15 @@
 """What the tests share: real images where they are at hand, one Ray for the session, and the command itself."""
 
+import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 
@@ -122,38 +125,34 @@ def history(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+def cluster():
     """One Ray on loopback for the whole session, with a token: the environment that reaches it."""
-    temp = Path(tempfile_in_tmp())
+    # A short path: Ray's sockets lie in it, and a socket's path is limited to 107 bytes.
+    temp = Path(tempfile.mkdtemp(prefix="rc"))
     token = temp / "token"
     token.write_text("0123456789abcdef" * 4)
     env = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_ADDRESS": "127.0.0.1:16379",
+        "RAY_ADDRESS": "127.0.0.1:6399",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # as in an activated environment
     }
     ray = str(Path(sys.executable).with_name("ray"))
-    start = [ray, "start", "--head", "--node-ip-address=127.0.0.1", "--port=16379", "--num-cpus=2"]
-    start += ["--dashboard-port=18265", "--include-dashboard=true", f"--temp-dir={temp}", "--disable-usage-stats"]
+    start = [ray, "start", "--head", "--node-ip-address=127.0.0.1", "--port=6399", "--num-cpus=2"]
+    start += ["--dashboard-port=8299", "--include-dashboard=true", f"--temp-dir={temp}", "--disable-usage-stats"]
     started = {key: value for key, value in {**os.environ, **env}.items() if key != "RAY_ADDRESS"}
     # Left running by Ray, the daemons would hold a pipe open for ever: their output goes to a file.
     with (temp / "start.log").open("w") as log:
         subprocess.run(start, env=started, stdout=log, stderr=log, check=True, timeout=120)
     yield env
-    gcs = [line.split()[0] for line in ps() if f"temp-dir={temp}" in line or str(temp) in line]
-    for pid in gcs:
-        try:
-            os.kill(int(pid), signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+    for line in ps():
+        if str(temp) in line:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(line.split()[0]), signal.SIGKILL)
+    shutil.rmtree(temp, ignore_errors=True)
 
 
 def ps() -> list[str]:
-    return subprocess.run(["ps", "-eo", "pid,args", "ww"], capture_output=True, text=True, check=True).stdout.splitlines()
-
-
-def tempfile_in_tmp() -> str:
-    """A short path: Ray's sockets lie in it, and their paths are limited to 107 bytes."""
-    import tempfile
-
-    return tempfile.mkdtemp(prefix="rc")
+    return subprocess.run(
+        ["ps", "-eo", "pid,args", "ww"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()

@@ -35,7 +35,9 @@ def test_scores_match_torchmetrics():
     assert scores["top1"] == pytest.approx(accuracy(guesses, labels, num_classes=100))
     assert scores["top5"] == pytest.approx(accuracy(guesses, labels, num_classes=100, top_k=5))
     assert scores["superclass_top1"] == pytest.approx(accuracy(guesses.argmax(1) // 5, labels // 5, num_classes=20))
-    assert scores["ece"] == pytest.approx(multiclass_calibration_error(guesses, labels, 100, n_bins=15).item(), abs=1e-5)
+    assert scores["ece"] == pytest.approx(
+        multiclass_calibration_error(guesses, labels, 100, n_bins=15).item(), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -222,13 +222,13 @@ def read_parquet(name: str, filesystem: fs.FileSystem, paths: list[str]) -> Sour
 
 def parse_parquet(filesystem: fs.FileSystem, path: str, origin: str) -> pa.Table:
     try:
-        with filesystem.open_input_file(path) as file:
-            table = pq.read_table(file, columns=["img.bytes", "fine_label", "coarse_label"])
-    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
+        with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream) as parquet:
+            missing = {"img", "fine_label", "coarse_label"} - set(parquet.schema_arrow.names)
+            if missing:
+                raise RequestError(f"{origin} lacks the columns {', '.join(sorted(missing))}. {WANTED}.")
+            table = parquet.read(["img.bytes", "fine_label", "coarse_label"])
+    except pa.ArrowException as error:
         raise RequestError(f"{origin} is no readable Parquet file: {error}.") from error
-    missing = {"img", "fine_label", "coarse_label"} - set(table.column_names)
-    if missing:
-        raise RequestError(f"{origin} lacks the columns {', '.join(sorted(missing))}. {WANTED}.")
     files = table["img"].combine_chunks().flatten()[0]
     images = np.empty((len(files), *SHAPE), np.uint8)
     for row, file in enumerate(files):

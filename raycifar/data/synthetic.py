@@ -1,8 +1,8 @@
 """Images that need no files: 100 classes that a CNN can learn and a linear model can't get fully right.
 
-Each image shows two small colour patches on noise, one that tells the superclass and one that tells the
-class within it, at random places and contrasts. Where a patch lies says nothing, so weights on single
-pixels see little more than the average colour; a convolution finds a patch wherever it is.
+Each image is a grating under noise. Its direction and frequency are the superclass's (5 × 4), its colour the
+class's within it (5). The phase is random, so a class's average image is grey, and
+weights on single pixels learn little; a convolution finds the stripes wherever they lie.
 """
 
 import numpy as np
@@ -11,53 +11,35 @@ import pyarrow as pa
 from raycifar.data import CLASSES, SHAPE, SUPERCLASSES
 from raycifar.data.tables import Source, to_table
 
-PATCH = 10
+ANGLES = np.linspace(0, np.pi / 2, 5)  # a mirrored image must not be of another class
+CYCLES = np.array([2, 4, 7, 11])  # across the image
+COLOURS = np.array([(1, 1, 1), (1, -1, 0), (0, 1, -1), (1, 0, -1), (1, -2, 1)])
+NOISE = 40  # standard deviation, of 255
 CHUNK = 10_000  # images made at a time, to keep the temporaries small
 
 
 def synthetic(train: int = 50_000, test: int = 10_000, seed: int = 0) -> Source:
     """Return a data set of the size and layout of CIFAR-100, made from `seed` in seconds."""
-    patches_seed, train_seed, test_seed = np.random.SeedSequence(seed).spawn(3)
-    rng = np.random.default_rng(patches_seed)
-    patches = [draw_patches(count, rng) for count in (SUPERCLASSES, CLASSES)]
-    return Source(
-        name="synthetic",
-        train=draw(train, patches, np.random.default_rng(train_seed)),
-        test=draw(test, patches, np.random.default_rng(test_seed)),
-    )
+    train_rng, test_rng = np.random.default_rng(seed).spawn(2)
+    return Source("synthetic", draw(train, train_rng), draw(test, test_rng))
 
 
-def draw_patches(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Return (count, 3, PATCH, PATCH) float32 of blocky colours from -1 to 1, each with a mean of 0."""
-    coarse = rng.uniform(-1, 1, (count, 3, PATCH // 2, PATCH // 2))
-    patches = coarse.repeat(2, axis=2).repeat(2, axis=3)
-    patches -= patches.mean(axis=(2, 3), keepdims=True)
-    return (patches / np.abs(patches).max(axis=(1, 2, 3), keepdims=True)).astype(np.float32)
-
-
-def draw(count: int, patches: list[np.ndarray], rng: np.random.Generator) -> pa.Table:
+def draw(count: int, rng: np.random.Generator) -> pa.Table:
+    """Return `count` images, as many of each class as of any other."""
     fine = rng.permutation(np.arange(count) % CLASSES)
-    coarse = fine // (CLASSES // SUPERCLASSES)
-    images = np.empty((count, *SHAPE), np.uint8)
-    for start in range(0, count, CHUNK):
-        rows = slice(start, min(start + CHUNK, count))
-        images[rows] = paint([coarse[rows], fine[rows]], patches, rng)
-    return to_table(images, fine, coarse, "synthetic")
+    images = np.concatenate([paint(part, rng) for part in np.array_split(fine, -(-count // CHUNK))])
+    return to_table(images, fine, fine // (CLASSES // SUPERCLASSES), "synthetic")
 
 
-def paint(labels: list[np.ndarray], patches: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    channels, height, width = SHAPE
-    count = len(labels[0])
-    canvas = rng.integers(96, 160, (count, channels * height * width), np.uint8).astype(np.float32)
-    within = (
-        np.arange(channels)[:, None, None] * height * width
-        + np.arange(PATCH)[None, :, None] * width
-        + np.arange(PATCH)[None, None, :]
-    ).ravel()
-    for label, shapes in zip(labels, patches, strict=True):
-        y, x = rng.integers(0, height - PATCH + 1, count), rng.integers(0, width - PATCH + 1, count)
-        contrast = rng.uniform(60, 110, (count, 1)).astype(np.float32)
-        where = (y * width + x)[:, None] + within
-        inked = np.take_along_axis(canvas, where, axis=1) + contrast * shapes[label].reshape(count, -1)
-        np.put_along_axis(canvas, where, inked, axis=1)
-    return canvas.clip(0, 255).astype(np.uint8).reshape(count, *SHAPE)
+def paint(fine: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return the images (N, 3, 32, 32) uint8 of these classes."""
+    _, height, width = SHAPE
+    coarse, colour = np.divmod(fine, CLASSES // SUPERCLASSES)
+    angle, cycles = ANGLES[coarse % len(ANGLES)], CYCLES[coarse // len(ANGLES)]
+    y, x = np.mgrid[:height, :width] / width
+    direction = np.cos(angle)[:, None, None] * x + np.sin(angle)[:, None, None] * y
+    phase, contrast = rng.uniform(0, 2 * np.pi, len(fine)), rng.uniform(30, 60, len(fine))
+    waves = contrast[:, None, None] * np.sin(2 * np.pi * cycles[:, None, None] * direction + phase[:, None, None])
+    images = waves[:, None].astype(np.float32) * COLOURS[colour][:, :, None, None].astype(np.float32)
+    images += NOISE * rng.standard_normal(images.shape, np.float32) + 128
+    return images.clip(0, 255).astype(np.uint8)

@@ -28,7 +28,7 @@ class Checkpointer:
     def save(self, metrics: dict[str, Any], files: dict[str, bytes] | None) -> None:
         """Report metrics and, on the worker that gives files, a checkpoint; all workers call it together."""
         if files is None:
-            ray.train.report(metrics)
+            ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)  # SYNC waits to be looked at
             return
         folder = Path(tempfile.mkdtemp(prefix="raycifar-"))
         for name, content in files.items():

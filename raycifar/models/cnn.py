@@ -19,8 +19,7 @@ def block(inputs: int, outputs: int) -> nn.Sequential:
 def build(classes: int, dropout: float) -> nn.Module:
     """Return the network: 4.2 M parameters for 100 classes. Five poolings leave a 1×1 map of 32×32 pixels."""
     channels = (3, *FILTERS)
-    classifier = nn.Linear(512, classes)
-    model = nn.Sequential(
+    return nn.Sequential(
         OrderedDict(
             features=nn.Sequential(*(block(i, o) for i, o in zip(channels, FILTERS, strict=False))),
             head=nn.Sequential(
@@ -29,16 +28,7 @@ def build(classes: int, dropout: float) -> nn.Module:
                 nn.Linear(FILTERS[-1], 512),
                 nn.ReLU(inplace=True),
                 nn.Dropout(dropout),
-                classifier,
+                nn.Linear(512, classes),
             ),
         )
     )
-    for layer in model.modules():
-        if isinstance(
-            layer, nn.Conv2d | nn.Linear
-        ):  # He et al. (2015), for ReLU: a dense head of no batch norm needs it
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-    nn.init.normal_(classifier.weight, std=0.01)  # the first predictions are even
-    return model

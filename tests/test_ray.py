@@ -1,0 +1,123 @@
+"""The command on Ray, with worker actors: sharded, repeatable, and resumed exactly whoever is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Command, checkpoints, history, ps, wait_until
+
+RUN = ("--model", "cnn", "--val-size", 200, "--epochs", 3, "--batch-size", 50, "--checkpoint-steps", 5)
+
+
+@pytest.fixture(scope="module")
+def reference(small, cluster, tmp_path_factory):
+    """Return the folder of a run that nothing disturbed, with so many workers; each is trained once."""
+    folders: dict[int, Path] = {}
+
+    def get(workers):
+        if workers not in folders:
+            storage = tmp_path_factory.mktemp(f"reference-{workers}")
+            args = (*RUN, "--data", small, "--name", "a", "--workers", workers)
+            done = Command(*args, storage=storage, env=cluster).finish()
+            assert done.returncode == 0, done.stdout + done.stderr
+            folders[workers] = storage / "a"
+        return folders[workers]
+
+    return get
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def in_the_middle_of_epoch_2(command, folder):
+    """Wait for a checkpoint in mid-epoch 2 and for training to go on after it."""
+
+    def condition():
+        assert command.process.poll() is None, "the run ended before it could be disturbed"
+        for path in checkpoints(folder)[:1]:
+            progress = json.loads((path / "progress.json").read_text())
+            return progress["epoch"] == 2 and progress["segments"]
+        return False
+
+    wait_until(condition, 180, "a checkpoint in the middle of epoch 2")
+
+
+def worker_pids():
+    return [int(line.split()[0]) for line in ps() if "ray::" in line and "RayTrainWorker" in line]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_command_gives_the_same_weights_byte_for_byte(reference, train, small, cluster, tmp_path, workers):
+    train(*RUN, "--data", small, "--name", "again", "--workers", workers, env=cluster)
+    assert weights(tmp_path / "runs/again") == weights(reference(workers))
+    assert {row["workers"] for row in history(tmp_path / "runs/again")} == {workers}
+
+
+def test_a_worker_killed_in_mid_epoch_changes_nothing(reference, small, cluster, tmp_path):
+    command = Command(*RUN, "--data", small, "--name", "a", "--workers", 2, storage=tmp_path, env=cluster)
+    in_the_middle_of_epoch_2(command, tmp_path / "a")
+    os.kill(worker_pids()[-1], signal.SIGKILL)
+    done = command.finish()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "failed: " in done.stdout
+    assert "Continuing from epoch 2, step" in done.stdout
+    assert weights(tmp_path / "a") == weights(reference(2))
+    assert [row["epoch"] for row in history(tmp_path / "a")] == [1, 2, 3]
+
+
+def test_the_driver_killed_and_started_again_changes_nothing(reference, train, small, cluster, tmp_path):
+    args = (*RUN, "--data", small, "--name", "a", "--workers", 2)
+    command = Command(*args, storage=tmp_path / "runs", env=cluster)
+    in_the_middle_of_epoch_2(command, tmp_path / "runs/a")
+    command.kill()
+    wait_until(lambda: not worker_pids(), 60, "the end of the orphaned workers")
+    train(*args, env=cluster)
+    assert weights(tmp_path / "runs/a") == weights(reference(2))
+    assert [row["epoch"] for row in history(tmp_path / "runs/a")] == [1, 2, 3]
+
+
+def test_three_workers_resume_exactly_and_score_each_image_once(reference, train, small, cluster, tmp_path):
+    result = json.loads((reference(3) / "result.json").read_text())
+    assert result["test"]["images"] == 500
+    args = (*RUN, "--data", small, "--name", "a", "--workers", 3)
+    command = Command(*args, storage=tmp_path / "runs", env=cluster)
+    in_the_middle_of_epoch_2(command, tmp_path / "runs/a")
+    command.kill(signal.SIGINT)
+    wait_until(lambda: not worker_pids(), 60, "the end of the interrupted workers")
+    train(*args, env=cluster)
+    assert weights(tmp_path / "runs/a") == weights(reference(3))
+
+
+def test_a_run_goes_on_with_another_number_of_workers(train, small, cluster, tmp_path):
+    args = (*RUN, "--data", small, "--name", "a")
+    command = Command(*args, "--workers", 2, storage=tmp_path / "runs", env=cluster)
+    in_the_middle_of_epoch_2(command, tmp_path / "runs/a")
+    command.kill()
+    done = train(*args, "--workers", 0)
+    assert "Continuing from epoch 2, step" in done.stdout
+    assert [row["workers"] for row in history(tmp_path / "runs/a")] == [2, 1, 1]
+
+
+def test_more_workers_than_fit_are_refused_with_the_most_that_do(train, small, cluster, tmp_path):
+    args = ("--model", "cnn", "--data", small, "--val-size", 200)
+    assert "at most 8" in train(*args, "--workers", 64, env=cluster, code=2).stderr
+    assert "at most 1 of them" in train(*args, "--workers", 2, "--cpus-per-worker", 2, env=cluster, code=2).stderr
+    assert "this cluster has 0 GPUs" in train(*args, "--device", "gpu", env=cluster, code=2).stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_job_submitted_to_a_cluster_with_a_token_succeeds(cluster, tmp_path):
+    """The README's own command; the job's log is plain lines."""
+    env = {**os.environ, **cluster, "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8299"}
+    job = ["python", "-m", "raycifar.train", "--model", "vgg16", "--data", "synthetic", "--epochs", "1"]
+    job += ["--limit", "1000", "--val-size", "100", "--storage", str(tmp_path), "--name", "job"]
+    submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", ".", "--", *job]
+    done = subprocess.run(submit, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Test, 10,000 images" in done.stdout
+    assert json.loads((tmp_path / "job/result.json").read_text())["status"] == "finished"

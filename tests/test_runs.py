@@ -1,0 +1,112 @@
+"""The run folder: whole files, and checkpoints that can be trusted."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from raycifar.runs import RAY_SNAPSHOT, Run
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run(str(tmp_path / "runs"), "a")
+    run.write_json("run.json", {"name": "a"})
+    return run
+
+
+@pytest.fixture
+def upload(run, tmp_path):
+    def upload(name, **files):
+        source = tmp_path / f"local-{name}"
+        source.mkdir()
+        for file, content in files.items():
+            (source / file).write_bytes(content)
+        run.upload_checkpoint(source, name)
+
+    return upload
+
+
+def test_what_is_not_there_is_none(run):
+    assert run.read("result.json") is None
+    assert Run(run.storage, "other").read_json("run.json") is None
+    assert Run(run.storage, "other").checkpoint_names() == []
+
+
+def test_the_history_comes_back_as_it_was_written(run):
+    rows = [{"epoch": 1, "val_loss": None}, {"epoch": 2, "val_loss": 1 / 3}]
+    run.write_history(rows)
+    assert run.history() == rows
+
+
+def test_a_file_that_can_t_be_written_whole_leaves_the_one_before(tmp_path):
+    """A disk that fills up in mid-write, by a limit on the size of files that a process may write."""
+    program = """
+import resource, signal, sys
+from raycifar.runs import Run
+run = Run(sys.argv[1], "a")
+run.write("model.safetensors", b"before")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    run.write("model.safetensors", b"x" * 5000)
+except OSError as error:
+    sys.exit(f"refused: {error.strerror}")
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert "refused: File too large" in done.stderr
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == b"before"
+
+
+def test_the_newest_checkpoint_comes_first(run, upload):
+    upload("checkpoint_1", weights=b"one")
+    upload("checkpoint_2", weights=b"two")
+    assert [name for name, _ in run.sound_checkpoints(pytest.fail)] == ["checkpoint_2", "checkpoint_1"]
+    assert run.read_checkpoint("checkpoint_2") == {"weights": b"two"}
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no manifest", "half a manifest"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(run, upload, damage, tmp_path):
+    upload("checkpoint_1", weights=b"good weights")
+    upload("checkpoint_2", weights=b"fine weights")
+    folder = tmp_path / "runs/a/checkpoint_2"
+    match damage:
+        case "truncate":
+            (folder / "weights").write_bytes(b"fine we")
+        case "flip":
+            (folder / "weights").write_bytes(b"fine weightz")
+        case "remove":
+            (folder / "weights").unlink()
+        case "no manifest":
+            (folder / "manifest.json").unlink()
+        case _:
+            (folder / "manifest.json").write_bytes(b'{"weights": "12')
+    said = []
+    assert next(run.sound_checkpoints(said.append)) == ("checkpoint_1", {"weights": b"good weights"})
+    assert len(said) == 1
+    assert said[0].startswith("checkpoint_2 is passed over: ")
+
+
+def test_a_node_that_can_t_see_the_storage_says_so_instead_of_writing_elsewhere(tmp_path):
+    (tmp_path / "local").mkdir()
+    with pytest.raises(FileNotFoundError, match="can't be seen from this node"):
+        Run(str(tmp_path / "elsewhere"), "a").upload_checkpoint(tmp_path / "local", "checkpoint_1")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", json.dumps({"checkpoint_results": [{"checkpoint_dir_name": "gone"}]})]
+)
+def test_a_list_of_checkpoints_that_ray_would_stumble_over_is_dropped(run, content):
+    run.write(RAY_SNAPSHOT, content if isinstance(content, bytes) else content.encode())
+    run.mend_snapshot()
+    assert run.read(RAY_SNAPSHOT) is None
+
+
+def test_a_sound_list_of_checkpoints_is_kept(run, upload):
+    upload("checkpoint_1", weights=b"x")
+    run.write_json(RAY_SNAPSHOT, {"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_1"}]})
+    run.mend_snapshot()
+    assert run.read(RAY_SNAPSHOT) is not None

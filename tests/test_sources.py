@@ -1,0 +1,356 @@
+"""Finding and reading CIFAR-100 in every layout, and refusing what is none."""
+
+import contextlib
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, write_archive
+from PIL import Image
+
+from raycifar.data import sources
+from raycifar.data.synthetic import synthetic
+from raycifar.data.tables import to_numpy
+from raycifar.errors import RequestError
+
+
+def python_files(arrays, protocol=2):
+    """The files of cifar-100-python, its keys bytes as Python 2 left them."""
+    files = {"meta": pickle.dumps({b"fine_label_names": []}, protocol)}
+    for split, (images, fine, coarse) in arrays.items():
+        raw = {b"data": images.reshape(len(images), -1), b"filenames": [b"x.png"] * len(images)}
+        raw |= {b"fine_labels": fine.tolist(), b"coarse_labels": coarse.tolist(), b"batch_label": b"1 of 1"}
+        files[split] = pickle.dumps(raw, protocol)
+    return files
+
+
+def parquet_files(arrays):
+    """The Hugging Face layout: PNG files in a struct, one file a split."""
+
+    def png(image):
+        file = io.BytesIO()
+        Image.fromarray(image.transpose(1, 2, 0)).save(file, "png")
+        return {"bytes": file.getvalue(), "path": None}
+
+    files = {}
+    for split, (images, fine, coarse) in arrays.items():
+        table = pa.table({"img": [png(image) for image in images], "fine_label": fine, "coarse_label": coarse})
+        file = io.BytesIO()
+        pq.write_table(table, file)
+        files[f"{split}-00000-of-00001.parquet"] = file.getvalue()
+    return files
+
+
+def write_folder(path, files):
+    path.mkdir(parents=True)
+    for name, content in files.items():
+        (path / name).write_bytes(content)
+    return str(path)
+
+
+@contextlib.contextmanager
+def serving(folder, handler=http.server.SimpleHTTPRequestHandler):
+    """A web server on loopback that serves a folder."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def assert_same(source, arrays):
+    for split, (images, fine, coarse) in arrays.items():
+        table = getattr(source, split)
+        assert np.array_equal(to_numpy(table["image"].combine_chunks(), "image"), images)
+        assert np.array_equal(table["fine"].to_numpy(), fine)
+        assert np.array_equal(table["coarse"].to_numpy(), coarse)
+
+
+# What is read ---------------------------------------------------------------------------------------
+
+
+def test_binary_archive(small, small_arrays):
+    assert_same(sources.load(small), small_arrays)
+
+
+def test_binary_folder(tmp_path, small_files, small_arrays):
+    assert_same(sources.load(write_folder(tmp_path / "cifar-100-binary", small_files)), small_arrays)
+    assert_same(sources.load(str(tmp_path)), small_arrays)  # the folder above, as a cache keeps it
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_python_archive_and_folder(tmp_path, small_arrays, protocol):
+    files = python_files(small_arrays, protocol)
+    assert_same(sources.load(write_archive(tmp_path / "a.tar.gz", files, "cifar-100-python")), small_arrays)
+    assert_same(sources.load(write_folder(tmp_path / "cifar-100-python", files)), small_arrays)
+
+
+def test_parquet_folder(tmp_path, small_arrays):
+    assert_same(sources.load(write_folder(tmp_path / "cifar100", parquet_files(small_arrays))), small_arrays)
+
+
+def test_a_uri_is_read_like_a_path(tmp_path, small_files, small_arrays):
+    write_archive(tmp_path / "a.tar.gz", small_files)
+    assert_same(sources.load(f"file://{tmp_path}/a.tar.gz"), small_arrays)
+    with serving(tmp_path, Quiet) as url:
+        assert_same(sources.load(f"{url}/a.tar.gz"), small_arrays)
+
+
+def test_parquet_in_an_object_store(small_arrays):
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    for name, content in parquet_files(small_arrays).items():
+        store.pipe_file(f"/bucket/cifar100/{name}", content)
+    assert_same(sources.load("memory://bucket/cifar100"), small_arrays)
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path, small, small_arrays):
+    folder = write_folder(tmp_path / "python", python_files(small_arrays))
+    assert sources.load(small).fingerprint() == sources.load(folder).fingerprint()
+    images, fine, coarse = small_arrays["train"]
+    other = {**small_arrays, "train": (images[::-1], fine[::-1], coarse[::-1])}
+    changed = write_folder(tmp_path / "other", python_files(other))
+    assert sources.load(changed).fingerprint() != sources.load(small).fingerprint()
+
+
+def test_the_real_data_set(cifar):
+    source = sources.load(cifar)
+    assert (len(source.train), len(source.test)) == (50_000, 10_000)
+    assert np.bincount(source.train["fine"].to_numpy()).tolist() == [500] * 100
+    assert sorted(np.bincount(source.superclasses())) == [5] * 20
+    pixels = to_numpy(source.train["image"].combine_chunks(), "image")
+    assert pixels.mean((0, 2, 3)) / 255 == pytest.approx([0.50708, 0.48655, 0.44092], abs=1e-4)
+
+
+# What is refused ------------------------------------------------------------------------------------
+
+
+def relabelled(arrays, **changes):
+    images, fine, coarse = arrays["train"]
+    fine, coarse = changes.get("fine", fine).astype(int), changes.get("coarse", coarse).astype(int)
+    return {**arrays, "train": (images, fine, coarse)}
+
+
+class Bomb:
+    """Unpickled by pickle.loads, it leaves a mark."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.mark),))
+
+
+def bad_inputs(tmp_path, files, arrays):
+    """Each bad input by name: its path, and words of its sentence."""
+    whole = (tmp_path / "whole.tar.gz", files)
+    archive = write_archive(*whole)
+    content = (tmp_path / "whole.tar.gz").read_bytes()
+    (tmp_path / "cut.tar.gz").write_bytes(content[: len(content) // 2])
+    (tmp_path / "noise.tar.gz").write_bytes(b"no archive at all, " * 1000)
+    (tmp_path / "one.parquet").write_bytes(parquet_files(arrays)["test-00000-of-00001.parquet"])
+    labels = arrays["train"][1].copy()
+    labels[7] = 100
+    record = bytearray(files["train.bin"])
+    record[1] = 100
+    no_columns = io.BytesIO()
+    pq.write_table(pa.table({"image": [1], "label": [2]}), no_columns)
+    parquet = parquet_files(arrays)
+    pickles = python_files(arrays)
+    del archive
+    return {
+        "a missing path": (tmp_path / "nowhere", "does not exist"),
+        "a truncated archive": (tmp_path / "cut.tar.gz", "truncated"),
+        "no archive": (tmp_path / "noise.tar.gz", "no tar archive"),
+        "an archive of another kind": (
+            write_archive(tmp_path / "cifar10.tar.gz", {"data_batch_1.bin": b"x" * 3073}, "cifar-10"),
+            "it holds data_batch_1.bin",
+        ),
+        "an escaping member": (
+            write_archive(tmp_path / "escape.tar.gz", {**files, "../../evil": b"x"}, ""),
+            "points out of the archive's folder",
+        ),
+        "an absolute member": (
+            write_archive(tmp_path / "absolute.tar.gz", {"/etc/evil": b"x", **files}, ""),
+            "points out of the archive's folder",
+        ),
+        "records of a wrong length": (
+            write_archive(tmp_path / "length.tar.gz", {**files, "test.bin": files["test.bin"][:-1]}),
+            "no multiple of a CIFAR-100 record's 3,074",
+        ),
+        "a label out of range": (
+            write_archive(tmp_path / "label.tar.gz", {**files, "train.bin": bytes(record)}),
+            "the fine label of image 0 is 100",
+        ),
+        "a label out of range in a pickle": (
+            write_folder(tmp_path / "pickled-label", python_files(relabelled(arrays, fine=labels))),
+            "the fine label of image 7 is 100",
+        ),
+        "a pickle that asks for a class": (
+            write_folder(tmp_path / "bomb", {**pickles, "train": pickle.dumps(Bomb(tmp_path / "mark"))}),
+            "the pickle asks for posix.mkdir",
+        ),
+        "a pickle of something else": (
+            write_folder(tmp_path / "list", {**pickles, "train": pickle.dumps([1, 2])}),
+            "holds a list",
+        ),
+        "a pickle cut short": (
+            write_folder(tmp_path / "short", {**pickles, "train": pickles["train"][:-100]}),
+            "no readable pickle",
+        ),
+        "Parquet without the columns": (
+            write_folder(tmp_path / "columns", {**parquet, "train-0.parquet": no_columns.getvalue()}),
+            "lacks the columns coarse_label, fine_label, img",
+        ),
+        "Parquet without a test split": (
+            write_folder(tmp_path / "half", {"train-0.parquet": parquet["train-00000-of-00001.parquet"]}),
+            "no test split",
+        ),
+        "one Parquet file": (tmp_path / "one.parquet", "one split"),
+        "an empty split": (
+            write_archive(tmp_path / "empty.tar.gz", {**files, "test.bin": b""}),
+            "test.bin holds no image",
+        ),
+        "an empty folder": (write_folder(tmp_path / "void", {}), "it holds nothing"),
+        "an unknown file system": ("nosuch://bucket/cifar", "no file system known here"),
+    }
+
+
+def test_bad_inputs_are_refused_with_a_sentence(tmp_path, small_files, small_arrays):
+    for what, (path, words) in bad_inputs(tmp_path, small_files, small_arrays).items():
+        with pytest.raises(RequestError) as refusal:
+            sources.load(str(path))
+        message = refusal.value.message
+        assert words in message, f"{what}: {message}"
+        assert str(path) in message
+        assert "\n" not in message
+        assert message.endswith(".")
+    assert not (tmp_path / "mark").exists()
+
+
+def command(*args, env=None):
+    return subprocess.run(
+        [sys.executable, "-m", "raycifar.train", "--model", "cnn", *args],
+        env={**os.environ, **(env or {})},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--data", "nowhere"], "nowhere does not exist"),
+        (["--val-size", "150"], "--val-size 150 can't be shared by 100 classes"),
+        (["--val-size", "1200"], "leaves nothing to train on"),
+        (["--limit", "50", "--val-size", "100"], "--limit 50 can't be shared by 100 classes"),
+        (["--limit", "1200", "--val-size", "100"], "1100 training images are left"),
+        (["--limit", "0", "--val-size", "100"], "--limit 0 can't be met"),
+        (["--epochs", "0"], "epochs is 0"),
+        (["--name", "../up"], "'../up' is no folder's name"),
+    ],
+)
+def test_a_wrong_request_ends_with_2_and_one_sentence_and_writes_nothing(small, tmp_path, args, words):
+    done = command(
+        *["--data", small, *args, "--storage", str(tmp_path / "runs")], env={"RAYCIFAR_CACHE": str(tmp_path)}
+    )
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# The official archive -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYCIFAR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_archive_is_fetched_once_and_checked(tmp_path, cache, small_files):
+    write_archive(tmp_path / "a.tar.gz", small_files)
+    md5 = hashlib.md5((tmp_path / "a.tar.gz").read_bytes()).hexdigest()
+    with serving(tmp_path, Quiet) as url:
+        path = sources.fetch(f"{url}/a.tar.gz", md5)
+    assert [file.name for file in cache.iterdir()] == ["a.tar.gz"]
+    assert sources.fetch(f"{url}/a.tar.gz", md5) == path  # the server is gone
+
+
+def test_a_server_that_fails_once_is_asked_again(tmp_path, cache, small_files):
+    write_archive(tmp_path / "a.tar.gz", small_files)
+    md5 = hashlib.md5((tmp_path / "a.tar.gz").read_bytes()).hexdigest()
+    asked = []
+
+    class Flaky(Quiet):
+        def do_GET(self):
+            asked.append(self.path)
+            if len(asked) == 1:
+                self.send_error(503)
+            else:
+                super().do_GET()
+
+    with serving(tmp_path, Flaky) as url:
+        assert sources.fetch(f"{url}/a.tar.gz", md5).exists()
+    assert len(asked) == 2
+
+
+def test_another_archive_than_the_official_one_is_refused_and_not_kept(tmp_path, cache, small_files):
+    write_archive(tmp_path / "a.tar.gz", small_files)
+    with serving(tmp_path, Quiet) as url, pytest.raises(RequestError, match="another md5"):
+        sources.fetch(f"{url}/a.tar.gz", "0" * 32)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_host_that_can_t_be_reached_is_named_with_the_ways_out(cache):
+    with pytest.raises(RequestError) as refusal:
+        sources.fetch("http://127.0.0.1:9/cifar-100-binary.tar.gz")
+    for words in ("--data PATH", "RAYCIFAR_DATA", "--data synthetic"):
+        assert words in refusal.value.message
+    assert not cache.exists() or list(cache.iterdir()) == []
+
+
+# Synthetic images -----------------------------------------------------------------------------------
+
+
+def test_synthetic_images_come_from_the_seed():
+    first, again, other = synthetic(1000, 500), synthetic(1000, 500), synthetic(1000, 500, seed=1)
+    assert first.fingerprint() == again.fingerprint() != other.fingerprint()
+    assert np.bincount(first.train["fine"].to_numpy()).tolist() == [10] * 100
+    assert first.superclasses() == tuple(label // 5 for label in range(100))
+
+
+def test_a_linear_model_does_not_get_synthetic_images_right():
+    source = synthetic(20_000, 2_000)
+
+    def arrays(table):
+        pixels = to_numpy(table["image"].combine_chunks(), "image").reshape(len(table), -1)
+        return pixels / 255 - 0.5, table["fine"].to_numpy()
+
+    (x, y), (x_test, y_test) = arrays(source.train), arrays(source.test)
+    ridge = x.T @ x + 30 * np.eye(x.shape[1])
+    weights = np.linalg.solve(ridge, x.T @ np.eye(100)[y])
+    top1 = ((x_test @ weights).argmax(1) == y_test).mean()
+    assert 0.01 < top1 < 0.5
