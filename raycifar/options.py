@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -53,23 +54,26 @@ def door(command: Callable[..., Any]) -> Callable[..., Any]:
             signal.signal(number, interrupt)
         try:
             command(debug=debug, **options)
-        except click.ClickException as error:
-            if debug:
-                raise (error.__cause__ or error) from None
-            click.echo(f"Error: {error.format_message()}", err=True)
-            leave(error.exit_code)
+            leave(0)
         except Interrupted:
-            click.echo("Interrupted: the same command with the same --name continues.", err=True)
-            leave(130)
-        leave(0)
+            leave(130, "Interrupted.")
+        except Exception as error:
+            failure = error
+        if debug:
+            traceback.print_exception(failure)
+        if isinstance(failure, click.ClickException):
+            leave(failure.exit_code, f"Error: {failure.format_message()}")
+        leave(1, f"Error: {type(failure).__name__}: {failure}. This is a defect; --debug shows where it arose.")
 
     return with_endings
 
 
-def leave(code: int) -> None:
-    """End this process and what Ray has started for it, without waiting for a training thread."""
+def leave(code: int, sentence: str | None = None) -> None:
+    """Say how it ended, and end this process and what Ray has started for it, without waiting for a training thread."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if sentence:
+        click.echo(sentence, err=True)
     if (ray := sys.modules.get("ray")) and ray.is_initialized():
         ray.shutdown()
     sys.stdout.flush()

@@ -63,7 +63,7 @@ class Screen:
             self._follow(board, running, epochs, PlainLine(self.say))
 
     def _follow(self, board: Board, running: Callable[[], bool], epochs: int, line: "LiveLine | PlainLine") -> None:
-        attempt, notices, failures, shown = None, 0, 0, 0
+        attempt, notices, failures, shown, described = None, 0, 0, 0, None
         while True:
             alive = running()  # asked first: what is on the board after the end is still shown
             content = board.get("worker") or {"attempt": None, "phase": "starting the workers"}
@@ -73,6 +73,9 @@ class Screen:
             failures = len(told)
             if content["attempt"] != attempt:
                 attempt, notices = content["attempt"], 0
+            if (about := content.get("about")) and about != described:
+                self.say(f"{about['parameters']:,} parameters, {about['precision']} on {about['device']}")
+                described = about
             for notice in content.get("notices", [])[notices:]:
                 self.say(notice)
             notices = len(content.get("notices", []))

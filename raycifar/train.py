@@ -20,7 +20,7 @@ from raycifar.board import Board
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, Splits, split
 from raycifar.errors import RequestError, WorkError
-from raycifar.options import door, pick_recipe, recipe_options
+from raycifar.options import Interrupted, door, pick_recipe, recipe_options
 from raycifar.recipes import RECIPES, Recipe
 from raycifar.runs import KEPT, RESULT, RUN, Run
 from raycifar.terminal import Screen, result_lines
@@ -117,7 +117,11 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
 
     board = Board(uuid.uuid4().hex)
     trainer = build_trainer(request, run, board, source, splits, workers, debug=debug)
-    outcome = fit(trainer, screen, board, request.recipe.epochs)
+    try:
+        outcome = fit(trainer, screen, board, request.recipe.epochs)
+    except Interrupted:
+        screen.say(f"To continue, give the same command with --name {request.name}")
+        raise
     result = conclude(run, outcome)
     screen.lines(result_lines(result, run.folder, source.name))
     return result

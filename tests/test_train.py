@@ -122,7 +122,7 @@ def test_a_run_stopped_in_mid_epoch_ends_with_the_same_weights(reference, train,
     stopped = stop_in_epoch_2(small, tmp_path / "runs", number)
     if number != signal.SIGKILL:
         assert stopped.returncode == 130
-        assert "the same command with the same --name continues" in stopped.stderr
+        assert "give the same command with --name a" in stopped.stdout
         assert "Traceback" not in stopped.stderr
     resumed = train(*RUN, "--data", small, "--name", "a", "--checkpoint-steps", 5)
     assert "Continuing from epoch 2, step" in resumed.stdout

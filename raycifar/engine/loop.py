@@ -229,9 +229,7 @@ class Worker:
         self.state.load_files(found[1] if found else self.run.read_checkpoint(name))
         progress = self.state.progress
         where = (
-            f"epoch {progress.epoch}, step {progress.step}"
-            if progress.step
-            else f"the end of epoch {progress.epoch - 1}"
+            f"epoch {progress.epoch}, step {progress.step}" if progress.step else f"after epoch {progress.epoch - 1}"
         )
         self.reporter.notice(f"Continuing from {where} ({name}).")
         self.reporter.epoch(progress.history)
@@ -417,4 +415,4 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
-    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
