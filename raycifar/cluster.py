@@ -70,7 +70,7 @@ def in_process(device: str, cpus: float | None) -> Workers:
 
     if device == "gpu" and not torch.cuda.is_available():
         raise RequestError("--device gpu: this machine has no GPU that PyTorch can use.")
-    return Workers(0, device != "cpu" and torch.cuda.is_available(), cpus or len(os.sched_getaffinity(0)))
+    return Workers(0, device != "cpu" and torch.cuda.is_available(), cpus or torch.get_num_threads())
 
 
 def size(count: int | None, device: str, cpus: float | None) -> Workers:

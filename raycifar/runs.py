@@ -64,12 +64,18 @@ class Run:
         try:
             with filesystem.open_input_stream(f"{folder}/{file}") as stream:
                 return stream.read()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write(self, file: str, content: bytes) -> None:
         filesystem, folder = self._place
         write_whole(filesystem, f"{folder}/{file}", content)
+
+    def delete(self, file: str) -> None:
+        """Delete a file, if it is there."""
+        filesystem, folder = self._place
+        if self.read(file) is not None:
+            filesystem.delete_file(f"{folder}/{file}")
 
     def read_json(self, file: str) -> Any:
         content = self.read(file)
@@ -161,8 +167,7 @@ class Run:
         except (ValueError, KeyError, TypeError):
             listed = None
         if listed is None or not listed <= set(self.checkpoint_names()):
-            filesystem, folder = self._place
-            filesystem.delete_file(f"{folder}/{RAY_SNAPSHOT}")
+            self.delete(RAY_SNAPSHOT)
 
 
 def digest(content: bytes) -> str:

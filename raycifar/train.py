@@ -113,7 +113,10 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
     screen.facts(request.name, overview(identity, workers, run.folder))
     if "runtime_resources" in Path(run.folder).parts:  # where Ray unpacks a job's --working-dir
         screen.say("Note: this job's folder is temporary, and the run in it: give --storage a full path or a URI.")
-    record(run, identity, workers)
+    try:
+        record(run, identity, workers)
+    except OSError as error:
+        raise RequestError(f"{run.folder} can't be written: {error}. Give another --storage.") from error
 
     board = Board(uuid.uuid4().hex)
     trainer = build_trainer(request, run, board, source, splits, workers, debug=debug)
@@ -178,7 +181,8 @@ def flatten(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def record(run: Run, identity: dict[str, Any], workers: "Workers") -> None:
-    """Write `run.json`; of a run that is resumed, the day it was begun stays."""
+    """Write `run.json`; of a run that is resumed, the day it was begun stays, and a failure is forgotten."""
+    run.delete(RESULT)
     now = f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}"
     versions = {package: metadata.version(package) for package in ("raycifar", "ray", "torch", "torchvision", "numpy")}
     run.write_json(

@@ -271,9 +271,8 @@ def command(*args, env=None):
     ],
 )
 def test_a_wrong_request_ends_with_2_and_one_sentence_and_writes_nothing(small, tmp_path, args, words):
-    done = command(
-        *["--data", small, *args, "--storage", str(tmp_path / "runs")], env={"RAYCIFAR_CACHE": str(tmp_path)}
-    )
+    options = ["--data", small, "--storage", str(tmp_path / "runs"), *args]
+    done = command(*options, env={"RAYCIFAR_CACHE": str(tmp_path)})
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr

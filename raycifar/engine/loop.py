@@ -79,7 +79,7 @@ class FailureNotices(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
         reason = (str(next(iter(worker_exceptions.values()))).strip().splitlines() or ["no reason given"])[0]
-        self.told.append(f"Worker {ranks} failed: {reason}")
+        self.told.append(f"Worker {ranks} failed ({reason}); the workers are restarted from the last checkpoint.")
         self.board.put("failures", self.told)
 
 
