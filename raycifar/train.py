@@ -241,7 +241,8 @@ def build_trainer(
     from ray.train.v2.api.config import LoggingConfig
 
     from raycifar.data.shards import ExactShards, to_datasets
-    from raycifar.engine.loop import FailureNotices, Job, train_loop_per_worker
+    from raycifar.engine.loop import Job, train_loop_per_worker
+    from raycifar.engine.reporter import FailureNotices
 
     job = Job(
         run=run,

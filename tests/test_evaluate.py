@@ -8,7 +8,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from raycifar.data.shards import Shard
 from raycifar.engine.augment import normalise
 from raycifar.engine.evaluate import evaluate
-from raycifar.engine.loop import loss_and_sums
+from raycifar.engine.loss import loss_and_sums
 
 PARENTS = [label // 5 for label in range(100)]
 

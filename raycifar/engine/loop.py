@@ -1,6 +1,5 @@
 """The training function that Ray Train runs on every worker."""
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from raycifar.analysis.collapse import collapse
@@ -20,14 +18,14 @@ from raycifar.data.shards import Shard, load_shard
 from raycifar.engine.augment import augment, mix, normalise
 from raycifar.engine.checkpoint import Checkpointer
 from raycifar.engine.evaluate import evaluate, reduce_sum
+from raycifar.engine.hardware import choose_precision, parallelise, set_up
+from raycifar.engine.loss import FiniteWatch, StopTrainingError, loss_and_sums
 from raycifar.engine.optim import set_learning_rate
 from raycifar.engine.order import advance, batches, step_seed, steps_per_epoch
+from raycifar.engine.reporter import Reporter
 from raycifar.engine.state import Progress, TrainingState, to_weights_file
 from raycifar.recipes import Recipe
 from raycifar.runs import BEST, MODEL, RUN, Run
-
-SHOW_SECONDS = 0.5  # between two looks at a step's figures
-GPU_CHECK_STEPS = 50  # between two waits for the GPU to ask whether the loss is still finite
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,6 @@ class Job:
     checkpoint_steps: int  # 0: at the end of each epoch alone
 
 
-class StopTrainingError(Exception):
-    """Training can't go on, and would fail again if it were tried again."""
-
-
 def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Train, score and save; Ray Train calls it on each worker.
 
@@ -69,20 +63,6 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
         return {"failure": str(stop)}
 
 
-class FailureNotices(ray.train.UserCallback):
-    """Tells the driver, from Ray Train's controller, that workers died and the run is restarted."""
-
-    def __init__(self, board: Board) -> None:
-        self.board = board
-        self.told: list[str] = []
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
-        reason = (str(next(iter(worker_exceptions.values()))).strip().splitlines() or ["no reason given"])[0]
-        self.told.append(f"Worker {ranks} failed ({reason}); the workers are restarted from the last checkpoint.")
-        self.board.put("failures", self.told)
-
-
 class Worker:
     """One worker's part in a run."""
 
@@ -94,7 +74,7 @@ class Worker:
         self.reporter = Reporter(job.board, leader=self.rank == 0)
         self.checkpointer = Checkpointer(job.run, in_process=job.in_process)
         self.steps = steps_per_epoch(job.images, job.recipe.batch_size)
-        set_up_hardware(job, self.device)
+        set_up(self.device, job.threads)
 
     def train(self) -> dict[str, Any]:
         self.reporter.phase("loading images")
@@ -102,11 +82,12 @@ class Worker:
         val_set = load_shard("val", self.device) if self.job.validate else None
 
         self.reporter.phase("building the model")
-        self.autocast = self.choose_precision()
+        self.dtype = choose_precision(self.recipe.precision, self.device)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         self.state = TrainingState(self.job.model, self.recipe, self.job.seed, self.device)
         if self.job.compile:
             self.state.model.compile()
-        self.model = self.parallelise(self.state.model)
+        self.model = parallelise(self.state.model, self.device, self.autocast)
         self.describe()
         self.resume()
 
@@ -154,7 +135,7 @@ class Worker:
         watch.check()
         self.collect(sums)
 
-    def take_step(self, shard: Shard, rows: Tensor, images: int, step: int, watch: "FiniteWatch") -> Tensor:
+    def take_step(self, shard: Shard, rows: Tensor, images: int, step: int, watch: FiniteWatch) -> Tensor:
         """Take one optimiser step on these rows, and return their number, summed loss and hits: (3,) float64."""
         count = len(rows)
         if count < 2:  # after a change of workers a share can run out: batch norm needs two, the loss ignores them
@@ -257,162 +238,13 @@ class Worker:
             "parameters": sum(p.numel() for p in self.state.model.parameters()),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
-            "precision": self.precision,
+            "precision": str(self.dtype).removeprefix("torch."),
         }
         self.reporter.about(facts)
         if self.rank == 0:
             self.run.write_json(RUN, {**self.run.read_json(RUN), **facts})
 
-    # Hardware ---------------------------------------------------------------------------------------
-
-    def choose_precision(self) -> torch.autocast:
-        """Return the autocast of the recipe's precision; `auto` is bfloat16 if every worker has it."""
-        wanted = self.recipe.precision
-        able = torch.tensor(float(has_bfloat16(self.device)), device=self.device)
-        if dist.is_initialized():
-            dist.all_reduce(able, op=dist.ReduceOp.MIN)
-        enabled = wanted == "bfloat16" or (wanted == "auto" and bool(able))
-        self.precision = "bfloat16" if enabled else "float32"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
-
-    def parallelise(self, model: nn.Module) -> nn.Module:
-        """Return the model as Ray Train prepares it: gradients are averaged over workers where there are several.
-
-        Batch norm's running statistics are each worker's own, and averaged when they are read.
-        """
-        parallel = ray.train.torch.prepare_model(
-            model,
-            move_to_device=self.device,
-            parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True},
-        )
-        if self.world_size > 1:
-            settle_buckets(parallel, self.autocast)
-        return parallel
-
-
-def loss_and_sums(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Return the summed objective, and what the history counts.
-
-    Args:
-        logits: (n, classes) float32.
-        targets: (n,) int64 classes, or (n, classes) float shares.
-        smoothing: share of each label spread over all classes, in the objective alone.
-
-    Returns:
-        The objective to minimise, summed; and images, cross-entropy and hits, summed: (3,) float64.
-    """
-    log_probabilities = logits.log_softmax(1)
-    if targets.ndim == 1:
-        cross_entropy = -log_probabilities.gather(1, targets[:, None]).sum()
-        labels = targets
-    else:
-        cross_entropy = -(log_probabilities * targets).sum()
-        labels = targets.argmax(1)
-    uniform = -log_probabilities.mean(1).sum()
-    with torch.no_grad():
-        hits = (logits.argmax(1) == labels).sum()
-        images = torch.tensor(float(len(logits)), device=logits.device)
-        sums = torch.stack([images, cross_entropy, hits]).double()
-    return (1 - smoothing) * cross_entropy + smoothing * uniform, sums
-
 
 def best(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the epoch with the highest validation top-1, the first of equals."""
     return max(history, key=lambda row: row["val_top1"])
-
-
-class FiniteWatch:
-    """Notices the first step whose gradients are not finite, as they are when the loss isn't.
-
-    Gradients are averaged over workers before they are looked at, so that all workers notice the same step.
-    """
-
-    def __init__(self, device: torch.device, epoch: int) -> None:
-        self.epoch = epoch
-        self.first_bad = torch.full((), -1, device=device)
-        self.every = 1 if device.type == "cpu" else GPU_CHECK_STEPS
-
-    def look(self, norm: Tensor, step: int) -> None:
-        self.first_bad = torch.where((self.first_bad < 0) & ~norm.isfinite(), step, self.first_bad)
-        if step % self.every == 0:
-            self.check()
-
-    def check(self) -> None:
-        if (step := int(self.first_bad)) >= 0:
-            raise StopTrainingError(
-                f"the loss is no longer finite: epoch {self.epoch}, step {step + 1}. Try a smaller --lr, a longer "
-                "--warmup, --clip-norm 1 or --precision float32"
-            )
-
-
-class Reporter:
-    """Tells the driver, by the board, how the run stands; only the first worker speaks."""
-
-    def __init__(self, board: Board, *, leader: bool) -> None:
-        self.board, self.leader = board, leader
-        self.content: dict[str, Any] = {
-            "attempt": os.getpid(),
-            "history": [],
-            "notices": [],
-            "step": None,
-            "about": {},
-        }
-        self.last = 0.0
-
-    def phase(self, name: str) -> None:
-        self._put(phase=name)
-
-    def notice(self, sentence: str) -> None:
-        self._put(notices=[*self.content["notices"], sentence])
-
-    def about(self, facts: dict[str, Any]) -> None:
-        self._put(about=facts)
-
-    def epoch(self, history: list[dict[str, Any]]) -> None:
-        self._put(history=history, step=None)
-
-    def due(self) -> bool:
-        return self.leader and time.perf_counter() - self.last >= SHOW_SECONDS
-
-    def step(self, **figures: Any) -> None:
-        self.last = time.perf_counter()
-        self._put(step=figures)
-
-    def _put(self, **changes: Any) -> None:
-        self.content |= changes
-        if self.leader:
-            self.board.put("worker", self.content)
-
-
-def settle_buckets(model: nn.Module, autocast: torch.autocast) -> None:
-    """Take one pass that leaves no trace but the final layout of DDP's gradient buckets.
-
-    DDP regroups its buckets after its first backward pass. With three workers or more the order of the
-    additions follows the buckets, so a run that has just been resumed would round otherwise than one that
-    was never stopped.
-    """
-    kept = [buffer.clone() for buffer in model.buffers()]
-    device = next(model.parameters()).device
-    model.train()
-    for _ in range(2):
-        with autocast:
-            logits = model(torch.zeros(2, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last))
-        logits.float().sum().backward()
-        model.zero_grad()
-    for buffer, value in zip(model.buffers(), kept, strict=True):
-        buffer.copy_(value)
-
-
-def set_up_hardware(job: Job, device: torch.device) -> None:
-    torch.set_num_threads(job.threads)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Return whether the hardware multiplies in bfloat16, rather than emulating it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
-    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -1,0 +1,67 @@
+"""What a worker computes on: its threads, its precision, and the workers beside it."""
+
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raycifar.recipes import Precision
+
+
+def set_up(device: torch.device, threads: int) -> None:
+    """Use so many CPU threads, and on a GPU the fastest algorithms found by trial."""
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+
+
+def choose_precision(wanted: Precision, device: torch.device) -> torch.dtype:
+    """Return the type to multiply in; `auto` is bfloat16 if every worker's hardware has it, else float32."""
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    able = torch.tensor(float(has_bfloat16(device)), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(able, op=dist.ReduceOp.MIN)
+    return torch.bfloat16 if able else torch.float32
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether the hardware multiplies in bfloat16, rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def parallelise(model: nn.Module, device: torch.device, autocast: torch.autocast) -> nn.Module:
+    """Return the model as Ray Train prepares it: gradients are averaged over workers where there are several.
+
+    Batch norm's running statistics stay each worker's own; they are averaged when they are read.
+    """
+    parallel = ray.train.torch.prepare_model(
+        model,
+        move_to_device=device,
+        parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True},
+    )
+    if parallel is not model:
+        settle_buckets(parallel, device, autocast)
+    return parallel
+
+
+def settle_buckets(model: nn.Module, device: torch.device, autocast: torch.autocast) -> None:
+    """Take one pass that leaves no trace but the final layout of DDP's gradient buckets.
+
+    DDP regroups its buckets after its first backward pass. With three workers or more the order of the
+    additions follows the buckets, so a run that has just been resumed would round otherwise than one that
+    was never stopped.
+    """
+    kept = [buffer.clone() for buffer in model.buffers()]
+    model.train()
+    for _ in range(2):
+        with autocast:
+            logits = model(torch.zeros(2, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last))
+        logits.float().sum().backward()
+        model.zero_grad()
+    for buffer, value in zip(model.buffers(), kept, strict=True):
+        buffer.copy_(value)
