@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from raycifar.data.shards import Shard
 from raycifar.engine.augment import normalise
 
-BATCH = 500  # images scored at a time
+BATCH = 250  # images scored at a time
 BINS = 15  # of confidence, for the calibration error: Guo et al. (2017), arXiv:1706.04599
 SCORES = ("images", "loss", "top1", "top5", "superclass_top1")
 
