@@ -7,7 +7,10 @@ import click
 
 from raycifar import __version__
 
-DOORS = {"train": "Train one model, data-parallel, on Ray Train."}
+DOORS = {
+    "train": "Train one model, data-parallel, on Ray Train.",
+    "compare": "Train several models and seeds, orchestrated by Ray Tune, and say which is better.",
+}
 
 
 class Doors(click.Group):

@@ -46,8 +46,6 @@ def connect(*, debug: bool) -> str:
     Raises:
         WorkError: the cluster refuses, or can't be reached.
     """
-    # Ray Train takes one report of each worker at each look, every 2 s by default: epochs of a GPU are shorter.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     quiet = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
     try:
         context = ray.init(address="auto", **quiet)
@@ -110,6 +108,22 @@ def size(count: int | None, device: str, cpus: float | None) -> Workers:
             "Take fewer --workers or --cpus-per-worker."
         )
     return Workers(count, use_gpu, each)
+
+
+def size_trials(count: int | None, device: str, cpus: float | None, trials: int) -> tuple[Workers, int]:
+    """Return the sizing of each of several runs, and how many of them the cluster holds at once.
+
+    By default a run takes one GPU, or on CPUs as much of a node as lets every node work.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    count = count or 1
+    if not cpus and (device == "cpu" or not any(node.get("GPU") for node in nodes)):
+        free = [usable_cpus(node.get("CPU", 0)) for node in nodes]
+        cpus = largest_share(free, count * max(1, min(trials, sum(amount > 0 for amount in free)))) or None
+    workers = size(count, device, cpus)
+    wanted = workers.resources
+    fit = sum(int(min(node.get(name, 0) / amount for name, amount in wanted.items()) + 1e-9) for node in nodes)
+    return workers, max(1, fit // count)
 
 
 def usable_cpus(cpus: float) -> float:

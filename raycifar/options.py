@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 import signal
 import sys
 import traceback
@@ -11,6 +12,7 @@ from typing import Any, get_args
 
 import click
 
+from raycifar.errors import RequestError
 from raycifar.recipes import Recipe
 
 
@@ -22,6 +24,32 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         name = f"--{field.name.replace('_', '-')}"
         command = click.option(name, type=kind, help=field.metadata["help"])(command)
     return command
+
+
+def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options, besides the recipe's, that `train` and `compare` share."""
+    for option in reversed(
+        (
+            click.option("--data", envvar="RAYCIFAR_DATA", default="cifar100", help="cifar100, synthetic, path, URI."),
+            click.option("--val-size", type=int, default=5000, help="Training images held out, as many of each class."),
+            click.option("--limit", type=int, help="Use only so many training images, as many of each class."),
+            click.option("--pretrained", type=click.Choice(["none"]), default="none"),
+            click.option("--device", type=click.Choice(["auto", "gpu", "cpu"]), default="auto"),
+            click.option(
+                "--cpus-per-worker", type=click.FloatRange(min=0, min_open=True), help="CPUs, so threads.  [fair share]"
+            ),
+            click.option("--storage", default="results", help="Where runs are kept: a folder or a URI."),
+            click.option("--max-failures", type=click.IntRange(min=0), default=3, help="Restarts after a worker died."),
+            click.option("--compile", is_flag=True, help="Compile the model with torch.compile."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def check_name(name: str) -> None:
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise RequestError(f"--name {name!r} is no folder's name: use letters, digits, '-', '_' and '.'.")
 
 
 def pick_recipe(base: Recipe, options: dict[str, Any]) -> Recipe:

@@ -79,6 +79,13 @@ class Recipe:
                 return self.lr
 
 
+def describe_changes(recipe: Recipe, base: Recipe) -> str:
+    """Return the fields in which `recipe` differs from `base`, or the empty string."""
+    differing = [f.name for f in fields(Recipe) if getattr(recipe, f.name) != getattr(base, f.name)]
+    pairs = [(name, getattr(recipe, name)) for name in differing]
+    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in pairs)
+
+
 RECIPES = {
     "cnn": Recipe(),
     "vgg16": Recipe(),

@@ -4,6 +4,7 @@
     metrics.jsonl       a line for each finished epoch
     result.json         how it ended, with the scores on the test set
     model.safetensors   the final weights
+    predictions.parquet the final network's answer for each test image
     best.safetensors    the weights of the epoch with the best validation top-1
     checkpoint_*        what a run resumes from; each has a manifest, written last, with a digest of each file
 
@@ -25,7 +26,9 @@ from raycifar.files import is_local, locate, write_whole
 
 RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
 MODEL, BEST = "model.safetensors", "best.safetensors"
+PREDICTIONS = "predictions.parquet"
 MANIFEST = "manifest.json"
+STUDY, COMPARISON, COMPARISON_TABLE = "study.json", "comparison.json", "comparison.csv"  # of a comparison's folder
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 KEPT = 3  # checkpoints; the newest may be damaged, and so may the one before
 

@@ -1,21 +1,29 @@
 """What a run says: a calm screen at a terminal, plain lines anywhere else."""
 
 import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from raycifar.board import Board
+
+if TYPE_CHECKING:
+    from raycifar.study import Task
 
 POLL_SECONDS = 0.25
 LINE_SECONDS = 30  # between two lines about the same thing, where there is no terminal
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 class Screen:
@@ -88,6 +96,53 @@ class Screen:
                 return
             time.sleep(POLL_SECONDS)
 
+    def follow_tasks(self, tasks: Callable[[], Sequence["Task"]], running: Callable[[], bool]) -> None:
+        """Show the trials of a comparison until it is no longer `running`."""
+        if self.console.is_terminal:
+            with Live(console=self.console, transient=True, refresh_per_second=4) as live:
+                while running():
+                    live.update(task_table(tasks()))
+                    time.sleep(POLL_SECONDS)
+            self.console.print(task_table(tasks()))
+            return
+        said: dict[str, list[str]] = {task.name: [] for task in tasks() if task.over}
+        ended = set(said)  # before this command began
+        while True:
+            alive = running()
+            for task in tasks():
+                known = said.setdefault(task.name, [])
+                for line in task_lines(task) if task.name not in ended else ():
+                    if line not in known:
+                        known.append(line)
+                        self.say(f"{task.name}: {line}")
+                if task.over:
+                    ended.add(task.name)
+            if not alive:
+                return
+            time.sleep(POLL_SECONDS)
+
+
+def alongside(work: Callable[[], T], follow: Callable[[Callable[[], bool]], None]) -> T:
+    """Do `work` in a thread of its own, while this one hears Ctrl-C and runs `follow`; return or raise as it does.
+
+    Args:
+        follow: called with a function that tells whether the work goes on; returns when it doesn't.
+    """
+    outcome: dict[str, Any] = {}
+
+    def do() -> None:
+        try:
+            outcome["returned"] = work()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=do, daemon=True)
+    thread.start()
+    follow(thread.is_alive)
+    if error := outcome.get("error"):
+        raise error
+    return outcome["returned"]
+
 
 class LiveLine:
     """A progress bar for the epoch under way, or what is waited for."""
@@ -135,6 +190,51 @@ class PlainLine:
                 self.say(
                     f"epoch {step['epoch']}, step {step['step']}/{step['steps']}: {figures(step)}, {left:.0f} s left"
                 )
+
+
+def task_lines(task: "Task") -> list[str]:
+    """Return what there is to say of a trial so far, oldest first."""
+    if task.status == "waiting":
+        return []
+    lines = [f"running {task.setting}".rstrip()]
+    content = task.board.get("worker") or {}
+    lines += task.board.get("failures") or []
+    lines += content.get("notices", [])
+    lines += [epoch_line(row, task.recipe.epochs) for row in content.get("history", [])]
+    if task.over:
+        lines.append(task.status + (f": {task.reason}" if task.reason else ""))
+    return lines
+
+
+def task_table(tasks: Sequence["Task"]) -> Table:
+    """Return the trials as they stand."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("trial", "status", "epoch", "loss", "val top-1", "images/s", "time left"):
+        table.add_column(heading, justify="left" if heading in ("trial", "status") else "right")
+    for task in tasks:
+        content = (None if task.status == "waiting" else task.board.get("worker")) or {}
+        history, step, epochs = content.get("history", []), content.get("step"), task.recipe.epochs
+        cells = [task.name, task.status if task.over or task.status == "waiting" else content.get("phase", "starting")]
+        cells.append(f"{step['epoch'] if step else len(history)}/{epochs}" if content else "")
+        newest = history[-1] if history else {}
+        loss = step["loss"] if step else newest.get("train_loss")
+        speed = step["images_per_second"] if step else newest.get("images_per_second")
+        val = newest.get("val_top1")
+        cells += ["" if loss is None else f"{loss:.3f}", "" if val is None else f"{val:.4f}"]
+        cells.append(f"{speed:,.0f}" if speed else "")
+        cells.append("" if task.over or step is None else duration(seconds_left(step, epochs)))
+        table.add_row(*cells)
+    return table
+
+
+def seconds_left(step: Row, epochs: int) -> float:
+    """Return how long training still takes, validation aside, at the speed of the epoch under way."""
+    steps = (epochs - step["epoch"] + 1) * step["steps"] - step["step"]
+    return steps * step["images_per_step"] / step["images_per_second"]
+
+
+def duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def figures(step: Row) -> str:

@@ -3,10 +3,10 @@
 # Ray and PyTorch take seconds to import: what needs them is imported below, once there is something to read.
 
 import logging
+import os
 import platform
-import re
-import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib import metadata
@@ -20,10 +20,10 @@ from raycifar.board import Board
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, Splits, split
 from raycifar.errors import RequestError, WorkError
-from raycifar.options import Interrupted, door, pick_recipe, recipe_options
+from raycifar.options import Interrupted, check_name, door, pick_recipe, recipe_options, training_options
 from raycifar.recipes import RECIPES, Recipe
 from raycifar.runs import KEPT, RESULT, RUN, Run
-from raycifar.terminal import Screen, result_lines
+from raycifar.terminal import Screen, alongside, result_lines
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -51,23 +51,16 @@ class Request:
     compile: bool
     checkpoint_steps: int
     max_failures: int
+    test: bool = True  # score the test set at the end
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110})
 @click.option("--model", type=click.Choice(models.NAMES), required=True)
-@click.option("--data", envvar="RAYCIFAR_DATA", default="cifar100", help="cifar100, synthetic, a path or a URI.")
-@click.option("--val-size", type=int, default=5000, help="Training images held out, the same number of each class.")
-@click.option("--limit", type=int, help="Use only so many training images, the same number of each class.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the split, the first weights and every epoch.")
-@click.option("--pretrained", type=click.Choice(["none"]), default="none")
-@click.option("--workers", type=click.IntRange(min=0), help="0: this process.  [one for each GPU, else 1]")
-@click.option("--device", type=click.Choice(["auto", "gpu", "cpu"]), default="auto")
-@click.option("--cpus-per-worker", type=click.FloatRange(min=0, min_open=True), help="CPUs, so threads.  [fair share]")
-@click.option("--storage", default="results", help="Where runs are kept: a folder or a URI.")
 @click.option("--name", help="The run's name; the same name resumes it.  [model, seed and time]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the split, the first weights and every epoch.")
+@click.option("--workers", type=click.IntRange(min=0), help="0: this process.  [one for each GPU, else 1]")
 @click.option("--checkpoint-steps", type=click.IntRange(min=0), default=0, help="0: at the end of each epoch alone.")
-@click.option("--max-failures", type=click.IntRange(min=0), default=3, help="Restarts after a worker died.")
-@click.option("--compile", is_flag=True, help="Compile the model with torch.compile.")
+@training_options
 @recipe_options
 @door
 def main(debug: bool, **options: Any) -> None:
@@ -77,8 +70,7 @@ def main(debug: bool, **options: Any) -> None:
     """
     recipe = pick_recipe(RECIPES[options["model"]], options)
     name = options["name"] or f"{options['model']}-s{options['seed']}-{datetime.now():%Y%m%d-%H%M%S}"
-    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
-        raise RequestError(f"--name {name!r} is no folder's name: use letters, digits, '-', '_' and '.'.")
+    check_name(name)
     own = {key: options[key] for key in Request.__annotations__ if key in options}
     train(Request(**{**own, "recipe": recipe, "name": name}), debug=debug)
 
@@ -111,8 +103,7 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
             f"--batch-size {request.recipe.batch_size} leaves less than 2 images for each of {workers.count} workers."
         )
     screen.facts(request.name, overview(identity, workers, run.folder))
-    if "runtime_resources" in Path(run.folder).parts:  # where Ray unpacks a job's --working-dir
-        screen.say("Note: this job's folder is temporary, and the run in it: give --storage a full path or a URI.")
+    warn_of_temporary(run.folder, screen)
     try:
         record(run, identity, workers)
     except OSError as error:
@@ -121,7 +112,7 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
     board = Board(uuid.uuid4().hex)
     trainer = build_trainer(request, run, board, source, splits, workers, debug=debug)
     try:
-        outcome = fit(trainer, screen, board, request.recipe.epochs)
+        outcome = fit(trainer, lambda running: screen.follow(board, running, request.recipe.epochs))
     except Interrupted:
         screen.say(f"To continue, give the same command with --name {request.name}")
         raise
@@ -210,6 +201,11 @@ def overview(identity: dict[str, Any], workers: "Workers", folder: str) -> dict[
     }
 
 
+def warn_of_temporary(folder: str, screen: Screen) -> None:
+    if "runtime_resources" in Path(folder).parts:  # where Ray unpacks a job's --working-dir
+        screen.say("Note: this job's folder is temporary, and the run in it: give --storage a full path or a URI.")
+
+
 # The work ------------------------------------------------------------------------------------------
 
 
@@ -244,6 +240,8 @@ def build_trainer(
     from raycifar.engine.loop import Job, train_loop_per_worker
     from raycifar.engine.reporter import FailureNotices
 
+    # Ray Train takes one report of each worker at each look, every 2 s by default: epochs of a GPU are shorter.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     job = Job(
         run=run,
         board=board,
@@ -252,6 +250,7 @@ def build_trainer(
         seed=request.seed,
         images=len(splits.train),
         validate=len(splits.val) > 0,
+        test_images=len(splits.test) if request.test else 0,
         parents=source.superclasses(),
         use_gpu=workers.use_gpu,
         threads=workers.threads,
@@ -259,11 +258,12 @@ def build_trainer(
         compile=request.compile,
         checkpoint_steps=request.checkpoint_steps,
     )
+    tables = {name: table for name, table in splits.tables().items() if name != "test" or request.test}
     run.mend_snapshot()
     return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"job": job},
-        datasets=to_datasets(splits.tables(), workers.count),
+        datasets=to_datasets(tables, workers.count),
         dataset_config=ExactShards(),
         scaling_config=ScalingConfig(
             num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=workers.resources
@@ -280,28 +280,14 @@ def build_trainer(
     )
 
 
-def fit(trainer: "TorchTrainer", screen: Screen, board: Board, epochs: int) -> dict[str, Any]:
-    """Run the trainer in a thread of its own, while this one shows the run and hears Ctrl-C.
-
-    Returns:
-        What the first worker's training function returned.
-    """
-    outcome: dict[str, Any] = {}
-
-    def work() -> None:
-        try:
-            outcome["returned"] = trainer.fit().return_value
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    screen.follow(board, thread.is_alive, epochs)
-    if error := outcome.get("error"):
+def fit(trainer: "TorchTrainer", follow: Callable[[Callable[[], bool]], None]) -> dict[str, Any]:
+    """Run the trainer while `follow` shows the run, and return what the first worker's training function returned."""
+    try:
+        return alongside(lambda: trainer.fit().return_value, follow)
+    except Exception as error:
         raise WorkError(
             f"training failed: {root_cause(error)} The same command continues from the last checkpoint."
         ) from error
-    return outcome["returned"]
 
 
 def root_cause(error: BaseException) -> str:
@@ -331,7 +317,7 @@ def conclude(run: Run, outcome: dict[str, Any]) -> dict[str, Any]:
         "best_epoch": outcome["best_epoch"],
         "train_seconds": seconds,
         "images_per_second": images / sum(row["training_seconds"] for row in history),
-        "test": outcome["test"],
+        **({"test": outcome["test"]} if outcome["test"] else {}),
     }
     run.write_json(RESULT, result)
     return result

@@ -7,7 +7,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from raycifar.data.shards import Shard
 from raycifar.engine.augment import normalise
-from raycifar.engine.evaluate import evaluate
+from raycifar.engine.evaluate import predict, score
 from raycifar.engine.loss import loss_and_sums
 
 PARENTS = [label // 5 for label in range(100)]
@@ -25,7 +25,7 @@ def test_scores_match_torchmetrics():
         easy = torch.arange(1234) < 600
         labels[easy] = guesses.argmax(1)[easy]
     shard = Shard(images, labels, labels // 5)
-    scores = evaluate(model, shard, PARENTS, torch.autocast("cpu", torch.bfloat16, enabled=False))
+    scores = score(predict(model, shard, torch.autocast("cpu", torch.bfloat16, enabled=False)), shard, PARENTS)
 
     def accuracy(predicted, target, **options):
         return multiclass_accuracy(predicted, target, average="micro", **options).item()

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -16,51 +19,76 @@ SCORES = ("images", "loss", "top1", "top5", "superclass_top1")
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, shard: Shard, parents: Sequence[int], autocast: torch.autocast) -> dict[str, float]:
-    """Return the scores of `model` over all workers' shards; all workers must call it together.
+def predict(model: nn.Module, shard: Shard, autocast: torch.autocast) -> Tensor:
+    """Return the logits (n, classes) float32 of this worker's images; `model` is left in evaluation mode."""
+    model.eval()
+    logits = []
+    for start in range(0, len(shard), BATCH):
+        with autocast:
+            logits.append(model(normalise(shard.images[start : start + BATCH])).float())
+    return torch.cat(logits)
+
+
+@torch.inference_mode()
+def score(logits: Tensor, shard: Shard, parents: Sequence[int]) -> dict[str, float]:
+    """Return the scores over all workers' shards; all workers must call it together.
 
     Args:
-        model: maps normalised images to logits; it is left in evaluation mode.
+        logits: (n, classes) float32, of this worker's images.
         shard: this worker's images.
         parents: the superclass of each class.
-        autocast: the precision to compute in.
 
     Returns:
         images, loss (natural-log cross-entropy), top1, top5, superclass_top1 (the predicted class's
         superclass is right), ece (expected calibration error over 15 bins of equal width).
     """
-    model.eval()
-    device = shard.images.device
-    parent = torch.tensor(parents, device=device)
-    totals = torch.zeros(len(SCORES), dtype=torch.float64, device=device)
-    bins = torch.zeros((3, BINS), dtype=torch.float64, device=device)  # images, confidence, correct
-    for start in range(0, len(shard), BATCH):
-        rows = slice(start, start + BATCH)
-        labels = shard.labels[rows]
-        with autocast:
-            logits = model(normalise(shard.images[rows]))
-        logits = logits.float()
-        ranked = logits.topk(5).indices
-        right = ranked == labels[:, None]
-        superclass_right = parent[ranked[:, 0]] == shard.coarse[rows]
-        totals += torch.stack(
-            [
-                torch.tensor(float(len(labels)), device=device),
-                F.cross_entropy(logits, labels, reduction="sum"),
-                right[:, 0].sum(),
-                right.any(1).sum(),
-                superclass_right.sum(),
-            ]
-        )
-        confidence = logits.softmax(1).amax(1).double()
-        bin_of = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-        for row, values in enumerate((torch.ones_like(confidence), confidence, right[:, 0].double())):
-            bins[row].scatter_add_(0, bin_of, values)
+    device = logits.device
+    ranked = logits.topk(5).indices
+    right = ranked == shard.labels[:, None]
+    superclass_right = torch.tensor(parents, device=device)[ranked[:, 0]] == shard.coarse
+    loss = F.cross_entropy(logits, shard.labels, reduction="none")
+    counted = (torch.ones_like(loss), loss, right[:, 0], right.any(1), superclass_right)
+    totals = torch.stack([values.double().sum() for values in counted])
+
+    confidence = logits.softmax(1).amax(1).double()
+    bin_of = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    bins = torch.zeros((2, BINS), dtype=torch.float64, device=device)  # confidence, correct
+    for row, values in enumerate((confidence, right[:, 0].double())):
+        bins[row].scatter_add_(0, bin_of, values)
     reduce_sum(totals, bins)
     images = totals[0].item()
     scores = dict(zip(SCORES, [int(images), *(totals[1:] / images).tolist()], strict=True))
-    scores["ece"] = ((bins[1] - bins[2]).abs().sum() / images).item()
+    scores["ece"] = ((bins[0] - bins[1]).abs().sum() / images).item()
     return scores
+
+
+@torch.inference_mode()
+def gather(part: Tensor, images: int, first: int) -> Tensor:
+    """Return the rows of all workers, (images, …): `part` holds this worker's, from row `first` on."""
+    whole = part.new_zeros((images, *part.shape[1:]))
+    whole[first : first + len(part)] = part
+    reduce_sum(whole)
+    return whole
+
+
+def to_predictions_file(probabilities: Tensor, labels: Tensor) -> bytes:
+    """Return a Parquet file with a row for each image of a split, in the split's order.
+
+    Args:
+        probabilities: (images, classes) float32. labels: (images,) int64.
+
+    Returns:
+        Columns index and label (int64), top5 (5 int64, the likeliest class first), probabilities (float32).
+    """
+    values = {"top5": probabilities.topk(5).indices.cpu().numpy(), "probabilities": probabilities.cpu().numpy()}
+    lists = {
+        name: pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), array.shape[1])
+        for name, array in values.items()
+    }
+    table = pa.table({"index": np.arange(len(labels)), "label": labels.cpu().numpy(), **lists})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
 
 
 def reduce_sum(*tensors: Tensor) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from raycifar.analysis.collapse import collapse
 from raycifar.board import Board
 from raycifar.data import CLASSES
-from raycifar.data.shards import Shard, load_shard
+from raycifar.data.shards import Shard, bounds, load_shard
 from raycifar.engine.augment import augment, mix, normalise
 from raycifar.engine.checkpoint import Checkpointer
-from raycifar.engine.evaluate import evaluate, reduce_sum
+from raycifar.engine.evaluate import gather, predict, reduce_sum, score, to_predictions_file
 from raycifar.engine.hardware import choose_precision, parallelise, set_up
 from raycifar.engine.loss import FiniteWatch, StopTrainingError, loss_and_sums
 from raycifar.engine.optim import set_learning_rate
@@ -25,7 +25,7 @@ from raycifar.engine.order import advance, batches, step_seed, steps_per_epoch
 from raycifar.engine.reporter import Reporter
 from raycifar.engine.state import Progress, TrainingState, to_weights_file
 from raycifar.recipes import Recipe
-from raycifar.runs import BEST, MODEL, RUN, Run
+from raycifar.runs import BEST, MODEL, PREDICTIONS, RUN, Run
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Job:
     seed: int
     images: int  # of the training split
     validate: bool
+    test_images: int  # 0: the test set is left alone
     parents: Sequence[int]  # the superclass of each class
     use_gpu: bool
     threads: int
@@ -96,13 +97,23 @@ class Worker:
             self.train_epoch(train_set)
             self.finish_epoch(val_set)
 
-        self.reporter.phase("scoring the test set")
-        test = evaluate(self.state.scored, load_shard("test", self.device), self.job.parents, self.autocast)
+        test = self.test() if self.job.test_images else None
         if self.rank == 0:
             self.run.write(MODEL, to_weights_file(self.state.scored, self.job.model))
         self.checkpointer.wait()
         history = self.state.progress.history
         return {"test": test, "history": history, "best_epoch": best(history)["epoch"] if val_set else None}
+
+    def test(self) -> dict[str, float]:
+        """Score the test set, and keep what was predicted of each image."""
+        self.reporter.phase("scoring the test set")
+        test_set, images = load_shard("test", self.device), self.job.test_images
+        logits = predict(self.state.scored, test_set, self.autocast)
+        first = bounds(images, self.world_size)[self.rank]
+        probabilities, labels = (gather(part, images, first) for part in (logits.softmax(1), test_set.labels))
+        if self.rank == 0:
+            self.run.write(PREDICTIONS, to_predictions_file(probabilities, labels))
+        return score(logits, test_set, self.job.parents)
 
     # An epoch ---------------------------------------------------------------------------------------
 
@@ -164,7 +175,7 @@ class Worker:
         self.state.average_buffers()
         images, loss, hits = progress.sums
         step = progress.epoch * self.steps - 1
-        val = evaluate(self.state.scored, val_set, job.parents, self.autocast) if val_set else {}
+        val = score(predict(self.state.scored, val_set, self.autocast), val_set, job.parents) if val_set else {}
         row = {
             "epoch": progress.epoch,
             "train_loss": loss / images,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from raycifar.data import CLASSES, SHAPE
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -26,3 +28,15 @@ def build(name: str, classes: int, dropout: float = 0.0) -> nn.Module:
     # Imported when asked for: a worker that trains `cnn` has no need of torchvision.
     module = importlib.import_module(f"raycifar.models.{name}")
     return module.build(classes, dropout)
+
+
+def flops(name: str, classes: int = CLASSES) -> int:
+    """Return the floating-point operations of one image's forward pass; a multiply-add counts as two."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model, image = build(name, classes).eval(), torch.empty(1, *SHAPE)
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops()

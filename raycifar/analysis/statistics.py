@@ -1,0 +1,129 @@
+"""How sure a comparison is: intervals over seeds, and paired tests on the same test images.
+
+Two things make a test accuracy uncertain: the seed that a network was trained with, and which images
+happen to be in the test set. The variance of a difference is the sum of both parts; its degrees of
+freedom follow Welch and Satterthwaite, with the images' part counted as known.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+POWER = 0.8  # of the number of seeds that is advised: the chance that they would tell the difference
+MOST_SEEDS = 100
+RESAMPLES = 10_000
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, Any]:
+    """Return mean, low, high and n: Student's t interval of 95 %, None for its ends where n is 1."""
+    n, mean = len(values), float(np.mean(values))
+    if n == 1:
+        return {"mean": mean, "low": None, "high": None, "n": 1}
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+    return {"mean": mean, "low": float(mean - half), "high": float(mean + half), "n": n}
+
+
+def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the exact p-value of McNemar (1947) for two networks.
+
+    Args:
+        a, b: (images,) bool, whether each image is classified right.
+    """
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def bootstrap(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % percentile interval of mean(a) - mean(b), resampling runs and, for both alike, images.
+
+    Args:
+        a, b: (runs, images) bool, whether each image is classified right.
+    """
+    rng = np.random.default_rng(seed)
+    # Images that all runs answer alike are interchangeable: drawing how many of each kind is enough.
+    kinds, counts = np.unique(np.concatenate([a, b]).T, axis=0, return_counts=True)
+    drawn = rng.multinomial(counts.sum(), counts / counts.sum(), RESAMPLES) / counts.sum()
+    accuracies = drawn @ kinds  # (resamples, runs)
+    of_a, of_b = np.split(accuracies, [len(a)], axis=1)
+    means = [
+        np.take_along_axis(part, rng.integers(part.shape[1], size=part.shape), axis=1).mean(1) for part in (of_a, of_b)
+    ]
+    low, high = np.quantile(means[0] - means[1], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def image_variance(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the part of the variance of mean(a) - mean(b) that is owed to the choice of test images."""
+    differences = a.mean(0) - b.mean(0)
+    return float(differences.var(ddof=1) / len(differences))
+
+
+def seed_variances(a: np.ndarray, b: np.ndarray) -> tuple[list[tuple[float, int]], bool]:
+    """Return the parts that are owed to seeds, each with its degrees of freedom, and whether they were measured.
+
+    With a single run of either model they can't be measured. Runs that differ in their seed alone err on
+    images independently of each other (Jordan, 2023, arXiv:2304.01910); their variance is then at most that
+    of the images on which two runs disagree, which is what is taken.
+    """
+    if min(len(a), len(b)) > 1:
+        return [(float(runs.mean(1).var(ddof=1)) / len(runs), len(runs) - 1) for runs in (a, b)], True
+    disagreement = float(np.mean([(one != other).mean() for one in a for other in b]))
+    return [(disagreement / a.shape[1], 10**9)], False
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+    """Return how the accuracies of two models differ, and how sure that is.
+
+    Args:
+        a, b: (runs, images) bool, whether each test image is classified right by each run.
+
+    Returns:
+        difference (of the means, a less b), low and high (95 %), p_value (two-sided t test), degrees_of_freedom,
+        seeds_measured, bootstrap (low, high), and seeds_needed: how many runs of each model would tell a
+        difference of this size with a power of 0.8; None where no number up to 100 would.
+    """
+    d = float(a.mean() - b.mean())
+    images = image_variance(a, b)
+    seeds, measured = seed_variances(a, b)
+    variance = images + sum(part for part, _ in seeds)
+    spread = sum(part**2 / freedom for part, freedom in seeds)
+    freedom = variance**2 / spread if spread else 1e9
+    error = math.sqrt(variance)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    each = sum(part for part, _ in seeds) / (1 / len(a) + 1 / len(b))  # the variance between two seeds
+    return {
+        "difference": d,
+        "low": d - half,
+        "high": d + half,
+        "p_value": float(2 * stats.t.sf(abs(d) / error, freedom)) if error else float(d == 0),
+        "degrees_of_freedom": freedom,
+        "seeds_measured": measured,
+        "bootstrap": bootstrap(a, b),
+        "seeds_needed": seeds_needed(d, each, images),
+    }
+
+
+def seeds_needed(d: float, seed: float, images: float) -> int | None:
+    """Return the smallest number of seeds for each of two models that would tell a difference of `d`.
+
+    Args:
+        seed: variance of a model's accuracy between seeds. images: variance of the difference by images.
+    """
+    for n in range(2, MOST_SEEDS + 1) if d else ():
+        needed = stats.t.ppf((1 + CONFIDENCE) / 2, 2 * n - 2) + stats.norm.ppf(POWER)
+        if abs(d) >= needed * math.sqrt(2 * seed / n + images):
+            return n
+    return None
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number (Holm, 1979)."""
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, k in enumerate(np.argsort(p_values, kind="stable")):
+        least = max(least, min(1.0, p_values[k] * (len(p_values) - rank)))
+        adjusted[k] = least
+    return adjusted

@@ -1,0 +1,147 @@
+"""What a search varies, and where it looks next: Optuna's TPE as a function of the trials that are known.
+
+Optuna keeps nothing between two questions. The trial that is asked for is drawn from a sampler seeded with
+its number, given all earlier trials; so a search that was killed goes on as if it had not been.
+"""
+
+import dataclasses
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from raycifar.errors import RequestError
+from raycifar.recipes import Recipe
+
+Space = dict[str, BaseDistribution]
+
+STARTUP_TRIALS = 5  # drawn at random before TPE (Bergstra et al., 2011) models what was good
+KEYS = {"min", "max", "log", "choices"}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is known of a search trial: `status` is running, finished, stopped or failed; `history` its val_top1."""
+
+    recipe: Recipe
+    status: str
+    history: Sequence[float]
+
+
+def default_space(recipe: Recipe) -> Space:
+    """Return the space around a model's recipe."""
+    return {
+        "lr": FloatDistribution(recipe.lr / 8, recipe.lr * 8, log=True),
+        "weight_decay": FloatDistribution(1e-5, 5e-3, log=True),
+        "batch_size": CategoricalDistribution([64, 128, 256]),
+        "label_smoothing": FloatDistribution(0.0, 0.2),
+        "augment": CategoricalDistribution(["none", "flip", "crop", "cutout"]),
+    }
+
+
+def read_space(file: str) -> Space:
+    """Return the space of a TOML file: a table for each field of the recipe, with min and max, or choices.
+
+    Raises:
+        RequestError: the file can't be read, or what it says makes no sense.
+    """
+    try:
+        tables = tomllib.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--space {file} can't be read: {error}.") from error
+    fields = {field.name: field.type for field in dataclasses.fields(Recipe)}
+    space: Space = {}
+    for name, table in tables.items():
+        try:
+            if name not in fields or name == "epochs":
+                raise ValueError(f"a search can't vary it: choose from {', '.join(f for f in fields if f != 'epochs')}")
+            space[name] = to_distribution(table, fields[name])
+            ends = list(table["choices"]) if "choices" in table else [table["min"], table["max"]]
+            for value in ends:
+                dataclasses.replace(Recipe(), **{name: value})
+        except (ValueError, TypeError) as error:
+            raise RequestError(f"--space {file}, [{name}]: {error}.") from error
+    if not space:
+        raise RequestError(f"--space {file} names no field of the recipe.")
+    return space
+
+
+def to_distribution(table: Any, kind: Any) -> BaseDistribution:
+    if not isinstance(table, dict) or not table.keys() <= KEYS:
+        raise ValueError(f"a table is needed of {', '.join(sorted(KEYS))}")
+    if "choices" in table:
+        if not isinstance(table["choices"], list) or table.keys() != {"choices"}:
+            raise ValueError("choices is a list, and stands alone")
+        return CategoricalDistribution(table["choices"])
+    if kind not in (int, float):
+        raise ValueError("it takes choices")
+    if not {"min", "max"} <= table.keys() or not all(isinstance(table[end], int | float) for end in ("min", "max")):
+        raise ValueError("min and max are needed, or choices")
+    number = IntDistribution if kind is int else FloatDistribution
+    return number(table["min"], table["max"], log=bool(table.get("log", False)))
+
+
+def suggest(space: Space, base: Recipe, earlier: Sequence[Trial], seed: int) -> Recipe:
+    """Return the recipe to try next; the first is `base` itself, to be beaten.
+
+    Args:
+        base: of the model; what is not in the space stays as it is there.
+        earlier: trials begun before this one, in their order.
+    """
+    if not earlier:
+        return base
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler = optuna.samplers.TPESampler(
+        seed=(seed * 1009 + len(earlier)) % 2**32, n_startup_trials=STARTUP_TRIALS, constant_liar=True
+    )
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for trial in earlier:
+        if frozen := to_optuna(space, trial):
+            study.add_trial(frozen)
+    return dataclasses.replace(base, **study.ask(space).params)
+
+
+def to_optuna(space: Space, trial: Trial) -> optuna.trial.FrozenTrial | None:
+    """Return a trial in Optuna's words, or None for one outside the space, as the recipe itself may be."""
+    params = {name: getattr(trial.recipe, name) for name in space}
+    if not all(contains(space[name], value) for name, value in params.items()):
+        return None
+    state = {
+        "finished": optuna.trial.TrialState.COMPLETE,
+        "stopped": optuna.trial.TrialState.PRUNED,
+        "running": optuna.trial.TrialState.RUNNING,
+        "failed": optuna.trial.TrialState.FAIL,
+    }[trial.status]
+    return optuna.trial.create_trial(
+        params=params,
+        distributions=space,
+        state=state,
+        value=trial.history[-1] if trial.status == "finished" else None,
+        intermediate_values=dict(enumerate(trial.history, start=1)),
+    )
+
+
+def contains(distribution: BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return distribution.low <= value <= distribution.high
+
+
+def describe(space: Space) -> dict[str, Any]:
+    """Return the space as JSON holds it."""
+    return {
+        name: list(distribution.choices)
+        if isinstance(distribution, CategoricalDistribution)
+        else {"min": distribution.low, "max": distribution.high, "log": distribution.log}  # type: ignore[attr-defined]
+        for name, distribution in space.items()
+    }

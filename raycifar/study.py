@@ -1,0 +1,299 @@
+"""The trials of a comparison, orchestrated by Ray Tune: each trains as `raycifar train` does, in a run folder."""
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from raycifar.board import Board
+from raycifar.cluster import Workers
+from raycifar.data.tables import Source, split
+from raycifar.errors import WorkError
+from raycifar.recipes import Recipe, describe_changes
+from raycifar.runs import RESULT, RUN, Run
+from raycifar.space import Space, Trial, suggest
+from raycifar.terminal import POLL_SECONDS
+from raycifar.train import Request, build_trainer, conclude, fit, identify, record
+
+REDUCTION = 3  # ASHA (Li et al., 2020) goes on with one trial of so many at each rung
+RETRIES = 1  # of a trial whose driver failed; the death of a worker is Ray Train's to mend
+# Where a trial's driver runs: on the head, which spot prices don't take away. It reserves no CPU, so that
+# workers that hold every CPU can't starve it.
+DRIVER = {"node:__internal_head__": 0.001}
+
+
+@dataclass
+class Task:
+    """One trial: a model, a seed and a recipe."""
+
+    name: str
+    model: str
+    seed: int
+    recipe: Recipe
+    search: bool
+    setting: str = ""  # how the recipe differs from the model's
+    status: str = "waiting"  # then running, and finished, stopped (by ASHA) or failed
+    reason: str | None = None
+    board: Board = field(default_factory=lambda: Board(uuid.uuid4().hex))
+
+    @property
+    def over(self) -> bool:
+        return self.status in ("finished", "stopped", "failed")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared. Each task's request is `base` with its own model, seed, recipe and name."""
+
+    base: Request
+    folder: str
+    recipes: Mapping[str, Recipe]  # by model, in the order of the trials
+    seeds: Sequence[int]
+    searches: int  # search trials of each model
+    spaces: Mapping[str, Space]
+
+    def run(self, task: Task) -> Run:
+        return Run(self.folder, task.name)
+
+    def request(self, task: Task) -> Request:
+        return replace(
+            self.base,
+            storage=self.folder,
+            name=task.name,
+            model=task.model,
+            seed=task.seed,
+            recipe=task.recipe,
+            test=not task.search,
+        )
+
+
+class Plan(Searcher):
+    """What to try next, in Ray Tune's words, and how each trial stands.
+
+    What was done before, by a driver that was killed, is read from the run folders: a finished trial is not
+    run again, and one that was under way is run with the recipe it had, so that it resumes.
+    """
+
+    def __init__(self, study: Study, most_at_once: int, stopper: "AshaByModel") -> None:
+        super().__init__()
+        self.study, self.most_at_once, self.stopper = study, most_at_once, stopper
+        self.searches: dict[str, list[Task]] = {model: [] for model in study.recipes}
+        self.finals: dict[str, list[Task]] = {}
+        self.by_trial: dict[str, Task] = {}
+        self._advance()
+
+    @property
+    def tasks(self) -> list[Task]:
+        return [task for group in (self.searches, self.finals) for tasks in group.values() for task in tasks]
+
+    # Ray Tune asks ---------------------------------------------------------------------------------
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        running = sum(task.status == "running" for task in self.tasks)
+        if running >= self.most_at_once:
+            return None
+        task = next((task for task in self.tasks if task.status == "waiting"), None) or self._next_search()
+        if task is None:
+            return None if running else Searcher.FINISHED
+        task.status = "running"
+        self.by_trial[trial_id] = task
+        return {"task": asdict(task)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        task = self.by_trial.pop(trial_id, None)
+        if task is None:
+            return
+        run = self.study.run(task)
+        ending = run.read_json(RESULT)
+        if not error and ending is None:
+            ending = {"status": "stopped", "epochs": len(run.history())}
+            run.write_json(RESULT, ending)
+        if error:
+            reason = task.board.get("reason") or "its driver died."
+            ending = {"status": "failed", "reason": reason}
+        assert ending is not None
+        task.reason, task.status = ending.get("reason"), ending["status"]
+        self._advance()
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing is Tune's to keep: the run folders hold all that is known."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See `save`."""
+
+    # What follows from what is known ---------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """Add the final runs of each model whose best recipe is known."""
+        for model in self.study.recipes:
+            while (known := self._restored(model)) is not None:
+                self.searches[model].append(known)
+            if model in self.finals or not self._searched(model):
+                continue
+            best = self.best(model)
+            recipe = best.recipe if best else self.study.recipes[model]
+            setting = describe_changes(recipe, self.study.recipes[model])
+            self.finals[model] = [
+                self._with_status(Task(f"{model}-s{seed}", model, seed, recipe, search=False, setting=setting))
+                for seed in self.study.seeds
+            ]
+
+    def _searched(self, model: str) -> bool:
+        tasks = self.searches[model]
+        return len(tasks) == self.study.searches and all(task.over for task in tasks)
+
+    def best(self, model: str) -> Task | None:
+        """Return the search trial that ended with the highest validation top-1, the first of equals."""
+        finished = [task for task in self.searches[model] if task.status == "finished"]
+        return max(finished, key=lambda task: self.val_top1(task)[-1], default=None)
+
+    def val_top1(self, task: Task) -> list[float]:
+        return [row["val_top1"] for row in self.study.run(task).history()]
+
+    def _next_search(self) -> Task | None:
+        for model, tasks in self.searches.items():
+            if len(tasks) < self.study.searches:
+                known = [Trial(task.recipe, task.status, self.val_top1(task)) for task in tasks]
+                recipe = suggest(self.study.spaces[model], self.study.recipes[model], known, self.study.seeds[0])
+                tasks.append(self._search_task(model, recipe))
+                return tasks[-1]
+        return None
+
+    def _search_task(self, model: str, recipe: Recipe) -> Task:
+        name = f"{model}-search-{len(self.searches[model]) + 1:02}"
+        setting = describe_changes(recipe, self.study.recipes[model]) or "the recipe itself"
+        return Task(name, model, self.study.seeds[0], recipe, search=True, setting=setting)
+
+    def _restored(self, model: str) -> Task | None:
+        """Return the model's next search trial if it was begun before."""
+        if len(self.searches[model]) == self.study.searches:
+            return None
+        run = self.study.run(self._search_task(model, self.study.recipes[model])).read_json(RUN)
+        if run is None:
+            return None
+        task = self._with_status(self._search_task(model, Recipe(**run["recipe"])))
+        if task.over:
+            self.stopper.remember(task, self.val_top1(task))
+        return task
+
+    def _with_status(self, task: Task) -> Task:
+        ending = self.study.run(task).read_json(RESULT)
+        if ending and (ending["status"] == "finished" or task.search):
+            task.status, task.reason = ending["status"], ending.get("reason")
+        return task
+
+
+class AshaByModel(FIFOScheduler):
+    """Stops search trials that fall behind others of their model; final runs are never stopped."""
+
+    def __init__(self, epochs: Mapping[str, int]) -> None:
+        super().__init__()
+        self.stoppers = {
+            model: ASHAScheduler(
+                time_attr="epoch",
+                metric="val_top1",
+                mode="max",
+                grace_period=max(1, count // REDUCTION**2),
+                max_t=count,
+                reduction_factor=REDUCTION,
+                stop_last_trials=False,
+            )
+            for model, count in epochs.items()
+        }
+
+    def of(self, trial: Any) -> ASHAScheduler | None:
+        task = trial.config["task"]
+        return self.stoppers[task["model"]] if task["search"] else None
+
+    def remember(self, task: Task, val_top1: Sequence[float]) -> None:
+        """Take a trial into account that was over before this driver began."""
+        past, stopper = SimpleNamespace(trial_id=task.name), self.stoppers[task.model]
+        stopper.on_trial_add(None, past)
+        for epoch, top1 in enumerate(val_top1[: task.recipe.epochs - 1], start=1):
+            stopper.on_trial_result(None, past, {"epoch": epoch, "val_top1": top1})
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        if stopper := self.of(trial):
+            stopper.on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        stopper = self.of(trial)
+        return stopper.on_trial_result(tune_controller, trial, result) if stopper else TrialScheduler.CONTINUE
+
+
+def orchestrate(study: Study, plan: Plan, source: Source, workers: Workers) -> None:
+    """Run all that the plan holds; how each trial ended is then in the plan."""
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # they write what the run folders hold already
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other prints even when it is told to be quiet
+    trainable = tune.with_parameters(run_trial, study=study, source=source, workers=workers)
+    place = Run(study.folder, "tune")
+    tune.Tuner(
+        tune.with_resources(trainable, tune.PlacementGroupFactory([DRIVER])),
+        tune_config=tune.TuneConfig(
+            search_alg=plan, scheduler=plan.stopper, num_samples=-1, trial_dirname_creator=directory
+        ),
+        run_config=tune.RunConfig(
+            name=place.name,
+            storage_path=place.root,
+            storage_filesystem=place.filesystem,
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
+            callbacks=[Quiet()],
+            verbose=0,
+        ),
+    ).fit()
+    place.filesystem.delete_dir(place.folder)
+
+
+class Quiet(TrialProgressCallback):
+    """Prints nothing: the trials are shown by `Screen`. Without it Ray Tune adds its own, which does."""
+
+    def on_trial_complete(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+def directory(trial: Any) -> str:
+    return f"{trial.config['task']['name']}-{trial.trial_id}"
+
+
+def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Workers) -> None:
+    """Train one task, in a process of its own that Ray Tune has started; raise what Ray Tune should retry."""
+    values = config["task"]
+    board = Board(**values["board"])
+    task = Task(**{**values, "recipe": Recipe(**values["recipe"]), "board": board})
+    request, run = study.request(task), study.run(task)
+    try:
+        splits = split(source, request.val_size, request.limit, request.seed)
+        record(run, identify(request, source, splits), workers)
+        trainer = build_trainer(request, run, board, source, splits, workers, debug=False)
+        conclude(run, fit(trainer, lambda running: report_epochs(task, running)))
+    except WorkError as error:
+        if (run.read_json(RESULT) or {}).get("status") == "failed":
+            return  # it would fail again
+        board.put("reason", error.message)
+        raise
+    except Exception as error:
+        board.put("reason", f"{type(error).__name__}: {error}")
+        raise
+
+
+def report_epochs(task: Task, running: Callable[[], bool]) -> None:
+    """Report a search trial's epochs to Ray Tune, from the first one on where it was resumed."""
+    reported = 0
+    while running():
+        time.sleep(POLL_SECONDS)
+        if not task.search:
+            continue
+        history = (task.board.get("worker") or {}).get("history", [])
+        for row in history[reported : task.recipe.epochs - 1]:  # after the last there is nothing left to stop
+            tune.report(row)
+            reported = row["epoch"]
