@@ -37,8 +37,12 @@ class Workers:
         return f"{self.count} worker{'s' * (self.count > 1)} of {share}"
 
 
-def connect(*, debug: bool) -> str:
+def connect(*, debug: bool, dashboard: bool = False) -> str:
     """Join the cluster that is there (RAY_ADDRESS, or `ray start` on this machine), else start one here.
+
+    Args:
+        dashboard: run it in a Ray that is started here: it takes time, but only by what it knows does Ray Train
+            put away the workers of a training driver that died.
 
     Returns:
         A phrase that says which.
@@ -46,6 +50,8 @@ def connect(*, debug: bool) -> str:
     Raises:
         WorkError: the cluster refuses, or can't be reached.
     """
+    if not debug:
+        logging.getLogger("ray").setLevel(logging.ERROR)
     quiet = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
     try:
         context = ray.init(address="auto", **quiet)
@@ -58,7 +64,7 @@ def connect(*, debug: bool) -> str:
             "the Ray cluster asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to "
             "the cluster's own."
         ) from error
-    ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    ray.init(address="local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **quiet)
     return "Ray on this machine"
 
 

@@ -22,7 +22,7 @@ from raycifar.options import Interrupted, check_name, door, pick_recipe, recipe_
 from raycifar.recipes import RECIPES, Recipe, describe_changes
 from raycifar.runs import COMPARISON, COMPARISON_TABLE, PREDICTIONS, RESULT, RUN, STUDY, Run
 from raycifar.terminal import Screen, alongside
-from raycifar.train import Request, place, warn_of_temporary
+from raycifar.train import Request, warn_of_temporary
 
 SCORES = ("top1", "top5", "loss")
 
@@ -84,10 +84,10 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
     given = {key: options[key] for key in Request.__annotations__ if key in options}
     base = Request(**{**given, "name": name, "model": names[0], "recipe": recipes[names[0]]})
     with screen.waiting("Starting Ray"):
-        place(base, debug=debug)
         from raycifar import cluster
         from raycifar.study import AshaByModel, Plan, Study, orchestrate
 
+        cluster.connect(debug=debug, dashboard=True)
         # The costliest first: what is left at the end then fills the cluster best.
         recipes = {model: recipes[model] for model in sorted(names, key=models.flops, reverse=True)}
         trials = len(names) * (options["search"] + len(seeds))

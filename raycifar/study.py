@@ -72,7 +72,14 @@ class Study:
             seed=task.seed,
             recipe=task.recipe,
             test=not task.search,
+            rungs=rungs(task.recipe.epochs) if task.search else (),
         )
+
+
+def rungs(epochs: int) -> tuple[int, ...]:
+    """Return the epochs after which ASHA compares the trials of a search that lasts so long."""
+    least = max(1, epochs // REDUCTION**2)
+    return tuple(rung for k in range(epochs) if (rung := least * REDUCTION**k) < epochs)
 
 
 class Plan(Searcher):
@@ -116,13 +123,8 @@ class Plan(Searcher):
             return
         run = self.study.run(task)
         ending = run.read_json(RESULT)
-        if not error and ending is None:
-            ending = {"status": "stopped", "epochs": len(run.history())}
-            run.write_json(RESULT, ending)
-        if error:
-            reason = task.board.get("reason") or "its driver died."
-            ending = {"status": "failed", "reason": reason}
-        assert ending is not None
+        if error or ending is None:
+            ending = {"status": "failed", "reason": task.board.get("reason") or "its driver died."}
         task.reason, task.status = ending.get("reason"), ending["status"]
         self._advance()
 
@@ -195,7 +197,11 @@ class Plan(Searcher):
 
 
 class AshaByModel(FIFOScheduler):
-    """Stops search trials that fall behind others of their model; final runs are never stopped."""
+    """Stops search trials that fall behind others of their model; final runs are never stopped.
+
+    Ray Tune ends a trial by ending its driver, over the head of a Ray Train that has workers to put away. So a
+    trial that ASHA would stop is told so, by its board, and ends by itself.
+    """
 
     def __init__(self, epochs: Mapping[str, int]) -> None:
         super().__init__()
@@ -204,32 +210,35 @@ class AshaByModel(FIFOScheduler):
                 time_attr="epoch",
                 metric="val_top1",
                 mode="max",
-                grace_period=max(1, count // REDUCTION**2),
+                grace_period=rungs(count)[0],
                 max_t=count,
                 reduction_factor=REDUCTION,
                 stop_last_trials=False,
             )
             for model, count in epochs.items()
+            if rungs(count)
         }
-
-    def of(self, trial: Any) -> ASHAScheduler | None:
-        task = trial.config["task"]
-        return self.stoppers[task["model"]] if task["search"] else None
 
     def remember(self, task: Task, val_top1: Sequence[float]) -> None:
         """Take a trial into account that was over before this driver began."""
-        past, stopper = SimpleNamespace(trial_id=task.name), self.stoppers[task.model]
-        stopper.on_trial_add(None, past)
-        for epoch, top1 in enumerate(val_top1[: task.recipe.epochs - 1], start=1):
-            stopper.on_trial_result(None, past, {"epoch": epoch, "val_top1": top1})
+        if stopper := self.stoppers.get(task.model):
+            past = SimpleNamespace(trial_id=task.name)
+            stopper.on_trial_add(None, past)
+            for epoch, top1 in enumerate(val_top1, start=1):
+                if epoch in rungs(task.recipe.epochs):
+                    stopper.on_trial_result(None, past, {"epoch": epoch, "val_top1": top1})
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        if stopper := self.of(trial):
+        task = trial.config["task"]
+        if task["search"] and (stopper := self.stoppers.get(task["model"])):
             stopper.on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        stopper = self.of(trial)
-        return stopper.on_trial_result(tune_controller, trial, result) if stopper else TrialScheduler.CONTINUE
+        task = trial.config["task"]
+        if "val_top1" in result:
+            decision = self.stoppers[task["model"]].on_trial_result(tune_controller, trial, result)
+            Board(**task["board"]).put(f"stop after {result['epoch']}", decision == TrialScheduler.STOP)
+        return TrialScheduler.CONTINUE
 
 
 def orchestrate(study: Study, plan: Plan, source: Source, workers: Workers) -> None:
@@ -287,13 +296,14 @@ def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Wor
 
 
 def report_epochs(task: Task, running: Callable[[], bool]) -> None:
-    """Report a search trial's epochs to Ray Tune, from the first one on where it was resumed."""
+    """Report a search trial to Ray Tune at each rung, those before it was resumed included."""
     reported = 0
     while running():
         time.sleep(POLL_SECONDS)
         if not task.search:
             continue
         history = (task.board.get("worker") or {}).get("history", [])
-        for row in history[reported : task.recipe.epochs - 1]:  # after the last there is nothing left to stop
-            tune.report(row)
+        for row in history[reported:]:
             reported = row["epoch"]
+            if reported in rungs(task.recipe.epochs):
+                tune.report(row)

@@ -52,6 +52,7 @@ class Request:
     checkpoint_steps: int
     max_failures: int
     test: bool = True  # score the test set at the end
+    rungs: tuple[int, ...] = ()  # epochs after which the board is asked whether to stop
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110})
@@ -213,9 +214,9 @@ def place(request: Request, *, debug: bool) -> "Workers":
     """Connect to Ray, unless training in this process, and size the workers to it."""
     from raycifar import cluster
 
-    if not debug:
-        logging.getLogger("ray").setLevel(logging.ERROR)
     if request.workers == 0:
+        if not debug:
+            logging.getLogger("ray").setLevel(logging.ERROR)
         return cluster.in_process(request.device, request.cpus_per_worker)
     cluster.connect(debug=debug)
     return cluster.size(request.workers, request.device, request.cpus_per_worker)
@@ -257,6 +258,7 @@ def build_trainer(
         in_process=workers.count == 0,
         compile=request.compile,
         checkpoint_steps=request.checkpoint_steps,
+        rungs=request.rungs,
     )
     tables = {name: table for name, table in splits.tables().items() if name != "test" or request.test}
     run.mend_snapshot()
@@ -308,6 +310,10 @@ def conclude(run: Run, outcome: dict[str, Any]) -> dict[str, Any]:
     if failure := outcome.get("failure"):
         run.write_json(RESULT, {"status": "failed", "reason": failure, "epochs": len(run.history())})
         raise WorkError(f"{failure}. The last checkpoint and the history are kept in {run.folder}.")
+    if epochs := outcome.get("stopped"):
+        stopped = {"status": "stopped", "epochs": epochs}
+        run.write_json(RESULT, stopped)
+        return stopped
     history = outcome["history"]
     seconds = sum(row["seconds"] for row in history)
     images = sum(row["images_per_second"] * row["training_seconds"] for row in history)

@@ -46,6 +46,7 @@ class Job:
     in_process: bool  # no worker actors
     compile: bool
     checkpoint_steps: int  # 0: at the end of each epoch alone
+    rungs: Sequence[int]  # epochs after which the board is asked whether to stop
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +56,8 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
         config: `job`, a `Job`.
 
     Returns:
-        `test`, the scores on the test set, and `history`; or `failure`, a sentence.
+        `test`, the scores on the test set, and `history`; or `failure`, a sentence; or `stopped`, the
+        number of epochs after which the run was told to stop.
     """
     worker = Worker(config["job"])
     try:
@@ -94,6 +96,9 @@ class Worker:
 
         self.reporter.phase("training")
         while self.state.progress.epoch <= self.recipe.epochs:
+            if self.told_to_stop():
+                self.checkpointer.wait()
+                return {"stopped": self.state.progress.epoch - 1}
             self.train_epoch(train_set)
             self.finish_epoch(val_set)
 
@@ -208,6 +213,13 @@ class Worker:
         self.state.progress.sums = sums.tolist()
         if self.rank:
             sums.zero_()
+
+    def told_to_stop(self) -> bool:
+        """Return, after an epoch at which trials of a search are compared, whether this one ends here."""
+        epoch = self.state.progress.epoch - 1
+        if epoch not in self.job.rungs:
+            return False
+        return ray.train.collective.broadcast_from_rank_zero(self.reporter.verdict(epoch) if self.rank == 0 else None)
 
     def save(self, metrics: dict[str, Any]) -> None:
         self.checkpointer.save(metrics, self.state.to_files() if self.rank == 0 else None)

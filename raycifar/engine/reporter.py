@@ -9,6 +9,7 @@ import ray.train
 from raycifar.board import Board
 
 SHOW_SECONDS = 0.5  # between two looks at a step's figures
+VERDICT_SECONDS = 0.05  # between two looks for a verdict
 
 
 class Reporter:
@@ -36,6 +37,14 @@ class Reporter:
 
     def epoch(self, history: list[dict[str, Any]]) -> None:
         self._put(history=history, step=None)
+
+    def verdict(self, epoch: int) -> bool:
+        """Wait until the search has said whether the run stops after `epoch`."""
+        self.phase("comparing with other trials")
+        while (stop := self.board.get(f"stop after {epoch}")) is None:
+            time.sleep(VERDICT_SECONDS)
+        self.phase("training")
+        return stop
 
     def due(self) -> bool:
         return self.leader and time.perf_counter() - self.last >= SHOW_SECONDS
