@@ -76,8 +76,10 @@ def write_archive(path: Path, files: dict[str, bytes], folder: str = "cifar-100-
 class Command:
     """`python -m raycifar.train`, in a process of its own, as a user starts it."""
 
+    door = "raycifar.train"
+
     def __init__(self, *args: object, storage: Path, env: dict[str, str] | None = None, cwd: Path = ROOT) -> None:
-        command = [sys.executable, "-m", "raycifar.train", *map(str, args), "--storage", str(storage)]
+        command = [sys.executable, "-m", self.door, *map(str, args), "--storage", str(storage)]
         environment = {**os.environ, **(env or {})}
         self.process = subprocess.Popen(
             command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -90,6 +92,10 @@ class Command:
     def kill(self, number: int = signal.SIGKILL) -> subprocess.CompletedProcess:
         self.process.send_signal(number)
         return self.finish()
+
+
+class Compare(Command):
+    door = "raycifar.compare"
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import time
 
 import psutil
 import pytest
-from conftest import Command, ps, wait_until
+from conftest import Command, Compare, ps, wait_until
+from ray.cluster_utils import Cluster
 
 pytestmark = pytest.mark.slow
 
@@ -68,3 +69,60 @@ def test_a_worker_with_all_of_cifar_100_takes_at_most_a_gigabyte_more_than_an_id
     assert done.returncode == 0, done.stdout + done.stderr
     print(f"idle {idle / GIGABYTE:.2f} GB, peak {peak / GIGABYTE:.2f} GB")
     assert peak - idle <= GIGABYTE
+
+
+@pytest.fixture
+def three_nodes():
+    """Three nodes of one CPU each on this machine: the environment that reaches them."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    for _ in range(2):
+        nodes.add_node(num_cpus=1)
+    yield {"RAY_ADDRESS": nodes.address, "RAY_AUTH_MODE": "disabled"}
+    nodes.shutdown()
+
+
+def test_trials_run_side_by_side_on_three_nodes(cifar, three_nodes, tmp_path):
+    args = ("--models", "cnn", "--seeds", 6, "--epochs", 2, "--limit", 2000, "--val-size", 1000, "--data", cifar)
+    begun = time.monotonic()
+    command = Compare(*args, "--name", "c", storage=tmp_path, env=three_nodes)
+    starts, ends = {}, {}
+    for line in command.process.stdout:
+        name, _, said = line.strip().partition(": ")
+        if said.startswith("running"):
+            starts[name] = time.monotonic()
+        elif said == "finished":
+            ends[name] = time.monotonic()
+    assert command.process.wait() == 0
+    times = [ends[name] - starts[name] for name in starts]
+    most = max(sum(starts[name] <= moment < ends[name] for name in starts) for moment in starts.values())
+    nodes = [0.0] * 3
+    for seconds in sorted(times, reverse=True):
+        nodes[nodes.index(min(nodes))] += seconds
+    wall = max(ends.values()) - min(starts.values())
+    print(f"wall {wall:.0f} s, ideal packing {max(nodes):.0f} s, command {time.monotonic() - begun:.0f} s", times)
+    assert len(times) == 6
+    assert most == 3
+    assert wall <= 1.25 * max(nodes)
+
+
+def test_a_search_killed_twice_ends_as_one_that_was_not(small, tmp_path):
+    args = ("--models", "cnn", "--seeds", 2, "--epochs", 4, "--batch-size", 50, "--checkpoint-steps", 5)
+    args += ("--data", small, "--val-size", 200, "--search", 4, "--name", "c")
+
+    def table(storage):
+        comparison = json.loads((storage / "c/comparison.json").read_text())
+        models = {
+            name: {key: model[key] for key in ("runs", "top1", "top5", "loss")}
+            for name, model in comparison["models"].items()
+        }
+        return models, comparison["search"]
+
+    assert Compare(*args, storage=tmp_path / "whole").finish(timeout=600).returncode == 0
+    for trial in ("cnn-search-03", "cnn-s1"):
+        command = Compare(*args, storage=tmp_path / "killed")
+        metrics = tmp_path / "killed/c" / trial / "metrics.jsonl"
+        wait_until(lambda path=metrics: path.exists() and path.read_text().count("\n") >= 2, 240, f"epoch 2 of {trial}")
+        command.kill()
+        time.sleep(3)
+    assert Compare(*args, storage=tmp_path / "killed").finish(timeout=600).returncode == 0
+    assert table(tmp_path / "killed") == table(tmp_path / "whole")

@@ -81,6 +81,7 @@ def test_the_driver_killed_and_started_again_changes_nothing(reference, train, s
     assert [row["epoch"] for row in history(tmp_path / "runs/a")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_three_workers_resume_exactly_and_score_each_image_once(reference, train, small, cluster, tmp_path):
     result = json.loads((reference(3) / "result.json").read_text())
     assert result["test"]["images"] == 500

@@ -15,7 +15,7 @@ from scipy import stats
 CONFIDENCE = 0.95
 POWER = 0.8  # of the number of seeds that is advised: the chance that they would tell the difference
 MOST_SEEDS = 100
-RESAMPLES = 10_000
+RESAMPLES = 2_000
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, Any]:

@@ -1,0 +1,174 @@
+"""Comparing: of runs that are there, and of runs that Ray Tune orchestrates."""
+
+import csv
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import Compare, checkpoints, history, wait_until
+
+from raycifar.engine.evaluate import to_predictions_file
+from raycifar.recipes import Recipe
+from raycifar.runs import Run
+
+IMAGES = 2000
+LABELS = torch.arange(IMAGES) % 100
+
+
+@pytest.fixture
+def compare(tmp_path):
+    """Run a comparison to its end; it must end with the exit code `code`."""
+
+    def run(*args, code=0, storage=tmp_path / "runs", env=None):
+        done = Compare(*args, storage=storage, env=env).finish()
+        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stdout + done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """Make the folder of a finished run whose network is right on `accuracy` of the test images."""
+
+    def make(model, seed, accuracy, **changes):
+        rng = np.random.default_rng([seed, len(model)])
+        difficulty = np.random.default_rng(0).random(IMAGES)
+        right = difficulty * 0.98 + 0.02 * rng.random(IMAGES) < accuracy
+        guesses = torch.where(torch.from_numpy(right), LABELS, (LABELS + 1) % 100)
+        probabilities = torch.nn.functional.one_hot(guesses, 100).float() * 0.9 + 0.001
+        run = Run(str(tmp_path / "made"), f"{model}-s{seed}")
+        recipe = vars(Recipe(epochs=2)) | changes.get("recipe", {})
+        data = {"source": "cifar100", "fingerprint": "f", "train": 45000, "val": 5000, "test": IMAGES}
+        data |= changes.get("data", {})
+        run.write_json(
+            "run.json",
+            {"model": model, "seed": seed, "pretrained": "none", "recipe": recipe, "data": data, "parameters": 7},
+        )
+        seconds = {"cnn": 10.0, "vgg16": 30.0}[model]
+        run.write_history(
+            [{"epoch": e, "val_top1": accuracy * e / 2, "seconds": seconds, "workers": 2} for e in (1, 2)]
+        )
+        test = {"images": IMAGES, "loss": 1.0, "top1": float(right.mean()), "top5": 0.9}
+        result = {"status": changes.get("status", "finished"), "images_per_second": 100.0, "test": test}
+        run.write_json("result.json", result)
+        run.write("predictions.parquet", to_predictions_file(probabilities, LABELS))
+        return run.folder
+
+    return make
+
+
+# Runs that are there --------------------------------------------------------------------------------
+
+
+def test_finished_runs_are_compared_without_training(made_up, compare, tmp_path):
+    folders = [made_up("cnn", seed, 0.60) for seed in (0, 1)] + [made_up("vgg16", seed, 0.70) for seed in (0, 1, 2)]
+    done = compare(*folders, "--name", "c", "--price-per-hour", 3.6)
+    assert "cnn is worse than vgg16: -9." in done.stdout
+    comparison = json.loads((tmp_path / "runs/c/comparison.json").read_text())
+    cnn, vgg16 = comparison["models"]["cnn"], comparison["models"]["vgg16"]
+    assert cnn["top1"]["n"] == 2
+    assert vgg16["top1"]["low"] < vgg16["top1"]["mean"] < vgg16["top1"]["high"]
+    assert cnn["device_seconds"] == 40  # 2 epochs of 10 s on 2 workers
+    assert vgg16["cost"] == pytest.approx(0.12)
+    assert cnn["flops"] == 136_286_208
+    assert comparison["equal_device_seconds"] == 40
+    assert cnn["at_equal_time"] == pytest.approx(0.60)
+    assert vgg16["at_equal_time"] is None  # its first epoch took longer
+    (pair,) = comparison["pairs"]
+    assert (pair["a"], pair["b"], pair["verdict"]) == ("cnn", "vgg16", "worse")
+    assert pair["low"] < pair["difference"] < pair["high"] < 0
+    assert [(test["a"], test["b"]) for test in pair["mcnemar"]] == [("cnn-s0", "vgg16-s0"), ("cnn-s1", "vgg16-s1")]
+    rows = list(csv.DictReader((tmp_path / "runs/c/comparison.csv").open()))
+    assert [(row["model"], row["runs"]) for row in rows] == [("cnn", "2"), ("vgg16", "3")]
+    assert float(rows[0]["top1"]) == cnn["top1"]["mean"]
+
+
+def test_one_model_with_two_recipes_is_two_and_little_is_not_told_apart(made_up, compare, tmp_path):
+    folders = [made_up("cnn", 0, 0.60), made_up("cnn", 1, 0.60, recipe={"lr": 0.4})]
+    done = compare(*folders, "--name", "c")
+    assert "cnn lr=0.05 and cnn lr=0.4 are not told apart by these runs" in done.stdout
+    assert "With one run of a model" in done.stdout
+    (pair,) = json.loads((tmp_path / "runs/c/comparison.json").read_text())["pairs"]
+    assert pair["verdict"] == "undecided"
+
+
+def test_runs_that_are_not_comparable_are_refused_with_the_reason(made_up, compare, tmp_path):
+    first = made_up("cnn", 0, 0.6)
+    other = made_up("vgg16", 0, 0.6, recipe={"epochs": 9}, data={"train": 5000})
+    refused = compare(first, other, code=2).stderr
+    assert "vgg16-s0 has 5000 training images, not 45000 and 9 epochs, not 2 as cnn-s0 has" in refused
+    failed = made_up("vgg16", 1, 0.6, status="failed")
+    assert "can't be compared: it is failed" in compare(first, failed, code=2).stderr
+    assert "is no run's folder" in compare(first, tmp_path / "nothing", code=2).stderr
+    assert "--models to train, or the folders" in compare(code=2).stderr
+    assert not (tmp_path / "runs").exists()
+
+
+# Runs that Ray Tune orchestrates --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--models", "cnn,alexnet"), "--models alexnet: choose from cnn, vgg16, resnet50"),
+        (("--models", "cnn,cnn"), "names a model twice"),
+        (("--models", "cnn", "--search", 3, "--val-size", 0), "needs --val-size above 0"),
+        (("--models", "cnn", "--search", 3, "--space", "nowhere.toml"), "--space nowhere.toml can't be read"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(compare, small, tmp_path, args, says):
+    assert says in compare(*args, "--data", small, code=2).stderr
+    assert not (tmp_path / "runs").exists()
+
+
+STUDY = ("--models", "cnn", "--epochs", 3, "--batch-size", 50, "--val-size", 200, "--checkpoint-steps", 5)
+
+
+def test_a_comparison_whose_driver_was_killed_goes_on_in_mid_epoch(compare, train, small, cluster, tmp_path):
+    args = (*STUDY, "--seeds", 2, "--data", small, "--name", "c")
+    folder = tmp_path / "runs/c"
+    command = Compare(*args, storage=tmp_path / "runs", env=cluster)
+
+    def in_the_second_run():
+        assert command.process.poll() is None, "the comparison ended before it could be disturbed"
+        for path in checkpoints(folder / "cnn-s1")[:1]:
+            progress = json.loads((path / "progress.json").read_text())
+            return progress["epoch"] == 2 and progress["segments"]
+        return False
+
+    wait_until(in_the_second_run, 180, "a checkpoint in the middle of epoch 2")
+    command.kill(signal.SIGKILL)
+    before = (folder / "cnn-s0/result.json").stat().st_mtime_ns
+    time.sleep(3)  # until Ray has put away what the driver left
+    done = compare(*args, env=cluster)
+    assert "1 trials are over already" in done.stdout
+    assert "cnn-s1: Continuing from epoch 2, step" in done.stdout
+    assert (folder / "cnn-s0/result.json").stat().st_mtime_ns == before
+    assert [row["epoch"] for row in history(folder / "cnn-s1")] == [1, 2, 3]
+    model = json.loads((folder / "comparison.json").read_text())["models"]["cnn"]
+    assert model["runs"] == ["cnn-s0", "cnn-s1"]
+    tops = [json.loads((folder / run / "result.json").read_text())["test"]["top1"] for run in model["runs"]]
+    assert model["top1"]["mean"] == pytest.approx(np.mean(tops))
+    # The same as `train` gives, to the last bit.
+    train(*STUDY[2:], "--model", "cnn", "--seed", 1, "--data", small, "--name", "alone", "--workers", 1, env=cluster)
+    alone, trial = (path / "model.safetensors" for path in (tmp_path / "runs/alone", folder / "cnn-s1"))
+    assert alone.read_bytes() == trial.read_bytes()
+    other = compare(*args, "--lr", 0.3, env=cluster, code=2).stderr
+    assert "is another comparison: cnn lr 0.05 there, lr 0.3 here" in other
+
+
+def test_a_trial_that_fails_is_reported_and_the_others_go_on(compare, small, cluster, tmp_path):
+    """The folder of one run is a file: it can't be written."""
+    (tmp_path / "runs/c").mkdir(parents=True)
+    (tmp_path / "runs/c/cnn-s0").write_text("in the way")
+    args = ("--models", "cnn", "--epochs", 1, "--val-size", 200, "--data", small, "--seeds", 2, "--name", "c")
+    done = compare(*args, env=cluster, code=1)
+    assert "1 of 2 trials failed: cnn-s0: " in done.stderr
+    comparison = json.loads((tmp_path / "runs/c/comparison.json").read_text())
+    assert comparison["models"]["cnn"]["runs"] == ["cnn-s1"]
+    assert comparison["failed"][0]["run"] == "cnn-s0"

@@ -1,0 +1,89 @@
+"""What a search varies, and that where it looks next depends on nothing but what is known."""
+
+import pytest
+
+from raycifar.errors import RequestError
+from raycifar.recipes import Recipe
+from raycifar.space import Trial, default_space, describe, read_space, suggest
+
+BASE = Recipe(epochs=4)
+
+
+def go_on(space, trials, count):
+    while len(trials) < count:
+        recipe = suggest(space, BASE, trials, seed=0)
+        # A made-up landscape: the nearer lr is to 0.02, the better.
+        score = 1 / (1 + abs(recipe.lr - 0.02))
+        trials = [*trials, Trial(recipe, "stopped" if len(trials) % 4 == 3 else "finished", [score / 2, score])]
+    return trials
+
+
+def test_the_first_trial_is_the_recipe_itself():
+    assert suggest(default_space(BASE), BASE, [], seed=0) == BASE
+
+
+def test_a_search_that_is_taken_up_again_goes_on_as_if_it_had_not_been_stopped():
+    space = default_space(BASE)
+    whole = go_on(space, [], 9)
+    assert go_on(space, whole[:4], 9) == whole
+    assert len({trial.recipe for trial in whole}) == 9
+    assert {trial.recipe.epochs for trial in whole} == {4}
+
+
+def test_the_search_finds_what_is_good():
+    space = {"lr": default_space(BASE)["lr"]}
+    tried = [trial.recipe.lr for trial in go_on(space, [], 30)]
+    late, early = (sorted(abs(lr - 0.02) for lr in part) for part in (tried[15:], tried[:15]))
+    assert late[7] < early[7]
+
+
+def test_trials_that_failed_or_lie_outside_the_space_are_passed_over(tmp_path):
+    file = tmp_path / "space.toml"
+    file.write_text("[lr]\nmin = 0.1\nmax = 0.2\n")
+    space = read_space(str(file))
+    trials = [Trial(BASE, "finished", [0.5]), Trial(Recipe(epochs=4, lr=0.15), "failed", [])]
+    assert 0.1 <= suggest(space, BASE, trials, seed=0).lr <= 0.2
+
+
+def test_a_space_is_read_from_toml(tmp_path):
+    file = tmp_path / "space.toml"
+    file.write_text("""
+[lr]
+min = 0.01
+max = 1.0
+log = true
+[batch_size]
+min = 32
+max = 64
+[optimizer]
+choices = ["sgd", "adamw"]
+""")
+    assert describe(read_space(str(file))) == {
+        "lr": {"min": 0.01, "max": 1.0, "log": True},
+        "batch_size": {"min": 32, "max": 64, "log": False},
+        "optimizer": ["sgd", "adamw"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[learning_rate]\nmin = 1\nmax = 2", "[learning_rate]: a search can't vary it: choose from batch_size, "),
+        ("[epochs]\nmin = 1\nmax = 2", "[epochs]: a search can't vary it"),
+        ("[lr]\nmin = 1", "[lr]: min and max are needed, or choices"),
+        ("[lr]\nmin = 2.0\nmax = 1.0", "[lr]: "),
+        ("[lr]\nmin = -1.0\nmax = 1.0", "[lr]: lr is -1.0: it must be 0 or more"),
+        ("[lr]\nlow = 1", "[lr]: a table is needed of choices, log, max, min"),
+        ("[optimizer]\nmin = 1\nmax = 2", "[optimizer]: it takes choices"),
+        ("[optimizer]\nchoices = ['lion']", "[optimizer]: optimizer is 'lion': choose from sgd, adamw"),
+        ("lr = 3", "[lr]: a table is needed"),
+        ("", "names no field of the recipe"),
+        ("[lr", "can't be read: "),
+    ],
+)
+def test_a_space_that_makes_no_sense_is_refused_in_a_sentence(tmp_path, text, says):
+    file = tmp_path / "space.toml"
+    file.write_text(text)
+    with pytest.raises(RequestError, match="--space") as caught:
+        read_space(str(file))
+    assert says in caught.value.message
