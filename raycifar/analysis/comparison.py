@@ -79,7 +79,7 @@ def compare(groups: dict[str, list[Finished]], flops: dict[str, int], price_per_
     Returns:
         models, pairs and equal_device_seconds, as they stand in `comparison.json`.
     """
-    budget = min((min(run.seconds[-1] for run in runs) for runs in groups.values()), default=0.0)
+    budget = min(max(run.seconds[-1] for run in runs) for runs in groups.values())  # the cheapest model's
     models = {name: summarise(runs, budget, price_per_hour) | {"flops": flops[name]} for name, runs in groups.items()}
     pairs = [compare_pair(a, groups[a], b, groups[b]) for a, b in itertools.combinations(groups, 2)]
     for pair, p_value in zip(pairs, holm([pair["p_value"] for pair in pairs]), strict=True):
