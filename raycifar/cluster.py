@@ -52,6 +52,7 @@ def connect(*, debug: bool, dashboard: bool = False) -> str:
     """
     if not debug:
         logging.getLogger("ray").setLevel(logging.ERROR)
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is ours to report
     quiet = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
     try:
         context = ray.init(address="auto", **quiet)

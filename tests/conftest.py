@@ -78,8 +78,11 @@ class Command:
 
     door = "raycifar.train"
 
-    def __init__(self, *args: object, storage: Path, env: dict[str, str] | None = None, cwd: Path = ROOT) -> None:
-        command = [sys.executable, "-m", self.door, *map(str, args), "--storage", str(storage)]
+    def __init__(
+        self, *args: object, storage: Path | None, env: dict[str, str] | None = None, cwd: Path = ROOT
+    ) -> None:
+        command = [sys.executable, "-m", self.door, *map(str, args)]
+        command += ["--storage", str(storage)] if storage else []
         environment = {**os.environ, **(env or {})}
         self.process = subprocess.Popen(
             command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -51,7 +51,7 @@ def worker_pids():
     return [int(line.split()[0]) for line in ps() if "ray::" in line and "RayTrainWorker" in line]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_same_command_gives_the_same_weights_byte_for_byte(reference, train, small, cluster, tmp_path, workers):
     train(*RUN, "--data", small, "--name", "again", "--workers", workers, env=cluster)
     assert weights(tmp_path / "runs/again") == weights(reference(workers))

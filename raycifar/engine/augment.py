@@ -5,6 +5,8 @@ wanted for each image, so they are tensor operations here. Where one draw for th
 mixup and cutmix, torchvision's are used. All random numbers come from torch's default generators.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,11 +56,11 @@ def cut_hole(images: Tensor) -> Tensor:
     return images * (outside[0][:, None, :, None] | outside[1][:, None, None, :])
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalise(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """Return (N, 3, H, W) float32, channels last, with the training set's mean 0 and deviation 1 per channel."""
-    mean = torch.tensor(MEAN, device=images.device)[:, None, None] * 255
-    scale = 1 / (torch.tensor(STD, device=images.device)[:, None, None] * 255)
-    return ((images - mean) * scale).contiguous(memory_format=torch.channels_last)
+    offset = torch.tensor(mean, device=images.device)[:, None, None] * 255
+    scale = 1 / (torch.tensor(std, device=images.device)[:, None, None] * 255)
+    return ((images - offset) * scale).contiguous(memory_format=torch.channels_last)
 
 
 def mix(images: Tensor, targets: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:

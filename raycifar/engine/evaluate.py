@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raycifar.data.shards import Shard
+from raycifar.data import MEAN, STD
 from raycifar.engine.augment import normalise
 
 BATCH = 250  # images scored at a time
@@ -19,23 +19,35 @@ SCORES = ("images", "loss", "top1", "top5", "superclass_top1")
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, shard: Shard, autocast: torch.autocast) -> Tensor:
-    """Return the logits (n, classes) float32 of this worker's images; `model` is left in evaluation mode."""
+def predict(
+    model: nn.Module,
+    images: Tensor,
+    autocast: torch.autocast,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> Tensor:
+    """Return the logits (n, classes) float32 of `images` (n, 3, H, W) uint8, on the model's device.
+
+    Args:
+        model: it is left in evaluation mode.
+        autocast: the precision to compute in.
+        mean, std: of the pixels from 0 to 1 that the model was trained with, by channel.
+    """
     model.eval()
     logits = []
-    for start in range(0, len(shard), BATCH):
+    for start in range(0, len(images), BATCH):
         with autocast:
-            logits.append(model(normalise(shard.images[start : start + BATCH])).float())
+            logits.append(model(normalise(images[start : start + BATCH], mean, std)).float())
     return torch.cat(logits)
 
 
 @torch.inference_mode()
-def score(logits: Tensor, shard: Shard, parents: Sequence[int]) -> dict[str, float]:
-    """Return the scores over all workers' shards; all workers must call it together.
+def score(logits: Tensor, labels: Tensor, coarse: Tensor, parents: Sequence[int]) -> dict[str, float]:
+    """Return the scores over all workers' images; all workers must call it together.
 
     Args:
         logits: (n, classes) float32, of this worker's images.
-        shard: this worker's images.
+        labels, coarse: (n,) int64, their classes and superclasses.
         parents: the superclass of each class.
 
     Returns:
@@ -44,9 +56,9 @@ def score(logits: Tensor, shard: Shard, parents: Sequence[int]) -> dict[str, flo
     """
     device = logits.device
     ranked = logits.topk(5).indices
-    right = ranked == shard.labels[:, None]
-    superclass_right = torch.tensor(parents, device=device)[ranked[:, 0]] == shard.coarse
-    loss = F.cross_entropy(logits, shard.labels, reduction="none")
+    right = ranked == labels[:, None]
+    superclass_right = torch.tensor(parents, device=device)[ranked[:, 0]] == coarse
+    loss = F.cross_entropy(logits, labels, reduction="none")
     counted = (torch.ones_like(loss), loss, right[:, 0], right.any(1), superclass_right)
     totals = torch.stack([values.double().sum() for values in counted])
 

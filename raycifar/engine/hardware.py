@@ -1,6 +1,5 @@
 """What a worker computes on: its threads, its precision, and the workers beside it."""
 
-import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -39,6 +38,8 @@ def parallelise(model: nn.Module, device: torch.device, autocast: torch.autocast
 
     Batch norm's running statistics stay each worker's own; they are averaged when they are read.
     """
+    import ray.train.torch  # asking a trained network has no need of it
+
     parallel = ray.train.torch.prepare_model(
         model,
         move_to_device=device,

@@ -113,12 +113,17 @@ class Worker:
         """Score the test set, and keep what was predicted of each image."""
         self.reporter.phase("scoring the test set")
         test_set, images = load_shard("test", self.device), self.job.test_images
-        logits = predict(self.state.scored, test_set, self.autocast)
+        logits, scores = self.score(test_set)
         first = bounds(images, self.world_size)[self.rank]
         probabilities, labels = (gather(part, images, first) for part in (logits.softmax(1), test_set.labels))
         if self.rank == 0:
             self.run.write(PREDICTIONS, to_predictions_file(probabilities, labels))
-        return score(logits, test_set, self.job.parents)
+        return scores
+
+    def score(self, shard: Shard) -> tuple[Tensor, dict[str, float]]:
+        """Return the logits of this worker's images, and the scores over all workers'."""
+        logits = predict(self.state.scored, shard.images, self.autocast)
+        return logits, score(logits, shard.labels, shard.coarse, self.job.parents)
 
     # An epoch ---------------------------------------------------------------------------------------
 
@@ -180,7 +185,7 @@ class Worker:
         self.state.average_buffers()
         images, loss, hits = progress.sums
         step = progress.epoch * self.steps - 1
-        val = score(predict(self.state.scored, val_set, self.autocast), val_set, job.parents) if val_set else {}
+        val = self.score(val_set)[1] if val_set else {}
         row = {
             "epoch": progress.epoch,
             "train_loss": loss / images,

@@ -1,0 +1,85 @@
+"""What a network got right and wrong: by class, by pair of classes, by how sure it was."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from raycifar.analysis.statistics import CONFIDENCE, RESAMPLES
+
+BINS = 15  # of confidence, Guo et al. (2017), arXiv:1706.04599
+
+
+def intervals(values: dict[str, np.ndarray], seed: int = 0) -> dict[str, tuple[float, float]]:
+    """Return the 95 % percentile bootstrap interval of each mean, over images.
+
+    Args:
+        values: (images,) by name; the same images are drawn for all.
+    """
+    rng = np.random.default_rng(seed)
+    columns = np.stack([np.asarray(column, np.float64) for column in values.values()], axis=1)
+    count = len(columns)
+    means = np.stack([columns[rng.integers(count, size=count)].mean(0) for _ in range(RESAMPLES)])
+    ends = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    return {name: (float(low), float(high)) for name, (low, high) in zip(values, ends.T, strict=True)}
+
+
+def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Return the number of images of each class (rows) that were taken for each class (columns)."""
+    return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
+def by_class(matrix: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return precision, recall, F1 and the number of images of each class; None where nothing was predicted."""
+    right, of_class, taken_for = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    return [
+        {
+            "class": name,
+            "images": int(of_class[k]),
+            "recall": ratio(right[k], of_class[k]),
+            "precision": ratio(right[k], taken_for[k]),
+            "f1": ratio(2 * right[k], of_class[k] + taken_for[k]),
+        }
+        for k, name in enumerate(names)
+    ]
+
+
+def ratio(part: int, whole: int) -> float | None:
+    return float(part / whole) if whole else None
+
+
+def confused_pairs(matrix: np.ndarray, names: Sequence[str], most: int = 20) -> list[dict[str, Any]]:
+    """Return the pairs of classes that were most often taken for each other, in either direction."""
+    both = np.triu(matrix + matrix.T, 1)
+    pairs = np.argsort(-both, axis=None, kind="stable")[:most]
+    return [
+        {
+            "a": names[a],
+            "b": names[b],
+            "images": int(both[a, b]),
+            "a_taken_for_b": int(matrix[a, b]),
+            "b_taken_for_a": int(matrix[b, a]),
+        }
+        for a, b in (divmod(int(pair), len(matrix)) for pair in pairs)
+        if both[a, b]
+    ]
+
+
+def reliability(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, Any]]:
+    """Return, for each of 15 equal bins of confidence, its images, mean confidence and accuracy.
+
+    Args:
+        confidence: (images,) the probability of the likeliest class. right: (images,) bool.
+    """
+    bin_of = np.ceil(confidence.astype(np.float64) * BINS).clip(1, BINS).astype(int) - 1
+    return [
+        {
+            "from": k / BINS,
+            "to": (k + 1) / BINS,
+            "images": int(inside.sum()),
+            "confidence": float(confidence[inside].mean()) if inside.any() else None,
+            "accuracy": float(right[inside].mean()) if inside.any() else None,
+        }
+        for k in range(BINS)
+        for inside in (bin_of == k,)
+    ]

@@ -1,0 +1,151 @@
+"""Write a trained network for other programs: `python -m raycifar.export results/cnn-a --to onnx`."""
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+from raycifar.data import SHAPE
+from raycifar.data.sources import load
+from raycifar.data.tables import to_numpy
+from raycifar.errors import RequestError, WorkError
+from raycifar.files import locate, write_whole
+from raycifar.options import door
+from raycifar.terminal import Screen
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CHECKED = 1000  # images on which what was written must answer as the network does
+SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 110})
+@click.argument("network", metavar="RUN|WEIGHTS")
+@click.option("--to", "kind", type=click.Choice(list(SUFFIXES)), required=True)
+@click.option("--out", help="File or URI to write.  [model and suffix, in the current folder]")
+@click.option("--data", envvar="RAYCIFAR_DATA", default="cifar100", help="Whose test images it is checked on.")
+@door
+def main(debug: bool, network: str, kind: str, out: str | None, data: str) -> None:
+    """Write a trained network for other programs, with the normalisation inside.
+
+    What is written maps images (n, 3, 32, 32) uint8, channels first, to logits (n, classes) float32. It is read
+    back, and must choose the same class as the network for 1,000 test images before it is kept.
+    """
+    screen = Screen()
+    with screen.waiting(f"Reading {data}"):
+        images = to_numpy(load(data).test["image"].combine_chunks().slice(0, CHECKED), "image")
+    with screen.waiting("Loading PyTorch"):
+        import torch
+
+        from raycifar.trained import Trained, read_weights
+
+        trained = Trained(read_weights(network), "cpu", "float32")
+    expected = trained.logits(torch.from_numpy(images.copy())).numpy()
+    whole = with_normalisation(trained)
+    with screen.waiting(f"Writing {kind}"):
+        try:
+            content = {"onnx": to_onnx, "torchscript": to_torchscript, "safetensors": to_safetensors}[kind](whole)
+            found = {"onnx": ask_onnx, "torchscript": ask_torchscript, "safetensors": ask_safetensors}[kind](
+                content, images, whole
+            )
+        except ImportError as error:
+            raise RequestError(f"--to {kind} needs the package {error.name}: pip install 'raycifar[onnx]'.") from error
+    differing = int((found.argmax(1) != expected.argmax(1)).sum())
+    largest = float(np.abs(found - expected).max())
+    if differing:
+        raise WorkError(
+            f"what {kind} makes of the network chooses another class for {differing} of {len(images)} images (logits "
+            f"differ by up to {largest:.2g}): nothing was written."
+        )
+    out = out or f"{trained.weights.model}{SUFFIXES[kind]}"
+    write_whole(*locate(out), content)
+    screen.say(
+        f"{out}: {len(content) / 1e6:.1f} MB. The same class for each of {len(images):,} test images; logits differ by "
+        f"at most {largest:.1g}."
+    )
+
+
+def with_normalisation(trained: Any) -> "nn.Module":
+    """Return a network from (n, 3, 32, 32) uint8 to logits."""
+    import torch
+    from torch import nn
+
+    class Whole(nn.Module):
+        mean: torch.Tensor
+        std: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", 255 * torch.tensor(trained.weights.mean)[:, None, None])
+            self.register_buffer("std", 255 * torch.tensor(trained.weights.std)[:, None, None])
+            self.network = trained.network
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.network((images.float() - self.mean) / self.std)
+
+    return Whole().eval()
+
+
+def to_onnx(whole: "nn.Module") -> bytes:
+    import onnx  # noqa: F401 (a missing package is named before the export begins)
+    import torch
+
+    program = torch.onnx.export(
+        whole,
+        (torch.zeros(2, *SHAPE, dtype=torch.uint8),),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes={"images": {0: torch.export.Dim("n")}},
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
+def ask_onnx(content: bytes, images: np.ndarray, whole: "nn.Module") -> np.ndarray:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return session.run(["logits"], {"images": images})[0]
+
+
+def to_torchscript(whole: "nn.Module") -> bytes:
+    import torch
+
+    stream = io.BytesIO()
+    torch.jit.save(torch.jit.trace(whole, torch.zeros(2, *SHAPE, dtype=torch.uint8)), stream)
+    return stream.getvalue()
+
+
+def ask_torchscript(content: bytes, images: np.ndarray, whole: "nn.Module") -> np.ndarray:
+    import torch
+
+    with torch.inference_mode():
+        return torch.jit.load(io.BytesIO(content))(torch.from_numpy(images.copy())).numpy()
+
+
+def to_safetensors(whole: "nn.Module") -> bytes:
+    import safetensors.torch
+
+    return safetensors.torch.save({name: value.contiguous() for name, value in whole.state_dict().items()})
+
+
+def ask_safetensors(content: bytes, images: np.ndarray, whole: "nn.Module") -> np.ndarray:
+    import copy
+
+    import safetensors.torch
+    import torch
+
+    empty = copy.deepcopy(whole)
+    for value in empty.state_dict().values():
+        value.zero_()
+    empty.load_state_dict(safetensors.torch.load(content))
+    with torch.inference_mode():
+        return empty(torch.from_numpy(images.copy())).numpy()
+
+
+if __name__ == "__main__":
+    main()

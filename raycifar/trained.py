@@ -1,0 +1,93 @@
+"""A network that has been trained, from a run's folder or a weights file, ready to be asked."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from raycifar import models
+from raycifar.engine.evaluate import predict
+from raycifar.engine.hardware import choose_precision
+from raycifar.errors import RequestError
+from raycifar.files import locate
+from raycifar.recipes import Precision
+from raycifar.runs import MODEL
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A weights file: the model's name, the number of classes, the pixels' mean and std, and the tensors."""
+
+    model: str
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    tensors: dict[str, Tensor]
+
+
+class Trained:
+    """A network that answers, on a device.
+
+    Args:
+        weights: of the network. device: auto, gpu or cpu. precision: to compute in.
+
+    Raises:
+        RequestError: the weights are not those of the model, or there is no such device.
+    """
+
+    def __init__(self, weights: Weights, device: str = "auto", precision: Precision = "auto") -> None:
+        if device == "gpu" and not torch.cuda.is_available():
+            raise RequestError("--device gpu: this machine has no GPU that PyTorch can use.")
+        self.weights = weights
+        self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        network = models.build(weights.model, weights.classes)
+        try:
+            network.load_state_dict(weights.tensors)
+        except RuntimeError as error:
+            raise RequestError(f"these are not the weights of a {weights.model}: {error}") from error
+        self.network: nn.Module = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        dtype = choose_precision(precision, self.device)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return (n, classes) float32, on the CPU, of `images` (n, 3, 32, 32) uint8."""
+        answer = predict(self.network, images.to(self.device), self.autocast, self.weights.mean, self.weights.std)
+        return answer.cpu()
+
+
+def read_weights(place: str) -> Weights:
+    """Return the final weights of a run's folder, or a weights file that raycifar wrote.
+
+    Args:
+        place: a path or URI.
+
+    Raises:
+        RequestError: there is none, or it isn't raycifar's; the message says what it is.
+    """
+    filesystem, path = locate(place)
+    if not path.endswith(".safetensors"):
+        place, path = f"{place.rstrip('/')}/{MODEL}", f"{path}/{MODEL}"
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            content = stream.read()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RequestError(f"{place} is not there: give the folder of a finished run, or a weights file.") from error
+    try:
+        tensors = safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise RequestError(f"{place} is no safetensors file, or a damaged one: {error}.") from error
+    about = read_metadata(content)
+    if about is None:
+        raise RequestError(f"{place} doesn't say which model's weights it holds: it was not written by raycifar.")
+    return Weights(about["model"], about["classes"], tuple(about["mean"]), tuple(about["std"]), tensors)
+
+
+def read_metadata(content: bytes) -> dict[str, Any] | None:
+    """Return what raycifar wrote of a safetensors file's tensors; its header is JSON after 8 bytes of its length."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    about = header.get("__metadata__", {}).get("raycifar")
+    return about and json.loads(about)

@@ -1,0 +1,61 @@
+"""`raycifar evaluate`: the scores of a run's own test set, to the last image, in one process and on Ray."""
+
+import json
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import Command
+
+
+class Evaluate(Command):
+    door = "raycifar.evaluate"
+
+
+@pytest.fixture(scope="module")
+def trained(small, tmp_path_factory):
+    storage = tmp_path_factory.mktemp("trained")
+    args = ("--model", "cnn", "--workers", 0, "--val-size", 200, "--epochs", 3, "--data", small, "--name", "a")
+    done = Command(*args, storage=storage).finish()
+    assert done.returncode == 0, done.stdout + done.stderr
+    return storage / "a"
+
+
+@pytest.fixture
+def evaluate(tmp_path):
+    def run(*args, code=0, env=None):
+        done = Evaluate(*args, storage=None, env=env, cwd=tmp_path).finish()
+        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stdout + done.stderr
+        return done
+
+    return run
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_scores_are_the_run_s_own(trained, evaluate, small, cluster, tmp_path, workers):
+    shutil.copytree(trained, tmp_path / "a")
+    before = pq.read_table(tmp_path / "a/predictions.parquet")
+    (tmp_path / "a/predictions.parquet").unlink()
+    done = evaluate(tmp_path / "a", "--data", small, "--workers", workers, env=cluster)
+    assert "500 images: top-1 " in done.stdout
+    test = json.loads((tmp_path / "a/result.json").read_text())["test"]
+    found = json.loads((tmp_path / "a/evaluation.json").read_text())
+    assert {key: found[key] for key in test} == pytest.approx(test, abs=1e-6)
+    assert found["low"] < found["top1"] < found["high"]
+    assert len(found["classes"]) == 100
+    after = pq.read_table(tmp_path / "a/predictions.parquet")
+    assert after["label"] == before["label"]
+    assert [row[0] for row in after["top5"].to_pylist()] == [row[0] for row in before["top5"].to_pylist()]
+
+
+def test_another_data_set_leaves_the_run_as_it_was(trained, evaluate, small, tmp_path):
+    shutil.copytree(trained, tmp_path / "a")
+    before = (tmp_path / "a/predictions.parquet").read_bytes()
+    evaluate(tmp_path / "a", "--data", small, "--split", "train", "--workers", 0)
+    assert (tmp_path / "a/predictions.parquet").read_bytes() == before
+    found = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
+    assert found["images"] == 1200
+    assert found["split"] == "train"
+    evaluate(tmp_path / "a/best.safetensors", "--data", small, "--workers", 0, "--out", tmp_path / "elsewhere")
+    assert json.loads((tmp_path / "elsewhere/evaluation.json").read_text())["images"] == 500

@@ -1,0 +1,65 @@
+"""`raycifar export`: what is written answers as the network does."""
+
+import io
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import Command
+from safetensors.torch import load_file
+
+from raycifar import models
+from raycifar.data.sources import load
+from raycifar.data.tables import to_numpy
+from raycifar.engine.augment import normalise
+from raycifar.engine.state import to_weights_file
+
+
+class Export(Command):
+    door = "raycifar.export"
+
+
+@pytest.fixture
+def network(tmp_path, name):
+    """A network with weights that are not trained, but with running statistics that are not the first ones."""
+    torch.manual_seed(0)
+    model = models.build(name, 100)
+    with torch.no_grad():
+        model(torch.randn(16, 3, 32, 32))
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(to_weights_file(model, name))
+    return model.eval(), path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param("resnet50", "onnx", marks=pytest.mark.slow),
+        ("cnn", "onnx"),
+        ("cnn", "torchscript"),
+        ("cnn", "safetensors"),
+    ],
+)
+def test_what_is_written_chooses_the_same_classes(network, small, tmp_path, kind):
+    model, path = network
+    out = tmp_path / "out.bin"
+    done = Export(path, "--to", kind, "--out", out, "--data", small, storage=None).finish()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The same class for each of 500 test images" in done.stdout
+    images = to_numpy(load(small).test["image"].combine_chunks(), "image")[:64].copy()
+    with torch.inference_mode():
+        expected = model(normalise(torch.from_numpy(images))).numpy()
+    match kind:
+        case "onnx":
+            found = onnxruntime.InferenceSession(out.read_bytes()).run(["logits"], {"images": images})[0]
+        case "torchscript":
+            with torch.inference_mode():
+                found = torch.jit.load(io.BytesIO(out.read_bytes()))(torch.from_numpy(images)).numpy()
+        case _:
+            tensors = load_file(out)
+            model.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if "network." in k})
+            with torch.inference_mode():
+                found = model((torch.from_numpy(images).float() - tensors["mean"]) / tensors["std"]).numpy()
+    assert np.allclose(found, expected, atol=1e-3)
+    assert (found.argmax(1) == expected.argmax(1)).all()

@@ -1,0 +1,153 @@
+"""Asking a trained network: images of every kind, broken ones among them."""
+
+import io
+import json
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command
+from PIL import Image
+from pyarrow import fs
+
+from raycifar import models
+from raycifar.data.names import COARSE, FINE
+from raycifar.data.pictures import read
+from raycifar.engine.state import to_weights_file
+
+LOCAL = fs.LocalFileSystem()
+
+
+class Predict(Command):
+    door = "raycifar.predict"
+
+
+@pytest.fixture
+def photo():
+    """A red top and a blue bottom, 64×64."""
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:32, :, 0], pixels[32:, :, 2] = 255, 255
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "run/model.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(to_weights_file(models.build("cnn", 100), "cnn"))
+    return path
+
+
+@pytest.fixture
+def predict():
+    def run(*args, code=0):
+        done = Predict(*args, storage=None).finish()
+        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stdout + done.stderr
+        return done
+
+    return run
+
+
+def test_the_names_are_the_data_set_s(cifar):
+    import tarfile
+
+    with tarfile.open(cifar) as archive:
+        for names, file in ((FINE, "fine_label_names.txt"), (COARSE, "coarse_label_names.txt")):
+            member = next(m for m in archive.getmembers() if m.name.endswith(file))
+            assert tuple(archive.extractfile(member).read().decode().split()) == names
+
+
+def test_a_cifar_image_comes_back_pixel_by_pixel(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert np.array_equal(read(LOCAL, str(tmp_path / "a.png")), pixels.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L", "LA", "1", "YCbCr", "I;16"])
+def test_images_of_every_mode_are_read(tmp_path, photo, mode):
+    image = photo.convert("L").convert(mode) if mode in ("1", "I;16") else photo.convert(mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257)
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr", "I;16") else "a.png")
+    image.save(path)
+    pixels = read(LOCAL, str(path))
+    assert (pixels.shape, pixels.dtype) == ((3, 32, 32), np.uint8)
+    if mode in ("L", "LA", "I;16"):
+        assert np.array_equal(pixels[0], pixels[2])
+        assert abs(int(pixels[0, 4, 4]) - 76) <= 1  # the luma of red
+    elif mode != "1":
+        assert pixels[0, 4, 4] > 200 > 60 > pixels[2, 4, 4]
+
+
+def test_transparency_is_white_and_exif_turns(tmp_path, photo):
+    Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (read(LOCAL, str(tmp_path / "clear.png")) == 255).all()
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    photo.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    turned = read(LOCAL, str(tmp_path / "turned.jpg"))
+    assert turned[2, 4, 16] > 200 > 60 > turned[0, 4, 16]
+
+
+def test_a_wide_image_is_cut_to_its_middle(tmp_path, photo):
+    wide = Image.new("RGB", (300, 64), "lime")
+    wide.paste(photo, (118, 0))
+    wide.save(tmp_path / "wide.png")
+    assert read(LOCAL, str(tmp_path / "wide.png"))[1].max() < 60
+
+
+def test_a_folder_of_mixed_and_broken_files(tmp_path, weights, predict, photo):
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    photo.save(folder / "a.png")
+    photo.convert("CMYK").save(folder / "more/b.jpg")
+    stream = io.BytesIO()
+    photo.resize((500, 500)).save(stream, "JPEG")
+    (folder / "cut.jpg").write_bytes(stream.getvalue()[:2000])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("no image")
+    huge = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", 60000, 60000, 8, 2, 0, 0, 0) + b"\0" * 4
+    (folder / "bomb.png").write_bytes(huge)
+    done = predict(weights.parent, folder, "--json", code=1)
+    answers = {answer["image"]: answer for answer in json.loads(done.stdout)}
+    assert list(answers) == [f"{folder}/{name}" for name in sorted(p.relative_to(folder) for p in folder.rglob("*.*"))]
+    good = [answer["top5"] for answer in answers.values() if "top5" in answer]
+    assert len(good) == 2
+    for top5 in good:
+        assert len(top5) == 5
+        assert {guess["class"] for guess in top5} <= set(FINE)
+        assert [g["probability"] for g in top5] == sorted((g["probability"] for g in top5), reverse=True)
+    assert "4 of 6 images can't be read" in done.stderr
+    for name in ("cut.jpg", "empty.png", "text.png", "bomb.png"):
+        assert f"{name}: " in done.stderr
+    assert answers[f"{folder}/empty.png"]["error"] == "the file is empty"
+
+
+def test_the_answer_is_the_network_s(tmp_path, weights, predict, photo):
+    photo.save(tmp_path / "a.png")
+    table = predict(weights, tmp_path / "a.png").stdout
+    (answer,) = json.loads(predict(weights, tmp_path / "a.png", "--json").stdout)
+    torch.manual_seed(0)
+    network = models.build("cnn", 100).eval()
+    from raycifar.engine.augment import normalise
+
+    with torch.inference_mode():
+        expected = network(normalise(torch.from_numpy(read(LOCAL, str(tmp_path / "a.png")).copy())[None])).softmax(1)[0]
+    assert [guess["class"] for guess in answer["top5"]] == [FINE[i] for i in expected.topk(5).indices]
+    assert [g["probability"] for g in answer["top5"]] == pytest.approx(expected.topk(5).values.tolist(), rel=1e-4)
+    assert answer["top5"][0]["class"] in table
+
+
+def test_what_is_no_network_is_refused_in_a_sentence(tmp_path, weights, predict, photo):
+    photo.save(tmp_path / "a.png")
+    broken = tmp_path / "cut.safetensors"
+    broken.write_bytes(weights.read_bytes()[:5000])
+    assert "no safetensors file, or a damaged one" in predict(broken, tmp_path / "a.png", code=2).stderr
+    assert "is not there" in predict(tmp_path / "nothing", tmp_path / "a.png", code=2).stderr
+    assert "nowhere.png is not there" in predict(weights, tmp_path / "nowhere.png", code=2).stderr
+    shutil.copytree(tmp_path / "run", tmp_path / "empty", ignore=lambda *_: ["model.safetensors"])
+    assert "is not there" in predict(tmp_path / "empty", tmp_path / "a.png", code=2).stderr
