@@ -65,7 +65,7 @@ def main(debug: bool, **options: Any) -> None:
 
 
 def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: Screen, *, debug: bool) -> None:
-    names = options["names"].split(",")
+    names = [model.strip() for model in options["names"].split(",")]
     if unknown := [model for model in names if model not in models.NAMES]:
         raise RequestError(f"--models {unknown[0]}: choose from {', '.join(models.NAMES)}.")
     if len(set(names)) < len(names):
@@ -73,6 +73,12 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
     if options["search"] and not options["val_size"]:
         raise RequestError("--search chooses by validation accuracy: it needs --val-size above 0.")
     recipes = {model: pick_recipe(RECIPES[model], options) for model in names}
+    for model, recipe in recipes.items():
+        if recipe.batch_size < 2 * options["workers"]:
+            raise RequestError(
+                f"--batch-size {recipe.batch_size} of {model} leaves less than 2 images for each of "
+                f"{options['workers']} workers."
+            )
     spaces = build_spaces(options, recipes) if options["search"] else {}
     seeds = list(range(options["seed"], options["seed"] + options["seeds"]))
 

@@ -257,17 +257,24 @@ def orchestrate(study: Study, plan: Plan, source: Source, workers: Workers) -> N
             storage_path=place.root,
             storage_filesystem=place.filesystem,
             failure_config=tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[Quiet()],
+            callbacks=[Notices()],
             verbose=0,
         ),
     ).fit()
     place.filesystem.delete_dir(place.folder)
 
 
-class Quiet(TrialProgressCallback):
-    """Prints nothing: the trials are shown by `Screen`. Without it Ray Tune adds its own, which does."""
+class Notices(TrialProgressCallback):
+    """Tells, by a trial's board, that it is tried again; prints nothing, as Ray Tune's own callback would."""
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        board = Board(**trial.config["task"]["board"])
+        notice = f"Its driver failed ({board.get('reason') or 'it died'}); it is tried again."
+        board.put("failures", [*(board.get("failures") or []), notice])
 
     def on_trial_complete(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def on_trial_error(self, *args: Any, **kwargs: Any) -> None: ...
 
 
 def directory(trial: Any) -> str:

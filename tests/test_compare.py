@@ -116,7 +116,8 @@ def test_runs_that_are_not_comparable_are_refused_with_the_reason(made_up, compa
     ("args", "says"),
     [
         (("--models", "cnn,alexnet"), "--models alexnet: choose from cnn, vgg16, resnet50"),
-        (("--models", "cnn,cnn"), "names a model twice"),
+        (("--models", "cnn, cnn"), "names a model twice"),
+        (("--models", "cnn", "--workers", 4, "--batch-size", 7), "leaves less than 2 images for each of 4 workers"),
         (("--models", "cnn", "--search", 3, "--val-size", 0), "needs --val-size above 0"),
         (("--models", "cnn", "--search", 3, "--space", "nowhere.toml"), "--space nowhere.toml can't be read"),
     ],
@@ -168,6 +169,8 @@ def test_a_trial_that_fails_is_reported_and_the_others_go_on(compare, small, clu
     (tmp_path / "runs/c/cnn-s0").write_text("in the way")
     args = ("--models", "cnn", "--epochs", 1, "--val-size", 200, "--data", small, "--seeds", 2, "--name", "c")
     done = compare(*args, env=cluster, code=1)
+    assert "cnn-s0: Its driver failed (" in done.stdout
+    assert "; it is tried again." in done.stdout
     assert "1 of 2 trials failed: cnn-s0: " in done.stderr
     comparison = json.loads((tmp_path / "runs/c/comparison.json").read_text())
     assert comparison["models"]["cnn"]["runs"] == ["cnn-s1"]
