@@ -2,9 +2,8 @@
 
 import os
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +19,7 @@ from raycifar.errors import WorkError
 from raycifar.recipes import Recipe, describe_changes
 from raycifar.runs import RESULT, RUN, Run
 from raycifar.space import Space, Trial, suggest
+from raycifar.task import Task
 from raycifar.terminal import POLL_SECONDS
 from raycifar.train import Request, build_trainer, conclude, fit, identify, record
 
@@ -28,25 +28,6 @@ RETRIES = 1  # of a trial whose driver failed; the death of a worker is Ray Trai
 # Where a trial's driver runs: on the head, which spot prices don't take away. It reserves no CPU, so that
 # workers that hold every CPU can't starve it.
 DRIVER = {"node:__internal_head__": 0.001}
-
-
-@dataclass
-class Task:
-    """One trial: a model, a seed and a recipe."""
-
-    name: str
-    model: str
-    seed: int
-    recipe: Recipe
-    search: bool
-    setting: str = ""  # how the recipe differs from the model's
-    status: str = "waiting"  # then running, and finished, stopped (by ASHA) or failed
-    reason: str | None = None
-    board: Board = field(default_factory=lambda: Board(uuid.uuid4().hex))
-
-    @property
-    def over(self) -> bool:
-        return self.status in ("finished", "stopped", "failed")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -15,9 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from raycifar.board import Board
-
-if TYPE_CHECKING:
-    from raycifar.study import Task
+from raycifar.task import Task
 
 POLL_SECONDS = 0.25
 LINE_SECONDS = 30  # between two lines about the same thing, where there is no terminal
@@ -96,7 +94,7 @@ class Screen:
                 return
             time.sleep(POLL_SECONDS)
 
-    def follow_tasks(self, tasks: Callable[[], Sequence["Task"]], running: Callable[[], bool]) -> None:
+    def follow_tasks(self, tasks: Callable[[], Sequence[Task]], running: Callable[[], bool]) -> None:
         """Show the trials of a comparison until it is no longer `running`."""
         if self.console.is_terminal:
             with Live(console=self.console, transient=True, refresh_per_second=4) as live:
@@ -192,7 +190,7 @@ class PlainLine:
                 )
 
 
-def task_lines(task: "Task") -> list[str]:
+def task_lines(task: Task) -> list[str]:
     """Return what there is to say of a trial so far, oldest first."""
     if task.status == "waiting":
         return []
@@ -206,7 +204,7 @@ def task_lines(task: "Task") -> list[str]:
     return lines
 
 
-def task_table(tasks: Sequence["Task"]) -> Table:
+def task_table(tasks: Sequence[Task]) -> Table:
     """Return the trials as they stand."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("trial", "status", "epoch", "loss", "val top-1", "images/s", "time left"):

@@ -101,15 +101,20 @@ class Compare(Command):
     door = "raycifar.compare"
 
 
+def finish(command: Command, code: int = 0) -> subprocess.CompletedProcess:
+    """Wait for a command's end; it must end with the exit code `code`, and without a traceback."""
+    done = command.finish()
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
 @pytest.fixture
 def train(tmp_path):
-    """Run a training command to its end; it must end with the exit code `code`."""
+    """Run a training command to its end."""
 
     def run(*args, code=0, storage=tmp_path / "runs", env=None):
-        done = Command(*args, storage=storage, env=env).finish()
-        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-        assert "Traceback" not in done.stdout + done.stderr
-        return done
+        return finish(Command(*args, storage=storage, env=env), code)
 
     return run
 

@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import Command
+from conftest import Command, finish
 from PIL import Image
 from pyarrow import fs
 
@@ -41,15 +41,8 @@ def weights(tmp_path):
     return path
 
 
-@pytest.fixture
-def predict():
-    def run(*args, code=0):
-        done = Predict(*args, storage=None).finish()
-        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-        assert "Traceback" not in done.stdout + done.stderr
-        return done
-
-    return run
+def predict(*args, code=0):
+    return finish(Predict(*args, storage=None), code)
 
 
 def test_the_names_are_the_data_set_s(cifar):
@@ -100,7 +93,7 @@ def test_a_wide_image_is_cut_to_its_middle(tmp_path, photo):
     assert read(LOCAL, str(tmp_path / "wide.png"))[1].max() < 60
 
 
-def test_a_folder_of_mixed_and_broken_files(tmp_path, weights, predict, photo):
+def test_a_folder_of_mixed_and_broken_files(tmp_path, weights, photo):
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     photo.save(folder / "a.png")
@@ -127,7 +120,7 @@ def test_a_folder_of_mixed_and_broken_files(tmp_path, weights, predict, photo):
     assert answers[f"{folder}/empty.png"]["error"] == "the file is empty"
 
 
-def test_the_answer_is_the_network_s(tmp_path, weights, predict, photo):
+def test_the_answer_is_the_network_s(tmp_path, weights, photo):
     photo.save(tmp_path / "a.png")
     table = predict(weights, tmp_path / "a.png").stdout
     (answer,) = json.loads(predict(weights, tmp_path / "a.png", "--json").stdout)
@@ -142,7 +135,7 @@ def test_the_answer_is_the_network_s(tmp_path, weights, predict, photo):
     assert answer["top5"][0]["class"] in table
 
 
-def test_what_is_no_network_is_refused_in_a_sentence(tmp_path, weights, predict, photo):
+def test_what_is_no_network_is_refused_in_a_sentence(tmp_path, weights, photo):
     photo.save(tmp_path / "a.png")
     broken = tmp_path / "cut.safetensors"
     broken.write_bytes(weights.read_bytes()[:5000])

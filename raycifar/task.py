@@ -1,0 +1,26 @@
+"""One trial of a comparison, and how it stands."""
+
+import uuid
+from dataclasses import dataclass, field
+
+from raycifar.board import Board
+from raycifar.recipes import Recipe
+
+
+@dataclass
+class Task:
+    """A model, a seed and a recipe to be trained."""
+
+    name: str
+    model: str
+    seed: int
+    recipe: Recipe
+    search: bool
+    setting: str = ""  # how the recipe differs from the model's
+    status: str = "waiting"  # then running, and finished, stopped (by ASHA) or failed
+    reason: str | None = None
+    board: Board = field(default_factory=lambda: Board(uuid.uuid4().hex))
+
+    @property
+    def over(self) -> bool:
+        return self.status in ("finished", "stopped", "failed")
