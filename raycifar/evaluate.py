@@ -10,12 +10,12 @@ from rich import box
 from rich.table import Table
 
 from raycifar.analysis.classification import by_class, confused_pairs, confusion, intervals, reliability
-from raycifar.data import CLASSES
-from raycifar.data.names import FINE
+from raycifar.data import CLASSES, SUPERCLASSES
+from raycifar.data.names import COARSE, FINE
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, take, to_numpy
 from raycifar.options import door
-from raycifar.runs import EVALUATION, PREDICTIONS, RUN, Run
+from raycifar.runs import EVALUATION, EVALUATION_PAGE, PREDICTIONS, RUN, Run
 from raycifar.terminal import Screen
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def main(
 ) -> None:
     """Score a trained network on a data set, as a Ray Data job.
 
-    RUN is the folder of a finished run, WEIGHTS a weights file that raycifar wrote. Writes evaluation.json and,
-    with what was predicted of each image, predictions.parquet.
+    RUN is the folder of a finished run, WEIGHTS a weights file that raycifar wrote. Writes evaluation.json, a
+    page of it, and with what was predicted of each image predictions.parquet.
     """
     screen = Screen()
     with screen.waiting(f"Reading {data}"):
@@ -65,10 +65,12 @@ def main(
     folder = choose_folder(out, network, about, source, split)
     logits = predict(table, weights, about, workers, device, cpus_per_worker, screen, debug=debug)
     evaluation, predictions = evaluate(logits, table, source)
+    evaluation = {"network": network, "data": source.name, "split": split, **evaluation}
     folder.write(PREDICTIONS, predictions)
-    folder.write_json(EVALUATION, {"network": network, "data": source.name, "split": split, **evaluation})
+    folder.write_json(EVALUATION, evaluation)
+    folder.write(EVALUATION_PAGE, to_page(evaluation, name).encode())
     show(evaluation, screen)
-    screen.say(f"Written to {folder.folder}: {EVALUATION}, {PREDICTIONS}")
+    screen.say(f"Written to {folder.folder}: {EVALUATION_PAGE}, {EVALUATION}, {PREDICTIONS}")
 
 
 def choose_folder(out: str | None, network: str, about: dict[str, Any] | None, source: Source, split: str) -> Run:
@@ -175,7 +177,8 @@ def evaluate(logits: "Tensor", table: pa.Table, source: Source) -> tuple[dict[st
     from raycifar.engine.evaluate import score, to_predictions_file
 
     labels, coarse = (torch.from_numpy(table[column].to_numpy().copy()) for column in ("fine", "coarse"))
-    scores = score(logits, labels, coarse, source.superclasses())
+    parents = np.array(source.superclasses())
+    scores = score(logits, labels, coarse, parents.tolist())
     probabilities = logits.softmax(1)
     confidence, predicted = (values.numpy() for values in probabilities.max(1))
     right = predicted == labels.numpy()
@@ -195,8 +198,22 @@ def evaluate(logits: "Tensor", table: pa.Table, source: Source) -> tuple[dict[st
         "classes": by_class(matrix, FINE),
         "confused": confused_pairs(matrix, FINE),
         "reliability": reliability(confidence, right),
+        "superclasses": confusion(coarse.numpy(), parents[predicted], SUPERCLASSES).tolist(),
     }
     return evaluation, to_predictions_file(probabilities, labels)
+
+
+def to_page(evaluation: dict[str, Any], name: str) -> str:
+    """Return `evaluation.html`."""
+    from raycifar.analysis import charts
+    from raycifar.analysis.page import render
+
+    drawn = {
+        "reliability": charts.reliability_diagram(evaluation["reliability"]),
+        "superclasses": charts.confusion_chart(np.array(evaluation["superclasses"]), COARSE),
+        "classes": charts.class_chart(evaluation["classes"]),
+    }
+    return render("evaluation.html", drawn, title=f"{name}, evaluated", evaluation=evaluation)
 
 
 def show(evaluation: dict[str, Any], screen: Screen) -> None:

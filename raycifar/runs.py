@@ -27,7 +27,7 @@ from raycifar.files import is_local, locate, write_whole
 RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
 MODEL, BEST = "model.safetensors", "best.safetensors"
 PREDICTIONS = "predictions.parquet"
-EVALUATION = "evaluation.json"  # written by `evaluate`
+EVALUATION, EVALUATION_PAGE = "evaluation.json", "evaluation.html"  # written by `evaluate`
 MANIFEST = "manifest.json"
 STUDY, COMPARISON, COMPARISON_TABLE = "study.json", "comparison.json", "comparison.csv"  # of a comparison's folder
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"

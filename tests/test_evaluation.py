@@ -1,6 +1,7 @@
 """`raycifar evaluate`: the scores of a run's own test set, to the last image, in one process and on Ray."""
 
 import json
+import re
 import shutil
 
 import pyarrow.parquet as pq
@@ -44,6 +45,19 @@ def test_the_scores_are_the_run_s_own(trained, evaluate, small, cluster, tmp_pat
     after = pq.read_table(tmp_path / "a/predictions.parquet")
     assert after["label"] == before["label"]
     assert [row[0] for row in after["top5"].to_pylist()] == [row[0] for row in before["top5"].to_pylist()]
+
+
+def test_the_page_needs_nothing_from_anywhere(trained, evaluate, small, tmp_path):
+    evaluate(trained, "--data", small, "--workers", 0, "--out", tmp_path / "out")
+    page = (tmp_path / "out/evaluation.html").read_text()
+    assert len(re.findall(r'<svg role="img" aria-label="[^"]+"', page)) == 3
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert not {name for name in ids if ids.count(name) > 1 and f"#{name}" in page}
+    assert not re.search(r'<script|<link(?! rel="icon" href="data:)|(?:src|href)="(?!data:|#)', page)
+    top1 = json.loads((tmp_path / "out/evaluation.json").read_text())["top1"]
+    assert f"<b>{top1:.4f}</b>" in page
+    for name in ("aquarium fish", "wolf"):
+        assert f"<td>{name}</td>" in page
 
 
 def test_another_data_set_leaves_the_run_as_it_was(trained, evaluate, small, tmp_path):
