@@ -8,6 +8,7 @@ import click
 from raycifar import __version__
 
 DOORS = {
+    "data": "Fetch, describe and convert the data set.",
     "train": "Train one model, data-parallel, on Ray Train.",
     "compare": "Train several models and seeds, orchestrated by Ray Tune, and say which is better.",
     "evaluate": "Score a trained network on a data set, as a Ray Data job.",
@@ -23,7 +24,10 @@ class Doors(click.Group):
         return list(DOORS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> Any:
-        return importlib.import_module(f"raycifar.{cmd_name}").main if cmd_name in DOORS else None
+        if cmd_name not in DOORS:
+            return None
+        module = "raycifar.data.__main__" if cmd_name == "data" else f"raycifar.{cmd_name}"  # `data` is a folder
+        return importlib.import_module(module).main
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

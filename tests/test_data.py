@@ -1,0 +1,38 @@
+"""`raycifar data`: what a data set holds, and taking it elsewhere."""
+
+import pytest
+from conftest import Command, finish
+
+from raycifar.data.sources import load
+
+
+class Data(Command):
+    door = "raycifar.data"
+
+
+def test_a_data_set_is_described(small):
+    said = finish(Data("describe", "--data", small, storage=None)).stdout
+    assert load(small).fingerprint() in said
+    assert "training images  1,200, 12 of each of 100 classes in 20 superclasses" in said
+    assert "test images      500, 5 of each" in said
+
+
+def test_cifar_100_is_what_its_authors_describe(cifar):
+    said = finish(Data("describe", "--data", cifar, storage=None)).stdout
+    assert "50,000, 500 of each of 100 classes in 20 superclasses" in said
+    assert "10,000, 100 of each" in said
+    assert "red 0.5071 ± 0.2673 green 0.4866 ± 0.2564 blue 0.4409 ± 0.2762" in said
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_what_is_prepared_holds_the_same_images_and_labels(small, tmp_path, scheme):
+    there = f"{scheme}{tmp_path}/parquet"
+    done = finish(Data("prepare", there, "--data", small, storage=None))
+    assert f"--data {there}" in done.stdout
+    assert load(there).fingerprint() == load(small).fingerprint()
+
+
+def test_a_destination_that_can_t_be_written_is_named(small, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    refused = finish(Data("prepare", tmp_path / "file/below", "--data", small, storage=None), code=2)
+    assert "file/below" in refused.stderr
