@@ -50,9 +50,7 @@ def connect(*, debug: bool, dashboard: bool = False) -> str:
     Raises:
         WorkError: the cluster refuses, or can't be reached.
     """
-    if not debug:
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is ours to report
+    quieten(debug=debug)
     quiet = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
     try:
         context = ray.init(address="auto", **quiet)
@@ -69,9 +67,18 @@ def connect(*, debug: bool, dashboard: bool = False) -> str:
     return "Ray on this machine"
 
 
-def in_process(device: str, cpus: float | None) -> Workers:
+def quieten(*, debug: bool) -> None:
+    """Leave what Ray says in this process to its log files."""
+    if not debug:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is ours to report
+
+
+def in_process(device: str, cpus: float | None, *, debug: bool) -> Workers:
     """Return the sizing of a run without worker actors, for which Ray isn't started."""
     import torch
+
+    quieten(debug=debug)
 
     if device == "gpu" and not torch.cuda.is_available():
         raise RequestError("--device gpu: this machine has no GPU that PyTorch can use.")
@@ -89,7 +96,7 @@ def size(count: int | None, device: str, cpus: float | None) -> Workers:
     Raises:
         RequestError: the cluster can't hold that; the message names the most that it can.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = alive_nodes()
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     use_gpu = device == "gpu" or (device == "auto" and gpus > 0)
     count = count or (max(1, gpus) if use_gpu else 1)
@@ -122,7 +129,7 @@ def size_trials(count: int | None, device: str, cpus: float | None, trials: int)
 
     By default a run takes one GPU, or on CPUs as much of a node as lets every node work.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = alive_nodes()
     count = count or 1
     if not cpus and (device == "cpu" or not any(node.get("GPU") for node in nodes)):
         free = [usable_cpus(node.get("CPU", 0)) for node in nodes]
@@ -131,6 +138,11 @@ def size_trials(count: int | None, device: str, cpus: float | None, trials: int)
     wanted = workers.resources
     fit = sum(int(min(node.get(name, 0) / amount for name, amount in wanted.items()) + 1e-9) for node in nodes)
     return workers, max(1, fit // count)
+
+
+def alive_nodes() -> list[dict[str, float]]:
+    """Return the resources of each node of the cluster."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def usable_cpus(cpus: float) -> float:

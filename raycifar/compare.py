@@ -7,7 +7,6 @@ from datetime import datetime
 from typing import Any
 
 import click
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich import box
@@ -16,13 +15,13 @@ from rich.table import Table
 from raycifar import models
 from raycifar.analysis.comparison import Finished, by_model, compare, not_comparable
 from raycifar.data.sources import load
-from raycifar.data.tables import Source, split
+from raycifar.data.tables import Source, from_lists, split
 from raycifar.errors import RequestError, WorkError
 from raycifar.options import Interrupted, check_name, door, pick_recipe, recipe_options, training_options
-from raycifar.recipes import RECIPES, Recipe, describe_changes
+from raycifar.recipes import RECIPES, Recipe, changes, describe_changes
 from raycifar.runs import COMPARISON, COMPARISON_TABLE, PREDICTIONS, RESULT, RUN, STUDY, Run
 from raycifar.terminal import Screen, alongside
-from raycifar.train import Request, warn_of_temporary
+from raycifar.train import Request, check_batch_size, storing_in
 
 SCORES = ("top1", "top5", "loss")
 
@@ -73,12 +72,8 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
     if options["search"] and not options["val_size"]:
         raise RequestError("--search chooses by validation accuracy: it needs --val-size above 0.")
     recipes = {model: pick_recipe(RECIPES[model], options) for model in names}
-    for model, recipe in recipes.items():
-        if recipe.batch_size < 2 * options["workers"]:
-            raise RequestError(
-                f"--batch-size {recipe.batch_size} of {model} leaves less than 2 images for each of "
-                f"{options['workers']} workers."
-            )
+    for recipe in recipes.values():
+        check_batch_size(recipe, options["workers"])
     spaces = build_spaces(options, recipes) if options["search"] else {}
     seeds = list(range(options["seed"], options["seed"] + options["seeds"]))
 
@@ -110,11 +105,8 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
             "folder": folder.folder,
         },
     )
-    warn_of_temporary(folder.folder, screen)
-    try:
+    with storing_in(folder, screen):
         folder.write_json(STUDY, agreement)
-    except OSError as error:
-        raise RequestError(f"{folder.folder} can't be written: {error}. Give another --storage.") from error
 
     study = Study(base, folder.folder, recipes, seeds, options["search"], spaces)
     plan = Plan(study, most, AshaByModel({model: recipe.epochs for model, recipe in recipes.items()}))
@@ -201,13 +193,15 @@ def describe_search(plan: Any, model: str) -> dict[str, Any]:
     base = plan.study.recipes[model]
     for task in plan.searches[model]:
         top1 = plan.val_top1(task)
-        changes = {
-            field: value for field, value in dataclasses.asdict(task.recipe).items() if value != getattr(base, field)
-        }
         trials.append(
-            {"run": task.name, "status": task.status, "changes": changes, "epochs": len(top1), "val_top1": top1[-1:]}
+            {
+                "run": task.name,
+                "status": task.status,
+                "changes": changes(task.recipe, base),
+                "epochs": len(top1),
+                "val_top1": top1[-1] if top1 else None,
+            }
         )
-        trials[-1]["val_top1"] = top1[-1] if top1 else None
     best, recipe = plan.best(model), trials[0]["val_top1"]
     if best is None:
         sentence = f"The search for {model} failed in every trial; its recipe was kept."
@@ -234,8 +228,7 @@ def read_run(path: str) -> Finished:
     Raises:
         RequestError: it is none, or wasn't finished.
     """
-    storage, _, name = path.rstrip("/").rpartition("/")
-    run = Run(storage or ("/" if path.startswith("/") else "."), name)
+    run = Run.at(path)
     about, result, predictions = run.read_json(RUN), run.read_json(RESULT), run.read(PREDICTIONS)
     if about is None:
         raise RequestError(f"{path} is no run's folder: it holds no {RUN}.")
@@ -245,8 +238,8 @@ def read_run(path: str) -> Finished:
     if predictions is None or "test" not in result:
         raise RequestError(f"{path} can't be compared: it has no {PREDICTIONS}, so its test images aren't known.")
     table = pq.read_table(pa.BufferReader(predictions), columns=["label", "top5"])
-    first = np.stack(table["top5"].to_numpy())[:, 0]
-    return Finished(name, about, run.history(), result, first == table["label"].to_numpy())
+    right = from_lists(table["top5"])[:, 0] == table["label"].to_numpy()
+    return Finished(run.name, about, run.history(), result, right)
 
 
 def conclude(

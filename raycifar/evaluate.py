@@ -13,7 +13,7 @@ from raycifar.analysis.classification import by_class, confused_pairs, confusion
 from raycifar.data import CLASSES, SUPERCLASSES
 from raycifar.data.names import COARSE, FINE
 from raycifar.data.sources import load
-from raycifar.data.tables import Source, take, to_numpy
+from raycifar.data.tables import Source, from_lists, take, to_lists, to_numpy
 from raycifar.options import door
 from raycifar.runs import EVALUATION, EVALUATION_PAGE, PREDICTIONS, RUN, Run
 from raycifar.terminal import Screen
@@ -58,8 +58,8 @@ def main(
         from raycifar.trained import read_weights
 
         weights = read_weights(network)
-    storage, _, name = network.rstrip("/").rpartition("/")
-    about = None if network.endswith(".safetensors") else Run(storage or ".", name).read_json(RUN)
+    run = Run.at(network)
+    about = None if network.endswith(".safetensors") else run.read_json(RUN)
     table = take(getattr(source, split), np.arange(len(getattr(source, split))))
 
     folder = choose_folder(out, network, about, source, split)
@@ -68,7 +68,7 @@ def main(
     evaluation = {"network": network, "data": source.name, "split": split, **evaluation}
     folder.write(PREDICTIONS, predictions)
     folder.write_json(EVALUATION, evaluation)
-    folder.write(EVALUATION_PAGE, to_page(evaluation, name).encode())
+    folder.write(EVALUATION_PAGE, to_page(evaluation, run.name).encode())
     show(evaluation, screen)
     screen.say(f"Written to {folder.folder}: {EVALUATION_PAGE}, {EVALUATION}, {PREDICTIONS}")
 
@@ -76,8 +76,7 @@ def main(
 def choose_folder(out: str | None, network: str, about: dict[str, Any] | None, source: Source, split: str) -> Run:
     """Return where to write: what a run predicted of its own test set is its own, and nothing else may replace it."""
     own = about is not None and split == "test" and about["data"]["fingerprint"] == source.fingerprint()
-    parent, _, name = (out or (network if own else "evaluation")).rstrip("/").rpartition("/")
-    return Run(parent or ".", name)
+    return Run.at(out or (network if own else "evaluation"))
 
 
 # The Ray Data job -----------------------------------------------------------------------------------
@@ -106,12 +105,7 @@ class Scorer:
 
         images = torch.from_numpy(to_numpy(batch["image"].combine_chunks(), "image").copy())
         logits = self.trained.logits(images).numpy()
-        return pa.table(
-            {
-                "index": batch["index"],
-                "logits": pa.FixedSizeListArray.from_arrays(pa.array(logits.ravel()), logits.shape[1]),
-            }
-        )
+        return pa.table({"index": batch["index"], "logits": to_lists(logits)})
 
 
 def predict(
@@ -132,7 +126,7 @@ def predict(
 
     precision = (about or {}).get("precision", "auto")  # that of the run: its scores come out the same
     if count == 0:
-        workers = cluster.in_process(device, cpus)
+        workers = cluster.in_process(device, cpus, debug=debug)
     else:
         with screen.waiting("Starting Ray"):
             cluster.connect(debug=debug)
@@ -147,8 +141,7 @@ def predict(
     with screen.waiting(f"Asking the {weights.model} on {workers}"):
         answers = list(map(Scorer(**scorer), parts)) if count == 0 else run_job(parts, scorer, workers)
     answer = pa.concat_tables(answers).sort_by("index")
-    values = answer["logits"].combine_chunks().flatten().to_numpy()
-    return torch.from_numpy(values.reshape(len(table), -1).copy())
+    return torch.from_numpy(from_lists(answer["logits"]).copy())
 
 
 def run_job(parts: list[pa.Table], scorer: dict[str, Any], workers: "Workers") -> list[pa.Table]:
@@ -174,21 +167,15 @@ def evaluate(logits: "Tensor", table: pa.Table, source: Source) -> tuple[dict[st
     """Return what `evaluation.json` holds, and the predictions file."""
     import torch
 
-    from raycifar.engine.evaluate import score, to_predictions_file
+    from raycifar.engine.evaluate import per_image, score, to_predictions_file
 
     labels, coarse = (torch.from_numpy(table[column].to_numpy().copy()) for column in ("fine", "coarse"))
     parents = np.array(source.superclasses())
     scores = score(logits, labels, coarse, parents.tolist())
     probabilities = logits.softmax(1)
     confidence, predicted = (values.numpy() for values in probabilities.max(1))
-    right = predicted == labels.numpy()
-    ends = intervals(
-        {
-            "top1": right,
-            "top5": (logits.topk(5).indices == labels[:, None]).any(1).numpy(),
-            "loss": torch.nn.functional.cross_entropy(logits, labels, reduction="none").numpy(),
-        }
-    )
+    counted = {name: values.numpy() for name, values in per_image(logits, labels, coarse, parents.tolist()).items()}
+    ends = intervals({name: counted[name] for name in ("top1", "top5", "loss")})
     matrix = confusion(labels.numpy(), predicted, CLASSES)
     evaluation = {
         **scores,
@@ -197,7 +184,7 @@ def evaluate(logits: "Tensor", table: pa.Table, source: Source) -> tuple[dict[st
         "intervals": {name: {"low": low, "high": high} for name, (low, high) in ends.items()},
         "classes": by_class(matrix, FINE),
         "confused": confused_pairs(matrix, FINE),
-        "reliability": reliability(confidence, right),
+        "reliability": reliability(confidence, counted["top1"]),
         "superclasses": confusion(coarse.numpy(), parents[predicted], SUPERCLASSES).tolist(),
     }
     return evaluation, to_predictions_file(probabilities, labels)

@@ -79,10 +79,14 @@ class Recipe:
                 return self.lr
 
 
+def changes(recipe: Recipe, base: Recipe) -> dict[str, Any]:
+    """Return the fields of `recipe` in which it differs from `base`."""
+    return {f.name: getattr(recipe, f.name) for f in fields(Recipe) if getattr(recipe, f.name) != getattr(base, f.name)}
+
+
 def describe_changes(recipe: Recipe, base: Recipe) -> str:
-    """Return the fields in which `recipe` differs from `base`, or the empty string."""
-    differing = [f.name for f in fields(Recipe) if getattr(recipe, f.name) != getattr(base, f.name)]
-    pairs = [(name, getattr(recipe, name)) for name in differing]
+    """Return the fields in which `recipe` differs from `base` in words, or the empty string."""
+    pairs = changes(recipe, base).items()
     return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in pairs)
 
 

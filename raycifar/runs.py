@@ -41,6 +41,12 @@ class Run:
     storage: str
     name: str
 
+    @classmethod
+    def at(cls, place: str) -> "Run":
+        """Return the run whose folder, or its URI, is `place`."""
+        storage, _, name = place.rstrip("/").rpartition("/")
+        return cls(storage or ("/" if place.startswith("/") else "."), name)
+
     @cached_property
     def _place(self) -> tuple[fs.FileSystem, str]:
         filesystem, root = locate(self.storage)

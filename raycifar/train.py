@@ -2,11 +2,11 @@
 
 # Ray and PyTorch take seconds to import: what needs them is imported below, once there is something to read.
 
-import logging
 import os
 import platform
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib import metadata
@@ -99,16 +99,10 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
 
     with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
         workers = place(request, debug=debug)
-    if request.recipe.batch_size < 2 * workers.count:
-        raise RequestError(
-            f"--batch-size {request.recipe.batch_size} leaves less than 2 images for each of {workers.count} workers."
-        )
+    check_batch_size(request.recipe, workers.count)
     screen.facts(request.name, overview(identity, workers, run.folder))
-    warn_of_temporary(run.folder, screen)
-    try:
+    with storing_in(run, screen):
         record(run, identity, workers)
-    except OSError as error:
-        raise RequestError(f"{run.folder} can't be written: {error}. Give another --storage.") from error
 
     board = Board(uuid.uuid4().hex)
     trainer = build_trainer(request, run, board, source, splits, workers, debug=debug)
@@ -202,9 +196,20 @@ def overview(identity: dict[str, Any], workers: "Workers", folder: str) -> dict[
     }
 
 
-def warn_of_temporary(folder: str, screen: Screen) -> None:
-    if "runtime_resources" in Path(folder).parts:  # where Ray unpacks a job's --working-dir
+def check_batch_size(recipe: Recipe, workers: int) -> None:
+    if recipe.batch_size < 2 * workers:
+        raise RequestError(f"--batch-size {recipe.batch_size} leaves less than 2 images for each of {workers} workers.")
+
+
+@contextmanager
+def storing_in(run: Run, screen: Screen) -> Iterator[None]:
+    """Write the first file of a folder: say if the folder is temporary, and refuse one that can't be written."""
+    if "runtime_resources" in Path(run.folder).parts:  # where Ray unpacks a job's --working-dir
         screen.say("Note: this job's folder is temporary, and the run in it: give --storage a full path or a URI.")
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{run.folder} can't be written: {error}. Give another --storage.") from error
 
 
 # The work ------------------------------------------------------------------------------------------
@@ -215,9 +220,7 @@ def place(request: Request, *, debug: bool) -> "Workers":
     from raycifar import cluster
 
     if request.workers == 0:
-        if not debug:
-            logging.getLogger("ray").setLevel(logging.ERROR)
-        return cluster.in_process(request.device, request.cpus_per_worker)
+        return cluster.in_process(request.device, request.cpus_per_worker, debug=debug)
     cluster.connect(debug=debug)
     return cluster.size(request.workers, request.device, request.cpus_per_worker)
 

@@ -81,6 +81,16 @@ def to_numpy(array: pa.Array, column: str) -> np.ndarray:
     return pixels[array.offset * BYTES : (array.offset + len(array)) * BYTES].reshape(-1, *SHAPE)
 
 
+def to_lists(rows: np.ndarray) -> pa.FixedSizeListArray:
+    """Return the rows of (n, k) as a column."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
+
+
+def from_lists(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column of `to_lists` as (n, k)."""
+    return column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
+
+
 def split(source: Source, val_size: int, limit: int | None, seed: int) -> Splits:
     """Return the splits of a run: validation images never come from the test set.
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raycifar.data import MEAN, STD
+from raycifar.data.tables import to_lists
 from raycifar.engine.augment import normalise
 
 BATCH = 250  # images scored at a time
 BINS = 15  # of confidence, for the calibration error: Guo et al. (2017), arXiv:1706.04599
-SCORES = ("images", "loss", "top1", "top5", "superclass_top1")
 
 
 @torch.inference_mode()
@@ -42,6 +42,22 @@ def predict(
 
 
 @torch.inference_mode()
+def per_image(logits: Tensor, labels: Tensor, coarse: Tensor, parents: Sequence[int]) -> dict[str, Tensor]:
+    """Return what each image adds to the scores: loss, top1, top5 and superclass_top1, (n,) each.
+
+    The arguments are those of `score`.
+    """
+    ranked = logits.topk(5).indices
+    right = ranked == labels[:, None]
+    return {
+        "loss": F.cross_entropy(logits, labels, reduction="none"),
+        "top1": right[:, 0],
+        "top5": right.any(1),
+        "superclass_top1": torch.tensor(parents, device=logits.device)[ranked[:, 0]] == coarse,
+    }
+
+
+@torch.inference_mode()
 def score(logits: Tensor, labels: Tensor, coarse: Tensor, parents: Sequence[int]) -> dict[str, float]:
     """Return the scores over all workers' images; all workers must call it together.
 
@@ -55,21 +71,17 @@ def score(logits: Tensor, labels: Tensor, coarse: Tensor, parents: Sequence[int]
         superclass is right), ece (expected calibration error over 15 bins of equal width).
     """
     device = logits.device
-    ranked = logits.topk(5).indices
-    right = ranked == labels[:, None]
-    superclass_right = torch.tensor(parents, device=device)[ranked[:, 0]] == coarse
-    loss = F.cross_entropy(logits, labels, reduction="none")
-    counted = (torch.ones_like(loss), loss, right[:, 0], right.any(1), superclass_right)
-    totals = torch.stack([values.double().sum() for values in counted])
+    counted = per_image(logits, labels, coarse, parents)
+    totals = torch.stack([values.double().sum() for values in (torch.ones_like(labels), *counted.values())])
 
     confidence = logits.softmax(1).amax(1).double()
     bin_of = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     bins = torch.zeros((2, BINS), dtype=torch.float64, device=device)  # confidence, correct
-    for row, values in enumerate((confidence, right[:, 0].double())):
+    for row, values in enumerate((confidence, counted["top1"].double())):
         bins[row].scatter_add_(0, bin_of, values)
     reduce_sum(totals, bins)
     images = totals[0].item()
-    scores = dict(zip(SCORES, [int(images), *(totals[1:] / images).tolist()], strict=True))
+    scores = {"images": int(images), **dict(zip(counted, (totals[1:] / images).tolist(), strict=True))}
     scores["ece"] = ((bins[0] - bins[1]).abs().sum() / images).item()
     return scores
 
@@ -92,12 +104,15 @@ def to_predictions_file(probabilities: Tensor, labels: Tensor) -> bytes:
     Returns:
         Columns index and label (int64), top5 (5 int64, the likeliest class first), probabilities (float32).
     """
-    values = {"top5": probabilities.topk(5).indices.cpu().numpy(), "probabilities": probabilities.cpu().numpy()}
-    lists = {
-        name: pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), array.shape[1])
-        for name, array in values.items()
-    }
-    table = pa.table({"index": np.arange(len(labels)), "label": labels.cpu().numpy(), **lists})
+    top5 = probabilities.topk(5).indices
+    table = pa.table(
+        {
+            "index": np.arange(len(labels)),
+            "label": labels.cpu().numpy(),
+            "top5": to_lists(top5.cpu().numpy()),
+            "probabilities": to_lists(probabilities.cpu().numpy()),
+        }
+    )
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ def build(name: str, classes: int, dropout: float = 0.0) -> nn.Module:
     return module.build(classes, dropout)
 
 
+@functools.cache
 def flops(name: str, classes: int = CLASSES) -> int:
     """Return the floating-point operations of one image's forward pass; a multiply-add counts as two."""
     import torch
