@@ -89,7 +89,11 @@ class Command:
         )
 
     def finish(self, timeout: float = 240) -> subprocess.CompletedProcess:
-        out, err = self.process.communicate(timeout=timeout)
+        try:
+            out, err = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:  # what hangs must not hold the CPUs of the tests after it
+            self.process.kill()
+            raise AssertionError(f"not ended after {timeout} s:\n{''.join(self.process.communicate())}") from None
         return subprocess.CompletedProcess(self.process.args, self.process.returncode, out, err)
 
     def kill(self, number: int = signal.SIGKILL) -> subprocess.CompletedProcess:
