@@ -17,18 +17,20 @@ from raycifar.analysis.comparison import Finished, by_model, compare, not_compar
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, from_lists, split
 from raycifar.errors import RequestError, WorkError
+from raycifar.models import Architecture
 from raycifar.options import Interrupted, check_name, door, pick_recipe, recipe_options, training_options
-from raycifar.recipes import RECIPES, Recipe, changes, describe_changes
+from raycifar.pretrained import Start, begin
+from raycifar.recipes import Recipe, changes, describe_changes
 from raycifar.runs import COMPARISON, COMPARISON_TABLE, PREDICTIONS, RESULT, RUN, STUDY, Run
 from raycifar.terminal import Screen, alongside
-from raycifar.train import Request, check_batch_size, storing_in
+from raycifar.train import Request, and_weights, check_batch_size, storing_in
 
 SCORES = ("top1", "top5", "loss")
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110})
 @click.argument("runs", nargs=-1, metavar="[RUN]...")
-@click.option("--models", "names", help=f"Comma-separated, of {', '.join(models.NAMES)}.")
+@click.option("--models", "names", help=f"Comma-separated, of {', '.join(models.NAMES)}, timm:NAME.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, help="Runs of each model, with seeds from --seed on.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="The first seed.")
 @click.option("--search", type=click.IntRange(min=0), default=0, help="Trials that look for each model's best recipe.")
@@ -65,22 +67,23 @@ def main(debug: bool, **options: Any) -> None:
 
 def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: Screen, *, debug: bool) -> None:
     names = [model.strip() for model in options["names"].split(",")]
-    if unknown := [model for model in names if model not in models.NAMES]:
-        raise RequestError(f"--models {unknown[0]}: choose from {', '.join(models.NAMES)}.")
+    for model in names:
+        models.find(model)
     if len(set(names)) < len(names):
         raise RequestError(f"--models {options['names']} names a model twice: --seeds takes several runs of it.")
     if options["search"] and not options["val_size"]:
         raise RequestError("--search chooses by validation accuracy: it needs --val-size above 0.")
-    recipes = {model: pick_recipe(RECIPES[model], options) for model in names}
+    recipes = {model: pick_recipe(model, options) for model in names}
     for recipe in recipes.values():
         check_batch_size(recipe, options["workers"])
     spaces = build_spaces(options, recipes) if options["search"] else {}
     seeds = list(range(options["seed"], options["seed"] + options["seeds"]))
 
-    with screen.waiting(f"Reading {options['data']}"):
+    with screen.waiting(f"Reading {options['data']}{and_weights(recipes.values())}"):
         source = load(options["data"])
         splits = split(source, options["val_size"], options["limit"], options["seed"])
-    agreement = agree(folder, options, recipes, spaces, source)
+        starts = {model: begin(model, recipe) for model, recipe in recipes.items()}
+    agreement = agree(folder, options, recipes, spaces, source, starts)
 
     given = {key: options[key] for key in Request.__annotations__ if key in options}
     base = Request(**{**given, "name": name, "model": names[0], "recipe": recipes[names[0]]})
@@ -90,7 +93,8 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
 
         cluster.connect(debug=debug, dashboard=True)
         # The costliest first: what is left at the end then fills the cluster best.
-        recipes = {model: recipes[model] for model in sorted(names, key=models.flops, reverse=True)}
+        cost = {model: models.flops(start.architecture) for model, start in starts.items()}.__getitem__
+        recipes = {model: recipes[model] for model in sorted(names, key=cost, reverse=True)}
         trials = len(names) * (options["search"] + len(seeds))
         workers, fit = cluster.size_trials(options["workers"], options["device"], options["cpus_per_worker"], trials)
         most = options["max_trials"] or fit
@@ -108,7 +112,7 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
     with storing_in(folder, screen):
         folder.write_json(STUDY, agreement)
 
-    study = Study(base, folder.folder, recipes, seeds, options["search"], spaces)
+    study = Study(base, folder.folder, recipes, starts, seeds, options["search"], spaces)
     plan = Plan(study, most, AshaByModel({model: recipe.epochs for model, recipe in recipes.items()}))
     if done := sum(task.over for task in plan.tasks):
         screen.say(f"{done} trials are over already, and not run again.")
@@ -155,7 +159,12 @@ def build_spaces(options: dict[str, Any], recipes: dict[str, Recipe]) -> dict[st
 
 
 def agree(
-    folder: Run, options: dict[str, Any], recipes: dict[str, Recipe], spaces: dict[str, Any], source: Source
+    folder: Run,
+    options: dict[str, Any],
+    recipes: dict[str, Recipe],
+    spaces: dict[str, Any],
+    source: Source,
+    starts: dict[str, Start],
 ) -> dict[str, Any]:
     """Return what must be the same for a comparison of the same name to be continued.
 
@@ -168,10 +177,11 @@ def agree(
 
     now: dict[str, Any] = {
         "data": source.fingerprint(),
-        **{key: options[key] for key in ("val_size", "limit", "pretrained", "compile", "seed", "search")},
+        **{key: options[key] for key in ("val_size", "limit", "compile", "seed", "search")},
     }
     for model, recipe in recipes.items():
         now[model] = dataclasses.asdict(recipe)
+        now[f"{model} weights"] = starts[model].fingerprint()
         if options["search"]:
             now[f"{model} space"] = describe(spaces[model])
     earlier = folder.read_json(STUDY) or {}
@@ -253,7 +263,8 @@ def conclude(
     if reasons := not_comparable(finished):
         raise RequestError(f"these runs can't be compared: {'; '.join(reasons)}.")
     groups = by_model(finished)
-    flops = {name: models.flops(runs[0].run["model"]) for name, runs in groups.items()}
+    architectures = {name: Architecture.from_json(runs[0].run["architecture"]) for name, runs in groups.items()}
+    flops = {name: models.flops(architecture) for name, architecture in architectures.items()}
     comparison = {"name": folder.name, **compare(groups, flops, price_per_hour), **more}
     folder.write_json(COMPARISON, comparison)
     folder.write(COMPARISON_TABLE, to_csv(comparison).encode())

@@ -138,7 +138,7 @@ def predict(
         "threads": workers.threads,
     }
     parts = [table.slice(start, BLOCK) for start in range(0, len(table), BLOCK)]
-    with screen.waiting(f"Asking the {weights.model} on {workers}"):
+    with screen.waiting(f"Asking the {weights.architecture.model} on {workers}"):
         answers = list(map(Scorer(**scorer), parts)) if count == 0 else run_job(parts, scorer, workers)
     answer = pa.concat_tables(answers).sort_by("index")
     return torch.from_numpy(from_lists(answer["logits"]).copy())

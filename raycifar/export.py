@@ -1,6 +1,8 @@
 """Write a trained network for other programs: `python -m raycifar.export results/cnn-a --to onnx`."""
 
 import io
+import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +13,7 @@ from raycifar.data.sources import load
 from raycifar.data.tables import to_numpy
 from raycifar.errors import RequestError, WorkError
 from raycifar.files import locate, write_whole
+from raycifar.models import slug
 from raycifar.options import door
 from raycifar.terminal import Screen
 
@@ -28,7 +31,7 @@ SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"
 @click.option("--data", envvar="RAYCIFAR_DATA", default="cifar100", help="Whose test images it is checked on.")
 @door
 def main(debug: bool, network: str, kind: str, out: str | None, data: str) -> None:
-    """Write a trained network for other programs, with the normalisation inside.
+    """Write a trained network for other programs, with the preprocessing of its images inside.
 
     What is written maps images (n, 3, 32, 32) uint8, channels first, to logits (n, classes) float32. It is read
     back, and must choose the same class as the network for 1,000 test images before it is kept.
@@ -43,7 +46,7 @@ def main(debug: bool, network: str, kind: str, out: str | None, data: str) -> No
 
         trained = Trained(read_weights(network), "cpu", "float32")
     expected = trained.logits(torch.from_numpy(images.copy())).numpy()
-    whole = with_normalisation(trained)
+    whole = with_preprocessing(trained)
     with screen.waiting(f"Writing {kind}"):
         try:
             content = {"onnx": to_onnx, "torchscript": to_torchscript, "safetensors": to_safetensors}[kind](whole)
@@ -59,7 +62,7 @@ def main(debug: bool, network: str, kind: str, out: str | None, data: str) -> No
             f"what {kind} makes of the network chooses another class for {differing} of {len(images)} images (logits "
             f"differ by up to {largest:.2g}): nothing was written."
         )
-    out = out or f"{trained.weights.model}{SUFFIXES[kind]}"
+    out = out or f"{slug(trained.weights.architecture.model)}{SUFFIXES[kind]}"
     write_whole(*locate(out), content)
     screen.say(
         f"{out}: {len(content) / 1e6:.1f} MB. The same class for each of {len(images):,} test images; logits differ by "
@@ -67,23 +70,26 @@ def main(debug: bool, network: str, kind: str, out: str | None, data: str) -> No
     )
 
 
-def with_normalisation(trained: Any) -> "nn.Module":
+def with_preprocessing(trained: Any) -> "nn.Module":
     """Return a network from (n, 3, 32, 32) uint8 to logits."""
     import torch
-    from torch import nn
+    from torch import Tensor, nn
+
+    from raycifar.engine.augment import resize
 
     class Whole(nn.Module):
-        mean: torch.Tensor
-        std: torch.Tensor
+        mean: Tensor
+        std: Tensor
 
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("mean", 255 * torch.tensor(trained.weights.mean)[:, None, None])
-            self.register_buffer("std", 255 * torch.tensor(trained.weights.std)[:, None, None])
+            self.preprocessing = trained.weights.architecture.preprocessing
+            self.register_buffer("mean", 255 * torch.tensor(self.preprocessing.mean)[:, None, None])
+            self.register_buffer("std", 255 * torch.tensor(self.preprocessing.std)[:, None, None])
             self.network = trained.network
 
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.network((images.float() - self.mean) / self.std)
+        def forward(self, images: Tensor) -> Tensor:
+            return self.network((resize(images.float(), self.preprocessing) - self.mean) / self.std)
 
     return Whole().eval()
 
@@ -127,10 +133,11 @@ def ask_torchscript(content: bytes, images: np.ndarray, whole: "nn.Module") -> n
         return torch.jit.load(io.BytesIO(content))(torch.from_numpy(images.copy())).numpy()
 
 
-def to_safetensors(whole: "nn.Module") -> bytes:
+def to_safetensors(whole: Any) -> bytes:
     import safetensors.torch
 
-    return safetensors.torch.save({name: value.contiguous() for name, value in whole.state_dict().items()})
+    tensors = {name: value.contiguous() for name, value in whole.state_dict().items()}
+    return safetensors.torch.save(tensors, metadata={"preprocessing": json.dumps(asdict(whole.preprocessing))})
 
 
 def ask_safetensors(content: bytes, images: np.ndarray, whole: "nn.Module") -> np.ndarray:

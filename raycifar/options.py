@@ -12,8 +12,9 @@ from typing import Any, get_args
 
 import click
 
+from raycifar import models
 from raycifar.errors import RequestError
-from raycifar.recipes import Recipe
+from raycifar.recipes import Recipe, recipe_for
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,7 +34,6 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--data", envvar="RAYCIFAR_DATA", default="cifar100", help="cifar100, synthetic, path, URI."),
             click.option("--val-size", type=int, default=5000, help="Training images held out, as many of each class."),
             click.option("--limit", type=int, help="Use only so many training images, as many of each class."),
-            click.option("--pretrained", type=click.Choice(["none"]), default="none"),
             click.option("--device", type=click.Choice(["auto", "gpu", "cpu"]), default="auto"),
             click.option(
                 "--cpus-per-worker", type=click.FloatRange(min=0, min_open=True), help="CPUs, so threads.  [fair share]"
@@ -47,17 +47,30 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+class Model(click.ParamType):
+    """The name of an architecture."""
+
+    name = "model"
+
+    def convert(self, value: str, param: Any, ctx: Any) -> str:
+        models.find(value)
+        return value
+
+
 def check_name(name: str) -> None:
     if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
         raise RequestError(f"--name {name!r} is no folder's name: use letters, digits, '-', '_' and '.'.")
 
 
-def pick_recipe(base: Recipe, options: dict[str, Any]) -> Recipe:
-    """Return `base` with the fields that were given; what is no field is left alone.
+def pick_recipe(model: str, options: dict[str, Any]) -> Recipe:
+    """Return the model's own recipe with the fields that were given; what is no field is left alone.
 
     Raises:
         click.UsageError: a value makes no sense.
     """
+    base = recipe_for(model, options["pretrained"])
+    if (epochs := options["epochs"]) and options["head_epochs"] is None:  # a short run, too, reaches both stages
+        base = dataclasses.replace(base, head_epochs=min(base.head_epochs, epochs - 1))
     given = {f.name: options[f.name] for f in dataclasses.fields(Recipe) if options.get(f.name) is not None}
     try:
         return dataclasses.replace(base, **given)

@@ -1,17 +1,19 @@
 """The hyperparameters: one frozen dataclass, one instance a model.
 
 Every field is an option of `raycifar train`. None depends on the number of workers: the batch size is
-global, and the learning rate is a function of the step alone.
+global, and the learning rate is a function of epoch and step alone.
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["cosine", "linear", "step", "constant"]
 Augmentation = Literal["none", "flip", "crop", "cutout"]
 Precision = Literal["auto", "bfloat16", "float32"]
+BatchNorm = Literal["train", "frozen"]
+Stage = Literal["head", "whole"]
 
 SHARES = ("warmup", "label_smoothing", "momentum", "dropout", "ema")
 
@@ -40,6 +42,11 @@ class Recipe:
     ema: float = option(0.0, "decay of a running average of the weights, which is then scored and kept; 0: none")
     clip_norm: float = option(0.0, "largest gradient norm; 0: no limit")
     precision: Precision = option("auto", "auto is bfloat16 where every worker's hardware has it, else float32")
+    image_size: int = option(32, "side to which images are scaled, 32 to 224 pixels")
+    pretrained: str = option("none", "weights to begin with: imagenet, a file (PyTorch or safetensors), or none")
+    head_epochs: int = option(0, "first epochs, which train the head alone; the rest of the network is frozen")
+    layer_decay: float = option(1.0, "learning rate of each layer as a share of the next one's; 1: all the same")
+    batch_norm: BatchNorm = option("train", "running statistics: train, or frozen as they came")
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -52,6 +59,9 @@ class Recipe:
             (("epochs", "batch_size"), lambda v: v >= 1, "at least 1"),
             (("lr", "weight_decay", "clip_norm"), lambda v: v >= 0, "0 or more"),
             (("mixup", "cutmix"), lambda v: 0 <= v <= 1, "a share from 0 to 1"),
+            (("layer_decay",), lambda v: 0 < v <= 1, "a share above 0, at most 1"),
+            (("image_size",), lambda v: 32 <= v <= 224, "from 32 to 224"),
+            (("head_epochs",), lambda v: 0 <= v <= self.epochs, f"from 0 to the {self.epochs} epochs"),
             (SHARES, lambda v: 0 <= v < 1, "a share from 0 to below 1"),
         ):
             for name in names:
@@ -62,19 +72,29 @@ class Recipe:
                 f"mixup {self.mixup} and cutmix {self.cutmix} are shares of the same batches: at most 1 together"
             )
 
-    def learning_rate(self, step: int, steps: int) -> float:
-        """Return the learning rate of `step` (from 0) of `steps` in all."""
-        warmup_steps = self.warmup * steps
-        if step + 1 < warmup_steps:
-            return self.lr * (step + 1) / warmup_steps
-        done = (step - warmup_steps) / max(1.0, steps - warmup_steps)
+    def stage(self, epoch: int) -> Stage:
+        """Return what trains in `epoch` (from 1): the head alone, or the whole network."""
+        return "head" if min(epoch, self.epochs) <= self.head_epochs else "whole"
+
+    def learning_rate(self, epoch: int, step: int, steps: int) -> float:
+        """Return the head's learning rate; each stage has a warm-up and a schedule of its own.
+
+        Args:
+            epoch: from 1. step: of the epoch, from 0. steps: of an epoch.
+        """
+        first, last = (0, self.head_epochs) if self.stage(epoch) == "head" else (self.head_epochs, self.epochs)
+        at, total = (epoch - 1 - first) * steps + step, (last - first) * steps
+        warmup_steps = self.warmup * total
+        if at + 1 < warmup_steps:
+            return self.lr * (at + 1) / warmup_steps
+        done = (at - warmup_steps) / max(1.0, total - warmup_steps)
         match self.schedule:
             case "cosine":
                 return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
             case "linear":
                 return self.lr * (1 - min(1.0, max(0.0, done)))
             case "step":
-                return self.lr * 0.2 ** sum(step / steps >= milestone for milestone in (0.3, 0.6, 0.8))
+                return self.lr * 0.2 ** sum(at / total >= milestone for milestone in (0.3, 0.6, 0.8))
             case _:
                 return self.lr
 
@@ -90,8 +110,18 @@ def describe_changes(recipe: Recipe, base: Recipe) -> str:
     return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in pairs)
 
 
-RECIPES = {
-    "cnn": Recipe(),
-    "vgg16": Recipe(),
-    "resnet50": Recipe(),
-}
+SCRATCH = Recipe()
+TRANSFER = Recipe(
+    epochs=20, lr=0.02, warmup=0.1, weight_decay=1e-4, image_size=128, pretrained="imagenet", head_epochs=2,
+    layer_decay=0.7,
+)  # fmt: skip
+
+
+def recipe_for(model: str, pretrained: str | None = None) -> Recipe:
+    """Return a model's own recipe: from scratch, or for the weights `pretrained` that it begins with.
+
+    The study's CNN and VGG-16 are trained from scratch, its ResNet-50 and all of timm's from ImageNet weights.
+    """
+    if pretrained is None:
+        pretrained = "none" if model in ("cnn", "vgg16") else "imagenet"
+    return SCRATCH if pretrained == "none" else replace(TRANSFER, pretrained=pretrained)

@@ -25,6 +25,7 @@ from raycifar.recipes import Recipe
 Space = dict[str, BaseDistribution]
 
 STARTUP_TRIALS = 5  # drawn at random before TPE (Bergstra et al., 2011) models what was good
+FIXED = {"epochs", "pretrained"}  # trials are compared by epochs, and begin with the same weights
 KEYS = {"min", "max", "log", "choices"}
 
 
@@ -62,8 +63,10 @@ def read_space(file: str) -> Space:
     space: Space = {}
     for name, table in tables.items():
         try:
-            if name not in fields or name == "epochs":
-                raise ValueError(f"a search can't vary it: choose from {', '.join(f for f in fields if f != 'epochs')}")
+            if name not in fields or name in FIXED:
+                raise ValueError(
+                    f"a search can't vary it: choose from {', '.join(f for f in fields if f not in FIXED)}"
+                )
             space[name] = to_distribution(table, fields[name])
             ends = list(table["choices"]) if "choices" in table else [table["min"], table["max"]]
             for value in ends:

@@ -16,6 +16,8 @@ from raycifar.board import Board
 from raycifar.cluster import Workers
 from raycifar.data.tables import Source, split
 from raycifar.errors import WorkError
+from raycifar.models import slug
+from raycifar.pretrained import Start
 from raycifar.recipes import Recipe, describe_changes
 from raycifar.runs import RESULT, RUN, Run
 from raycifar.space import Space, Trial, suggest
@@ -37,6 +39,7 @@ class Study:
     base: Request
     folder: str
     recipes: Mapping[str, Recipe]  # by model, in the order of the trials
+    starts: Mapping[str, Start]
     seeds: Sequence[int]
     searches: int  # search trials of each model
     spaces: Mapping[str, Space]
@@ -128,7 +131,7 @@ class Plan(Searcher):
             recipe = best.recipe if best else self.study.recipes[model]
             setting = describe_changes(recipe, self.study.recipes[model])
             self.finals[model] = [
-                self._with_status(Task(f"{model}-s{seed}", model, seed, recipe, search=False, setting=setting))
+                self._with_status(Task(f"{slug(model)}-s{seed}", model, seed, recipe, search=False, setting=setting))
                 for seed in self.study.seeds
             ]
 
@@ -154,7 +157,7 @@ class Plan(Searcher):
         return None
 
     def _search_task(self, model: str, recipe: Recipe) -> Task:
-        name = f"{model}-search-{len(self.searches[model]) + 1:02}"
+        name = f"{slug(model)}-search-{len(self.searches[model]) + 1:02}"
         setting = describe_changes(recipe, self.study.recipes[model]) or "the recipe itself"
         return Task(name, model, self.study.seeds[0], recipe, search=True, setting=setting)
 
@@ -270,8 +273,9 @@ def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Wor
     request, run = study.request(task), study.run(task)
     try:
         splits = split(source, request.val_size, request.limit, request.seed)
-        record(run, identify(request, source, splits), workers)
-        trainer = build_trainer(request, run, board, source, splits, workers, debug=False)
+        start = study.starts[task.model]
+        record(run, identify(request, source, splits, start), workers)
+        trainer = build_trainer(request, run, board, source, splits, start, workers, debug=False)
         conclude(run, fit(trainer, lambda running: report_epochs(task, running)))
     except WorkError as error:
         if (run.read_json(RESULT) or {}).get("status") == "failed":

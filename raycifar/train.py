@@ -5,7 +5,7 @@
 import os
 import platform
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -20,8 +20,9 @@ from raycifar.board import Board
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, Splits, split
 from raycifar.errors import RequestError, WorkError
-from raycifar.options import Interrupted, check_name, door, pick_recipe, recipe_options, training_options
-from raycifar.recipes import RECIPES, Recipe
+from raycifar.options import Interrupted, Model, check_name, door, pick_recipe, recipe_options, training_options
+from raycifar.pretrained import Start, begin
+from raycifar.recipes import Recipe
 from raycifar.runs import KEPT, RESULT, RUN, Run
 from raycifar.terminal import Screen, alongside, result_lines
 
@@ -41,7 +42,6 @@ class Request:
     val_size: int
     limit: int | None
     seed: int
-    pretrained: str
 
     name: str
     storage: str
@@ -56,7 +56,7 @@ class Request:
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110})
-@click.option("--model", type=click.Choice(models.NAMES), required=True)
+@click.option("--model", type=Model(), required=True, help=f"{', '.join(models.NAMES)}, or timm:NAME.")
 @click.option("--name", help="The run's name; the same name resumes it.  [model, seed and time]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the split, the first weights and every epoch.")
 @click.option("--workers", type=click.IntRange(min=0), help="0: this process.  [one for each GPU, else 1]")
@@ -69,8 +69,8 @@ def main(debug: bool, **options: Any) -> None:
 
     The options from --epochs on are the recipe's: what isn't given is the model's own, and is shown at the start.
     """
-    recipe = pick_recipe(RECIPES[options["model"]], options)
-    name = options["name"] or f"{options['model']}-s{options['seed']}-{datetime.now():%Y%m%d-%H%M%S}"
+    recipe = pick_recipe(options["model"], options)
+    name = options["name"] or f"{models.slug(options['model'])}-s{options['seed']}-{datetime.now():%Y%m%d-%H%M%S}"
     check_name(name)
     own = {key: options[key] for key in Request.__annotations__ if key in options}
     train(Request(**{**own, "recipe": recipe, "name": name}), debug=debug)
@@ -88,10 +88,11 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
     """
     screen, run = Screen(), Run(request.storage, request.name)
 
-    with screen.waiting(f"Reading {request.data}"):
+    with screen.waiting(f"Reading {request.data}{and_weights([request.recipe])}"):
         source = load(request.data)
         splits = split(source, request.val_size, request.limit, request.seed)
-    identity = identify(request, source, splits)
+        start = begin(request.model, request.recipe)
+    identity = identify(request, source, splits, start)
     if earlier := compare_with_earlier(run, identity):
         screen.say(f"{run.folder} is finished; nothing is trained again.")
         screen.lines(result_lines(earlier, run.folder, source.name))
@@ -105,7 +106,7 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
         record(run, identity, workers)
 
     board = Board(uuid.uuid4().hex)
-    trainer = build_trainer(request, run, board, source, splits, workers, debug=debug)
+    trainer = build_trainer(request, run, board, source, splits, start, workers, debug=debug)
     try:
         outcome = fit(trainer, lambda running: screen.follow(board, running, request.recipe.epochs))
     except Interrupted:
@@ -116,10 +117,15 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
     return result
 
 
+def and_weights(recipes: Iterable[Recipe]) -> str:
+    places = sorted({recipe.pretrained for recipe in recipes} - {"none"})
+    return f" and weights ({', '.join(places)})" if places else ""
+
+
 # The run's identity and its record -----------------------------------------------------------------
 
 
-def identify(request: Request, source: Source, splits: Splits) -> dict[str, Any]:
+def identify(request: Request, source: Source, splits: Splits, start: Start) -> dict[str, Any]:
     """Return what decides the weights: a run of the same name must agree in all of it to be resumed."""
     return {
         "name": request.name,
@@ -132,7 +138,8 @@ def identify(request: Request, source: Source, splits: Splits) -> dict[str, Any]
         },
         "val_size": request.val_size,
         "limit": request.limit,
-        "pretrained": request.pretrained,
+        "architecture": start.architecture.to_json(),
+        "weights": start.fingerprint(),
         "seed": request.seed,
         "compile": request.compile,
     }
@@ -148,11 +155,11 @@ def compare_with_earlier(run: Run, identity: dict[str, Any]) -> dict[str, Any] |
     if earlier is None:
         return None
     before, now = flatten(earlier), flatten(identity)
-    # The same images may lie elsewhere today.
+    # The same images and the same weights may lie elsewhere today.
     differences = [
         f"{key} {before.get(key)} there, {now[key]} here"
         for key in now
-        if before.get(key) != now[key] and key != "source"
+        if before.get(key) != now[key] and key not in ("source", "pretrained")
     ]
     if differences:
         raise RequestError(
@@ -163,7 +170,8 @@ def compare_with_earlier(run: Run, identity: dict[str, Any]) -> dict[str, Any] |
 
 
 def flatten(identity: dict[str, Any]) -> dict[str, Any]:
-    return {**identity, **identity["recipe"], **identity["data"], "recipe": None, "data": None}
+    nested = {"recipe": None, "data": None, "architecture": None}  # the last follows from model, recipe and weights
+    return {**identity, **identity["recipe"], **identity["data"], **nested}
 
 
 def record(run: Run, identity: dict[str, Any], workers: "Workers") -> None:
@@ -187,7 +195,7 @@ def record(run: Run, identity: dict[str, Any], workers: "Workers") -> None:
 def overview(identity: dict[str, Any], workers: "Workers", folder: str) -> dict[str, str]:
     recipe, data = identity["recipe"], identity["data"]
     return {
-        "model": f"{identity['model']}, pretrained {identity['pretrained']}, seed {identity['seed']}",
+        "model": f"{identity['model']}, seed {identity['seed']}",
         "data": data["source"],
         "images": f"{data['train']:,} training, {data['val']:,} validation, {data['test']:,} test",
         "workers": str(workers),
@@ -231,6 +239,7 @@ def build_trainer(
     board: Board,
     source: Source,
     splits: Splits,
+    start: Start,
     workers: "Workers",
     *,
     debug: bool,
@@ -249,7 +258,7 @@ def build_trainer(
     job = Job(
         run=run,
         board=board,
-        model=request.model,
+        start=start,
         recipe=request.recipe,
         seed=request.seed,
         images=len(splits.train),

@@ -1,31 +1,25 @@
 """A network that has been trained, from a run's folder or a weights file, ready to be asked."""
 
-import json
 from dataclasses import dataclass
-from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from raycifar import models
+from raycifar import weights as weights_file
 from raycifar.engine.evaluate import predict
 from raycifar.engine.hardware import choose_precision
 from raycifar.errors import RequestError
 from raycifar.files import locate
+from raycifar.models import Architecture
 from raycifar.recipes import Precision
 from raycifar.runs import MODEL
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A weights file: the model's name, the number of classes, the pixels' mean and std, and the tensors."""
+    """An architecture, and the tensors of a network of it by name."""
 
-    model: str
-    classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    architecture: Architecture
     tensors: dict[str, Tensor]
 
 
@@ -44,19 +38,19 @@ class Trained:
             raise RequestError("--device gpu: this machine has no GPU that PyTorch can use.")
         self.weights = weights
         self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-        network = models.build(weights.model, weights.classes)
+        network = weights.architecture.build()
         try:
             network.load_state_dict(weights.tensors)
         except RuntimeError as error:
-            raise RequestError(f"these are not the weights of a {weights.model}: {error}") from error
+            raise RequestError(f"these are not the weights of a {weights.architecture.model}: {error}") from error
         self.network: nn.Module = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         dtype = choose_precision(precision, self.device)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def logits(self, images: Tensor) -> Tensor:
         """Return (n, classes) float32, on the CPU, of `images` (n, 3, 32, 32) uint8."""
-        answer = predict(self.network, images.to(self.device), self.autocast, self.weights.mean, self.weights.std)
-        return answer.cpu()
+        preprocessing = self.weights.architecture.preprocessing
+        return predict(self.network, images.to(self.device), self.autocast, preprocessing).cpu()
 
 
 def read_weights(place: str) -> Weights:
@@ -76,18 +70,7 @@ def read_weights(place: str) -> Weights:
             content = stream.read()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RequestError(f"{place} is not there: give the folder of a finished run, or a weights file.") from error
-    try:
-        tensors = safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
-        raise RequestError(f"{place} is no safetensors file, or a damaged one: {error}.") from error
-    about = read_metadata(content)
-    if about is None:
+    tensors, architecture = weights_file.from_file(content, place)
+    if architecture is None:
         raise RequestError(f"{place} doesn't say which model's weights it holds: it was not written by raycifar.")
-    return Weights(about["model"], about["classes"], tuple(about["mean"]), tuple(about["std"]), tensors)
-
-
-def read_metadata(content: bytes) -> dict[str, Any] | None:
-    """Return what raycifar wrote of a safetensors file's tensors; its header is JSON after 8 bytes of its length."""
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    about = header.get("__metadata__", {}).get("raycifar")
-    return about and json.loads(about)
+    return Weights(architecture, tensors)

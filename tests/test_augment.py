@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from raycifar.data import MEAN, STD
-from raycifar.engine.augment import HOLE, PAD, augment, mix, normalise
+from raycifar.engine.augment import HOLE, PAD, augment, mix, preprocess
 from raycifar.recipes import Recipe
 
 
@@ -63,14 +63,14 @@ def test_normalise_matches_torchvision(images):
     from torchvision.transforms import v2
 
     reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    out = normalise(images)
+    out = preprocess(images)
     assert torch.allclose(out, reference(images), atol=1e-5)
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mixed_targets_are_shares_of_two_classes(images, kind):
-    inputs, targets = mix(normalise(images), torch.arange(64), Recipe(**{kind: 1.0}))
+    inputs, targets = mix(preprocess(images), torch.arange(64), Recipe(**{kind: 1.0}))
     assert inputs.shape == images.shape
     assert targets.shape == (64, 100)
     assert torch.allclose(targets.sum(1), torch.ones(64))

@@ -11,6 +11,7 @@ import torch
 from conftest import Compare, checkpoints, finish, history, wait_until
 
 from raycifar.engine.evaluate import to_predictions_file
+from raycifar.models import Architecture
 from raycifar.recipes import Recipe
 from raycifar.runs import Run
 
@@ -44,7 +45,14 @@ def made_up(tmp_path):
         data |= changes.get("data", {})
         run.write_json(
             "run.json",
-            {"model": model, "seed": seed, "pretrained": "none", "recipe": recipe, "data": data, "parameters": 7},
+            {
+                "model": model,
+                "seed": seed,
+                "architecture": Architecture(model).to_json(),
+                "recipe": recipe,
+                "data": data,
+                "parameters": 7,
+            },
         )
         seconds = {"cnn": 10.0, "vgg16": 30.0}[model]
         run.write_history(

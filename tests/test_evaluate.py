@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
-from raycifar.engine.augment import normalise
+from raycifar.engine.augment import preprocess
 from raycifar.engine.evaluate import predict, score
 from raycifar.engine.loss import loss_and_sums
 
@@ -20,7 +20,7 @@ def test_scores_match_torchmetrics():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 100))
     with torch.no_grad():
         model[1].weight *= 20
-        guesses = model(normalise(images))
+        guesses = model(preprocess(images))
         easy = torch.arange(1234) < 600
         labels[easy] = guesses.argmax(1)[easy]
     logits = predict(model, images, torch.autocast("cpu", torch.bfloat16, enabled=False))

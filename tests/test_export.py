@@ -9,11 +9,11 @@ import torch
 from conftest import Command
 from safetensors.torch import load_file
 
-from raycifar import models
 from raycifar.data.sources import load
 from raycifar.data.tables import to_numpy
-from raycifar.engine.augment import normalise
-from raycifar.engine.state import to_weights_file
+from raycifar.engine.augment import preprocess
+from raycifar.models import Architecture
+from raycifar.weights import to_file
 
 
 class Export(Command):
@@ -24,11 +24,11 @@ class Export(Command):
 def network(tmp_path, name):
     """A network with weights that are not trained, but with running statistics that are not the first ones."""
     torch.manual_seed(0)
-    model = models.build(name, 100)
+    model = Architecture(name).build()
     with torch.no_grad():
         model(torch.randn(16, 3, 32, 32))
     path = tmp_path / "weights.safetensors"
-    path.write_bytes(to_weights_file(model, name))
+    path.write_bytes(to_file(model, Architecture(name)))
     return model.eval(), path
 
 
@@ -49,7 +49,7 @@ def test_what_is_written_chooses_the_same_classes(network, small, tmp_path, kind
     assert "The same class for each of 500 test images" in done.stdout
     images = to_numpy(load(small).test["image"].combine_chunks(), "image")[:64].copy()
     with torch.inference_mode():
-        expected = model(normalise(torch.from_numpy(images))).numpy()
+        expected = model(preprocess(torch.from_numpy(images))).numpy()
     match kind:
         case "onnx":
             found = onnxruntime.InferenceSession(out.read_bytes()).run(["logits"], {"images": images})[0]

@@ -12,10 +12,10 @@ from conftest import Command, finish
 from PIL import Image
 from pyarrow import fs
 
-from raycifar import models
 from raycifar.data.names import COARSE, FINE
 from raycifar.data.pictures import read
-from raycifar.engine.state import to_weights_file
+from raycifar.models import Architecture
+from raycifar.weights import to_file
 
 LOCAL = fs.LocalFileSystem()
 
@@ -37,7 +37,7 @@ def weights(tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "run/model.safetensors"
     path.parent.mkdir()
-    path.write_bytes(to_weights_file(models.build("cnn", 100), "cnn"))
+    path.write_bytes(to_file(Architecture("cnn").build(), Architecture("cnn")))
     return path
 
 
@@ -125,11 +125,13 @@ def test_the_answer_is_the_network_s(tmp_path, weights, photo):
     table = predict(weights, tmp_path / "a.png").stdout
     (answer,) = json.loads(predict(weights, tmp_path / "a.png", "--json").stdout)
     torch.manual_seed(0)
-    network = models.build("cnn", 100).eval()
-    from raycifar.engine.augment import normalise
+    network = Architecture("cnn").build().eval()
+    from raycifar.engine.augment import preprocess
 
     with torch.inference_mode():
-        expected = network(normalise(torch.from_numpy(read(LOCAL, str(tmp_path / "a.png")).copy())[None])).softmax(1)[0]
+        expected = network(preprocess(torch.from_numpy(read(LOCAL, str(tmp_path / "a.png")).copy())[None])).softmax(1)[
+            0
+        ]
     assert [guess["class"] for guess in answer["top5"]] == [FINE[i] for i in expected.topk(5).indices]
     assert [g["probability"] for g in answer["top5"]] == pytest.approx(expected.topk(5).values.tolist(), rel=1e-4)
     assert answer["top5"][0]["class"] in table

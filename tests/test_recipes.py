@@ -4,18 +4,19 @@ import dataclasses
 
 import pytest
 
-from raycifar import models
-from raycifar.recipes import RECIPES, Recipe
+from raycifar.recipes import SCRATCH, TRANSFER, Recipe, recipe_for
 
 
-def test_every_model_has_a_recipe():
-    assert set(RECIPES) == set(models.NAMES)
+def test_the_study_s_resnet_50_begins_with_imagenet_weights_and_the_others_with_none():
+    assert recipe_for("cnn") == recipe_for("vgg16") == recipe_for("resnet50", "none") == SCRATCH
+    assert recipe_for("resnet50") == recipe_for("timm:test_vit") == TRANSFER
+    assert recipe_for("vgg16", "a.pth") == dataclasses.replace(TRANSFER, pretrained="a.pth")
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "step", "constant"])
 def test_the_learning_rate_rises_to_its_peak_and_never_again(schedule):
-    recipe = Recipe(schedule=schedule, lr=0.1, warmup=0.1)
-    rates = [recipe.learning_rate(step, 1000) for step in range(1000)]
+    recipe = Recipe(epochs=10, schedule=schedule, lr=0.1, warmup=0.1)
+    rates = [recipe.learning_rate(epoch, step, 100) for epoch in range(1, 11) for step in range(100)]
     assert rates[0] == pytest.approx(0.001)
     assert max(rates) == pytest.approx(0.1)
     peak = rates.index(max(rates))
@@ -25,10 +26,27 @@ def test_the_learning_rate_rises_to_its_peak_and_never_again(schedule):
 
 
 def test_schedules_end_where_they_say():
-    assert Recipe(schedule="cosine", lr=0.1).learning_rate(999, 1000) < 1e-5
-    assert Recipe(schedule="linear", lr=0.1, warmup=0.0).learning_rate(500, 1000) == pytest.approx(0.05)
-    assert Recipe(schedule="step", lr=0.1, warmup=0.0).learning_rate(850, 1000) == pytest.approx(0.1 / 125)
-    assert Recipe(schedule="constant", lr=0.1).learning_rate(999, 1000) == 0.1
+    assert Recipe(epochs=10, schedule="cosine", lr=0.1).learning_rate(10, 99, 100) < 1e-5
+    assert Recipe(epochs=10, schedule="linear", lr=0.1, warmup=0.0).learning_rate(6, 0, 100) == pytest.approx(0.05)
+    assert Recipe(epochs=10, schedule="step", lr=0.1, warmup=0.0).learning_rate(9, 50, 100) == pytest.approx(0.1 / 125)
+    assert Recipe(epochs=10, schedule="constant", lr=0.1).learning_rate(10, 99, 100) == 0.1
+
+
+def test_each_stage_has_a_warm_up_and_a_schedule_of_its_own():
+    recipe = Recipe(epochs=5, head_epochs=2, lr=0.1, warmup=0.1)
+    rates = {epoch: [recipe.learning_rate(epoch, step, 100) for step in range(100)] for epoch in range(1, 6)}
+    assert [recipe.stage(epoch) for epoch in range(1, 7)] == ["head", "head", "whole", "whole", "whole", "whole"]
+    assert rates[1][0] < 0.01
+    assert rates[3][0] < 0.01
+    assert rates[2][-1] < 1e-4
+    assert rates[5][-1] < 1e-4
+    assert max(rates[1]) == pytest.approx(0.1)
+    assert max(rates[3]) == pytest.approx(0.1)
+
+
+def test_a_head_that_is_trained_to_the_end_stays_alone():
+    recipe = Recipe(epochs=3, head_epochs=3)
+    assert {recipe.stage(epoch) for epoch in range(1, 5)} == {"head"}
 
 
 @pytest.mark.parametrize(
@@ -42,6 +60,9 @@ def test_schedules_end_where_they_say():
         {"label_smoothing": -0.1},
         {"mixup": 0.6, "cutmix": 0.6},
         {"schedule": "polynomial"},
+        {"image_size": 16},
+        {"layer_decay": 0.0},
+        {"head_epochs": 201},
     ],
 )
 def test_senseless_values_are_refused_by_name(change):

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from raycifar.data import MEAN, STD
-from raycifar.recipes import RECIPES
+from raycifar.recipes import SCRATCH
 
 RUN = ("--model", "cnn", "--workers", 0, "--val-size", 200, "--epochs", 3, "--batch-size", 50)
 
@@ -59,7 +59,8 @@ def test_the_run_folder_holds_what_the_contract_names(reference):
 def test_the_weights_travel_with_what_it_takes_to_use_them(reference):
     with safe_open(reference / "model.safetensors", "pt") as file:
         about = json.loads(file.metadata()["raycifar"])
-    assert about == {"model": "cnn", "classes": 100, "mean": list(MEAN), "std": list(STD)}
+    pixels = {"size": 32, "mean": list(MEAN), "std": list(STD), "interpolation": "bilinear"}
+    assert about == {"model": "cnn", "classes": 100, "large_stem": False, "preprocessing": pixels}
     assert load_file(reference / "best.safetensors").keys() == load_file(reference / "model.safetensors").keys()
 
 
@@ -83,7 +84,7 @@ def test_a_finished_run_is_shown_and_another_recipe_refused(reference, train, sm
     assert "nothing is trained again" in shown.stdout
     assert "top-1" in shown.stdout
     refused = train(*RUN, "--lr", 0.3, "--seed", 1, "--data", small, "--name", "a", storage=reference.parent, code=2)
-    assert f"lr {RECIPES['cnn'].lr} there, 0.3 here" in refused.stderr
+    assert f"lr {SCRATCH.lr} there, 0.3 here" in refused.stderr
     assert "seed 0 there, 1 here" in refused.stderr
     assert {file: file.stat().st_mtime_ns for file in reference.rglob("*")} == before
 

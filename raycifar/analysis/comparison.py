@@ -55,16 +55,13 @@ def by_model(runs: Iterable[Finished]) -> dict[str, list[Finished]]:
     """Return the runs of each model; one that was trained with several recipes is several, named by the difference."""
     groups: dict[tuple[Any, ...], list[Finished]] = {}
     for run in runs:
-        key = (run.run["model"], run.run["pretrained"], tuple(run.run["recipe"].items()))
+        key = (run.run["model"], tuple(run.run["recipe"].items()))
         groups.setdefault(key, []).append(run)
     named = {}
-    for (model, pretrained, recipe), members in groups.items():
-        others = [key for key in groups if key[0] == model]
-        fields = [name for name, _ in recipe if len({dict(key[2]).get(name) for key in others}) > 1]
-        words = [f"{name}={dict(recipe)[name]}" for name in fields]
-        if len({key[1] for key in others}) > 1:
-            words.append(f"pretrained={pretrained}")
-        named[" ".join([model, *words])] = members
+    for (model, recipe), members in groups.items():
+        others = [dict(values) for name, values in groups if name == model]
+        fields = [field for field, _ in recipe if len({values.get(field) for values in others}) > 1]
+        named[" ".join([model, *(f"{field}={dict(recipe)[field]}" for field in fields)])] = members
     return named
 
 

@@ -12,7 +12,8 @@ from typing import Final
 
 CLASSES: Final = 100
 SUPERCLASSES: Final = 20
-SHAPE: Final = (3, 32, 32)
+SIDE: Final = 32
+SHAPE: Final = (3, SIDE, SIDE)
 BYTES: Final = 3 * 32 * 32
 
 # Of the 50,000 training images, per channel, for pixels from 0 to 1.

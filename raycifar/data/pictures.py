@@ -7,11 +7,9 @@ import numpy as np
 from PIL import Image, ImageOps
 from pyarrow import fs
 
-from raycifar.data import SHAPE
+from raycifar.data import SIDE
 from raycifar.errors import RequestError
 from raycifar.files import URI, is_local, locate
-
-SIDE = SHAPE[1]
 
 
 def find(place: str) -> Iterator[tuple[str, fs.FileSystem, str]]:

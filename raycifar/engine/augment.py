@@ -5,13 +5,11 @@ wanted for each image, so they are tensor operations here. Where one draw for th
 mixup and cutmix, torchvision's are used. All random numbers come from torch's default generators.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raycifar.data import MEAN, STD
+from raycifar.models import CIFAR, Preprocessing
 from raycifar.recipes import Augmentation, Recipe
 
 PAD = 4  # pixels an image may be shifted, as in He et al. (2016)
@@ -56,11 +54,23 @@ def cut_hole(images: Tensor) -> Tensor:
     return images * (outside[0][:, None, :, None] | outside[1][:, None, None, :])
 
 
-def normalise(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
-    """Return (N, 3, H, W) float32, channels last, with the training set's mean 0 and deviation 1 per channel."""
-    offset = torch.tensor(mean, device=images.device)[:, None, None] * 255
-    scale = 1 / (torch.tensor(std, device=images.device)[:, None, None] * 255)
-    return ((images - offset) * scale).contiguous(memory_format=torch.channels_last)
+def preprocess(images: Tensor, preprocessing: Preprocessing = CIFAR) -> Tensor:
+    """Return the network's input, (N, 3, size, size) float32, channels last, of `images` (N, 3, H, W) uint8."""
+    offset = torch.tensor(preprocessing.mean, device=images.device)[:, None, None] * 255
+    scale = 1 / (torch.tensor(preprocessing.std, device=images.device)[:, None, None] * 255)
+    pixels = resize(images.float(), preprocessing)
+    return ((pixels - offset) * scale).contiguous(memory_format=torch.channels_last)
+
+
+def resize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Return float pixels (N, 3, H, W) scaled to (N, 3, size, size), as PIL does: so ImageNet weights were trained.
+
+    Without `antialias`, torch's bicubic curve is another one than PIL's, even where images are scaled up.
+    """
+    size = preprocessing.size
+    if pixels.shape[-2:] == (size, size):
+        return pixels
+    return F.interpolate(pixels, (size, size), mode=preprocessing.interpolation, antialias=True)
 
 
 def mix(images: Tensor, targets: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:

@@ -33,10 +33,13 @@ def has_bfloat16(device: torch.device) -> bool:
     return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def parallelise(model: nn.Module, device: torch.device, autocast: torch.autocast) -> nn.Module:
+def parallelise(model: nn.Module, size: int, device: torch.device, autocast: torch.autocast) -> nn.Module:
     """Return the model as Ray Train prepares it: gradients are averaged over workers where there are several.
 
     Batch norm's running statistics stay each worker's own; they are averaged when they are read.
+
+    Args:
+        size: side of the images, in pixels.
     """
     import ray.train.torch  # asking a trained network has no need of it
 
@@ -46,11 +49,11 @@ def parallelise(model: nn.Module, device: torch.device, autocast: torch.autocast
         parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True},
     )
     if parallel is not model:
-        settle_buckets(parallel, device, autocast)
+        settle_buckets(parallel, size, device, autocast)
     return parallel
 
 
-def settle_buckets(model: nn.Module, device: torch.device, autocast: torch.autocast) -> None:
+def settle_buckets(model: nn.Module, size: int, device: torch.device, autocast: torch.autocast) -> None:
     """Take one pass that leaves no trace but the final layout of DDP's gradient buckets.
 
     DDP regroups its buckets after its first backward pass. With three workers or more the order of the
@@ -61,7 +64,7 @@ def settle_buckets(model: nn.Module, device: torch.device, autocast: torch.autoc
     model.train()
     for _ in range(2):
         with autocast:
-            logits = model(torch.zeros(2, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last))
+            logits = model(torch.zeros(2, 3, size, size, device=device).contiguous(memory_format=torch.channels_last))
         logits.float().sum().backward()
         model.zero_grad()
     for buffer, value in zip(model.buffers(), kept, strict=True):

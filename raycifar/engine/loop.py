@@ -15,7 +15,7 @@ from raycifar.analysis.collapse import collapse
 from raycifar.board import Board
 from raycifar.data import CLASSES
 from raycifar.data.shards import Shard, bounds, load_shard
-from raycifar.engine.augment import augment, mix, normalise
+from raycifar.engine.augment import augment, mix, preprocess
 from raycifar.engine.checkpoint import Checkpointer
 from raycifar.engine.evaluate import gather, predict, reduce_sum, score, to_predictions_file
 from raycifar.engine.hardware import choose_precision, parallelise, set_up
@@ -23,9 +23,11 @@ from raycifar.engine.loss import FiniteWatch, StopTrainingError, loss_and_sums
 from raycifar.engine.optim import set_learning_rate
 from raycifar.engine.order import advance, batches, step_seed, steps_per_epoch
 from raycifar.engine.reporter import Reporter
-from raycifar.engine.state import Progress, TrainingState, to_weights_file
+from raycifar.engine.state import Progress, TrainingState
+from raycifar.pretrained import Start
 from raycifar.recipes import Recipe
 from raycifar.runs import BEST, MODEL, PREDICTIONS, RUN, Run
+from raycifar.weights import to_file
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Job:
 
     run: Run
     board: Board
-    model: str
+    start: Start
     recipe: Recipe
     seed: int
     images: int  # of the training split
@@ -71,6 +73,7 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self.job, self.recipe, self.run = job, job.recipe, job.run
+        self.architecture, self.preprocessing = job.start.architecture, job.start.architecture.preprocessing
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
@@ -87,12 +90,13 @@ class Worker:
         self.reporter.phase("building the model")
         self.dtype = choose_precision(self.recipe.precision, self.device)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-        self.state = TrainingState(self.job.model, self.recipe, self.job.seed, self.device)
-        if self.job.compile:
-            self.state.model.compile()
-        self.model = parallelise(self.state.model, self.device, self.autocast)
+        weights = self.job.start.weights
+        self.state = TrainingState(self.architecture, weights, self.recipe, self.job.seed, self.device)
         self.describe()
         self.resume()
+        if self.job.compile:
+            self.state.model.compile()
+        self.parallelise()
 
         self.reporter.phase("training")
         while self.state.progress.epoch <= self.recipe.epochs:
@@ -104,7 +108,7 @@ class Worker:
 
         test = self.test() if self.job.test_images else None
         if self.rank == 0:
-            self.run.write(MODEL, to_weights_file(self.state.scored, self.job.model))
+            self.run.write(MODEL, to_file(self.state.scored, self.architecture))
         self.checkpointer.wait()
         history = self.state.progress.history
         return {"test": test, "history": history, "best_epoch": best(history)["epoch"] if val_set else None}
@@ -122,7 +126,7 @@ class Worker:
 
     def score(self, shard: Shard) -> tuple[Tensor, dict[str, float]]:
         """Return the logits of this worker's images, and the scores over all workers'."""
-        logits = predict(self.state.scored, shard.images, self.autocast)
+        logits = predict(self.state.scored, shard.images, self.autocast, self.preprocessing)
         return logits, score(logits, shard.labels, shard.coarse, self.job.parents)
 
     # An epoch ---------------------------------------------------------------------------------------
@@ -130,7 +134,7 @@ class Worker:
     def train_epoch(self, shard: Shard) -> None:
         """Take the steps that are left of the epoch under way."""
         job, recipe, progress = self.job, self.recipe, self.state.progress
-        self.model.train()
+        self.state.train_mode()
         sums = torch.tensor(progress.sums if self.rank == 0 else [0.0] * 3, dtype=torch.float64, device=self.device)
         clock = time.perf_counter()
         spent, begun_at = progress.seconds, progress.step  # where it is resumed in mid-epoch
@@ -139,7 +143,7 @@ class Worker:
             job.seed, progress.epoch, job.images, self.steps, progress.segments, self.world_size, self.rank
         ):
             torch.manual_seed(step_seed(job.seed, progress.epoch, batch.step, self.world_size, self.rank))
-            lr = recipe.learning_rate((progress.epoch - 1) * self.steps + batch.step, recipe.epochs * self.steps)
+            lr = recipe.learning_rate(progress.epoch, batch.step, self.steps)
             set_learning_rate(self.state.optimizer, lr)
             rows = torch.from_numpy(batch.rows).to(self.device, non_blocking=True)
             sums += self.take_step(shard, rows, batch.images, batch.step, watch)
@@ -162,7 +166,7 @@ class Worker:
         if count < 2:  # after a change of workers a share can run out: batch norm needs two, the loss ignores them
             rows = torch.cat([rows, torch.arange(2, device=self.device)])
         pixels = augment(shard.images[rows], self.recipe.augment)
-        inputs, targets = mix(normalise(pixels), shard.labels[rows], self.recipe)
+        inputs, targets = mix(preprocess(pixels, self.preprocessing), shard.labels[rows], self.recipe)
         with self.autocast:
             logits = self.model(inputs)
         objective, sums = loss_and_sums(logits[:count].float(), targets[:count], self.recipe.label_smoothing)
@@ -181,10 +185,9 @@ class Worker:
 
     def finish_epoch(self, val_set: Shard | None) -> None:
         """Validate, write the epoch's line, and leave a checkpoint from which the next epoch begins."""
-        job, progress, clock = self.job, self.state.progress, time.perf_counter()
+        progress, clock = self.state.progress, time.perf_counter()
         self.state.average_buffers()
         images, loss, hits = progress.sums
-        step = progress.epoch * self.steps - 1
         val = self.score(val_set)[1] if val_set else {}
         row = {
             "epoch": progress.epoch,
@@ -193,7 +196,8 @@ class Worker:
             "val_loss": val.get("loss"),
             "val_top1": val.get("top1"),
             "val_top5": val.get("top5"),
-            "lr": self.recipe.learning_rate(step, self.recipe.epochs * self.steps),
+            "lr": self.recipe.learning_rate(progress.epoch, self.steps - 1, self.steps),
+            "stage": self.state.stage,
             "images_per_second": images / progress.seconds,
             "training_seconds": progress.seconds,
             "seconds": progress.seconds + time.perf_counter() - clock,
@@ -204,11 +208,16 @@ class Worker:
         if self.rank == 0:
             self.run.write_history(history)
             if val_set and row is best(history):
-                self.run.write(BEST, to_weights_file(self.state.scored, job.model))
-        if (warning := collapse(row, int(images), step + 1, CLASSES)) and len(history) <= 3:
+                self.run.write(BEST, to_file(self.state.scored, self.architecture))
+        if (warning := collapse(row, int(images), progress.epoch * self.steps, CLASSES)) and len(history) <= 3:
             self.reporter.notice(f"Warning: {warning}")
         self.reporter.epoch(history)
+        if self.state.enter_stage():
+            self.parallelise()
         self.save(row)
+
+    def parallelise(self) -> None:
+        self.model = parallelise(self.state.model, self.preprocessing.size, self.device, self.autocast)
 
     # Between steps ----------------------------------------------------------------------------------
 

@@ -9,17 +9,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from raycifar import models
-from raycifar.data import CLASSES, MEAN, STD
 from raycifar.engine.optim import build_optimizer
 from raycifar.engine.order import Segment
-from raycifar.recipes import Recipe
+from raycifar.models import Architecture
+from raycifar.recipes import Recipe, Stage
 
 TENSORS, PROGRESS = "state.safetensors", "progress.json"
 
@@ -49,20 +50,55 @@ class TrainingState:
     """A model, its optimiser, its running average and its progress.
 
     Args:
-        name: of the model. seed: of its first weights, the same on every worker.
+        seed: of what `weights` doesn't hold, the same on every worker.
+        weights: to begin with, by name; None draws all.
     """
 
-    def __init__(self, name: str, recipe: Recipe, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        weights: Mapping[str, np.ndarray] | None,
+        recipe: Recipe,
+        seed: int,
+        device: torch.device,
+    ) -> None:
         torch.manual_seed(seed)
-        model = models.build(name, CLASSES, recipe.dropout)
+        model = architecture.build(recipe.dropout)
+        # Ray's object store lends its arrays for reading only.
+        model.load_state_dict({name: torch.tensor(value) for name, value in (weights or {}).items()}, strict=False)
+        self.recipe, self.layers = recipe, architecture.layers(model)
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = build_optimizer(self.model, recipe)
         self.average = (
             AveragedModel(self.model, multi_avg_fn=ema_from_the_start(recipe.ema), use_buffers=True)
             if recipe.ema
             else None
         )
         self.progress = Progress()
+        self.stage: Stage | None = None
+        self.enter_stage()
+
+    def enter_stage(self) -> bool:
+        """Begin the stage of the epoch under way, if it isn't begun; return whether it was another before.
+
+        A stage has an optimiser of its own. What it leaves frozen has no gradient, so no place in the optimiser
+        and no part in what workers exchange.
+        """
+        if self.stage == (stage := self.recipe.stage(self.progress.epoch)):
+            return False
+        self.stage = stage
+        head = set(self.layers[-1])
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(stage == "whole" or name in head)
+        self.optimizer = build_optimizer(self.model, self.layers, self.recipe)
+        return True
+
+    def train_mode(self) -> None:
+        """Put the network into training mode; batch norm of what is frozen keeps the statistics that it has."""
+        self.model.train()
+        if self.stage == "head" or self.recipe.batch_norm == "frozen":
+            for module in self.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
 
     @property
     def scored(self) -> nn.Module:
@@ -87,6 +123,8 @@ class TrainingState:
 
     def load_files(self, contents: Mapping[str, bytes]) -> None:
         tensors = safetensors.torch.load(contents[TENSORS])
+        self.progress = Progress.from_json(contents[PROGRESS])
+        self.enter_stage()
         self.model.load_state_dict(strip_prefix(tensors, "model."))
         if self.average:
             self.average.load_state_dict(strip_prefix(tensors, "average."))
@@ -100,7 +138,6 @@ class TrainingState:
             for slot, value in slots.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     slots[slot] = torch.empty_like(parameter).copy_(value)
-        self.progress = Progress.from_json(contents[PROGRESS])
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
@@ -109,14 +146,6 @@ class TrainingState:
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items() if torch.is_tensor(value)}
         return {key: value.contiguous() for key, value in tensors.items()}
-
-
-def to_weights_file(model: nn.Module, name: str) -> bytes:
-    """Return the safetensors file of a network, with what it takes to use it: equal weights, equal bytes."""
-    about = {"model": name, "classes": CLASSES, "mean": MEAN, "std": STD}
-    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
-    # One key alone: safetensors writes several in an order that differs from one process to the next.
-    return safetensors.torch.save(tensors, metadata={"raycifar": json.dumps(about)})
 
 
 def ema_from_the_start(decay: float) -> Any:

@@ -1,44 +1,153 @@
-"""The architectures, by name. Adding one is a module with a `build` function and a line here."""
+"""The architectures, by name. Adding one is a line here, and a module with three names:
+
+    build       a function that returns the network
+    LAYERS      prefixes of its parameters' names for each layer, from the input to the head
+    IMAGENET    torchvision's name of its ImageNet weights, where there are any
+
+`timm:NAME` is any of timm's: see `from_timm`.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from raycifar.data import CLASSES, SHAPE
+from raycifar.data import CLASSES, MEAN, SIDE, STD
+from raycifar.errors import RequestError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from raycifar.models.from_timm import FromTimm
 
 NAMES = ("cnn", "vgg16", "resnet50")
+TIMM = "timm:"
 
 
-def build(name: str, classes: int, dropout: float = 0.0) -> nn.Module:
-    """Return the architecture, initialised from torch's default generator.
+@dataclass(frozen=True)
+class Preprocessing:
+    """From uint8 pixels to a network's input: scaled to `size` pixels a side, then (pixel / 255 - mean) / std."""
 
-    Args:
-        name: one of `NAMES`.
-        classes: how many logits the network ends in.
-        dropout: probability of zeroing a feature before a dense layer of the head.
+    size: int = SIDE
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    interpolation: str = "bilinear"  # or bicubic
 
-    The network maps float images (N, 3, 32, 32), normalised, to logits (N, classes).
+
+CIFAR = Preprocessing()
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What it takes to build a network, and to ask it: it travels with the weights.
+
+    large_stem: the first layers are those of ImageNet's 224×224 pixels, not those of CIFAR's 32×32.
     """
+
+    model: str
+    classes: int = CLASSES
+    large_stem: bool = False
+    preprocessing: Preprocessing = CIFAR
+
+    def build(self, dropout: float = 0.0) -> nn.Module:
+        """Return the network, initialised from torch's default generator.
+
+        It maps float images (N, 3, H, W), preprocessed, to logits (N, classes).
+
+        Args:
+            dropout: probability of zeroing a feature before a dense layer of the head.
+        """
+        return find(self.model).build(self.classes, dropout, self.large_stem, self.preprocessing.size)
+
+    def layers(self, network: nn.Module) -> list[list[str]]:
+        """Return the names of the network's parameters, layer by layer: from the input to the head."""
+        return find(self.model).layers(network)
+
+    def heads(self, network: nn.Module) -> tuple[str, ...]:
+        """Return what the names of the parameters begin with whose shapes depend on the classes."""
+        return find(self.model).heads(network)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Architecture:
+        lists = values["preprocessing"]
+        preprocessing = Preprocessing(**{**lists, "mean": tuple(lists["mean"]), "std": tuple(lists["std"])})
+        return cls(**{**values, "preprocessing": preprocessing})
+
+
+class Builtin:
+    """An architecture that is a module here."""
+
+    def __init__(self, name: str) -> None:
+        # Imported when asked for: a worker that trains `cnn` has no need of torchvision.
+        self.module = importlib.import_module(f"raycifar.models.{name}")
+        self.weights: str | None = getattr(self.module, "IMAGENET", None)
+
+    def build(self, classes: int, dropout: float, large_stem: bool, size: int) -> nn.Module:
+        return self.module.build(classes, dropout, large_stem)
+
+    def rescale(self, tensors: Mapping[str, Tensor], size: int) -> Mapping[str, Tensor]:
+        """Return published weights for images of another size: a convolution's are the same."""
+        return tensors
+
+    def layers(self, network: nn.Module) -> list[list[str]]:
+        names = [name for name, _ in network.named_parameters()]
+        return [[name for name in names if name.startswith(prefixes)] for prefixes in self.module.LAYERS]
+
+    def heads(self, network: nn.Module) -> tuple[str, ...]:
+        return self.module.LAYERS[-1]
+
+    def imagenet_preprocessing(self, size: int) -> Preprocessing:
+        """Return what ImageNet weights expect; where there are none, what CIFAR-100 does."""
+        if self.weights is None:
+            return Preprocessing(size)
+        from torchvision.models import get_weight
+
+        pixels = get_weight(self.weights).transforms()
+        return Preprocessing(size, tuple(pixels.mean), tuple(pixels.std), pixels.interpolation.value)
+
+    def imagenet_weights(self) -> dict[str, Tensor] | None:
+        """Return their state dict, fetched once into torchvision's cache, or None where there are none."""
+        if self.weights is None:
+            return None
+        from torchvision.models import get_weight
+
+        return get_weight(self.weights).get_state_dict(progress=False, check_hash=True, weights_only=True)
+
+
+def find(name: str) -> Builtin | FromTimm:
+    """Return where the architecture `name` comes from.
+
+    Raises:
+        RequestError: there is no such architecture; the message names those that there are.
+    """
+    if name.startswith(TIMM):
+        from raycifar.models.from_timm import FromTimm
+
+        return FromTimm(name.removeprefix(TIMM))
     if name not in NAMES:
-        raise ValueError(f"no model is named {name!r}: choose from {', '.join(NAMES)}")
-    # Imported when asked for: a worker that trains `cnn` has no need of torchvision.
-    module = importlib.import_module(f"raycifar.models.{name}")
-    return module.build(classes, dropout)
+        raise RequestError(f"no model is named {name!r}: choose from {', '.join(NAMES)}, or timm:NAME.")
+    return Builtin(name)
+
+
+def slug(name: str) -> str:
+    """Return an architecture's name as part of a file's."""
+    return name.replace(":", "-").replace("/", "-")
 
 
 @functools.cache
-def flops(name: str, classes: int = CLASSES) -> int:
+def flops(architecture: Architecture) -> int:
     """Return the floating-point operations of one image's forward pass; a multiply-add counts as two."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.device("meta"):
-        model, image = build(name, classes).eval(), torch.empty(1, *SHAPE)
-    with FlopCounterMode(display=False) as counter:
-        model(image)
+    model, size = architecture.build().eval(), architecture.preprocessing.size
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.empty(1, 3, size, size))
     return counter.get_total_flops()

@@ -3,15 +3,20 @@
 from torch import nn
 from torchvision.models import vgg16_bn
 
+IMAGENET = "VGG16_BN_Weights.IMAGENET1K_V1"
+# The five blocks between poolings; torchvision numbers convolutions, norms, activations and poolings in one row.
+BLOCKS = (range(6), range(7, 13), range(14, 23), range(24, 33), range(34, 43))
+LAYERS = (*(tuple(f"features.{k}." for k in block) for block in BLOCKS), ("classifier.",))
 
-def build(classes: int, dropout: float) -> nn.Module:
+
+def build(classes: int, dropout: float, large_stem: bool) -> nn.Module:
     """Return the network: 15.0 M parameters for 100 classes.
 
     Five poolings leave a 1×1 map of 32×32 pixels, so torchvision's 7×7 average pool and its head of
-    25,088 inputs give way to a head of 512.
+    25,088 inputs give way to an average of all and a head of 512.
     """
     model = vgg16_bn(weights=None, num_classes=classes)
-    model.avgpool = nn.Identity()
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
     model.classifier = nn.Sequential(
         nn.Dropout(dropout),
         nn.Linear(512, 512),

@@ -1,0 +1,71 @@
+"""Any of timm's architectures: github.com/huggingface/pytorch-image-models."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from raycifar.errors import RequestError
+from raycifar.models import Preprocessing
+
+try:
+    import timm
+    from timm.data import resolve_model_data_config
+    from timm.models import group_parameters
+except ImportError as error:
+    raise RequestError("models named timm:NAME need the package timm: pip install 'raycifar[timm]'.") from error
+
+
+@dataclass(frozen=True)
+class FromTimm:
+    """An architecture of timm's; its methods are those of `models.Builtin`.
+
+    Raises:
+        RequestError: timm has none of that name.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if not timm.is_model(self.name.partition(".")[0]):
+            near = ", ".join(timm.list_models(f"*{self.name[:6]}*")[:5]) or "see timm.list_models()"
+            raise RequestError(f"timm has no model named {self.name!r}: {near}.")
+
+    def build(self, classes: int, dropout: float, large_stem: bool, size: int) -> nn.Module:
+        network = timm.create_model(self.name, pretrained=False, num_classes=classes, drop_rate=dropout)
+        if has_fixed_size(network):
+            network.set_input_size(img_size=(size, size))
+        return network
+
+    def rescale(self, tensors: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+        """Return published weights for images of another size: position embeddings are interpolated."""
+        network = timm.create_model(self.name, pretrained=False)
+        shapes = {name: value.shape for name, value in network.state_dict().items()}
+        if not has_fixed_size(network) or any(shapes.get(name) != value.shape for name, value in tensors.items()):
+            return dict(tensors)
+        network.load_state_dict(dict(tensors), strict=False)
+        network.set_input_size(img_size=(size, size))
+        return {name: value for name, value in network.state_dict().items() if name in tensors}
+
+    def heads(self, network: Any) -> tuple[str, ...]:
+        heads = network.pretrained_cfg["classifier"]
+        return tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+
+    def layers(self, network: Any) -> list[list[str]]:
+        heads = self.heads(network)
+        groups = group_parameters(network, network.group_matcher(coarse=True))
+        body = [[name for name in groups[depth] if not name.startswith(heads)] for depth in sorted(groups)]
+        return [*filter(None, body), [name for name, _ in network.named_parameters() if name.startswith(heads)]]
+
+    def imagenet_preprocessing(self, size: int) -> Preprocessing:
+        pixels = resolve_model_data_config(timm.create_model(self.name, pretrained=False))
+        return Preprocessing(size, tuple(pixels["mean"]), tuple(pixels["std"]), pixels["interpolation"])
+
+    def imagenet_weights(self) -> dict[str, Tensor]:
+        return timm.create_model(self.name, pretrained=True).state_dict()
+
+
+def has_fixed_size(network: Any) -> bool:
+    """Return whether the network takes images of one size alone, as transformers do."""
+    return bool(network.pretrained_cfg.get("fixed_input_size"))

@@ -1,0 +1,35 @@
+"""Weights files: safetensors, with what it takes to use them. Reading one runs no code."""
+
+import json
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from raycifar.errors import RequestError
+from raycifar.models import Architecture
+
+KEY = "raycifar"  # one alone: safetensors writes several in an order that differs from one process to the next
+
+
+def to_file(network: nn.Module, architecture: Architecture) -> bytes:
+    """Return the weights file of a network: equal weights, equal bytes."""
+    tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
+    return safetensors.torch.save(tensors, metadata={KEY: json.dumps(architecture.to_json())})
+
+
+def from_file(content: bytes, origin: str) -> tuple[dict[str, Tensor], Architecture | None]:
+    """Return a safetensors file's tensors by name, and their architecture if raycifar wrote it.
+
+    Raises:
+        RequestError: it is no such file, or a damaged one; the message begins with `origin`.
+    """
+    try:
+        tensors = safetensors.torch.load(content)
+        # The header is JSON, after 8 bytes that say how long it is.
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        about: Any = header.get("__metadata__", {}).get(KEY)
+        return tensors, Architecture.from_json(json.loads(about)) if about else None
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{origin} is no safetensors file, or a damaged one: {error}.") from error
