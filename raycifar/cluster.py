@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 import ray
+from ray._private import services
 
 from raycifar.errors import RequestError, WorkError
 
@@ -52,19 +53,29 @@ def connect(*, debug: bool, dashboard: bool = False) -> str:
     """
     quieten(debug=debug)
     quiet = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
+    address = os.environ.get("RAY_ADDRESS")
+    if not address and not started_here():
+        ray.init(address="local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **quiet)
+        return "Ray on this machine"
     try:
         context = ray.init(address="auto", **quiet)
-        return f"the Ray cluster at {context.address_info['gcs_address']}"
     except ConnectionError as error:
-        if address := os.environ.get("RAY_ADDRESS"):
-            raise WorkError(f"the Ray cluster at {address} (RAY_ADDRESS) can't be reached: {error}.") from error
+        where = f"{address} (RAY_ADDRESS)" if address else "this machine"
+        raise WorkError(f"the Ray cluster at {where} can't be reached: {error}.") from error
     except ray.exceptions.AuthenticationError as error:
         raise WorkError(
             "the Ray cluster asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to "
             "the cluster's own."
         ) from error
-    ray.init(address="local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **quiet)
-    return "Ray on this machine"
+    return f"the Ray cluster at {context.address_info['gcs_address']}"
+
+
+def started_here() -> bool:
+    """Return whether `ray start` has made this machine a part of a cluster that is up.
+
+    `ray.init(address="auto")` alone would also join the Ray that another program runs for itself, and die with it.
+    """
+    return services.find_bootstrap_address(None) in services.find_gcs_addresses()
 
 
 def quieten(*, debug: bool) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def main(debug: bool, network: str, kind: str, out: str | None, data: str) -> No
         trained = Trained(read_weights(network), "cpu", "float32")
     expected = trained.logits(torch.from_numpy(images.copy())).numpy()
     whole = with_preprocessing(trained)
-    with screen.waiting(f"Writing {kind}"):
+    with screen.waiting(f"Writing {kind}"), warnings.catch_warnings(action="ignore"):  # what is written is checked
         try:
             content = {"onnx": to_onnx, "torchscript": to_torchscript, "safetensors": to_safetensors}[kind](whole)
             found = {"onnx": ask_onnx, "torchscript": ask_torchscript, "safetensors": ask_safetensors}[kind](

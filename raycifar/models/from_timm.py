@@ -33,14 +33,14 @@ class FromTimm:
             raise RequestError(f"timm has no model named {self.name!r}: {near}.")
 
     def build(self, classes: int, dropout: float, large_stem: bool, size: int) -> nn.Module:
-        network = timm.create_model(self.name, pretrained=False, num_classes=classes, drop_rate=dropout)
+        network: Any = timm.create_model(self.name, pretrained=False, num_classes=classes, drop_rate=dropout)
         if has_fixed_size(network):
             network.set_input_size(img_size=(size, size))
         return network
 
     def rescale(self, tensors: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
         """Return published weights for images of another size: position embeddings are interpolated."""
-        network = timm.create_model(self.name, pretrained=False)
+        network: Any = timm.create_model(self.name, pretrained=False)
         shapes = {name: value.shape for name, value in network.state_dict().items()}
         if not has_fixed_size(network) or any(shapes.get(name) != value.shape for name, value in tensors.items()):
             return dict(tensors)
