@@ -112,7 +112,7 @@ def describe_changes(recipe: Recipe, base: Recipe) -> str:
 
 SCRATCH = Recipe()
 TRANSFER = Recipe(
-    epochs=20, lr=0.02, warmup=0.1, weight_decay=1e-4, image_size=128, pretrained="imagenet", head_epochs=2,
+    epochs=20, lr=0.02, warmup=0.1, weight_decay=1e-4, image_size=224, pretrained="imagenet", head_epochs=2,
     layer_decay=0.7,
 )  # fmt: skip
 

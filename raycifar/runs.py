@@ -5,6 +5,7 @@
     result.json         how it ended, with the scores on the test set
     model.safetensors   the final weights
     predictions.parquet the final network's answer for each test image
+    images.parquet      how each training image fared over the epochs
     best.safetensors    the weights of the epoch with the best validation top-1
     checkpoint_*        what a run resumes from; each has a manifest, written last, with a digest of each file
 
@@ -26,7 +27,7 @@ from raycifar.files import is_local, locate, write_whole
 
 RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
 MODEL, BEST = "model.safetensors", "best.safetensors"
-PREDICTIONS = "predictions.parquet"
+PREDICTIONS, IMAGES = "predictions.parquet", "images.parquet"
 EVALUATION, EVALUATION_PAGE = "evaluation.json", "evaluation.html"  # written by `evaluate`
 MANIFEST = "manifest.json"
 STUDY, COMPARISON, COMPARISON_TABLE = "study.json", "comparison.json", "comparison.csv"  # of a comparison's folder

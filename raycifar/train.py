@@ -262,7 +262,7 @@ def build_trainer(
         recipe=request.recipe,
         seed=request.seed,
         images=len(splits.train),
-        validate=len(splits.val) > 0,
+        val_images=len(splits.val),
         test_images=len(splits.test) if request.test else 0,
         parents=source.superclasses(),
         use_gpu=workers.use_gpu,

@@ -58,14 +58,20 @@ class Shard:
     """A worker's own images, resident on its device.
 
     images: (N, 3, 32, 32) uint8. labels: (N,) int64, the classes. coarse: (N,) int64, the superclasses.
+    index: (N,) int64, the rows in the source's training or test set.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     coarse: torch.Tensor
+    index: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def head(self, rows: int) -> "Shard":
+        """Return the first so many images."""
+        return Shard(self.images[:rows], self.labels[:rows], self.coarse[:rows], self.index[:rows])
 
 
 def load_shard(name: str, device: torch.device) -> Shard:
@@ -80,8 +86,8 @@ def load_shard(name: str, device: torch.device) -> Shard:
     for chunk in (chunk for table in tables for chunk in table["image"].chunks):
         images.numpy()[start : start + len(chunk)] = to_numpy(chunk, "image")
         start += len(chunk)
-    fine, coarse = (
-        torch.from_numpy(np.concatenate([table[column].to_numpy() for table in tables]))
-        for column in ("fine", "coarse")
+    fine, coarse, index = (
+        torch.from_numpy(np.concatenate([table[column].to_numpy() for table in tables])).to(device)
+        for column in ("fine", "coarse", "index")
     )
-    return Shard(images.to(device), fine.to(device), coarse.to(device))
+    return Shard(images.to(device), fine, coarse, index)

@@ -88,7 +88,7 @@ def score(logits: Tensor, labels: Tensor, coarse: Tensor, parents: Sequence[int]
     return scores
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def gather(part: Tensor, images: int, first: int) -> Tensor:
     """Return the rows of all workers, (images, …): `part` holds this worker's, from row `first` on."""
     whole = part.new_zeros((images, *part.shape[1:]))

@@ -17,17 +17,23 @@ from raycifar.data import CLASSES
 from raycifar.data.shards import Shard, bounds, load_shard
 from raycifar.engine.augment import augment, mix, preprocess
 from raycifar.engine.checkpoint import Checkpointer
-from raycifar.engine.evaluate import gather, predict, reduce_sum, score, to_predictions_file
+from raycifar.engine.evaluate import gather, per_image, predict, reduce_sum, score, to_predictions_file
 from raycifar.engine.hardware import choose_precision, parallelise, set_up
+from raycifar.engine.images import ImageRecord, describe_rise, to_images_file
 from raycifar.engine.loss import FiniteWatch, StopTrainingError, loss_and_sums
 from raycifar.engine.optim import set_learning_rate
 from raycifar.engine.order import advance, batches, step_seed, steps_per_epoch
 from raycifar.engine.reporter import Reporter
+from raycifar.engine.signals import examine
 from raycifar.engine.state import Progress, TrainingState
 from raycifar.pretrained import Start
 from raycifar.recipes import Recipe
-from raycifar.runs import BEST, MODEL, PREDICTIONS, RUN, Run
+from raycifar.runs import BEST, IMAGES, MODEL, PREDICTIONS, RUN, Run
 from raycifar.weights import to_file
+
+CLEAN_IMAGES = 1000  # training images scored as validation images are, without augmentation, after each epoch
+SIGNAL_IMAGES = 250  # of those, looked at from inside where the network doesn't learn
+VALIDATION = ("val_loss", "val_top1", "val_top5", "val_loss_se", "val_gained", "val_lost")
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Job:
     recipe: Recipe
     seed: int
     images: int  # of the training split
-    validate: bool
+    val_images: int  # 0: none are held out
     test_images: int  # 0: the test set is left alone
     parents: Sequence[int]  # the superclass of each class
     use_gpu: bool
@@ -85,7 +91,7 @@ class Worker:
     def train(self) -> dict[str, Any]:
         self.reporter.phase("loading images")
         train_set = load_shard("train", self.device)
-        val_set = load_shard("val", self.device) if self.job.validate else None
+        val_set = load_shard("val", self.device) if self.job.val_images else None
 
         self.reporter.phase("building the model")
         self.dtype = choose_precision(self.recipe.precision, self.device)
@@ -97,6 +103,9 @@ class Worker:
         if self.job.compile:
             self.state.model.compile()
         self.parallelise()
+        self.index, self.labels = (self.gather(part) for part in (train_set.index, train_set.labels))
+        self.record = self.begin_record(train_set)
+        clean_set = train_set.head(-(-min(CLEAN_IMAGES, self.job.images) * len(train_set) // self.job.images))
 
         self.reporter.phase("training")
         while self.state.progress.epoch <= self.recipe.epochs:
@@ -104,11 +113,13 @@ class Worker:
                 self.checkpointer.wait()
                 return {"stopped": self.state.progress.epoch - 1}
             self.train_epoch(train_set)
-            self.finish_epoch(val_set)
+            self.finish_epoch(clean_set, val_set)
 
         test = self.test() if self.job.test_images else None
         if self.rank == 0:
             self.run.write(MODEL, to_file(self.state.scored, self.architecture))
+            if self.state.images is not None:
+                self.run.write(IMAGES, to_images_file(self.state.images, self.index, self.labels))
         self.checkpointer.wait()
         history = self.state.progress.history
         return {"test": test, "history": history, "best_epoch": best(history)["epoch"] if val_set else None}
@@ -118,8 +129,7 @@ class Worker:
         self.reporter.phase("scoring the test set")
         test_set, images = load_shard("test", self.device), self.job.test_images
         logits, scores = self.score(test_set)
-        first = bounds(images, self.world_size)[self.rank]
-        probabilities, labels = (gather(part, images, first) for part in (logits.softmax(1), test_set.labels))
+        probabilities, labels = (self.gather(part, images) for part in (logits.softmax(1), test_set.labels))
         if self.rank == 0:
             self.run.write(PREDICTIONS, to_predictions_file(probabilities, labels))
         return scores
@@ -128,6 +138,19 @@ class Worker:
         """Return the logits of this worker's images, and the scores over all workers'."""
         logits = predict(self.state.scored, shard.images, self.autocast, self.preprocessing)
         return logits, score(logits, shard.labels, shard.coarse, self.job.parents)
+
+    def validate(self, shard: Shard) -> dict[str, Any]:
+        """Return the validation's part of an epoch's line, and remember which images were right."""
+        logits, scores = self.score(shard)
+        counted = per_image(logits, shard.labels, shard.coarse, self.job.parents)
+        losses, right = (self.gather(counted[name].float(), self.job.val_images) for name in ("loss", "top1"))
+        before, self.state.val_right = self.state.val_right, right
+        return {
+            **{f"val_{name}": scores[name] for name in ("loss", "top1", "top5")},
+            "val_loss_se": (losses.double().std() / len(losses) ** 0.5).item(),
+            "val_gained": None if before is None else int((right > before).sum()),
+            "val_lost": None if before is None else int((right < before).sum()),
+        }
 
     # An epoch ---------------------------------------------------------------------------------------
 
@@ -138,6 +161,7 @@ class Worker:
         sums = torch.tensor(progress.sums if self.rank == 0 else [0.0] * 3, dtype=torch.float64, device=self.device)
         clock = time.perf_counter()
         spent, begun_at = progress.seconds, progress.step  # where it is resumed in mid-epoch
+        self.norms = torch.tensor(progress.norms, dtype=torch.float64, device=self.device)
         watch = FiniteWatch(self.device, progress.epoch)
         for batch in batches(
             job.seed, progress.epoch, job.images, self.steps, progress.segments, self.world_size, self.rank
@@ -170,11 +194,15 @@ class Worker:
         with self.autocast:
             logits = self.model(inputs)
         objective, sums = loss_and_sums(logits[:count].float(), targets[:count], self.recipe.label_smoothing)
+        if targets.ndim == 1:  # a blended image's loss is not its own
+            self.record.update(rows[:count], logits[:count].detach().float(), targets[:count])
         # DDP averages over workers; times their number over the step's images it is the mean of all of them.
         (objective * (self.world_size / images)).backward()
         parameters = [p for p in self.state.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         watch.look(norm, step)
+        total, largest, at = self.norms
+        self.norms = torch.stack([total + norm, norm.max(largest), torch.where(norm > largest, step, at)])
         if self.recipe.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.recipe.clip_norm, norm)
         self.state.optimizer.step()
@@ -183,38 +211,62 @@ class Worker:
             self.state.average.update_parameters(self.state.model)
         return sums
 
-    def finish_epoch(self, val_set: Shard | None) -> None:
+    def finish_epoch(self, clean_set: Shard, val_set: Shard | None) -> None:
         """Validate, write the epoch's line, and leave a checkpoint from which the next epoch begins."""
         progress, clock = self.state.progress, time.perf_counter()
         self.state.average_buffers()
         images, loss, hits = progress.sums
-        val = self.score(val_set)[1] if val_set else {}
+        clean = self.score(clean_set)[1]
         row = {
             "epoch": progress.epoch,
             "train_loss": loss / images,
             "train_top1": hits / images,
-            "val_loss": val.get("loss"),
-            "val_top1": val.get("top1"),
-            "val_top5": val.get("top5"),
+            **(self.validate(val_set) if val_set else dict.fromkeys(VALIDATION)),
+            "clean_loss": clean["loss"],
+            "clean_top1": clean["top1"],
+            "clean_images": clean["images"],
             "lr": self.recipe.learning_rate(progress.epoch, self.steps - 1, self.steps),
             "stage": self.state.stage,
+            "grad_norm": progress.norms[0] / self.steps,
+            "grad_norm_max": progress.norms[1],
+            "grad_norm_max_step": int(progress.norms[2]),
+            "rise": self.end_record(),
+            "restarts": progress.restarts,
             "images_per_second": images / progress.seconds,
             "training_seconds": progress.seconds,
-            "seconds": progress.seconds + time.perf_counter() - clock,
             "workers": self.world_size,
         }
+        if warning := collapse(row, int(images), progress.epoch * self.steps, CLASSES):
+            inputs = preprocess(clean_set.images[:SIGNAL_IMAGES], self.preprocessing)
+            row["signals"] = examine(self.state.model, inputs, clean_set.labels[:SIGNAL_IMAGES])
+            if progress.epoch <= 3:
+                self.reporter.notice(f"Warning: {warning}")
+        row["seconds"] = progress.seconds + time.perf_counter() - clock
         history = [*progress.history, row]
         self.state.progress = Progress(epoch=progress.epoch + 1, history=history)
         if self.rank == 0:
             self.run.write_history(history)
             if val_set and row is best(history):
                 self.run.write(BEST, to_file(self.state.scored, self.architecture))
-        if (warning := collapse(row, int(images), progress.epoch * self.steps, CLASSES)) and len(history) <= 3:
-            self.reporter.notice(f"Warning: {warning}")
         self.reporter.epoch(history)
         if self.state.enter_stage():
             self.parallelise()
         self.save(row)
+
+    def begin_record(self, shard: Shard) -> ImageRecord:
+        """Return what is known of this worker's training images."""
+        if self.state.images is None:
+            return ImageRecord.blank(len(shard), self.device)
+        first = bounds(self.job.images, self.world_size)[self.rank]
+        return ImageRecord(self.state.images[first : first + len(shard)].clone())
+
+    def end_record(self) -> dict[str, Any] | None:
+        """Begin the next epoch of the training images' record, and return what there is to say of this one's."""
+        assert self.state.images is not None
+        rise = describe_rise(self.state.images, self.index)
+        for record in (self.record, ImageRecord(self.state.images)):
+            record.end_epoch()
+        return rise
 
     def parallelise(self) -> None:
         self.model = parallelise(self.state.model, self.preprocessing.size, self.device, self.autocast)
@@ -224,9 +276,15 @@ class Worker:
     def collect(self, sums: Tensor) -> None:
         """Add up what all workers have counted of the epoch; the first keeps it, the rest begin anew."""
         reduce_sum(sums)
-        self.state.progress.sums = sums.tolist()
+        self.state.progress.sums, self.state.progress.norms = sums.tolist(), self.norms.tolist()
+        self.state.images = self.gather(self.record.values)
         if self.rank:
             sums.zero_()
+
+    def gather(self, part: Tensor, images: int | None = None) -> Tensor:
+        """Return the rows of all workers' shards, of a split of so many images; by default the training set's."""
+        images = images or self.job.images
+        return gather(part, images, bounds(images, self.world_size)[self.rank])
 
     def told_to_stop(self) -> bool:
         """Return, after an epoch at which trials of a search are compared, whether this one ends here."""
@@ -246,6 +304,7 @@ class Worker:
             return
         self.state.load_files(found[1] if found else self.run.read_checkpoint(name))
         progress = self.state.progress
+        progress.restarts += 1
         where = (
             f"epoch {progress.epoch}, step {progress.step}" if progress.step else f"after epoch {progress.epoch - 1}"
         )

@@ -23,6 +23,7 @@ from raycifar.models import Architecture
 from raycifar.recipes import Recipe, Stage
 
 TENSORS, PROGRESS = "state.safetensors", "progress.json"
+FOLLOWED = ("images", "val_right")  # what is known of single images
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Progress:
     epoch: int = 1  # the one under way, from 1
     segments: list[Segment] = field(default_factory=list)  # its steps done, by number of workers
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # its images, loss and hits so far
+    norms: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # of its gradients: sum, largest, its step
+    restarts: int = 0  # in it
     seconds: float = 0.0  # spent on its steps so far
     history: list[dict[str, Any]] = field(default_factory=list)  # of the epochs before it
 
@@ -47,7 +50,7 @@ class Progress:
 
 
 class TrainingState:
-    """A model, its optimiser, its running average and its progress.
+    """A model, its optimiser, its running average, its progress, and what is known of single images.
 
     Args:
         seed: of what `weights` doesn't hold, the same on every worker.
@@ -74,6 +77,8 @@ class TrainingState:
             else None
         )
         self.progress = Progress()
+        self.images: Tensor | None = None  # `ImageRecord.values` of all workers
+        self.val_right: Tensor | None = None  # (images,) float32: 1 where the last validation was right
         self.stage: Stage | None = None
         self.enter_stage()
 
@@ -125,6 +130,9 @@ class TrainingState:
         tensors = safetensors.torch.load(contents[TENSORS])
         self.progress = Progress.from_json(contents[PROGRESS])
         self.enter_stage()
+        device = next(self.model.parameters()).device
+        for name in FOLLOWED:
+            setattr(self, name, tensors[name].to(device) if name in tensors else None)
         self.model.load_state_dict(strip_prefix(tensors, "model."))
         if self.average:
             self.average.load_state_dict(strip_prefix(tensors, "average."))
@@ -143,6 +151,7 @@ class TrainingState:
         tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
         if self.average:
             tensors |= {f"average.{key}": value for key, value in self.average.state_dict().items()}
+        tensors |= {name: value for name in FOLLOWED if (value := getattr(self, name)) is not None}
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items() if torch.is_tensor(value)}
         return {key: value.contiguous() for key, value in tensors.items()}

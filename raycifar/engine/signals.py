@@ -1,0 +1,42 @@
+"""What a network that doesn't learn looks like from inside: units that are silent, gradients that vanish or explode."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def examine(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Return the signals of one batch, in evaluation mode and float32; the network and its gradients stay as they are.
+
+    Args:
+        inputs: (n, 3, H, W) float32, preprocessed. labels: (n,) int64.
+
+    Returns:
+        dead_relus: the share of ReLU channels that are 0 for every image and place, in each ReLU by name;
+        gradient_norms: of the loss by the weights of each layer that trains, by name, from the input to the head.
+    """
+    dead: dict[str, float] = {}
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            active = output.detach().flatten(2).amax((0, 2)) if output.ndim > 2 else output.detach().amax(0)
+            dead[name] = (active <= 0).float().mean().item()
+
+        return hook
+
+    relus = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ReLU)]
+    hooks = [module.register_forward_hook(look(name)) for name, module in relus]
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        loss = nn.functional.cross_entropy(model(inputs).float(), labels)
+        weights = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
+        gradients = torch.autograd.grad(loss, list(weights.values()))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+    norms = {name: gradient.norm().item() for name, gradient in zip(weights, gradients, strict=True)}
+    return {"dead_relus": dead, "gradient_norms": norms}

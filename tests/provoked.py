@@ -1,0 +1,51 @@
+"""Runs in which something is provoked: `python tests/provoked.py NAME DATA STORAGE` trains one, in this process."""
+
+import sys
+
+from torch import nn
+
+from raycifar.models import cnn
+from raycifar.recipes import SCRATCH, Recipe
+from raycifar.train import Request, train
+
+# What is changed of the recipe, how many images it takes, how many are held out, and what must be found.
+PROVOKED = {
+    "dies": ({"epochs": 3, "lr": 0.5, "warmup": 0.0}, 10_000, 5000, "collapse"),
+    "overfits": ({"epochs": 40, "augment": "none", "label_smoothing": 0.0}, 1000, 5000, "overfitting"),
+    "underfits": ({"epochs": 1, "lr": 2e-4}, None, 5000, "underfitting"),
+    "jumps": ({"epochs": 12, "augment": "flip", "schedule": "constant", "lr": 0.02}, 20_000, 5000, "spike"),
+    "is validated by few": ({"epochs": 8, "augment": "flip"}, 20_000, 200, "validation-noise"),
+    "is augmented much": (
+        {"epochs": 4, "augment": "cutout", "mixup": 0.4, "dropout": 0.3},
+        None,
+        5000,
+        "validation-above-training",
+    ),
+    "is well": ({"epochs": 8, "augment": "flip", "label_smoothing": 0.0}, None, 5000, "healthy"),
+}
+SPIKE = 7  # the epoch whose learning rate is thirty times the others'
+
+
+def without_batch_norm(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+
+
+def run(name: str, data: str, storage: str) -> None:
+    changes, limit, val_size, _ = PROVOKED[name]
+    recipe = Recipe(**{**vars(SCRATCH), **changes})
+    if name == "dies":
+        cnn.block = without_batch_norm
+    if name == "jumps":
+        usual = Recipe.learning_rate
+        Recipe.learning_rate = lambda self, epoch, *at: usual(self, epoch, *at) * (30 if epoch == SPIKE else 1)
+    train(
+        Request(
+            model="cnn", recipe=recipe, data=data, val_size=val_size, limit=limit, seed=0, name=name.replace(" ", "-"),
+            storage=storage, workers=0, device="cpu", cpus_per_worker=None, compile=False, checkpoint_steps=0,
+            max_failures=0,
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])
