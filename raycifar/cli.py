@@ -11,6 +11,7 @@ DOORS = {
     "data": "Fetch, describe and convert the data set.",
     "train": "Train one model, data-parallel, on Ray Train.",
     "compare": "Train several models and seeds, orchestrated by Ray Tune, and say which is better.",
+    "report": "Draw and explain a run or a comparison.",
     "evaluate": "Score a trained network on a data set, as a Ray Data job.",
     "export": "Write a trained network as ONNX, TorchScript or safetensors.",
     "predict": "The five likeliest classes of image files, or of a folder of them.",

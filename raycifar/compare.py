@@ -21,7 +21,8 @@ from raycifar.models import Architecture
 from raycifar.options import Interrupted, check_name, door, pick_recipe, recipe_options, training_options
 from raycifar.pretrained import Start, begin
 from raycifar.recipes import Recipe, changes, describe_changes
-from raycifar.runs import COMPARISON, COMPARISON_TABLE, PREDICTIONS, RESULT, RUN, STUDY, Run
+from raycifar.report import Refresher, explain, write_comparison, write_run
+from raycifar.runs import COMPARISON, COMPARISON_TABLE, PREDICTIONS, REPORT_PAGE, RESULT, RUN, STUDY, Run
 from raycifar.terminal import Screen, alongside
 from raycifar.train import Request, and_weights, check_batch_size, storing_in
 
@@ -112,6 +113,7 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
     with storing_in(folder, screen):
         folder.write_json(STUDY, agreement)
 
+    refresh = Refresher(lambda: write_comparison(folder)) if options["report"] else lambda: None
     study = Study(base, folder.folder, recipes, starts, seeds, options["search"], spaces)
     plan = Plan(study, most, AshaByModel({model: recipe.epochs for model, recipe in recipes.items()}))
     if done := sum(task.over for task in plan.tasks):
@@ -119,7 +121,7 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
     try:
         alongside(
             lambda: orchestrate(study, plan, source, workers),
-            lambda running: screen.follow_tasks(lambda: plan.tasks, running),
+            lambda running: screen.follow_tasks(lambda: plan.tasks, running, refresh),
         )
     except Interrupted:
         screen.say(f"To continue, give the same command with --name {name}")
@@ -131,6 +133,10 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
     search = {model: describe_search(plan, model) for model in names if options["search"]}
     order = {model: rank for rank, model in enumerate(names)}
     finished.sort(key=lambda run: (order[run.run["model"]], run.run["seed"]))
+    if options["report"]:
+        with screen.waiting("Drawing the reports of the runs"):
+            for run in finished:
+                explain(lambda run=run: write_run(Run.at(run.folder), source))  # type: ignore[misc]
     if finished:
         conclude(finished, folder, options["price_per_hour"], screen, {"search": search, "failed": failed})
     missing = [task.name for task in finals if task.status != "finished"]
@@ -249,7 +255,7 @@ def read_run(path: str) -> Finished:
         raise RequestError(f"{path} can't be compared: it has no {PREDICTIONS}, so its test images aren't known.")
     table = pq.read_table(pa.BufferReader(predictions), columns=["label", "top5"])
     right = from_lists(table["top5"])[:, 0] == table["label"].to_numpy()
-    return Finished(run.name, about, run.history(), result, right)
+    return Finished(run.name, run.folder, about, run.history(), result, right)
 
 
 def conclude(
@@ -277,7 +283,10 @@ def conclude(
     screen.lines(search["sentence"] for search in comparison.get("search", {}).values())
     if finished[0].run["data"]["source"] == "synthetic":
         screen.say("These are synthetic images: the accuracies say nothing about CIFAR-100.")
-    screen.say(f"Comparison: {folder.folder}")
+    report = explain(lambda: write_comparison(folder))
+    screen.say(f"Comparison: {folder.folder}, see {REPORT_PAGE}")
+    if report["headline"]:
+        screen.say(f"What the curves show: {report['headline']}.")
 
 
 def to_csv(comparison: dict[str, Any]) -> str:

@@ -40,6 +40,7 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option("--storage", default="results", help="Where runs are kept: a folder or a URI."),
             click.option("--max-failures", type=click.IntRange(min=0), default=3, help="Restarts after a worker died."),
+            click.option("--report/--no-report", default=True, help="Draw and explain the curves, also while it runs."),
             click.option("--compile", is_flag=True, help="Compile the model with torch.compile."),
         )
     ):

@@ -6,6 +6,7 @@
     model.safetensors   the final weights
     predictions.parquet the final network's answer for each test image
     images.parquet      how each training image fared over the epochs
+    report.*            what the curves show, and suspects.csv, the labels to be doubted
     best.safetensors    the weights of the epoch with the best validation top-1
     checkpoint_*        what a run resumes from; each has a manifest, written last, with a digest of each file
 
@@ -29,6 +30,7 @@ RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
 MODEL, BEST = "model.safetensors", "best.safetensors"
 PREDICTIONS, IMAGES = "predictions.parquet", "images.parquet"
 EVALUATION, EVALUATION_PAGE = "evaluation.json", "evaluation.html"  # written by `evaluate`
+REPORT_PAGE, REPORT, REPORT_TEXT, SUSPECTS = "report.html", "report.json", "report.md", "suspects.csv"
 MANIFEST = "manifest.json"
 STUDY, COMPARISON, COMPARISON_TABLE = "study.json", "comparison.json", "comparison.csv"  # of a comparison's folder
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -100,6 +102,13 @@ class Run:
 
     def write_history(self, rows: list[dict[str, Any]]) -> None:
         self.write(METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def runs(self) -> list["Run"]:
+        """Return the runs whose folders lie in this one, a comparison's, by name."""
+        filesystem, folder = self._place
+        entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+        names = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
+        return [run for name in names if (run := Run(self.folder, name)).read(RUN) is not None]
 
     # Checkpoints ------------------------------------------------------------------------------------
 

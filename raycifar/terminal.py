@@ -52,8 +52,10 @@ class Screen:
             self.say(f"{for_what} …")
             yield
 
-    def follow(self, board: Board, running: Callable[[], bool], epochs: int) -> None:
-        """Show the run on `board` until it is no longer `running`."""
+    def follow(
+        self, board: Board, running: Callable[[], bool], epochs: int, refresh: Callable[[], None] = lambda: None
+    ) -> None:
+        """Show the run on `board` until it is no longer `running`; call `refresh` when an epoch is over."""
         if self.console.is_terminal:
             bar = Progress(
                 TextColumn("{task.description}"),
@@ -64,11 +66,18 @@ class Screen:
                 console=self.console,
             )
             with Live(bar, console=self.console, transient=True, refresh_per_second=4):
-                self._follow(board, running, epochs, LiveLine(bar))
+                self._follow(board, running, epochs, refresh, LiveLine(bar))
         else:
-            self._follow(board, running, epochs, PlainLine(self.say))
+            self._follow(board, running, epochs, refresh, PlainLine(self.say))
 
-    def _follow(self, board: Board, running: Callable[[], bool], epochs: int, line: "LiveLine | PlainLine") -> None:
+    def _follow(
+        self,
+        board: Board,
+        running: Callable[[], bool],
+        epochs: int,
+        refresh: Callable[[], None],
+        line: "LiveLine | PlainLine",
+    ) -> None:
         attempt, notices, failures, shown, described = None, 0, 0, 0, None
         while True:
             alive = running()  # asked first: what is on the board after the end is still shown
@@ -89,17 +98,21 @@ class Screen:
                 if row["epoch"] > shown:
                     self.say(epoch_line(row, epochs))
                     shown = row["epoch"]
+                    refresh()
             line.show(content["phase"], content.get("step"))
             if not alive:
                 return
             time.sleep(POLL_SECONDS)
 
-    def follow_tasks(self, tasks: Callable[[], Sequence[Task]], running: Callable[[], bool]) -> None:
-        """Show the trials of a comparison until it is no longer `running`."""
+    def follow_tasks(
+        self, tasks: Callable[[], Sequence[Task]], running: Callable[[], bool], refresh: Callable[[], None]
+    ) -> None:
+        """Show the trials of a comparison until it is no longer `running`; call `refresh` at every look."""
         if self.console.is_terminal:
             with Live(console=self.console, transient=True, refresh_per_second=4) as live:
                 while running():
                     live.update(task_table(tasks()))
+                    refresh()
                     time.sleep(POLL_SECONDS)
             self.console.print(task_table(tasks()))
             return
@@ -117,6 +130,7 @@ class Screen:
                     ended.add(task.name)
             if not alive:
                 return
+            refresh()
             time.sleep(POLL_SECONDS)
 
 

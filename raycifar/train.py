@@ -23,7 +23,8 @@ from raycifar.errors import RequestError, WorkError
 from raycifar.options import Interrupted, Model, check_name, door, pick_recipe, recipe_options, training_options
 from raycifar.pretrained import Start, begin
 from raycifar.recipes import Recipe
-from raycifar.runs import KEPT, RESULT, RUN, Run
+from raycifar.report import Refresher, explain, write_run
+from raycifar.runs import KEPT, REPORT_PAGE, RESULT, RUN, Run
 from raycifar.terminal import Screen, alongside, result_lines
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Request:
     checkpoint_steps: int
     max_failures: int
     test: bool = True  # score the test set at the end
+    report: bool = True
     rungs: tuple[int, ...] = ()  # epochs after which the board is asked whether to stop
 
 
@@ -106,15 +108,28 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
         record(run, identity, workers)
 
     board = Board(uuid.uuid4().hex)
+    refresh = Refresher(lambda: write_run(run, source)) if request.report else lambda: None
     trainer = build_trainer(request, run, board, source, splits, start, workers, debug=debug)
     try:
-        outcome = fit(trainer, lambda running: screen.follow(board, running, request.recipe.epochs))
+        outcome = fit(trainer, lambda running: screen.follow(board, running, request.recipe.epochs, refresh))
+        result = conclude(run, outcome)
+        screen.lines(result_lines(result, run.folder, source.name))
     except Interrupted:
         screen.say(f"To continue, give the same command with --name {request.name}")
         raise
-    result = conclude(run, outcome)
-    screen.lines(result_lines(result, run.folder, source.name))
+    except WorkError:
+        show_report(request, run, source, screen)
+        raise
+    show_report(request, run, source, screen)
     return result
+
+
+def show_report(request: Request, run: Run, source: Source, screen: Screen) -> None:
+    if not request.report:
+        return
+    with screen.waiting("Drawing the report"):
+        report = explain(lambda: write_run(run, source))
+    screen.say(f"What the curves show: {report['headline']}. See {REPORT_PAGE}")
 
 
 def and_weights(recipes: Iterable[Recipe]) -> str:

@@ -59,7 +59,7 @@ def test_the_first_batch_gives_the_features_of_torchvision_s_own_model(theirs, f
     published = ResNet50_Weights.IMAGENET1K_V2.transforms()
     pipeline = v2.Compose(
         [
-            v2.Resize((128, 128), interpolation=published.interpolation, antialias=published.antialias),
+            v2.Resize((224, 224), interpolation=published.interpolation, antialias=published.antialias),
             v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(published.mean, published.std),

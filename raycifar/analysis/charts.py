@@ -1,10 +1,11 @@
 """Charts as SVG text: they stand inside a page, take its ink and paper, and need no network.
 
-Lines and texts are drawn in `currentColor`, so a page decides on light or dark. The two hues, blue and orange of
-Okabe and Ito (2008), are told apart by people who don't see all colours, and differ in lightness for print.
+Lines and texts are drawn in `currentColor`, so a page decides on light or dark. The hues are Okabe and
+Ito's (2008), told apart by people who don't see all colours; lines differ in their dashes too, for print.
 """
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,12 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK = "#010203"  # stands for currentColor until the SVG is written
-BLUE, ORANGE = "#0072b2", "#e69f00"
+BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
+SERIES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"), ("#56b4e9", "-"), ("#d55e00", "--"))
+MARKERS = "osD^vP"
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -45,6 +49,109 @@ def to_svg(figure: Figure, description: str) -> str:
 def draw(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots()
+
+
+def line_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+
+
+def curves(
+    lines: Sequence[tuple[str, np.ndarray, str, str]],
+    ylabel: str,
+    description: str,
+    marks: Sequence[tuple[int, str]] = (),
+    *,
+    between: tuple[np.ndarray, np.ndarray] | None = None,
+    log: bool = False,
+) -> str:
+    """Return figures by epoch.
+
+    Args:
+        lines: label, (epochs,) values, colour and line style of each.
+        marks: epochs that are marked, each with a word.
+        between: two lines, the area between which is tinted.
+    """
+    with rc_context(STYLE):
+        figure, axes = draw(4.7, 2.9)
+        line_axes(axes, "epoch", ylabel)
+        for label, values, colour, style in lines:
+            epochs = np.arange(1, len(values) + 1)
+            single = "o" if np.isfinite(values).sum() < 2 else ""
+            axes.plot(epochs, values, color=colour, linestyle=style, marker=single, linewidth=1.8, label=label)
+        if between is not None:
+            epochs = np.arange(1, len(between[0]) + 1)
+            axes.fill_between(epochs, *between, color=ORANGE, alpha=0.15, linewidth=0)
+        if log:
+            axes.set_yscale("log")
+        for place, (epoch, word) in enumerate(marks):
+            axes.axvline(epoch, color=INK, linewidth=0.8, linestyle=":", alpha=0.7)
+            axes.annotate(
+                word,
+                (epoch, 1.0 + 0.07 * (place % 2)),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="bottom",
+                fontsize=7,
+            )
+        if len(lines) > 1:
+            axes.legend(loc="best")
+        return to_svg(figure, description)
+
+
+def bands(groups: dict[str, np.ndarray], ylabel: str, description: str) -> str:
+    """Return the mean over seeds of each model's curve, with the range of its runs.
+
+    Args:
+        groups: (runs, epochs) by model, not a number where a run has no such epoch.
+    """
+    with rc_context(STYLE):
+        figure, axes = draw(4.7, 2.9)
+        line_axes(axes, "epoch", ylabel)
+        for k, (model, values) in enumerate(groups.items()):
+            epochs = np.arange(1, values.shape[1] + 1)
+            colour, style = SERIES[k % len(SERIES)]
+            with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
+                mean, low, high = np.nanmean(values, 0), np.nanmin(values, 0), np.nanmax(values, 0)
+            marker = "o" if values.shape[1] < 2 else ""
+            axes.plot(epochs, mean, color=colour, linestyle=style, marker=marker, linewidth=1.8, label=model)
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.legend(loc="best")
+        return to_svg(figure, description)
+
+
+def scatter(models: dict[str, tuple[float, float, float | None, float | None]], xlabel: str, description: str) -> str:
+    """Return test top-1 with its interval against a cost.
+
+    Args:
+        models: cost, mean, low and high of each.
+    """
+    with rc_context(STYLE):
+        figure, axes = draw(4.7, 2.9)
+        axes.set(xlabel=xlabel, ylabel="test top-1", xscale="log")
+        axes.grid(color=INK, alpha=0.12, linewidth=0.6)
+        for k, (model, (cost, mean, low, high)) in enumerate(models.items()):
+            colour, _ = SERIES[k % len(SERIES)]
+            if low is not None and high is not None:
+                axes.plot([cost, cost], [low, high], color=colour, linewidth=1.4)
+            axes.plot(cost, mean, MARKERS[k % len(MARKERS)], color=colour, markersize=7)
+            axes.annotate(model, (cost, mean), (7, 5), textcoords="offset points")
+        axes.margins(0.25)
+        return to_svg(figure, description)
+
+
+def differences(pairs: Sequence[dict[str, Any]], description: str) -> str:
+    """Return the difference of each pair of models with its interval, in points."""
+    with rc_context(STYLE):
+        figure, axes = draw(4.7, 0.8 + 0.45 * len(pairs))
+        for k, pair in enumerate(reversed(pairs)):
+            axes.plot([100 * pair["low"], 100 * pair["high"]], [k, k], color=BLUE, linewidth=1.8)
+            axes.plot(100 * pair["difference"], k, "o", color=BLUE)
+        axes.axvline(0, color=INK, linewidth=0.8, linestyle="--")
+        axes.set_yticks(range(len(pairs)), [f"{pair['a']} less {pair['b']}" for pair in reversed(pairs)])
+        axes.set(xlabel="points of test top-1", ylim=(-0.6, len(pairs) - 0.4))
+        return to_svg(figure, description)
 
 
 def reliability_diagram(bins: Sequence[dict[str, Any]]) -> str:

@@ -17,6 +17,7 @@ class Finished:
     """A finished run: the contents of its files, and whether it classified each test image right."""
 
     name: str
+    folder: str
     run: dict[str, Any]
     history: Sequence[dict[str, Any]]
     result: dict[str, Any]
@@ -91,6 +92,7 @@ def summarise(runs: Sequence[Finished], budget: float, price_per_hour: float | N
     device_seconds = float(np.mean([run.seconds[-1] for run in runs]))
     return {
         "runs": [run.name for run in runs],
+        "folders": [run.folder for run in runs],
         "seeds": [run.run["seed"] for run in runs],
         "recipe": runs[0].run["recipe"],
         **{score: mean_interval([run.result["test"][score] for run in runs]) for score in ("top1", "top5", "loss")},

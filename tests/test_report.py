@@ -1,0 +1,198 @@
+"""`raycifar report`: pages that open without a network, of runs in any state, and of comparisons."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import Command, Compare, finish
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+OUTSIDE = re.compile(
+    r'<script|<link(?! rel="icon" href="data:)|(?:src|href)="(?!data:|#|[\w.-]+/report\.html)|url\((?!#)'
+)
+
+
+class Report(Command):
+    door = "raycifar.report"
+
+
+@pytest.fixture
+def report(tmp_path):
+    def run(*args, code=0, env=None):
+        return finish(Report(*args, storage=None, env=env, cwd=tmp_path), code)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(small, tmp_path_factory):
+    """The folder of a finished run; `train` has written its report."""
+    storage = tmp_path_factory.mktemp("reported")
+    args = ("--model", "cnn", "--workers", 0, "--val-size", 200, "--epochs", 4, "--batch-size", 50, "--data", small)
+    done = Command(*args, "--name", "a", storage=storage).finish()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "What the curves show: " in done.stdout
+    return storage / "a"
+
+
+def open_in_browser(page, tmp_path):
+    """Open a page in headless Chromium; return what it wrote to its console, and its DOM.
+
+    The page forbids itself to ask any host for anything; an attempt is an error on the console.
+    """
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium to open a page: apt-get install chromium")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    flags += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    command = [CHROMIUM, *flags, "--enable-logging=stderr", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line], done.stdout
+
+
+def test_a_page_that_asks_a_host_for_something_is_noticed(tmp_path):
+    page = tmp_path / "page.html"
+    policy = "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'\">"
+    page.write_text(f"<html><head>{policy}</head><body><img src='http://127.0.0.1:9/a.png'></body></html>")
+    assert open_in_browser(page, tmp_path)[0] != []
+
+
+# A run ----------------------------------------------------------------------------------------------
+
+
+def test_training_leaves_a_page_that_holds_all_it_needs(trained):
+    page = (trained / "report.html").read_text()
+    assert not OUTSIDE.search(page)
+    labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', page)
+    assert len(labels) == 9  # accuracy, loss, gap, rate, norm, speed, calibration, classes, superclasses
+    assert all(len(label) > 20 for label in labels)
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert not {name for name in ids if ids.count(name) > 1 and f"#{name}" in page}
+    assert len(re.findall(r'<img src="data:image/png;base64,[^"]+" alt="[^"]+"', page)) > 24
+    top1 = json.loads((trained / "result.json").read_text())["test"]["top1"]
+    assert f"<b>{top1:.4f}</b>" in page
+
+
+def test_the_page_opens_in_a_browser_without_an_error_or_a_request(trained, tmp_path):
+    console, dom = open_in_browser(trained / "report.html", tmp_path)
+    assert console == []
+    assert "default-src 'none'" in dom
+    assert dom.count("<path") > 50
+    assert dom.count('role="img"') == 9
+
+
+def test_findings_and_suspects_are_files_too(trained):
+    found = json.loads((trained / "report.json").read_text())["findings"]
+    assert found
+    assert all({"kind", "confidence", "evidence", "advice"} <= finding.keys() for finding in found)
+    with (trained / "suspects.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 1000
+    assert list(rows[0]) == ["index", "label", "suggested", "score"]
+    scores = [float(row["score"]) for row in rows]
+    assert scores[0] == 1
+    assert scores == sorted(scores, reverse=True)
+    assert len({row["index"] for row in rows}) == 1000
+
+
+def test_other_formats_and_places(trained, report, small, tmp_path):
+    report(trained, "--format", "md", "--out", tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    assert text.startswith("# a\n")
+    assert "## Findings" in text
+    report(trained, "--format", "json", "--out", tmp_path / "out")
+    assert json.loads((tmp_path / "out/report.json").read_text()) == json.loads((trained / "report.json").read_text())
+    assert not (tmp_path / "out/report.html").exists()
+
+
+def test_without_the_images_the_page_says_that_it_shows_none(trained, report, tmp_path):
+    shutil.copytree(trained, tmp_path / "a")
+    run = json.loads((tmp_path / "a/run.json").read_text())
+    run["data"]["source"] = str(tmp_path / "gone.tar.gz")
+    (tmp_path / "a/run.json").write_text(json.dumps(run))
+    report(tmp_path / "a", env={"RAYCIFAR_DATA": ""})
+    page = (tmp_path / "a/report.html").read_text()
+    assert "so it shows no pictures" in page
+    assert "<img" not in page
+
+
+@pytest.mark.parametrize("state", ["just begun", "under way", "cut off while writing", "failed", "failed at once"])
+def test_a_run_in_any_state_is_reported_as_what_it_is(trained, report, small, tmp_path, state):
+    folder = tmp_path / "a"
+    shutil.copytree(trained, folder)
+    for name in ("result.json", "predictions.parquet", "images.parquet", "report.html", "model.safetensors"):
+        (folder / name).unlink()
+    history = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(history[:2]))
+    failure = {"status": "failed", "reason": "the loss is no longer finite: epoch 3, step 2. Try less", "epochs": 2}
+    match state:
+        case "just begun":
+            (folder / "metrics.jsonl").unlink()
+            said = "0 of 4 epochs are recorded"
+        case "under way":
+            said = "2 of 4 epochs are recorded"
+        case "cut off while writing":
+            (folder / ".result.json.part").write_text('{"sta')
+            said = "under way, or was cut off"
+        case "failed":
+            (folder / "result.json").write_text(json.dumps(failure))
+            said = "failed after 2 of 4 epochs: the loss is no longer finite"
+        case "failed at once":
+            (folder / "metrics.jsonl").unlink()
+            (folder / "result.json").write_text(json.dumps(failure))
+            said = "failed after 0 of 4 epochs"
+    done = report(folder)
+    assert said in done.stdout
+    assert said in (folder / "report.html").read_text()
+    kinds = {finding["kind"] for finding in json.loads((folder / "report.json").read_text())["findings"]}
+    assert ("divergence" in kinds) == state.startswith("failed")
+
+
+def test_what_is_no_run_is_refused(report, tmp_path):
+    assert "holds no run.json" in report(tmp_path, code=2).stderr
+    assert "holds no run.json" in report(tmp_path / "nowhere", code=2).stderr
+
+
+# A comparison ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compared(trained, tmp_path_factory):
+    """A comparison of three runs that are copies but for their model, seed and scores."""
+    storage = tmp_path_factory.mktemp("compared")
+    runs = []
+    for model, seed in (("cnn", 0), ("cnn", 1), ("vgg16", 0)):
+        folder = storage / f"{model}-s{seed}"
+        shutil.copytree(trained, folder)
+        run = json.loads((folder / "run.json").read_text())
+        run |= {"name": folder.name, "model": model, "seed": seed}
+        run["architecture"]["model"] = model
+        (folder / "run.json").write_text(json.dumps(run))
+        runs.append(folder)
+    finish(Compare(*runs, "--name", "c", storage=storage))
+    return storage / "c"
+
+
+def test_a_comparison_has_a_page_of_its_own(compared, tmp_path):
+    page = (compared / "report.html").read_text()
+    assert not OUTSIDE.search(page)
+    assert "cnn and vgg16 are not told apart" in page
+    console, dom = open_in_browser(compared / "report.html", tmp_path)
+    assert console == []
+    assert dom.count('role="img"') == 6  # three curves, accuracy against time and size, the differences
+
+
+def test_a_comparison_under_way_shows_the_runs_that_it_has(compared, trained, report, tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/study.json").write_text("{}")
+    shutil.copytree(trained, tmp_path / "c/cnn-s0")
+    shutil.copytree(trained, tmp_path / "c/cnn-s1", ignore=lambda *_: ["result.json"])
+    done = report(tmp_path / "c")
+    assert "1 of 2 runs are finished; the comparison is under way, or was cut off" in done.stdout
+    assert '<a href="cnn-s0/report.html">' in (tmp_path / "c/report.html").read_text()
