@@ -59,6 +59,7 @@ def main(debug: bool, **options: Any) -> None:
         raise RequestError("either --models to train, or the folders of finished runs: one of both is needed.")
     if options["runs"]:
         conclude([read_run(path) for path in options["runs"]], folder, price, screen, {})
+        show_report(options, folder, screen)
     else:
         train_and_compare(options, name, folder, screen, debug=debug)
 
@@ -139,6 +140,7 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
                 explain(lambda run=run: write_run(Run.at(run.folder), source))  # type: ignore[misc]
     if finished:
         conclude(finished, folder, options["price_per_hour"], screen, {"search": search, "failed": failed})
+    show_report(options, folder, screen)
     missing = [task.name for task in finals if task.status != "finished"]
     if missing:
         reasons = "; ".join(f"{task.name}: {task.reason}" for task in finals if task.status != "finished")
@@ -283,10 +285,15 @@ def conclude(
     screen.lines(search["sentence"] for search in comparison.get("search", {}).values())
     if finished[0].run["data"]["source"] == "synthetic":
         screen.say("These are synthetic images: the accuracies say nothing about CIFAR-100.")
-    report = explain(lambda: write_comparison(folder))
-    screen.say(f"Comparison: {folder.folder}, see {REPORT_PAGE}")
-    if report["headline"]:
-        screen.say(f"What the curves show: {report['headline']}.")
+    screen.say(f"Comparison: {folder.folder}")
+
+
+def show_report(options: dict[str, Any], folder: Run, screen: Screen) -> None:
+    if options["report"]:
+        with screen.waiting("Drawing the report"):
+            report = explain(lambda: write_comparison(folder))
+        headline = f"{report['headline']}. " if report["headline"] else ""
+        screen.say(f"What the curves show: {headline}See {REPORT_PAGE}")
 
 
 def to_csv(comparison: dict[str, Any]) -> str:

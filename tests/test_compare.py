@@ -120,7 +120,7 @@ def test_runs_that_are_not_comparable_are_refused_with_the_reason(made_up, compa
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("--models", "cnn,alexnet"), "--models alexnet: choose from cnn, vgg16, resnet50"),
+        (("--models", "cnn,alexnet"), "no model is named 'alexnet': choose from cnn, vgg16, resnet50"),
         (("--models", "cnn, cnn"), "names a model twice"),
         (("--models", "cnn", "--workers", 4, "--batch-size", 7), "leaves less than 2 images for each of 4 workers"),
         (("--models", "cnn", "--search", 3, "--val-size", 0), "needs --val-size above 0"),
@@ -132,7 +132,19 @@ def test_a_request_that_makes_no_sense_is_refused(compare, small, tmp_path, args
     assert not (tmp_path / "runs").exists()
 
 
-STUDY = ("--models", "cnn", "--epochs", 3, "--batch-size", 50, "--val-size", 200, "--checkpoint-steps", 5)
+STUDY = (
+    "--models",
+    "cnn",
+    "--epochs",
+    3,
+    "--batch-size",
+    50,
+    "--val-size",
+    200,
+    "--checkpoint-steps",
+    5,
+    "--no-report",
+)
 
 
 def test_a_comparison_whose_driver_was_killed_goes_on_in_mid_epoch(compare, train, small, cluster, tmp_path):

@@ -17,6 +17,7 @@ class Evaluate(Command):
 def trained(small, tmp_path_factory):
     storage = tmp_path_factory.mktemp("trained")
     args = ("--model", "cnn", "--workers", 0, "--val-size", 200, "--epochs", 3, "--data", small, "--name", "a")
+    args += ("--no-report",)
     done = Command(*args, storage=storage).finish()
     assert done.returncode == 0, done.stdout + done.stderr
     return storage / "a"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Command, checkpoints, history, ps, wait_until
 
-RUN = ("--model", "cnn", "--val-size", 200, "--epochs", 3, "--batch-size", 50, "--checkpoint-steps", 5)
+RUN = ("--model", "cnn", "--val-size", 200, "--epochs", 3, "--batch-size", 50, "--checkpoint-steps", 5, "--no-report")
 
 
 @pytest.fixture(scope="module")

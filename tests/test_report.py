@@ -154,6 +154,33 @@ def test_a_run_in_any_state_is_reported_as_what_it_is(trained, report, small, tm
     assert ("divergence" in kinds) == state.startswith("failed")
 
 
+def test_what_is_under_way_is_drawn_anew_in_at_most_a_hundredth_of_the_time(monkeypatch):
+    from raycifar import report as door
+
+    now, drawn = [0.0], []
+
+    def write():
+        now[0] += 2.0
+        drawn.append(now[0])
+
+    monkeypatch.setattr(door.time, "monotonic", lambda: now[0])
+    refresh = door.Refresher(write)
+    for _ in range(10_000):
+        now[0] += 0.25
+        refresh()
+    assert 10 <= len(drawn) <= 13
+    assert 2.0 * len(drawn) <= 0.01 * now[0] + 2.0
+
+
+def test_a_report_that_fails_does_not_fail_the_run():
+    from raycifar.report import explain
+
+    def write():
+        raise OSError("the disk is full")
+
+    assert "OSError: the disk is full" in explain(write)["headline"]
+
+
 def test_what_is_no_run_is_refused(report, tmp_path):
     assert "holds no run.json" in report(tmp_path, code=2).stderr
     assert "holds no run.json" in report(tmp_path / "nowhere", code=2).stderr

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from raycifar.data import MEAN, STD
 from raycifar.recipes import SCRATCH
 
-RUN = ("--model", "cnn", "--workers", 0, "--val-size", 200, "--epochs", 3, "--batch-size", 50)
+RUN = ("--model", "cnn", "--workers", 0, "--val-size", 200, "--epochs", 3, "--batch-size", 50, "--no-report")
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +128,12 @@ def test_a_run_stopped_in_mid_epoch_ends_with_the_same_weights(reference, train,
     resumed = train(*RUN, "--data", small, "--name", "a", "--checkpoint-steps", 5)
     assert "Continuing from epoch 2, step" in resumed.stdout
     assert weights(tmp_path / "runs/a") == weights(reference)
+    assert (tmp_path / "runs/a/images.parquet").read_bytes() == (reference / "images.parquet").read_bytes()
     assert [row["epoch"] for row in history(tmp_path / "runs/a")] == [1, 2, 3]
+    assert [row["restarts"] for row in history(tmp_path / "runs/a")] == [0, 1, 0]
     for mine, theirs in zip(history(tmp_path / "runs/a"), history(reference), strict=True):
-        for key in ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "lr"):
+        assert mine["rise"] == theirs["rise"]
+        for key in ("train_loss", "train_top1", "val_loss", "val_top1", "val_lost", "clean_loss", "grad_norm", "lr"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-12)
 
 

@@ -257,6 +257,7 @@ def test_frozen_statistics_stay_while_the_weights_of_the_norms_move(file):
 
 
 RUN = ("--val-size", 100, "--limit", 400, "--epochs", 3, "--head-epochs", 1, "--batch-size", 50, "--image-size", 32)
+RUN += ("--no-report",)
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def underfitting(story: Story, found: Sequence[Finding]) -> list[Finding]:
     if fit >= FIT:
         return []
     evidence = (
-        f"After {last['epoch']} epochs the loss on training images, scored as validation images are, is {loss:.3f}: a "
+        f"After epoch {last['epoch']} the loss on training images, scored as validation images are, is {loss:.3f}: a "
         f"share of {fit:.2f} of what there is to know (1 - loss / ln({CLASSES}); below {FIT} little is explained)."
     )
     if story.validated:
