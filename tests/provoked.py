@@ -13,15 +13,15 @@ PROVOKED = {
     "dies": ({"epochs": 3, "lr": 0.5, "warmup": 0.0}, 10_000, 5000, "collapse"),
     "overfits": ({"epochs": 40, "augment": "none", "label_smoothing": 0.0}, 1000, 5000, "overfitting"),
     "underfits": ({"epochs": 1, "lr": 2e-4}, None, 5000, "underfitting"),
-    "jumps": ({"epochs": 12, "augment": "flip", "schedule": "constant", "lr": 0.02}, 20_000, 5000, "spike"),
-    "is validated by few": ({"epochs": 8, "augment": "flip"}, 20_000, 200, "validation-noise"),
+    "jumps": ({"epochs": 12, "augment": "flip", "schedule": "constant", "lr": 0.02}, 10_000, 5000, "spike"),
+    "is validated by few": ({"epochs": 8, "augment": "flip"}, 10_000, 200, "validation-noise"),
     "is augmented much": (
-        {"epochs": 4, "augment": "cutout", "mixup": 0.4, "dropout": 0.3},
-        None,
+        {"epochs": 6, "augment": "cutout", "mixup": 0.4, "dropout": 0.3},
+        20_000,
         5000,
         "validation-above-training",
     ),
-    "is well": ({"epochs": 8, "augment": "flip", "label_smoothing": 0.0}, None, 5000, "healthy"),
+    "is well": ({"epochs": 6, "augment": "flip", "label_smoothing": 0.0}, None, 5000, "healthy"),
 }
 SPIKE = 7  # the epoch whose learning rate is thirty times the others'
 

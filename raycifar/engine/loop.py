@@ -1,5 +1,6 @@
 """The training function that Ray Train runs on every worker."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,9 +90,29 @@ class Worker:
         set_up(self.device, job.threads)
 
     def train(self) -> dict[str, Any]:
+        self.prepare()
+        self.reporter.phase("training")
+        while self.state.progress.epoch <= self.recipe.epochs:
+            if self.told_to_stop():
+                self.checkpointer.wait()
+                return {"stopped": self.state.progress.epoch - 1}
+            self.train_epoch()
+            self.finish_epoch()
+
+        test = self.test() if self.job.test_images else None
+        if self.rank == 0:
+            self.run.write(MODEL, to_file(self.state.scored, self.architecture))
+            if self.state.images is not None:
+                self.run.write(IMAGES, to_images_file(self.state.images, self.index, self.labels))
+        self.checkpointer.wait()
+        history = self.state.progress.history
+        return {"test": test, "history": history, "best_epoch": best(history)["epoch"] if self.val_set else None}
+
+    def prepare(self) -> None:
+        """Bring the images to the device, and the network to where training begins or goes on."""
         self.reporter.phase("loading images")
-        train_set = load_shard("train", self.device)
-        val_set = load_shard("val", self.device) if self.job.val_images else None
+        self.train_set = load_shard("train", self.device)
+        self.val_set = load_shard("val", self.device) if self.job.val_images else None
 
         self.reporter.phase("building the model")
         self.dtype = choose_precision(self.recipe.precision, self.device)
@@ -103,26 +124,10 @@ class Worker:
         if self.job.compile:
             self.state.model.compile()
         self.parallelise()
-        self.index, self.labels = (self.gather(part) for part in (train_set.index, train_set.labels))
-        self.record = self.begin_record(train_set)
-        clean_set = train_set.head(-(-min(CLEAN_IMAGES, self.job.images) * len(train_set) // self.job.images))
-
-        self.reporter.phase("training")
-        while self.state.progress.epoch <= self.recipe.epochs:
-            if self.told_to_stop():
-                self.checkpointer.wait()
-                return {"stopped": self.state.progress.epoch - 1}
-            self.train_epoch(train_set)
-            self.finish_epoch(clean_set, val_set)
-
-        test = self.test() if self.job.test_images else None
-        if self.rank == 0:
-            self.run.write(MODEL, to_file(self.state.scored, self.architecture))
-            if self.state.images is not None:
-                self.run.write(IMAGES, to_images_file(self.state.images, self.index, self.labels))
-        self.checkpointer.wait()
-        history = self.state.progress.history
-        return {"test": test, "history": history, "best_epoch": best(history)["epoch"] if val_set else None}
+        self.index, self.labels = (self.gather(part) for part in (self.train_set.index, self.train_set.labels))
+        self.record = self.begin_record()
+        share = min(CLEAN_IMAGES, self.job.images) / self.job.images
+        self.clean_set = self.train_set.head(math.ceil(share * len(self.train_set)))
 
     def test(self) -> dict[str, float]:
         """Score the test set, and keep what was predicted of each image."""
@@ -154,7 +159,7 @@ class Worker:
 
     # An epoch ---------------------------------------------------------------------------------------
 
-    def train_epoch(self, shard: Shard) -> None:
+    def train_epoch(self) -> None:
         """Take the steps that are left of the epoch under way."""
         job, recipe, progress = self.job, self.recipe, self.state.progress
         self.state.train_mode()
@@ -170,12 +175,12 @@ class Worker:
             lr = recipe.learning_rate(progress.epoch, batch.step, self.steps)
             set_learning_rate(self.state.optimizer, lr)
             rows = torch.from_numpy(batch.rows).to(self.device, non_blocking=True)
-            sums += self.take_step(shard, rows, batch.images, batch.step, watch)
+            sums += self.take_step(rows, batch.images, batch.step, watch)
             progress.segments = advance(progress.segments, self.world_size)
 
             progress.seconds = spent + time.perf_counter() - clock
             if self.reporter.due():
-                self.show(sums, lr, begun_at, spent)
+                self.tell(sums, lr, begun_at, spent)
             if job.checkpoint_steps and progress.step % job.checkpoint_steps == 0 and progress.step < self.steps:
                 watch.check()
                 self.collect(sums)
@@ -184,13 +189,12 @@ class Worker:
         watch.check()
         self.collect(sums)
 
-    def take_step(self, shard: Shard, rows: Tensor, images: int, step: int, watch: FiniteWatch) -> Tensor:
+    def take_step(self, rows: Tensor, images: int, step: int, watch: FiniteWatch) -> Tensor:
         """Take one optimiser step on these rows, and return their number, summed loss and hits: (3,) float64."""
         count = len(rows)
         if count < 2:  # after a change of workers a share can run out: batch norm needs two, the loss ignores them
             rows = torch.cat([rows, torch.arange(2, device=self.device)])
-        pixels = augment(shard.images[rows], self.recipe.augment)
-        inputs, targets = mix(preprocess(pixels, self.preprocessing), shard.labels[rows], self.recipe)
+        inputs, targets = self.show(rows)
         with self.autocast:
             logits = self.model(inputs)
         objective, sums = loss_and_sums(logits[:count].float(), targets[:count], self.recipe.label_smoothing)
@@ -211,17 +215,22 @@ class Worker:
             self.state.average.update_parameters(self.state.model)
         return sums
 
-    def finish_epoch(self, clean_set: Shard, val_set: Shard | None) -> None:
+    def show(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return these rows as the network sees them: input and targets."""
+        pixels = augment(self.train_set.images[rows], self.recipe.augment)
+        return mix(preprocess(pixels, self.preprocessing), self.train_set.labels[rows], self.recipe)
+
+    def finish_epoch(self) -> None:
         """Validate, write the epoch's line, and leave a checkpoint from which the next epoch begins."""
         progress, clock = self.state.progress, time.perf_counter()
         self.state.average_buffers()
         images, loss, hits = progress.sums
-        clean = self.score(clean_set)[1]
+        clean = self.score(self.clean_set)[1]
         row = {
             "epoch": progress.epoch,
             "train_loss": loss / images,
             "train_top1": hits / images,
-            **(self.validate(val_set) if val_set else dict.fromkeys(VALIDATION)),
+            **(self.validate(self.val_set) if self.val_set else dict.fromkeys(VALIDATION)),
             "clean_loss": clean["loss"],
             "clean_top1": clean["top1"],
             "clean_images": clean["images"],
@@ -237,8 +246,8 @@ class Worker:
             "workers": self.world_size,
         }
         if warning := collapse(row, int(images), progress.epoch * self.steps, CLASSES):
-            inputs = preprocess(clean_set.images[:SIGNAL_IMAGES], self.preprocessing)
-            row["signals"] = examine(self.state.model, inputs, clean_set.labels[:SIGNAL_IMAGES])
+            some = self.clean_set.head(SIGNAL_IMAGES)
+            row["signals"] = examine(self.state.model, preprocess(some.images, self.preprocessing), some.labels)
             if progress.epoch <= 3:
                 self.reporter.notice(f"Warning: {warning}")
         row["seconds"] = progress.seconds + time.perf_counter() - clock
@@ -246,19 +255,19 @@ class Worker:
         self.state.progress = Progress(epoch=progress.epoch + 1, history=history)
         if self.rank == 0:
             self.run.write_history(history)
-            if val_set and row is best(history):
+            if self.val_set and row is best(history):
                 self.run.write(BEST, to_file(self.state.scored, self.architecture))
         self.reporter.epoch(history)
         if self.state.enter_stage():
             self.parallelise()
         self.save(row)
 
-    def begin_record(self, shard: Shard) -> ImageRecord:
+    def begin_record(self) -> ImageRecord:
         """Return what is known of this worker's training images."""
         if self.state.images is None:
-            return ImageRecord.blank(len(shard), self.device)
+            return ImageRecord.blank(len(self.train_set), self.device)
         first = bounds(self.job.images, self.world_size)[self.rank]
-        return ImageRecord(self.state.images[first : first + len(shard)].clone())
+        return ImageRecord(self.state.images[first : first + len(self.train_set)].clone())
 
     def end_record(self) -> dict[str, Any] | None:
         """Begin the next epoch of the training images' record, and return what there is to say of this one's."""
@@ -313,7 +322,7 @@ class Worker:
         if self.rank == 0:
             self.run.write_history(progress.history)
 
-    def show(self, sums: Tensor, lr: float, begun_at: int, spent: float) -> None:
+    def tell(self, sums: Tensor, lr: float, begun_at: int, spent: float) -> None:
         images, loss, hits = sums.tolist()
         progress = self.state.progress
         images_per_step = self.job.images / self.steps
