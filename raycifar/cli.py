@@ -12,6 +12,7 @@ DOORS = {
     "train": "Train one model, data-parallel, on Ray Train.",
     "compare": "Train several models and seeds, orchestrated by Ray Tune, and say which is better.",
     "report": "Draw and explain a run or a comparison.",
+    "bench": "Where the time goes on this machine or cluster, beside the bare compute limit.",
     "evaluate": "Score a trained network on a data set, as a Ray Data job.",
     "export": "Write a trained network as ONNX, TorchScript or safetensors.",
     "predict": "The five likeliest classes of image files, or of a folder of them.",

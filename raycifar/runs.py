@@ -30,6 +30,7 @@ RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
 MODEL, BEST = "model.safetensors", "best.safetensors"
 PREDICTIONS, IMAGES = "predictions.parquet", "images.parquet"
 EVALUATION, EVALUATION_PAGE = "evaluation.json", "evaluation.html"  # written by `evaluate`
+BENCH, BENCH_CHART = "bench.json", "bench.svg"  # written by `bench`
 REPORT_PAGE, REPORT, REPORT_TEXT, SUSPECTS = "report.html", "report.json", "report.md", "suspects.csv"
 MANIFEST = "manifest.json"
 STUDY, COMPARISON, COMPARISON_TABLE = "study.json", "comparison.json", "comparison.csv"  # of a comparison's folder

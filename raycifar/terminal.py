@@ -56,19 +56,32 @@ class Screen:
         self, board: Board, running: Callable[[], bool], epochs: int, refresh: Callable[[], None] = lambda: None
     ) -> None:
         """Show the run on `board` until it is no longer `running`; call `refresh` when an epoch is over."""
-        if self.console.is_terminal:
-            bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(compact=True),
-                console=self.console,
-            )
-            with Live(bar, console=self.console, transient=True, refresh_per_second=4):
-                self._follow(board, running, epochs, refresh, LiveLine(bar))
-        else:
-            self._follow(board, running, epochs, refresh, PlainLine(self.say))
+        with self.line() as line:
+            self._follow(board, running, epochs, refresh, line)
+
+    def follow_phase(self, board: Board, running: Callable[[], bool]) -> None:
+        """Say what is being done, by `board`, until it is no longer `running`."""
+        with self.line() as line:
+            while running():
+                line.show((board.get("worker") or {"phase": "starting the workers"})["phase"], None)
+                time.sleep(POLL_SECONDS)
+
+    @contextmanager
+    def line(self) -> Iterator["LiveLine | PlainLine"]:
+        """Give a line for what is under way: one that changes at a terminal, else one after the other."""
+        if not self.console.is_terminal:
+            yield PlainLine(self.say)
+            return
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+        )
+        with Live(bar, console=self.console, transient=True, refresh_per_second=4):
+            yield LiveLine(bar)
 
     def _follow(
         self,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
     from raycifar.cluster import Workers
+    from raycifar.engine.loop import Job
 
 
 @dataclass(frozen=True)
@@ -258,8 +259,13 @@ def build_trainer(
     workers: "Workers",
     *,
     debug: bool,
+    plan: "Callable[[Job], tuple[Callable[[dict[str, Any]], Any], dict[str, Any]]] | None" = None,
 ) -> "TorchTrainer":
-    """Return Ray Train's trainer for the run: the same for one process, one machine and a cluster."""
+    """Return Ray Train's trainer for the run: the same for one process, one machine and a cluster.
+
+    Args:
+        plan: gives what the workers run, and its configuration, instead of training.
+    """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
@@ -289,9 +295,10 @@ def build_trainer(
     )
     tables = {name: table for name, table in splits.tables().items() if name != "test" or request.test}
     run.mend_snapshot()
+    loop, config = plan(job) if plan else (train_loop_per_worker, {"job": job})
     return TorchTrainer(
-        train_loop_per_worker,
-        train_loop_config={"job": job},
+        loop,
+        train_loop_config=config,
         datasets=to_datasets(tables, workers.count),
         dataset_config=ExactShards(),
         scaling_config=ScalingConfig(

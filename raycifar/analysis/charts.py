@@ -141,6 +141,20 @@ def scatter(models: dict[str, tuple[float, float, float | None, float | None]], 
         return to_svg(figure, description)
 
 
+def bars(rows: Sequence[tuple[str, float, float, float]], limit: float, xlabel: str, description: str) -> str:
+    """Return a bar for each name, its median with least and most, beside a limit."""
+    with rc_context(STYLE):
+        figure, axes = draw(6.0, 0.9 + 0.38 * len(rows))
+        names, medians, lows, highs = (list(column) for column in zip(*reversed(rows), strict=True))
+        errors = [np.subtract(medians, lows), np.subtract(highs, medians)]
+        axes.barh(names, medians, 0.6, color=BLUE, xerr=errors, error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2})
+        axes.axvline(limit, color=ORANGE, linewidth=1.5, linestyle="--")
+        for name, median in zip(names, medians, strict=True):
+            axes.annotate(f" {median:,.0f}", (0, name), color="white", va="center")
+        axes.set(xlabel=xlabel)
+        return to_svg(figure, description)
+
+
 def differences(pairs: Sequence[dict[str, Any]], description: str) -> str:
     """Return the difference of each pair of models with its interval, in points."""
     with rc_context(STYLE):

@@ -194,7 +194,7 @@ class Worker:
         count = len(rows)
         if count < 2:  # after a change of workers a share can run out: batch norm needs two, the loss ignores them
             rows = torch.cat([rows, torch.arange(2, device=self.device)])
-        inputs, targets = self.show(rows)
+        inputs, targets = self.see(self.train_set.images[rows], self.train_set.labels[rows])
         with self.autocast:
             logits = self.model(inputs)
         objective, sums = loss_and_sums(logits[:count].float(), targets[:count], self.recipe.label_smoothing)
@@ -215,10 +215,10 @@ class Worker:
             self.state.average.update_parameters(self.state.model)
         return sums
 
-    def show(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return these rows as the network sees them: input and targets."""
-        pixels = augment(self.train_set.images[rows], self.recipe.augment)
-        return mix(preprocess(pixels, self.preprocessing), self.train_set.labels[rows], self.recipe)
+    def see(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images as the network is to see them, augmented, and their targets."""
+        pixels = augment(images, self.recipe.augment)
+        return mix(preprocess(pixels, self.preprocessing), labels, self.recipe)
 
     def finish_epoch(self) -> None:
         """Validate, write the epoch's line, and leave a checkpoint from which the next epoch begins."""

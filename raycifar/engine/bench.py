@@ -1,0 +1,199 @@
+"""Where a step's time goes: the same work with less and more of what surrounds it, in turn, several times over."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from raycifar.data import SHAPE
+from raycifar.engine.loop import Job, Worker
+from raycifar.engine.optim import set_learning_rate
+from raycifar.engine.order import batches
+from raycifar.engine.state import Progress
+
+SHUFFLED = 10  # batches in the local shuffle buffer of Ray's documented ingest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is timed: `rounds` of each stage, and the ways of others to compare with."""
+
+    job: Job
+    rounds: int
+    against: tuple[str, ...]
+
+
+def bench_loop_per_worker(config: dict[str, Any]) -> dict[str, list[float]]:
+    """Time every stage; Ray Train calls it on each worker.
+
+    Args:
+        config: `plan`, a `Plan`.
+
+    Returns:
+        Images per second over all workers, by stage, a figure for each round.
+    """
+    plan: Plan = config["plan"]
+    worker = Worker(plan.job)
+    worker.prepare()
+    stages: dict[str, Callable[[], None]] = {"bare": lambda: take_steps(worker, worker.state.model)}
+    if worker.world_size > 1:
+        stages["gradients"] = lambda: take_steps(worker, worker.model)
+    stages |= {
+        "images": lambda: take_steps(worker, worker.model, images=True),
+        "train": lambda: train(worker),
+        "epoch": lambda: train(worker, finish=True),
+        **{name: WAYS[name](worker) for name in plan.against},
+    }
+    for stage in stages.values():
+        stage()  # compiles, fills caches, starts processes
+    seconds: dict[str, list[float]] = {name: [] for name in stages}
+    for number in range(plan.rounds):
+        worker.reporter.phase(f"timing, round {number + 1} of {plan.rounds}")
+        for name, stage in stages.items():
+            begun = clock(worker)
+            stage()
+            seconds[name].append(clock(worker) - begun)
+    worker.checkpointer.wait()
+    return {name: [plan.job.images / took for took in values] for name, values in seconds.items()}
+
+
+def clock(worker: Worker) -> float:
+    """Return the time when all workers, and their devices, have done what they were given."""
+    if worker.device.type == "cuda":
+        torch.cuda.synchronize(worker.device)
+    if dist.is_initialized():
+        dist.barrier()
+    return time.perf_counter()
+
+
+# raycifar's own stages -------------------------------------------------------------------------------
+
+
+def take_steps(worker: Worker, model: nn.Module, *, images: bool = False) -> None:
+    """Take an epoch's steps with nothing around them, on tensors that are there, or on the worker's images."""
+    job, optimizer = worker.job, worker.state.optimizer
+    set_learning_rate(optimizer, 1e-6)  # random tensors teach nothing
+    worker.state.train_mode()
+    staged = None if images else stage(worker)
+    for batch in batches(job.seed, 1, job.images, worker.steps, [], worker.world_size, worker.rank):
+        if staged:
+            inputs, targets = staged[0][: len(batch.rows)], staged[1][: len(batch.rows)]
+        else:
+            rows = torch.from_numpy(batch.rows).to(worker.device)
+            inputs, targets = worker.see(worker.train_set.images[rows], worker.train_set.labels[rows])
+        step(model, optimizer, inputs, targets, worker.autocast, worker.recipe.label_smoothing)
+
+
+def stage(worker: Worker) -> tuple[Tensor, Tensor]:
+    size = worker.preprocessing.size
+    count = -(-worker.recipe.batch_size // worker.world_size)
+    inputs = torch.randn(count, 3, size, size, device=worker.device).contiguous(memory_format=torch.channels_last)
+    return inputs, torch.randint(0, 100, (count,), device=worker.device)
+
+
+def step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    targets: Tensor,
+    autocast: torch.autocast,
+    smoothing: float,
+) -> None:
+    with autocast:
+        logits = model(inputs)
+    F.cross_entropy(logits.float(), targets, label_smoothing=smoothing).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def train(worker: Worker, *, finish: bool = False) -> None:
+    """Train an epoch as `train` does; with `finish`, validate and leave a checkpoint too."""
+    worker.state.progress = Progress(epoch=worker.recipe.epochs)
+    worker.train_epoch()
+    if finish:
+        worker.finish_epoch()
+
+
+# Ways of others --------------------------------------------------------------------------------------
+
+
+class Pictures(Dataset):
+    """Images as PIL opens them, through torchvision's transforms one by one: how it is done everywhere."""
+
+    def __init__(self, worker: Worker) -> None:
+        from torchvision import transforms
+
+        shard, pixels = worker.train_set, worker.preprocessing
+        self.images, self.labels = shard.images.cpu().permute(0, 2, 3, 1).numpy(), shard.labels.tolist()
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(SHAPE[1], padding=4),
+                transforms.RandomHorizontalFlip(),
+                *([transforms.Resize(pixels.size)] if pixels.size != SHAPE[1] else []),
+                transforms.ToTensor(),
+                transforms.Normalize(pixels.mean, pixels.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[row])), self.labels[row]
+
+
+def dataloader(worker: Worker) -> Callable[[], None]:
+    """The common way: PIL transforms, DataLoader's processes, float32, the layout that tensors have by default."""
+    loader = DataLoader(
+        Pictures(worker),
+        batch_size=-(-worker.recipe.batch_size // worker.world_size),
+        shuffle=True,
+        num_workers=min(4, worker.job.threads),
+        persistent_workers=True,
+        pin_memory=worker.device.type == "cuda",
+    )
+    network = worker.architecture.build(worker.recipe.dropout).to(worker.device)
+    model = ray.train.torch.prepare_model(network, move_to_device=worker.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4)
+    float32 = torch.autocast(worker.device.type, enabled=False)
+
+    def run() -> None:
+        model.train()
+        for inputs, targets in loader:
+            inputs, targets = inputs.to(worker.device), targets.to(worker.device)
+            step(model, optimizer, inputs, targets, float32, 0.0)
+
+    return run
+
+
+def stream(worker: Worker) -> Callable[[], None]:
+    """Ray's documented ingest: each epoch streams its shard through a local shuffle buffer; the step is ours."""
+    shard = ray.train.get_dataset_shard("train")
+    count = -(-worker.recipe.batch_size // worker.world_size)
+
+    def collate(batch: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+        pixels = np.frombuffer(b"".join(batch["image"]), np.uint8).reshape(-1, *SHAPE)
+        return torch.from_numpy(pixels.copy()), torch.from_numpy(batch["fine"].astype(np.int64))
+
+    def run() -> None:
+        worker.state.train_mode()
+        options = {"batch_size": count, "local_shuffle_buffer_size": SHUFFLED * count}
+        for images, labels in shard.iter_torch_batches(**options, collate_fn=collate):
+            inputs, targets = worker.see(images.to(worker.device), labels.to(worker.device))
+            step(worker.model, worker.state.optimizer, inputs, targets, worker.autocast, worker.recipe.label_smoothing)
+
+    return run
+
+
+WAYS: dict[str, Callable[[Worker], Callable[[], None]]] = {"dataloader": dataloader, "stream": stream}

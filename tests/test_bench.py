@@ -1,0 +1,72 @@
+"""`raycifar bench`: what it times is what it says, and adds up."""
+
+import json
+
+import pytest
+from conftest import Command, finish
+
+from raycifar.bench import sentences, summarise
+
+
+class Bench(Command):
+    door = "raycifar.bench"
+
+
+ARGS = ("--model", "cnn", "--limit", 500, "--val-size", 200, "--rounds", 2, "--batch-size", 50)
+
+
+@pytest.mark.parametrize(
+    ("workers", "against"),
+    [(0, "dataloader"), pytest.param(2, "dataloader,stream", marks=pytest.mark.slow)],
+)
+def test_the_figures_are_written_shown_and_drawn(small, tmp_path, request, workers, against):
+    env = request.getfixturevalue("cluster") if workers else None
+    args = (*ARGS, "--data", small, "--workers", workers, "--against", against, "--out", tmp_path / "out")
+    done = finish(Bench(*args, storage=None, env=env, cwd=tmp_path))
+    bench = json.loads((tmp_path / "out/bench.json").read_text())
+    assert bench["n"] == 2
+    assert bench["ratio"] == pytest.approx(bench["stages"]["train"]["share"]["median"])
+    assert bench["train_images_per_second"] > 0
+    assert bench["bare_images_per_second"] > 0
+    names = ["bare", *["gradients"] * (workers > 1), "images", "train", "epoch"]
+    assert list(bench["stages"]) == names
+    assert list(bench["against"]) == against.split(",")
+    for name, way in bench["against"].items():
+        assert way["spread"]["speedup"]["n"] == 2
+        assert f"train is {way['speedup']:.2f} times as fast as" in done.stdout
+        assert f"({name})" in done.stdout
+    assert "<svg" in (tmp_path / "out/bench.svg").read_text()
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_cannot_be_timed_is_refused(small, tmp_path):
+    args = (*ARGS, "--data", small, "--workers", 0)
+    for against, said in (("nonsense", "choose from dataloader, stream"), ("stream", "give --workers 1 or more")):
+        refused = finish(Bench(*args, "--against", against, storage=None, cwd=tmp_path), 2)
+        assert said in refused.stderr
+
+
+def test_the_sentence_names_what_costs_most():
+    rates = {
+        "bare": [100.0, 102.0, 98.0],
+        "images": [99.0, 101.0, 97.0],
+        "train": [98.5, 100.5, 96.5],
+        "epoch": [80.0, 81.0, 79.0],
+        "dataloader": [40.0, 41.0, 39.0],
+    }
+    bench = summarise(rates, ["dataloader"])
+    assert bench["ratio"] == pytest.approx(0.985, abs=0.001)
+    lines = sentences(bench)
+    assert "Most is lost to validation" in lines[1]
+    assert "2.4" in lines[2]
+    quick = {name: [100.0] * 3 for name in ("bare", "images", "train", "epoch")}
+    assert "only a cheaper step would help" in sentences(summarise(quick, []))[1]
+
+
+@pytest.mark.slow
+def test_the_way_to_the_first_step_is_timed(small, tmp_path):
+    args = (*ARGS, "--data", small, "--workers", 0, "--startup", "--out", tmp_path / "out")
+    finish(Bench(*args, storage=None, cwd=tmp_path))
+    startup = json.loads((tmp_path / "out/bench.json").read_text())["startup"]
+    assert startup["first_step_seconds"]["median"] > startup["floor_seconds"]["median"] > 0
+    assert startup["ratio"]["n"] == 2
