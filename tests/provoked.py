@@ -13,7 +13,8 @@ PROVOKED = {
     "dies": ({"epochs": 3, "lr": 0.5, "warmup": 0.0}, 10_000, 5000, "collapse"),
     "overfits": ({"epochs": 40, "augment": "none", "label_smoothing": 0.0}, 1000, 5000, "overfitting"),
     "underfits": ({"epochs": 1, "lr": 2e-4}, None, 5000, "underfitting"),
-    "jumps": ({"epochs": 12, "augment": "flip", "schedule": "constant", "lr": 0.02}, 10_000, 5000, "spike"),
+    "breaks": ({"epochs": 12, "augment": "flip", "schedule": "constant", "lr": 0.02}, 10_000, 5000, "divergence"),
+    "jumps": ({"epochs": 12, "augment": "flip", "schedule": "constant", "lr": 0.005}, 10_000, 5000, "spike"),
     "is validated by few": ({"epochs": 8, "augment": "flip"}, 10_000, 200, "validation-noise"),
     "is augmented much": (
         {"epochs": 6, "augment": "cutout", "mixup": 0.4, "dropout": 0.3},
@@ -35,7 +36,7 @@ def run(name: str, data: str, storage: str) -> None:
     recipe = Recipe(**{**vars(SCRATCH), **changes})
     if name == "dies":
         cnn.block = without_batch_norm
-    if name == "jumps":
+    if name in ("jumps", "breaks"):
         usual = Recipe.learning_rate
         Recipe.learning_rate = lambda self, epoch, *at: usual(self, epoch, *at) * (30 if epoch == SPIKE else 1)
     train(

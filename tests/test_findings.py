@@ -179,6 +179,21 @@ def test_a_loss_that_is_not_finite_is_a_divergence_even_without_an_epoch():
     assert "epoch 1, step 3" in finding.evidence
 
 
+def test_a_jump_that_never_comes_back_is_a_divergence_at_its_epoch():
+    broken = story(
+        train_loss=lambda e: 1.2 + 3 * np.exp(-e / 5) if e < 12 else 4.58,
+        clean_loss=lambda e: 1.2 + 3 * np.exp(-e / 5) if e < 12 else 4.58,
+        val_loss=lambda e: 1.2 + 3 * np.exp(-e / 5) if e < 12 else 4.58,
+        train_top1=lambda e: 0.5 if e < 12 else 0.015,
+        val_top1=lambda e: 0.5 if e < 12 else 0.015,
+        lr=lambda e: 0.6 if e == 12 else 0.02,
+    )
+    (finding,) = read(broken)
+    assert (finding.kind, finding.epochs) == ("divergence", [12])
+    assert "never comes back" in finding.evidence
+    assert "30 times that of the epoch before" in finding.evidence
+
+
 def test_seeds_that_differ_by_more_than_sampling_are_told_and_others_are_not():
     rng = np.random.default_rng(0)
     usual = [(rng.random(10_000) < 0.6).mean() for _ in range(5)]

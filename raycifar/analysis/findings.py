@@ -27,6 +27,7 @@ VANISHED = 1e-3  # first layer's gradient over the last's: bfloat16 keeps 3 digi
 CONCENTRATED = 0.25  # share of a rise that is owed to a hundredth of the images; equal ones would have 3 or 4 %
 OFF = 8.0  # factor from a recipe's own learning rate, the range that a search covers
 GUESSING = math.log(CLASSES)
+CALM = "Take a smaller --lr or a longer --warmup, or bound the gradients with --clip-norm 1."
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,8 @@ def divergence(story: Story, found: Sequence[Finding]) -> list[Finding]:
 def diverged(story: Story) -> Finding | None:
     failed = (story.result or {}).get("status") == "failed"
     reason = (story.result or {}).get("reason") or ""
-    advice = "Take a smaller --lr or a longer --warmup, or bound the gradients with --clip-norm 1."
     if failed and "finite" in reason:
-        return Finding("divergence", 0.999, f"The run ended by itself: {reason.partition('. Try')[0]}.", advice)
+        return Finding("divergence", 0.999, f"The run ended by itself: {reason.partition('. Try')[0]}.", CALM)
     if not story.history:
         return None
     last, rows = story.history[-1], [row["train_loss"] for row in story.history]
@@ -135,8 +135,26 @@ def diverged(story: Story) -> Finding | None:
             f"{last['train_loss']:.2f} (epoch {last['epoch']}), more than twice that of guessing, "
             f"ln({CLASSES}) = {GUESSING:.4f}."
         )
-        return Finding("divergence", 0.99, evidence, advice, [last["epoch"]])
+        return Finding("divergence", 0.99, evidence, CALM, [last["epoch"]])
     return None
+
+
+def broken(story: Story, found: Sequence[Finding]) -> list[Finding]:
+    """Return the jump of the training loss from which a run never came back, if there is one."""
+    if has(found, "collapse", "divergence"):
+        return []
+    losses = story.column("train_loss")
+    changes, spread = np.diff(losses), spread_of_changes(losses)
+    for k in range(1, len(losses) - 1):
+        z = (changes[k - 1] - np.median(changes)) / max(spread, 1e-9)
+        if z > SPIKE_SIGMAS and losses[k:].min() > losses[k - 1] and losses[-1] > losses[:k].min() + SIGMAS * spread:
+            cause, figures = why_spike(story, k)
+            evidence = (
+                f"At epoch {k + 1} the training loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {z:.0f} times "
+                f"the usual spread of its changes, and never comes back: it ends at {losses[-1]:.3f}. {cause}"
+            )
+            return [Finding("divergence", sure(z), evidence, CALM, [k + 1], figures)]
+    return []
 
 
 def collapsed(story: Story, found: Sequence[Finding]) -> list[Finding]:
@@ -455,6 +473,7 @@ def healthy(story: Story, found: Sequence[Finding]) -> Finding:
 RULES: Sequence[Callable[[Story, Sequence[Finding]], list[Finding]]] = (
     divergence,
     collapsed,
+    broken,
     underfitting,
     learning_rate,
     spikes,
