@@ -109,7 +109,7 @@ def write_comparison(folder: Run, where: Run | None = None, kind: str = "html") 
 
     where = where or folder
     comparison = folder.read_json(COMPARISON)
-    runs = find_runs(folder, comparison)
+    runs = [run for run in find_runs(folder, comparison) if run.read_json(RUN) is not None]
     files = [read_files(run) for run in runs]
     report = read_comparison(folder.name, files, comparison)
     if kind == "md":

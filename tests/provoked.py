@@ -14,7 +14,12 @@ PROVOKED = {
     "overfits": ({"epochs": 40, "augment": "none", "label_smoothing": 0.0}, 1000, 5000, "overfitting"),
     "underfits": ({"epochs": 1, "lr": 2e-4}, None, 5000, "underfitting"),
     "breaks": ({"epochs": 12, "augment": "flip", "schedule": "constant", "lr": 0.02}, 10_000, 5000, "divergence"),
-    "jumps": ({"epochs": 12, "augment": "flip", "schedule": "constant", "lr": 0.005}, 10_000, 5000, "spike"),
+    "jumps": (
+        {"epochs": 14, "augment": "flip", "schedule": "constant", "lr": 0.005, "clip_norm": 1.0},
+        5000,
+        5000,
+        "spike",
+    ),
     "is validated by few": ({"epochs": 8, "augment": "flip"}, 10_000, 200, "validation-noise"),
     "is augmented much": (
         {"epochs": 6, "augment": "cutout", "mixup": 0.4, "dropout": 0.3},
@@ -22,7 +27,7 @@ PROVOKED = {
         5000,
         "validation-above-training",
     ),
-    "is well": ({"epochs": 6, "augment": "flip", "label_smoothing": 0.0}, None, 5000, "healthy"),
+    "is well": ({"epochs": 5, "augment": "flip", "label_smoothing": 0.0}, None, 5000, "healthy"),
 }
 SPIKE = 7  # the epoch whose learning rate is thirty times the others'
 

@@ -263,7 +263,8 @@ RUN += ("--no-report",)
 @pytest.mark.parametrize(
     ("model", "workers"),
     [
-        ("resnet50", 0),
+        ("timm:test_resnet", 0),
+        pytest.param("resnet50", 0, marks=pytest.mark.slow),
         pytest.param("resnet50", 2, marks=pytest.mark.slow),
         pytest.param("timm:test_resnet", 2, marks=pytest.mark.slow),
     ],
