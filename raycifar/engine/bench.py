@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from raycifar.data import SHAPE
+from raycifar.engine.images import describe_rise
 from raycifar.engine.loop import Job, Worker
 from raycifar.engine.optim import set_learning_rate
 from raycifar.engine.order import batches
@@ -51,6 +52,7 @@ def bench_loop_per_worker(config: dict[str, Any]) -> dict[str, list[float]]:
         "images": lambda: take_steps(worker, worker.model, images=True),
         "train": lambda: train(worker),
         "epoch": lambda: train(worker, finish=True),
+        "following": lambda: follow(worker),
         **{name: WAYS[name](worker) for name in plan.against},
     }
     for stage in stages.values():
@@ -121,6 +123,16 @@ def train(worker: Worker, *, finish: bool = False) -> None:
     worker.train_epoch()
     if finish:
         worker.finish_epoch()
+
+
+def follow(worker: Worker) -> None:
+    """Do for an epoch what follows every image, and nothing else: a part of `train`, too small to be a difference."""
+    logits = torch.randn(worker.recipe.batch_size, 100, device=worker.device)
+    for batch in batches(worker.job.seed, 1, worker.job.images, worker.steps, [], worker.world_size, worker.rank):
+        rows = torch.from_numpy(batch.rows).to(worker.device)
+        worker.record.update(rows, logits[: len(rows)], worker.train_set.labels[rows])
+    describe_rise(worker.gather(worker.record.values), worker.index)
+    worker.record.end_epoch()
 
 
 # Ways of others --------------------------------------------------------------------------------------
