@@ -46,7 +46,7 @@ def test_a_rise_is_told_with_the_images_that_make_it():
     rise = describe_rise(values, torch.arange(1000) + 5000)
     assert rise["share"] == pytest.approx(1.0)
     assert rise["images"][0] == 5017
-    assert describe_rise(torch.full((10, 6), torch.nan), torch.arange(10)) is None
+    assert describe_rise(ImageRecord.blank(10, torch.device("cpu")).values, torch.arange(10)) is None
 
 
 def test_suspects_are_sorted_by_their_margin():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 COLUMNS = ("loss", "before", "margin", "seen", "rival", "votes")
 LOSS, BEFORE, MARGIN, SEEN, RIVAL, VOTES = range(len(COLUMNS))
+UNSEEN = -1.0  # a loss that no cross-entropy has
 SHOWN = 12  # images named behind a rise of the loss
 TOP = 0.01  # share of the images whose part in a rise is told
 
@@ -15,7 +16,7 @@ TOP = 0.01  # share of the images whose part in a rise is told
 class ImageRecord:
     """What is known of a worker's own training images, a row for each: `values` is (images, 6) float32.
 
-    loss: cross-entropy, augmented, in the epoch under way; not a number where it has not been seen yet
+    loss: cross-entropy, augmented, in the epoch under way; -1 where it has not been seen yet
     before: the same in the epoch before
     margin: logit of the label less the highest other, summed over epochs: the area under the margin of Pleiss et al.
         (2020, arXiv:2001.10528) times `seen`
@@ -30,7 +31,7 @@ class ImageRecord:
     @classmethod
     def blank(cls, images: int, device: torch.device) -> "ImageRecord":
         values = torch.zeros(images, len(COLUMNS), device=device)
-        values[:, [LOSS, BEFORE]] = torch.nan
+        values[:, [LOSS, BEFORE]] = UNSEEN
         return cls(values)
 
     @torch.no_grad()
@@ -64,7 +65,7 @@ class ImageRecord:
     def end_epoch(self) -> None:
         """Make the loss of this epoch the one before."""
         self.values[:, BEFORE] = self.values[:, LOSS]
-        self.values[:, LOSS] = torch.nan
+        self.values[:, LOSS] = UNSEEN
 
 
 def describe_rise(values: Tensor, index: Tensor) -> dict[str, object] | None:
@@ -76,7 +77,8 @@ def describe_rise(values: Tensor, index: Tensor) -> dict[str, object] | None:
     Returns:
         share: of the sum of all rises, the part of the hundredth of images that rose most; and those `images` that did.
     """
-    rise = (values[:, LOSS] - values[:, BEFORE]).nan_to_num(0.0).clamp(min=0).double()
+    seen = (values[:, [LOSS, BEFORE]] != UNSEEN).all(1)
+    rise = torch.where(seen, values[:, LOSS] - values[:, BEFORE], 0.0).clamp(min=0).double()
     total = rise.sum()
     if not total > 0:
         return None
@@ -97,7 +99,7 @@ def to_images_file(values: Tensor, index: Tensor, labels: Tensor) -> bytes:
         "label": labels.cpu()[order].numpy(),
         "rival": values[:, RIVAL].long().numpy(),
         "margin": (values[:, MARGIN] / seen).numpy(),
-        "loss": values[:, BEFORE].numpy(),
+        "loss": torch.where(values[:, BEFORE] == UNSEEN, torch.nan, values[:, BEFORE]).numpy(),
         "seen": seen.numpy().astype(np.int32),
     }
     sink = pa.BufferOutputStream()
