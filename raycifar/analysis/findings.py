@@ -105,7 +105,7 @@ def read(story: Story) -> list[Finding]:
     found: list[Finding] = []
     for rule in RULES:
         found += rule(story, found)
-    if not any(finding.kind in TROUBLES for finding in found):
+    if all(finding.kind in TRENDS for finding in found):
         found.append(healthy(story, found))
     return found
 
@@ -482,10 +482,7 @@ RULES: Sequence[Callable[[Story, Sequence[Finding]], list[Finding]]] = (
     validation_noise,
     trend,
 )
-TROUBLES = {
-    "collapse", "divergence", "underfitting", "overfitting", "spike", "validation-noise", "learning-rate-high",
-    "learning-rate-low",
-}  # fmt: skip
+TRENDS = {"improving", "plateau"}
 
 
 # Several seeds --------------------------------------------------------------------------------------
