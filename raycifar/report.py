@@ -46,8 +46,10 @@ def main(debug: bool, folder: str, kind: str, data: str | None, out: str | None)
     if run.read_json(COMPARISON) is not None or run.read_json(STUDY) is not None:
         report = write_comparison(run, where, kind)
     elif (about := run.read_json(RUN)) is not None:
-        with screen.waiting("Reading the images"):
-            source = find_images(about, data) if kind == "html" else None
+        source = None
+        if kind == "html":
+            with screen.waiting("Reading the images"):
+                source = find_images(about, data)
         report = write_run(run, source, where, kind)
     else:
         raise RequestError(f"{folder} holds no {RUN} and no {STUDY}: give the folder of a run, or of a comparison.")

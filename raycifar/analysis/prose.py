@@ -122,7 +122,7 @@ def what_next(story: Story, findings: Sequence[Finding]) -> list[dict[str, str]]
     if has(findings, "underfitting", "learning-rate-low"):
         longer = change(lr=own.lr, epochs=max(10, 3 * recipe.epochs))
         steps.append(train("the recipe's own learning rate, and more epochs", longer))
-    if has(findings, "validation-noise") and story.val_images < 5000 < story.images / 2:
+    if has(findings, "validation-noise") and story.val_images < 5000 and (story.run["limit"] or story.images > 10_000):
         steps.append(train("a validation set that tells a point", recipe, val_size=5000))
     if has(findings, "improving"):
         steps.append(train("twice the epochs, for it was still improving", change(epochs=2 * recipe.epochs)))
