@@ -15,9 +15,9 @@ PROVOKED = {
     "underfits": ({"epochs": 1, "lr": 2e-4}, None, 5000, "underfitting"),
     "breaks": ({"epochs": 12, "augment": "flip", "schedule": "constant", "lr": 0.02}, 10_000, 5000, "divergence"),
     "jumps": (
-        {"epochs": 14, "augment": "flip", "schedule": "constant", "lr": 0.005, "clip_norm": 1.0},
+        {"epochs": 12, "augment": "flip", "schedule": "constant", "lr": 0.01, "clip_norm": 1.0, "batch_size": 64},
         5000,
-        5000,
+        2000,
         "spike",
     ),
     "is validated by few": ({"epochs": 8, "augment": "flip"}, 10_000, 200, "validation-noise"),
