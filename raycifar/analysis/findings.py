@@ -140,17 +140,15 @@ def diverged(story: Story) -> Finding | None:
 
 
 def broken(story: Story, found: Sequence[Finding]) -> list[Finding]:
-    """Return the jump of the training loss from which a run never came back, if there is one."""
+    """Return the jump of the loss from which a run never came back, if there is one."""
     if has(found, "collapse", "divergence"):
         return []
-    losses = story.column("train_loss")
-    changes, spread = np.diff(losses), spread_of_changes(losses)
-    for k in range(1, len(losses) - 1):
-        z = (changes[k - 1] - np.median(changes)) / max(spread, 1e-9)
-        if z > SPIKE_SIGMAS and losses[k:].min() > losses[k - 1] and losses[-1] > losses[:k].min() + SIGMAS * spread:
+    (name, losses), train = judged(story), story.column("train_loss")
+    for k, z in jumps(losses):
+        if not recovers(losses, k) and train[-1] > train[:k].min():  # else training goes on: it is overfitting
             cause, figures = why_spike(story, k)
             evidence = (
-                f"At epoch {k + 1} the training loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {z:.0f} times "
+                f"At epoch {k + 1} the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {z:.0f} times "
                 f"the usual spread of its changes, and never comes back: it ends at {losses[-1]:.3f}. {cause}"
             )
             return [Finding("divergence", sure(z), evidence, CALM, [k + 1], figures)]
@@ -248,26 +246,45 @@ def spread_of_changes(values: np.ndarray) -> float:
     return float(stats.median_abs_deviation(changes, scale="normal")) if len(changes) else math.inf
 
 
-def spikes(story: Story, found: Sequence[Finding]) -> list[Finding]:
-    name = "val" if story.validated else "train"
-    losses, top1 = story.column(f"{name}_loss"), story.column(f"{name}_top1")
-    if len(losses) < 5 or has(found, "collapse", "divergence"):
+def judged(story: Story) -> tuple[str, np.ndarray]:
+    """Return the loss by which jumps are judged, and its name: validation's, where images are held out."""
+    return ("validation", story.column("val_loss")) if story.validated else ("training", story.column("train_loss"))
+
+
+def jumps(losses: np.ndarray) -> list[tuple[int, float]]:
+    """Return the epochs (from 0) at which a loss rises out of all proportion, and by how many robust deviations.
+
+    The last epoch is left out: its rise may be the beginning of anything.
+    """
+    if len(losses) < 5:
         return []
     changes, spread = np.diff(losses), spread_of_changes(losses)
-    n = story.val_images if story.validated else story.images
+    scores = (changes - np.median(changes)) / max(spread, 1e-9)
+    return [(k, float(scores[k - 1])) for k in range(1, len(losses) - 1) if scores[k - 1] > SPIKE_SIGMAS]
+
+
+def recovers(losses: np.ndarray, k: int) -> bool:
+    """Return whether at least half of the rise at epoch k is undone later."""
+    return bool(losses[k + 1 :].min() < (losses[k - 1] + losses[k]) / 2)
+
+
+def spikes(story: Story, found: Sequence[Finding]) -> list[Finding]:
+    if has(found, "collapse", "divergence"):
+        return []
+    name, losses = judged(story)
+    top1, images = (
+        (story.column("val_top1"), story.val_images) if story.validated else (story.column("train_top1"), story.images)
+    )
     result = []
-    for k in range(1, len(losses) - 1):  # the last epoch's jump may be the beginning of anything
-        jump, dip = changes[k - 1], top1[k - 1] - top1[k]
+    for k, z in jumps(losses):
+        dip = (top1[k - 1] - top1[k]) / (error(top1[k], images) * math.sqrt(2))
         noise = story.column("val_loss_se")[k] * math.sqrt(2) if story.validated else 0.0
-        z = (jump - np.median(changes)) / max(spread, 1e-9)
-        dip_z = dip / (error(top1[k], n) * math.sqrt(2))
-        recovers = losses[k + 1 :].min() < losses[k] - jump / 2
-        if z > SPIKE_SIGMAS and jump > SIGMAS * noise and dip_z > SIGMAS and recovers:
+        if recovers(losses, k) and dip > SIGMAS and losses[k] - losses[k - 1] > SIGMAS * noise:
             cause, figures = why_spike(story, k)
             evidence = (
-                f"At epoch {k + 1} the {'validation' if story.validated else 'training'} loss jumps from "
-                f"{losses[k - 1]:.3f} to {losses[k]:.3f}, {z:.0f} times the usual spread of its changes, while top-1 "
-                f"falls from {top1[k - 1]:.4f} to {top1[k]:.4f}; it recovers after. {cause}"
+                f"At epoch {k + 1} the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {z:.0f} times "
+                f"the usual spread of its changes, while top-1 falls from {top1[k - 1]:.4f} to {top1[k]:.4f}; it recovers "
+                f"after. {cause}"
             )
             advice = "Bound the gradients (--clip-norm 1) and take a longer --warmup or a smaller --lr."
             result.append(Finding("spike", sure(z), evidence.strip(), advice, [k + 1], figures))
