@@ -283,8 +283,8 @@ def spikes(story: Story, found: Sequence[Finding]) -> list[Finding]:
             cause, figures = why_spike(story, k)
             evidence = (
                 f"At epoch {k + 1} the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {z:.0f} times "
-                f"the usual spread of its changes, while top-1 falls from {top1[k - 1]:.4f} to {top1[k]:.4f}; it recovers "
-                f"after. {cause}"
+                f"the usual spread of its changes, while top-1 falls from {top1[k - 1]:.4f} to {top1[k]:.4f}; it "
+                f"recovers after. {cause}"
             )
             advice = "Bound the gradients (--clip-norm 1) and take a longer --warmup or a smaller --lr."
             result.append(Finding("spike", sure(z), evidence.strip(), advice, [k + 1], figures))
