@@ -65,6 +65,7 @@ def curves(
     *,
     between: tuple[np.ndarray, np.ndarray] | None = None,
     log: bool = False,
+    from_zero: bool = False,
 ) -> str:
     """Return figures by epoch.
 
@@ -85,6 +86,8 @@ def curves(
             axes.fill_between(epochs, *between, color=ORANGE, alpha=0.15, linewidth=0)
         if log:
             axes.set_yscale("log")
+        if from_zero:
+            axes.set_ylim(bottom=0)
         for place, (epoch, word) in enumerate(marks):
             axes.axvline(epoch, color=INK, linewidth=0.8, linestyle=":", alpha=0.7)
             axes.annotate(

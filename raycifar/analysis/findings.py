@@ -286,7 +286,8 @@ def spikes(story: Story, found: Sequence[Finding]) -> list[Finding]:
                 f"the usual spread of its changes, while top-1 falls from {top1[k - 1]:.4f} to {top1[k]:.4f}; it "
                 f"recovers after. {cause}"
             )
-            advice = "Bound the gradients (--clip-norm 1) and take a longer --warmup or a smaller --lr."
+            advice = "Take a smaller --lr or a longer --warmup"
+            advice += "." if story.recipe.clip_norm else ", or bound the gradients with --clip-norm 1."
             result.append(Finding("spike", sure(z), evidence.strip(), advice, [k + 1], figures))
     return result
 

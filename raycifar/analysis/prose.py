@@ -110,7 +110,9 @@ def what_next(story: Story, findings: Sequence[Finding]) -> list[dict[str, str]]
         )
     if has(findings, "spike"):
         steps.append(
-            train("bounded gradients and a longer warm-up", change(clip_norm=1.0, warmup=max(0.3, recipe.warmup)))
+            train("half the learning rate, against spikes", change(lr=recipe.lr / 2))
+            if recipe.clip_norm
+            else train("bounded gradients, against spikes", change(clip_norm=1.0))
         )
     if has(findings, "overfitting"):
         more = change(augment="cutout", label_smoothing=max(0.1, recipe.label_smoothing), mixup=max(0.3, recipe.mixup))

@@ -116,9 +116,8 @@ def curve_charts(story: Story) -> dict[str, str]:
     if np.isfinite(norm).any():
         lines = [("mean", norm, BLUE, "-"), ("largest", story.column("grad_norm_max"), ORANGE, "--")]
         drawn["norm"] = charts.curves(lines, "gradient norm", f"Gradient norm: {describe(norm)}.", log=True)
-    drawn["speed"] = charts.curves(
-        [("speed", speed, BLUE, "-")], "images/s", f"Images per second: {describe(speed, 0)}."
-    )
+    lines = [("speed", speed, BLUE, "-")]
+    drawn["speed"] = charts.curves(lines, "images/s", f"Images per second: {describe(speed, 0)}.", from_zero=True)
     return drawn
 
 
