@@ -39,7 +39,7 @@ def test_vgg16_reaches_a_quarter_in_two_epochs(cifar, tmp_path):
 
 
 def test_resnet50_trains_on_2000_images_and_scores_them_all(cifar, tmp_path):
-    args = ("--model", "resnet50", "--epochs", 1, "--limit", 2000, "--workers", 0)
+    args = ("--model", "resnet50", "--pretrained", "none", "--epochs", 1, "--limit", 2000, "--workers", 0)
     assert scores(tmp_path, cifar, *args)["images"] == 10_000
 
 

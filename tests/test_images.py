@@ -72,7 +72,20 @@ def test_the_file_has_each_training_image_once():
 @pytest.mark.slow
 def test_wrong_labels_are_found_in_real_images(cifar, tmp_path):
     changed = set(relabel(cifar, tmp_path / "data", 0.05, seed=7).tolist())
-    args = ("--model", "cnn", "--workers", 0, "--epochs", 6, "--data", tmp_path / "data", "--name", "a")
+    args = (
+        "--model",
+        "cnn",
+        "--workers",
+        0,
+        "--epochs",
+        5,
+        "--limit",
+        20_000,
+        "--data",
+        tmp_path / "data",
+        "--name",
+        "a",
+    )
     done = Command(*args, storage=tmp_path).finish(timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split(",") for line in (tmp_path / "a/suspects.csv").read_text().splitlines()[1:]]
