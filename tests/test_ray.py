@@ -116,7 +116,7 @@ def test_a_job_submitted_to_a_cluster_with_a_token_succeeds(cluster, tmp_path):
     """The README's own command; the job's log is plain lines."""
     env = {**os.environ, **cluster, "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8299"}
     job = ["python", "-m", "raycifar.train", "--model", "vgg16", "--data", "synthetic", "--epochs", "1"]
-    job += ["--limit", "1000", "--val-size", "100", "--storage", str(tmp_path), "--name", "job"]
+    job += ["--limit", "200", "--val-size", "100", "--storage", str(tmp_path), "--name", "job"]
     submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", ".", "--", *job]
     done = subprocess.run(submit, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -205,7 +205,8 @@ def test_val_size_0_trains_on_everything_and_says_nothing_of_validation(train, s
 
 
 def test_synthetic_images_are_learned_without_a_warning_and_said_to_be_synthetic(train, tmp_path):
-    args = ("--model", "cnn", "--workers", 0, "--data", "synthetic", "--limit", 5000, "--val-size", 500, "--epochs", 3)
+    args = ("--model", "cnn", "--workers", 0, "--data", "synthetic", "--limit", 2500, "--val-size", 500, "--epochs", 3)
+    args += ("--batch-size", 64)
     done = train(*args, "--name", "s")
     assert "says nothing about CIFAR-100" in done.stdout
     assert "Warning" not in done.stdout
