@@ -5,10 +5,11 @@ import json
 import signal
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import Command, checkpoints, history, wait_until
 from PIL import Image
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torchvision.models import ResNet50_Weights, resnet18, resnet50, vgg16_bn
 from torchvision.transforms import v2
 
@@ -227,7 +228,7 @@ def test_what_is_frozen_has_no_gradient_no_optimiser_state_and_keeps_its_statist
     state.progress.epoch = 2
     assert state.enter_stage()
     assert not state.enter_stage()
-    assert not [name for name in load(state.to_files()[TENSORS]) if name.startswith("optimizer.")]
+    assert not [name for name in safetensors.torch.load(state.to_files()[TENSORS]) if name.startswith("optimizer.")]
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     one_step(state)
     moved = {name for name, value in state.model.state_dict().items() if not torch.equal(value, before[name])}
