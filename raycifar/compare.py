@@ -292,8 +292,8 @@ def show_report(options: dict[str, Any], folder: Run, screen: Screen) -> None:
     if options["report"]:
         with screen.waiting("Drawing the report"):
             report = explain(lambda: write_comparison(folder))
-        headline = f"{report['headline']}. " if report["headline"] else ""
-        screen.say(f"What the curves show: {headline}See {REPORT_PAGE}")
+        shown = f"What the curves show: {report['headline']}. " if report["headline"] else ""
+        screen.say(f"{shown}See {REPORT_PAGE}")
 
 
 def to_csv(comparison: dict[str, Any]) -> str:
