@@ -7,13 +7,12 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from raycifar import models
-from raycifar import weights as weights_file
 from raycifar.errors import RequestError
 from raycifar.files import locate
 from raycifar.models import Architecture, Preprocessing
@@ -81,9 +80,8 @@ def adopt(theirs: Architecture, ours: Architecture, place: str) -> Architecture:
     """Return our architecture with the stem and the pixels' mean and std that raycifar's own weights had."""
     if theirs.model != ours.model:
         raise RequestError(f"--pretrained {place} holds the weights of a {theirs.model}, not of a {ours.model}.")
-    pixels, size = theirs.preprocessing, ours.preprocessing.size
-    preprocessing = Preprocessing(size, pixels.mean, pixels.std, pixels.interpolation)
-    return Architecture(ours.model, ours.classes, theirs.large_stem, preprocessing)
+    preprocessing = replace(theirs.preprocessing, size=ours.preprocessing.size)
+    return replace(ours, large_stem=theirs.large_stem, preprocessing=preprocessing)
 
 
 def fit(tensors: Mapping[str, Any], architecture: Architecture, place: str) -> dict[str, np.ndarray]:
@@ -143,7 +141,9 @@ def read_state_dict(place: str) -> tuple[dict[str, Any], Architecture | None]:
     except OSError as error:
         raise RequestError(f"--pretrained {place} can't be read: {error}.") from error
     if content[8:9] == b"{":
-        return weights_file.from_file(content, f"--pretrained {place}")
+        from raycifar import weights  # and with it PyTorch, which a command's --help can do without
+
+        return weights.from_file(content, f"--pretrained {place}")
     return unwrap(read_pickle(content, place), place), None
 
 
