@@ -99,7 +99,8 @@ def time_stages(
             splits = split(source, request.val_size, request.limit, request.seed)
             start = begin(request.model, recipe)
         with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
-            workers = place(request, debug=debug)
+            workers = place(request, Run(request.storage, request.name), debug=debug)
+            from raycifar.cluster import Waiting
             from raycifar.engine.bench import Plan, bench_loop_per_worker
         screen.say(f"{request.model} on {workers}, {len(splits.train):,} images, {options['rounds']} rounds")
         run, board = Run(request.storage, request.name), Board(uuid.uuid4().hex)
@@ -109,7 +110,7 @@ def time_stages(
             return bench_loop_per_worker, {"plan": Plan(job, options["rounds"], tuple(against))}
 
         trainer = build_trainer(request, run, board, source, splits, start, workers, debug=debug, plan=plan)
-        return fit(trainer, lambda running: screen.follow_phase(board, running))
+        return fit(trainer, lambda running: screen.follow_phase(board, running, Waiting(workers, request.wait)))
 
 
 def time_startup(options: dict[str, Any], screen: Screen) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+STARTING = "starting the workers"  # the phase before there is a worker to tell of one
+
 _here: dict[str, bytes] = {}
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from raycifar.cluster import Workers
     from raycifar.trained import Weights
 
+WAIT_SECONDS = 1800  # for workers to find room
 BLOCK = 1000  # images in a block of Ray Data, and asked of a network at once
 
 
@@ -131,6 +132,8 @@ def predict(
         with screen.waiting("Starting Ray"):
             cluster.connect(debug=debug)
             workers = cluster.size(count, device, cpus)
+        with screen.line() as line:
+            cluster.make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
     scorer = {
         "weights": weights,
         "precision": precision,

@@ -13,8 +13,10 @@ from typing import Any, get_args
 import click
 
 from raycifar import models
-from raycifar.errors import RequestError
+from raycifar.errors import RequestError, StorageError
 from raycifar.recipes import Recipe, recipe_for
+
+MOST_ELASTIC = 64  # workers; the images are cut wherever a shard of any of the numbers begins
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,14 +40,43 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--cpus-per-worker", type=click.FloatRange(min=0, min_open=True), help="CPUs, so threads.  [fair share]"
             ),
-            click.option("--storage", default="results", help="Where runs are kept: a folder or a URI."),
+            click.option(
+                "--storage",
+                envvar="RAYCIFAR_STORAGE",
+                default="results",
+                help="Where runs are kept: a folder or a URI.",
+            ),
             click.option("--max-failures", type=click.IntRange(min=0), default=3, help="Restarts after a worker died."),
+            click.option(
+                "--wait", type=click.FloatRange(min=0), default=1800, help="Seconds for nodes to come or to be free."
+            ),
             click.option("--report/--no-report", default=True, help="Draw and explain the curves, also while it runs."),
             click.option("--compile", is_flag=True, help="Compile the model with torch.compile."),
         )
     ):
         command = option(command)
     return command
+
+
+WorkerCount = int | tuple[int, int] | None
+
+
+class WorkersOption(click.ParamType):
+    """A number of workers, or from how many to how many."""
+
+    name = "N|MIN:MAX"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> WorkerCount:
+        least, colon, most = str(value).partition(":")
+        try:
+            counts = (int(least), int(most)) if colon else (int(least), int(least))
+        except ValueError:
+            self.fail(f"{value!r} is neither a number of workers, such as 4, nor a range, such as 1:4.", param, ctx)
+        if counts[0] < bool(colon) or counts[1] < counts[0]:
+            self.fail(f"{value!r}: take 0 or more, or a range that begins at 1 or more and doesn't fall.", param, ctx)
+        if colon and counts[1] > MOST_ELASTIC:
+            self.fail(f"{value!r}: an elastic run takes at most {MOST_ELASTIC} workers.", param, ctx)
+        return counts if counts[0] < counts[1] else counts[0]
 
 
 class Model(click.ParamType):
@@ -105,6 +136,8 @@ def door(command: Callable[..., Any]) -> Callable[..., Any]:
             traceback.print_exception(failure)
         if isinstance(failure, click.ClickException):
             leave(failure.exit_code, f"Error: {failure.format_message()}")
+        if isinstance(failure, StorageError):
+            leave(1, f"Error: {failure}.")
         leave(1, f"Error: {type(failure).__name__}: {failure}. This is a defect; --debug shows where it arose.")
 
     return with_endings

@@ -7,6 +7,7 @@
     predictions.parquet the final network's answer for each test image
     images.parquet      how each training image fared over the epochs
     report.*            what the curves show, and suspects.csv, the labels to be doubted
+    events.out.tfevents.raycifar  the history for TensorBoard
     best.safetensors    the weights of the epoch with the best validation top-1
     checkpoint_*        what a run resumes from; each has a manifest, written last, with a digest of each file
 
@@ -16,7 +17,9 @@ cut off in mid-upload or damaged since, and is passed over.
 
 import hashlib
 import json
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +27,7 @@ from typing import Any
 
 from pyarrow import fs
 
+from raycifar.errors import RequestError, StorageError
 from raycifar.files import is_local, locate, write_whole
 
 RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
@@ -32,6 +36,7 @@ PREDICTIONS, IMAGES = "predictions.parquet", "images.parquet"
 EVALUATION, EVALUATION_PAGE = "evaluation.json", "evaluation.html"  # written by `evaluate`
 BENCH, BENCH_CHART = "bench.json", "bench.svg"  # written by `bench`
 REPORT_PAGE, REPORT, REPORT_TEXT, SUSPECTS = "report.html", "report.json", "report.md", "suspects.csv"
+EVENTS = "events.out.tfevents.raycifar"
 MANIFEST = "manifest.json"
 STUDY, COMPARISON, COMPARISON_TABLE = "study.json", "comparison.json", "comparison.csv"  # of a comparison's folder
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -82,8 +87,16 @@ class Run:
             return None
 
     def write(self, file: str, content: bytes) -> None:
+        """Write a file, whole or not at all.
+
+        Raises:
+            StorageError: it can't be written.
+        """
         filesystem, folder = self._place
-        write_whole(filesystem, f"{folder}/{file}", content)
+        try:
+            write_whole(filesystem, f"{folder}/{file}", content)
+        except OSError as error:
+            raise StorageError(f"{self.folder}/{file}", error) from error
 
     def delete(self, file: str) -> None:
         """Delete a file, if it is there."""
@@ -111,6 +124,27 @@ class Run:
         names = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
         return [run for name in names if (run := Run(self.folder, name)).read(RUN) is not None]
 
+    @contextmanager
+    def marker(self) -> Iterator[str | None]:
+        """Leave an empty file where the folder is to be, for other machines to look for; None on a remote storage.
+
+        Raises:
+            RequestError: nothing can be written there.
+        """
+        if not is_local(self.filesystem):
+            yield None
+            return
+        place = next(path for path in (Path(self.root), *Path(self.root).parents) if path.is_dir())
+        marker = place / f".raycifar-{uuid.uuid4().hex}"
+        try:
+            marker.touch()
+        except OSError as error:
+            raise RequestError(f"{self.folder} can't be written: {error}. Give another --storage.") from error
+        try:
+            yield str(marker)
+        finally:
+            marker.unlink()
+
     # Checkpoints ------------------------------------------------------------------------------------
 
     def upload_checkpoint(self, source: Path, name: str) -> tuple[fs.FileSystem, str]:
@@ -120,10 +154,6 @@ class Run:
             The file system and the path of the checkpoint.
         """
         filesystem, folder = self._place
-        if self.read(RUN) is None:
-            raise FileNotFoundError(
-                f"{self.folder} can't be seen from this node: give --storage a URI or a shared folder"
-            )
         digests = {}
         if is_local(filesystem):
             filesystem.create_dir(f"{folder}/{name}")

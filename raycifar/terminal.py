@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from raycifar.board import Board
+from raycifar.board import STARTING, Board
 from raycifar.task import Task
 
 POLL_SECONDS = 0.25
@@ -53,17 +53,28 @@ class Screen:
             yield
 
     def follow(
-        self, board: Board, running: Callable[[], bool], epochs: int, refresh: Callable[[], None] = lambda: None
+        self,
+        board: Board,
+        running: Callable[[], bool],
+        epochs: int,
+        waiting: Callable[[], str | None],
+        refresh: Callable[[], None],
     ) -> None:
-        """Show the run on `board` until it is no longer `running`; call `refresh` when an epoch is over."""
-        with self.line() as line:
-            self._follow(board, running, epochs, refresh, line)
+        """Show the run on `board` until it is no longer `running`.
 
-    def follow_phase(self, board: Board, running: Callable[[], bool]) -> None:
+        Args:
+            waiting: says what workers that have yet to start wait for.
+            refresh: called when an epoch is over.
+        """
+        with self.line() as line:
+            self._follow(board, running, epochs, waiting, refresh, line)
+
+    def follow_phase(self, board: Board, running: Callable[[], bool], waiting: Callable[[], str | None]) -> None:
         """Say what is being done, by `board`, until it is no longer `running`."""
         with self.line() as line:
             while running():
-                line.show((board.get("worker") or {"phase": "starting the workers"})["phase"], None)
+                phase = (board.get("worker") or {"phase": STARTING})["phase"]
+                line.show((waiting() if phase == STARTING else None) or phase, None)
                 time.sleep(POLL_SECONDS)
 
     @contextmanager
@@ -88,13 +99,14 @@ class Screen:
         board: Board,
         running: Callable[[], bool],
         epochs: int,
+        waiting: Callable[[], str | None],
         refresh: Callable[[], None],
         line: "LiveLine | PlainLine",
     ) -> None:
         attempt, notices, failures, shown, described = None, 0, 0, 0, None
         while True:
             alive = running()  # asked first: what is on the board after the end is still shown
-            content = board.get("worker") or {"attempt": None, "phase": "starting the workers"}
+            content = board.get("worker") or {"attempt": None, "phase": STARTING}
             told = board.get("failures") or []
             for failure in told[failures:]:
                 self.say(failure)
@@ -112,9 +124,10 @@ class Screen:
                     self.say(epoch_line(row, epochs))
                     shown = row["epoch"]
                     refresh()
-            line.show(content["phase"], content.get("step"))
             if not alive:
                 return
+            phase = content["phase"]
+            line.show((waiting() if phase == STARTING else None) or phase, content.get("step"))
             time.sleep(POLL_SECONDS)
 
     def follow_tasks(

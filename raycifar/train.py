@@ -3,13 +3,11 @@
 # Ray and PyTorch take seconds to import: what needs them is imported below, once there is something to read.
 
 import os
-import platform
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +17,25 @@ from raycifar import models
 from raycifar.board import Board
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, Splits, split
-from raycifar.errors import RequestError, WorkError
-from raycifar.options import Interrupted, Model, check_name, door, pick_recipe, recipe_options, training_options
+from raycifar.errors import RequestError, WorkError, in_a_line
+from raycifar.options import (
+    Interrupted,
+    Model,
+    WorkerCount,
+    WorkersOption,
+    check_name,
+    door,
+    pick_recipe,
+    recipe_options,
+    training_options,
+)
 from raycifar.pretrained import Start, begin
 from raycifar.recipes import Recipe
 from raycifar.report import Refresher, explain, write_run
 from raycifar.runs import KEPT, REPORT_PAGE, RESULT, RUN, Run
 from raycifar.terminal import Screen, alongside, result_lines
+
+RESIZE_SECONDS = 15  # between two looks whether an elastic run can grow
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -47,12 +57,13 @@ class Request:
 
     name: str
     storage: str
-    workers: int | None
+    workers: WorkerCount
     device: str
     cpus_per_worker: float | None
     compile: bool
     checkpoint_steps: int
     max_failures: int
+    wait: float = 1800  # seconds
     test: bool = True  # score the test set at the end
     report: bool = True
     rungs: tuple[int, ...] = ()  # epochs after which the board is asked whether to stop
@@ -62,7 +73,7 @@ class Request:
 @click.option("--model", type=Model(), required=True, help=f"{', '.join(models.NAMES)}, or timm:NAME.")
 @click.option("--name", help="The run's name; the same name resumes it.  [model, seed and time]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the split, the first weights and every epoch.")
-@click.option("--workers", type=click.IntRange(min=0), help="0: this process.  [one for each GPU, else 1]")
+@click.option("--workers", type=WorkersOption(), help="0: this process; 1:4 elastic.  [one for each GPU, else 1]")
 @click.option("--checkpoint-steps", type=click.IntRange(min=0), default=0, help="0: at the end of each epoch alone.")
 @training_options
 @recipe_options
@@ -102,17 +113,18 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
         return earlier
 
     with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
-        workers = place(request, debug=debug)
-    check_batch_size(request.recipe, workers.count)
+        workers = place(request, run, debug=debug)
     screen.facts(request.name, overview(identity, workers, run.folder))
     with storing_in(run, screen):
         record(run, identity, workers)
 
-    board = Board(uuid.uuid4().hex)
+    from raycifar.cluster import Waiting
+
+    board, waiting = Board(uuid.uuid4().hex), Waiting(workers, request.wait)
     refresh = Refresher(lambda: write_run(run, source)) if request.report else lambda: None
     trainer = build_trainer(request, run, board, source, splits, start, workers, debug=debug)
     try:
-        outcome = fit(trainer, lambda running: screen.follow(board, running, request.recipe.epochs, refresh))
+        outcome = fit(trainer, lambda running: screen.follow(board, running, request.recipe.epochs, waiting, refresh))
         result = conclude(run, outcome)
         screen.lines(result_lines(result, run.folder, source.name))
     except Interrupted:
@@ -192,18 +204,20 @@ def flatten(identity: dict[str, Any]) -> dict[str, Any]:
 
 def record(run: Run, identity: dict[str, Any], workers: "Workers") -> None:
     """Write `run.json`; of a run that is resumed, the day it was begun stays, and a failure is forgotten."""
+    from raycifar.cluster import versions
+
     run.delete(RESULT)
     now = f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}"
-    versions = {package: metadata.version(package) for package in ("raycifar", "ray", "torch", "torchvision", "numpy")}
     run.write_json(
         RUN,
         {
             **identity,
             "workers": workers.count,
+            **({} if workers.least is None else {"least_workers": workers.least}),
             "cpus_per_worker": workers.cpus,
             "device": "gpu" if workers.use_gpu else "cpu",
             "created": (run.read_json(RUN) or {}).get("created", now),
-            "versions": {"python": platform.python_version(), **versions},
+            "versions": versions(),
         },
     )
 
@@ -239,14 +253,18 @@ def storing_in(run: Run, screen: Screen) -> Iterator[None]:
 # The work ------------------------------------------------------------------------------------------
 
 
-def place(request: Request, *, debug: bool) -> "Workers":
-    """Connect to Ray, unless training in this process, and size the workers to it."""
+def place(request: Request, run: Run, *, debug: bool) -> "Workers":
+    """Connect to Ray, unless training in this process, size the workers to it, and see that all nodes can take part."""
     from raycifar import cluster
 
     if request.workers == 0:
         return cluster.in_process(request.device, request.cpus_per_worker, debug=debug)
     cluster.connect(debug=debug)
-    return cluster.size(request.workers, request.device, request.cpus_per_worker)
+    workers = cluster.size(request.workers, request.device, request.cpus_per_worker)
+    check_batch_size(request.recipe, workers.count)
+    with run.marker() as file:
+        cluster.check_nodes(workers, file)
+    return workers
 
 
 def build_trainer(
@@ -270,12 +288,15 @@ def build_trainer(
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
+    from raycifar.cluster import versions
     from raycifar.data.shards import ExactShards, to_datasets
     from raycifar.engine.loop import Job, train_loop_per_worker
-    from raycifar.engine.reporter import FailureNotices
+    from raycifar.engine.reporter import Failures
 
     # Ray Train takes one report of each worker at each look, every 2 s by default: epochs of a GPU are shorter.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    if workers.least is not None:  # a node that has just died is still counted for a while: look again
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     job = Job(
         run=run,
         board=board,
@@ -289,6 +310,7 @@ def build_trainer(
         use_gpu=workers.use_gpu,
         threads=workers.threads,
         in_process=workers.count == 0,
+        versions=versions(),
         compile=request.compile,
         checkpoint_steps=request.checkpoint_steps,
         rungs=request.rungs,
@@ -299,18 +321,21 @@ def build_trainer(
     return TorchTrainer(
         loop,
         train_loop_config=config,
-        datasets=to_datasets(tables, workers.count),
+        datasets=to_datasets(tables, range(workers.needed, workers.count + 1)),
         dataset_config=ExactShards(),
         scaling_config=ScalingConfig(
-            num_workers=workers.count, use_gpu=workers.use_gpu, resources_per_worker=workers.resources
+            num_workers=workers.count if workers.least is None else (workers.least, workers.count),
+            use_gpu=workers.use_gpu,
+            resources_per_worker=workers.resources,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=RunConfig(
             name=run.name,
             storage_path=run.root,
             storage_filesystem=run.filesystem,
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
-            failure_config=FailureConfig(max_failures=request.max_failures),
-            callbacks=[FailureNotices(board)],
+            failure_config=FailureConfig(max_failures=-1),  # our callback counts
+            callbacks=[Failures(board, request.max_failures)],
             logging_config=LoggingConfig("INFO" if debug else "ERROR"),
         ),
     )
@@ -328,11 +353,10 @@ def fit(trainer: "TorchTrainer", follow: Callable[[Callable[[], bool]], None]) -
 
 def root_cause(error: BaseException) -> str:
     """Return a sentence for what Ray Train raised: the first worker's own error, where there is one."""
+    error = getattr(error, "controller_failure", error)
     failures = getattr(error, "worker_failures", None) or {}
     rank, cause = next(iter(failures.items()), (None, error))
-    lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    where = "" if rank is None else f"on worker {rank}, "
-    return f"{where}{lines[-1].rstrip('.')}."
+    return f"{'' if rank is None else f'on worker {rank}, '}{in_a_line(cause)}."
 
 
 def conclude(run: Run, outcome: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ray.cluster_utils import Cluster
 
 from raycifar.data.sources import load
 from raycifar.data.synthetic import synthetic
@@ -168,6 +169,37 @@ def cluster():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(line.split()[0]), signal.SIGKILL)
     shutil.rmtree(temp, ignore_errors=True)
+
+
+class Nodes:
+    """Several nodes of Ray on this machine, each with processes of its own."""
+
+    def __init__(self, *cpus: int, **head: object) -> None:
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus[0], **head})
+        self.others = [self.cluster.add_node(num_cpus=count) for count in cpus[1:]]
+        self.env = {"RAY_ADDRESS": self.cluster.address, "RAY_AUTH_MODE": "disabled"}
+
+    def add(self, cpus: int = 1) -> None:
+        self.others.append(self.cluster.add_node(num_cpus=cpus))
+
+    def kill(self, number: int = -1) -> None:
+        """Kill all processes of a node, not the head, with SIGKILL."""
+        self.cluster.remove_node(self.others.pop(number), allow_graceful=False)
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """Start nodes with so many CPUs each, the head first."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    started = []
+
+    def start(*cpus: int, **head: object) -> Nodes:
+        started.append(Nodes(*cpus, **head))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.cluster.shutdown()
 
 
 def ps() -> list[str]:

@@ -11,7 +11,6 @@ import psutil
 import pytest
 import torch
 from conftest import Command, Compare, ps, wait_until
-from ray.cluster_utils import Cluster
 
 from raycifar.models import Architecture
 
@@ -115,20 +114,10 @@ def test_pretrained_features_beat_training_from_scratch_for_the_same_time(cifar,
     assert min(margins) > 0
 
 
-@pytest.fixture
-def three_nodes():
-    """Three nodes of one CPU each on this machine: the environment that reaches them."""
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    for _ in range(2):
-        nodes.add_node(num_cpus=1)
-    yield {"RAY_ADDRESS": nodes.address, "RAY_AUTH_MODE": "disabled"}
-    nodes.shutdown()
-
-
-def test_trials_run_side_by_side_on_three_nodes(cifar, three_nodes, tmp_path):
+def test_trials_run_side_by_side_on_three_nodes(cifar, nodes, tmp_path):
     args = ("--models", "cnn", "--seeds", 6, "--epochs", 2, "--limit", 2000, "--val-size", 1000, "--data", cifar)
     begun = time.monotonic()
-    command = Compare(*args, "--name", "c", storage=tmp_path, env=three_nodes)
+    command = Compare(*args, "--name", "c", storage=tmp_path, env=nodes(1, 1, 1).env)
     starts, ends = {}, {}
     for line in command.process.stdout:
         name, _, said = line.strip().partition(": ")

@@ -6,6 +6,7 @@ is bookkeeping alone: no row is lost, the same worker always gets the same rows,
 which on a machine whose CPUs the workers already hold would wait for ever.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,20 +25,27 @@ def bounds(rows: int, world_size: int) -> list[int]:
     return [rows * rank // world_size for rank in range(world_size + 1)]
 
 
-def to_datasets(tables: dict[str, pa.Table], world_size: int) -> dict[str, Any]:
-    """Return a Ray dataset for each table, in the object store, cut into one block a worker.
+def to_datasets(tables: dict[str, pa.Table], world_sizes: Sequence[int]) -> dict[str, Any]:
+    """Return a Ray dataset for each table, in the object store, cut wherever a worker's rows begin.
 
-    With a `world_size` of 0, training in this process, the tables themselves: Ray Train hands what it is
-    given to the training function, and no Ray needs to be running.
+    Args:
+        world_sizes: the numbers of workers that there may be. With 0 alone, training in this process, the tables
+            themselves are returned: Ray Train hands what it is given to the training function, and no Ray needs
+            to be running.
     """
-    if world_size == 0:
+    if not any(world_sizes):
         return dict(tables)
     import ray.data  # 0.7 s that training in this process can do without
 
     return {
-        name: ray.data.from_arrow([table.slice(a, b - a) for a, b in pairwise(bounds(len(table), world_size))])
+        name: ray.data.from_arrow([table.slice(a, b - a) for a, b in pairwise(cuts(len(table), world_sizes))])
         for name, table in tables.items()
     }
+
+
+def cuts(rows: int, world_sizes: Sequence[int]) -> list[int]:
+    """Return where to cut so that, whatever the number of workers, a worker's rows are whole blocks."""
+    return sorted({cut for size in world_sizes for cut in bounds(rows, size)})
 
 
 class ExactShards(ray.train.DataConfig):

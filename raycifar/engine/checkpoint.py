@@ -25,28 +25,35 @@ class Checkpointer:
         self.uploads = ThreadPoolExecutor(max_workers=1) if in_process else None
         self.pending: list[Future[None]] = []
 
-    def save(self, metrics: dict[str, Any], files: dict[str, bytes] | None) -> None:
-        """Report metrics and, on the worker that gives files, a checkpoint; all workers call it together."""
+    def save(self, metrics: dict[str, Any], files: dict[str, bytes] | None, *, wait: bool = False) -> None:
+        """Report metrics and, on the worker that gives files, a checkpoint; all workers call it together.
+
+        Args:
+            wait: until it is stored.
+        """
+        mode = CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC  # SYNC waits to be looked at
         if files is None:
-            ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)  # SYNC waits to be looked at
+            ray.train.report(metrics, checkpoint_upload_mode=mode)
             return
         folder = Path(tempfile.mkdtemp(prefix="raycifar-"))
         for name, content in files.items():
             (folder / name).write_bytes(content)
         if self.uploads:
             name = f"checkpoint_{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"
+            while self.pending and self.pending[0].done():
+                self.pending.pop(0).result()
             self.pending.append(self.uploads.submit(self._upload_and_prune, folder, name))
             ray.train.report(metrics)
         else:
             ray.train.report(
                 metrics,
                 Checkpoint.from_directory(folder),
-                checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+                checkpoint_upload_mode=mode,
                 checkpoint_upload_fn=self._upload,
             )
 
     def wait(self) -> None:
-        """Wait for what is still on its way; raise what went wrong."""
+        """Wait for what is still on its way; raise what went wrong, as `save` does with what went wrong before."""
         while self.pending:
             self.pending.pop(0).result()
 

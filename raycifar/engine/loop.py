@@ -10,26 +10,31 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from raycifar.analysis.collapse import collapse
 from raycifar.board import Board
+from raycifar.cluster import objection
 from raycifar.data import CLASSES
 from raycifar.data.shards import Shard, bounds, load_shard
 from raycifar.engine.augment import augment, mix, preprocess
 from raycifar.engine.checkpoint import Checkpointer
 from raycifar.engine.evaluate import gather, per_image, predict, reduce_sum, score, to_predictions_file
+from raycifar.engine.events import to_events
+from raycifar.engine.gauges import Gauges
 from raycifar.engine.hardware import choose_precision, parallelise, set_up
 from raycifar.engine.images import ImageRecord, describe_rise, to_images_file
 from raycifar.engine.loss import FiniteWatch, StopTrainingError, loss_and_sums
 from raycifar.engine.optim import set_learning_rate
 from raycifar.engine.order import advance, batches, step_seed, steps_per_epoch
+from raycifar.engine.preemption import PreemptedError, PreemptionWatch
 from raycifar.engine.reporter import Reporter
 from raycifar.engine.signals import examine
 from raycifar.engine.state import Progress, TrainingState
 from raycifar.pretrained import Start
 from raycifar.recipes import Recipe
-from raycifar.runs import BEST, IMAGES, MODEL, PREDICTIONS, RUN, Run
+from raycifar.runs import BEST, EVENTS, IMAGES, MODEL, PREDICTIONS, RUN, Run
 from raycifar.weights import to_file
 
 CLEAN_IMAGES = 1000  # training images scored as validation images are, without augmentation, after each epoch
@@ -53,6 +58,7 @@ class Job:
     use_gpu: bool
     threads: int
     in_process: bool  # no worker actors
+    versions: dict[str, str]  # the driver's
     compile: bool
     checkpoint_steps: int  # 0: at the end of each epoch alone
     rungs: Sequence[int]  # epochs after which the board is asked whether to stop
@@ -84,8 +90,9 @@ class Worker:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
-        self.reporter = Reporter(job.board, leader=self.rank == 0)
+        self.reporter = Reporter(job.board, Gauges(job.run.name, job.start.architecture.model), leader=self.rank == 0)
         self.checkpointer = Checkpointer(job.run, in_process=job.in_process)
+        self.preemption = PreemptionWatch(in_process=job.in_process)
         self.steps = steps_per_epoch(job.images, job.recipe.batch_size)
         set_up(self.device, job.threads)
 
@@ -111,6 +118,7 @@ class Worker:
     def prepare(self) -> None:
         """Bring the images to the device, and the network to where training begins or goes on."""
         self.reporter.phase("loading images")
+        self.check_node()
         self.train_set = load_shard("train", self.device)
         self.val_set = load_shard("val", self.device) if self.job.val_images else None
 
@@ -128,6 +136,21 @@ class Worker:
         self.record = self.begin_record()
         share = min(CLEAN_IMAGES, self.job.images) / self.job.images
         self.clean_set = self.train_set.head(math.ceil(share * len(self.train_set)))
+
+    def check_node(self) -> None:
+        """Stop, all workers together, if one is on a node that can't take part: it may have come after the start."""
+        seen = self.run.read(RUN) is not None
+        complaints = self.from_all(objection(None if seen else f"{self.run.folder}/{RUN}", self.job.versions))
+        if complaint := next(filter(None, complaints), None):
+            raise StopTrainingError(f"a node can't take part: {complaint}")
+        self.reporter.nodes(self.from_all(None if self.job.in_process else ray.get_runtime_context().get_node_id()))
+
+    def from_all(self, value: Any) -> list[Any]:
+        """Return what each worker gives."""
+        values = [value] * self.world_size
+        if dist.is_initialized():
+            dist.all_gather_object(values, value)
+        return values
 
     def test(self) -> dict[str, float]:
         """Score the test set, and keep what was predicted of each image."""
@@ -182,12 +205,23 @@ class Worker:
             if self.reporter.due():
                 self.tell(sums, lr, begun_at, spent)
             if job.checkpoint_steps and progress.step % job.checkpoint_steps == 0 and progress.step < self.steps:
-                watch.check()
-                self.collect(sums)
-                self.state.average_buffers()
-                self.save({"epoch": progress.epoch, "step": progress.step})
+                self.save_in_mid_epoch(sums, watch)
+            if self.preemption.announced() and progress.step < self.steps:
+                self.leave(sums, watch)
         watch.check()
         self.collect(sums)
+
+    def save_in_mid_epoch(self, sums: Tensor, watch: FiniteWatch, *, wait: bool = False) -> None:
+        watch.check()
+        self.collect(sums)
+        self.state.average_buffers()
+        self.save({"epoch": self.state.progress.epoch, "step": self.state.progress.step}, wait=wait)
+
+    def leave(self, sums: Tensor, watch: FiniteWatch) -> None:
+        """Leave a node that is being taken away, with nothing lost."""
+        self.reporter.phase("saving: a node is being taken away")
+        self.save_in_mid_epoch(sums, watch, wait=True)
+        raise PreemptedError
 
     def take_step(self, rows: Tensor, images: int, step: int, watch: FiniteWatch) -> Tensor:
         """Take one optimiser step on these rows, and return their number, summed loss and hits: (3,) float64."""
@@ -244,6 +278,7 @@ class Worker:
             "images_per_second": images / progress.seconds,
             "training_seconds": progress.seconds,
             "workers": self.world_size,
+            "time": time.time(),
         }
         if warning := collapse(row, int(images), progress.epoch * self.steps, CLASSES):
             some = self.clean_set.head(SIGNAL_IMAGES)
@@ -255,6 +290,7 @@ class Worker:
         self.state.progress = Progress(epoch=progress.epoch + 1, history=history)
         if self.rank == 0:
             self.run.write_history(history)
+            self.run.write(EVENTS, to_events(history))
             if self.val_set and row is best(history):
                 self.run.write(BEST, to_file(self.state.scored, self.architecture))
         self.reporter.epoch(history)
@@ -302,8 +338,8 @@ class Worker:
             return False
         return ray.train.collective.broadcast_from_rank_zero(self.reporter.verdict(epoch) if self.rank == 0 else None)
 
-    def save(self, metrics: dict[str, Any]) -> None:
-        self.checkpointer.save(metrics, self.state.to_files() if self.rank == 0 else None)
+    def save(self, metrics: dict[str, Any], *, wait: bool = False) -> None:
+        self.checkpointer.save(metrics, self.state.to_files() if self.rank == 0 else None, wait=wait)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that can be read, on all workers the same."""
@@ -317,7 +353,8 @@ class Worker:
         where = (
             f"epoch {progress.epoch}, step {progress.step}" if progress.step else f"after epoch {progress.epoch - 1}"
         )
-        self.reporter.notice(f"Continuing from {where} ({name}).")
+        workers = f", with {self.world_size} workers" if self.world_size > 1 else ""
+        self.reporter.notice(f"Continuing from {where} ({name}){workers}.")
         self.reporter.epoch(progress.history)
         if self.rank == 0:
             self.run.write_history(progress.history)

@@ -4,25 +4,33 @@ import os
 import time
 from typing import Any
 
+import ray
 import ray.train
+from ray._private.state import jobs
 
-from raycifar.board import Board
+from raycifar.board import STARTING, Board
+from raycifar.engine.gauges import Gauges
+from raycifar.engine.preemption import PreemptedError
+from raycifar.errors import StorageError, in_a_line
 
 SHOW_SECONDS = 0.5  # between two looks at a step's figures
 VERDICT_SECONDS = 0.05  # between two looks for a verdict
+NODE_DEATH_SECONDS = 15  # from a node's death until Ray knows of it
+DRIVER_DEATH_SECONDS = 1  # from a driver's death until its job is over
 
 
 class Reporter:
     """Tells the driver, by the board, how the run stands; only the first worker speaks."""
 
-    def __init__(self, board: Board, *, leader: bool) -> None:
-        self.board, self.leader = board, leader
+    def __init__(self, board: Board, gauges: Gauges, *, leader: bool) -> None:
+        self.board, self.gauges, self.leader = board, gauges, leader
         self.content: dict[str, Any] = {
             "attempt": os.getpid(),
             "history": [],
             "notices": [],
             "step": None,
             "about": {},
+            "nodes": [],
         }
         self.last = 0.0
 
@@ -35,8 +43,13 @@ class Reporter:
     def about(self, facts: dict[str, Any]) -> None:
         self._put(about=facts)
 
+    def nodes(self, ids: list[str | None]) -> None:
+        self._put(nodes=ids)
+
     def epoch(self, history: list[dict[str, Any]]) -> None:
         self._put(history=history, step=None)
+        if self.leader and history:
+            self.gauges.show(history[-1])
 
     def verdict(self, epoch: int) -> bool:
         """Wait until the search has said whether the run stops after `epoch`."""
@@ -52,6 +65,7 @@ class Reporter:
     def step(self, **figures: Any) -> None:
         self.last = time.perf_counter()
         self._put(step=figures)
+        self.gauges.show(figures)
 
     def _put(self, **changes: Any) -> None:
         self.content |= changes
@@ -59,15 +73,61 @@ class Reporter:
             self.board.put("worker", self.content)
 
 
-class FailureNotices(ray.train.UserCallback):
-    """Tells the driver, from Ray Train's controller, that workers died and the run is restarted."""
+class Failures(ray.train.UserCallback):
+    """Counts, in Ray Train's controller, how often workers failed, and tells the driver.
 
-    def __init__(self, board: Board) -> None:
-        self.board = board
+    A failure counts against `most` unless a node went away under the workers: on a cluster of spot nodes that is
+    the order of the day. Ray Train itself excuses only what was announced.
+    """
+
+    def __init__(self, board: Board, most: int) -> None:
+        self.board, self.most = board, most
         self.told: list[str] = []
+        self.places: list[list[str]] = []  # the nodes under each failure
+        self.last: tuple[Any, str] = None, ""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        end_with_the_driver()
+        rank, error = min(worker_exceptions.items())
+        reason = in_a_line(error)
+        content = self.board.get("worker") or {}
+        attempt = content.get("attempt")
+        if attempt and (attempt, reason) == self.last:
+            return  # Ray Train looks again and again while a node is on its way out
+        self.last = attempt, reason
+        if PreemptedError.sentence in reason:
+            self.tell(f"{PreemptedError.sentence}; the run goes on from a checkpoint made just now.")
+            return
+        self.places.append(content.get("nodes", []))
+        counted = self.count()
+        deadline = time.monotonic() + NODE_DEATH_SECONDS
+        while counted > self.most and time.monotonic() < deadline:  # a node's death is known later than its workers'
+            time.sleep(VERDICT_SECONDS)
+            counted = self.count()
+        if counted > self.most or StorageError.for_good(reason):
+            raise RuntimeError(f"on worker {rank}, {reason}")
         ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
-        reason = (str(next(iter(worker_exceptions.values()))).strip().splitlines() or ["no reason given"])[0]
-        self.told.append(f"Worker {ranks} failed ({reason}); the workers are restarted from the last checkpoint.")
+        self.tell(f"Worker {ranks} failed ({reason}); the workers are restarted from the last checkpoint.")
+
+    def count(self) -> int:
+        """Return the number of failures under which no node has died."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return sum(alive.issuperset(nodes) for nodes in self.places)
+
+    def tell(self, sentence: str) -> None:
+        self.told.append(sentence)
         self.board.put("failures", self.told)
+        self.board.put("worker", {**(self.board.get("worker") or {}), "phase": STARTING, "step": None})
+
+
+def end_with_the_driver() -> None:
+    """End this process if the job is over.
+
+    When a driver is killed, Ray ends the processes of its job one by one. A controller that sees its workers die
+    before it is ended itself would reserve the CPUs for new ones, and nobody would free them: Ray has put away
+    what the job had reserved by then.
+    """
+    time.sleep(DRIVER_DEATH_SECONDS)
+    mine = ray.get_runtime_context().get_job_id()
+    if any(job["JobID"] == mine and job["IsDead"] for job in jobs()):
+        os._exit(1)

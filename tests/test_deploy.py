@@ -1,0 +1,84 @@
+"""The files that clusters and jobs are made from."""
+
+import re
+import subprocess
+import tomllib
+
+import pytest
+import yaml
+from conftest import ROOT
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PINS = dict(pin.split("==") for pin in PROJECT["tool"]["uv"]["constraint-dependencies"])
+CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+JOB = yaml.safe_load((ROOT / "jobs/rayjob.yaml").read_text())
+
+
+def test_the_cluster_passes_ray_s_own_schema_and_preparation():
+    prepared = prepare_config(CLUSTER)
+    validate_config(prepared)
+    assert prepared["max_workers"] == 8
+    assert prepared["available_node_types"]["head"]["resources"] == {"CPU": 0}
+    assert prepared["available_node_types"]["head"]["max_workers"] == 0
+
+
+def test_a_misspelt_key_would_be_found():
+    with pytest.raises(Exception, match="idle_timeout"):
+        validate_config(prepare_config({**CLUSTER, "idle_timeout_minute": 5}))
+
+
+def test_workers_are_spot_machines_from_none_up_and_on_demand_ones_beside_them():
+    kinds = CLUSTER["available_node_types"]
+    spot, full = kinds["gpu_spot"], kinds["gpu_on_demand"]
+    assert (spot["min_workers"], spot["max_workers"]) == (0, CLUSTER["max_workers"])
+    market = spot["node_config"].pop("InstanceMarketOptions")
+    assert market == {"MarketType": "spot"}
+    assert spot["node_config"] == full["node_config"]
+
+
+def test_images_have_the_ray_and_the_python_that_are_tested():
+    images = [CLUSTER["docker"]["image"], re.search(r"^FROM (.+)$", (ROOT / "jobs/Dockerfile").read_text(), re.M)[1]]
+    assert images == [f"rayproject/ray:{PINS['ray']}-py312-gpu"] * 2
+    assert JOB["spec"]["rayClusterSpec"]["rayVersion"] == PINS["ray"]
+    version = PROJECT["project"]["version"]
+    text = (ROOT / "jobs/rayjob.yaml").read_text()
+    assert text.count(f"raycifar:{version}") == 1
+
+
+def test_every_start_of_ray_asks_for_a_token():
+    starts = [*CLUSTER["head_start_ray_commands"], *CLUSTER["worker_start_ray_commands"]]
+    starts = [command for command in starts if "ray start" in command]
+    assert len(starts) == 2
+    assert all("RAY_AUTH_MODE=token" in command for command in starts)
+    assert JOB["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+
+
+def test_the_kubernetes_job_asks_for_what_its_nodes_have():
+    cluster = JOB["spec"]["rayClusterSpec"]
+    (group,) = cluster["workerGroupSpecs"]
+    assert cluster["enableInTreeAutoscaling"]
+    assert (group["minReplicas"], group["maxReplicas"]) == (0, 8)
+    (container,) = group["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == container["resources"]["requests"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert "--workers 1:8" in JOB["spec"]["entrypoint"]
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "jobs").glob("*.sh")), ids=lambda path: path.name)
+def test_scripts_are_sound_and_may_be_run(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    assert script.stat().st_mode & 0o100
+
+
+def test_options_of_the_jobs_exist():
+    from raycifar import compare, train
+
+    for text, command in (
+        ((ROOT / "jobs/train.sh").read_text(), train.main),
+        ((ROOT / "jobs/compare.sh").read_text(), compare.main),
+        (JOB["spec"]["entrypoint"], train.main),
+    ):
+        known = {name for option in command.params for name in option.opts}
+        used = re.search(r"python -m raycifar.*", text.replace("\\\n", " ").replace("\n", " "))[0]
+        assert set(re.findall(r"--[a-z-]+", used)) <= known
