@@ -97,7 +97,7 @@ def time_stages(
         with screen.waiting(f"Reading {request.data}{and_weights([recipe])}"):
             source = load(request.data)
             splits = split(source, request.val_size, request.limit, request.seed)
-            start = begin(request.model, recipe)
+            start = begin(request.model, recipe, source.train)
         with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
             workers = place(request, Run(request.storage, request.name), debug=debug)
             from raycifar.cluster import Waiting
@@ -180,7 +180,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def summarise(rates: dict[str, list[float]], against: Sequence[str]) -> dict[str, Any]:
     """Return what `bench.json` holds of the stages."""
     shares = {name: [a / b for a, b in zip(values, rates["bare"], strict=True)] for name, values in rates.items()}
-    following = [a / b for a, b in zip(rates["train"], rates["following"], strict=True)]
+    following, checkpoint = (
+        [a / b for a, b in zip(rates["train"], rates[name], strict=True)] for name in ("following", "checkpoint")
+    )
     speedups = {name: [a / b for a, b in zip(rates["train"], rates[name], strict=True)] for name in against}
     return {
         "n": len(rates["bare"]),
@@ -193,6 +195,7 @@ def summarise(rates: dict[str, list[float]], against: Sequence[str]) -> dict[str
             if name in STAGES and name not in against
         },
         "following_share": spread(following),
+        "checkpoint_share": spread(checkpoint),
         "against": {
             name: {
                 "images_per_second": statistics.median(rates[name]),
@@ -234,7 +237,8 @@ def sentences(bench: dict[str, Any]) -> list[str]:
         lines.append(
             f"Most is lost to {STAGES[most].removeprefix('and ')}, {costs[most]:.1%} of a bare step: {HELP[most]}."
         )
-    lines.append(f"Following every image takes {bench['following_share']['median']:.2%} of an epoch.")
+    following, checkpoint = (bench[f"{name}_share"]["median"] for name in ("following", "checkpoint"))
+    lines.append(f"Following every image takes {following:.2%} of this epoch, a checkpoint {checkpoint:.2%}.")
     for name, way in bench["against"].items():
         lines.append(f"train is {way['speedup']:.2f} times as fast as {STAGES[name].partition(':')[0]} ({name}).")
     if startup := bench.get("startup"):

@@ -84,7 +84,7 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
     with screen.waiting(f"Reading {options['data']}{and_weights(recipes.values())}"):
         source = load(options["data"])
         splits = split(source, options["val_size"], options["limit"], options["seed"])
-        starts = {model: begin(model, recipe) for model, recipe in recipes.items()}
+        starts = {model: begin(model, recipe, source.train) for model, recipe in recipes.items()}
     agreement = agree(folder, options, recipes, spaces, source, starts)
 
     given = {key: options[key] for key in Request.__annotations__ if key in options}

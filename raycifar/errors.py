@@ -17,8 +17,9 @@ class StorageError(OSError):
 
     FOR_GOOD = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
-    def __init__(self, place: str, cause: OSError) -> None:
-        super().__init__(f"{place} can't be written: {cause.strerror or in_a_line(cause)}")
+    @classmethod
+    def of(cls, place: str, cause: OSError) -> "StorageError":
+        return cls(f"{place} can't be written: {cause.strerror or in_a_line(cause)}")
 
     @classmethod
     def for_good(cls, text: str) -> bool:

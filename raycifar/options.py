@@ -14,7 +14,7 @@ import click
 
 from raycifar import models
 from raycifar.errors import RequestError, StorageError
-from raycifar.recipes import Recipe, recipe_for
+from raycifar.recipes import NAMED, Recipe, recipe_for
 
 MOST_ELASTIC = 64  # workers; the images are cut wherever a shard of any of the numbers begins
 
@@ -25,8 +25,10 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         choices = get_args(field.type)
         kind = click.Choice(choices) if choices else field.type
         name = f"--{field.name.replace('_', '-')}"
-        command = click.option(name, type=kind, help=field.metadata["help"])(command)
-    return command
+        if kind is bool:
+            name, kind = f"{name}/--no-{name[2:]}", None
+        command = click.option(name, type=kind, default=None, help=field.metadata["help"])(command)
+    return click.option("--recipe", type=click.Choice([*NAMED]), help="To begin with.  [the model's own]")(command)
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +102,10 @@ def pick_recipe(model: str, options: dict[str, Any]) -> Recipe:
     Raises:
         click.UsageError: a value makes no sense.
     """
-    base = recipe_for(model, options["pretrained"])
+    name = options.get("recipe")
+    if name and model not in NAMED[name]:
+        raise click.UsageError(f"--recipe {name} is for {', '.join(NAMED[name])}, not for {model}.")
+    base = recipe_for(model, options["pretrained"], name)
     if (epochs := options["epochs"]) and options["head_epochs"] is None:  # a short run, too, reaches both stages
         base = dataclasses.replace(base, head_epochs=min(base.head_epochs, epochs - 1))
     given = {f.name: options[f.name] for f in dataclasses.fields(Recipe) if options.get(f.name) is not None}

@@ -11,13 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from raycifar import models
+from raycifar.data.tables import to_numpy
 from raycifar.errors import RequestError
 from raycifar.files import locate
 from raycifar.models import Architecture, Preprocessing
 from raycifar.recipes import Recipe
 
+WHITENED = 1000  # images that the first layer is made from
 NAMED = 3  # of the parameters that don't fit
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training scripts save a state dict
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
@@ -35,7 +38,7 @@ class Start:
 
     def fingerprint(self) -> str | None:
         """Return a digest of the weights, equal for equal weights."""
-        if self.weights is None:
+        if self.weights is None or self.architecture.whiten:  # made from the images, which have a fingerprint
             return None
         digest = hashlib.blake2b(digest_size=16)
         for name, values in sorted(self.weights.items()):
@@ -44,12 +47,17 @@ class Start:
         return digest.hexdigest()
 
 
-def begin(model: str, recipe: Recipe) -> Start:
+def begin(model: str, recipe: Recipe, images: pa.Table | None = None) -> Start:
     """Return what a model's training begins with.
+
+    Args:
+        images: to be trained on, for recipes that make a layer from them.
 
     Raises:
         RequestError: the weights can't be had, or aren't those of the model; the message says what to do.
     """
+    if recipe.whiten:
+        return whitened(model, recipe, images)
     if recipe.pretrained == "none":
         return Start(Architecture(model, preprocessing=Preprocessing(recipe.image_size)))
     family = models.find(model)
@@ -62,6 +70,20 @@ def begin(model: str, recipe: Recipe) -> Start:
         if theirs:
             architecture = adopt(theirs, architecture, recipe.pretrained)
     return Start(architecture, fit(tensors, architecture, recipe.pretrained))
+
+
+def whitened(model: str, recipe: Recipe, images: pa.Table | None) -> Start:
+    """Return the CNN with a first layer made from the images."""
+    if model != "cnn" or recipe.pretrained != "none":
+        raise RequestError("--whiten is for the cnn, trained from scratch: leave it out, or take --pretrained none.")
+    assert images is not None
+    from raycifar.models.cnn import whitening_filters
+
+    preprocessing = Preprocessing(recipe.image_size)
+    pixels = to_numpy(images["image"].slice(0, WHITENED).combine_chunks(), "image").astype(np.float32) / 255
+    mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    filters = whitening_filters((pixels - mean) / std)
+    return Start(Architecture(model, preprocessing=preprocessing, whiten=True), {"whiten.weight": filters})
 
 
 def fetch(model: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-Optimizer = Literal["sgd", "adamw"]
+Optimizer = Literal["sgd", "adamw", "muon"]
 Schedule = Literal["cosine", "linear", "step", "constant"]
 Augmentation = Literal["none", "flip", "crop", "cutout"]
 Precision = Literal["auto", "bfloat16", "float32"]
@@ -28,9 +28,9 @@ class Recipe:
 
     epochs: int = option(200, "passes over the training images")
     batch_size: int = option(128, "images in a step, over all workers")
-    optimizer: Optimizer = option("sgd", "sgd (Nesterov momentum) or adamw")
+    optimizer: Optimizer = option("sgd", "sgd (Nesterov momentum), adamw, or muon (of filters; sgd of the rest)")
     lr: float = option(0.05, "peak learning rate")
-    momentum: float = option(0.9, "of sgd; the first beta of adamw")
+    momentum: float = option(0.9, "of sgd and muon; the first beta of adamw")
     schedule: Schedule = option("cosine", "learning rate after warm-up; step divides by 5 at 30, 60 and 80 %")
     warmup: float = option(0.2, "share of all steps over which the learning rate rises from 0")
     weight_decay: float = option(5e-4, "of weights; none on norms and biases")
@@ -42,6 +42,7 @@ class Recipe:
     ema: float = option(0.0, "decay of a running average of the weights, which is then scored and kept; 0: none")
     clip_norm: float = option(0.0, "largest gradient norm; 0: no limit")
     precision: Precision = option("auto", "auto is bfloat16 where every worker's hardware has it, else float32")
+    whiten: bool = option(False, "a first layer, of the cnn alone, that whitens 3x3 patches; made from the images")
     image_size: int = option(32, "side to which images are scaled, 32 to 224 pixels")
     pretrained: str = option("none", "weights to begin with: imagenet, a file (PyTorch or safetensors), or none")
     head_epochs: int = option(0, "first epochs, which train the head alone; the rest of the network is frozen")
@@ -116,12 +117,20 @@ TRANSFER = Recipe(
     layer_decay=0.7,
 )  # fmt: skip
 
+SPEEDRUN = Recipe(
+    epochs=16, batch_size=500, optimizer="muon", lr=0.1, momentum=0.85, schedule="linear", warmup=0.15, ema=0.98,
+    label_smoothing=0.2, whiten=True,
+)  # fmt: skip
+NAMED = {"speedrun": {"cnn": SPEEDRUN}}  # besides each model's own: by name, for the models that have it
 
-def recipe_for(model: str, pretrained: str | None = None) -> Recipe:
-    """Return a model's own recipe: from scratch, or for the weights `pretrained` that it begins with.
+
+def recipe_for(model: str, pretrained: str | None = None, name: str | None = None) -> Recipe:
+    """Return a model's own recipe, or that of a name: from scratch, or for the weights that it begins with.
 
     The study's CNN and VGG-16 are trained from scratch, its ResNet-50 and all of timm's from ImageNet weights.
     """
+    if name:
+        return NAMED[name][model]
     if pretrained is None:
         pretrained = "none" if model in ("cnn", "vgg16") else "imagenet"
     return SCRATCH if pretrained == "none" else replace(TRANSFER, pretrained=pretrained)

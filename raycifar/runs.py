@@ -96,7 +96,7 @@ class Run:
         try:
             write_whole(filesystem, f"{folder}/{file}", content)
         except OSError as error:
-            raise StorageError(f"{self.folder}/{file}", error) from error
+            raise StorageError.of(f"{self.folder}/{file}", error) from error
 
     def delete(self, file: str) -> None:
         """Delete a file, if it is there."""

@@ -105,7 +105,7 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
     with screen.waiting(f"Reading {request.data}{and_weights([request.recipe])}"):
         source = load(request.data)
         splits = split(source, request.val_size, request.limit, request.seed)
-        start = begin(request.model, request.recipe)
+        start = begin(request.model, request.recipe, source.train)
     identity = identify(request, source, splits, start)
     if earlier := compare_with_earlier(run, identity):
         screen.say(f"{run.folder} is finished; nothing is trained again.")

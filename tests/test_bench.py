@@ -53,15 +53,16 @@ def test_the_sentence_names_what_costs_most():
         "train": [98.5, 100.5, 96.5],
         "epoch": [80.0, 81.0, 79.0],
         "following": [20_000.0] * 3,
+        "checkpoint": [9_850.0] * 3,
         "dataloader": [40.0, 41.0, 39.0],
     }
     bench = summarise(rates, ["dataloader"])
     assert bench["ratio"] == pytest.approx(0.985, abs=0.001)
     lines = sentences(bench)
     assert "Most is lost to validation" in lines[1]
-    assert "0.49% of an epoch" in lines[2]
+    assert "0.49% of this epoch, a checkpoint 1.00%" in lines[2]
     assert "2.4" in lines[3]
-    quick = {name: [100.0] * 3 for name in ("bare", "images", "train", "epoch", "following")}
+    quick = {name: [100.0] * 3 for name in ("bare", "images", "train", "epoch", "following", "checkpoint")}
     assert "only a cheaper step would help" in sentences(summarise(quick, []))[1]
 
 

@@ -60,7 +60,7 @@ def test_the_weights_travel_with_what_it_takes_to_use_them(reference):
     with safe_open(reference / "model.safetensors", "pt") as file:
         about = json.loads(file.metadata()["raycifar"])
     pixels = {"size": 32, "mean": list(MEAN), "std": list(STD), "interpolation": "bilinear"}
-    assert about == {"model": "cnn", "classes": 100, "large_stem": False, "preprocessing": pixels}
+    assert about == {"model": "cnn", "classes": 100, "large_stem": False, "preprocessing": pixels, "whiten": False}
     assert load_file(reference / "best.safetensors").keys() == load_file(reference / "model.safetensors").keys()
 
 
@@ -164,7 +164,11 @@ def test_a_run_killed_before_its_scores_were_written_only_scores(reference, trai
 
 
 @pytest.mark.parametrize(
-    "recipe", [("--optimizer", "adamw", "--lr", 0.001, "--ema", 0.99, "--dropout", 0.2, "--mixup", 0.5)]
+    "recipe",
+    [
+        ("--optimizer", "adamw", "--lr", 0.001, "--ema", 0.99, "--dropout", 0.2, "--mixup", 0.5),
+        pytest.param(("--recipe", "speedrun"), marks=pytest.mark.slow),
+    ],
 )
 def test_every_part_of_the_state_is_resumed(train, small, tmp_path, recipe):
     train(*RUN, *recipe, "--data", small, "--name", "whole")

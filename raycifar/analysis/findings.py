@@ -79,9 +79,9 @@ class Story:
         return np.array([np.nan if row.get(name) is None else row[name] for row in self.history], float)
 
     @property
-    def own_lr(self) -> float:
-        """The peak learning rate of the model's own recipe."""
-        return recipe_for(self.run["model"], self.recipe.pretrained).lr
+    def own(self) -> Recipe:
+        """The model's own recipe."""
+        return recipe_for(self.run["model"], self.recipe.pretrained)
 
 
 def error(p: float, n: int) -> float:
@@ -219,7 +219,9 @@ def underfitting(story: Story, found: Sequence[Finding]) -> list[Finding]:
 
 
 def learning_rate(story: Story, found: Sequence[Finding]) -> list[Finding]:
-    lr, own = story.recipe.lr, story.own_lr
+    if story.recipe.optimizer != story.own.optimizer:
+        return []  # each has a scale of its own
+    lr, own = story.recipe.lr, story.own.lr
     ratio = lr / own if own else 1.0
     held = f"its peak is {lr:g}, the {story.run['model']} recipe's own is {own:g}"
     if has(found, "underfitting") and ratio <= 1 / OFF:

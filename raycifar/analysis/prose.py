@@ -87,7 +87,9 @@ def command(story: Story, door: str, recipe: Recipe, **options: Any) -> str:
     if recipe.pretrained != recipe_for(model).pretrained:
         parts += ["--pretrained", recipe.pretrained]
     for name, value in {**changes(recipe, base), **options}.items():
-        if name != "pretrained":
+        if isinstance(value, bool):
+            parts.append(f"--{'' if value else 'no-'}{name}")
+        elif name != "pretrained":
             parts += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
     return shlex.join(parts)
 

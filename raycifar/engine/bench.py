@@ -53,6 +53,7 @@ def bench_loop_per_worker(config: dict[str, Any]) -> dict[str, list[float]]:
         "train": lambda: train(worker),
         "epoch": lambda: train(worker, finish=True),
         "following": lambda: follow(worker),
+        "checkpoint": lambda: save(worker),
         **{name: WAYS[name](worker) for name in plan.against},
     }
     for stage in stages.values():
@@ -133,6 +134,12 @@ def follow(worker: Worker) -> None:
         worker.record.update(rows, logits[: len(rows)], worker.train_set.labels[rows])
     describe_rise(worker.gather(worker.record.values), worker.index)
     worker.record.end_epoch()
+
+
+def save(worker: Worker) -> None:
+    """Leave a checkpoint, as each epoch does; in this process alone, wait until it is written."""
+    worker.save({})
+    worker.checkpointer.wait()
 
 
 # Ways of others --------------------------------------------------------------------------------------

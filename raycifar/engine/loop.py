@@ -221,7 +221,7 @@ class Worker:
         """Leave a node that is being taken away, with nothing lost."""
         self.reporter.phase("saving: a node is being taken away")
         self.save_in_mid_epoch(sums, watch, wait=True)
-        raise PreemptedError
+        raise PreemptedError(PreemptedError.sentence)
 
     def take_step(self, rows: Tensor, images: int, step: int, watch: FiniteWatch) -> Tensor:
         """Take one optimiser step on these rows, and return their number, summed loss and hits: (3,) float64."""

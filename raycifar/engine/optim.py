@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raycifar.recipes import Recipe
 
@@ -20,18 +20,78 @@ def build_optimizer(model: nn.Module, layers: Sequence[Sequence[str]], recipe: R
         layers: names of the parameters of each layer, from the input to the head.
     """
     distance = {name: k for k, names in enumerate(reversed(layers)) for name in names}  # from the head
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, int], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (recipe.layer_decay ** distance[name], parameter.ndim > 1)
-            groups.setdefault(key, []).append(parameter)
+            groups.setdefault((recipe.layer_decay ** distance[name], parameter.ndim), []).append(parameter)
     options: list[dict[str, Any]] = [
-        {"params": parameters, "weight_decay": recipe.weight_decay if decayed else 0.0, "lr_scale": scale}
-        for (scale, decayed), parameters in groups.items()
+        {"params": parameters, "weight_decay": recipe.weight_decay if ndim > 1 else 0.0, "lr_scale": scale}
+        for (scale, ndim), parameters in groups.items()
     ]
+    if recipe.optimizer == "muon":
+        return Muon(options, recipe.lr, recipe.momentum)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(options, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
     return torch.optim.SGD(options, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True)
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps of the same length in all directions, for filters (Jordan et al., 2024); SGD for all else.
+
+    The update of a convolution's filters, as a matrix (filters, values of a filter), is replaced by the nearest
+    matrix with orthogonal rows or columns, and the filters are kept at one norm, for batch norm makes their scale
+    meaningless. torch.optim.Muon has neither convolutions nor this norm.
+
+    Args:
+        lr: of filters, relative to their norm; times REST for all else.
+    """
+
+    REST = 0.5
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float) -> None:
+        for group in groups:
+            group["filters"] = group["params"][0].ndim == 4
+            if not group["filters"]:
+                group["lr_scale"] *= self.REST
+        super().__init__(groups, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if not parameters:
+                continue
+            if not group["filters"] and group["weight_decay"]:
+                torch._foreach_add_(gradients, parameters, alpha=group["weight_decay"])
+            moments = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
+            torch._foreach_mul_(moments, group["momentum"])
+            torch._foreach_add_(moments, gradients)
+            updates = list(torch._foreach_add(gradients, moments, alpha=group["momentum"]))  # Nesterov's
+            if group["filters"]:
+                updates = [orthogonal(update) for update in updates]
+            torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+            if group["filters"]:
+                norms = torch._foreach_norm(parameters)
+                torch._foreach_mul_(
+                    parameters, [len(p) ** 0.5 / norm for p, norm in zip(parameters, norms, strict=True)]
+                )
+
+
+def orthogonal(update: Tensor) -> Tensor:
+    """Return the nearest matrix with orthogonal rows or columns, nearly, and in the shape that `update` has.
+
+    By five steps of a Newton–Schulz iteration whose coefficients bring all singular values near one, not to it;
+    in bfloat16, which is enough for that.
+    """
+    matrix = update.flatten(1).bfloat16()
+    wide = matrix.mT if len(matrix) > matrix.shape[1] else matrix
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(5):
+        square = wide @ wide.mT
+        wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
+    matrix = wide.mT if len(matrix) > matrix.shape[1] else wide
+    return matrix.to(update.dtype).view(update.shape)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -13,9 +13,6 @@ class PreemptedError(Exception):
 
     sentence = "A node of this run is being taken away"
 
-    def __init__(self) -> None:
-        super().__init__(self.sentence)
-
 
 class PreemptionWatch:
     """Looks for a notice from time to time; all workers look after the same step, as they have to."""

@@ -70,6 +70,7 @@ class TrainingState:
         # Ray's object store lends its arrays for reading only.
         model.load_state_dict({name: torch.tensor(value) for name, value in (weights or {}).items()}, strict=False)
         self.recipe, self.layers = recipe, architecture.layers(model)
+        self.fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = (
             AveragedModel(self.model, multi_avg_fn=ema_from_the_start(recipe.ema), use_buffers=True)
@@ -93,7 +94,7 @@ class TrainingState:
         self.stage = stage
         head = set(self.layers[-1])
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(stage == "whole" or name in head)
+            parameter.requires_grad_(name not in self.fixed and (stage == "whole" or name in head))
         self.optimizer = build_optimizer(self.model, self.layers, self.recipe)
         return True
 

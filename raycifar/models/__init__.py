@@ -46,12 +46,14 @@ class Architecture:
     """What it takes to build a network, and to ask it: it travels with the weights.
 
     large_stem: the first layers are those of ImageNet's 224×224 pixels, not those of CIFAR's 32×32.
+    whiten: a first layer, not trained, makes the pixels of a patch uncorrelated; the CNN alone has it.
     """
 
     model: str
     classes: int = CLASSES
     large_stem: bool = False
     preprocessing: Preprocessing = CIFAR
+    whiten: bool = False
 
     def build(self, dropout: float = 0.0) -> nn.Module:
         """Return the network, initialised from torch's default generator.
@@ -61,7 +63,8 @@ class Architecture:
         Args:
             dropout: probability of zeroing a feature before a dense layer of the head.
         """
-        return find(self.model).build(self.classes, dropout, self.large_stem, self.preprocessing.size)
+        options = {"whiten": True} if self.whiten else {}
+        return find(self.model).build(self.classes, dropout, self.large_stem, self.preprocessing.size, **options)
 
     def layers(self, network: nn.Module) -> list[list[str]]:
         """Return the names of the network's parameters, layer by layer: from the input to the head."""
@@ -89,8 +92,8 @@ class Builtin:
         self.module = importlib.import_module(f"raycifar.models.{name}")
         self.weights: str | None = getattr(self.module, "IMAGENET", None)
 
-    def build(self, classes: int, dropout: float, large_stem: bool, size: int) -> nn.Module:
-        return self.module.build(classes, dropout, large_stem)
+    def build(self, classes: int, dropout: float, large_stem: bool, size: int, **options: Any) -> nn.Module:
+        return self.module.build(classes, dropout, large_stem, **options)
 
     def rescale(self, tensors: Mapping[str, Tensor], size: int) -> Mapping[str, Tensor]:
         """Return published weights for images of another size: a convolution's are the same."""

@@ -2,9 +2,12 @@
 
 from collections import OrderedDict
 
+import numpy as np
 from torch import nn
 
 FILTERS = (64, 128, 256, 512, 512)
+PATCH = 27  # values of a patch of 3×3 pixels
+SMALLEST_VARIANCE = 5e-4  # of a component; what varies less is noise
 LAYERS = (*((f"features.{k}.",) for k in range(len(FILTERS))), ("head.",))
 
 
@@ -17,14 +20,15 @@ def block(inputs: int, outputs: int) -> nn.Sequential:
     )
 
 
-def build(classes: int, dropout: float, large_stem: bool) -> nn.Module:
+def build(classes: int, dropout: float, large_stem: bool, whiten: bool = False) -> nn.Module:
     """Return the network: 4.2 M parameters for 100 classes.
 
     Five poolings leave a 1×1 map of 32×32 pixels; the average pool is for images that are scaled up.
     """
-    channels = (3, *FILTERS)
+    channels = (PATCH if whiten else 3, *FILTERS)
     return nn.Sequential(
         OrderedDict(
+            **({"whiten": whitening()} if whiten else {}),
             features=nn.Sequential(*(block(i, o) for i, o in zip(channels, FILTERS, strict=False))),
             pool=nn.AdaptiveAvgPool2d(1),
             head=nn.Sequential(
@@ -37,3 +41,24 @@ def build(classes: int, dropout: float, large_stem: bool) -> nn.Module:
             ),
         )
     )
+
+
+def whitening() -> nn.Conv2d:
+    """Return the layer that whitens patches; its filters are computed, see `whitening_filters`, and never trained."""
+    return nn.Conv2d(3, PATCH, kernel_size=3, padding=1, bias=False).requires_grad_(False)
+
+
+def whitening_filters(pixels: np.ndarray) -> np.ndarray:
+    """Return filters (27, 3, 3, 3) float32 that make the values of a 3×3 patch uncorrelated, of variance one.
+
+    They are the principal components of the patches, divided by their standard deviations, as in Jordan's
+    airbench (2024, arXiv:2404.00498).
+
+    Args:
+        pixels: (N, 3, H, W) float32, preprocessed.
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, (3, 3), axis=(2, 3))
+    patches = windows.transpose(0, 2, 3, 1, 4, 5).reshape(-1, PATCH)
+    variances, components = np.linalg.eigh(np.cov(patches, rowvar=False))
+    filters = components / np.sqrt(variances + SMALLEST_VARIANCE)
+    return filters.T.reshape(PATCH, 3, 3, 3).astype(np.float32)

@@ -32,7 +32,7 @@ class FromTimm:
             near = ", ".join(timm.list_models(f"*{self.name[:6]}*")[:5]) or "see timm.list_models()"
             raise RequestError(f"timm has no model named {self.name!r}: {near}.")
 
-    def build(self, classes: int, dropout: float, large_stem: bool, size: int) -> nn.Module:
+    def build(self, classes: int, dropout: float, large_stem: bool, size: int, **options: Any) -> nn.Module:
         network: Any = timm.create_model(self.name, pretrained=False, num_classes=classes, drop_rate=dropout)
         if has_fixed_size(network):
             network.set_input_size(img_size=(size, size))

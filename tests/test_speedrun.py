@@ -1,0 +1,88 @@
+"""The recipe that trains the CNN in the least time, at a small size."""
+
+import json
+
+import numpy as np
+import torch
+from conftest import Command, history
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from raycifar.data.synthetic import synthetic
+from raycifar.engine.optim import Muon, orthogonal
+from raycifar.models import Architecture
+from raycifar.models.cnn import whitening_filters
+from raycifar.pretrained import begin
+from raycifar.recipes import SPEEDRUN
+
+RUN = ("--model", "cnn", "--workers", 0, "--val-size", 200, "--recipe", "speedrun", "--epochs", 2, "--batch-size", 50)
+
+
+def test_whitened_patches_are_uncorrelated_and_of_variance_one():
+    rng = np.random.default_rng(0)
+    smooth = rng.normal(size=(50, 3, 34, 34)).cumsum(2).cumsum(3)
+    pixels = ((smooth - smooth.mean()) / smooth.std()).astype(np.float32)
+    filters = torch.from_numpy(whitening_filters(pixels))
+    out = torch.nn.functional.conv2d(torch.from_numpy(pixels), filters).permute(1, 0, 2, 3).flatten(1).double()
+    strong = out.var(1) > 0.9  # the others vary less than noise, and are left small
+    assert strong.sum() >= 3
+    assert torch.allclose(torch.cov(out)[strong][:, strong], torch.eye(int(strong.sum())).double(), atol=0.1)
+    assert out.var(1).max() < 1.01
+
+
+def test_an_orthogonal_update_has_singular_values_near_one_and_the_gradient_s_directions():
+    for shape in ((64, 27, 3, 3), (512, 256, 3, 3), (100, 4, 3, 3)):
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        update = orthogonal(gradient)
+        assert update.shape == gradient.shape
+        singular = torch.linalg.svdvals(update.flatten(1).double())
+        assert 0.3 < singular.min() <= singular.max() < 1.3
+        left, _, right = torch.linalg.svd(gradient.flatten(1).double(), full_matrices=False)
+        exact = left @ right
+        assert torch.nn.functional.cosine_similarity(update.flatten().double(), exact.flatten(), dim=0) > 0.95
+
+
+def test_muon_keeps_filters_at_one_norm_and_steps_like_sgd_elsewhere():
+    conv, dense = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(4, 2)
+    groups = [{"params": [p], "lr_scale": 1.0, "weight_decay": 0.01} for p in (conv.weight, dense.weight)]
+    before = dense.weight.detach().clone()
+    for parameter in (conv.weight, dense.weight):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = Muon(groups, lr=0.1, momentum=0.9)
+    optimizer.step()
+    assert torch.allclose(conv.weight.norm(), torch.tensor(8**0.5))
+    reference = torch.nn.Parameter(before.clone())
+    reference.grad = torch.ones_like(reference)
+    torch.optim.SGD([reference], lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01).step()
+    assert torch.allclose(dense.weight, reference)
+
+
+def test_it_trains_the_five_blocks_and_its_first_layer_stays(train, small, tmp_path):
+    train(*RUN, "--data", small, "--name", "a")
+    file = tmp_path / "runs/a/model.safetensors"
+    with safe_open(file, "pt") as content:
+        about = Architecture.from_json(json.loads(content.metadata()["raycifar"]))
+    assert about.whiten
+    start = begin("cnn", SPEEDRUN, synthetic(1000, 100).train)
+    assert start.fingerprint() is None
+    weights = load_file(file)
+    about.build().load_state_dict(weights)
+    from raycifar.data.sources import load
+
+    images = begin("cnn", SPEEDRUN, load(small).train).weights["whiten.weight"]
+    assert torch.equal(weights["whiten.weight"], torch.from_numpy(images))
+    assert [weights[f"features.{k}.0.weight"].shape[0] for k in range(5)] == [64, 128, 256, 512, 512]
+    first, last = history(tmp_path / "runs/a")
+    assert last["train_loss"] < first["train_loss"] < np.log(100) * 1.1
+    recipe = json.loads((tmp_path / "runs/a/run.json").read_text())["recipe"]
+    assert (recipe["optimizer"], recipe["whiten"], recipe["epochs"]) == ("muon", True, 2)
+
+
+def test_it_is_refused_for_other_models(train, small, tmp_path):
+    args = ("--data", small, "--workers", 0, "--val-size", 200)
+    refused = Command("--model", "vgg16", "--recipe", "speedrun", *args, storage=tmp_path).finish()
+    assert refused.returncode == 2
+    assert "--recipe speedrun is for cnn, not for vgg16" in refused.stderr
+    refused = Command("--model", "vgg16", "--whiten", *args, storage=tmp_path).finish()
+    assert refused.returncode == 2
+    assert "--whiten is for the cnn" in refused.stderr
