@@ -92,6 +92,7 @@ def connect(*, debug: bool, dashboard: bool = False) -> str:
     if not address and not started_here():
         ray.init(address="local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **quiet)
         return "Ray on this machine"
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard then shows the run
     where = f"{address} (RAY_ADDRESS)" if address else "this machine"
     try:
         if address and (match := re.fullmatch(r"(.+):(\d+)", address)):  # Ray itself would try for ten minutes

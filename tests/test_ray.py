@@ -67,6 +67,15 @@ def metrics(cluster):
     return wait_until(ours, 30, "the run's metrics")
 
 
+def dashboard(cluster):
+    """Return what Ray's dashboard shows of training runs."""
+    token = Path(cluster["RAY_AUTH_TOKEN_PATH"]).read_text()
+    request = urllib.request.Request(
+        "http://127.0.0.1:8299/api/train/v2/runs/v1", headers={"Authorization": f"Bearer {token}"}
+    )
+    return json.loads(urllib.request.urlopen(request).read())
+
+
 @pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_same_command_gives_the_same_weights_byte_for_byte(reference, train, small, cluster, tmp_path, workers):
     train(*RUN, "--data", small, "--name", "again", "--workers", workers, env=cluster)
@@ -77,11 +86,12 @@ def test_the_same_command_gives_the_same_weights_byte_for_byte(reference, train,
 def test_a_worker_killed_in_mid_epoch_changes_nothing(reference, small, cluster, tmp_path):
     command = Command(*RUN, "--data", small, "--name", "a", "--workers", 2, storage=tmp_path, env=cluster)
     in_the_middle_of_epoch_2(command, tmp_path / "a")
-    seen = metrics(cluster)
+    seen, shown = metrics(cluster), dashboard(cluster)
     os.kill(worker_pids()[-1], signal.SIGKILL)
     done = command.finish()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the workers are restarted from the last checkpoint" in done.stdout
+    assert "a" in [run["name"] for run in shown["train_runs"]]
     assert re.search(r'^ray_raycifar_loss\{.*model="cnn".*run="a".*\} [34]\.\d+$', seen, re.MULTILINE)
     assert "Continuing from epoch 2, step" in done.stdout
     assert weights(tmp_path / "a") == weights(reference(2))
