@@ -100,6 +100,8 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
         trials = len(names) * (options["search"] + len(seeds))
         workers, fit = cluster.size_trials(options["workers"], options["device"], options["cpus_per_worker"], trials)
         most = options["max_trials"] or fit
+        with folder.marker() as file:
+            cluster.check_nodes(workers, file)
     screen.facts(
         name,
         {

@@ -13,7 +13,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raycifar.board import Board
-from raycifar.cluster import Workers
+from raycifar.cluster import Waiting, Workers
 from raycifar.data.tables import Source, split
 from raycifar.errors import WorkError
 from raycifar.models import slug
@@ -276,7 +276,7 @@ def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Wor
         start = study.starts[task.model]
         record(run, identify(request, source, splits, start), workers)
         trainer = build_trainer(request, run, board, source, splits, start, workers, debug=False)
-        conclude(run, fit(trainer, lambda running: report_epochs(task, running)))
+        conclude(run, fit(trainer, lambda running: report_epochs(task, running, Waiting(workers, request.wait))))
     except WorkError as error:
         if (run.read_json(RESULT) or {}).get("status") == "failed":
             return  # it would fail again
@@ -287,11 +287,17 @@ def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Wor
         raise
 
 
-def report_epochs(task: Task, running: Callable[[], bool]) -> None:
-    """Report a search trial to Ray Tune at each rung, those before it was resumed included."""
+def report_epochs(task: Task, running: Callable[[], bool], waiting: Callable[[], str | None]) -> None:
+    """Report a search trial to Ray Tune at each rung, those before it was resumed included.
+
+    Args:
+        waiting: says what workers that have yet to start wait for.
+    """
     reported = 0
     while running():
         time.sleep(POLL_SECONDS)
+        if not task.board.get("worker") and (text := waiting()):
+            task.board.put("waiting", text)
         if not task.search:
             continue
         history = (task.board.get("worker") or {}).get("history", [])

@@ -236,6 +236,7 @@ def task_lines(task: Task) -> list[str]:
         return []
     lines = [f"running {task.setting}".rstrip()]
     content = task.board.get("worker") or {}
+    lines += [waiting] if (waiting := task.board.get("waiting")) else []
     lines += task.board.get("failures") or []
     lines += content.get("notices", [])
     lines += [epoch_line(row, task.recipe.epochs) for row in content.get("history", [])]
@@ -252,7 +253,8 @@ def task_table(tasks: Sequence[Task]) -> Table:
     for task in tasks:
         content = (None if task.status == "waiting" else task.board.get("worker")) or {}
         history, step, epochs = content.get("history", []), content.get("step"), task.recipe.epochs
-        cells = [task.name, task.status if task.over or task.status == "waiting" else content.get("phase", "starting")]
+        doing = content.get("phase") or task.board.get("waiting") or "starting"
+        cells = [task.name, task.status if task.over or task.status == "waiting" else doing]
         cells.append(f"{step['epoch'] if step else len(history)}/{epochs}" if content else "")
         newest = history[-1] if history else {}
         loss = step["loss"] if step else newest.get("train_loss")
