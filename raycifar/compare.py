@@ -285,7 +285,7 @@ def conclude(
         screen.say("An interval needs several seeds.")
     screen.lines(pair["sentence"] for pair in comparison["pairs"])
     screen.lines(search["sentence"] for search in comparison.get("search", {}).values())
-    if finished[0].run["data"]["source"] == "synthetic":
+    if finished[0].run["data"]["source"].startswith("synthetic"):
         screen.say("These are synthetic images: the accuracies say nothing about CIFAR-100.")
     screen.say(f"Comparison: {folder.folder}")
 

@@ -301,6 +301,6 @@ def result_lines(result: Row, folder: str, source: str) -> list[str]:
         + (f"; best validation at epoch {result['best_epoch']}" if result["best_epoch"] else ""),
         f"Run folder: {folder}",
     ]
-    if source == "synthetic":
+    if source.startswith("synthetic"):
         lines.insert(1, "These are synthetic images: the accuracy says nothing about CIFAR-100.")
     return lines

@@ -341,6 +341,13 @@ def test_synthetic_images_come_from_the_seed():
     assert first.superclasses() == tuple(label // 5 for label in range(100))
 
 
+def test_as_many_synthetic_images_are_made_as_are_asked_for():
+    source = load("synthetic:1200")
+    assert (source.name, len(source.train), len(source.test)) == ("synthetic:1200", 1200, 10_000)
+    with pytest.raises(RequestError, match="synthetic:1250"):
+        load("synthetic:1250")
+
+
 def test_a_linear_model_does_not_get_synthetic_images_right():
     source = synthetic(20_000, 2_000)
 

@@ -7,6 +7,7 @@ NumPy's arrays.
 import io
 import os
 import pickle
+import re
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -46,8 +47,8 @@ def load(name: str, seed: int = 0) -> Source:
     Raises:
         RequestError: it can't be had, or it isn't CIFAR-100; the message says why and what to do.
     """
-    if name == "synthetic":
-        return synthetic(seed=seed)
+    if match := re.fullmatch(r"synthetic(?::([1-9]\d*)00)?", name):  # as many images of each class
+        return synthetic(int(match[1]) * 100, seed=seed) if match[1] else synthetic(seed=seed)
     place = fetch() if name == "cifar100" else name
     filesystem, path = locate(place)
     try:

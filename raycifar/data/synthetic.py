@@ -15,13 +15,15 @@ ANGLES = np.linspace(0, np.pi / 2, 5)  # a mirrored image must not be of another
 CYCLES = np.array([2, 4, 7, 11])  # across the image
 COLOURS = np.array([(1, 1, 1), (1, -1, 0), (0, 1, -1), (1, 0, -1), (1, -2, 1)])
 NOISE = 40  # standard deviation, of 255
+SYNTHETIC, SIZE = "synthetic", 50_000
 CHUNK = 10_000  # images made at a time, to keep the temporaries small
 
 
-def synthetic(train: int = 50_000, test: int = 10_000, seed: int = 0) -> Source:
-    """Return a data set of the size and layout of CIFAR-100, made from `seed` in seconds."""
+def synthetic(train: int = SIZE, test: int = 10_000, seed: int = 0) -> Source:
+    """Return a data set of the layout, and by default of the size, of CIFAR-100, made from `seed` in seconds."""
     train_rng, test_rng = np.random.default_rng(seed).spawn(2)
-    return Source("synthetic", draw(train, train_rng), draw(test, test_rng))
+    name = SYNTHETIC if train == SIZE else f"{SYNTHETIC}:{train}"
+    return Source(name, draw(train, train_rng), draw(test, test_rng))
 
 
 def draw(count: int, rng: np.random.Generator) -> pa.Table:
@@ -35,11 +37,13 @@ def paint(fine: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return the images (N, 3, 32, 32) uint8 of these classes."""
     _, height, width = SHAPE
     coarse, colour = np.divmod(fine, CLASSES // SUPERCLASSES)
-    angle, cycles = ANGLES[coarse % len(ANGLES)], CYCLES[coarse // len(ANGLES)]
-    y, x = np.mgrid[:height, :width] / width
-    direction = np.cos(angle)[:, None, None] * x + np.sin(angle)[:, None, None] * y
-    phase, contrast = rng.uniform(0, 2 * np.pi, len(fine)), rng.uniform(30, 60, len(fine))
-    waves = contrast[:, None, None] * np.sin(2 * np.pi * cycles[:, None, None] * direction + phase[:, None, None])
-    images = waves[:, None].astype(np.float32) * COLOURS[colour][:, :, None, None].astype(np.float32)
+    angle = ANGLES[coarse % len(ANGLES)].astype(np.float32)
+    cycles = CYCLES[coarse // len(ANGLES)].astype(np.float32)[:, None, None]
+    y, x = np.mgrid[:height, :width].astype(np.float32) / width
+    phase = rng.uniform(0, 2 * np.pi, (len(fine), 1, 1)).astype(np.float32)
+    contrast = rng.uniform(30, 60, (len(fine), 1, 1)).astype(np.float32)
+    across, down = (2 * np.pi * cycles * part(angle)[:, None, None] for part in (np.cos, np.sin))
+    waves = contrast * np.sin(across * x + down * y + phase)
+    images = waves[:, None] * COLOURS[colour][:, :, None, None].astype(np.float32)
     images += NOISE * rng.standard_normal(images.shape, np.float32) + 128
     return images.clip(0, 255).astype(np.uint8)
