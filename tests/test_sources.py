@@ -342,10 +342,10 @@ def test_synthetic_images_come_from_the_seed():
 
 
 def test_as_many_synthetic_images_are_made_as_are_asked_for():
-    source = load("synthetic:1200")
+    source = sources.load("synthetic:1200")
     assert (source.name, len(source.train), len(source.test)) == ("synthetic:1200", 1200, 10_000)
     with pytest.raises(RequestError, match="synthetic:1250"):
-        load("synthetic:1250")
+        sources.load("synthetic:1250")
 
 
 def test_a_linear_model_does_not_get_synthetic_images_right():
