@@ -151,7 +151,7 @@ def run_job(parts: list[pa.Table], scorer: dict[str, Any], workers: "Workers") -
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    dataset = ray.data.from_arrow([part.select(["image", "index"]) for part in parts]).map_batches(
+    dataset = ray.data.from_blocks([part.select(["image", "index"]) for part in parts]).map_batches(
         Scorer,
         fn_constructor_kwargs=scorer,
         batch_size=BLOCK,

@@ -128,10 +128,10 @@ def autoscaler(monkeypatch):
             "head_node_id": head,
         },
         "available_node_types": {
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 3},
         },
-        "head_node_type": "head",
+        "head_node_type": "ray.head.default",
         "file_mounts_sync_continuously": False,
         "rsync_filter": [],
         **{key: {} for key in nothing},
@@ -143,6 +143,7 @@ def autoscaler(monkeypatch):
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": head,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": head,
     }
