@@ -340,9 +340,7 @@ def lacking(workers: Workers) -> str | None:
     there = placeable(nodes, workers.resources)
     used = f", {there - fit} in use" if there > fit else ""
     state = autoscaling_state()
-    coming = len(state.pending_instances) + sum(
-        request.ray_node_type_count for request in state.pending_instance_requests
-    )
+    coming = len(state.pending_instances) + sum(request.count for request in state.pending_instance_requests)
     arriving = f"; {coming} node{'s' * (coming > 1)} on the way" if coming else ""
     return (
         f"waiting for {workers.needed} worker{'s' * (workers.needed > 1)} of {describe(workers.resources)}: "

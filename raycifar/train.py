@@ -345,6 +345,8 @@ def fit(trainer: "TorchTrainer", follow: Callable[[Callable[[], bool]], None]) -
     """Run the trainer while `follow` shows the run, and return what the first worker's training function returned."""
     try:
         return alongside(lambda: trainer.fit().return_value, follow)
+    except WorkError:
+        raise
     except Exception as error:
         raise WorkError(
             f"training failed: {root_cause(error)} The same command continues from the last checkpoint."

@@ -147,19 +147,19 @@ def autoscaler(monkeypatch):
         "RAY_CLOUD_INSTANCE_ID": head,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": head,
     }
-    start = [BIN / "ray", "start", "--head", "--port=6388", "--num-cpus=0", "--dashboard-port=8277"]
+    start = [BIN / "ray", "start", "--head", "--port=6379", "--num-cpus=0", "--dashboard-port=8277"]
     start += [f"--autoscaling-config={temp}/autoscaler.yaml", f"--temp-dir={temp}", "--disable-usage-stats"]
     with (temp / "start.log").open("w") as log:
         subprocess.run(start, env=env, stdout=log, stderr=log, check=True, timeout=120)
     yield {**os.environ, "PATH": env["PATH"], "RAY_ADDRESS": "http://127.0.0.1:8277"}
     for line in ps():
-        if str(temp) in line or "6388" in line:
+        if str(temp) in line or "6379" in line:
             os.kill(int(line.split()[0]), signal.SIGKILL)
 
 
 def count_nodes(env):
     code = "import ray; ray.init(logging_level='ERROR'); print(sum(n['Alive'] for n in ray.nodes()))"
-    ask = {**env, "RAY_ADDRESS": "127.0.0.1:6388"}
+    ask = {**env, "RAY_ADDRESS": "127.0.0.1:6379"}
     run = subprocess.run([sys.executable, "-c", code], env=ask, capture_output=True, text=True, check=True)
     return int(run.stdout.split()[-1])
 

@@ -66,6 +66,7 @@ def s3(monkeypatch):
     server.stop()
 
 
+@pytest.mark.slow
 def test_an_object_store_that_goes_away_ends_the_run_and_it_goes_on_when_it_is_back(s3, small, tmp_path):
     server, storage = s3
     args = (*CNN, "--data", small, "--epochs", 6, "--workers", 0)
