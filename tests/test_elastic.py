@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -158,10 +159,10 @@ def autoscaler(monkeypatch):
 
 
 def count_nodes(env):
-    code = "import ray; ray.init(logging_level='ERROR'); print(sum(n['Alive'] for n in ray.nodes()))"
+    code = "import ray; ray.init(log_to_driver=False); print('alive:', sum(n['Alive'] for n in ray.nodes()))"
     ask = {**env, "RAY_ADDRESS": "127.0.0.1:6379"}
     run = subprocess.run([sys.executable, "-c", code], env=ask, capture_output=True, text=True, check=True)
-    return int(run.stdout.split()[-1])
+    return int(re.search(r"^alive: (\d+)$", run.stdout, re.MULTILINE)[1])
 
 
 def test_the_autoscaler_brings_nodes_and_takes_them_away(autoscaler, tmp_path):
