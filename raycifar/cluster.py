@@ -95,8 +95,8 @@ def connect(*, debug: bool, dashboard: bool = False) -> str:
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard then shows the run
     where = f"{address} (RAY_ADDRESS)" if address else "this machine"
     try:
-        if address and (match := re.fullmatch(r"(.+):(\d+)", address)):  # Ray itself would try for ten minutes
-            socket.create_connection((match[1], int(match[2])), timeout=CONNECT_SECONDS).close()
+        if address and (match := re.fullmatch(r"([^/]+):(\d+)", address)):  # Ray itself would try for ten minutes
+            socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=CONNECT_SECONDS).close()
         context = ray.init(address="auto", **quiet)
     except (OSError, ray.exceptions.AuthenticationError) as error:  # Ray's ConnectionError is an OSError
         if "authentication token" in "".join(traceback.format_exception(error)).lower():

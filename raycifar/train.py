@@ -348,17 +348,10 @@ def fit(trainer: "TorchTrainer", follow: Callable[[Callable[[], bool]], None]) -
     except WorkError:
         raise
     except Exception as error:
+        cause = getattr(error, "controller_failure", error)  # what `Failures` raised, which names the worker
         raise WorkError(
-            f"training failed: {root_cause(error)} The same command continues from the last checkpoint."
+            f"training failed: {in_a_line(cause)}. The same command continues from the last checkpoint."
         ) from error
-
-
-def root_cause(error: BaseException) -> str:
-    """Return a sentence for what Ray Train raised: the first worker's own error, where there is one."""
-    error = getattr(error, "controller_failure", error)
-    failures = getattr(error, "worker_failures", None) or {}
-    rank, cause = next(iter(failures.items()), (None, error))
-    return f"{'' if rank is None else f'on worker {rank}, '}{in_a_line(cause)}."
 
 
 def conclude(run: Run, outcome: dict[str, Any]) -> dict[str, Any]:

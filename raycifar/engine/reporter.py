@@ -89,7 +89,7 @@ class Failures(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         end_with_the_driver()
         rank, error = min(worker_exceptions.items())
-        reason = in_a_line(error)
+        reason = in_a_line(getattr(error, "health_check_failure", error))
         content = self.board.get("worker") or {}
         attempt = content.get("attempt")
         if attempt and (attempt, reason) == self.last:
