@@ -71,7 +71,7 @@ def test_a_cluster_that_is_not_there_is_said_at_once(train, small):
     assert "127.0.0.1:9 (RAY_ADDRESS) can't be reached" in failed
 
 
-@pytest.mark.parametrize("mode", ["token", "disabled"])
+@pytest.mark.parametrize("mode", ["token", pytest.param("disabled", marks=pytest.mark.slow)])
 def test_without_the_cluster_s_token_the_message_says_what_to_set(train, small, cluster, tmp_path, mode):
     env = {"RAY_ADDRESS": cluster["RAY_ADDRESS"], "RAY_AUTH_MODE": mode, "HOME": str(tmp_path)}
     failed = train(*CNN, "--data", small, env=env, code=1).stderr

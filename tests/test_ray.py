@@ -76,7 +76,8 @@ def dashboard(cluster):
     return json.loads(urllib.request.urlopen(request).read())
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_the_same_command_gives_the_same_weights_byte_for_byte(reference, train, small, cluster, tmp_path, workers):
     train(*RUN, "--data", small, "--name", "again", "--workers", workers, env=cluster)
     assert weights(tmp_path / "runs/again") == weights(reference(workers))
@@ -98,6 +99,7 @@ def test_a_worker_killed_in_mid_epoch_changes_nothing(reference, small, cluster,
     assert [row["epoch"] for row in history(tmp_path / "a")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_driver_killed_and_started_again_changes_nothing(reference, train, small, cluster, tmp_path):
     args = (*RUN, "--data", small, "--name", "a", "--workers", 2)
     command = Command(*args, storage=tmp_path / "runs", env=cluster)

@@ -15,7 +15,7 @@ from raycifar.models.cnn import whitening_filters
 from raycifar.pretrained import begin
 from raycifar.recipes import SPEEDRUN
 
-RUN = ("--model", "cnn", "--workers", 0, "--val-size", 200, "--recipe", "speedrun", "--epochs", 2, "--batch-size", 50)
+RUN = ("--model", "cnn", "--workers", 0, "--val-size", 200, "--recipe", "speedrun", "--epochs", 2, "--batch-size", 100)
 
 
 def test_whitened_patches_are_uncorrelated_and_of_variance_one():

@@ -25,7 +25,8 @@ def small_disk(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_full_disk_ends_the_run_in_a_sentence_and_it_goes_on_when_there_is_room(small_disk, small, cluster, workers):
     args = (*CNN, "--data", small, "--epochs", 6, "--workers", workers)
     full = Command(*args, storage=small_disk, env=cluster).finish()

@@ -119,7 +119,7 @@ def stop_in_epoch_2(small, storage, number, *args):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGKILL, signal.SIGTERM))]
 )
 def test_a_run_stopped_in_mid_epoch_ends_with_the_same_weights(reference, train, small, tmp_path, number):
     stopped = stop_in_epoch_2(small, tmp_path / "runs", number)
@@ -163,11 +163,12 @@ def test_a_run_killed_before_its_scores_were_written_only_scores(reference, trai
     assert history(tmp_path / "runs/a") == history(reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [
         ("--optimizer", "adamw", "--lr", 0.001, "--ema", 0.99, "--dropout", 0.2, "--mixup", 0.5),
-        pytest.param(("--recipe", "speedrun"), marks=pytest.mark.slow),
+        ("--recipe", "speedrun"),
     ],
 )
 def test_every_part_of_the_state_is_resumed(train, small, tmp_path, recipe):
@@ -208,6 +209,7 @@ def test_val_size_0_trains_on_everything_and_says_nothing_of_validation(train, s
     assert not (tmp_path / "runs/all/best.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_synthetic_images_are_learned_without_a_warning_and_said_to_be_synthetic(train, tmp_path):
     args = ("--model", "cnn", "--workers", 0, "--data", "synthetic", "--limit", 2500, "--val-size", 500, "--epochs", 3)
     args += ("--batch-size", 64)
