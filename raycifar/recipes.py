@@ -41,7 +41,7 @@ class Recipe:
     dropout: float = option(0.0, "share of features zeroed before each dense layer")
     ema: float = option(0.0, "decay of a running average of the weights, which is then scored and kept; 0: none")
     clip_norm: float = option(0.0, "largest gradient norm; 0: no limit")
-    precision: Precision = option("auto", "auto is bfloat16 where every worker's hardware has it, else float32")
+    precision: Precision = option("auto", "auto is bfloat16 where every worker's hardware gains by it, else float32")
     whiten: bool = option(False, "a first layer, of the cnn alone, that whitens 3x3 patches; made from the images")
     image_size: int = option(32, "side to which images are scaled, 32 to 224 pixels")
     pretrained: str = option("none", "weights to begin with: imagenet, a file (PyTorch or safetensors), or none")

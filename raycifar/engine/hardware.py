@@ -16,21 +16,26 @@ def set_up(device: torch.device, threads: int) -> None:
 
 
 def choose_precision(wanted: Precision, device: torch.device) -> torch.dtype:
-    """Return the type to multiply in; `auto` is bfloat16 if every worker's hardware has it, else float32."""
+    """Return the type to multiply in; `auto` is bfloat16 if every worker's hardware gains by it, else float32."""
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bfloat16" else torch.float32
-    able = torch.tensor(float(has_bfloat16(device)), device=device)
+    able = torch.tensor(float(gains_by_bfloat16(device)), device=device)
     if dist.is_initialized():
         dist.all_reduce(able, op=dist.ReduceOp.MIN)
     return torch.bfloat16 if able else torch.float32
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Return whether the hardware multiplies in bfloat16, rather than emulating it."""
+def gains_by_bfloat16(device: torch.device) -> bool:
+    """Return whether the hardware multiplies faster in bfloat16 than in float32.
+
+    Where AVX-512 alone has it, and no matrix unit, AMD's processors (Zen 4) double their rate; Intel's are slower
+    than in float32 (0.80 to 0.95 of its rate with `vgg16` and `cnn`).
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
-    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    vectors = able.get("avx512_bf16") and str(able.get("cpu_name")).startswith("AMD")
+    return bool(vectors or able.get("amx_bf16") or able.get("bf16"))
 
 
 def parallelise(model: nn.Module, size: int, device: torch.device, autocast: torch.autocast) -> nn.Module:
