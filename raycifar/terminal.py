@@ -66,8 +66,35 @@ class Screen:
             waiting: says what workers that have yet to start wait for.
             refresh: called when an epoch is over.
         """
+        attempt, notices, failures, shown, described = None, 0, 0, 0, None
         with self.line() as line:
-            self._follow(board, running, epochs, waiting, refresh, line)
+            while True:
+                alive = running()  # asked first: what is on the board after the end is still shown
+                content = board.get("worker") or {"attempt": None, "phase": STARTING}
+                told = board.get("failures") or []
+                for failure in told[failures:]:
+                    self.say(failure)
+                failures = len(told)
+                if content["attempt"] != attempt:
+                    attempt, notices = content["attempt"], 0
+                if (about := content.get("about")) and about != described:
+                    self.say(f"{about['parameters']:,} parameters, {about['precision']} on {about['device']}")
+                    described = about
+                for notice in content.get("notices", [])[notices:]:
+                    self.say(notice)
+                notices = len(content.get("notices", []))
+                for row in content.get("history", []):
+                    if row["epoch"] > shown:
+                        self.say(epoch_line(row, epochs))
+                        shown = row["epoch"]
+                        refresh()
+                phase = content["phase"]
+                if alive and phase == STARTING:
+                    phase = waiting() or phase
+                line.show(phase, content.get("step"))
+                if not alive:
+                    return
+                time.sleep(POLL_SECONDS)
 
     def follow_phase(self, board: Board, running: Callable[[], bool], waiting: Callable[[], str | None]) -> None:
         """Say what is being done, by `board`, until it is no longer `running`."""
@@ -93,42 +120,6 @@ class Screen:
         )
         with Live(bar, console=self.console, transient=True, refresh_per_second=4):
             yield LiveLine(bar)
-
-    def _follow(
-        self,
-        board: Board,
-        running: Callable[[], bool],
-        epochs: int,
-        waiting: Callable[[], str | None],
-        refresh: Callable[[], None],
-        line: "LiveLine | PlainLine",
-    ) -> None:
-        attempt, notices, failures, shown, described = None, 0, 0, 0, None
-        while True:
-            alive = running()  # asked first: what is on the board after the end is still shown
-            content = board.get("worker") or {"attempt": None, "phase": STARTING}
-            told = board.get("failures") or []
-            for failure in told[failures:]:
-                self.say(failure)
-            failures = len(told)
-            if content["attempt"] != attempt:
-                attempt, notices = content["attempt"], 0
-            if (about := content.get("about")) and about != described:
-                self.say(f"{about['parameters']:,} parameters, {about['precision']} on {about['device']}")
-                described = about
-            for notice in content.get("notices", [])[notices:]:
-                self.say(notice)
-            notices = len(content.get("notices", []))
-            for row in content.get("history", []):
-                if row["epoch"] > shown:
-                    self.say(epoch_line(row, epochs))
-                    shown = row["epoch"]
-                    refresh()
-            if not alive:
-                return
-            phase = content["phase"]
-            line.show((waiting() if phase == STARTING else None) or phase, content.get("step"))
-            time.sleep(POLL_SECONDS)
 
     def follow_tasks(
         self, tasks: Callable[[], Sequence[Task]], running: Callable[[], bool], refresh: Callable[[], None]
