@@ -73,15 +73,12 @@ def describe(resources: Resources) -> str:
     return ", ".join(f"{amount:g} {name}{'s' * (amount != 1)}" for name, amount in resources.items())
 
 
-def connect(*, debug: bool, dashboard: bool = False) -> str:
+def connect(*, debug: bool, dashboard: bool = False) -> None:
     """Join the cluster that is there (RAY_ADDRESS, or `ray start` on this machine), else start one here.
 
     Args:
         dashboard: run it in a Ray that is started here: it takes time, but only by what it knows does Ray Train
             put away the workers of a training driver that died.
-
-    Returns:
-        A phrase that says which.
 
     Raises:
         WorkError: the cluster refuses, or can't be reached.
@@ -91,13 +88,13 @@ def connect(*, debug: bool, dashboard: bool = False) -> str:
     address = os.environ.get("RAY_ADDRESS")
     if not address and not started_here():
         ray.init(address="local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **quiet)
-        return "Ray on this machine"
+        return
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard then shows the run
     where = f"{address} (RAY_ADDRESS)" if address else "this machine"
     try:
         if address and (match := re.fullmatch(r"([^/]+):(\d+)", address)):  # Ray itself would try for ten minutes
             socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=CONNECT_SECONDS).close()
-        context = ray.init(address="auto", **quiet)
+        ray.init(address="auto", **quiet)
     except (OSError, ray.exceptions.AuthenticationError) as error:  # Ray's ConnectionError is an OSError
         if "authentication token" in "".join(traceback.format_exception(error)).lower():
             raise WorkError(
@@ -108,7 +105,6 @@ def connect(*, debug: bool, dashboard: bool = False) -> str:
     except RuntimeError as error:  # other versions of Ray or Python
         reason = " ".join(str(error).split())
         raise WorkError(f"the Ray cluster at {where} can't be joined: {reason.rstrip('.')}.") from error
-    return f"the Ray cluster at {context.address_info['gcs_address']}"
 
 
 def started_here() -> bool:
