@@ -50,7 +50,7 @@ def cuts(rows: int, world_sizes: Sequence[int]) -> list[int]:
 
 
 class ExactShards(ray.train.DataConfig):
-    """Gives each worker its rows: all of them, always the same, by a split that needs no task."""
+    """Gives each worker its rows as a dataset: all of them, always the same, by a split that needs no task."""
 
     def configure(self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
         shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
@@ -58,7 +58,7 @@ class ExactShards(ray.train.DataConfig):
             inner = bounds(dataset.count(), world_size)[1:-1]
             parts = dataset.split_at_indices(inner) if inner else [dataset]
             for shard, part in zip(shards, parts, strict=True):
-                shard[name] = part.iterator()
+                shard[name] = part
         return shards
 
 
@@ -86,10 +86,9 @@ class Shard:
 def load_shard(name: str, device: torch.device) -> Shard:
     """Return this worker's share of the split `name`; all workers must ask for it together."""
     source = ray.train.get_dataset_shard(name)
-    if isinstance(source, pa.Table):
-        tables = [source]
-    else:
-        tables = list(source.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    # The blocks themselves: to iterate over them would start an executor, and an actor of Ray Data's that then
+    # stays on this worker's node, which the autoscaler could never take away again.
+    tables = [source] if isinstance(source, pa.Table) else ray.get(source.to_arrow_refs())
     images = torch.empty((sum(map(len, tables)), *SHAPE), dtype=torch.uint8)
     start = 0
     for chunk in (chunk for table in tables for chunk in table["image"].chunks):
