@@ -25,7 +25,7 @@ from raycifar.options import Model, door, pick_recipe, recipe_options, training_
 from raycifar.pretrained import begin
 from raycifar.runs import BENCH, BENCH_CHART, Run
 from raycifar.terminal import Screen
-from raycifar.train import Request, and_weights, build_trainer, fit, identify, place, record
+from raycifar.train import Request, and_weights, build_trainer, fit, identify, importing_meanwhile, place, record
 
 WAYS = ("dataloader", "stream")
 STAGES = {
@@ -95,8 +95,9 @@ def time_stages(
         fixed = {"recipe": recipe, "name": "bench", "storage": folder, "checkpoint_steps": 0, "test": False}
         request = Request(**{**given, **fixed})
         with screen.waiting(f"Reading {request.data}{and_weights([recipe])}"):
-            source = load(request.data)
-            splits = split(source, request.val_size, request.limit, request.seed)
+            with importing_meanwhile():
+                source = load(request.data)
+                splits = split(source, request.val_size, request.limit, request.seed)
             start = begin(request.model, recipe, source.train)
         with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
             workers = place(request, Run(request.storage, request.name), debug=debug)

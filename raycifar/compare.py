@@ -24,7 +24,7 @@ from raycifar.recipes import Recipe, changes, describe_changes
 from raycifar.report import Refresher, explain, write_comparison, write_run
 from raycifar.runs import COMPARISON, COMPARISON_TABLE, PREDICTIONS, REPORT_PAGE, RESULT, RUN, STUDY, Run
 from raycifar.terminal import Screen, alongside
-from raycifar.train import Request, and_weights, check_batch_size, storing_in
+from raycifar.train import Request, and_weights, check_batch_size, importing_meanwhile, storing_in
 
 SCORES = ("top1", "top5", "loss")
 
@@ -82,8 +82,9 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
     seeds = list(range(options["seed"], options["seed"] + options["seeds"]))
 
     with screen.waiting(f"Reading {options['data']}{and_weights(recipes.values())}"):
-        source = load(options["data"])
-        splits = split(source, options["val_size"], options["limit"], options["seed"])
+        with importing_meanwhile():
+            source = load(options["data"])
+            splits = split(source, options["val_size"], options["limit"], options["seed"])
         starts = {model: begin(model, recipe, source.train) for model, recipe in recipes.items()}
     agreement = agree(folder, options, recipes, spaces, source, starts)
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -103,8 +105,9 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
     screen, run = Screen(), Run(request.storage, request.name)
 
     with screen.waiting(f"Reading {request.data}{and_weights([request.recipe])}"):
-        source = load(request.data)
-        splits = split(source, request.val_size, request.limit, request.seed)
+        with importing_meanwhile():
+            source = load(request.data)
+            splits = split(source, request.val_size, request.limit, request.seed)
         start = begin(request.model, request.recipe, source.train)
     identity = identify(request, source, splits, start)
     if earlier := compare_with_earlier(run, identity):
@@ -143,6 +146,15 @@ def show_report(request: Request, run: Run, source: Source, screen: Screen) -> N
     with screen.waiting("Drawing the report"):
         report = explain(lambda: write_run(run, source))
     screen.say(f"What the curves show: {report['headline']}. See {REPORT_PAGE}")
+
+
+@contextmanager
+def importing_meanwhile() -> Iterator[None]:
+    """Import PyTorch and Ray Train in a thread of their own, which reading images leaves room for."""
+    thread = Thread(target=import_module, args=("ray.train.torch",))
+    thread.start()
+    yield
+    thread.join()
 
 
 def and_weights(recipes: Iterable[Recipe]) -> str:

@@ -32,6 +32,7 @@ from raycifar.files import locate
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
 MD5 = "03b5dce01913d631647c71ecec9e9cb8"
 
+CHUNK = 2**24  # bytes to unpack at a time, for which Python's threads needn't wait
 RECORD = 2 + BYTES  # coarse label, fine label, pixels
 WANTED = (
     "CIFAR-100 is read as the official binary archive or its folder, as cifar-100-python (archive or folder), "
@@ -100,7 +101,7 @@ def read_archive(name: str, stream: io.IOBase) -> dict[str, bytes]:
     """
     contents = {}
     try:
-        with tarfile.open(fileobj=stream, mode="r|*") as archive:
+        with tarfile.open(fileobj=stream, mode="r|*", bufsize=CHUNK) as archive:
             for member in archive:
                 place = PurePosixPath(member.name)
                 if place.is_absolute() or ".." in place.parts or not (member.isfile() or member.isdir()):

@@ -1,5 +1,6 @@
 """The optimiser of a recipe."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,11 +32,28 @@ def build_optimizer(model: nn.Module, layers: Sequence[Sequence[str]], recipe: R
     if recipe.optimizer == "muon":
         return Muon(options, recipe.lr, recipe.momentum)
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(options, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
-    return torch.optim.SGD(options, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True)
+        return AdamW(options, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
+    return SGD(options, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True)
 
 
-class Muon(torch.optim.Optimizer):
+class Eager(torch.optim.Optimizer):
+    """An optimiser that isn't compiled. PyTorch's own import for that what takes 1.4 s, in every process."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class SGD(Eager, torch.optim.SGD):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+
+class AdamW(Eager, torch.optim.AdamW):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class Muon(Eager):
     """Steps of the same length in all directions, for filters (Jordan et al., 2024); SGD for all else.
 
     The update of a convolution's filters, as a matrix (filters, values of a filter), is replaced by the nearest

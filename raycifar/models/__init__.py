@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 from dataclasses import asdict, dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from raycifar.data import CLASSES, MEAN, SIDE, STD
@@ -88,9 +89,16 @@ class Builtin:
     """An architecture that is a module here."""
 
     def __init__(self, name: str) -> None:
-        # Imported when asked for: a worker that trains `cnn` has no need of torchvision.
-        self.module = importlib.import_module(f"raycifar.models.{name}")
-        self.weights: str | None = getattr(self.module, "IMAGENET", None)
+        self.name = name
+
+    @property
+    def module(self) -> ModuleType:
+        """Imported when asked for: a worker that trains `cnn` has no need of torchvision, a name's check of torch."""
+        return importlib.import_module(f"raycifar.models.{self.name}")
+
+    @property
+    def weights(self) -> str | None:
+        return getattr(self.module, "IMAGENET", None)
 
     def build(self, classes: int, dropout: float, large_stem: bool, size: int, **options: Any) -> nn.Module:
         return self.module.build(classes, dropout, large_stem, **options)
