@@ -154,7 +154,8 @@ def leave(code: int, sentence: str | None = None) -> None:
         signal.signal(number, signal.SIG_IGN)
     if sentence:
         click.echo(sentence, err=True)
-    if (ray := sys.modules.get("ray")) and ray.is_initialized():
+    ray = sys.modules.get("ray")  # half imported, maybe, by another thread
+    if ray and getattr(ray, "is_initialized", bool)():
         ray.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
