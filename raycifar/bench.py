@@ -18,14 +18,12 @@ from rich.table import Table
 
 from raycifar import models
 from raycifar.board import Board
-from raycifar.data.sources import load
-from raycifar.data.tables import split
 from raycifar.errors import RequestError, WorkError
 from raycifar.options import Model, door, pick_recipe, recipe_options, training_options
 from raycifar.pretrained import begin
 from raycifar.runs import BENCH, BENCH_CHART, Run
 from raycifar.terminal import Screen
-from raycifar.train import Request, and_weights, build_trainer, fit, identify, importing_meanwhile, place, record
+from raycifar.train import Request, and_weights, build_trainer, fit, identify, place, read, record
 
 WAYS = ("dataloader", "stream")
 STAGES = {
@@ -95,9 +93,7 @@ def time_stages(
         fixed = {"recipe": recipe, "name": "bench", "storage": folder, "checkpoint_steps": 0, "test": False}
         request = Request(**{**given, **fixed})
         with screen.waiting(f"Reading {request.data}{and_weights([recipe])}"):
-            with importing_meanwhile():
-                source = load(request.data)
-                splits = split(source, request.val_size, request.limit, request.seed)
+            source, splits = read(request.data, request.val_size, request.limit, request.seed)
             start = begin(request.model, recipe, source.train)
         with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
             workers = place(request, Run(request.storage, request.name), debug=debug)

@@ -14,8 +14,7 @@ from rich.table import Table
 
 from raycifar import models
 from raycifar.analysis.comparison import Finished, by_model, compare, not_comparable
-from raycifar.data.sources import load
-from raycifar.data.tables import Source, from_lists, split
+from raycifar.data.tables import Source, from_lists
 from raycifar.errors import RequestError, WorkError
 from raycifar.models import Architecture
 from raycifar.options import Interrupted, check_name, door, pick_recipe, recipe_options, training_options
@@ -24,7 +23,7 @@ from raycifar.recipes import Recipe, changes, describe_changes
 from raycifar.report import Refresher, explain, write_comparison, write_run
 from raycifar.runs import COMPARISON, COMPARISON_TABLE, PREDICTIONS, REPORT_PAGE, RESULT, RUN, STUDY, Run
 from raycifar.terminal import Screen, alongside
-from raycifar.train import Request, and_weights, check_batch_size, importing_meanwhile, storing_in
+from raycifar.train import Request, and_weights, check_batch_size, read, storing_in
 
 SCORES = ("top1", "top5", "loss")
 
@@ -82,9 +81,7 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
     seeds = list(range(options["seed"], options["seed"] + options["seeds"]))
 
     with screen.waiting(f"Reading {options['data']}{and_weights(recipes.values())}"):
-        with importing_meanwhile():
-            source = load(options["data"])
-            splits = split(source, options["val_size"], options["limit"], options["seed"])
+        source, splits = read(options["data"], options["val_size"], options["limit"], options["seed"])
         starts = {model: begin(model, recipe, source.train) for model, recipe in recipes.items()}
     agreement = agree(folder, options, recipes, spaces, source, starts)
 

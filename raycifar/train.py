@@ -105,9 +105,7 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
     screen, run = Screen(), Run(request.storage, request.name)
 
     with screen.waiting(f"Reading {request.data}{and_weights([request.recipe])}"):
-        with importing_meanwhile():
-            source = load(request.data)
-            splits = split(source, request.val_size, request.limit, request.seed)
+        source, splits = read(request.data, request.val_size, request.limit, request.seed)
         start = begin(request.model, request.recipe, source.train)
     identity = identify(request, source, splits, start)
     if earlier := compare_with_earlier(run, identity):
@@ -148,13 +146,14 @@ def show_report(request: Request, run: Run, source: Source, screen: Screen) -> N
     screen.say(f"What the curves show: {report['headline']}. See {REPORT_PAGE}")
 
 
-@contextmanager
-def importing_meanwhile() -> Iterator[None]:
-    """Import PyTorch and Ray Train in a thread of their own, which reading images leaves room for."""
-    thread = Thread(target=import_module, args=("ray.train.torch",))
-    thread.start()
-    yield
-    thread.join()
+def read(data: str, val_size: int, limit: int | None, seed: int) -> tuple[Source, Splits]:
+    """Return the images and their splits; a thread imports PyTorch and Ray Train meanwhile."""
+    importing = Thread(target=import_module, args=("ray.train.torch",))
+    importing.start()
+    source = load(data)
+    splits = split(source, val_size, limit, seed)
+    importing.join()
+    return source, splits
 
 
 def and_weights(recipes: Iterable[Recipe]) -> str:
