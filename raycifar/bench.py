@@ -24,6 +24,7 @@ from raycifar.pretrained import begin
 from raycifar.runs import BENCH, BENCH_CHART, Run
 from raycifar.terminal import Screen
 from raycifar.train import Request, and_weights, build_trainer, fit, identify, place, read, record
+from raycifar.train import main as train_command
 
 WAYS = ("dataloader", "stream")
 STAGES = {
@@ -124,8 +125,14 @@ def time_startup(options: dict[str, Any], screen: Screen) -> dict[str, Any]:
 
 def time_first_step(options: dict[str, Any], workers: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "raycifar.train", "--model", options["model"], "--data", options["data"]]
-        command += ["--workers", str(workers), "--storage", folder, "--no-report"]
+        command = [sys.executable, "-m", "raycifar.train"]
+        given = {**options, "workers": workers, "storage": folder, "report": False}
+        for option in train_command.params:
+            value = given.get(option.name or "")
+            if isinstance(value, bool):
+                command += option.opts if value else option.secondary_opts
+            elif value is not None:
+                command += [option.opts[0], str(value)]
         begun = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
