@@ -21,6 +21,7 @@ from raycifar.models import Architecture, Preprocessing
 from raycifar.recipes import Recipe
 
 WHITENED = 1000  # images that the first layer is made from
+WHITENING = "whiten.weight"  # its filters
 NAMED = 3  # of the parameters that don't fit
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training scripts save a state dict
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
@@ -38,7 +39,7 @@ class Start:
 
     def fingerprint(self) -> str | None:
         """Return a digest of the weights, equal for equal weights."""
-        if self.weights is None or self.architecture.whiten:  # made from the images, which have a fingerprint
+        if self.weights is None or self.weights.keys() == {WHITENING}:  # made of images, which have a fingerprint
             return None
         digest = hashlib.blake2b(digest_size=16)
         for name, values in sorted(self.weights.items()):
@@ -56,10 +57,12 @@ def begin(model: str, recipe: Recipe, images: pa.Table | None = None) -> Start:
     Raises:
         RequestError: the weights can't be had, or aren't those of the model; the message says what to do.
     """
-    if recipe.whiten:
-        return whitened(model, recipe, images)
+    if (recipe.whiten or recipe.depth > 1) and (model != "cnn" or recipe.pretrained != "none"):
+        raise RequestError("--whiten and --depth are for the cnn, trained from scratch (--pretrained none).")
     if recipe.pretrained == "none":
-        return Start(Architecture(model, preprocessing=Preprocessing(recipe.image_size)))
+        preprocessing = Preprocessing(recipe.image_size)
+        architecture = Architecture(model, preprocessing=preprocessing, whiten=recipe.whiten, depth=recipe.depth)
+        return Start(architecture, {WHITENING: whitening(images, preprocessing)} if recipe.whiten else None)
     family = models.find(model)
     preprocessing = family.imagenet_preprocessing(recipe.image_size)
     architecture = Architecture(model, large_stem=True, preprocessing=preprocessing)
@@ -72,18 +75,14 @@ def begin(model: str, recipe: Recipe, images: pa.Table | None = None) -> Start:
     return Start(architecture, fit(tensors, architecture, recipe.pretrained))
 
 
-def whitened(model: str, recipe: Recipe, images: pa.Table | None) -> Start:
-    """Return the CNN with a first layer made from the images."""
-    if model != "cnn" or recipe.pretrained != "none":
-        raise RequestError("--whiten is for the cnn, trained from scratch: leave it out, or take --pretrained none.")
+def whitening(images: pa.Table | None, preprocessing: Preprocessing) -> np.ndarray:
+    """Return the filters of the CNN's first layer that whiten these images."""
     assert images is not None
     from raycifar.models.cnn import whitening_filters
 
-    preprocessing = Preprocessing(recipe.image_size)
     pixels = to_numpy(images["image"].slice(0, WHITENED).combine_chunks(), "image").astype(np.float32) / 255
     mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    filters = whitening_filters((pixels - mean) / std)
-    return Start(Architecture(model, preprocessing=preprocessing, whiten=True), {"whiten.weight": filters})
+    return whitening_filters((pixels - mean) / std)
 
 
 def fetch(model: str) -> dict[str, Any]:
@@ -99,11 +98,11 @@ def fetch(model: str) -> dict[str, Any]:
 
 
 def adopt(theirs: Architecture, ours: Architecture, place: str) -> Architecture:
-    """Return our architecture with the stem and the pixels' mean and std that raycifar's own weights had."""
+    """Return the architecture of raycifar's own weights, for images of the size that ours takes."""
     if theirs.model != ours.model:
         raise RequestError(f"--pretrained {place} holds the weights of a {theirs.model}, not of a {ours.model}.")
     preprocessing = replace(theirs.preprocessing, size=ours.preprocessing.size)
-    return replace(ours, large_stem=theirs.large_stem, preprocessing=preprocessing)
+    return replace(theirs, classes=ours.classes, preprocessing=preprocessing)
 
 
 def fit(tensors: Mapping[str, Any], architecture: Architecture, place: str) -> dict[str, np.ndarray]:

@@ -22,7 +22,8 @@ from raycifar.data.synthetic import synthetic
 from raycifar.data.tables import to_numpy
 
 ROOT = Path(__file__).parent.parent
-SMALL = {"train": 1200, "test": 500}
+SMALL = {"train": 800, "test": 300}
+RUN = ("--model", "cnn", "--val-size", 200, "--epochs", 3, "--batch-size", 50)  # 12 steps an epoch
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +62,7 @@ def small_files(small_arrays):
 
 @pytest.fixture(scope="session")
 def small(small_files, tmp_path_factory):
-    """The path of an archive of 1,200 training and 500 test images."""
+    """The path of an archive of 800 training and 300 test images."""
     return write_archive(tmp_path_factory.mktemp("data") / "cifar-100-binary.tar.gz", small_files)
 
 
@@ -112,6 +113,15 @@ def finish(command: Command, code: int = 0) -> subprocess.CompletedProcess:
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stdout + done.stderr
     return done
+
+
+@pytest.fixture(scope="session")
+def trained(small, tmp_path_factory):
+    """The folder of a run that nothing disturbed, with its report; tests that change it take a copy."""
+    storage = tmp_path_factory.mktemp("trained")
+    args = (*RUN, "--workers", 0, "--cpus-per-worker", 2, "--data", small, "--name", "a")
+    assert "What the curves show: " in finish(Command(*args, storage=storage)).stdout
+    return storage / "a"
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import Compare, checkpoints, finish, history, wait_until
+from conftest import RUN, Compare, checkpoints, finish, history, wait_until
 
 from raycifar.engine.evaluate import to_predictions_file
 from raycifar.models import Architecture
@@ -131,22 +131,10 @@ def test_a_request_that_makes_no_sense_is_refused(compare, small, tmp_path, args
     assert not (tmp_path / "runs").exists()
 
 
-STUDY = (
-    "--models",
-    "cnn",
-    "--epochs",
-    3,
-    "--batch-size",
-    50,
-    "--val-size",
-    200,
-    "--checkpoint-steps",
-    5,
-    "--no-report",
-)
+STUDY = (*RUN[2:], "--models", "cnn", "--checkpoint-steps", 4, "--no-report")
 
 
-def test_a_comparison_whose_driver_was_killed_goes_on_in_mid_epoch(compare, train, small, cluster, tmp_path):
+def test_a_comparison_whose_driver_was_killed_goes_on_in_mid_epoch(compare, trained, small, cluster, tmp_path):
     args = (*STUDY, "--seeds", 1, "--data", small, "--name", "c")
     folder = tmp_path / "runs/c"
     command = Compare(*args, storage=tmp_path / "runs", env=cluster)
@@ -169,9 +157,7 @@ def test_a_comparison_whose_driver_was_killed_goes_on_in_mid_epoch(compare, trai
     assert "1 trials are over already" in compare(*args, env=cluster).stdout
     assert (folder / "cnn-s0/result.json").stat().st_mtime_ns == before
     # The same as `train` gives, to the last bit.
-    train(*STUDY[2:], "--model", "cnn", "--data", small, "--name", "alone", "--workers", 1, env=cluster)
-    alone, trial = (path / "model.safetensors" for path in (tmp_path / "runs/alone", folder / "cnn-s0"))
-    assert alone.read_bytes() == trial.read_bytes()
+    assert (trained / "model.safetensors").read_bytes() == (folder / "cnn-s0/model.safetensors").read_bytes()
     other = compare(*args, "--lr", 0.3, env=cluster, code=2).stderr
     assert "is another comparison: cnn lr 0.05 there, lr 0.3 here" in other
 

@@ -13,8 +13,8 @@ class Data(Command):
 def test_a_data_set_is_described(small):
     said = finish(Data("describe", "--data", small, storage=None)).stdout
     assert load(small).fingerprint() in said
-    assert "training images  1,200, 12 of each of 100 classes in 20 superclasses" in said
-    assert "test images      500, 5 of each" in said
+    assert "training images  800, 8 of each of 100 classes in 20 superclasses" in said
+    assert "test images      300, 3 of each" in said
 
 
 def test_cifar_100_is_what_its_authors_describe(cifar):

@@ -13,16 +13,6 @@ class Evaluate(Command):
     door = "raycifar.evaluate"
 
 
-@pytest.fixture(scope="module")
-def trained(small, tmp_path_factory):
-    storage = tmp_path_factory.mktemp("trained")
-    args = ("--model", "cnn", "--workers", 0, "--val-size", 200, "--epochs", 3, "--data", small, "--name", "a")
-    args += ("--no-report",)
-    done = Command(*args, storage=storage).finish()
-    assert done.returncode == 0, done.stdout + done.stderr
-    return storage / "a"
-
-
 @pytest.fixture
 def evaluate(tmp_path):
     def run(*args, env=None):
@@ -37,7 +27,7 @@ def test_the_scores_are_the_run_s_own(trained, evaluate, small, cluster, tmp_pat
     before = pq.read_table(tmp_path / "a/predictions.parquet")
     (tmp_path / "a/predictions.parquet").unlink()
     done = evaluate(tmp_path / "a", "--data", small, "--workers", workers, env=cluster)
-    assert "500 images: top-1 " in done.stdout
+    assert "300 images: top-1 " in done.stdout
     test = json.loads((tmp_path / "a/result.json").read_text())["test"]
     found = json.loads((tmp_path / "a/evaluation.json").read_text())
     assert {key: found[key] for key in test} == pytest.approx(test, abs=1e-6)
@@ -67,7 +57,7 @@ def test_another_data_set_leaves_the_run_as_it_was(trained, evaluate, small, tmp
     evaluate(tmp_path / "a", "--data", small, "--split", "train", "--workers", 0)
     assert (tmp_path / "a/predictions.parquet").read_bytes() == before
     found = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
-    assert found["images"] == 1200
+    assert found["images"] == 800
     assert found["split"] == "train"
     evaluate(tmp_path / "a/best.safetensors", "--data", small, "--workers", 0, "--out", tmp_path / "elsewhere")
-    assert json.loads((tmp_path / "elsewhere/evaluation.json").read_text())["images"] == 500
+    assert json.loads((tmp_path / "elsewhere/evaluation.json").read_text())["images"] == 300

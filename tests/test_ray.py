@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Command, checkpoints, history, ps, wait_until
+from conftest import ROOT, RUN, Command, checkpoints, history, ps, wait_until
 
-RUN = ("--model", "cnn", "--val-size", 200, "--epochs", 3, "--batch-size", 50, "--checkpoint-steps", 5, "--no-report")
+ARGS = (*RUN, "--checkpoint-steps", 4, "--no-report")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def reference(small, cluster, tmp_path_factory):
     def get(workers):
         if workers not in folders:
             storage = tmp_path_factory.mktemp(f"reference-{workers}")
-            args = (*RUN, "--data", small, "--name", "a", "--workers", workers)
+            args = (*ARGS, "--data", small, "--name", "a", "--workers", workers)
             done = Command(*args, storage=storage, env=cluster).finish()
             assert done.returncode == 0, done.stdout + done.stderr
             folders[workers] = storage / "a"
@@ -80,13 +80,13 @@ def dashboard(cluster):
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_same_command_gives_the_same_weights_byte_for_byte(reference, train, small, cluster, tmp_path, workers):
-    train(*RUN, "--data", small, "--name", "again", "--workers", workers, env=cluster)
+    train(*ARGS, "--data", small, "--name", "again", "--workers", workers, env=cluster)
     assert weights(tmp_path / "runs/again") == weights(reference(workers))
     assert {row["workers"] for row in history(tmp_path / "runs/again")} == {workers}
 
 
 def test_a_worker_killed_in_mid_epoch_changes_nothing(reference, small, cluster, tmp_path):
-    command = Command(*RUN, "--data", small, "--name", "a", "--workers", 2, storage=tmp_path, env=cluster)
+    command = Command(*ARGS, "--data", small, "--name", "a", "--workers", 2, storage=tmp_path, env=cluster)
     with ThreadPoolExecutor() as pool:
         watched = pool.submit(lambda: (metrics(cluster), dashboard(cluster)))
         in_the_middle_of_epoch_2(command, tmp_path / "a")
@@ -104,7 +104,7 @@ def test_a_worker_killed_in_mid_epoch_changes_nothing(reference, small, cluster,
 
 @pytest.mark.slow
 def test_the_driver_killed_and_started_again_changes_nothing(reference, train, small, cluster, tmp_path):
-    args = (*RUN, "--data", small, "--name", "a", "--workers", 2)
+    args = (*ARGS, "--data", small, "--name", "a", "--workers", 2)
     command = Command(*args, storage=tmp_path / "runs", env=cluster)
     in_the_middle_of_epoch_2(command, tmp_path / "runs/a")
     command.kill()
@@ -117,8 +117,8 @@ def test_the_driver_killed_and_started_again_changes_nothing(reference, train, s
 @pytest.mark.slow
 def test_three_workers_resume_exactly_and_score_each_image_once(reference, train, small, cluster, tmp_path):
     result = json.loads((reference(3) / "result.json").read_text())
-    assert result["test"]["images"] == 500
-    args = (*RUN, "--data", small, "--name", "a", "--workers", 3)
+    assert result["test"]["images"] == 300
+    args = (*ARGS, "--data", small, "--name", "a", "--workers", 3)
     command = Command(*args, storage=tmp_path / "runs", env=cluster)
     in_the_middle_of_epoch_2(command, tmp_path / "runs/a")
     command.kill(signal.SIGINT)
@@ -127,8 +127,9 @@ def test_three_workers_resume_exactly_and_score_each_image_once(reference, train
     assert weights(tmp_path / "runs/a") == weights(reference(3))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_workers(train, small, cluster, tmp_path):
-    args = (*RUN, "--data", small, "--name", "a")
+    args = (*ARGS, "--data", small, "--name", "a")
     command = Command(*args, "--workers", 2, storage=tmp_path / "runs", env=cluster)
     in_the_middle_of_epoch_2(command, tmp_path / "runs/a")
     command.kill()

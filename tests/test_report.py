@@ -27,17 +27,6 @@ def report(tmp_path):
     return run
 
 
-@pytest.fixture(scope="module")
-def trained(small, tmp_path_factory):
-    """The folder of a finished run; `train` has written its report."""
-    storage = tmp_path_factory.mktemp("reported")
-    args = ("--model", "cnn", "--workers", 0, "--val-size", 200, "--epochs", 4, "--batch-size", 50, "--data", small)
-    done = Command(*args, "--name", "a", storage=storage).finish()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "What the curves show: " in done.stdout
-    return storage / "a"
-
-
 def open_in_browser(page, tmp_path):
     """Open a page in headless Chromium; return what it wrote to its console, and its DOM.
 
@@ -93,12 +82,12 @@ def test_findings_and_suspects_are_files_too(trained):
     assert all({"kind", "confidence", "evidence", "advice"} <= finding.keys() for finding in found)
     with (trained / "suspects.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 1000
+    assert len(rows) == 600
     assert list(rows[0]) == ["index", "label", "suggested", "score"]
     scores = [float(row["score"]) for row in rows]
     assert scores[0] == 1
     assert scores == sorted(scores, reverse=True)
-    assert len({row["index"] for row in rows}) == 1000
+    assert len({row["index"] for row in rows}) == 600
 
 
 def test_other_formats_and_places(trained, report, small, tmp_path):
@@ -134,19 +123,19 @@ def test_a_run_in_any_state_is_reported_as_what_it_is(trained, report, small, tm
     match state:
         case "just begun":
             (folder / "metrics.jsonl").unlink()
-            said = "0 of 4 epochs are recorded"
+            said = "0 of 3 epochs are recorded"
         case "under way":
-            said = "2 of 4 epochs are recorded"
+            said = "2 of 3 epochs are recorded"
         case "cut off while writing":
             (folder / ".result.json.part").write_text('{"sta')
             said = "under way, or was cut off"
         case "failed":
             (folder / "result.json").write_text(json.dumps(failure))
-            said = "failed after 2 of 4 epochs: the loss is no longer finite"
+            said = "failed after 2 of 3 epochs: the loss is no longer finite"
         case "failed at once":
             (folder / "metrics.jsonl").unlink()
             (folder / "result.json").write_text(json.dumps(failure))
-            said = "failed after 0 of 4 epochs"
+            said = "failed after 0 of 3 epochs"
     done = report(folder)
     assert said in done.stdout
     assert said in (folder / "report.html").read_text()

@@ -262,9 +262,9 @@ def command(*args, env=None):
     [
         (["--data", "nowhere"], "nowhere does not exist"),
         (["--val-size", "150"], "--val-size 150 can't be shared by 100 classes"),
-        (["--val-size", "1200"], "leaves nothing to train on"),
+        (["--val-size", "800"], "leaves nothing to train on"),
         (["--limit", "50", "--val-size", "100"], "--limit 50 can't be shared by 100 classes"),
-        (["--limit", "1200", "--val-size", "100"], "1100 training images are left"),
+        (["--limit", "800", "--val-size", "100"], "700 training images are left"),
         (["--limit", "0", "--val-size", "100"], "--limit 0 can't be met"),
         (["--epochs", "0"], "epochs is 0"),
         (["--name", "../up"], "'../up' is no folder's name"),

@@ -13,7 +13,7 @@ from raycifar.engine.optim import Muon, orthogonal
 from raycifar.models import Architecture
 from raycifar.models.cnn import whitening_filters
 from raycifar.pretrained import begin
-from raycifar.recipes import SPEEDRUN
+from raycifar.recipes import SPEEDRUN, Recipe
 
 RUN = ("--model", "cnn", "--workers", 0, "--val-size", 200, "--recipe", "speedrun", "--epochs", 2, "--batch-size", 100)
 
@@ -62,7 +62,7 @@ def test_it_trains_the_five_blocks_and_its_first_layer_stays(train, small, tmp_p
     file = tmp_path / "runs/a/model.safetensors"
     with safe_open(file, "pt") as content:
         about = Architecture.from_json(json.loads(content.metadata()["raycifar"]))
-    assert about.whiten
+    assert (about.whiten, about.depth) == (True, SPEEDRUN.depth)
     start = begin("cnn", SPEEDRUN, synthetic(1000, 100).train)
     assert start.fingerprint() is None
     weights = load_file(file)
@@ -72,6 +72,9 @@ def test_it_trains_the_five_blocks_and_its_first_layer_stays(train, small, tmp_p
     images = begin("cnn", SPEEDRUN, load(small).train).weights["whiten.weight"]
     assert torch.equal(weights["whiten.weight"], torch.from_numpy(images))
     assert [weights[f"features.{k}.0.weight"].shape[0] for k in range(5)] == [64, 128, 256, 512, 512]
+    again = begin("cnn", Recipe(pretrained=str(file)))
+    assert (again.architecture, again.weights.keys()) == (about, weights.keys())
+    assert again.fingerprint()
     first, last = history(tmp_path / "runs/a")
     assert last["train_loss"] < first["train_loss"] < np.log(100) * 1.1
     recipe = json.loads((tmp_path / "runs/a/run.json").read_text())["recipe"]
@@ -85,4 +88,4 @@ def test_it_is_refused_for_other_models(train, small, tmp_path):
     assert "--recipe speedrun is for cnn, not for vgg16" in refused.stderr
     refused = Command("--model", "vgg16", "--whiten", *args, storage=tmp_path).finish()
     assert refused.returncode == 2
-    assert "--whiten is for the cnn" in refused.stderr
+    assert "--whiten and --depth are for the cnn" in refused.stderr

@@ -5,23 +5,14 @@ import shutil
 import signal
 
 import pytest
-from conftest import Command, checkpoints, history, wait_until
+from conftest import RUN, Command, checkpoints, history, wait_until
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from raycifar.data import MEAN, STD
 from raycifar.recipes import SCRATCH
 
-RUN = ("--model", "cnn", "--workers", 0, "--val-size", 200, "--epochs", 3, "--batch-size", 50, "--no-report")
-
-
-@pytest.fixture(scope="module")
-def reference(small, tmp_path_factory):
-    """A run that nothing disturbed, of 3 epochs of 20 steps: its folder."""
-    storage = tmp_path_factory.mktemp("reference")
-    done = Command(*RUN, "--data", small, "--name", "a", storage=storage).finish()
-    assert done.returncode == 0, done.stdout + done.stderr
-    return storage / "a"
+ARGS = (*RUN, "--workers", 0, "--cpus-per-worker", 2, "--no-report")
 
 
 def weights(folder):
@@ -31,70 +22,71 @@ def weights(folder):
 # What a run leaves behind ---------------------------------------------------------------------------
 
 
-def test_the_run_folder_holds_what_the_contract_names(reference):
-    run = json.loads((reference / "run.json").read_text())
+def test_the_run_folder_holds_what_the_contract_names(trained):
+    run = json.loads((trained / "run.json").read_text())
     assert run["name"] == "a"
     assert run["model"] == "cnn"
     assert run["recipe"]["batch_size"] == 50
     assert run["recipe"]["label_smoothing"] is not None
-    assert (run["data"]["train"], run["data"]["val"], run["data"]["test"]) == (1000, 200, 500)
+    assert (run["data"]["train"], run["data"]["val"], run["data"]["test"]) == (600, 200, 300)
     assert {"workers", "device", "seed", "versions"} <= run.keys()
 
-    rows = history(reference)
+    rows = history(trained)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     keys = {"epoch", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "lr", "images_per_second"}
     assert all(keys | {"seconds", "workers"} <= row.keys() for row in rows)
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
 
-    result = json.loads((reference / "result.json").read_text())
+    result = json.loads((trained / "result.json").read_text())
     assert result["status"] == "finished"
     assert result["epochs"] == 3
     assert result["best_epoch"] == max(rows, key=lambda row: row["val_top1"])["epoch"]
     assert result["test"].keys() == {"images", "loss", "top1", "top5", "superclass_top1", "ece"}
-    assert result["test"]["images"] == 500
+    assert result["test"]["images"] == 300
     assert result["train_seconds"] > 0
     assert result["images_per_second"] > 0
 
 
-def test_the_weights_travel_with_what_it_takes_to_use_them(reference):
-    with safe_open(reference / "model.safetensors", "pt") as file:
+def test_the_weights_travel_with_what_it_takes_to_use_them(trained):
+    with safe_open(trained / "model.safetensors", "pt") as file:
         about = json.loads(file.metadata()["raycifar"])
     pixels = {"size": 32, "mean": list(MEAN), "std": list(STD), "interpolation": "bilinear"}
-    assert about == {"model": "cnn", "classes": 100, "large_stem": False, "preprocessing": pixels, "whiten": False}
-    assert load_file(reference / "best.safetensors").keys() == load_file(reference / "model.safetensors").keys()
+    network = {"model": "cnn", "classes": 100, "large_stem": False, "whiten": False, "depth": 1}
+    assert about == {**network, "preprocessing": pixels}
+    assert load_file(trained / "best.safetensors").keys() == load_file(trained / "model.safetensors").keys()
 
 
-def test_the_last_few_checkpoints_are_kept(reference):
-    assert len(checkpoints(reference)) == 3
+def test_the_last_few_checkpoints_are_kept(trained):
+    assert len(checkpoints(trained)) == 3
 
 
-def test_the_same_command_gives_the_same_weights_byte_for_byte(reference, train, small, tmp_path):
-    train(*RUN, "--data", small, "--name", "again")
-    assert weights(tmp_path / "runs/again") == weights(reference)
+def test_the_same_command_gives_the_same_weights_byte_for_byte(trained, train, small, tmp_path):
+    train(*ARGS, "--data", small, "--name", "again")
+    assert weights(tmp_path / "runs/again") == weights(trained)
     differing = {"seconds", "training_seconds", "images_per_second", "time"}
-    for mine, theirs in zip(history(tmp_path / "runs/again"), history(reference), strict=True):
+    for mine, theirs in zip(history(tmp_path / "runs/again"), history(trained), strict=True):
         assert {k: v for k, v in mine.items() if k not in differing} == {
             k: v for k, v in theirs.items() if k not in differing
         }
 
 
-def test_a_finished_run_is_shown_and_another_recipe_refused(reference, train, small):
-    before = {file: file.stat().st_mtime_ns for file in reference.rglob("*")}
-    shown = train(*RUN, "--data", small, "--name", "a", storage=reference.parent)
+def test_a_finished_run_is_shown_and_another_recipe_refused(trained, train, small):
+    before = {file: file.stat().st_mtime_ns for file in trained.rglob("*")}
+    shown = train(*ARGS, "--data", small, "--name", "a", storage=trained.parent)
     assert "nothing is trained again" in shown.stdout
     assert "top-1" in shown.stdout
-    refused = train(*RUN, "--lr", 0.3, "--seed", 1, "--data", small, "--name", "a", storage=reference.parent, code=2)
+    refused = train(*ARGS, "--lr", 0.3, "--seed", 1, "--data", small, "--name", "a", storage=trained.parent, code=2)
     assert f"lr {SCRATCH.lr} there, 0.3 here" in refused.stderr
     assert "seed 0 there, 1 here" in refused.stderr
-    assert {file: file.stat().st_mtime_ns for file in reference.rglob("*")} == before
+    assert {file: file.stat().st_mtime_ns for file in trained.rglob("*")} == before
 
 
 def test_lines_are_plain_where_there_is_no_terminal(train, small):
-    out = train(*RUN, "--data", small, "--epochs", 1, "--name", "plain").stdout
+    out = train(*ARGS, "--data", small, "--epochs", 1, "--name", "plain").stdout
     assert "\x1b" not in out
     assert "\r" not in out
     assert "epoch 1/1  loss " in out
-    assert "Test, 500 images: top-1 " in out
+    assert "Test, 300 images: top-1 " in out
 
 
 # Stopped and started again --------------------------------------------------------------------------
@@ -102,7 +94,7 @@ def test_lines_are_plain_where_there_is_no_terminal(train, small):
 
 def stop_in_epoch_2(small, storage, number, *args):
     """Start the run, and send it a signal in the middle of epoch 2, after a checkpoint there."""
-    command = Command(*RUN, "--data", small, "--name", "a", "--checkpoint-steps", 5, *args, storage=storage)
+    command = Command(*ARGS, "--data", small, "--name", "a", "--checkpoint-steps", 4, *args, storage=storage)
     folder = storage / "a"
 
     def in_epoch_2():
@@ -121,19 +113,19 @@ def stop_in_epoch_2(small, storage, number, *args):
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGKILL, signal.SIGTERM))]
 )
-def test_a_run_stopped_in_mid_epoch_ends_with_the_same_weights(reference, train, small, tmp_path, number):
+def test_a_run_stopped_in_mid_epoch_ends_with_the_same_weights(trained, train, small, tmp_path, number):
     stopped = stop_in_epoch_2(small, tmp_path / "runs", number)
     if number != signal.SIGKILL:
         assert stopped.returncode == 130
         assert "give the same command with --name a" in stopped.stdout
         assert "Traceback" not in stopped.stderr
-    resumed = train(*RUN, "--data", small, "--name", "a", "--checkpoint-steps", 5)
+    resumed = train(*ARGS, "--data", small, "--name", "a", "--checkpoint-steps", 4)
     assert "Continuing from epoch 2, step" in resumed.stdout
-    assert weights(tmp_path / "runs/a") == weights(reference)
-    assert (tmp_path / "runs/a/images.parquet").read_bytes() == (reference / "images.parquet").read_bytes()
+    assert weights(tmp_path / "runs/a") == weights(trained)
+    assert (tmp_path / "runs/a/images.parquet").read_bytes() == (trained / "images.parquet").read_bytes()
     assert [row["epoch"] for row in history(tmp_path / "runs/a")] == [1, 2, 3]
     assert [row["restarts"] for row in history(tmp_path / "runs/a")] == [0, 1, 0]
-    for mine, theirs in zip(history(tmp_path / "runs/a"), history(reference), strict=True):
+    for mine, theirs in zip(history(tmp_path / "runs/a"), history(trained), strict=True):
         assert (mine["rise"], mine["val_gained"], mine["val_lost"]) == (
             theirs["rise"],
             theirs["val_gained"],
@@ -143,24 +135,24 @@ def test_a_run_stopped_in_mid_epoch_ends_with_the_same_weights(reference, train,
             assert mine[key] == pytest.approx(theirs[key], rel=1e-12)
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(reference, train, small, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(trained, train, small, tmp_path):
     stop_in_epoch_2(small, tmp_path / "runs", signal.SIGKILL)
     newest, before, *_ = checkpoints(tmp_path / "runs/a")
     state = newest / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-1000])
-    resumed = train(*RUN, "--data", small, "--name", "a", "--checkpoint-steps", 5)
+    resumed = train(*ARGS, "--data", small, "--name", "a", "--checkpoint-steps", 4)
     assert f"{newest.name} is passed over: state.safetensors is damaged" in resumed.stdout
     assert f"({before.name})" in resumed.stdout
-    assert weights(tmp_path / "runs/a") == weights(reference)
+    assert weights(tmp_path / "runs/a") == weights(trained)
 
 
-def test_a_run_killed_before_its_scores_were_written_only_scores(reference, train, small, tmp_path):
-    shutil.copytree(reference, tmp_path / "runs/a")
+def test_a_run_killed_before_its_scores_were_written_only_scores(trained, train, small, tmp_path):
+    shutil.copytree(trained, tmp_path / "runs/a")
     for file in ("result.json", "model.safetensors"):
         (tmp_path / "runs/a" / file).unlink()
-    train(*RUN, "--data", small, "--name", "a")
-    assert weights(tmp_path / "runs/a") == weights(reference)
-    assert history(tmp_path / "runs/a") == history(reference)
+    train(*ARGS, "--data", small, "--name", "a")
+    assert weights(tmp_path / "runs/a") == weights(trained)
+    assert history(tmp_path / "runs/a") == history(trained)
 
 
 @pytest.mark.slow
@@ -172,9 +164,9 @@ def test_a_run_killed_before_its_scores_were_written_only_scores(reference, trai
     ],
 )
 def test_every_part_of_the_state_is_resumed(train, small, tmp_path, recipe):
-    train(*RUN, *recipe, "--data", small, "--name", "whole")
+    train(*ARGS, *recipe, "--data", small, "--name", "whole")
     stop_in_epoch_2(small, tmp_path / "runs", signal.SIGKILL, *recipe)
-    train(*RUN, *recipe, "--data", small, "--name", "a", "--checkpoint-steps", 5)
+    train(*ARGS, *recipe, "--data", small, "--name", "a", "--checkpoint-steps", 4)
     assert weights(tmp_path / "runs/a") == weights(tmp_path / "runs/whole")
 
 
@@ -183,7 +175,7 @@ def test_every_part_of_the_state_is_resumed(train, small, tmp_path, recipe):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(train, small, tmp_path):
     recipe = ("--lr", 1e30, "--precision", "float32", "--warmup", 0, "--checkpoint-steps", 1)
-    failed = train(*RUN, *recipe, "--data", small, "--name", "hot", code=1)
+    failed = train(*ARGS, *recipe, "--data", small, "--name", "hot", code=1)
     assert "the loss is no longer finite: epoch 1, step " in failed.stderr
     assert "smaller --lr" in failed.stderr
     result = json.loads((tmp_path / "runs/hot/result.json").read_text())
@@ -194,14 +186,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 
 def test_a_network_that_learns_nothing_is_warned_of(train, small):
-    dead = train(*RUN, "--epochs", 1, "--batch-size", 8, "--lr", 0, "--data", small, "--name", "dead")
+    dead = train(*ARGS, "--epochs", 1, "--batch-size", 8, "--lr", 0, "--data", small, "--name", "dead")
     assert "Warning: after epoch 1" in dead.stdout
     assert "ln(100) = 4.6052" in dead.stdout
     assert "not learning" in dead.stdout
 
 
 def test_val_size_0_trains_on_everything_and_says_nothing_of_validation(train, small, tmp_path):
-    train(*RUN, "--val-size", 0, "--epochs", 1, "--data", small, "--name", "all")
+    train(*ARGS, "--val-size", 0, "--epochs", 1, "--data", small, "--name", "all")
     (row,) = history(tmp_path / "runs/all")
     assert row["val_loss"] is row["val_top1"] is row["val_top5"] is None
     result = json.loads((tmp_path / "runs/all/result.json").read_text())

@@ -99,10 +99,12 @@ class Muon(Eager):
 def orthogonal(update: Tensor) -> Tensor:
     """Return the nearest matrix with orthogonal rows or columns, nearly, and in the shape that `update` has.
 
-    By five steps of a Newton–Schulz iteration whose coefficients bring all singular values near one, not to it;
-    in bfloat16, which is enough for that.
+    By five steps of a Newton–Schulz iteration whose coefficients bring all singular values near one, not to it.
+    Bfloat16 is enough for that, but processors that lack it are many times slower in it than in float32.
     """
-    matrix = update.flatten(1).bfloat16()
+    matrix = update.flatten(1)
+    if matrix.is_cuda:
+        matrix = matrix.bfloat16()
     wide = matrix.mT if len(matrix) > matrix.shape[1] else matrix
     wide = wide / (wide.norm() + 1e-7)
     for _ in range(5):

@@ -48,6 +48,7 @@ class Architecture:
 
     large_stem: the first layers are those of ImageNet's 224×224 pixels, not those of CIFAR's 32×32.
     whiten: a first layer, not trained, makes the pixels of a patch uncorrelated; the CNN alone has it.
+    depth: convolutions in each block of the CNN.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Architecture:
     large_stem: bool = False
     preprocessing: Preprocessing = CIFAR
     whiten: bool = False
+    depth: int = 1
 
     def build(self, dropout: float = 0.0) -> nn.Module:
         """Return the network, initialised from torch's default generator.
@@ -64,7 +66,7 @@ class Architecture:
         Args:
             dropout: probability of zeroing a feature before a dense layer of the head.
         """
-        options = {"whiten": True} if self.whiten else {}
+        options = {"whiten": self.whiten, "depth": self.depth} if self.model == "cnn" else {}
         return find(self.model).build(self.classes, dropout, self.large_stem, self.preprocessing.size, **options)
 
     def layers(self, network: nn.Module) -> list[list[str]]:

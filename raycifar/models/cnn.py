@@ -1,9 +1,10 @@
 """The study's own network: five convolution blocks, then two dense layers."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 FILTERS = (64, 128, 256, 512, 512)
 PATCH = 27  # values of a patch of 3×3 pixels
@@ -11,25 +12,46 @@ SMALLEST_VARIANCE = 5e-4  # of a component; what varies less is noise
 LAYERS = (*((f"features.{k}.",) for k in range(len(FILTERS))), ("head.",))
 
 
-def block(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
+def convolution(inputs: int, outputs: int) -> list[nn.Module]:
+    return [
         nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False),
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
-        nn.MaxPool2d(2),
-    )
+    ]
 
 
-def build(classes: int, dropout: float, large_stem: bool, whiten: bool = False) -> nn.Module:
+class Residual(nn.Module):
+    """Adds to its input what its layers make of it (He et al., 2016, arXiv:1512.03385)."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def block(inputs: int, outputs: int, depth: int) -> nn.Sequential:
+    """Return a block: a convolution, and behind the pooling, where they cost a quarter of it, `depth` - 1 more."""
+    more = (Residual(convolution(outputs, outputs)) for _ in range(depth - 1))
+    return nn.Sequential(*convolution(inputs, outputs), nn.MaxPool2d(2), *more)
+
+
+def build(classes: int, dropout: float, large_stem: bool, whiten: bool = False, depth: int = 1) -> nn.Module:
     """Return the network: 4.2 M parameters for 100 classes.
 
     Five poolings leave a 1×1 map of 32×32 pixels; the average pool is for images that are scaled up.
+
+    Args:
+        whiten: put a fixed layer before the blocks that whitens patches of the image.
+        depth: convolutions in each block but the last, which leaves nothing to convolve; the study's has one.
     """
     channels = (PATCH if whiten else 3, *FILTERS)
+    depths = (*[depth] * (len(FILTERS) - 1), 1)
     return nn.Sequential(
         OrderedDict(
             **({"whiten": whitening()} if whiten else {}),
-            features=nn.Sequential(*(block(i, o) for i, o in zip(channels, FILTERS, strict=False))),
+            features=nn.Sequential(*map(block, channels, FILTERS, depths)),
             pool=nn.AdaptiveAvgPool2d(1),
             head=nn.Sequential(
                 nn.Flatten(),
