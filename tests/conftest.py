@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command import Command, finish
 from ray.cluster_utils import Cluster
 
 from raycifar.data.sources import load
 from raycifar.data.synthetic import synthetic
 from raycifar.data.tables import to_numpy
 
-ROOT = Path(__file__).parent.parent
 SMALL = {"train": 800, "test": 300}
-RUN = ("--model", "cnn", "--val-size", 200, "--epochs", 3, "--batch-size", 50)  # 12 steps an epoch
+RUN = ("--model", "cnn", "--limit", 200, "--val-size", 100, "--epochs", 3, "--batch-size", 20)  # 10 steps an epoch
 
 
 @pytest.fixture(scope="session")
@@ -73,46 +73,6 @@ def write_archive(path: Path, files: dict[str, bytes], folder: str = "cifar-100-
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return str(path)
-
-
-class Command:
-    """`python -m raycifar.train`, in a process of its own, as a user starts it."""
-
-    door = "raycifar.train"
-
-    def __init__(
-        self, *args: object, storage: Path | None, env: dict[str, str] | None = None, cwd: Path = ROOT
-    ) -> None:
-        command = [sys.executable, "-m", self.door, *map(str, args)]
-        command += ["--storage", str(storage)] if storage else []
-        environment = {**os.environ, **(env or {})}
-        self.process = subprocess.Popen(
-            command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-
-    def finish(self, timeout: float = 240) -> subprocess.CompletedProcess:
-        try:
-            out, err = self.process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:  # what hangs must not hold the CPUs of the tests after it
-            self.process.kill()
-            raise AssertionError(f"not ended after {timeout} s:\n{''.join(self.process.communicate())}") from None
-        return subprocess.CompletedProcess(self.process.args, self.process.returncode, out, err)
-
-    def kill(self, number: int = signal.SIGKILL) -> subprocess.CompletedProcess:
-        self.process.send_signal(number)
-        return self.finish()
-
-
-class Compare(Command):
-    door = "raycifar.compare"
-
-
-def finish(command: Command, code: int = 0) -> subprocess.CompletedProcess:
-    """Wait for a command's end; it must end with the exit code `code`, and without a traceback."""
-    done = command.finish()
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stdout + done.stderr
-    return done
 
 
 @pytest.fixture(scope="session")
@@ -168,7 +128,7 @@ def cluster():
     }
     ray = str(Path(sys.executable).with_name("ray"))
     start = [ray, "start", "--head", "--node-ip-address=127.0.0.1", "--port=6399", "--num-cpus=2"]
-    start += ["--dashboard-port=8299", "--include-dashboard=true", f"--temp-dir={temp}", "--disable-usage-stats"]
+    start += ["--dashboard-port=8299", "--metrics-export-port=8298", "--disable-usage-stats", f"--temp-dir={temp}"]
     started = {key: value for key, value in {**os.environ, **env}.items() if key != "RAY_ADDRESS"}
     # Left running by Ray, the daemons would hold a pipe open for ever: their output goes to a file.
     with (temp / "start.log").open("w") as log:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import Command, finish
+from command import Command, finish
 
 from raycifar.bench import sentences, summarise
 
@@ -12,7 +12,7 @@ class Bench(Command):
     door = "raycifar.bench"
 
 
-ARGS = ("--model", "cnn", "--limit", 200, "--val-size", 100, "--rounds", 2, "--batch-size", 50)
+ARGS = ("--model", "cnn", "--limit", 100, "--val-size", 100, "--rounds", 2, "--batch-size", 25)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import sys
 import time
 
 import pytest
-from conftest import Command, ps, wait_until
+from command import Command
+from conftest import ps, wait_until
 
 from raycifar import cluster as room
 from raycifar.data.shards import bounds, cuts

@@ -7,7 +7,8 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import RUN, Compare, checkpoints, finish, history, wait_until
+from command import Compare, finish
+from conftest import RUN, checkpoints, history, wait_until
 
 from raycifar.engine.evaluate import to_predictions_file
 from raycifar.models import Architecture
@@ -140,7 +141,7 @@ def test_a_comparison_whose_driver_was_killed_goes_on_in_mid_epoch(compare, trai
     command = Compare(*args, storage=tmp_path / "runs", env=cluster)
 
     def in_mid_epoch():
-        assert command.process.poll() is None, "the comparison ended before it could be disturbed"
+        assert not command.ended, "the comparison ended before it could be disturbed"
         for path in checkpoints(folder / "cnn-s0")[:1]:
             progress = json.loads((path / "progress.json").read_text())
             return progress["epoch"] == 2 and progress["segments"]
@@ -162,11 +163,12 @@ def test_a_comparison_whose_driver_was_killed_goes_on_in_mid_epoch(compare, trai
     assert "is another comparison: cnn lr 0.05 there, lr 0.3 here" in other
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_is_reported_and_the_others_go_on(compare, small, cluster, tmp_path):
     """The folder of one run is a file: it can't be written."""
     (tmp_path / "runs/c").mkdir(parents=True)
     (tmp_path / "runs/c/cnn-s0").write_text("in the way")
-    args = ("--models", "cnn", "--epochs", 1, "--val-size", 200, "--data", small, "--seeds", 2, "--name", "c")
+    args = (*STUDY, "--epochs", 1, "--checkpoint-steps", 0, "--data", small, "--seeds", 2, "--name", "c")
     done = compare(*args, env=cluster, code=1)
     assert "cnn-s0: Its driver failed (" in done.stdout
     assert "; it is tried again." in done.stdout

@@ -1,7 +1,7 @@
 """`raycifar data`: what a data set holds, and taking it elsewhere."""
 
 import pytest
-from conftest import Command, finish
+from command import Command, finish
 
 from raycifar.data.sources import load
 

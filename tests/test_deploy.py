@@ -6,7 +6,7 @@ import tomllib
 
 import pytest
 import yaml
-from conftest import ROOT
+from command import ROOT
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, Command, checkpoints, finish, history, ps, wait_until
+from command import ROOT, Command, finish
+from conftest import checkpoints, history, ps, wait_until
 from ray.util.state import list_nodes
 
 pytestmark = pytest.mark.slow
@@ -49,7 +50,7 @@ def test_a_node_is_lost_in_mid_epoch_and_another_taken_in(nodes, tmp_path):
     two.kill()
     after = wait_until(lambda: (n := epochs(tmp_path / "a")) >= 4 and n, 300, "epoch 4, with one worker")
     two.add()
-    done = finish(command) if command.process.poll() is not None else command.finish(600)
+    done = finish(command) if command.ended else command.finish(600)
     assert done.returncode == 0, done.stdout + done.stderr
     workers = [row["workers"] for row in check_history(tmp_path / "a", 8)]
     assert workers[0] == 2
@@ -87,7 +88,7 @@ def test_chaos(nodes, tmp_path):
     command = Command(*args, storage=tmp_path, env=two.env)
     wait_until(lambda: checkpoints(tmp_path / "a"), 240, "a checkpoint")
     kills = []
-    while len(kills) < 10 and command.process.poll() is None:
+    while len(kills) < 10 and not command.ended:
         workers = [int(line.split()[0]) for line in ps() if "ray::RayTrainWorker" in line]
         if dice.random() < 0.4 and two.others:
             two.kill()

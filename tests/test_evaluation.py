@@ -6,7 +6,7 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import Command, finish
+from command import Command, finish
 
 
 class Evaluate(Command):
@@ -21,7 +21,7 @@ def evaluate(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_scores_are_the_run_s_own(trained, evaluate, small, cluster, tmp_path, workers):
     shutil.copytree(trained, tmp_path / "a")
     before = pq.read_table(tmp_path / "a/predictions.parquet")

@@ -10,7 +10,8 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import Command, Compare, ps, wait_until
+from command import Command, Compare
+from conftest import ps, wait_until
 
 from raycifar.models import Architecture
 
@@ -62,7 +63,7 @@ def test_a_worker_with_all_of_cifar_100_takes_at_most_a_gigabyte_more_than_an_id
 
     process = psutil.Process(wait_until(worker, what="a worker")[0])
     peak = 0
-    while command.process.poll() is None and process.is_running():
+    while not command.ended and process.is_running():
         try:
             peak = max(peak, process.memory_info().rss)
         except psutil.NoSuchProcess:
@@ -119,13 +120,15 @@ def test_trials_run_side_by_side_on_three_nodes(cifar, nodes, tmp_path):
     begun = time.monotonic()
     command = Compare(*args, "--name", "c", storage=tmp_path, env=nodes(1, 1, 1).env)
     starts, ends = {}, {}
-    for line in command.process.stdout:
-        name, _, said = line.strip().partition(": ")
-        if said.startswith("running"):
-            starts[name] = time.monotonic()
-        elif said == "finished":
-            ends[name] = time.monotonic()
-    assert command.process.wait() == 0
+    while not command.ended:
+        for line in command.said()[0].splitlines():
+            name, _, said = line.strip().partition(": ")
+            if said.startswith("running"):
+                starts.setdefault(name, time.monotonic())
+            elif said == "finished":
+                ends.setdefault(name, time.monotonic())
+        time.sleep(0.1)
+    assert command.finish().returncode == 0
     times = [ends[name] - starts[name] for name in starts]
     most = max(sum(starts[name] <= moment < ends[name] for name in starts) for moment in starts.values())
     nodes = [0.0] * 3

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import Command
+from command import Command
 from safetensors.torch import load_file
 
 from raycifar.data.sources import load

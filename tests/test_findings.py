@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from command import ROOT
 from provoked import PROVOKED, SPIKE
 from torch import nn
 

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Command
+from command import Command
 from relabelled import relabel
 
 from raycifar.analysis.suspects import suspects

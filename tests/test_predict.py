@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import Command, finish
+from command import Command, finish
 from PIL import Image
 from pyarrow import fs
 

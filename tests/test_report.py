@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import Command, Compare, finish
+from command import Command, Compare, finish
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OUTSIDE = re.compile(
@@ -82,12 +82,12 @@ def test_findings_and_suspects_are_files_too(trained):
     assert all({"kind", "confidence", "evidence", "advice"} <= finding.keys() for finding in found)
     with (trained / "suspects.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 600
+    assert len(rows) == 200
     assert list(rows[0]) == ["index", "label", "suggested", "score"]
     scores = [float(row["score"]) for row in rows]
     assert scores[0] == 1
     assert scores == sorted(scores, reverse=True)
-    assert len({row["index"] for row in rows}) == 600
+    assert len({row["index"] for row in rows}) == 200
 
 
 def test_other_formats_and_places(trained, report, small, tmp_path):

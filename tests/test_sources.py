@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, write_archive
+from command import ROOT
+from conftest import write_archive
 from PIL import Image
 
 from raycifar.data import sources

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import torch
-from conftest import Command, history
+from command import Command
+from conftest import history
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -15,7 +16,7 @@ from raycifar.models.cnn import whitening_filters
 from raycifar.pretrained import begin
 from raycifar.recipes import SPEEDRUN, Recipe
 
-RUN = ("--model", "cnn", "--workers", 0, "--val-size", 200, "--recipe", "speedrun", "--epochs", 2, "--batch-size", 100)
+RUN = ("--model", "cnn", "--workers", 0, "--val-size", 100, "--recipe", "speedrun", "--epochs", 2, "--batch-size", 100)
 
 
 def test_whitened_patches_are_uncorrelated_and_of_variance_one():
@@ -58,7 +59,7 @@ def test_muon_keeps_filters_at_one_norm_and_steps_like_sgd_elsewhere():
 
 
 def test_it_trains_the_five_blocks_and_its_first_layer_stays(train, small, tmp_path):
-    train(*RUN, "--data", small, "--name", "a")
+    train(*RUN, "--limit", 200, "--data", small, "--name", "a")
     file = tmp_path / "runs/a/model.safetensors"
     with safe_open(file, "pt") as content:
         about = Architecture.from_json(json.loads(content.metadata()["raycifar"]))

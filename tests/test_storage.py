@@ -3,7 +3,8 @@
 import subprocess
 
 import pytest
-from conftest import Command, history, wait_until
+from command import Command
+from conftest import history, wait_until
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 

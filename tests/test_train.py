@@ -5,7 +5,8 @@ import shutil
 import signal
 
 import pytest
-from conftest import RUN, Command, checkpoints, history, wait_until
+from command import Command
+from conftest import RUN, checkpoints, history, wait_until
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -26,9 +27,9 @@ def test_the_run_folder_holds_what_the_contract_names(trained):
     run = json.loads((trained / "run.json").read_text())
     assert run["name"] == "a"
     assert run["model"] == "cnn"
-    assert run["recipe"]["batch_size"] == 50
+    assert run["recipe"]["batch_size"] == 20
     assert run["recipe"]["label_smoothing"] is not None
-    assert (run["data"]["train"], run["data"]["val"], run["data"]["test"]) == (600, 200, 300)
+    assert (run["data"]["train"], run["data"]["val"], run["data"]["test"]) == (200, 100, 300)
     assert {"workers", "device", "seed", "versions"} <= run.keys()
 
     rows = history(trained)
@@ -99,7 +100,7 @@ def stop_in_epoch_2(small, storage, number, *args):
 
     def in_epoch_2():
         newest = next(iter(checkpoints(folder)), None)
-        if command.process.poll() is not None:
+        if command.ended:
             return "ended"
         progress = json.loads((newest / "progress.json").read_text()) if newest else {"epoch": 0}
         return progress["epoch"] == 2 and progress["segments"]
@@ -110,15 +111,31 @@ def stop_in_epoch_2(small, storage, number, *args):
     return done
 
 
+@pytest.fixture(scope="module")
+def stopped(small, tmp_path_factory):
+    """Return a copy of a run stopped by such a signal, and what it said; each is stopped once."""
+    runs = {}
+
+    def get(number, storage):
+        if number not in runs:
+            original = tmp_path_factory.mktemp("stopped")
+            runs[number] = stop_in_epoch_2(small, original, number), original
+        done, original = runs[number]
+        shutil.copytree(original, storage)
+        return done
+
+    return get
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGKILL, signal.SIGTERM))]
 )
-def test_a_run_stopped_in_mid_epoch_ends_with_the_same_weights(trained, train, small, tmp_path, number):
-    stopped = stop_in_epoch_2(small, tmp_path / "runs", number)
+def test_a_run_stopped_in_mid_epoch_ends_with_the_same_weights(trained, stopped, train, small, tmp_path, number):
+    done = stopped(number, tmp_path / "runs")
     if number != signal.SIGKILL:
-        assert stopped.returncode == 130
-        assert "give the same command with --name a" in stopped.stdout
-        assert "Traceback" not in stopped.stderr
+        assert done.returncode == 130
+        assert "give the same command with --name a" in done.stdout
+        assert "Traceback" not in done.stderr
     resumed = train(*ARGS, "--data", small, "--name", "a", "--checkpoint-steps", 4)
     assert "Continuing from epoch 2, step" in resumed.stdout
     assert weights(tmp_path / "runs/a") == weights(trained)
@@ -135,8 +152,8 @@ def test_a_run_stopped_in_mid_epoch_ends_with_the_same_weights(trained, train, s
             assert mine[key] == pytest.approx(theirs[key], rel=1e-12)
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(trained, train, small, tmp_path):
-    stop_in_epoch_2(small, tmp_path / "runs", signal.SIGKILL)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(trained, stopped, train, small, tmp_path):
+    stopped(signal.SIGINT, tmp_path / "runs")
     newest, before, *_ = checkpoints(tmp_path / "runs/a")
     state = newest / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-1000])
@@ -186,7 +203,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 
 def test_a_network_that_learns_nothing_is_warned_of(train, small):
-    dead = train(*ARGS, "--epochs", 1, "--batch-size", 5, "--lr", 0, "--data", small, "--name", "dead")
+    dead = train(*ARGS, "--epochs", 1, "--batch-size", 2, "--lr", 0, "--data", small, "--name", "dead")
     assert "Warning: after epoch 1" in dead.stdout
     assert "ln(100) = 4.6052" in dead.stdout
     assert "not learning" in dead.stdout

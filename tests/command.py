@@ -1,0 +1,74 @@
+"""The commands, in processes of their own, forked from one that has imported PyTorch and Ray: that takes seconds."""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from ray._private.authentication_test_utils import reset_auth_token_state
+
+ROOT = Path(__file__).parent.parent
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["pytest", "raycifar", "ray.train.torch", "raycifar.engine.loop"])
+
+
+class Command:
+    """`python -m raycifar.train`, begun."""
+
+    door = "raycifar.train"
+
+    def __init__(
+        self, *args: object, storage: Path | str | None, env: dict[str, str] | None = None, cwd: Path = ROOT
+    ) -> None:
+        self.args = [self.door, *map(str, args), *(["--storage", str(storage)] if storage else [])]
+        self.folder = tempfile.TemporaryDirectory()
+        self.files = [Path(self.folder.name) / name for name in ("out", "err")]
+        self.process = FORK.Process(target=run, args=(self.args, {**os.environ, **(env or {})}, cwd, self.files))
+        self.process.start()
+
+    @property
+    def ended(self) -> bool:
+        return not self.process.is_alive()
+
+    def said(self) -> list[str]:
+        """Return what it has written to its output, and to its errors."""
+        return [file.read_text() if file.exists() else "" for file in self.files]
+
+    def finish(self, timeout: float = 240) -> subprocess.CompletedProcess:
+        self.process.join(timeout)
+        if not self.ended:  # what hangs must not hold the CPUs of the tests after it
+            self.process.kill()
+            raise AssertionError(f"not ended after {timeout} s:\n{''.join(self.said())}")
+        return subprocess.CompletedProcess(self.args, self.process.exitcode, *self.said())
+
+    def kill(self, number: int = signal.SIGKILL) -> subprocess.CompletedProcess:
+        os.kill(self.process.pid, number)
+        return self.finish()
+
+
+class Compare(Command):
+    door = "raycifar.compare"
+
+
+def run(args: list[str], env: dict[str, str], cwd: Path, files: list[Path]) -> None:
+    """Be the command: what `python -m` does."""
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    reset_auth_token_state()  # the one thing that Ray has read from the environment when it was imported
+    sys.argv = args
+    runpy.run_module(args[0], run_name="__main__", alter_sys=True)
+
+
+def finish(command: Command, code: int = 0) -> subprocess.CompletedProcess:
+    """Wait for a command's end; it must end with the exit code `code`, and without a traceback."""
+    done = command.finish()
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
