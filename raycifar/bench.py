@@ -89,7 +89,7 @@ def time_stages(
     options: dict[str, Any], recipe: Any, against: Sequence[str], screen: Screen, *, debug: bool
 ) -> dict[str, list[float]]:
     """Return images per second of each stage, a figure for each round."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # interrupted, workers still write
         given = {key: options[key] for key in Request.__annotations__ if key in options}
         fixed = {"recipe": recipe, "name": "bench", "storage": folder, "checkpoint_steps": 0, "test": False}
         request = Request(**{**given, **fixed})

@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import re
+import signal
 import socket
 import time
 import traceback
@@ -87,14 +88,14 @@ def connect(*, debug: bool, dashboard: bool = False) -> None:
     quiet = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     if not address and not started_here():
-        ray.init(address="local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **quiet)
+        init(address="local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **quiet)
         return
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard then shows the run
     where = f"{address} (RAY_ADDRESS)" if address else "this machine"
     try:
         if address and (match := re.fullmatch(r"([^/]+):(\d+)", address)):  # Ray itself would try for ten minutes
             socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=CONNECT_SECONDS).close()
-        ray.init(address="auto", **quiet)
+        init(address="auto", **quiet)
     except (OSError, ray.exceptions.AuthenticationError) as error:  # Ray's ConnectionError is an OSError
         if "authentication token" in "".join(traceback.format_exception(error)).lower():
             raise WorkError(
@@ -105,6 +106,13 @@ def connect(*, debug: bool, dashboard: bool = False) -> None:
     except RuntimeError as error:  # other versions of Ray or Python
         reason = " ".join(str(error).split())
         raise WorkError(f"the Ray cluster at {where} can't be joined: {reason.rstrip('.')}.") from error
+
+
+def init(**options: Any) -> None:
+    """Call `ray.init`, and keep this process's own answer to SIGTERM: Ray's writes a stack and aborts."""
+    answer = signal.getsignal(signal.SIGTERM)
+    ray.init(**options)
+    signal.signal(signal.SIGTERM, answer)
 
 
 def started_here() -> bool:

@@ -98,6 +98,16 @@ def test_a_worker_killed_in_mid_epoch_changes_nothing(reference, small, cluster,
     assert [row["epoch"] for row in history(tmp_path / "a")] == [1, 2, 3]
 
 
+def test_a_run_that_is_told_to_stop_says_how_to_go_on(small, cluster, tmp_path):
+    """By SIGTERM, as `ray job stop` does; Ray's own answer would be a stack and an abort."""
+    command = Command(*ARGS, "--data", small, "--name", "a", "--workers", 1, storage=tmp_path, env=cluster)
+    wait_until(lambda: "starting the workers" in command.said()[0], what="the start of the workers")
+    done = command.kill(signal.SIGTERM)
+    assert done.returncode == 130
+    assert "give the same command with --name a" in done.stdout
+    assert done.stderr == "Interrupted.\n"
+
+
 @pytest.mark.slow
 def test_the_driver_killed_and_started_again_changes_nothing(reference, train, small, cluster, tmp_path):
     args = (*ARGS, "--data", small, "--name", "a", "--workers", 2)

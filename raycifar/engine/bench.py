@@ -56,6 +56,7 @@ def bench_loop_per_worker(config: dict[str, Any]) -> dict[str, list[float]]:
         "checkpoint": lambda: save(worker),
         **{name: WAYS[name](worker) for name in plan.against},
     }
+    worker.reporter.phase("warming up")
     for stage in stages.values():
         stage()  # compiles, fills caches, starts processes
     seconds: dict[str, list[float]] = {name: [] for name in stages}
