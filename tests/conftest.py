@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -82,6 +83,14 @@ def trained(small, tmp_path_factory):
     args = (*RUN, "--workers", 0, "--cpus-per-worker", 2, "--data", small, "--name", "a")
     assert "What the curves show: " in finish(Command(*args, storage=storage)).stdout
     return storage / "a"
+
+
+@pytest.fixture(autouse=True)
+def end_what_is_left():
+    """End the commands that a test leaves behind when it fails."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 @pytest.fixture
