@@ -12,7 +12,20 @@ class Bench(Command):
     door = "raycifar.bench"
 
 
-ARGS = ("--model", "cnn", "--limit", 100, "--val-size", 100, "--rounds", 2, "--batch-size", 25)
+ARGS = (
+    "--model",
+    "timm:test_resnet",
+    "--pretrained",
+    "none",
+    "--limit",
+    200,
+    "--val-size",
+    100,
+    "--rounds",
+    2,
+    "--batch-size",
+    50,
+)
 
 
 @pytest.mark.parametrize(

@@ -18,15 +18,21 @@ ARGS = (*RUN, "--checkpoint-steps", 4, "--no-report")
 
 @pytest.fixture(scope="module")
 def reference(small, cluster, tmp_path_factory):
-    """Return the folder of a run that nothing disturbed, with so many workers; each is trained once."""
+    """Return the folder of a job that nothing disturbed, with so many workers; each is submitted once.
+
+    It is submitted by the file that users submit with, and its log lies beside its folder.
+    """
     folders: dict[int, Path] = {}
 
     def get(workers):
         if workers not in folders:
             storage = tmp_path_factory.mktemp(f"reference-{workers}")
-            args = (*ARGS, "--data", small, "--name", "a", "--workers", workers)
-            done = Command(*args, storage=storage, env=cluster).finish()
+            env = {**os.environ, **cluster, "MODEL": "cnn", "NAME": "a", "RAYCIFAR_STORAGE": str(storage)}
+            env["RAY_ADDRESS"] = "http://127.0.0.1:8299"
+            job = ["jobs/train.sh", *map(str, ARGS[2:]), "--data", small, "--workers", str(workers)]
+            done = subprocess.run(job, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
+            (storage / "log").write_text(done.stdout)
             folders[workers] = storage / "a"
         return folders[workers]
 
@@ -144,12 +150,8 @@ def test_a_run_goes_on_with_another_number_of_workers(train, small, cluster, tmp
     assert [row["workers"] for row in history(tmp_path / "runs/a")] == [2, 1, 1]
 
 
-def test_a_job_submitted_to_a_cluster_with_a_token_succeeds(small, cluster, tmp_path):
-    """By the file that users submit with; the job's log is plain lines."""
-    env = {**os.environ, **cluster, "MODEL": "cnn", "NAME": "job", "RAYCIFAR_STORAGE": str(tmp_path)}
-    env["RAY_ADDRESS"] = "http://127.0.0.1:8299"
-    job = ["jobs/train.sh", "--data", small, "--epochs", "1", "--limit", "200", "--val-size", "100"]
-    done = subprocess.run(job, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Test, 300 images" in done.stdout
-    assert json.loads((tmp_path / "job/result.json").read_text())["status"] == "finished"
+def test_a_job_submitted_to_a_cluster_with_a_token_succeeds(reference):
+    log = (reference(2).parent / "log").read_text()
+    assert "Test, 300 images" in log
+    assert "\x1b[?" not in log
+    assert json.loads((reference(2) / "result.json").read_text())["status"] == "finished"

@@ -3,9 +3,12 @@
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
+from raycifar.engine.checkpoint import Checkpointer
 from raycifar.runs import RAY_SNAPSHOT, Run
 
 
@@ -40,10 +43,21 @@ def test_the_history_comes_back_as_it_was_written(run):
     assert run.history() == rows
 
 
+def test_what_a_killed_worker_left_on_its_way_is_put_away_when_the_run_goes_on(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    other = Path(tempfile.mkdtemp(prefix=Checkpointer(Run(run.storage, "b"), in_process=True).prefix))
+    left = Path(tempfile.mkdtemp(prefix=Checkpointer(run, in_process=True).prefix))
+    (left / "state.safetensors").write_bytes(b"half of it")
+    Checkpointer(run, in_process=True)
+    assert not left.exists()
+    assert other.exists()
+
+
 def test_a_file_that_can_t_be_written_whole_leaves_the_one_before(tmp_path):
     """A disk that fills up in mid-write, by a limit on the size of files that a process may write."""
     program = """
 import resource, signal, sys
+from raycifar.engine.checkpoint import Checkpointer
 from raycifar.runs import Run
 run = Run(sys.argv[1], "a")
 run.write("model.safetensors", b"before")

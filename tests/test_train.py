@@ -203,7 +203,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 
 def test_a_network_that_learns_nothing_is_warned_of(train, small):
-    dead = train(*ARGS, "--epochs", 1, "--batch-size", 2, "--lr", 0, "--data", small, "--name", "dead")
+    small_network = ("--model", "timm:test_resnet", "--pretrained", "none")
+    dead = train(*ARGS, *small_network, "--epochs", 1, "--batch-size", 2, "--lr", 0, "--data", small, "--name", "dead")
     assert "Warning: after epoch 1" in dead.stdout
     assert "ln(100) = 4.6052" in dead.stdout
     assert "not learning" in dead.stdout

@@ -1,5 +1,6 @@
 """Checkpoints on their way: written while training goes on, by Ray Train or, without workers, by ourselves."""
 
+import hashlib
 import shutil
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,9 @@ class Checkpointer:
         self.run = run
         self.uploads = ThreadPoolExecutor(max_workers=1) if in_process else None
         self.pending: list[Future[None]] = []
+        self.prefix = f"raycifar-{hashlib.sha256(run.folder.encode()).hexdigest()[:12]}-"
+        for left in Path(tempfile.gettempdir()).glob(f"{self.prefix}*"):  # by a worker that was killed
+            shutil.rmtree(left, ignore_errors=True)
 
     def save(self, metrics: dict[str, Any], files: dict[str, bytes] | None, *, wait: bool = False) -> None:
         """Report metrics and, on the worker that gives files, a checkpoint; all workers call it together.
@@ -35,7 +39,7 @@ class Checkpointer:
         if files is None:
             ray.train.report(metrics, checkpoint_upload_mode=mode)
             return
-        folder = Path(tempfile.mkdtemp(prefix="raycifar-"))
+        folder = Path(tempfile.mkdtemp(prefix=self.prefix))
         for name, content in files.items():
             (folder / name).write_bytes(content)
         if self.uploads:
