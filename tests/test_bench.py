@@ -12,20 +12,8 @@ class Bench(Command):
     door = "raycifar.bench"
 
 
-ARGS = (
-    "--model",
-    "timm:test_resnet",
-    "--pretrained",
-    "none",
-    "--limit",
-    200,
-    "--val-size",
-    100,
-    "--rounds",
-    2,
-    "--batch-size",
-    50,
-)
+TINY = ("--model", "timm:test_resnet", "--pretrained", "none")
+ARGS = ("--limit", 200, "--val-size", 100, "--rounds", 2, "--batch-size", 50)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +22,7 @@ ARGS = (
 )
 def test_the_figures_are_written_shown_and_drawn(small, tmp_path, request, workers, against):
     env = request.getfixturevalue("cluster") if workers else None
-    args = (*ARGS, "--data", small, "--workers", workers, "--against", against, "--out", tmp_path / "out")
+    args = (*TINY, *ARGS, "--data", small, "--workers", workers, "--against", against, "--out", tmp_path / "out")
     done = finish(Bench(*args, storage=None, env=env, cwd=tmp_path))
     bench = json.loads((tmp_path / "out/bench.json").read_text())
     assert bench["n"] == 2
@@ -53,7 +41,7 @@ def test_the_figures_are_written_shown_and_drawn(small, tmp_path, request, worke
 
 
 def test_what_cannot_be_timed_is_refused(small, tmp_path):
-    args = (*ARGS, "--data", small, "--workers", 0)
+    args = ("--model", "cnn", *ARGS, "--data", small, "--workers", 0)
     for against, said in (("nonsense", "choose from dataloader, stream"), ("stream", "give --workers 1 or more")):
         refused = finish(Bench(*args, "--against", against, storage=None, cwd=tmp_path), 2)
         assert said in refused.stderr
@@ -81,7 +69,7 @@ def test_the_sentence_names_what_costs_most():
 
 @pytest.mark.slow
 def test_the_way_to_the_first_step_is_timed(small, tmp_path):
-    args = (*ARGS, "--data", small, "--workers", 0, "--startup", "--out", tmp_path / "out")
+    args = ("--model", "cnn", *ARGS, "--data", small, "--workers", 0, "--startup", "--out", tmp_path / "out")
     finish(Bench(*args, storage=None, cwd=tmp_path))
     startup = json.loads((tmp_path / "out/bench.json").read_text())["startup"]
     for name in ("first_step_seconds", "floor_seconds", "ratio"):  # which is longer is for the machine to say
