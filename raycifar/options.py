@@ -156,6 +156,7 @@ def leave(code: int, sentence: str | None = None) -> None:
         click.echo(sentence, err=True)
     ray = sys.modules.get("ray")  # half imported, maybe, by another thread
     if ray and getattr(ray, "is_initialized", bool)():
+        ray._private.auto_init_hook.enable_auto_connect = False  # else a thread that still works starts Ray anew
         ray.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
