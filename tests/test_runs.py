@@ -57,7 +57,6 @@ def test_a_file_that_can_t_be_written_whole_leaves_the_one_before(tmp_path):
     """A disk that fills up in mid-write, by a limit on the size of files that a process may write."""
     program = """
 import resource, signal, sys
-from raycifar.engine.checkpoint import Checkpointer
 from raycifar.runs import Run
 run = Run(sys.argv[1], "a")
 run.write("model.safetensors", b"before")

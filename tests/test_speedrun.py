@@ -16,7 +16,8 @@ from raycifar.models.cnn import whitening_filters
 from raycifar.pretrained import begin
 from raycifar.recipes import SPEEDRUN, Recipe
 
-RUN = ("--model", "cnn", "--workers", 0, "--val-size", 100, "--recipe", "speedrun", "--epochs", 2, "--batch-size", 100)
+RUN = ("--model", "cnn", "--workers", 0, "--limit", 200, "--val-size", 100, "--recipe", "speedrun")
+RUN += ("--epochs", 2, "--batch-size", 100)
 
 
 def test_whitened_patches_are_uncorrelated_and_of_variance_one():
@@ -59,7 +60,7 @@ def test_muon_keeps_filters_at_one_norm_and_steps_like_sgd_elsewhere():
 
 
 def test_it_trains_the_five_blocks_and_its_first_layer_stays(train, small, tmp_path):
-    train(*RUN, "--limit", 200, "--data", small, "--name", "a")
+    train(*RUN, "--data", small, "--name", "a")
     file = tmp_path / "runs/a/model.safetensors"
     with safe_open(file, "pt") as content:
         about = Architecture.from_json(json.loads(content.metadata()["raycifar"]))
