@@ -1,5 +1,6 @@
 """The architectures, for 32×32 images and 100 classes."""
 
+import copy
 import json
 
 import pytest
@@ -23,6 +24,25 @@ def test_cnn_is_the_study_s_five_blocks():
     assert [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)] == [64, 128, 256, 512, 512]
     assert sum(isinstance(m, nn.MaxPool2d) for m in model.modules()) == 5
     assert sum(isinstance(m, nn.Linear) for m in model.modules()) == 2
+
+
+@pytest.mark.parametrize("name", ["cnn", "vgg16"])
+def test_pooling_before_the_relu_is_pooling_after_it(name):
+    torch.manual_seed(0)
+    ours = Architecture(name).build()
+    usual = copy.deepcopy(ours)
+    for block in [m for m in usual.modules() if isinstance(m, nn.Sequential)]:
+        for k in [k for k, layer in enumerate(block) if isinstance(layer, nn.MaxPool2d)]:
+            assert isinstance(block[k + 1], nn.ReLU)
+            block[k], block[k + 1] = block[k + 1], block[k]
+    images = torch.randn(8, 3, 32, 32)
+    outputs = [network(images) for network in (ours, usual)]
+    gradients = [
+        torch.autograd.grad(out.square().sum(), list(network.parameters()))
+        for out, network in zip(outputs, (ours, usual), strict=True)
+    ]
+    assert torch.equal(*outputs)
+    assert all(map(torch.equal, *gradients))
 
 
 def test_resnet50_keeps_torchvision_s_names_and_its_first_map_at_full_size():
