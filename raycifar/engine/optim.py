@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from raycifar.recipes import Recipe
 
@@ -46,7 +47,29 @@ class Eager(torch.optim.Optimizer):
 
 
 class SGD(Eager, torch.optim.SGD):
-    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+    """PyTorch's, given filters in the order in which they lie; else it copies their gradients first, on a CPU."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            parameters, gradients, momenta = (list(map(as_it_lies, tensors)) for tensors in tensors_of(group, self))
+            names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
+            if parameters:
+                sgd(parameters, gradients, [*momenta], fused=True, **{name: group[name] for name in names})
+
+
+def as_it_lies(tensor: Tensor) -> Tensor:
+    """Return a view of filters, which are channels_last, in the order of their memory, and all else as it is."""
+    return tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor
+
+
+def tensors_of(group: dict[str, Any], optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], ...]:
+    """Return a group's parameters that have gradients, their gradients, and their momenta, which begin as 0."""
+    parameters = [p for p in group["params"] if p.grad is not None]
+    for p in parameters:
+        if "momentum_buffer" not in optimizer.state[p]:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return parameters, [p.grad for p in parameters], [optimizer.state[p]["momentum_buffer"] for p in parameters]
 
 
 class AdamW(Eager, torch.optim.AdamW):
@@ -76,16 +99,14 @@ class Muon(Eager):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            gradients = [p.grad for p in parameters if p.grad is not None]
+            parameters, gradients, momenta = tensors_of(group, self)
             if not parameters:
                 continue
             if not group["filters"] and group["weight_decay"]:
                 torch._foreach_add_(gradients, parameters, alpha=group["weight_decay"])
-            moments = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
-            torch._foreach_mul_(moments, group["momentum"])
-            torch._foreach_add_(moments, gradients)
-            updates = list(torch._foreach_add(gradients, moments, alpha=group["momentum"]))  # Nesterov's
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, gradients)
+            updates = list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))  # Nesterov's
             if group["filters"]:
                 updates = [orthogonal(update) for update in updates]
             torch._foreach_add_(parameters, updates, alpha=-group["lr"])
