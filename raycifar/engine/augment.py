@@ -33,14 +33,11 @@ def shift(images: Tensor, flipped: Tensor) -> Tensor:
     device = images.device
     y, x = torch.randint(0, 2 * PAD + 1, (2, count), device=device)
     columns = torch.arange(width, device=device)
-    columns = torch.where(flipped[:, None], width - 1 - columns, columns)
-    rows = torch.arange(height, device=device)
-    return F.pad(images, (PAD,) * 4)[
-        torch.arange(count, device=device)[:, None, None, None],
-        torch.arange(channels, device=device)[None, :, None, None],
-        (y[:, None] + rows)[:, None, :, None],
-        (x[:, None] + columns)[:, None, None, :],
-    ]
+    columns = torch.where(flipped[:, None], width - 1 - columns, columns) + x[:, None]
+    rows = torch.arange(height, device=device) + y[:, None]
+    pixels = (rows[:, :, None] * (width + 2 * PAD) + columns[:, None, :]).view(count, 1, height * width)
+    padded = F.pad(images, (PAD,) * 4).flatten(2)
+    return padded.gather(2, pixels.expand(-1, channels, -1)).view(images.shape)
 
 
 def cut_hole(images: Tensor) -> Tensor:
