@@ -21,6 +21,8 @@ from raycifar.terminal import Screen
 if TYPE_CHECKING:
     from torch import nn
 
+    from raycifar.trained import Weights
+
 CHECKED = 1000  # images on which what was written must answer as the network does
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}
 
@@ -47,7 +49,7 @@ def main(debug: bool, network: str, kind: str, out: str | None, data: str) -> No
 
         trained = Trained(read_weights(network), "cpu", "float32")
     expected = trained.logits(torch.from_numpy(images.copy())).numpy()
-    whole = with_preprocessing(trained)
+    whole = with_preprocessing(trained.weights)
     with screen.waiting(f"Writing {kind}"), warnings.catch_warnings(action="ignore"):  # what is written is checked
         try:
             content = {"onnx": to_onnx, "torchscript": to_torchscript, "safetensors": to_safetensors}[kind](whole)
@@ -71,7 +73,7 @@ def main(debug: bool, network: str, kind: str, out: str | None, data: str) -> No
     )
 
 
-def with_preprocessing(trained: Any) -> "nn.Module":
+def with_preprocessing(weights: "Weights") -> "nn.Module":
     """Return a network from (n, 3, 32, 32) uint8 to logits."""
     import torch
     from torch import Tensor, nn
@@ -84,10 +86,10 @@ def with_preprocessing(trained: Any) -> "nn.Module":
 
         def __init__(self) -> None:
             super().__init__()
-            self.preprocessing = trained.weights.architecture.preprocessing
+            self.preprocessing = weights.architecture.preprocessing
             self.register_buffer("mean", 255 * torch.tensor(self.preprocessing.mean)[:, None, None])
             self.register_buffer("std", 255 * torch.tensor(self.preprocessing.std)[:, None, None])
-            self.network = trained.network
+            self.network = weights.build()
 
         def forward(self, images: Tensor) -> Tensor:
             return self.network((resize(images.float(), self.preprocessing) - self.mean) / self.std)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from raycifar import weights as weights_file
 from raycifar.engine.evaluate import predict
-from raycifar.engine.hardware import choose_precision
+from raycifar.engine.hardware import choose_precision, place
 from raycifar.errors import RequestError
 from raycifar.files import locate
 from raycifar.models import Architecture
@@ -21,6 +21,19 @@ class Weights:
 
     architecture: Architecture
     tensors: dict[str, Tensor]
+
+    def build(self) -> nn.Module:
+        """Return the network.
+
+        Raises:
+            RequestError: the tensors are not those of the architecture.
+        """
+        network = self.architecture.build()
+        try:
+            network.load_state_dict(self.tensors)
+        except RuntimeError as error:
+            raise RequestError(f"these are not the weights of a {self.architecture.model}: {error}") from error
+        return network
 
 
 class Trained:
@@ -38,12 +51,7 @@ class Trained:
             raise RequestError("--device gpu: this machine has no GPU that PyTorch can use.")
         self.weights = weights
         self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-        network = weights.architecture.build()
-        try:
-            network.load_state_dict(weights.tensors)
-        except RuntimeError as error:
-            raise RequestError(f"these are not the weights of a {weights.architecture.model}: {error}") from error
-        self.network: nn.Module = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = place(weights.build(), self.device)
         dtype = choose_precision(precision, self.device)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 

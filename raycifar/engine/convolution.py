@@ -1,4 +1,4 @@
-"""The same convolutions, trained faster on a CPU where the image has become small.
+"""The same convolutions, faster on a CPU where the image has become small.
 
 oneDNN's loops are made for long rows of pixels. At 2×2 and 4×4 pixels, with 512 channels, matrix products take a third
 of the time, and half of it for the weights' gradient.
@@ -24,7 +24,7 @@ PIXELS = ((0, 0), (0, 1), (1, 0), (1, 1))  # rows and columns of an image of 2×
 
 
 def use_products(model: nn.Module) -> None:
-    """Have the model's 3×3 convolutions train by matrix products on small images; its weights stay as they are."""
+    """Have the model's 3×3 convolutions work by matrix products on small images; its weights stay as they are."""
     for module in model.modules():
         if type(module) is nn.Conv2d and all(getattr(module, name) == value for name, value in PLAIN.items()):
             module.__class__ = Convolution
@@ -34,11 +34,10 @@ class Convolution(nn.Conv2d):
     """A 3×3 convolution, padded by one pixel."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's own word)
-        if torch.is_grad_enabled():
-            if input.shape[-2:] == (2, 2):
-                return Dense.apply(input, self.weight, self.bias)
-            if max(input.shape[-2:]) <= SMALL and input.dtype == torch.bfloat16:
-                return Shifts.apply(input, self.weight, self.bias)
+        if input.shape[-2:] == (2, 2):
+            return Dense.apply(input, self.weight, self.bias)
+        if max(input.shape[-2:]) <= SMALL and input.dtype == torch.bfloat16:
+            return Shifts.apply(input, self.weight, self.bias)
         return super().forward(input)
 
 

@@ -23,7 +23,7 @@ from raycifar.engine.checkpoint import Checkpointer
 from raycifar.engine.evaluate import gather, per_image, predict, reduce_sum, score, to_predictions_file
 from raycifar.engine.events import to_events
 from raycifar.engine.gauges import Gauges
-from raycifar.engine.hardware import choose_precision, parallelise, set_up
+from raycifar.engine.hardware import choose_precision, parallelise, seed, set_up
 from raycifar.engine.images import ImageRecord, describe_rise, to_images_file
 from raycifar.engine.loss import FiniteWatch, StopTrainingError, loss_and_sums
 from raycifar.engine.optim import set_learning_rate
@@ -194,7 +194,7 @@ class Worker:
         for batch in batches(
             job.seed, progress.epoch, job.images, self.steps, progress.segments, self.world_size, self.rank
         ):
-            torch.manual_seed(step_seed(job.seed, progress.epoch, batch.step, self.world_size, self.rank))
+            seed(step_seed(job.seed, progress.epoch, batch.step, self.world_size, self.rank), self.device)
             lr = recipe.learning_rate(progress.epoch, batch.step, self.steps)
             set_learning_rate(self.state.optimizer, lr)
             rows = torch.from_numpy(batch.rows).to(self.device, non_blocking=True)

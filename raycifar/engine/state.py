@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from raycifar.engine.convolution import use_products
+from raycifar.engine.hardware import place
 from raycifar.engine.optim import build_optimizer
 from raycifar.engine.order import Segment
 from raycifar.models import Architecture
@@ -72,9 +72,7 @@ class TrainingState:
         model.load_state_dict({name: torch.tensor(value) for name, value in (weights or {}).items()}, strict=False)
         self.recipe, self.layers = recipe, architecture.layers(model)
         self.fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        self.model: nn.Module = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if device.type == "cpu":
-            use_products(self.model)
+        self.model = place(model, device)
         self.average = (
             AveragedModel(self.model, multi_avg_fn=ema_from_the_start(recipe.ema), use_buffers=True)
             if recipe.ema
