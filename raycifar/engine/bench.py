@@ -66,7 +66,7 @@ def bench_loop_per_worker(config: dict[str, Any]) -> dict[str, list[float]]:
             begun = clock(worker)
             stage()
             seconds[name].append(clock(worker) - begun)
-    worker.checkpointer.wait()
+            worker.checkpointer.wait()  # what is still being written is not the next stage's
     return {name: [plan.job.images / took for took in values] for name, values in seconds.items()}
 
 
