@@ -1,4 +1,4 @@
-"""Convolutions of small images, trained by matrix products."""
+"""Convolutions of small images, by matrix products."""
 
 import copy
 
