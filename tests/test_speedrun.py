@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from command import Command
 from conftest import history
@@ -32,11 +33,14 @@ def test_whitened_patches_are_uncorrelated_and_of_variance_one():
     assert out.var(1).max() < 1.01
 
 
-def test_an_orthogonal_update_has_singular_values_near_one_and_the_gradient_s_directions():
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+def test_an_orthogonal_update_has_singular_values_near_one_and_the_gradient_s_directions(low):
     for shape in ((64, 27, 3, 3), (512, 256, 3, 3), (100, 4, 3, 3)):
         gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        update = orthogonal(gradient)
-        assert update.shape == gradient.shape
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            update = orthogonal(gradient)
+        assert (update.shape, update.dtype) == (gradient.shape, gradient.dtype)
+        assert torch.equal(update, update.bfloat16()) == low
         singular = torch.linalg.svdvals(update.flatten(1).double())
         assert 0.3 < singular.min() <= singular.max() < 1.3
         left, _, right = torch.linalg.svd(gradient.flatten(1).double(), full_matrices=False)

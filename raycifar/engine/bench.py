@@ -115,7 +115,8 @@ def step(
     with autocast:
         logits = model(inputs)
     F.cross_entropy(logits.float(), targets, label_smoothing=smoothing).backward()
-    optimizer.step()
+    with autocast:
+        optimizer.step()
     optimizer.zero_grad()
 
 

@@ -243,7 +243,8 @@ class Worker:
         self.norms = torch.stack([total + norm, norm.max(largest), torch.where(norm > largest, step, at)])
         if self.recipe.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.recipe.clip_norm, norm)
-        self.state.optimizer.step()
+        with self.autocast:
+            self.state.optimizer.step()
         self.state.optimizer.zero_grad()
         if self.state.average:
             self.state.average.update_parameters(self.state.model)

@@ -121,11 +121,11 @@ def orthogonal(update: Tensor) -> Tensor:
     """Return the nearest matrix with orthogonal rows or columns, nearly, and in the shape that `update` has.
 
     By five steps of a Newton–Schulz iteration whose coefficients bring all singular values near one, not to it.
-    Bfloat16 is enough for that, but processors that lack it are many times slower in it than in float32.
+    Bfloat16 is enough for that, and is taken where autocast is on.
     """
     matrix = update.flatten(1)
-    if matrix.is_cuda:
-        matrix = matrix.bfloat16()
+    if torch.is_autocast_enabled(matrix.device.type):
+        matrix = matrix.to(torch.get_autocast_dtype(matrix.device.type))
     wide = matrix.mT if len(matrix) > matrix.shape[1] else matrix
     wide = wide / (wide.norm() + 1e-7)
     for _ in range(5):
