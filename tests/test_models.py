@@ -19,9 +19,12 @@ def test_each_maps_images_to_logits_and_has_its_size(name, millions):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def test_cnn_is_the_study_s_five_blocks():
-    model = Architecture("cnn").build()
-    assert [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)] == [64, 128, 256, 512, 512]
+@pytest.mark.parametrize("depth", [1, 2])
+def test_cnn_is_the_study_s_five_blocks(depth):
+    model = Architecture("cnn", depth=depth).build()
+    filters = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert filters == [count for count in (64, 128, 256, 512, 512) for _ in range(depth)]
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 100)
     assert sum(isinstance(m, nn.MaxPool2d) for m in model.modules()) == 5
     assert sum(isinstance(m, nn.Linear) for m in model.modules()) == 2
 

@@ -48,7 +48,7 @@ class Architecture:
 
     large_stem: the first layers are those of ImageNet's 224×224 pixels, not those of CIFAR's 32×32.
     whiten: a first layer, not trained, makes the pixels of a patch uncorrelated; the CNN alone has it.
-    depth: convolutions in each block of the CNN but the last.
+    depth: convolutions in each block of the CNN.
     """
 
     model: str

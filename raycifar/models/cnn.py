@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor, nn
@@ -32,13 +33,16 @@ class Residual(nn.Module):
 
 
 def block(inputs: int, outputs: int, depth: int) -> nn.Sequential:
-    """Return a block: a convolution, and behind the pooling, where they cost a quarter of it, `depth` - 1 more.
+    """Return a block: a convolution, `depth` - 1 more with shortcuts, and a pooling that halves the image.
 
-    Pooling before the ReLU has the same outputs and gradients as pooling after it, and leaves it a quarter of the work.
+    Pooling before the ReLU, where nothing is between them, has the same outputs and gradients as pooling after it, and
+    leaves it a quarter of the work.
     """
     convolve, norm, relu = convolution(inputs, outputs)
+    if depth == 1:
+        return nn.Sequential(convolve, norm, nn.MaxPool2d(2), relu)
     more = (Residual(convolution(outputs, outputs)) for _ in range(depth - 1))
-    return nn.Sequential(convolve, norm, nn.MaxPool2d(2), relu, *more)
+    return nn.Sequential(convolve, norm, relu, *more, nn.MaxPool2d(2))
 
 
 def build(classes: int, dropout: float, large_stem: bool, whiten: bool = False, depth: int = 1) -> nn.Module:
@@ -48,14 +52,13 @@ def build(classes: int, dropout: float, large_stem: bool, whiten: bool = False, 
 
     Args:
         whiten: put a fixed layer before the blocks that whitens patches of the image.
-        depth: convolutions in each block but the last, which leaves nothing to convolve; the study's has one.
+        depth: convolutions in each block; the study's has one.
     """
     channels = (PATCH if whiten else 3, *FILTERS)
-    depths = (*[depth] * (len(FILTERS) - 1), 1)
     return nn.Sequential(
         OrderedDict(
             **({"whiten": whitening()} if whiten else {}),
-            features=nn.Sequential(*map(block, channels, FILTERS, depths)),
+            features=nn.Sequential(*(block(*sizes, depth) for sizes in pairwise(channels))),
             pool=nn.AdaptiveAvgPool2d(1),
             head=nn.Sequential(
                 nn.Flatten(),
