@@ -70,11 +70,10 @@ def main(debug: bool, **options: Any) -> None:
         raise RequestError("--against stream streams to workers: give --workers 1 or more.")
     recipe = pick_recipe(options["model"], options)
 
-    rates = time_stages(options, recipe, against, screen, debug=debug)
-    bench = summarise(rates, against)
-    if options["startup"]:
+    bench = {"model": options["model"], "recipe": dataclasses.asdict(recipe)}
+    if options["startup"]:  # first: a Ray of this process would take its share of the cores
         bench["startup"] = time_startup(options, screen)
-    bench = {"model": options["model"], "recipe": dataclasses.asdict(recipe), **bench}
+    bench |= summarise(time_stages(options, recipe, against, screen, debug=debug), against)
     out.write_json(BENCH, bench)
     out.write(BENCH_CHART, draw(bench).encode())
     screen.console.print(to_table(bench))
