@@ -70,10 +70,13 @@ def main(debug: bool, **options: Any) -> None:
         raise RequestError("--against stream streams to workers: give --workers 1 or more.")
     recipe = pick_recipe(options["model"], options)
 
-    bench = {"model": options["model"], "recipe": dataclasses.asdict(recipe)}
-    if options["startup"]:  # first: a Ray of this process would take its share of the cores
+    rates = time_stages(options, recipe, against, screen, debug=debug)
+    bench = {"model": options["model"], "recipe": dataclasses.asdict(recipe), **summarise(rates, against)}
+    if options["startup"]:
+        import ray
+
+        ray.shutdown()  # this process's Ray would take its share of the cores
         bench["startup"] = time_startup(options, screen)
-    bench |= summarise(time_stages(options, recipe, against, screen, debug=debug), against)
     out.write_json(BENCH, bench)
     out.write(BENCH_CHART, draw(bench).encode())
     screen.console.print(to_table(bench))
