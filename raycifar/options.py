@@ -134,7 +134,7 @@ def door(command: Callable[..., Any]) -> Callable[..., Any]:
             command(debug=debug, **options)
             leave(0)
         except Interrupted:
-            leave(130, "Interrupted.")
+            leave(130, "Interrupted.", quiet=not debug)
         except Exception as error:
             failure = error
         if debug:
@@ -148,12 +148,18 @@ def door(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_endings
 
 
-def leave(code: int, sentence: str | None = None) -> None:
-    """Say how it ended, and end this process and what Ray has started for it, without waiting for a training thread."""
+def leave(code: int, sentence: str | None = None, *, quiet: bool = False) -> None:
+    """Say how it ended, and end this process and what Ray has started for it, without waiting for a training thread.
+
+    Args:
+        quiet: without what Ray says of all that it could not finish.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if sentence:
         click.echo(sentence, err=True)
+    if quiet:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Ray's own core writes to the descriptor
     ray = sys.modules.get("ray")  # half imported, maybe, by another thread
     if ray and getattr(ray, "is_initialized", bool)():
         ray._private.auto_init_hook.enable_auto_connect = False  # else a thread that still works starts Ray anew

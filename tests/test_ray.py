@@ -61,11 +61,12 @@ def worker_pids():
 
 
 def metrics():
-    """Return what Ray shows to Prometheus, once there is something of ours."""
+    """Return what Ray shows to Prometheus, once there are a loss and a validation of ours."""
 
     def ours():
         text = urllib.request.urlopen("http://127.0.0.1:8298/metrics").read().decode()
-        return text if "ray_raycifar_val_top1" in text else ""
+        # A worker that has just been restarted shows its last validation before its first loss.
+        return text if "ray_raycifar_val_top1" in text and "ray_raycifar_loss" in text else ""
 
     return wait_until(ours, 180, "the run's metrics")
 
