@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 from ray._private.authentication_test_utils import reset_auth_token_state
 
@@ -20,6 +21,7 @@ class Command:
     """`python -m raycifar.train`, begun."""
 
     door = "raycifar.train"
+    begun: ClassVar[list["Command"]] = []  # in this test
 
     def __init__(
         self, *args: object, storage: Path | str | None, env: dict[str, str] | None = None, cwd: Path = ROOT
@@ -29,6 +31,7 @@ class Command:
         self.files = [Path(self.folder.name) / name for name in ("out", "err")]
         self.process = FORK.Process(target=run, args=(self.args, {**os.environ, **(env or {})}, cwd, self.files))
         self.process.start()
+        self.begun.append(self)
 
     @property
     def ended(self) -> bool:
@@ -59,11 +62,15 @@ def run(args: list[str], env: dict[str, str], cwd: Path, files: list[Path]) -> N
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     os.chdir(cwd)
+    take_environment(env)
+    sys.argv = args
+    runpy.run_module(args[0], run_name="__main__", alter_sys=True)
+
+
+def take_environment(env: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(env)
     reset_auth_token_state()  # the one thing that Ray has read from the environment when it was imported
-    sys.argv = args
-    runpy.run_module(args[0], run_name="__main__", alter_sys=True)
 
 
 def finish(command: Command, code: int = 0) -> subprocess.CompletedProcess:

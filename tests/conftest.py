@@ -3,10 +3,8 @@
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -15,8 +13,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from command import Command, finish
+from cpus import free_cpus, who_has_them
 from ray.cluster_utils import Cluster
 
 from raycifar.data.sources import load
@@ -86,11 +86,24 @@ def trained(small, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def end_what_is_left():
-    """End the commands that a test leaves behind when it fails."""
+def end_what_is_left(request):
+    """End the commands that a test leaves behind when it fails, show what they said, and see the CPUs free again.
+
+    A test that leaves the CPUs of the session's Ray taken fails itself, rather than all tests after it.
+    """
     yield
-    for process in multiprocessing.active_children():
-        process.kill()
+    for command in Command.begun:
+        if not command.ended:
+            command.process.kill()
+            print("Still running:", *command.args, "\n", *command.said())
+    Command.begun.clear()
+    if "cluster" in request.fixturenames:
+        env = request.getfixturevalue("cluster")
+        try:
+            wait_until(lambda: free_cpus(env) == 2, 30, "the end of what used the CPUs")
+        except AssertionError:
+            print(who_has_them(env))
+            raise
 
 
 @pytest.fixture
@@ -139,15 +152,27 @@ def cluster():
     start = [ray, "start", "--head", "--node-ip-address=127.0.0.1", "--port=6399", "--num-cpus=2"]
     start += ["--dashboard-port=8299", "--metrics-export-port=8298", "--disable-usage-stats", f"--temp-dir={temp}"]
     started = {key: value for key, value in {**os.environ, **env}.items() if key != "RAY_ADDRESS"}
-    # Left running by Ray, the daemons would hold a pipe open for ever: their output goes to a file.
-    with (temp / "start.log").open("w") as log:
-        subprocess.run(start, env=started, stdout=log, stderr=log, check=True, timeout=120)
-    yield env
-    for line in ps():
-        if str(temp) in line:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(line.split()[0]), signal.SIGKILL)
-    shutil.rmtree(temp, ignore_errors=True)
+    try:
+        # Left running by Ray, the daemons would hold a pipe open for ever: their output goes to a file.
+        with (temp / "start.log").open("w") as log:
+            subprocess.run(start, env=started, stdout=log, stderr=log, check=True, timeout=120)
+        yield env
+    finally:
+        end_ray(token)
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def end_ray(token: Path) -> None:
+    """Kill the processes that were started with this token's path in their environment, and those they started."""
+    its = []
+    for process in psutil.process_iter(["environ"]):
+        if (process.info["environ"] or {}).get("RAY_AUTH_TOKEN_PATH") == str(token):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                its += [process, *process.children(recursive=True)]
+    for process in its:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(its, timeout=10)
 
 
 class Nodes:

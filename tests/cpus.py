@@ -1,0 +1,44 @@
+"""What is free of the session's Ray, and who has the rest."""
+
+import os
+import subprocess
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from command import FORK, take_environment
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+
+def free_cpus(env: dict[str, str]) -> float:
+    """Return the CPUs that nobody has reserved of the Ray, of one node, that the environment reaches."""
+    here, there = FORK.Pipe()
+    process = FORK.Process(target=answer, args=(env, there))  # of its own: a process has one token for good
+    process.start()
+    process.join()
+    return here.recv()
+
+
+def answer(env: dict[str, str], there: Connection) -> None:
+    take_environment({**os.environ, **env})
+    status = GcsClient(address=env["RAY_ADDRESS"]).get_cluster_status(timeout_s=10)
+    (node,) = GetClusterStatusReply.FromString(status).cluster_resource_state.node_states
+    there.send(node.available_resources.get("CPU", 0.0))
+
+
+def who_has_them(env: dict[str, str]) -> str:
+    """Return all that tells why CPUs aren't free: reservations, actors, processes, Ray's own logs."""
+    ray = [Path(sys.executable).with_name("ray"), "list", "--address", "http://127.0.0.1:8299", "--filter"]
+    logs = Path(env["RAY_AUTH_TOKEN_PATH"]).parent / "session_latest/logs"
+    commands = [
+        [*ray, "STATE!=REMOVED", "placement-groups"],
+        [*ray, "STATE!=DEAD", "actors"],
+        ["ps", "-eo", "pid,ppid,ni,stat,pcpu,etime,args", "--sort=-pcpu"],
+        ["tail", "-n", "40", logs / "gcs_server.out", logs / "raylet.out"],
+    ]
+    done = [
+        subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+        for command in commands
+    ]
+    return "\n".join(process.stdout[:9_000] + process.stderr[-2_000:] for process in done)
