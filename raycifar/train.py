@@ -302,7 +302,7 @@ def build_trainer(
     from raycifar.cluster import versions
     from raycifar.data.shards import ExactShards, to_datasets
     from raycifar.engine.loop import Job, train_loop_per_worker
-    from raycifar.engine.reporter import Failures
+    from raycifar.engine.reporter import EndsWithItsDriver, Failures
 
     # Ray Train takes one report of each worker at each look, every 2 s by default: epochs of a GPU are shorter.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -346,7 +346,7 @@ def build_trainer(
             storage_filesystem=run.filesystem,
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
             failure_config=FailureConfig(max_failures=-1),  # our callback counts
-            callbacks=[Failures(board, request.max_failures)],
+            callbacks=[Failures(board, request.max_failures), EndsWithItsDriver()],
             logging_config=LoggingConfig("INFO" if debug else "ERROR"),
         ),
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import time
 import pytest
 from command import Command
 from conftest import ps, wait_until
+from cpus import free_cpus
 
 from raycifar import cluster as room
 from raycifar.data.shards import bounds, cuts
@@ -87,6 +89,23 @@ def test_what_others_use_is_waited_for_and_named_and_not_for_ever(small, cluster
     waited = "waiting for 1 worker of 2 CPUs: room for 1, 1 in use, on 1 node"
     assert f"{waited} …" in failed.stdout
     assert f"after 5 s (--wait) there was still no room: {waited}." in failed.stderr
+
+
+@pytest.mark.slow
+def test_runs_that_are_ended_while_they_wait_reserve_nothing_afterwards(small, cluster, tmp_path):
+    """Ray would keep for good what a controller asks for between the end of its job and its own; it happens rarely."""
+    args = (*CNN, "--data", small, "--workers", 1, "--cpus-per-worker", 2)
+    hasty = {**cluster, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.001"}  # a controller mostly dies in its pauses
+    for number in [signal.SIGKILL, signal.SIGTERM] * 8:
+        with program(HOLDER, "held", cluster):
+            runs = [Command(*args, "--name", name, storage=tmp_path, env=hasty) for name in "abc"]
+            wait_until(lambda: all("1 in use" in run.said()[0] for run in runs), what="waiting")  # noqa: B023
+            time.sleep(4)  # for the controllers to ask for their room
+            for run in runs:
+                os.kill(run.process.pid, number)
+            for run in runs:
+                run.process.join()
+        wait_until(lambda: free_cpus(cluster) == 2, 20, f"the end of what was reserved after {number.name}")
 
 
 def test_a_node_with_other_versions_or_without_the_storage_is_named(tmp_path):

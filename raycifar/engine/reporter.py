@@ -7,6 +7,7 @@ from typing import Any
 import ray
 import ray.train
 from ray._private.state import jobs
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from raycifar.board import STARTING, Board
 from raycifar.engine.gauges import Gauges
@@ -87,7 +88,6 @@ class Failures(ray.train.UserCallback):
         self.last: tuple[Any, str] = None, ""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        end_with_the_driver()
         rank, error = min(worker_exceptions.items())
         reason = in_a_line(getattr(error, "health_check_failure", error))
         content = self.board.get("worker") or {}
@@ -120,14 +120,18 @@ class Failures(ray.train.UserCallback):
         self.board.put("worker", {**(self.board.get("worker") or {}), "phase": STARTING, "step": None})
 
 
-def end_with_the_driver() -> None:
-    """End this process if the job is over.
+class EndsWithItsDriver(ControllerCallback):
+    """Ends Ray Train's controller, rather than let it reserve CPUs and GPUs for a job that is over.
 
-    When a driver is killed, Ray ends the processes of its job one by one. A controller that sees its workers die
-    before it is ended itself would reserve the CPUs for new ones, and nobody would free them: Ray has put away
-    what the job had reserved by then.
+    When a driver ends, Ray gives back what its job has reserved or asked for, and ends the job's processes one by
+    one. A controller that learns of the first before its own turn comes would ask anew, for the workers that it has
+    lost or was still waiting for, and nobody would ever free that.
     """
-    time.sleep(DRIVER_DEATH_SECONDS)
-    mine = ray.get_runtime_context().get_job_id()
-    if any(job["JobID"] == mine and job["IsDead"] for job in jobs()):
-        os._exit(1)
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        time.sleep(DRIVER_DEATH_SECONDS)
+
+    def on_controller_start_worker_group(self, **size: Any) -> None:
+        mine = ray.get_runtime_context().get_job_id()
+        if any(job["JobID"] == mine and job["IsDead"] for job in jobs()):
+            os._exit(1)
