@@ -151,6 +151,7 @@ def cluster():
     ray = str(Path(sys.executable).with_name("ray"))
     start = [ray, "start", "--head", "--node-ip-address=127.0.0.1", "--port=6399", "--num-cpus=2"]
     start += ["--dashboard-port=8299", "--metrics-export-port=8298", "--disable-usage-stats", f"--temp-dir={temp}"]
+    start += ['--system-config={"metrics_report_interval_ms": 1000}']  # of runs that last only seconds
     started = {key: value for key, value in {**os.environ, **env}.items() if key != "RAY_ADDRESS"}
     try:
         # Left running by Ray, the daemons would hold a pipe open for ever: their output goes to a file.
