@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def top1(folder):
 
 
 def test_a_node_is_lost_in_mid_epoch_and_another_taken_in(nodes, tmp_path):
-    args = (*CNN, "--limit", 4000, "--epochs", 8, "--workers", "1:2", "--max-failures", 0)
+    args = (*CNN, "--limit", 4000, "--epochs", 16, "--workers", "1:2", "--max-failures", 0)
     two = nodes(1, 1)
     command = Command(*args, "--name", "a", storage=tmp_path, env=two.env)
     wait_until(lambda: epochs(tmp_path / "a") >= 2, 240, "epoch 2")
@@ -52,7 +53,7 @@ def test_a_node_is_lost_in_mid_epoch_and_another_taken_in(nodes, tmp_path):
     two.add()
     done = finish(command) if command.ended else command.finish(600)
     assert done.returncode == 0, done.stdout + done.stderr
-    workers = [row["workers"] for row in check_history(tmp_path / "a", 8)]
+    workers = [row["workers"] for row in check_history(tmp_path / "a", 16)]
     assert workers[0] == 2
     assert workers[after - 1] == 1
     assert workers[-1] == 2
@@ -64,11 +65,10 @@ def test_a_node_is_lost_in_mid_epoch_and_another_taken_in(nodes, tmp_path):
 
 def test_a_node_that_is_announced_to_go_loses_nothing(nodes, tmp_path):
     """The notice that a cloud gives of a spot machine, by Ray's own command."""
-    args = (*CNN[:-1], 0, "--limit", 4000, "--epochs", 4, "--workers", "1:2", "--max-failures", 0)
+    args = (*CNN[:-1], 0, "--limit", 4000, "--epochs", 6, "--workers", "1:2", "--max-failures", 0)
     two = nodes(1, 1)
     command = Command(*args, "--name", "a", storage=tmp_path, env=two.env)
     wait_until(lambda: epochs(tmp_path / "a") >= 1, 240, "epoch 1")
-    time.sleep(5)
     drain = [BIN / "ray", "drain-node", "--address", two.env["RAY_ADDRESS"], "--node-id", two.others[0].node_id]
     drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds"]
     subprocess.run([*drain, "60"], check=True, env={**os.environ, **two.env})
@@ -76,15 +76,15 @@ def test_a_node_that_is_announced_to_go_loses_nothing(nodes, tmp_path):
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "A node of this run is being taken away; the run goes on from a checkpoint made just now." in done.stdout
-    assert "Continuing from epoch 2, step" in done.stdout
-    assert [row["workers"] for row in check_history(tmp_path / "a", 4)][-1] == 1
+    assert re.search(r"Continuing from epoch \d, step", done.stdout)
+    assert [row["workers"] for row in check_history(tmp_path / "a", 6)][-1] == 1
 
 
 def test_chaos(nodes, tmp_path):
     """Ten times, every 20 s, a worker or a node is killed; a node that was is replaced."""
     dice = random.Random(0)
     two = nodes(1, 1)
-    args = (*CNN, "--limit", 4000, "--epochs", 12, "--workers", "1:2", "--max-failures", 100, "--name", "a")
+    args = (*CNN, "--limit", 4000, "--epochs", 24, "--workers", "1:2", "--max-failures", 100, "--name", "a")
     command = Command(*args, storage=tmp_path, env=two.env)
     wait_until(lambda: checkpoints(tmp_path / "a"), 240, "a checkpoint")
     kills = []
@@ -102,7 +102,7 @@ def test_chaos(nodes, tmp_path):
     print(kills, done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(kills) == 10
-    check_history(tmp_path / "a", 12)
+    check_history(tmp_path / "a", 24)
     assert top1(tmp_path / "a") > 0.9
 
 
