@@ -88,6 +88,7 @@ class Failures(ray.train.UserCallback):
         self.last: tuple[Any, str] = None, ""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        time.sleep(DRIVER_DEATH_SECONDS)  # it may have taken its workers along: see `EndsWithItsDriver`
         rank, error = min(worker_exceptions.items())
         reason = in_a_line(getattr(error, "health_check_failure", error))
         content = self.board.get("worker") or {}
@@ -127,9 +128,6 @@ class EndsWithItsDriver(ControllerCallback):
     one. A controller that learns of the first before its own turn comes would ask anew, for the workers that it has
     lost or was still waiting for, and nobody would ever free that.
     """
-
-    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        time.sleep(DRIVER_DEATH_SECONDS)
 
     def on_controller_start_worker_group(self, **size: Any) -> None:
         mine = ray.get_runtime_context().get_job_id()
