@@ -20,6 +20,7 @@ def free_cpus(env: dict[str, str]) -> float:
     here, there = FORK.Pipe()
     process = FORK.Process(target=answer, args=(env, there))  # of its own: a process has one token for good
     process.start()
+    there.close()  # so that an answer that never comes is an error, and isn't waited for
     process.join()
     return here.recv()
 
