@@ -61,11 +61,13 @@ def begin(model: str, recipe: Recipe, images: pa.Table | None = None) -> Start:
         raise RequestError("--whiten and --depth are for the cnn, trained from scratch (--pretrained none).")
     if recipe.pretrained == "none":
         preprocessing = Preprocessing(recipe.image_size)
-        architecture = Architecture(model, preprocessing=preprocessing, whiten=recipe.whiten, depth=recipe.depth)
+        architecture = Architecture(
+            model, preprocessing=preprocessing, whiten=recipe.whiten, depth=recipe.depth, mirror=recipe.mirror
+        )
         return Start(architecture, {WHITENING: whitening(images, preprocessing)} if recipe.whiten else None)
     family = models.find(model)
     preprocessing = family.imagenet_preprocessing(recipe.image_size)
-    architecture = Architecture(model, large_stem=True, preprocessing=preprocessing)
+    architecture = Architecture(model, large_stem=True, preprocessing=preprocessing, mirror=recipe.mirror)
     if recipe.pretrained == "imagenet":
         tensors = fetch(model)
     else:
@@ -102,7 +104,7 @@ def adopt(theirs: Architecture, ours: Architecture, place: str) -> Architecture:
     if theirs.model != ours.model:
         raise RequestError(f"--pretrained {place} holds the weights of a {theirs.model}, not of a {ours.model}.")
     preprocessing = replace(theirs.preprocessing, size=ours.preprocessing.size)
-    return replace(theirs, classes=ours.classes, preprocessing=preprocessing)
+    return replace(theirs, classes=ours.classes, preprocessing=preprocessing, mirror=ours.mirror)
 
 
 def fit(tensors: Mapping[str, Any], architecture: Architecture, place: str) -> dict[str, np.ndarray]:

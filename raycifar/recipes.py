@@ -44,6 +44,7 @@ class Recipe:
     precision: Precision = option("auto", "auto is bfloat16 where every worker's hardware gains by it, else float32")
     whiten: bool = option(False, "a first layer, of the cnn alone, that whitens 3x3 patches; made from the images")
     depth: int = option(1, "convolutions in each block, of the cnn alone")
+    mirror: bool = option(False, "score the mean of each image and its mirror image")
     image_size: int = option(32, "side to which images are scaled, 32 to 224 pixels")
     pretrained: str = option("none", "weights to begin with: imagenet, a file (PyTorch or safetensors), or none")
     head_epochs: int = option(0, "first epochs, which train the head alone; the rest of the network is frozen")
@@ -120,7 +121,7 @@ TRANSFER = Recipe(
 
 SPEEDRUN = Recipe(
     epochs=24, batch_size=500, optimizer="muon", lr=0.05, momentum=0.85, schedule="linear", warmup=0.15, ema=0.98,
-    label_smoothing=0.2, augment="cutout", cutmix=0.25, whiten=True, depth=2,
+    label_smoothing=0.2, augment="cutout", cutmix=0.25, whiten=True, depth=2, mirror=True,
 )  # fmt: skip
 NAMED = {"speedrun": {"cnn": SPEEDRUN}}  # besides each model's own: by name, for the models that have it
 

@@ -1,6 +1,7 @@
 """The recipe that trains the CNN in the least time, at a small size."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,12 +64,25 @@ def test_muon_keeps_filters_at_one_norm_and_steps_like_sgd_elsewhere():
     assert torch.allclose(dense.weight, reference)
 
 
+def test_a_network_that_looks_twice_answers_alike_for_an_image_and_its_mirror_image():
+    twice = Architecture("cnn", mirror=True).build()
+    once = Architecture("cnn").build()
+    once.load_state_dict(twice.state_dict())
+    images = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(twice.train()(images), once.train()(images))
+        answers = twice.eval()(images)
+        both = [once.eval()(side) for side in (images, images.flip(3))]
+        assert torch.allclose(answers, (both[0] + both[1]) / 2, atol=1e-5)
+        assert not torch.allclose(*both, atol=1e-3)
+
+
 def test_it_trains_the_five_blocks_and_its_first_layer_stays(train, small, tmp_path):
     train(*RUN, "--data", small, "--name", "a")
     file = tmp_path / "runs/a/model.safetensors"
     with safe_open(file, "pt") as content:
         about = Architecture.from_json(json.loads(content.metadata()["raycifar"]))
-    assert (about.whiten, about.depth) == (True, SPEEDRUN.depth)
+    assert (about.whiten, about.depth, about.mirror) == (True, SPEEDRUN.depth, True)
     start = begin("cnn", SPEEDRUN, synthetic(1000, 100).train)
     assert start.fingerprint() is None
     weights = load_file(file)
@@ -78,8 +92,8 @@ def test_it_trains_the_five_blocks_and_its_first_layer_stays(train, small, tmp_p
     images = begin("cnn", SPEEDRUN, load(small).train).weights["whiten.weight"]
     assert torch.equal(weights["whiten.weight"], torch.from_numpy(images))
     assert [weights[f"features.{k}.0.weight"].shape[0] for k in range(5)] == [64, 128, 256, 512, 512]
-    again = begin("cnn", Recipe(pretrained=str(file)))
-    assert (again.architecture, again.weights.keys()) == (about, weights.keys())
+    again = begin("cnn", Recipe(pretrained=str(file)))  # whose own recipe says whether it looks twice
+    assert (again.architecture, again.weights.keys()) == (replace(about, mirror=False), weights.keys())
     assert again.fingerprint()
     first, last = history(tmp_path / "runs/a")
     assert last["train_loss"] < first["train_loss"] < np.log(100) * 1.1

@@ -52,8 +52,8 @@ def test_the_weights_travel_with_what_it_takes_to_use_them(trained):
     with safe_open(trained / "model.safetensors", "pt") as file:
         about = json.loads(file.metadata()["raycifar"])
     pixels = {"size": 32, "mean": list(MEAN), "std": list(STD), "interpolation": "bilinear"}
-    network = {"model": "cnn", "classes": 100, "large_stem": False, "whiten": False, "depth": 1}
-    assert about == {**network, "preprocessing": pixels}
+    network = {"model": "cnn", "classes": 100, "large_stem": False}
+    assert about == {**network, "whiten": False, "depth": 1, "mirror": False, "preprocessing": pixels}
     assert load_file(trained / "best.safetensors").keys() == load_file(trained / "model.safetensors").keys()
 
 

@@ -53,10 +53,13 @@ def cut_hole(images: Tensor) -> Tensor:
 
 def preprocess(images: Tensor, preprocessing: Preprocessing = CIFAR) -> Tensor:
     """Return the network's input, (N, 3, size, size) float32, channels last, of `images` (N, 3, H, W) uint8."""
-    offset = torch.tensor(preprocessing.mean, device=images.device)[:, None, None] * 255
-    scale = 1 / (torch.tensor(preprocessing.std, device=images.device)[:, None, None] * 255)
+    # Without a copy that waits: a GPU would come to a stop in each step.
+    mean, std = (
+        torch.tensor(values)[:, None, None].to(images.device, non_blocking=True)
+        for values in (preprocessing.mean, preprocessing.std)
+    )
     pixels = resize(images.float(), preprocessing)
-    return ((pixels - offset) * scale).contiguous(memory_format=torch.channels_last)
+    return ((pixels - mean * 255) * (1 / (std * 255))).contiguous(memory_format=torch.channels_last)
 
 
 def resize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -19,6 +19,7 @@ from raycifar.engine.images import describe_rise
 from raycifar.engine.loop import Job, Worker
 from raycifar.engine.optim import set_learning_rate
 from raycifar.engine.order import batches
+from raycifar.engine.replay import replayed
 from raycifar.engine.state import Progress
 
 SHUFFLED = 10  # batches in the local shuffle buffer of Ray's documented ingest
@@ -45,11 +46,11 @@ def bench_loop_per_worker(config: dict[str, Any]) -> dict[str, list[float]]:
     plan: Plan = config["plan"]
     worker = Worker(plan.job)
     worker.prepare()
-    stages: dict[str, Callable[[], None]] = {"bare": lambda: take_steps(worker, worker.state.model)}
+    stages: dict[str, Callable[[], None]] = {"bare": steps(worker, worker.state.model)}
     if worker.world_size > 1:
-        stages["gradients"] = lambda: take_steps(worker, worker.model)
+        stages["gradients"] = steps(worker, worker.model)
     stages |= {
-        "images": lambda: take_steps(worker, worker.model, images=True),
+        "images": steps(worker, worker.model, images=True),
         "train": lambda: train(worker),
         "epoch": lambda: train(worker, finish=True),
         "following": lambda: follow(worker),
@@ -82,19 +83,33 @@ def clock(worker: Worker) -> float:
 # raycifar's own stages -------------------------------------------------------------------------------
 
 
-def take_steps(worker: Worker, model: nn.Module, *, images: bool = False) -> None:
+def steps(worker: Worker, model: nn.Module, *, images: bool = False) -> Callable[[], None]:
     """Take an epoch's steps with nothing around them, on tensors that are there, or on the worker's images."""
     job, optimizer = worker.job, worker.state.optimizer
-    set_learning_rate(optimizer, 1e-6)  # random tensors teach nothing
-    worker.state.train_mode()
-    staged = None if images else stage(worker)
-    for batch in batches(job.seed, 1, job.images, worker.steps, [], worker.world_size, worker.rank):
-        if staged:
-            inputs, targets = staged[0][: len(batch.rows)], staged[1][: len(batch.rows)]
-        else:
-            rows = torch.from_numpy(batch.rows).to(worker.device)
-            inputs, targets = worker.see(worker.train_set.images[rows], worker.train_set.labels[rows])
-        step(model, optimizer, inputs, targets, worker.autocast, worker.recipe.label_smoothing)
+    take_step = replay_step(worker, model)
+
+    def run() -> None:
+        set_learning_rate(optimizer, 1e-6)  # random tensors teach nothing
+        worker.state.train_mode()
+        staged = None if images else stage(worker)
+        for batch in batches(job.seed, 1, job.images, worker.steps, [], worker.world_size, worker.rank):
+            if staged:
+                inputs, targets = staged[0][: len(batch.rows)], staged[1][: len(batch.rows)]
+            else:
+                rows = torch.from_numpy(batch.rows).to(worker.device)
+                inputs, targets = worker.see(worker.train_set.images[rows], worker.train_set.labels[rows])
+            take_step(inputs, targets)
+
+    return run
+
+
+def replay_step(worker: Worker, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the bare step, as `train` would take it on this device: replayed on one GPU."""
+
+    def take_step(inputs: Tensor, targets: Tensor) -> Tensor:
+        return step(model, worker.state.optimizer, inputs, targets, worker.autocast, worker.recipe.label_smoothing)
+
+    return replayed(take_step, worker.device, worker.world_size)
 
 
 def stage(worker: Worker) -> tuple[Tensor, Tensor]:
@@ -111,13 +126,15 @@ def step(
     targets: Tensor,
     autocast: torch.autocast,
     smoothing: float,
-) -> None:
+) -> Tensor:
     with autocast:
         logits = model(inputs)
-    F.cross_entropy(logits.float(), targets, label_smoothing=smoothing).backward()
+    loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+    loss.backward()
     with autocast:
         optimizer.step()
     optimizer.zero_grad()
+    return loss.detach()
 
 
 def train(worker: Worker, *, finish: bool = False) -> None:
@@ -202,6 +219,7 @@ def stream(worker: Worker) -> Callable[[], None]:
     """Ray's documented ingest: each epoch streams its shard through a local shuffle buffer; the step is ours."""
     shard = ray.train.get_dataset_shard("train")
     count = -(-worker.recipe.batch_size // worker.world_size)
+    take_step = replay_step(worker, worker.model)
 
     def collate(batch: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
         pixels = np.frombuffer(b"".join(batch["image"]), np.uint8).reshape(-1, *SHAPE)
@@ -212,7 +230,7 @@ def stream(worker: Worker) -> Callable[[], None]:
         options = {"batch_size": count, "local_shuffle_buffer_size": SHUFFLED * count}
         for images, labels in shard.iter_torch_batches(**options, collate_fn=collate):
             inputs, targets = worker.see(images.to(worker.device), labels.to(worker.device))
-            step(worker.model, worker.state.optimizer, inputs, targets, worker.autocast, worker.recipe.label_smoothing)
+            take_step(inputs, targets)
 
     return run
 

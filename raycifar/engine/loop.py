@@ -25,10 +25,11 @@ from raycifar.engine.events import to_events
 from raycifar.engine.gauges import Gauges
 from raycifar.engine.hardware import choose_precision, parallelise, seed, set_up
 from raycifar.engine.images import ImageRecord, describe_rise, to_images_file
-from raycifar.engine.loss import FiniteWatch, StopTrainingError, loss_and_sums
+from raycifar.engine.loss import CHECK_STEPS, StopTrainingError, check_finite, loss_and_sums
 from raycifar.engine.optim import set_learning_rate
 from raycifar.engine.order import advance, batches, step_seed, steps_per_epoch
 from raycifar.engine.preemption import PreemptedError, PreemptionWatch
+from raycifar.engine.replay import replayed
 from raycifar.engine.reporter import Reporter
 from raycifar.engine.signals import examine
 from raycifar.engine.state import Progress, TrainingState
@@ -39,6 +40,8 @@ from raycifar.weights import to_file
 
 CLEAN_IMAGES = 1000  # training images scored as validation images are, without augmentation, after each epoch
 SIGNAL_IMAGES = 250  # of those, looked at from inside where the network doesn't learn
+FIGURES = ("images", "loss", "hits", "norm")  # of a step: the first three summed over its images, the gradient's norm
+NORM = FIGURES.index("norm")
 VALIDATION = ("val_loss", "val_top1", "val_top5", "val_loss_se", "val_gained", "val_lost")
 
 
@@ -186,11 +189,9 @@ class Worker:
         """Take the steps that are left of the epoch under way."""
         job, recipe, progress = self.job, self.recipe, self.state.progress
         self.state.train_mode()
-        sums = torch.tensor(progress.sums if self.rank == 0 else [0.0] * 3, dtype=torch.float64, device=self.device)
-        clock = time.perf_counter()
-        spent, begun_at = progress.seconds, progress.step  # where it is resumed in mid-epoch
-        self.norms = torch.tensor(progress.norms, dtype=torch.float64, device=self.device)
-        watch = FiniteWatch(self.device, progress.epoch)
+        self.figures = torch.zeros(self.steps, len(FIGURES), dtype=torch.float64, device=self.device)
+        self.entered, begun_at = time.perf_counter(), progress.step  # where it is resumed in mid-epoch
+        self.begun = self.entered - progress.seconds
         for batch in batches(
             job.seed, progress.epoch, job.images, self.steps, progress.segments, self.world_size, self.rank
         ):
@@ -198,57 +199,59 @@ class Worker:
             lr = recipe.learning_rate(progress.epoch, batch.step, self.steps)
             set_learning_rate(self.state.optimizer, lr)
             rows = torch.from_numpy(batch.rows).to(self.device, non_blocking=True)
-            sums += self.take_step(rows, batch.images, batch.step, watch)
+            self.figures[batch.step] = self.take_step(rows, batch.images)
             progress.segments = advance(progress.segments, self.world_size)
 
-            progress.seconds = spent + time.perf_counter() - clock
+            if batch.step % CHECK_STEPS[self.device.type] == 0:
+                check_finite(self.figures[:, NORM], progress.epoch)
             if self.reporter.due():
-                self.tell(sums, lr, begun_at, spent)
+                self.tell(lr, begun_at)
             if job.checkpoint_steps and progress.step % job.checkpoint_steps == 0 and progress.step < self.steps:
-                self.save_in_mid_epoch(sums, watch)
+                self.save_in_mid_epoch()
             if self.preemption.announced() and progress.step < self.steps:
-                self.leave(sums, watch)
-        watch.check()
-        self.collect(sums)
+                self.leave()
+        self.collect()
 
-    def save_in_mid_epoch(self, sums: Tensor, watch: FiniteWatch, *, wait: bool = False) -> None:
-        watch.check()
-        self.collect(sums)
+    def save_in_mid_epoch(self, *, wait: bool = False) -> None:
+        self.collect()
         self.state.average_buffers()
         self.save({"epoch": self.state.progress.epoch, "step": self.state.progress.step}, wait=wait)
 
-    def leave(self, sums: Tensor, watch: FiniteWatch) -> None:
+    def leave(self) -> None:
         """Leave a node that is being taken away, with nothing lost."""
         self.reporter.phase("saving: a node is being taken away")
-        self.save_in_mid_epoch(sums, watch, wait=True)
+        self.save_in_mid_epoch(wait=True)
         raise PreemptedError(PreemptedError.sentence)
 
-    def take_step(self, rows: Tensor, images: int, step: int, watch: FiniteWatch) -> Tensor:
-        """Take one optimiser step on these rows, and return their number, summed loss and hits: (3,) float64."""
+    def take_step(self, rows: Tensor, images: int) -> Tensor:
+        """Take one optimiser step on these rows, of a batch of so many images, and return its figures: (4,) float64."""
         count = len(rows)
         if count < 2:  # after a change of workers a share can run out: batch norm needs two, the loss ignores them
             rows = torch.cat([rows, torch.arange(2, device=self.device)])
         inputs, targets = self.see(self.train_set.images[rows], self.train_set.labels[rows])
+        figures = self.learn(rows, inputs, targets, count, images)
+        if self.state.average:
+            self.state.average.update_parameters(self.state.model)
+        return figures
+
+    def learn_from(self, rows: Tensor, inputs: Tensor, targets: Tensor, count: int, images: int) -> Tensor:
+        """Take one optimiser step on these inputs, the first `count` of which count."""
+        rows = rows[:count]
         with self.autocast:
             logits = self.model(inputs)
         objective, sums = loss_and_sums(logits[:count].float(), targets[:count], self.recipe.label_smoothing)
         if targets.ndim == 1:  # a blended image's loss is not its own
-            self.record.update(rows[:count], logits[:count].detach().float(), targets[:count])
+            self.record.update(rows, logits[:count].detach().float(), targets[:count])
         # DDP averages over workers; times their number over the step's images it is the mean of all of them.
         (objective * (self.world_size / images)).backward()
         parameters = [p for p in self.state.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        watch.look(norm, step)
-        total, largest, at = self.norms
-        self.norms = torch.stack([total + norm, norm.max(largest), torch.where(norm > largest, step, at)])
         if self.recipe.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.recipe.clip_norm, norm)
         with self.autocast:
             self.state.optimizer.step()
         self.state.optimizer.zero_grad()
-        if self.state.average:
-            self.state.average.update_parameters(self.state.model)
-        return sums
+        return torch.cat([sums, norm.double()[None]])
 
     def see(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return images as the network is to see them, augmented, and their targets."""
@@ -316,16 +319,24 @@ class Worker:
 
     def parallelise(self) -> None:
         self.model = parallelise(self.state.model, self.preprocessing.size, self.device, self.autocast)
+        self.learn = replayed(self.learn_from, self.device, self.world_size)
 
     # Between steps ----------------------------------------------------------------------------------
 
-    def collect(self, sums: Tensor) -> None:
-        """Add up what all workers have counted of the epoch; the first keeps it, the rest begin anew."""
+    def collect(self) -> None:
+        """Add up what all workers have counted of the epoch since it was last collected."""
+        norms, progress = self.figures[:, NORM], self.state.progress
+        check_finite(norms, progress.epoch)
+        progress.seconds = time.perf_counter() - self.begun
+        sums = self.figures[:, :NORM].sum(0)
         reduce_sum(sums)
-        self.state.progress.sums, self.state.progress.norms = sums.tolist(), self.norms.tolist()
+        progress.sums = add(progress.sums, sums)
+        total, largest, at = progress.norms
+        if norms.max() > largest:
+            largest, at = norms.max().item(), norms.argmax().item()
+        progress.norms = [total + norms.sum().item(), largest, at]
+        self.figures.zero_()
         self.state.images = self.gather(self.record.values)
-        if self.rank:
-            sums.zero_()
 
     def gather(self, part: Tensor, images: int | None = None) -> Tensor:
         """Return the rows of all workers' shards, of a split of so many images; by default the training set's."""
@@ -360,9 +371,9 @@ class Worker:
         if self.rank == 0:
             self.run.write_history(progress.history)
 
-    def tell(self, sums: Tensor, lr: float, begun_at: int, spent: float) -> None:
-        images, loss, hits = sums.tolist()
+    def tell(self, lr: float, begun_at: int) -> None:
         progress = self.state.progress
+        images, loss, hits = add(progress.sums, self.figures[:, :NORM].sum(0))
         images_per_step = self.job.images / self.steps
         self.reporter.step(
             epoch=progress.epoch,
@@ -372,7 +383,7 @@ class Worker:
             loss=loss / max(1, images),
             top1=hits / max(1, images),
             images_per_step=images_per_step,
-            images_per_second=(progress.step - begun_at) * images_per_step / (progress.seconds - spent),
+            images_per_second=(progress.step - begun_at) * images_per_step / (time.perf_counter() - self.entered),
         )
 
     def describe(self) -> None:
@@ -391,3 +402,7 @@ class Worker:
 def best(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the epoch with the highest validation top-1, the first of equals."""
     return max(history, key=lambda row: row["val_top1"])
+
+
+def add(sums: list[float], more: Tensor) -> list[float]:
+    return [a + b for a, b in zip(sums, more.tolist(), strict=True)]

@@ -1,9 +1,9 @@
-"""The loss, what the history counts of it, and the watch that it stays finite."""
+"""The loss, what the history counts of it, and the check that it stays finite."""
 
 import torch
 from torch import Tensor
 
-GPU_CHECK_STEPS = 50  # between two waits for the GPU to ask whether the loss is still finite
+CHECK_STEPS = {"cpu": 1, "cuda": 200}  # between two looks whether the loss is still finite; a GPU is waited for then
 
 
 class StopTrainingError(Exception):
@@ -31,30 +31,25 @@ def loss_and_sums(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[Te
     uniform = -log_probabilities.mean(1).sum()
     with torch.no_grad():
         hits = (logits.argmax(1) == labels).sum()
-        images = torch.tensor(float(len(logits)), device=logits.device)
+        images = torch.full((), float(len(logits)), device=logits.device)
         sums = torch.stack([images, cross_entropy, hits]).double()
     return (1 - smoothing) * cross_entropy + smoothing * uniform, sums
 
 
-class FiniteWatch:
-    """Notices the first step whose gradients are not finite, as they are when the loss isn't.
+def check_finite(norms: Tensor, epoch: int) -> None:
+    """See that all gradients of an epoch were finite, as they are not when the loss isn't.
 
-    Gradients are averaged over workers before they are looked at, so that all workers notice the same step.
+    Gradients are averaged over workers before they are measured, so that all workers find the same step.
+
+    Args:
+        norms: (steps,) of the gradients, 0 for a step not taken yet.
+
+    Raises:
+        StopTrainingError: the message names the first step whose gradients are not.
     """
-
-    def __init__(self, device: torch.device, epoch: int) -> None:
-        self.epoch = epoch
-        self.first_bad = torch.full((), -1, device=device)
-        self.every = 1 if device.type == "cpu" else GPU_CHECK_STEPS
-
-    def look(self, norm: Tensor, step: int) -> None:
-        self.first_bad = torch.where((self.first_bad < 0) & ~norm.isfinite(), step, self.first_bad)
-        if step % self.every == 0:
-            self.check()
-
-    def check(self) -> None:
-        if (step := int(self.first_bad)) >= 0:
-            raise StopTrainingError(
-                f"the loss is no longer finite: epoch {self.epoch}, step {step + 1}. Try a smaller --lr, a longer "
-                "--warmup, --clip-norm 1 or --precision float32"
-            )
+    bad = (~norms.isfinite()).nonzero()
+    if len(bad):
+        raise StopTrainingError(
+            f"the loss is no longer finite: epoch {epoch}, step {int(bad[0]) + 1}. Try a smaller --lr, a longer "
+            "--warmup, --clip-norm 1 or --precision float32"
+        )

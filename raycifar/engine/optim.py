@@ -30,11 +30,18 @@ def build_optimizer(model: nn.Module, layers: Sequence[Sequence[str]], recipe: R
         {"params": parameters, "weight_decay": recipe.weight_decay if ndim > 1 else 0.0, "lr_scale": scale}
         for (scale, ndim), parameters in groups.items()
     ]
+    on_gpu = next(model.parameters()).device.type == "cuda"
     if recipe.optimizer == "muon":
-        return Muon(options, recipe.lr, recipe.momentum)
-    if recipe.optimizer == "adamw":
-        return AdamW(options, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
-    return SGD(options, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True)
+        optimizer: torch.optim.Optimizer = Muon(options, recipe.lr, recipe.momentum)
+    elif recipe.optimizer == "adamw":
+        betas = (recipe.momentum, 0.999)
+        optimizer = AdamW(options, lr=recipe.lr, betas=betas, fused=True, capturable=on_gpu)
+    else:
+        optimizer = SGD(options, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True)
+    if on_gpu:  # a step that is replayed there reads its learning rate there
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+    return optimizer
 
 
 class Eager(torch.optim.Optimizer):
@@ -109,7 +116,8 @@ class Muon(Eager):
             updates = list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))  # Nesterov's
             if group["filters"]:
                 updates = [orthogonal(update) for update in updates]
-            torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+            torch._foreach_mul_(updates, group["lr"])
+            torch._foreach_sub_(parameters, updates)
             if group["filters"]:
                 norms = torch._foreach_norm(parameters)
                 torch._foreach_mul_(
@@ -130,7 +138,8 @@ def orthogonal(update: Tensor) -> Tensor:
     wide = wide / (wide.norm() + 1e-7)
     for _ in range(5):
         square = wide @ wide.mT
-        wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
+        factor = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        wide = torch.addmm(wide, factor, wide, beta=3.4445)
     matrix = wide.mT if len(matrix) > matrix.shape[1] else wide
     return matrix.to(update.dtype).view(update.shape)
 
@@ -138,4 +147,7 @@ def orthogonal(update: Tensor) -> Tensor:
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the head's learning rate, and those of the layers before it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(lr * group["lr_scale"])
+        else:
+            group["lr"] = lr * group["lr_scale"]

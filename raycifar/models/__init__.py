@@ -49,6 +49,7 @@ class Architecture:
     large_stem: the first layers are those of ImageNet's 224×224 pixels, not those of CIFAR's 32×32.
     whiten: a first layer, not trained, makes the pixels of a patch uncorrelated; the CNN alone has it.
     depth: convolutions in each block of the CNN.
+    mirror: the network answers, in evaluation mode, with the mean logits of an image and its mirror image.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Architecture:
     preprocessing: Preprocessing = CIFAR
     whiten: bool = False
     depth: int = 1
+    mirror: bool = False
 
     def build(self, dropout: float = 0.0) -> nn.Module:
         """Return the network, initialised from torch's default generator.
@@ -67,7 +69,10 @@ class Architecture:
             dropout: probability of zeroing a feature before a dense layer of the head.
         """
         options = {"whiten": self.whiten, "depth": self.depth} if self.model == "cnn" else {}
-        return find(self.model).build(self.classes, dropout, self.large_stem, self.preprocessing.size, **options)
+        network = find(self.model).build(self.classes, dropout, self.large_stem, self.preprocessing.size, **options)
+        if self.mirror:
+            look_twice(network)
+        return network
 
     def layers(self, network: nn.Module) -> list[list[str]]:
         """Return the names of the network's parameters, layer by layer: from the input to the head."""
@@ -147,6 +152,20 @@ def find(name: str) -> Builtin | FromTimm:
     if name not in NAMES:
         raise RequestError(f"no model is named {name!r}: choose from {', '.join(NAMES)}, or timm:NAME.")
     return Builtin(name)
+
+
+def look_twice(network: nn.Module) -> None:
+    """Have a network answer, in evaluation mode, with the mean logits of an image and of its mirror image."""
+    import torch
+
+    def add_mirror_images(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return inputs if module.training else (torch.cat([inputs[0], inputs[0].flip(3)]),)
+
+    def average(module: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
+        return logits if module.training else logits.unflatten(0, (2, -1)).mean(0)
+
+    network.register_forward_pre_hook(add_mirror_images)
+    network.register_forward_hook(average)
 
 
 def slug(name: str) -> str:
