@@ -18,7 +18,7 @@ cut off in mid-upload or damaged since, and is passed over.
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -147,22 +147,15 @@ class Run:
 
     # Checkpoints ------------------------------------------------------------------------------------
 
-    def upload_checkpoint(self, source: Path, name: str) -> tuple[fs.FileSystem, str]:
-        """Copy the files of the local folder `source` into the checkpoint `name`, the manifest last.
-
-        Returns:
-            The file system and the path of the checkpoint.
-        """
+    def write_checkpoint(self, files: Mapping[str, bytes], name: str) -> str:
+        """Write the files of the checkpoint `name`, the manifest last, and return its path on the file system."""
         filesystem, folder = self._place
-        digests = {}
         if is_local(filesystem):
             filesystem.create_dir(f"{folder}/{name}")
-        for file in sorted(source.iterdir()):
-            content = file.read_bytes()
-            digests[file.name] = digest(content)
-            self.write(f"{name}/{file.name}", content)
-        self.write_json(f"{name}/{MANIFEST}", digests)
-        return filesystem, f"{folder}/{name}"
+        for file, content in files.items():
+            self.write(f"{name}/{file}", content)
+        self.write_json(f"{name}/{MANIFEST}", {file: digest(content) for file, content in files.items()})
+        return f"{folder}/{name}"
 
     def checkpoint_names(self) -> list[str]:
         """Return the names of all checkpoints, the newest first; some may be damaged."""

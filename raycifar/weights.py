@@ -1,11 +1,12 @@
 """Weights files: safetensors, with what it takes to use them. Reading one runs no code."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors
 import safetensors.torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from raycifar.errors import RequestError
 from raycifar.models import Architecture
@@ -13,10 +14,10 @@ from raycifar.models import Architecture
 KEY = "raycifar"  # one alone: safetensors writes several in an order that differs from one process to the next
 
 
-def to_file(network: nn.Module, architecture: Architecture) -> bytes:
-    """Return the weights file of a network: equal weights, equal bytes."""
-    tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
-    return safetensors.torch.save(tensors, metadata={KEY: json.dumps(architecture.to_json())})
+def to_file(tensors: Mapping[str, Tensor], architecture: Architecture) -> bytes:
+    """Return the weights file of a network's state: equal weights, equal bytes."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(contiguous, metadata={KEY: json.dumps(architecture.to_json())})
 
 
 def from_file(content: bytes, origin: str) -> tuple[dict[str, Tensor], Architecture | None]:

@@ -37,7 +37,7 @@ def weights(tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "run/model.safetensors"
     path.parent.mkdir()
-    path.write_bytes(to_file(Architecture("cnn").build(), Architecture("cnn")))
+    path.write_bytes(to_file(Architecture("cnn").build().state_dict(), Architecture("cnn")))
     return path
 
 

@@ -3,12 +3,9 @@
 import json
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 
-from raycifar.engine.checkpoint import Checkpointer
 from raycifar.runs import RAY_SNAPSHOT, Run
 
 
@@ -20,15 +17,8 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def upload(run, tmp_path):
-    def upload(name, **files):
-        source = tmp_path / f"local-{name}"
-        source.mkdir()
-        for file, content in files.items():
-            (source / file).write_bytes(content)
-        run.upload_checkpoint(source, name)
-
-    return upload
+def upload(run):
+    return lambda name, **files: run.write_checkpoint(files, name)
 
 
 def test_what_is_not_there_is_none(run):
@@ -41,16 +31,6 @@ def test_the_history_comes_back_as_it_was_written(run):
     rows = [{"epoch": 1, "val_loss": None}, {"epoch": 2, "val_loss": 1 / 3}]
     run.write_history(rows)
     assert run.history() == rows
-
-
-def test_what_a_killed_worker_left_on_its_way_is_put_away_when_the_run_goes_on(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    other = Path(tempfile.mkdtemp(prefix=Checkpointer(Run(run.storage, "b"), in_process=True).prefix))
-    left = Path(tempfile.mkdtemp(prefix=Checkpointer(run, in_process=True).prefix))
-    (left / "state.safetensors").write_bytes(b"half of it")
-    Checkpointer(run, in_process=True)
-    assert not left.exists()
-    assert other.exists()
 
 
 def test_a_file_that_can_t_be_written_whole_leaves_the_one_before(tmp_path):

@@ -110,7 +110,7 @@ def test_vgg16_takes_torchvision_s_features_and_a_head_of_its_own(tmp_path):
 
 def test_raycifar_s_own_weights_bring_their_stem_and_their_pixels(tmp_path):
     architecture = Architecture("resnet50")
-    (tmp_path / "own.safetensors").write_bytes(to_file(architecture.build(), architecture))
+    (tmp_path / "own.safetensors").write_bytes(to_file(architecture.build().state_dict(), architecture))
     start = begin(tmp_path / "own.safetensors", image_size=32)
     assert start.architecture == architecture
     assert "fc.weight" in start.weights
@@ -229,7 +229,7 @@ def test_what_is_frozen_has_no_gradient_no_optimiser_state_and_keeps_its_statist
     state.progress.epoch = 2
     assert state.enter_stage()
     assert not state.enter_stage()
-    assert not [name for name in safetensors.torch.load(state.to_files()[TENSORS]) if name.startswith("optimizer.")]
+    assert not [name for name in safetensors.torch.load(state.snapshot()()[TENSORS]) if name.startswith("optimizer.")]
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     one_step(state)
     moved = {name for name, value in state.model.state_dict().items() if not torch.equal(value, before[name])}

@@ -1,17 +1,17 @@
 """Checkpoints on their way: written while training goes on, by Ray Train or, without workers, by ourselves."""
 
-import hashlib
-import shutil
-import tempfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
-from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from raycifar.runs import KEPT, Run
+
+UNDER_WAY = 2  # checkpoints being written, at most: a storage that is slower than training is waited for
 
 
 class Checkpointer:
@@ -24,36 +24,35 @@ class Checkpointer:
     def __init__(self, run: Run, *, in_process: bool) -> None:
         self.run = run
         self.uploads = ThreadPoolExecutor(max_workers=1) if in_process else None
-        self.pending: list[Future[None]] = []
-        self.prefix = f"raycifar-{hashlib.sha256(run.folder.encode()).hexdigest()[:12]}-"
-        for left in Path(tempfile.gettempdir()).glob(f"{self.prefix}*"):  # by a worker that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        self.pending: list[Future[Checkpoint]] = []
+        self.room = Semaphore(UNDER_WAY)
 
-    def save(self, metrics: dict[str, Any], files: dict[str, bytes] | None, *, wait: bool = False) -> None:
+    def save(
+        self, metrics: dict[str, Any], files: Callable[[], dict[str, bytes]] | None, *, wait: bool = False
+    ) -> None:
         """Report metrics and, on the worker that gives files, a checkpoint; all workers call it together.
 
         Args:
-            wait: until it is stored.
+            files: gives them by name; called in another thread. wait: until it is stored.
         """
         mode = CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC  # SYNC waits to be looked at
         if files is None:
             ray.train.report(metrics, checkpoint_upload_mode=mode)
             return
-        folder = Path(tempfile.mkdtemp(prefix=self.prefix))
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
+        self.room.acquire()
         if self.uploads:
             name = f"checkpoint_{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"
             while self.pending and self.pending[0].done():
                 self.pending.pop(0).result()
-            self.pending.append(self.uploads.submit(self._upload_and_prune, folder, name))
+            self.pending.append(self.uploads.submit(self._store, files, name, prune=True))
             ray.train.report(metrics)
         else:
             ray.train.report(
                 metrics,
-                Checkpoint.from_directory(folder),
+                Checkpoint(self.run.name, self.run.filesystem),  # Ray asks for one before there is any
                 checkpoint_upload_mode=mode,
-                checkpoint_upload_fn=self._upload,
+                checkpoint_upload_fn=lambda _, name: self._store(files, name),
+                delete_local_checkpoint_after_upload=False,
             )
 
     def wait(self) -> None:
@@ -61,13 +60,11 @@ class Checkpointer:
         while self.pending:
             self.pending.pop(0).result()
 
-    def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
-        filesystem, path = self.run.upload_checkpoint(Path(checkpoint.path), name)
-        return Checkpoint(path, filesystem)
-
-    def _upload_and_prune(self, folder: Path, name: str) -> None:
+    def _store(self, files: Callable[[], dict[str, bytes]], name: str, *, prune: bool = False) -> Checkpoint:
         try:
-            self.run.upload_checkpoint(folder, name)
-            self.run.delete_checkpoints(self.run.checkpoint_names()[KEPT:])
+            path = self.run.write_checkpoint(files(), name)
+            if prune:
+                self.run.delete_checkpoints(self.run.checkpoint_names()[KEPT:])
+            return Checkpoint(path, self.run.filesystem)
         finally:
-            shutil.rmtree(folder)
+            self.room.release()

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from raycifar.engine.preemption import PreemptedError, PreemptionWatch
 from raycifar.engine.replay import replayed
 from raycifar.engine.reporter import Reporter
 from raycifar.engine.signals import examine
-from raycifar.engine.state import Progress, TrainingState
+from raycifar.engine.state import Progress, TrainingState, copies
 from raycifar.pretrained import Start
 from raycifar.recipes import Recipe
 from raycifar.runs import BEST, EVENTS, IMAGES, MODEL, PREDICTIONS, RUN, Run
@@ -111,7 +111,7 @@ class Worker:
 
         test = self.test() if self.job.test_images else None
         if self.rank == 0:
-            self.run.write(MODEL, to_file(self.state.scored, self.architecture))
+            self.run.write(MODEL, to_file(self.state.scored.state_dict(), self.architecture))
             if self.state.images is not None:
                 self.run.write(IMAGES, to_images_file(self.state.images, self.index, self.labels))
         self.checkpointer.wait()
@@ -295,12 +295,10 @@ class Worker:
         if self.rank == 0:
             self.run.write_history(history)
             self.run.write(EVENTS, to_events(history))
-            if self.val_set and row is best(history):
-                self.run.write(BEST, to_file(self.state.scored, self.architecture))
         self.reporter.epoch(history)
         if self.state.enter_stage():
             self.parallelise()
-        self.save(row)
+        self.save(row, best=row is best(history) if self.val_set else False)
 
     def begin_record(self) -> ImageRecord:
         """Return what is known of this worker's training images."""
@@ -350,8 +348,22 @@ class Worker:
             return False
         return ray.train.collective.broadcast_from_rank_zero(self.reporter.verdict(epoch) if self.rank == 0 else None)
 
-    def save(self, metrics: dict[str, Any], *, wait: bool = False) -> None:
-        self.checkpointer.save(metrics, self.state.to_files() if self.rank == 0 else None, wait=wait)
+    def save(self, metrics: dict[str, Any], *, best: bool = False, wait: bool = False) -> None:
+        """Leave a checkpoint and, before it, the weights, if they are the `best` so far; training goes on meanwhile."""
+        self.checkpointer.save(metrics, self.files(best) if self.rank == 0 else None, wait=wait)
+
+    def files(self, best: bool) -> Callable[[], dict[str, bytes]]:
+        """Return what writes the weights as they are now, if they are the `best`, and gives the checkpoint's files."""
+        snapshot = self.state.snapshot()
+        if not best:
+            return snapshot
+        weights = copies(self.state.scored.state_dict())
+
+        def write() -> dict[str, bytes]:
+            self.run.write(BEST, to_file(weights(), self.architecture))
+            return snapshot()
+
+        return write
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that can be read, on all workers the same."""

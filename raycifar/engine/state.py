@@ -5,7 +5,7 @@ Tensors travel as safetensors, the rest as JSON: reading a checkpoint runs no co
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -122,11 +122,10 @@ class TrainingState:
                 dist.all_reduce(buffer)
                 buffer /= dist.get_world_size()
 
-    def to_files(self) -> dict[str, bytes]:
-        return {
-            TENSORS: safetensors.torch.save(self._tensors()),
-            PROGRESS: json.dumps(asdict(self.progress)).encode(),
-        }
+    def snapshot(self) -> Callable[[], dict[str, bytes]]:
+        """Return what gives the files of the state as it is now, when it is called, in another thread or later."""
+        tensors, progress = copies(self._tensors()), json.dumps(asdict(self.progress)).encode()
+        return lambda: {TENSORS: safetensors.torch.save(tensors()), PROGRESS: progress}
 
     def load_files(self, contents: Mapping[str, bytes]) -> None:
         tensors = safetensors.torch.load(contents[TENSORS])
@@ -156,7 +155,25 @@ class TrainingState:
         tensors |= {name: value for name in FOLLOWED if (value := getattr(self, name)) is not None}
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items() if torch.is_tensor(value)}
-        return {key: value.contiguous() for key, value in tensors.items()}
+        return tensors
+
+
+def copies(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """Begin to copy tensors to the computer's memory, and return what waits for the copies, contiguous, and gives them.
+
+    A GPU copies while it computes: whoever trains need not wait.
+    """
+    copied = {name: t.contiguous().to("cpu", non_blocking=True, copy=True) for name, t in tensors.items()}
+    done = torch.cuda.Event() if any(t.is_cuda for t in tensors.values()) else None
+    if done:
+        done.record()
+
+    def wait() -> dict[str, Tensor]:
+        if done:
+            done.synchronize()
+        return copied
+
+    return wait
 
 
 def ema_from_the_start(decay: float) -> Any:
