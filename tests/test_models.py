@@ -41,11 +41,23 @@ def test_pooling_before_the_relu_is_pooling_after_it(name):
     images = torch.randn(8, 3, 32, 32)
     outputs = [network(images) for network in (ours, usual)]
     gradients = [
-        torch.autograd.grad(out.square().sum(), list(network.parameters()))
+        torch.autograd.grad(out.square().sum(), [p for p in network.parameters() if p.requires_grad])
         for out, network in zip(outputs, (ours, usual), strict=True)
     ]
     assert torch.equal(*outputs)
     assert all(map(torch.equal, *gradients))
+
+
+def test_vgg16_leaves_biases_alone_whose_gradients_are_zero():
+    torch.manual_seed(0)
+    network = Architecture("vgg16").build().double()
+    fixed = [p for p in network.parameters() if not p.requires_grad]
+    assert [p.shape for p in fixed] == [m.bias.shape for m in network.modules() if isinstance(m, nn.Conv2d)]
+    for bias in fixed:
+        bias.requires_grad_()
+    network(torch.randn(8, 3, 32, 32).double()).square().sum().backward()
+    assert max(bias.grad.abs().max() for bias in fixed) < 1e-9
+    assert min(p.grad.abs().max() for p in network.parameters() if p.ndim > 1) > 1e-3
 
 
 def test_resnet50_keeps_torchvision_s_names_and_its_first_map_at_full_size():

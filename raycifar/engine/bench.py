@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from raycifar.data import SHAPE
+from raycifar.engine.gpu import replayed
 from raycifar.engine.images import describe_rise
 from raycifar.engine.loop import Job, Worker
 from raycifar.engine.optim import set_learning_rate
 from raycifar.engine.order import batches
-from raycifar.engine.replay import replayed
 from raycifar.engine.state import Progress
 
 SHUFFLED = 10  # batches in the local shuffle buffer of Ray's documented ingest
@@ -53,7 +53,7 @@ def bench_loop_per_worker(config: dict[str, Any]) -> dict[str, list[float]]:
         "images": steps(worker, worker.model, images=True),
         "train": lambda: train(worker),
         "epoch": lambda: train(worker, finish=True),
-        "following": lambda: follow(worker),
+        "following": follow(worker),
         "checkpoint": lambda: save(worker),
         **{name: WAYS[name](worker) for name in plan.against},
     }
@@ -96,8 +96,7 @@ def steps(worker: Worker, model: nn.Module, *, images: bool = False) -> Callable
             if staged:
                 inputs, targets = staged[0][: len(batch.rows)], staged[1][: len(batch.rows)]
             else:
-                rows = torch.from_numpy(batch.rows).to(worker.device)
-                inputs, targets = worker.see(worker.train_set.images[rows], worker.train_set.labels[rows])
+                _, inputs, targets = worker.ready(batch)
             take_step(inputs, targets)
 
     return run
@@ -145,20 +144,30 @@ def train(worker: Worker, *, finish: bool = False) -> None:
         worker.finish_epoch()
 
 
-def follow(worker: Worker) -> None:
+def follow(worker: Worker) -> Callable[[], None]:
     """Do for an epoch what follows every image, and nothing else: a part of `train`, too small to be a difference."""
     logits = torch.randn(worker.recipe.batch_size, 100, device=worker.device)
-    for batch in batches(worker.job.seed, 1, worker.job.images, worker.steps, [], worker.world_size, worker.rank):
-        rows = torch.from_numpy(batch.rows).to(worker.device)
+
+    def update(rows: Tensor) -> Tensor:
         worker.record.update(rows, logits[: len(rows)], worker.train_set.labels[rows])
-    describe_rise(worker.gather(worker.record.values), worker.index)
-    worker.record.end_epoch()
+        return worker.record.values
+
+    update = replayed(update, worker.device, worker.world_size)
+
+    def run() -> None:
+        for batch in batches(worker.job.seed, 1, worker.job.images, worker.steps, [], worker.world_size, worker.rank):
+            update(torch.from_numpy(batch.rows).to(worker.device, non_blocking=True))
+        describe_rise(worker.gather(worker.record.values), worker.index)
+        worker.record.end_epoch()
+
+    return run
 
 
 def save(worker: Worker) -> None:
-    """Leave a checkpoint, as each epoch does; in this process alone, wait until it is written."""
+    """Leave a checkpoint, as each epoch does; in this process alone, on a CPU, which writes it, wait until it has."""
     worker.save({})
-    worker.checkpointer.wait()
+    if worker.device.type == "cpu":
+        worker.checkpointer.wait()
 
 
 # Ways of others --------------------------------------------------------------------------------------

@@ -23,13 +23,13 @@ from raycifar.engine.checkpoint import Checkpointer
 from raycifar.engine.evaluate import gather, per_image, predict, reduce_sum, score, to_predictions_file
 from raycifar.engine.events import to_events
 from raycifar.engine.gauges import Gauges
+from raycifar.engine.gpu import Side, ahead, replayed
 from raycifar.engine.hardware import choose_precision, parallelise, seed, set_up
 from raycifar.engine.images import ImageRecord, describe_rise, to_images_file
 from raycifar.engine.loss import CHECK_STEPS, StopTrainingError, check_finite, loss_and_sums
 from raycifar.engine.optim import set_learning_rate
-from raycifar.engine.order import advance, batches, step_seed, steps_per_epoch
+from raycifar.engine.order import Batch, advance, batches, step_seed, steps_per_epoch
 from raycifar.engine.preemption import PreemptedError, PreemptionWatch
-from raycifar.engine.replay import replayed
 from raycifar.engine.reporter import Reporter
 from raycifar.engine.signals import examine
 from raycifar.engine.state import Progress, TrainingState, copies
@@ -198,8 +198,7 @@ class Worker:
             seed(step_seed(job.seed, progress.epoch, batch.step, self.world_size, self.rank), self.device)
             lr = recipe.learning_rate(progress.epoch, batch.step, self.steps)
             set_learning_rate(self.state.optimizer, lr)
-            rows = torch.from_numpy(batch.rows).to(self.device, non_blocking=True)
-            self.figures[batch.step] = self.take_step(rows, batch.images)
+            self.figures[batch.step] = self.take_step(batch)
             progress.segments = advance(progress.segments, self.world_size)
 
             if batch.step % CHECK_STEPS[self.device.type] == 0:
@@ -223,25 +222,31 @@ class Worker:
         self.save_in_mid_epoch(wait=True)
         raise PreemptedError(PreemptedError.sentence)
 
-    def take_step(self, rows: Tensor, images: int) -> Tensor:
-        """Take one optimiser step on these rows, of a batch of so many images, and return its figures: (4,) float64."""
-        count = len(rows)
-        if count < 2:  # after a change of workers a share can run out: batch norm needs two, the loss ignores them
-            rows = torch.cat([rows, torch.arange(2, device=self.device)])
-        inputs, targets = self.see(self.train_set.images[rows], self.train_set.labels[rows])
-        figures = self.learn(rows, inputs, targets, count, images)
+    def take_step(self, batch: Batch) -> Tensor:
+        """Take one optimiser step, and return its figures: (4,) float64."""
+        rows, inputs, targets = self.ready(batch)
+        figures = self.learn(rows, inputs, targets, len(batch.rows), batch.images)
         if self.state.average:
             self.state.average.update_parameters(self.state.model)
         return figures
 
+    def get_ready(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rows of this worker's images, on the device, with the images and targets that the network sees."""
+        rows = torch.from_numpy(batch.rows).to(self.device, non_blocking=True)
+        if len(rows) < 2:  # after a change of workers a share can run out: batch norm needs two, the loss ignores them
+            rows = torch.cat([rows, torch.arange(2, device=self.device)])
+        return rows, *self.see(self.train_set.images[rows], self.train_set.labels[rows])
+
     def learn_from(self, rows: Tensor, inputs: Tensor, targets: Tensor, count: int, images: int) -> Tensor:
-        """Take one optimiser step on these inputs, the first `count` of which count."""
-        rows = rows[:count]
+        """Take one optimiser step on these inputs, the first `count` of which count, of `images` over all workers."""
         with self.autocast:
             logits = self.model(inputs)
-        objective, sums = loss_and_sums(logits[:count].float(), targets[:count], self.recipe.label_smoothing)
+        rows, logits, targets = rows[:count], logits[:count].float(), targets[:count]
+        objective, sums = loss_and_sums(logits, targets, self.recipe.label_smoothing)
+        answers = logits.detach()
         if targets.ndim == 1:  # a blended image's loss is not its own
-            self.record.update(rows, logits[:count].detach().float(), targets[:count])
+            with self.side.beside():
+                self.record.update(rows, answers, targets)
         # DDP averages over workers; times their number over the step's images it is the mean of all of them.
         (objective * (self.world_size / images)).backward()
         parameters = [p for p in self.state.model.parameters() if p.grad is not None]
@@ -251,6 +256,7 @@ class Worker:
         with self.autocast:
             self.state.optimizer.step()
         self.state.optimizer.zero_grad()
+        self.side.join()
         return torch.cat([sums, norm.double()[None]])
 
     def see(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,7 +323,8 @@ class Worker:
 
     def parallelise(self) -> None:
         self.model = parallelise(self.state.model, self.preprocessing.size, self.device, self.autocast)
-        self.learn = replayed(self.learn_from, self.device, self.world_size)
+        self.learn, self.side = replayed(self.learn_from, self.device, self.world_size), Side(self.device)
+        self.ready = ahead(self.get_ready, self.device)
 
     # Between steps ----------------------------------------------------------------------------------
 

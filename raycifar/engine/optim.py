@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
+from raycifar.engine.gpu import abreast
 from raycifar.recipes import Recipe
 
 
@@ -115,7 +116,7 @@ class Muon(Eager):
             torch._foreach_add_(momenta, gradients)
             updates = list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))  # Nesterov's
             if group["filters"]:
-                updates = [orthogonal(update) for update in updates]
+                updates = abreast(orthogonal, updates)
             torch._foreach_mul_(updates, group["lr"])
             torch._foreach_sub_(parameters, updates)
             if group["filters"]:

@@ -14,10 +14,13 @@ def build(classes: int, dropout: float, large_stem: bool) -> nn.Module:
 
     Five poolings leave a 1×1 map of 32×32 pixels, so torchvision's 7×7 average pool and its head of
     25,088 inputs give way to an average of all and a head of 512. Each pooling changes places with the ReLU before
-    it: outputs and gradients are the same, and it leaves the ReLU a quarter of the work.
+    it: outputs and gradients are the same, and it leaves the ReLU a quarter of the work. The convolutions' biases stay
+    as they are: batch norm takes any constant away, so their gradients are zero but for rounding.
     """
     model = vgg16_bn(weights=None, num_classes=classes)
     for k, layer in enumerate(model.features):
+        if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+            layer.bias.requires_grad_(False)
         if isinstance(layer, nn.MaxPool2d):
             model.features[k - 1], model.features[k] = layer, model.features[k - 1]
     model.avgpool = nn.AdaptiveAvgPool2d(1)

@@ -1,13 +1,17 @@
-"""A step's kernels as one CUDA graph: a GPU is faster at small steps than Python is at launching them one by one."""
+"""What keeps a GPU busy: it is faster at small steps than Python is at launching their kernels one by one."""
 
-from collections import Counter
-from collections.abc import Callable
+import functools
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 WARM_UP = 3  # calls before a graph is captured: libraries are loaded in them, and algorithms chosen
+AHEAD = 3  # batches prepared before their step's turn, at most: each takes memory
+LANES = 4  # streams that take turns
 
 
 class Replay:
@@ -67,3 +71,68 @@ class Replay:
 def replayed(function: Callable[..., Tensor], device: torch.device, world_size: int) -> Callable[..., Tensor]:
     """Return the function, replayed on one GPU; on a CPU, or where gradients are exchanged, it stays as it is."""
     return Replay(function) if device.type == "cuda" and world_size == 1 else function
+
+
+class Ahead:
+    """A function that prepares a step's tensors on a GPU while the steps before it are still under way."""
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+        self.function, self.stream = function, torch.cuda.Stream()
+        self.under_way: deque[torch.cuda.Event] = deque()
+
+    def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
+        here = torch.cuda.current_stream()
+        self.under_way.append(here.record_event())
+        if len(self.under_way) > AHEAD:
+            self.under_way.popleft().synchronize()
+        with torch.cuda.stream(self.stream):
+            prepared = self.function(*arguments)
+        here.wait_stream(self.stream)
+        for tensor in prepared:
+            tensor.record_stream(here)  # its memory is not given away before the step has seen it
+        return prepared
+
+
+def ahead(function: Callable[..., tuple[Tensor, ...]], device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+    """Return the function, which must depend on no step before; on a CPU it stays as it is."""
+    return Ahead(function) if device.type == "cuda" else function
+
+
+class Side:
+    """A stream beside the current one; on a CPU, where everything waits its turn, nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.busy = False
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Do what is inside beside what comes after it, until `join`; until then, hold on to the tensors it needs."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        self.busy = True
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def join(self) -> None:
+        if self.stream is not None and self.busy:  # a graph that is captured has no part in an idle stream
+            torch.cuda.current_stream().wait_stream(self.stream)
+            self.busy = False
+
+
+def abreast(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the function of each tensor; on a GPU, of several at a time."""
+    sides, results = lanes(tensors[0].device), []
+    for k, tensor in enumerate(tensors):
+        with sides[k % LANES].beside():
+            results.append(function(tensor))
+    for side in sides:
+        side.join()
+    return results
+
+
+@functools.cache
+def lanes(device: torch.device) -> list[Side]:
+    return [Side(device) for _ in range(LANES)]
