@@ -276,7 +276,8 @@ def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Wor
         start = study.starts[task.model]
         record(run, identify(request, source, splits, start), workers)
         trainer = build_trainer(request, run, board, source, splits, start, workers, debug=False)
-        conclude(run, fit(trainer, lambda running: report_epochs(task, running, Waiting(workers, request.wait))))
+        waiting = Waiting(workers, request.wait)
+        conclude(run, fit(trainer, lambda running: report_epochs(task, running, waiting), request.max_failures))
     except WorkError as error:
         if (run.read_json(RESULT) or {}).get("status") == "failed":
             return  # it would fail again

@@ -125,7 +125,11 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
     refresh = Refresher(lambda: write_run(run, source)) if request.report else lambda: None
     trainer = build_trainer(request, run, board, source, splits, start, workers, debug=debug)
     try:
-        outcome = fit(trainer, lambda running: screen.follow(board, running, request.recipe.epochs, waiting, refresh))
+        outcome = fit(
+            trainer,
+            lambda running: screen.follow(board, running, request.recipe.epochs, waiting, refresh),
+            request.max_failures,
+        )
         result = conclude(run, outcome)
         screen.lines(result_lines(result, run.folder, source.name))
     except Interrupted:
@@ -352,10 +356,26 @@ def build_trainer(
     )
 
 
-def fit(trainer: "TorchTrainer", follow: Callable[[Callable[[], bool]], None]) -> dict[str, Any]:
-    """Run the trainer while `follow` shows the run, and return what the first worker's training function returned."""
+def fit(trainer: "TorchTrainer", follow: Callable[[Callable[[], bool]], None], max_failures: int = 0) -> dict[str, Any]:
+    """Run the trainer while `follow` shows the run, and return what the first worker's training function returned.
+
+    Args:
+        max_failures: how often the trainer is run again after a worker that died as Ray Train launched the training
+            function on it: Ray Train takes that for a failure of its own, and gives up.
+    """
+    from ray.exceptions import RayActorError
+    from ray.train import ControllerError
+
+    def run(left: int) -> dict[str, Any]:
+        try:
+            return trainer.fit().return_value
+        except ControllerError as error:
+            if not left or not isinstance(error.controller_failure, RayActorError):
+                raise
+            return run(left - 1)
+
     try:
-        return alongside(lambda: trainer.fit().return_value, follow)
+        return alongside(lambda: run(max_failures), follow)
     except WorkError:
         raise
     except Exception as error:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 WARM_UP = 3  # calls before a graph is captured: libraries are loaded in them, and algorithms chosen
+MEMORY = 1 / 3  # share of a GPU's that a step may need, to be captured: it then needs as much again
 AHEAD = 3  # batches prepared before their step's turn, at most: each takes memory
 LANES = 4  # streams that take turns
 
@@ -18,7 +19,8 @@ class Replay:
     """A function of tensors on a GPU, captured once for each shape of its arguments, and replayed from then on.
 
     It must do the same work in each call: it may change tensors in place and draw random numbers, but not look at
-    what a tensor holds. A function that can't be captured goes on as it is.
+    what a tensor holds. A function that can't be captured goes on as it is, as does one that needs so much memory that
+    its kernels must be long.
 
     Args:
         function: of tensors and numbers; it returns a tensor, which the next call may overwrite.
@@ -55,6 +57,9 @@ class Replay:
 
     def _capture(self, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> bool:
         """Record what the function launches, without doing it; return whether that worked."""
+        if torch.cuda.max_memory_allocated() > MEMORY * torch.cuda.mem_get_info()[1]:
+            self.possible = False
+            return False
         own = [a.clone() if torch.is_tensor(a) else a for a in arguments]
         graph = torch.cuda.CUDAGraph()
         try:
