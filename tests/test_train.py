@@ -3,15 +3,20 @@
 import json
 import shutil
 import signal
+import time
 
 import pytest
 from command import Command
 from conftest import RUN, checkpoints, history, wait_until
+from ray.exceptions import RayActorError
+from ray.train import ControllerError
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from raycifar.data import MEAN, STD
+from raycifar.errors import WorkError
 from raycifar.recipes import SCRATCH
+from raycifar.train import fit
 
 ARGS = (*RUN, "--workers", 0, "--cpus-per-worker", 2, "--no-report")
 
@@ -227,3 +232,28 @@ def test_synthetic_images_are_learned_without_a_warning_and_said_to_be_synthetic
     assert "says nothing about CIFAR-100" in done.stdout
     assert "Warning" not in done.stdout
     assert json.loads((tmp_path / "runs/s/result.json").read_text())["test"]["top1"] > 0.9
+
+
+class Fallible:
+    """Stands for Ray Train where its controller fails by a worker's death; `test_chaos` has the real one."""
+
+    def __init__(self, *failures):
+        self.failures = list(failures)
+        self.return_value = {"history": []}
+
+    def fit(self):
+        if self.failures:
+            raise ControllerError(self.failures.pop(0))
+        return self
+
+
+def test_a_worker_that_dies_as_it_is_launched_ends_no_run():
+    def follow(running):
+        while running():
+            time.sleep(0.01)
+
+    assert fit(Fallible(RayActorError(), RayActorError()), follow, 2) == {"history": []}
+    with pytest.raises(WorkError, match="continues from the last checkpoint"):
+        fit(Fallible(RayActorError()), follow, 0)
+    with pytest.raises(WorkError, match="on worker 1, out of memory"):
+        fit(Fallible(RuntimeError("on worker 1, out of memory")), follow, 2)
