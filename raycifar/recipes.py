@@ -120,7 +120,7 @@ TRANSFER = Recipe(
 )  # fmt: skip
 
 SPEEDRUN = Recipe(
-    epochs=24, batch_size=500, optimizer="muon", lr=0.05, momentum=0.85, schedule="linear", warmup=0.15, ema=0.98,
+    epochs=20, batch_size=500, optimizer="muon", lr=0.05, momentum=0.85, schedule="linear", warmup=0.15, ema=0.98,
     label_smoothing=0.2, augment="cutout", cutmix=0.25, whiten=True, depth=2, mirror=True,
 )  # fmt: skip
 NAMED = {"speedrun": {"cnn": SPEEDRUN}}  # besides each model's own: by name, for the models that have it

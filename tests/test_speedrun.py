@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from raycifar.data.synthetic import synthetic
 from raycifar.engine.optim import Muon, orthogonal
+from raycifar.engine.state import Average
 from raycifar.models import Architecture
 from raycifar.models.cnn import whitening_filters
 from raycifar.pretrained import begin
@@ -62,6 +63,22 @@ def test_muon_keeps_filters_at_one_norm_and_steps_like_sgd_elsewhere():
     reference.grad = torch.ones_like(reference)
     torch.optim.SGD([reference], lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01).step()
     assert torch.allclose(dense.weight, reference)
+
+
+def test_the_running_average_begins_with_the_first_weights_and_looks_back_ever_farther():
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    average, expected = Average(network, 0.5), None
+    for n in range(20):
+        for value in (*network.parameters(), network[1].running_mean):
+            torch.nn.init.constant_(value, float(n))
+        network[1].num_batches_tracked.fill_(n)
+        average.update_parameters(network)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = float(n) if expected is None else decay * expected + (1 - decay) * n
+        means = (*average.module.parameters(), average.module[1].running_mean)
+        assert all(torch.allclose(value, torch.full_like(value, expected)) for value in means)
+        assert average.module[1].num_batches_tracked == n
+    assert average.n_averaged == 20
 
 
 def test_a_network_that_looks_twice_answers_alike_for_an_image_and_its_mirror_image():

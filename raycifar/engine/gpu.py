@@ -1,6 +1,7 @@
 """What keeps a GPU busy: it is faster at small steps than Python is at launching their kernels one by one."""
 
 import functools
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ class Replay:
     """A function of tensors on a GPU, captured once for each shape of its arguments, and replayed from then on.
 
     It must do the same work in each call: it may change tensors in place and draw random numbers, but not look at
-    what a tensor holds. A function that can't be captured goes on as it is, as does one that needs so much memory that
+    what a tensor holds. A function that waits for the GPU goes on as it is, as does one that needs so much memory that
     its kernels must be long.
 
     Args:
@@ -36,10 +37,13 @@ class Replay:
     def __call__(self, *arguments: Any) -> Tensor:
         key = tuple((a.shape, a.dtype) if torch.is_tensor(a) else a for a in arguments)
         self.calls[key] += 1
-        if self.calls[key] <= WARM_UP or not self.possible:
+        if self.possible and self.calls[key] == WARM_UP:
+            output, self.possible = self._try(arguments)
+            return output
+        if not self.possible or self.calls[key] < WARM_UP:
             return self._call(arguments)
-        if key not in self.captured and not self._capture(key, arguments):
-            return self._call(arguments)
+        if key not in self.captured:
+            self.captured[key] = self._capture(arguments)
         graph, inputs, output = self.captured[key]
         for own, given in zip(inputs, filter(torch.is_tensor, arguments), strict=True):
             own.copy_(given)
@@ -55,22 +59,26 @@ class Replay:
         here.wait_stream(self.stream)
         return output
 
-    def _capture(self, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> bool:
-        """Record what the function launches, without doing it; return whether that worked."""
-        if torch.cuda.max_memory_allocated() > MEMORY * torch.cuda.mem_get_info()[1]:
-            self.possible = False
-            return False
+    def _try(self, arguments: tuple[Any, ...]) -> tuple[Tensor, bool]:
+        """Call the function, and return whether it can be captured too."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                output = self._call(arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits = any("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+        return output, not waits and torch.cuda.max_memory_allocated() < MEMORY * torch.cuda.mem_get_info()[1]
+
+    def _capture(self, arguments: tuple[Any, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        """Record what the function launches, without doing it; return that, where it reads, and what it writes."""
         own = [a.clone() if torch.is_tensor(a) else a for a in arguments]
         graph = torch.cuda.CUDAGraph()
-        try:
-            # Other threads, which write checkpoints and watch over NCCL, may use the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                output = self.function(*own)
-        except RuntimeError:
-            self.possible = False
-            return False
-        self.captured[key] = graph, [a for a in own if torch.is_tensor(a)], output
-        return True
+        # Other threads, which write checkpoints and watch over NCCL, may use the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            output = self.function(*own)
+        return graph, [a for a in own if torch.is_tensor(a)], output
 
 
 def replayed(function: Callable[..., Tensor], device: torch.device, world_size: int) -> Callable[..., Tensor]:

@@ -5,7 +5,7 @@ Tensors travel as safetensors, the rest as JSON: reading a checkpoint runs no co
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from raycifar.engine.hardware import place
 from raycifar.engine.optim import build_optimizer
@@ -73,11 +73,7 @@ class TrainingState:
         self.recipe, self.layers = recipe, architecture.layers(model)
         self.fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         self.model = place(model, device)
-        self.average = (
-            AveragedModel(self.model, multi_avg_fn=ema_from_the_start(recipe.ema), use_buffers=True)
-            if recipe.ema
-            else None
-        )
+        self.average = Average(self.model, recipe.ema) if recipe.ema else None
         self.progress = Progress()
         self.images: Tensor | None = None  # `ImageRecord.values` of all workers
         self.val_right: Tensor | None = None  # (images,) float32: 1 where the last validation was right
@@ -176,18 +172,33 @@ def copies(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
     return wait
 
 
-def ema_from_the_start(decay: float) -> Any:
-    """Return an averaging function whose horizon grows with the steps taken, up to that of `decay`.
+class Average(AveragedModel):
+    """A running average of a network's weights and buffers, whose horizon grows with the steps taken, up to `decay`'s.
 
-    A fixed decay would keep the random first weights in a short run's average. The number of updates
-    bounds it to (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage.
+    A fixed decay would keep the random first weights in a short run's average. The number of updates bounds it to
+    (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage. PyTorch's own way to do that counts on the
+    device: a GPU would be waited for in each step.
     """
 
-    def update(averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
-        n = int(count)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, values, count)
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
 
-    return update
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        n = int(self.n_averaged)
+        decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        pairs = list(zip(tensors_of(self.module), tensors_of(model), strict=True))
+        averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        torch._foreach_lerp_(averages, values, 1 - decay)
+        for count, value in pairs:
+            if not count.is_floating_point():
+                count.copy_(value)
+        self.n_averaged += 1
+
+
+def tensors_of(network: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(network.parameters(), network.buffers())
 
 
 def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
