@@ -81,6 +81,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     try:
         return worker.train()
     except StopTrainingError as stop:
+        worker.checkpointer.wait()
         return {"failure": str(stop)}
 
 
