@@ -188,7 +188,7 @@ class Average(AveragedModel):
     def update_parameters(self, model: nn.Module) -> None:
         n = int(self.n_averaged)
         decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
-        pairs = list(zip(tensors_of(self.module), tensors_of(model), strict=True))
+        pairs = list(zip(parameters_and_buffers(self.module), parameters_and_buffers(model), strict=True))
         averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
         torch._foreach_lerp_(averages, values, 1 - decay)
         for count, value in pairs:
@@ -197,7 +197,7 @@ class Average(AveragedModel):
         self.n_averaged += 1
 
 
-def tensors_of(network: nn.Module) -> Iterator[Tensor]:
+def parameters_and_buffers(network: nn.Module) -> Iterator[Tensor]:
     return itertools.chain(network.parameters(), network.buffers())
 
 
