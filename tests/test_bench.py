@@ -2,8 +2,10 @@
 
 import json
 
+import psutil
 import pytest
 from command import Command, finish
+from conftest import wait_until
 
 from raycifar.bench import sentences, summarise
 
@@ -38,6 +40,16 @@ def test_the_figures_are_written_shown_and_drawn(small, tmp_path, request, worke
         assert f"({name})" in done.stdout
     assert "<svg" in (tmp_path / "out/bench.svg").read_text()
     assert not (tmp_path / "results").exists()
+
+
+def test_a_bench_that_is_killed_leaves_no_process_behind(small, tmp_path):
+    args = (*TINY, *ARGS[:-4], "--rounds", 100, "--data", small, "--workers", 0, "--against", "dataloader")
+    bench = Bench(*args, storage=None, cwd=tmp_path)
+    wait_until(lambda: "timing, round 1" in bench.said()[0], what="the first round")
+    of_its_own = psutil.Process(bench.process.pid).children(recursive=True)
+    assert any("spawn_main" in " ".join(process.cmdline()) for process in of_its_own)
+    bench.kill()
+    assert psutil.wait_procs(of_its_own, timeout=30)[1] == []
 
 
 def test_what_cannot_be_timed_is_refused(small, tmp_path):

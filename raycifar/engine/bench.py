@@ -1,20 +1,24 @@
 """Where a step's time goes: the same work with less and more of what surrounds it, in turn, several times over."""
 
+import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 import ray.train
-import ray.train.torch
+import ray.train.collective
+import ray.util
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from raycifar.data import SHAPE
+from raycifar.engine import common
 from raycifar.engine.gpu import replayed
 from raycifar.engine.images import describe_rise
 from raycifar.engine.loop import Job, Worker
@@ -173,55 +177,29 @@ def save(worker: Worker) -> None:
 # Ways of others --------------------------------------------------------------------------------------
 
 
-class Pictures(Dataset):
-    """Images as PIL opens them, through torchvision's transforms one by one: how it is done everywhere."""
-
-    def __init__(self, worker: Worker) -> None:
-        from torchvision import transforms
-
-        shard, pixels = worker.train_set, worker.preprocessing
-        self.images, self.labels = shard.images.cpu().permute(0, 2, 3, 1).numpy(), shard.labels.tolist()
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(SHAPE[1], padding=4),
-                transforms.RandomHorizontalFlip(),
-                *([transforms.Resize(pixels.size)] if pixels.size != SHAPE[1] else []),
-                transforms.ToTensor(),
-                transforms.Normalize(pixels.mean, pixels.std),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        from PIL import Image
-
-        return self.transform(Image.fromarray(self.images[row])), self.labels[row]
-
-
 def dataloader(worker: Worker) -> Callable[[], None]:
-    """The common way: PIL transforms, DataLoader's processes, float32, the layout that tensors have by default."""
-    loader = DataLoader(
-        Pictures(worker),
+    """The common way, see `common`, in a process of its own beside each worker."""
+    address = meeting_place() if worker.rank == 0 and worker.world_size > 1 else None
+    setting = common.Setting(
+        architecture=worker.architecture,
+        images=worker.train_set.images.permute(0, 2, 3, 1).cpu().numpy(),
+        labels=worker.train_set.labels.tolist(),
         batch_size=-(-worker.recipe.batch_size // worker.world_size),
-        shuffle=True,
-        num_workers=min(4, worker.job.threads),
-        persistent_workers=True,
-        pin_memory=worker.device.type == "cuda",
+        device=worker.device,
+        threads=worker.job.threads,
+        rank=worker.rank,
+        world_size=worker.world_size,
+        address=ray.train.collective.broadcast_from_rank_zero(address),
     )
-    network = worker.architecture.build(worker.recipe.dropout).to(worker.device)
-    model = ray.train.torch.prepare_model(network, move_to_device=worker.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4)
-    float32 = torch.autocast(worker.device.type, enabled=False)
+    process = ProcessPoolExecutor(1, get_context("spawn"), initializer=common.begin, initargs=(setting,))
+    return lambda: process.submit(common.train_epoch).result()
 
-    def run() -> None:
-        model.train()
-        for inputs, targets in loader:
-            inputs, targets = inputs.to(worker.device), targets.to(worker.device)
-            step(model, optimizer, inputs, targets, float32, 0.0)
 
-    return run
+def meeting_place() -> str:
+    """Return an address of this node on which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
 
 def stream(worker: Worker) -> Callable[[], None]:

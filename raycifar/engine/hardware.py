@@ -24,7 +24,7 @@ def set_up(device: torch.device, threads: int) -> None:
 
 
 def keep_memory() -> None:
-    """Have glibc keep the memory of large tensors for the next step, which is 3 % faster than with new pages."""
+    """Have glibc keep the memory of large tensors for the next step; new pages take 13 to 22 % of one (AMD Zen 5)."""
     with suppress(AttributeError, OSError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)

@@ -1,0 +1,120 @@
+"""The common way to train on CIFAR-100, to compare with: PIL, DataLoader, float32, and nothing of ours set.
+
+It has a process of its own beside each worker, for what a worker sets, such as how memory is managed, holds for all
+that its process does.
+"""
+
+import os
+import signal
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from multiprocessing.process import BaseProcess
+from threading import Thread
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from raycifar.data import SHAPE
+from raycifar.models import Architecture
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on what."""
+
+    architecture: Architecture
+    images: np.ndarray  # (N, 32, 32, 3) uint8
+    labels: list[int]
+    batch_size: int  # of this worker
+    device: torch.device
+    threads: int
+    rank: int
+    world_size: int
+    address: str | None  # where the processes meet, if there are several
+
+
+class Pictures(Dataset):
+    """Images as PIL opens them, through torchvision's transforms one by one."""
+
+    def __init__(self, setting: Setting) -> None:
+        pixels = setting.architecture.preprocessing
+        self.images, self.labels = setting.images, setting.labels
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(SHAPE[1], padding=4),
+                transforms.RandomHorizontalFlip(),
+                *([transforms.Resize(pixels.size)] if pixels.size != SHAPE[1] else []),
+                transforms.ToTensor(),
+                transforms.Normalize(pixels.mean, pixels.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[row])), self.labels[row]
+
+
+class Training:
+    """What the process keeps from epoch to epoch."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.device = setting.device
+        torch.set_num_threads(setting.threads)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high")
+        self.loader = DataLoader(
+            Pictures(setting),
+            batch_size=setting.batch_size,
+            shuffle=True,
+            num_workers=min(4, setting.threads),
+            persistent_workers=True,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.model = setting.architecture.build().to(self.device)
+        if setting.world_size > 1:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, setting.address, rank=setting.rank, world_size=setting.world_size)
+            self.model = DistributedDataParallel(self.model)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4)
+
+    def epoch(self) -> None:
+        self.model.train()
+        for inputs, targets in self.loader:
+            inputs, targets = inputs.to(self.device), targets.to(self.device)
+            self.optimizer.zero_grad()
+            F.cross_entropy(self.model(inputs), targets).backward()
+            self.optimizer.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+training: Training
+
+
+def begin(setting: Setting) -> None:
+    """Make the process ready to train; it lasts as long as the one that asked for it."""
+    global training
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=end_after, args=(parent_process(),), daemon=True).start()
+    training = Training(setting)
+
+
+def end_after(process: BaseProcess) -> None:
+    process.join()
+    os._exit(0)
+
+
+def train_epoch() -> None:
+    training.epoch()
