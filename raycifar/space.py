@@ -43,7 +43,7 @@ def default_space(recipe: Recipe) -> Space:
     return {
         "lr": FloatDistribution(recipe.lr / 8, recipe.lr * 8, log=True),
         "weight_decay": FloatDistribution(1e-5, 5e-3, log=True),
-        "batch_size": CategoricalDistribution([64, 128, 256]),
+        "batch_size": CategoricalDistribution([recipe.batch_size // 2, recipe.batch_size, recipe.batch_size * 2]),
         "label_smoothing": FloatDistribution(0.0, 0.2),
         "augment": CategoricalDistribution(["none", "flip", "crop", "cutout"]),
     }

@@ -208,6 +208,9 @@ def test_what_next_is_commands_that_are_understood():
     shown = [
         story(),
         story(val_loss=lambda e: 1.6 + 0.05 * abs(e - 6), clean_top1=lambda e: min(0.99, 0.1 * e)),
+        story(
+            val_loss=lambda e: 1.6 + 0.05 * abs(e - 6), clean_top1=lambda e: min(0.99, 0.1 * e), recipe={"cutmix": 0.8}
+        ),
         story(val=200, recipe={"lr": 0.7, "augment": "flip"}),
         story(epochs=2, train_loss=lambda e: 4.606, train_top1=lambda e: 0.01),
     ]

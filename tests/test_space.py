@@ -3,7 +3,7 @@
 import pytest
 
 from raycifar.errors import RequestError
-from raycifar.recipes import Recipe
+from raycifar.recipes import SPEEDRUN, Recipe
 from raycifar.space import Trial, default_space, describe, read_space, suggest
 
 BASE = Recipe(epochs=4)
@@ -20,6 +20,12 @@ def go_on(space, trials, count):
 
 def test_the_first_trial_is_the_recipe_itself():
     assert suggest(default_space(BASE), BASE, [], seed=0) == BASE
+
+
+@pytest.mark.parametrize("recipe", [BASE, SPEEDRUN])
+def test_the_recipe_lies_in_the_space_around_it(recipe):
+    for name, distribution in default_space(recipe).items():
+        assert distribution._contains(distribution.to_internal_repr(getattr(recipe, name))), name
 
 
 def test_a_search_that_is_taken_up_again_goes_on_as_if_it_had_not_been_stopped():

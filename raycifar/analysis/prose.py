@@ -117,7 +117,8 @@ def what_next(story: Story, findings: Sequence[Finding]) -> list[dict[str, str]]
             else train("bounded gradients, against spikes", change(clip_norm=1.0))
         )
     if has(findings, "overfitting"):
-        more = change(augment="cutout", label_smoothing=max(0.1, recipe.label_smoothing), mixup=max(0.3, recipe.mixup))
+        mixup = max(min(0.3, 1 - recipe.cutmix), recipe.mixup)
+        more = change(augment="cutout", label_smoothing=max(0.1, recipe.label_smoothing), mixup=mixup)
         steps.append(train("more augmentation against overfitting", more))
         if story.run["limit"]:
             story_without = Story({**story.run, "limit": None}, story.history, story.result)
