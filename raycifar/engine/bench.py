@@ -182,6 +182,7 @@ def dataloader(worker: Worker) -> Callable[[], None]:
     address = meeting_place() if worker.rank == 0 and worker.world_size > 1 else None
     setting = common.Setting(
         architecture=worker.architecture,
+        dropout=worker.recipe.dropout,
         images=worker.train_set.images.permute(0, 2, 3, 1).cpu().numpy(),
         labels=worker.train_set.labels.tolist(),
         batch_size=-(-worker.recipe.batch_size // worker.world_size),

@@ -1,7 +1,6 @@
-"""The common way to train on CIFAR-100, to compare with: PIL, DataLoader, float32, and nothing of ours set.
+"""The common way to train on CIFAR-100, to compare with: PIL, DataLoader, float32, memory as it is managed by default.
 
-It has a process of its own beside each worker, for what a worker sets, such as how memory is managed, holds for all
-that its process does.
+It has a process of its own beside each worker, for what a worker sets of its memory holds for all of its process.
 """
 
 import os
@@ -15,12 +14,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from raycifar.data import SHAPE
+from raycifar.engine.hardware import set_up
 from raycifar.models import Architecture
 
 
@@ -29,6 +30,7 @@ class Setting:
     """What is trained on what."""
 
     architecture: Architecture
+    dropout: float
     images: np.ndarray  # (N, 32, 32, 3) uint8
     labels: list[int]
     batch_size: int  # of this worker
@@ -59,8 +61,6 @@ class Pictures(Dataset):
         return len(self.labels)
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        from PIL import Image
-
         return self.transform(Image.fromarray(self.images[row])), self.labels[row]
 
 
@@ -69,11 +69,9 @@ class Training:
 
     def __init__(self, setting: Setting) -> None:
         self.device = setting.device
-        torch.set_num_threads(setting.threads)
+        set_up(self.device, setting.threads)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            torch.backends.cudnn.benchmark = True
-            torch.set_float32_matmul_precision("high")
         self.loader = DataLoader(
             Pictures(setting),
             batch_size=setting.batch_size,
@@ -82,7 +80,7 @@ class Training:
             persistent_workers=True,
             pin_memory=self.device.type == "cuda",
         )
-        self.model = setting.architecture.build().to(self.device)
+        self.model = setting.architecture.build(setting.dropout).to(self.device)
         if setting.world_size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, setting.address, rank=setting.rank, world_size=setting.world_size)

@@ -19,8 +19,6 @@ def set_up(device: torch.device, threads: int) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    else:
-        keep_memory()
 
 
 def keep_memory() -> None:

@@ -24,7 +24,7 @@ from raycifar.engine.evaluate import gather, per_image, predict, reduce_sum, sco
 from raycifar.engine.events import to_events
 from raycifar.engine.gauges import Gauges
 from raycifar.engine.gpu import Side, ahead, replayed
-from raycifar.engine.hardware import choose_precision, parallelise, seed, set_up
+from raycifar.engine.hardware import choose_precision, keep_memory, parallelise, seed, set_up
 from raycifar.engine.images import ImageRecord, describe_rise, to_images_file
 from raycifar.engine.loss import CHECK_STEPS, StopTrainingError, check_finite, loss_and_sums
 from raycifar.engine.optim import set_learning_rate
@@ -99,6 +99,8 @@ class Worker:
         self.preemption = PreemptionWatch(in_process=job.in_process)
         self.steps = steps_per_epoch(job.images, job.recipe.batch_size)
         set_up(self.device, job.threads)
+        if self.device.type == "cpu":
+            keep_memory()
 
     def train(self) -> dict[str, Any]:
         self.prepare()
