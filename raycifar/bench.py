@@ -17,11 +17,11 @@ from rich import box
 from rich.table import Table
 
 from raycifar import models
-from raycifar.board import Board
+from raycifar.cluster.status import StatusStore
 from raycifar.errors import RequestError, WorkError
-from raycifar.options import Model, door, pick_recipe, recipe_options, training_options
-from raycifar.pretrained import begin
-from raycifar.runs import BENCH, BENCH_CHART, Run
+from raycifar.models.initial_weights import load_initial_weights
+from raycifar.options import Model, command, pick_recipe, recipe_options, training_options
+from raycifar.storage.run_folder import BENCH, BENCH_CHART, RunFolder
 from raycifar.terminal import Screen
 from raycifar.train import Request, and_weights, build_trainer, fit, identify, place, read, record
 from raycifar.train import main as train_command
@@ -55,14 +55,14 @@ FIRST_STEP = "training …"  # what `train` says when it takes its first step
 @click.option("--out", default="bench", help="Folder or URI for bench.json and bench.svg.")
 @training_options
 @recipe_options
-@door
+@command
 def main(debug: bool, **options: Any) -> None:
     """Time a model's training on this machine or cluster, beside the bare step, and say where the time goes.
 
     A round times each stage on --limit images; the figures are medians over the rounds, and shares are medians of
     what a round's own bare step made, so that a machine that slows down slows both.
     """
-    screen, out = Screen(), Run.at(options["out"])
+    screen, out = Screen(), RunFolder.at(options["out"])
     against = tuple(name.strip() for name in options["against"].split(",") if name.strip())
     if unknown := set(against) - set(WAYS):
         raise RequestError(f"--against {sorted(unknown)[0]}: choose from {', '.join(WAYS)}.")
@@ -97,20 +97,20 @@ def time_stages(
         request = Request(**{**given, **fixed})
         with screen.waiting(f"Reading {request.data}{and_weights([recipe])}"):
             source, splits = read(request.data, request.val_size, request.limit, request.seed)
-            start = begin(request.model, recipe, source.train)
+            start = load_initial_weights(request.model, recipe, source.train)
         with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
-            workers = place(request, Run(request.storage, request.name), debug=debug)
-            from raycifar.cluster import Waiting
+            workers = place(request, RunFolder(request.storage, request.name), debug=debug)
+            from raycifar.cluster.sizing import Waiting
             from raycifar.engine.bench import Plan, bench_loop_per_worker
         screen.say(f"{request.model} on {workers}, {len(splits.train):,} images, {options['rounds']} rounds")
-        run, board = Run(request.storage, request.name), Board(uuid.uuid4().hex)
+        run, status_store = RunFolder(request.storage, request.name), StatusStore(uuid.uuid4().hex)
         record(run, identify(request, source, splits, start), workers)
 
         def plan(job: Any) -> tuple[Any, dict[str, Any]]:
             return bench_loop_per_worker, {"plan": Plan(job, options["rounds"], tuple(against))}
 
-        trainer = build_trainer(request, run, board, source, splits, start, workers, debug=debug, plan=plan)
-        return fit(trainer, lambda running: screen.follow_phase(board, running, Waiting(workers, request.wait)))
+        trainer = build_trainer(request, run, status_store, source, splits, start, workers, debug=debug, plan=plan)
+        return fit(trainer, lambda running: screen.follow_phase(status_store, running, Waiting(workers, request.wait)))
 
 
 def time_startup(options: dict[str, Any], screen: Screen) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The console script: `raycifar train` is `python -m raycifar.train`, and so for each door."""
+"""The console script: `raycifar train` is `python -m raycifar.train`, and so for each command."""
 
 import importlib
 from typing import Any
@@ -20,7 +20,7 @@ DOORS = {
 
 
 class Doors(click.Group):
-    """Imports a door when it is opened, so that asking for help doesn't wait for the others."""
+    """Imports a command when it is opened, so that asking for help doesn't wait for the others."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(DOORS)

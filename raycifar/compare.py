@@ -17,11 +17,20 @@ from raycifar.analysis.comparison import Finished, by_model, compare, not_compar
 from raycifar.data.tables import Source, from_lists
 from raycifar.errors import RequestError, WorkError
 from raycifar.models import Architecture
-from raycifar.options import Interrupted, check_name, door, pick_recipe, recipe_options, training_options
-from raycifar.pretrained import Start, begin
+from raycifar.models.initial_weights import InitialWeights, load_initial_weights
+from raycifar.options import Interrupted, check_name, command, pick_recipe, recipe_options, training_options
 from raycifar.recipes import Recipe, changes, describe_changes
 from raycifar.report import Refresher, explain, write_comparison, write_run
-from raycifar.runs import COMPARISON, COMPARISON_TABLE, PREDICTIONS, REPORT_PAGE, RESULT, RUN, STUDY, Run
+from raycifar.storage.run_folder import (
+    COMPARISON,
+    COMPARISON_TABLE,
+    PREDICTIONS,
+    REPORT_PAGE,
+    RESULT,
+    RUN,
+    STUDY,
+    RunFolder,
+)
 from raycifar.terminal import Screen, alongside
 from raycifar.train import Request, and_weights, check_batch_size, read, storing_in
 
@@ -42,7 +51,7 @@ SCORES = ("top1", "top5", "loss")
 @click.option("--checkpoint-steps", type=click.IntRange(min=0), default=200, help="0: at the end of each epoch alone.")
 @training_options
 @recipe_options
-@door
+@command
 def main(debug: bool, **options: Any) -> None:
     """Train several models and seeds, orchestrated by Ray Tune, and say which is better and how sure that is.
 
@@ -52,7 +61,7 @@ def main(debug: bool, **options: Any) -> None:
     """
     name = options["name"] or f"compare-{datetime.now():%Y%m%d-%H%M%S}"
     check_name(name)
-    screen, folder = Screen(), Run(options["storage"], name)
+    screen, folder = Screen(), RunFolder(options["storage"], name)
     price = options["price_per_hour"]
     if bool(options["runs"]) == bool(options["names"]):
         raise RequestError("either --models to train, or the folders of finished runs: one of both is needed.")
@@ -66,7 +75,7 @@ def main(debug: bool, **options: Any) -> None:
 # Training -------------------------------------------------------------------------------------------
 
 
-def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: Screen, *, debug: bool) -> None:
+def train_and_compare(options: dict[str, Any], name: str, folder: RunFolder, screen: Screen, *, debug: bool) -> None:
     names = [model.strip() for model in options["names"].split(",")]
     for model in names:
         models.find(model)
@@ -82,14 +91,14 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
 
     with screen.waiting(f"Reading {options['data']}{and_weights(recipes.values())}"):
         source, splits = read(options["data"], options["val_size"], options["limit"], options["seed"])
-        starts = {model: begin(model, recipe, source.train) for model, recipe in recipes.items()}
+        starts = {model: load_initial_weights(model, recipe, source.train) for model, recipe in recipes.items()}
     agreement = agree(folder, options, recipes, spaces, source, starts)
 
     given = {key: options[key] for key in Request.__annotations__ if key in options}
     base = Request(**{**given, "name": name, "model": names[0], "recipe": recipes[names[0]]})
     with screen.waiting("Starting Ray"):
-        from raycifar import cluster
-        from raycifar.study import AshaByModel, Plan, Study, orchestrate
+        from raycifar.cluster import sizing as cluster
+        from raycifar.workflows.tuning import AshaByModel, Plan, Study, orchestrate
 
         cluster.connect(debug=debug, dashboard=True)
         # The costliest first: what is left at the end then fills the cluster best.
@@ -122,7 +131,7 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
     try:
         alongside(
             lambda: orchestrate(study, plan, source, workers),
-            lambda running: screen.follow_tasks(lambda: plan.tasks, running, refresh),
+            lambda running: screen.follow_trials(lambda: plan.tasks, running, refresh),
         )
     except Interrupted:
         screen.say(f"To continue, give the same command with --name {name}")
@@ -137,7 +146,7 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
     if options["report"]:
         with screen.waiting("Drawing the reports of the runs"):
             for run in finished:
-                explain(lambda run=run: write_run(Run.at(run.folder), source))  # type: ignore[misc]
+                explain(lambda run=run: write_run(RunFolder.at(run.folder), source))  # type: ignore[misc]
     if finished:
         conclude(finished, folder, options["price_per_hour"], screen, {"search": search, "failed": failed})
     show_report(options, folder, screen)
@@ -151,7 +160,7 @@ def train_and_compare(options: dict[str, Any], name: str, folder: Run, screen: S
 
 def build_spaces(options: dict[str, Any], recipes: dict[str, Recipe]) -> dict[str, Any]:
     """Return each model's search space; what is given as an option is not searched."""
-    from raycifar.space import default_space, read_space
+    from raycifar.workflows.search_space import default_space, read_space
 
     spaces = {
         model: read_space(options["space"]) if options["space"] else default_space(recipe)
@@ -167,12 +176,12 @@ def build_spaces(options: dict[str, Any], recipes: dict[str, Recipe]) -> dict[st
 
 
 def agree(
-    folder: Run,
+    folder: RunFolder,
     options: dict[str, Any],
     recipes: dict[str, Recipe],
     spaces: dict[str, Any],
     source: Source,
-    starts: dict[str, Start],
+    starts: dict[str, InitialWeights],
 ) -> dict[str, Any]:
     """Return what must be the same for a comparison of the same name to be continued.
 
@@ -181,7 +190,7 @@ def agree(
     Raises:
         RequestError: a comparison of that name was begun otherwise; the message names the differences.
     """
-    from raycifar.space import describe
+    from raycifar.workflows.search_space import describe
 
     now: dict[str, Any] = {
         "data": source.fingerprint(),
@@ -246,7 +255,7 @@ def read_run(path: str) -> Finished:
     Raises:
         RequestError: it is none, or wasn't finished.
     """
-    run = Run.at(path)
+    run = RunFolder.at(path)
     about, result, predictions = run.read_json(RUN), run.read_json(RESULT), run.read(PREDICTIONS)
     if about is None:
         raise RequestError(f"{path} is no run's folder: it holds no {RUN}.")
@@ -261,7 +270,7 @@ def read_run(path: str) -> Finished:
 
 
 def conclude(
-    finished: list[Finished], folder: Run, price_per_hour: float | None, screen: Screen, more: dict[str, Any]
+    finished: list[Finished], folder: RunFolder, price_per_hour: float | None, screen: Screen, more: dict[str, Any]
 ) -> None:
     """Compare the runs, write the comparison, and show it.
 
@@ -288,7 +297,7 @@ def conclude(
     screen.say(f"Comparison: {folder.folder}")
 
 
-def show_report(options: dict[str, Any], folder: Run, screen: Screen) -> None:
+def show_report(options: dict[str, Any], folder: RunFolder, screen: Screen) -> None:
     if options["report"]:
         with screen.waiting("Drawing the report"):
             report = explain(lambda: write_comparison(folder))

@@ -1,36 +1,40 @@
-"""The two ways a command ends badly; both are shown to the user as one sentence."""
+"""The ways in which work ends badly. Commands show each as one sentence; Python programs catch them."""
 
 import errno
-import os
-
-import click
 
 
-class RequestError(click.ClickException):
-    """The request was wrong, and nothing was started or written."""
+class RaycifarError(Exception):
+    """What raycifar raises on purpose; its message is a whole sentence, or several."""
 
-    exit_code = 2
+    @property
+    def message(self) -> str:
+        return str(self)
+
+
+class RequestError(RaycifarError):
+    """The request is wrong, and nothing was started or written."""
+
+
+class WorkError(RaycifarError):
+    """The work began and failed."""
 
 
 class StorageError(OSError):
     """A file of a run can't be written."""
 
-    FOR_GOOD = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+    PERMANENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
     @classmethod
     def of(cls, place: str, cause: OSError) -> "StorageError":
-        return cls(f"{place} can't be written: {cause.strerror or in_a_line(cause)}")
+        return cls(cause.errno or 0, f"{place} can't be written: {cause.strerror or in_a_line(cause)}")
 
-    @classmethod
-    def for_good(cls, text: str) -> bool:
-        """Return whether an error with that text stays: a network may come back by itself, a full disk does not."""
-        return "can't be written" in text and any(os.strerror(number) in text for number in cls.FOR_GOOD)
+    def __str__(self) -> str:
+        return self.strerror or ""
 
-
-class WorkError(click.ClickException):
-    """The work began and failed."""
-
-    exit_code = 1
+    @property
+    def permanent(self) -> bool:
+        """Whether trying again is in vain: a network may come back by itself, a full disk does not."""
+        return self.errno in self.PERMANENT
 
 
 def in_a_line(error: BaseException) -> str:

@@ -14,15 +14,15 @@ from raycifar.data import CLASSES, SUPERCLASSES
 from raycifar.data.names import COARSE, FINE
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, from_lists, take, to_lists, to_numpy
-from raycifar.options import door
-from raycifar.runs import EVALUATION, EVALUATION_PAGE, PREDICTIONS, RUN, Run
+from raycifar.options import command
+from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PREDICTIONS, RUN, RunFolder
 from raycifar.terminal import Screen
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from raycifar.cluster import Workers
-    from raycifar.trained import Weights
+    from raycifar.cluster.sizing import Workers
+    from raycifar.engine.trained_model import Weights
 
 WAIT_SECONDS = 1800  # for workers to find room
 BLOCK = 1000  # images in a block of Ray Data, and asked of a network at once
@@ -36,7 +36,7 @@ BLOCK = 1000  # images in a block of Ray Data, and asked of a network at once
 @click.option("--device", type=click.Choice(["auto", "gpu", "cpu"]), default="auto")
 @click.option("--cpus-per-worker", type=click.FloatRange(min=0, min_open=True), help="CPUs, so threads.  [fair share]")
 @click.option("--out", help="Folder or URI to write to.  [the run's, for its own test set; else evaluation]")
-@door
+@command
 def main(
     debug: bool,
     network: str,
@@ -56,10 +56,10 @@ def main(
     with screen.waiting(f"Reading {data}"):
         source = load(data)
     with screen.waiting("Loading PyTorch"):
-        from raycifar.trained import read_weights
+        from raycifar.engine.trained_model import read_weights
 
         weights = read_weights(network)
-    run = Run.at(network)
+    run = RunFolder.at(network)
     about = None if network.endswith(".safetensors") else run.read_json(RUN)
     table = take(getattr(source, split), np.arange(len(getattr(source, split))))
 
@@ -74,10 +74,10 @@ def main(
     screen.say(f"Written to {folder.folder}: {EVALUATION_PAGE}, {EVALUATION}, {PREDICTIONS}")
 
 
-def choose_folder(out: str | None, network: str, about: dict[str, Any] | None, source: Source, split: str) -> Run:
+def choose_folder(out: str | None, network: str, about: dict[str, Any] | None, source: Source, split: str) -> RunFolder:
     """Return where to write: what a run predicted of its own test set is its own, and nothing else may replace it."""
     own = about is not None and split == "test" and about["data"]["fingerprint"] == source.fingerprint()
-    return Run.at(out or (network if own else "evaluation"))
+    return RunFolder.at(out or (network if own else "evaluation"))
 
 
 # The Ray Data job -----------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ class Scorer:
     def __post_init__(self) -> None:
         import torch
 
-        from raycifar.trained import Trained
+        from raycifar.engine.trained_model import Trained
 
         torch.set_num_threads(self.threads)
         self.trained = Trained(self.weights, self.device, self.precision)
@@ -123,7 +123,7 @@ def predict(
     """Return the logits (images, classes) float32 of a split, in its order."""
     import torch
 
-    from raycifar import cluster
+    from raycifar.cluster import sizing as cluster
 
     precision = (about or {}).get("precision", "auto")  # that of the run: its scores come out the same
     if count == 0:

@@ -13,15 +13,15 @@ from raycifar.data import SHAPE
 from raycifar.data.sources import load
 from raycifar.data.tables import to_numpy
 from raycifar.errors import RequestError, WorkError
-from raycifar.files import locate, write_whole
 from raycifar.models import slug
-from raycifar.options import door
+from raycifar.options import command
+from raycifar.storage.files import locate, write_whole
 from raycifar.terminal import Screen
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from raycifar.trained import Weights
+    from raycifar.engine.trained_model import Weights
 
 CHECKED = 1000  # images on which what was written must answer as the network does
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}
@@ -32,7 +32,7 @@ SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"
 @click.option("--to", "kind", type=click.Choice(list(SUFFIXES)), required=True)
 @click.option("--out", help="File or URI to write.  [model and suffix, in the current folder]")
 @click.option("--data", envvar="RAYCIFAR_DATA", default="cifar100", help="Whose test images it is checked on.")
-@door
+@command
 def main(debug: bool, network: str, kind: str, out: str | None, data: str) -> None:
     """Write a trained network for other programs, with the preprocessing of its images inside.
 
@@ -45,7 +45,7 @@ def main(debug: bool, network: str, kind: str, out: str | None, data: str) -> No
     with screen.waiting("Loading PyTorch"):
         import torch
 
-        from raycifar.trained import Trained, read_weights
+        from raycifar.engine.trained_model import Trained, read_weights
 
         trained = Trained(read_weights(network), "cpu", "float32")
     expected = trained.logits(torch.from_numpy(images.copy())).numpy()

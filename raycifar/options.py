@@ -13,7 +13,7 @@ from typing import Any, get_args
 import click
 
 from raycifar import models
-from raycifar.errors import RequestError, StorageError
+from raycifar.errors import RequestError, StorageError, WorkError
 from raycifar.recipes import NAMED, Recipe, recipe_for
 
 MOST_ELASTIC = 64  # workers; the images are cut wherever a shard of any of the numbers begins
@@ -87,7 +87,10 @@ class Model(click.ParamType):
     name = "model"
 
     def convert(self, value: str, param: Any, ctx: Any) -> str:
-        models.find(value)
+        try:
+            models.find(value)
+        except RequestError as error:
+            self.fail(error.message, param, ctx)
         return value
 
 
@@ -119,7 +122,7 @@ class Interrupted(BaseException):
     """Ctrl-C, or a job that is stopped."""
 
 
-def door(command: Callable[..., Any]) -> Callable[..., Any]:
+def command(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command its endings: 0 done, 1 failed, 2 wrong request, 130 interrupted; one sentence for each."""
 
     @click.option("--debug", is_flag=True, help="Show tracebacks, and all that Ray says.")
@@ -141,6 +144,8 @@ def door(command: Callable[..., Any]) -> Callable[..., Any]:
             traceback.print_exception(failure)
         if isinstance(failure, click.ClickException):
             leave(failure.exit_code, f"Error: {failure.format_message()}")
+        if isinstance(failure, RequestError | WorkError):
+            leave(2 if isinstance(failure, RequestError) else 1, f"Error: {failure}")
         if isinstance(failure, StorageError):
             leave(1, f"Error: {failure}.")
         leave(1, f"Error: {type(failure).__name__}: {failure}. This is a defect; --debug shows where it arose.")

@@ -11,7 +11,7 @@ from rich.table import Table
 from raycifar.data.names import FINE
 from raycifar.data.pictures import find, read
 from raycifar.errors import WorkError
-from raycifar.options import door
+from raycifar.options import command
 from raycifar.terminal import Screen
 
 TOP = 5
@@ -22,7 +22,7 @@ TOP = 5
 @click.argument("images", nargs=-1, required=True, metavar="IMAGES...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")
 @click.option("--device", type=click.Choice(["auto", "gpu", "cpu"]), default="auto")
-@door
+@command
 def main(debug: bool, network: str, images: tuple[str, ...], as_json: bool, device: str) -> None:
     """Ask a trained network what images show: its five likeliest classes for each.
 
@@ -32,7 +32,7 @@ def main(debug: bool, network: str, images: tuple[str, ...], as_json: bool, devi
     files = [file for place in images for file in find(place)]  # before PyTorch is loaded: a typing error shows at once
     import torch
 
-    from raycifar.trained import Trained, read_weights
+    from raycifar.engine.trained_model import Trained, read_weights
 
     trained = Trained(read_weights(network), device, "float32")
     answers: list[dict[str, Any]] = []

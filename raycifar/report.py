@@ -9,8 +9,8 @@ import click
 from raycifar.data.sources import load
 from raycifar.data.tables import Source
 from raycifar.errors import RequestError
-from raycifar.options import door
-from raycifar.runs import (
+from raycifar.options import command
+from raycifar.storage.run_folder import (
     COMPARISON,
     IMAGES,
     PREDICTIONS,
@@ -21,7 +21,7 @@ from raycifar.runs import (
     RUN,
     STUDY,
     SUSPECTS,
-    Run,
+    RunFolder,
 )
 from raycifar.terminal import Screen
 
@@ -34,15 +34,15 @@ GUESS_SECONDS = 3.0  # that drawing takes, before it has been measured
 @click.option("--format", "kind", type=click.Choice(["html", "md", "json"]), default="html")
 @click.option("--data", envvar="RAYCIFAR_DATA", help="Where the images are, for pictures.  [where the run found them]")
 @click.option("--out", help="Folder or URI to write to.  [that of the run or the comparison]")
-@door
+@command
 def main(debug: bool, folder: str, kind: str, data: str | None, out: str | None) -> None:
     """Draw and explain a run, finished or not, or a comparison.
 
     Writes report.html, one page that opens without a network, and report.json; of a run also suspects.csv, its
     training images in the order in which their labels are to be doubted. With --format md or json: that alone.
     """
-    screen, run = Screen(), Run.at(folder)
-    where = Run.at(out) if out else run
+    screen, run = Screen(), RunFolder.at(folder)
+    where = RunFolder.at(out) if out else run
     if run.read_json(COMPARISON) is not None or run.read_json(STUDY) is not None:
         report = write_comparison(run, where, kind)
     elif (about := run.read_json(RUN)) is not None:
@@ -73,16 +73,18 @@ def find_images(about: dict[str, Any], data: str | None) -> Source | None:
     return None
 
 
-def read_files(run: Run) -> Any:
+def read_files(run: RunFolder) -> Any:
     """Return what a run's folder holds, as `analysis.reports` reads it."""
-    from raycifar.analysis.findings import Story
+    from raycifar.analysis.findings import RunHistory
     from raycifar.analysis.reports import RunFiles
 
-    story = Story(run.read_json(RUN), run.history(), run.read_json(RESULT))
+    story = RunHistory(run.read_json(RUN), run.history(), run.read_json(RESULT))
     return RunFiles(run.name, story, run.read(PREDICTIONS), run.read(IMAGES))
 
 
-def write_run(run: Run, source: Source | None, where: Run | None = None, kind: str = "html") -> dict[str, Any]:
+def write_run(
+    run: RunFolder, source: Source | None, where: RunFolder | None = None, kind: str = "html"
+) -> dict[str, Any]:
     """Write the report of a run, and return what `report.json` holds.
 
     Args:
@@ -105,7 +107,7 @@ def write_run(run: Run, source: Source | None, where: Run | None = None, kind: s
     return report
 
 
-def write_comparison(folder: Run, where: Run | None = None, kind: str = "html") -> dict[str, Any]:
+def write_comparison(folder: RunFolder, where: RunFolder | None = None, kind: str = "html") -> dict[str, Any]:
     """Write the report of a comparison, finished or not, and return what `report.json` holds."""
     from raycifar.analysis.reports import comparison_page, read_comparison, to_markdown
 
@@ -124,13 +126,13 @@ def write_comparison(folder: Run, where: Run | None = None, kind: str = "html") 
     return report
 
 
-def find_runs(folder: Run, comparison: dict[str, Any] | None) -> list[Run]:
+def find_runs(folder: RunFolder, comparison: dict[str, Any] | None) -> list[RunFolder]:
     """Return the runs that a comparison names, or while it has no result, those in its folder but for a search's."""
     inside = {run.name: run for run in folder.runs()}
     if not comparison:
         return [run for name, run in inside.items() if "-search-" not in name]
     named = [pair for m in comparison["models"].values() for pair in zip(m["runs"], m["folders"], strict=True)]
-    return [inside.get(name) or Run.at(place) for name, place in named]
+    return [inside.get(name) or RunFolder.at(place) for name, place in named]
 
 
 # While it runs ---------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from raycifar.board import STARTING, Board
-from raycifar.task import Task
+from raycifar.cluster.status import STARTING, StatusStore
+from raycifar.workflows.trial import Trial
 
 POLL_SECONDS = 0.25
 LINE_SECONDS = 30  # between two lines about the same thing, where there is no terminal
@@ -54,13 +54,13 @@ class Screen:
 
     def follow(
         self,
-        board: Board,
+        status_store: StatusStore,
         running: Callable[[], bool],
         epochs: int,
         waiting: Callable[[], str | None],
         refresh: Callable[[], None],
     ) -> None:
-        """Show the run on `board` until it is no longer `running`.
+        """Show the run on `status_store` until it is no longer `running`.
 
         Args:
             waiting: says what workers that have yet to start wait for.
@@ -69,9 +69,9 @@ class Screen:
         attempt, notices, failures, shown, described = None, 0, 0, 0, None
         with self.line() as line:
             while True:
-                alive = running()  # asked first: what is on the board after the end is still shown
-                content = board.get("worker") or {"attempt": None, "phase": STARTING}
-                told = board.get("failures") or []
+                alive = running()  # asked first: what the status store holds after the end is still shown
+                content = status_store.get("worker") or {"attempt": None, "phase": STARTING}
+                told = status_store.get("failures") or []
                 for failure in told[failures:]:
                     self.say(failure)
                 failures = len(told)
@@ -96,11 +96,13 @@ class Screen:
                     return
                 time.sleep(POLL_SECONDS)
 
-    def follow_phase(self, board: Board, running: Callable[[], bool], waiting: Callable[[], str | None]) -> None:
-        """Say what is being done, by `board`, until it is no longer `running`."""
+    def follow_phase(
+        self, status_store: StatusStore, running: Callable[[], bool], waiting: Callable[[], str | None]
+    ) -> None:
+        """Say what is being done, by the status store, until it is no longer `running`."""
         with self.line() as line:
             while running():
-                phase = (board.get("worker") or {"phase": STARTING})["phase"]
+                phase = (status_store.get("worker") or {"phase": STARTING})["phase"]
                 line.show((waiting() if phase == STARTING else None) or phase, None)
                 time.sleep(POLL_SECONDS)
 
@@ -121,17 +123,17 @@ class Screen:
         with Live(bar, console=self.console, transient=True, refresh_per_second=4):
             yield LiveLine(bar)
 
-    def follow_tasks(
-        self, tasks: Callable[[], Sequence[Task]], running: Callable[[], bool], refresh: Callable[[], None]
+    def follow_trials(
+        self, tasks: Callable[[], Sequence[Trial]], running: Callable[[], bool], refresh: Callable[[], None]
     ) -> None:
         """Show the trials of a comparison until it is no longer `running`; call `refresh` at every look."""
         if self.console.is_terminal:
             with Live(console=self.console, transient=True, refresh_per_second=4) as live:
                 while running():
-                    live.update(task_table(tasks()))
+                    live.update(trial_table(tasks()))
                     refresh()
                     time.sleep(POLL_SECONDS)
-            self.console.print(task_table(tasks()))
+            self.console.print(trial_table(tasks()))
             return
         said: dict[str, list[str]] = {task.name: [] for task in tasks() if task.over}
         ended = set(said)  # before this command began
@@ -139,7 +141,7 @@ class Screen:
             alive = running()
             for task in tasks():
                 known = said.setdefault(task.name, [])
-                for line in task_lines(task) if task.name not in ended else ():
+                for line in trial_lines(task) if task.name not in ended else ():
                     if line not in known:
                         known.append(line)
                         self.say(f"{task.name}: {line}")
@@ -221,14 +223,14 @@ class PlainLine:
                 )
 
 
-def task_lines(task: Task) -> list[str]:
+def trial_lines(task: Trial) -> list[str]:
     """Return what there is to say of a trial so far, oldest first."""
     if task.status == "waiting":
         return []
     lines = [f"running {task.setting}".rstrip()]
-    content = task.board.get("worker") or {}
-    lines += [waiting] if (waiting := task.board.get("waiting")) else []
-    lines += task.board.get("failures") or []
+    content = task.status_store.get("worker") or {}
+    lines += [waiting] if (waiting := task.status_store.get("waiting")) else []
+    lines += task.status_store.get("failures") or []
     lines += content.get("notices", [])
     lines += [epoch_line(row, task.recipe.epochs) for row in content.get("history", [])]
     if task.over:
@@ -236,15 +238,15 @@ def task_lines(task: Task) -> list[str]:
     return lines
 
 
-def task_table(tasks: Sequence[Task]) -> Table:
+def trial_table(tasks: Sequence[Trial]) -> Table:
     """Return the trials as they stand."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("trial", "status", "epoch", "loss", "val top-1", "images/s", "time left"):
         table.add_column(heading, justify="left" if heading in ("trial", "status") else "right")
     for task in tasks:
-        content = (None if task.status == "waiting" else task.board.get("worker")) or {}
+        content = (None if task.status == "waiting" else task.status_store.get("worker")) or {}
         history, step, epochs = content.get("history", []), content.get("step"), task.recipe.epochs
-        doing = content.get("phase") or task.board.get("waiting") or "starting"
+        doing = content.get("phase") or task.status_store.get("waiting") or "starting"
         cells = [task.name, task.status if task.over or task.status == "waiting" else doing]
         cells.append(f"{step['epoch'] if step else len(history)}/{epochs}" if content else "")
         newest = history[-1] if history else {}

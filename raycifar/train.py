@@ -16,25 +16,25 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raycifar import models
-from raycifar.board import Board
+from raycifar.cluster.status import StatusStore
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, Splits, split
 from raycifar.errors import RequestError, WorkError, in_a_line
+from raycifar.models.initial_weights import InitialWeights, load_initial_weights
 from raycifar.options import (
     Interrupted,
     Model,
     WorkerCount,
     WorkersOption,
     check_name,
-    door,
+    command,
     pick_recipe,
     recipe_options,
     training_options,
 )
-from raycifar.pretrained import Start, begin
 from raycifar.recipes import Recipe
 from raycifar.report import Refresher, explain, write_run
-from raycifar.runs import KEPT, REPORT_PAGE, RESULT, RUN, Run
+from raycifar.storage.run_folder import KEPT, REPORT_PAGE, RESULT, RUN, RunFolder
 from raycifar.terminal import Screen, alongside, result_lines
 
 RESIZE_SECONDS = 15  # between two looks whether an elastic run can grow
@@ -42,8 +42,8 @@ RESIZE_SECONDS = 15  # between two looks whether an elastic run can grow
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
-    from raycifar.cluster import Workers
-    from raycifar.engine.loop import Job
+    from raycifar.cluster.sizing import Workers
+    from raycifar.engine.trainer import Job
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Request:
     wait: float = 1800  # seconds
     test: bool = True  # score the test set at the end
     report: bool = True
-    rungs: tuple[int, ...] = ()  # epochs after which the board is asked whether to stop
+    rungs: tuple[int, ...] = ()  # epochs after which the status store is asked whether to stop
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110})
@@ -79,7 +79,7 @@ class Request:
 @click.option("--checkpoint-steps", type=click.IntRange(min=0), default=0, help="0: at the end of each epoch alone.")
 @training_options
 @recipe_options
-@door
+@command
 def main(debug: bool, **options: Any) -> None:
     """Train one model, data-parallel, on Ray Train.
 
@@ -102,11 +102,11 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
         RequestError: the request is wrong; nothing was started or written.
         WorkError: training failed; the run folder keeps what was reached.
     """
-    screen, run = Screen(), Run(request.storage, request.name)
+    screen, run = Screen(), RunFolder(request.storage, request.name)
 
     with screen.waiting(f"Reading {request.data}{and_weights([request.recipe])}"):
         source, splits = read(request.data, request.val_size, request.limit, request.seed)
-        start = begin(request.model, request.recipe, source.train)
+        start = load_initial_weights(request.model, request.recipe, source.train)
     identity = identify(request, source, splits, start)
     if earlier := compare_with_earlier(run, identity):
         screen.say(f"{run.folder} is finished; nothing is trained again.")
@@ -119,15 +119,15 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
     with storing_in(run, screen):
         record(run, identity, workers)
 
-    from raycifar.cluster import Waiting
+    from raycifar.cluster.sizing import Waiting
 
-    board, waiting = Board(uuid.uuid4().hex), Waiting(workers, request.wait)
+    status_store, waiting = StatusStore(uuid.uuid4().hex), Waiting(workers, request.wait)
     refresh = Refresher(lambda: write_run(run, source)) if request.report else lambda: None
-    trainer = build_trainer(request, run, board, source, splits, start, workers, debug=debug)
+    trainer = build_trainer(request, run, status_store, source, splits, start, workers, debug=debug)
     try:
         outcome = fit(
             trainer,
-            lambda running: screen.follow(board, running, request.recipe.epochs, waiting, refresh),
+            lambda running: screen.follow(status_store, running, request.recipe.epochs, waiting, refresh),
             request.max_failures,
         )
         result = conclude(run, outcome)
@@ -142,7 +142,7 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
     return result
 
 
-def show_report(request: Request, run: Run, source: Source, screen: Screen) -> None:
+def show_report(request: Request, run: RunFolder, source: Source, screen: Screen) -> None:
     if not request.report:
         return
     with screen.waiting("Drawing the report"):
@@ -168,7 +168,7 @@ def and_weights(recipes: Iterable[Recipe]) -> str:
 # The run's identity and its record -----------------------------------------------------------------
 
 
-def identify(request: Request, source: Source, splits: Splits, start: Start) -> dict[str, Any]:
+def identify(request: Request, source: Source, splits: Splits, start: InitialWeights) -> dict[str, Any]:
     """Return what decides the weights: a run of the same name must agree in all of it to be resumed."""
     return {
         "name": request.name,
@@ -188,7 +188,7 @@ def identify(request: Request, source: Source, splits: Splits, start: Start) -> 
     }
 
 
-def compare_with_earlier(run: Run, identity: dict[str, Any]) -> dict[str, Any] | None:
+def compare_with_earlier(run: RunFolder, identity: dict[str, Any]) -> dict[str, Any] | None:
     """Return the result of a finished run of the same name, or None where there is something to do.
 
     Raises:
@@ -217,9 +217,9 @@ def flatten(identity: dict[str, Any]) -> dict[str, Any]:
     return {**identity, **identity["recipe"], **identity["data"], **nested}
 
 
-def record(run: Run, identity: dict[str, Any], workers: "Workers") -> None:
+def record(run: RunFolder, identity: dict[str, Any], workers: "Workers") -> None:
     """Write `run.json`; of a run that is resumed, the day it was begun stays, and a failure is forgotten."""
-    from raycifar.cluster import versions
+    from raycifar.cluster.sizing import versions
 
     run.delete(RESULT)
     now = f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}"
@@ -255,7 +255,7 @@ def check_batch_size(recipe: Recipe, workers: int) -> None:
 
 
 @contextmanager
-def storing_in(run: Run, screen: Screen) -> Iterator[None]:
+def storing_in(run: RunFolder, screen: Screen) -> Iterator[None]:
     """Write the first file of a folder: say if the folder is temporary, and refuse one that can't be written."""
     if "runtime_resources" in Path(run.folder).parts:  # where Ray unpacks a job's --working-dir
         screen.say("Note: this job's folder is temporary, and the run in it: give --storage a full path or a URI.")
@@ -268,9 +268,9 @@ def storing_in(run: Run, screen: Screen) -> Iterator[None]:
 # The work ------------------------------------------------------------------------------------------
 
 
-def place(request: Request, run: Run, *, debug: bool) -> "Workers":
+def place(request: Request, run: RunFolder, *, debug: bool) -> "Workers":
     """Connect to Ray, unless training in this process, size the workers to it, and see that all nodes can take part."""
-    from raycifar import cluster
+    from raycifar.cluster import sizing as cluster
 
     if request.workers == 0:
         return cluster.in_process(request.device, request.cpus_per_worker, debug=debug)
@@ -284,11 +284,11 @@ def place(request: Request, run: Run, *, debug: bool) -> "Workers":
 
 def build_trainer(
     request: Request,
-    run: Run,
-    board: Board,
+    run: RunFolder,
+    status_store: StatusStore,
     source: Source,
     splits: Splits,
-    start: Start,
+    start: InitialWeights,
     workers: "Workers",
     *,
     debug: bool,
@@ -303,10 +303,10 @@ def build_trainer(
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    from raycifar.cluster import versions
+    from raycifar.cluster.sizing import versions
     from raycifar.data.shards import ExactShards, to_datasets
-    from raycifar.engine.loop import Job, train_loop_per_worker
     from raycifar.engine.reporter import EndsWithItsDriver, Failures
+    from raycifar.engine.trainer import Job, train_loop_per_worker
 
     # Ray Train takes one report of each worker at each look, every 2 s by default: epochs of a GPU are shorter.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -314,7 +314,7 @@ def build_trainer(
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     job = Job(
         run=run,
-        board=board,
+        status_store=status_store,
         start=start,
         recipe=request.recipe,
         seed=request.seed,
@@ -350,7 +350,7 @@ def build_trainer(
             storage_filesystem=run.filesystem,
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
             failure_config=FailureConfig(max_failures=-1),  # our callback counts
-            callbacks=[Failures(board, request.max_failures), EndsWithItsDriver()],
+            callbacks=[Failures(status_store, request.max_failures), EndsWithItsDriver()],
             logging_config=LoggingConfig("INFO" if debug else "ERROR"),
         ),
     )
@@ -385,7 +385,7 @@ def fit(trainer: "TorchTrainer", follow: Callable[[Callable[[], bool]], None], m
         ) from error
 
 
-def conclude(run: Run, outcome: dict[str, Any]) -> dict[str, Any]:
+def conclude(run: RunFolder, outcome: dict[str, Any]) -> dict[str, Any]:
     """Write `result.json` and return it.
 
     Raises:

@@ -14,19 +14,19 @@ from ray._private.authentication_test_utils import reset_auth_token_state
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["pytest", "raycifar", "ray.train.torch", "raycifar.engine.loop"])
+FORK.set_forkserver_preload(["pytest", "raycifar", "ray.train.torch", "raycifar.engine.trainer"])
 
 
 class Command:
     """`python -m raycifar.train`, begun."""
 
-    door = "raycifar.train"
+    command = "raycifar.train"
     begun: ClassVar[list["Command"]] = []  # in this test
 
     def __init__(
         self, *args: object, storage: Path | str | None, env: dict[str, str] | None = None, cwd: Path = ROOT
     ) -> None:
-        self.args = [self.door, *map(str, args), *(["--storage", str(storage)] if storage else [])]
+        self.args = [self.command, *map(str, args), *(["--storage", str(storage)] if storage else [])]
         self.folder = tempfile.TemporaryDirectory()
         self.files = [Path(self.folder.name) / name for name in ("out", "err")]
         self.process = FORK.Process(target=run, args=(self.args, {**os.environ, **(env or {})}, cwd, self.files))
@@ -54,7 +54,7 @@ class Command:
 
 
 class Compare(Command):
-    door = "raycifar.compare"
+    command = "raycifar.compare"
 
 
 def run(args: list[str], env: dict[str, str], cwd: Path, files: list[Path]) -> None:

@@ -11,7 +11,7 @@ from raycifar.bench import sentences, summarise
 
 
 class Bench(Command):
-    door = "raycifar.bench"
+    command = "raycifar.bench"
 
 
 TINY = ("--model", "timm:test_resnet", "--pretrained", "none")

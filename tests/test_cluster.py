@@ -12,7 +12,7 @@ from command import Command
 from conftest import ps, wait_until
 from cpus import free_cpus
 
-from raycifar import cluster as room
+from raycifar.cluster import sizing as room
 from raycifar.data.shards import bounds, cuts
 
 OTHER = """

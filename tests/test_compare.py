@@ -13,7 +13,7 @@ from conftest import RUN, checkpoints, history, wait_until
 from raycifar.engine.evaluate import to_predictions_file
 from raycifar.models import Architecture
 from raycifar.recipes import Recipe
-from raycifar.runs import Run
+from raycifar.storage.run_folder import RunFolder
 
 IMAGES = 2000
 LABELS = torch.arange(IMAGES) % 100
@@ -39,7 +39,7 @@ def made_up(tmp_path):
         right = difficulty * 0.98 + 0.02 * rng.random(IMAGES) < accuracy
         guesses = torch.where(torch.from_numpy(right), LABELS, (LABELS + 1) % 100)
         probabilities = torch.nn.functional.one_hot(guesses, 100).float() * 0.9 + 0.001
-        run = Run(str(tmp_path / "made"), f"{model}-s{seed}")
+        run = RunFolder(str(tmp_path / "made"), f"{model}-s{seed}")
         recipe = vars(Recipe(epochs=2)) | changes.get("recipe", {})
         data = {"source": "cifar100", "fingerprint": "f", "train": 45000, "val": 5000, "test": IMAGES}
         data |= changes.get("data", {})

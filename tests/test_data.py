@@ -7,7 +7,7 @@ from raycifar.data.sources import load
 
 
 class Data(Command):
-    door = "raycifar.data"
+    command = "raycifar.data"
 
 
 def test_a_data_set_is_described(small):

@@ -10,7 +10,7 @@ from command import Command, finish
 
 
 class Evaluate(Command):
-    door = "raycifar.evaluate"
+    command = "raycifar.evaluate"
 
 
 @pytest.fixture

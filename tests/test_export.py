@@ -13,11 +13,11 @@ from raycifar.data.sources import load
 from raycifar.data.tables import to_numpy
 from raycifar.engine.augment import preprocess
 from raycifar.models import Architecture
-from raycifar.weights import to_file
+from raycifar.storage.weights import to_file
 
 
 class Export(Command):
-    door = "raycifar.export"
+    command = "raycifar.export"
 
 
 @pytest.fixture

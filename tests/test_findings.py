@@ -12,9 +12,9 @@ from command import ROOT
 from provoked import PROVOKED, SPIKE
 from torch import nn
 
-from raycifar.analysis.findings import Story, read, seed_variance
+from raycifar.analysis.findings import RunHistory, read, seed_variance
 from raycifar.analysis.prose import paragraph, what_next
-from raycifar.engine.signals import examine
+from raycifar.engine.diagnostics import examine
 from raycifar.recipes import SCRATCH
 
 RUN = {"model": "cnn", "seed": 0, "val_size": 5000, "limit": None}
@@ -24,10 +24,10 @@ def story(epochs=20, val=5000, result=None, recipe=None, **columns):
     """A run whose curves are healthy but for those that are given, by function of the epoch (from 1)."""
     usual = {
         "train_loss": lambda e: 1.2 + 3 * np.exp(-e / 5),
-        "clean_loss": lambda e: 1.1 + 3 * np.exp(-e / 5),
+        "train_eval_loss": lambda e: 1.1 + 3 * np.exp(-e / 5),
         "val_loss": lambda e: 1.4 + 2.8 * np.exp(-e / 5),
         "train_top1": lambda e: 0.66 - 0.6 * np.exp(-e / 5),
-        "clean_top1": lambda e: 0.68 - 0.6 * np.exp(-e / 5),
+        "train_eval_top1": lambda e: 0.68 - 0.6 * np.exp(-e / 5),
         "val_top1": lambda e: 0.63 - 0.58 * np.exp(-e / 5) + 0.002 * (-1) ** e,
         "val_loss_se": lambda e: 0.02,
         "lr": lambda e: 0.05,
@@ -37,11 +37,18 @@ def story(epochs=20, val=5000, result=None, recipe=None, **columns):
         "val_gained": lambda e: None if e == 1 else 400,
         "val_lost": lambda e: None if e == 1 else 300,
     } | columns
-    fixed = {"clean_images": 1000, "grad_norm_max_step": 3, "rise": None, "restarts": 0, "workers": 1, "stage": "whole"}
+    fixed = {
+        "train_eval_images": 1000,
+        "grad_norm_max_step": 3,
+        "rise": None,
+        "restarts": 0,
+        "workers": 1,
+        "stage": "whole",
+    }
     rows = [{"epoch": e, **fixed, **{name: f(e) for name, f in usual.items()}} for e in range(1, epochs + 1)]
     data = {"source": "cifar100", "train": 45000, "val": val, "test": 10000}
     run = {**RUN, "data": data, "recipe": {**vars(SCRATCH), "epochs": epochs, **(recipe or {})}}
-    return Story(run, rows, result)
+    return RunHistory(run, rows, result)
 
 
 def kinds(a_story):
@@ -53,8 +60,8 @@ def test_a_healthy_run_has_nothing_but_its_health_and_its_trend():
 
 
 def test_a_network_that_guesses_has_collapsed_and_nothing_else():
-    dead = {name: lambda e: 4.6052 for name in ("train_loss", "clean_loss", "val_loss")}
-    dead |= {name: lambda e: 0.0099 for name in ("train_top1", "clean_top1", "val_top1")}
+    dead = {name: lambda e: 4.6052 for name in ("train_loss", "train_eval_loss", "val_loss")}
+    dead |= {name: lambda e: 0.0099 for name in ("train_top1", "train_eval_top1", "val_top1")}
     (finding,) = read(story(**dead))
     assert finding.kind == "collapse"
     assert finding.epochs == list(range(1, 21))
@@ -65,8 +72,8 @@ def test_a_network_that_dies_late_is_said_to_have_died_then():
     def dying(before, after):
         return lambda e: before if e < 8 else after
 
-    dead = {name: dying(3.5, 4.6055) for name in ("train_loss", "clean_loss", "val_loss")}
-    dead |= {name: dying(0.2, 0.01) for name in ("train_top1", "clean_top1", "val_top1")}
+    dead = {name: dying(3.5, 4.6055) for name in ("train_loss", "train_eval_loss", "val_loss")}
+    dead |= {name: dying(0.2, 0.01) for name in ("train_top1", "train_eval_top1", "val_top1")}
     (finding,) = read(story(**dead))
     assert (finding.kind, finding.epochs[0]) == ("collapse", 8)
 
@@ -83,7 +90,7 @@ def test_a_network_that_dies_late_is_said_to_have_died_then():
 def test_a_collapse_names_its_cause(relus, gradients, cause):
     signals = {"dead_relus": relus, "gradient_norms": gradients}
     rows = story(epochs=1, train_loss=lambda e: 4.606, train_top1=lambda e: 0.01)
-    rows.history[0]["signals"] = signals
+    rows.history[0]["diagnostics"] = signals
     (finding,) = read(rows)
     assert cause in finding.evidence
 
@@ -104,7 +111,7 @@ def test_signals_see_dead_units_and_leave_the_network_as_it_was():
 
 
 def test_overfitting_is_a_validation_loss_that_rises_while_training_goes_on():
-    found = read(story(val_loss=lambda e: 1.6 + 0.05 * abs(e - 6), clean_top1=lambda e: min(0.99, 0.1 * e)))
+    found = read(story(val_loss=lambda e: 1.6 + 0.05 * abs(e - 6), train_eval_top1=lambda e: min(0.99, 0.1 * e)))
     (finding,) = [f for f in found if f.kind == "overfitting"]
     assert finding.figures["from_epoch"] == 6
     assert "overfitting" not in kinds(story(val=200, val_loss=lambda e: 1.6 + 0.001 * abs(e - 6)))
@@ -116,7 +123,7 @@ def test_a_spike_is_found_at_its_epoch_with_what_it_coincides_with(coincidence):
         val_loss=lambda e: 1.4 + 2.8 * np.exp(-e / 5) + 1.5 * (e == 12),
         val_top1=lambda e: 0.63 - 0.58 * np.exp(-e / 5) - 0.2 * (e == 12),
     )
-    value = {"lr": 1.5, "restarts": 1, "grad_norm_max": 50.0, "rise": {"share": 0.6, "images": [5, 6]}}
+    value = {"lr": 1.5, "restarts": 1, "grad_norm_max": 50.0, "rise": {"fraction": 0.6, "indices": [5, 6]}}
     if coincidence:
         a_story.history[11][coincidence] = value[coincidence]
     (finding,) = [f for f in read(a_story) if f.kind == "spike"]
@@ -152,15 +159,15 @@ def test_few_validation_images_are_said_to_be_noisy_and_whether_sampling_explain
 
 @pytest.mark.parametrize(("clean", "explained"), [(0.62, True), (0.45, False)])
 def test_validation_above_training_is_explained_by_augmentation_or_is_not(clean, explained):
-    found = read(story(train_top1=lambda e: 0.4, clean_top1=lambda e: clean))
+    found = read(story(train_top1=lambda e: 0.4, train_eval_top1=lambda e: clean))
     (finding,) = [f for f in found if f.kind == "validation-above-training"]
     assert finding.figures["explained"] == explained
     assert ("augmentation (crop)" in finding.evidence) == explained
 
 
 def test_underfitting_by_a_tiny_learning_rate_says_both():
-    small = {name: lambda e: 4.5 for name in ("train_loss", "clean_loss", "val_loss")}
-    small |= {name: lambda e: 0.03 for name in ("train_top1", "clean_top1", "val_top1")}
+    small = {name: lambda e: 4.5 for name in ("train_loss", "train_eval_loss", "val_loss")}
+    small |= {name: lambda e: 0.03 for name in ("train_top1", "train_eval_top1", "val_top1")}
     assert kinds(story(epochs=1, recipe={"lr": 1e-4}, **small)) == {"underfitting", "learning-rate-low"}
     assert "learning-rate-low" not in kinds(story(epochs=1, **small))
 
@@ -174,7 +181,7 @@ def test_the_trend_is_read_and_extrapolated():
 def test_a_loss_that_is_not_finite_is_a_divergence_even_without_an_epoch():
     failed = {"status": "failed", "reason": "the loss is no longer finite: epoch 1, step 3. Try a smaller --lr"}
     a_story = story(epochs=1, result=failed)
-    (finding,) = read(Story(a_story.run, [], failed))
+    (finding,) = read(RunHistory(a_story.run, [], failed))
     assert finding.kind == "divergence"
     assert "epoch 1, step 3" in finding.evidence
 
@@ -182,7 +189,7 @@ def test_a_loss_that_is_not_finite_is_a_divergence_even_without_an_epoch():
 def test_a_jump_that_never_comes_back_is_a_divergence_at_its_epoch():
     broken = story(
         train_loss=lambda e: 1.2 + 3 * np.exp(-e / 5) if e < 12 else 4.58,
-        clean_loss=lambda e: 1.2 + 3 * np.exp(-e / 5) if e < 12 else 4.58,
+        train_eval_loss=lambda e: 1.2 + 3 * np.exp(-e / 5) if e < 12 else 4.58,
         val_loss=lambda e: 1.2 + 3 * np.exp(-e / 5) if e < 12 else 4.58,
         train_top1=lambda e: 0.5 if e < 12 else 0.015,
         val_top1=lambda e: 0.5 if e < 12 else 0.015,
@@ -207,9 +214,11 @@ def test_what_next_is_commands_that_are_understood():
 
     shown = [
         story(),
-        story(val_loss=lambda e: 1.6 + 0.05 * abs(e - 6), clean_top1=lambda e: min(0.99, 0.1 * e)),
+        story(val_loss=lambda e: 1.6 + 0.05 * abs(e - 6), train_eval_top1=lambda e: min(0.99, 0.1 * e)),
         story(
-            val_loss=lambda e: 1.6 + 0.05 * abs(e - 6), clean_top1=lambda e: min(0.99, 0.1 * e), recipe={"cutmix": 0.8}
+            val_loss=lambda e: 1.6 + 0.05 * abs(e - 6),
+            train_eval_top1=lambda e: min(0.99, 0.1 * e),
+            recipe={"cutmix": 0.8},
         ),
         story(val=200, recipe={"lr": 0.7, "augment": "flip"}),
         story(epochs=2, train_loss=lambda e: 4.606, train_top1=lambda e: 0.01),
@@ -218,9 +227,9 @@ def test_what_next_is_commands_that_are_understood():
         steps = what_next(a_story, read(a_story))
         assert steps
         for step in steps:
-            _, door, *args = step["command"].split()
-            context = {"train": train.main, "compare": compare.main}[door].make_context(door, list(args))
-            assert {"train": "model", "compare": "names"}[door] in context.params
+            _, command, *args = step["command"].split()
+            context = {"train": train.main, "compare": compare.main}[command].make_context(command, list(args))
+            assert {"train": "model", "compare": "names"}[command] in context.params
 
 
 def test_the_paragraph_names_figures_and_findings():

@@ -4,8 +4,16 @@ import pytest
 import torch
 
 from raycifar.engine.bench import step
-from raycifar.engine.gpu import WARM_UP, Ahead, Replay, Side, abreast, ahead, replayed
-from raycifar.engine.optim import set_learning_rate
+from raycifar.engine.cuda import (
+    WARM_UP,
+    CudaGraphRunner,
+    Prefetcher,
+    SideStream,
+    cuda_graphed,
+    map_on_streams,
+    prefetched,
+)
+from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.state import TrainingState, copies
 from raycifar.models import Architecture
 from raycifar.recipes import Recipe
@@ -19,10 +27,10 @@ def test_where_there_is_nothing_to_gain_a_function_stays_as_it_is():
     def function(x):
         return x
 
-    assert replayed(function, CPU, 1) is function
-    assert replayed(function, CUDA, 2) is function
-    assert ahead(function, CPU) is function
-    side, order = Side(CPU), []
+    assert cuda_graphed(function, CPU, 1) is function
+    assert cuda_graphed(function, CUDA, 2) is function
+    assert prefetched(function, CPU) is function
+    side, order = SideStream(CPU), []
     with side.beside():
         order.append("beside")
     order.append("after")
@@ -33,7 +41,7 @@ def test_where_there_is_nothing_to_gain_a_function_stays_as_it_is():
 @pytest.mark.parametrize("device", [CPU, pytest.param(CUDA, marks=needs_gpu)], ids=str)
 def test_tensors_abreast_keep_their_order(device):
     tensors = [torch.full((3,), float(k), device=device) for k in range(7)]
-    results = abreast(lambda x: 2 * x, tensors)
+    results = map_on_streams(lambda x: 2 * x, tensors)
     assert [result[0].item() for result in results] == [2.0 * k for k in range(7)]
 
 
@@ -60,7 +68,7 @@ def train(optimizer, replay):
     def take_step(images, labels):
         return step(state.model, state.optimizer, images, labels, autocast, 0.0)
 
-    take_step, losses, weights = Replay(take_step) if replay else take_step, [], []
+    take_step, losses, weights = CudaGraphRunner(take_step) if replay else take_step, [], []
     for number in range(STEPS):
         set_learning_rate(state.optimizer, lr if number < STEPS - 2 else 0.0)
         losses.append(take_step(images, labels).item())
@@ -83,7 +91,7 @@ def test_a_replayed_step_trains_as_one_that_is_launched(optimizer):
 
 @needs_gpu
 def test_each_shape_has_a_graph_and_each_seed_its_numbers():
-    take = Replay(lambda x: torch.nn.functional.dropout(x).sum())
+    take = CudaGraphRunner(lambda x: torch.nn.functional.dropout(x).sum())
     drawn = []
     for number in range(2 * STEPS):
         torch.cuda.manual_seed(number // 2)
@@ -102,7 +110,7 @@ def test_what_waits_for_the_gpu_goes_on_as_it_is():
         assert total.sum().item() >= 0
         return total.sum()
 
-    take = Replay(looks)
+    take = CudaGraphRunner(looks)
     for _ in range(STEPS):
         take(torch.ones(3, device=CUDA))
     assert not take.possible
@@ -113,7 +121,7 @@ def test_what_waits_for_the_gpu_goes_on_as_it_is():
 @needs_gpu
 def test_what_is_prepared_ahead_is_there_for_its_step():
     source = torch.arange(100_000, device=CUDA)
-    prepare = Ahead(lambda k: (source * k, source + k))
+    prepare = Prefetcher(lambda k: (source * k, source + k))
     busy = torch.randn(2000, 2000, device=CUDA)
     for k in range(20):
         product, total = prepare(k)

@@ -11,7 +11,7 @@ from command import Command
 from relabelled import relabel
 
 from raycifar.analysis.suspects import suspects
-from raycifar.engine.images import BEFORE, LOSS, MARGIN, RIVAL, SEEN, ImageRecord, describe_rise, to_images_file
+from raycifar.engine.example_stats import BEFORE, LOSS, MARGIN, RIVAL, SEEN, ExampleStats, describe_rise, to_images_file
 
 
 def test_margins_losses_and_rivals_are_those_of_the_epochs():
@@ -21,7 +21,7 @@ def test_margins_losses_and_rivals_are_those_of_the_epochs():
     logits = torch.randn(epochs, images, 10, generator=generator)
     logits[:, :20, 3] += 5.0  # for these, one class is nearly always the likeliest
     labels[:20] = 7
-    record = ImageRecord.blank(images, torch.device("cpu"))
+    record = ExampleStats.blank(images, torch.device("cpu"))
     for epoch in range(epochs):
         for rows in torch.randperm(images, generator=generator).split(8):
             record.update(rows, logits[epoch, rows], labels[rows])
@@ -44,9 +44,9 @@ def test_a_rise_is_told_with_the_images_that_make_it():
     values[:, BEFORE], values[:, LOSS] = 1.0, 0.9
     values[17, LOSS] = 50.0
     rise = describe_rise(values, torch.arange(1000) + 5000)
-    assert rise["share"] == pytest.approx(1.0)
-    assert rise["images"][0] == 5017
-    assert describe_rise(ImageRecord.blank(10, torch.device("cpu")).values, torch.arange(10)) is None
+    assert rise["fraction"] == pytest.approx(1.0)
+    assert rise["indices"][0] == 5017
+    assert describe_rise(ExampleStats.blank(10, torch.device("cpu")).values, torch.arange(10)) is None
 
 
 def test_suspects_are_sorted_by_their_margin():

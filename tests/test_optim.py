@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from raycifar.engine.optim import build_optimizer
+from raycifar.engine.optimizers import build_optimizer
 from raycifar.models import Architecture
 from raycifar.recipes import Recipe
 

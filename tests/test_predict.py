@@ -15,13 +15,13 @@ from pyarrow import fs
 from raycifar.data.names import COARSE, FINE
 from raycifar.data.pictures import read
 from raycifar.models import Architecture
-from raycifar.weights import to_file
+from raycifar.storage.weights import to_file
 
 LOCAL = fs.LocalFileSystem()
 
 
 class Predict(Command):
-    door = "raycifar.predict"
+    command = "raycifar.predict"
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ OUTSIDE = re.compile(
 
 
 class Report(Command):
-    door = "raycifar.report"
+    command = "raycifar.report"
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_a_run_in_any_state_is_reported_as_what_it_is(trained, report, small, tm
 
 
 def test_what_is_under_way_is_drawn_anew_in_at_most_a_hundredth_of_the_time(monkeypatch):
-    from raycifar import report as door
+    from raycifar import report as command
 
     now, drawn = [0.0], []
 
@@ -152,8 +152,8 @@ def test_what_is_under_way_is_drawn_anew_in_at_most_a_hundredth_of_the_time(monk
         now[0] += 2.0
         drawn.append(now[0])
 
-    monkeypatch.setattr(door.time, "monotonic", lambda: now[0])
-    refresh = door.Refresher(write)
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    refresh = command.Refresher(write)
     for _ in range(10_000):
         now[0] += 0.25
         refresh()

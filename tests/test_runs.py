@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from raycifar.runs import RAY_SNAPSHOT, Run
+from raycifar.storage.run_folder import RAY_SNAPSHOT, RunFolder
 
 
 @pytest.fixture
 def run(tmp_path):
-    run = Run(str(tmp_path / "runs"), "a")
+    run = RunFolder(str(tmp_path / "runs"), "a")
     run.write_json("run.json", {"name": "a"})
     return run
 
@@ -23,8 +23,8 @@ def upload(run):
 
 def test_what_is_not_there_is_none(run):
     assert run.read("result.json") is None
-    assert Run(run.storage, "other").read_json("run.json") is None
-    assert Run(run.storage, "other").checkpoint_names() == []
+    assert RunFolder(run.storage, "other").read_json("run.json") is None
+    assert RunFolder(run.storage, "other").checkpoint_names() == []
 
 
 def test_the_history_comes_back_as_it_was_written(run):
@@ -37,8 +37,8 @@ def test_a_file_that_can_t_be_written_whole_leaves_the_one_before(tmp_path):
     """A disk that fills up in mid-write, by a limit on the size of files that a process may write."""
     program = """
 import resource, signal, sys
-from raycifar.runs import Run
-run = Run(sys.argv[1], "a")
+from raycifar.storage.run_folder import RunFolder
+run = RunFolder(sys.argv[1], "a")
 run.write("model.safetensors", b"before")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

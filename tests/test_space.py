@@ -4,7 +4,7 @@ import pytest
 
 from raycifar.errors import RequestError
 from raycifar.recipes import SPEEDRUN, Recipe
-from raycifar.space import Trial, default_space, describe, read_space, suggest
+from raycifar.workflows.search_space import PastTrial, default_space, describe, read_space, suggest
 
 BASE = Recipe(epochs=4)
 
@@ -14,7 +14,7 @@ def go_on(space, trials, count):
         recipe = suggest(space, BASE, trials, seed=0)
         # A made-up landscape: the nearer lr is to 0.02, the better.
         score = 1 / (1 + abs(recipe.lr - 0.02))
-        trials = [*trials, Trial(recipe, "stopped" if len(trials) % 4 == 3 else "finished", [score / 2, score])]
+        trials = [*trials, PastTrial(recipe, "stopped" if len(trials) % 4 == 3 else "finished", [score / 2, score])]
     return trials
 
 
@@ -47,7 +47,7 @@ def test_trials_that_failed_or_lie_outside_the_space_are_passed_over(tmp_path):
     file = tmp_path / "space.toml"
     file.write_text("[lr]\nmin = 0.1\nmax = 0.2\n")
     space = read_space(str(file))
-    trials = [Trial(BASE, "finished", [0.5]), Trial(Recipe(epochs=4, lr=0.15), "failed", [])]
+    trials = [PastTrial(BASE, "finished", [0.5]), PastTrial(Recipe(epochs=4, lr=0.15), "failed", [])]
     assert 0.1 <= suggest(space, BASE, trials, seed=0).lr <= 0.2
 
 

@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from raycifar.data.synthetic import synthetic
-from raycifar.engine.optim import Muon, orthogonal
+from raycifar.engine.optimizers import Muon, orthogonal
 from raycifar.engine.state import Average
 from raycifar.models import Architecture
 from raycifar.models.cnn import whitening_filters
-from raycifar.pretrained import begin
+from raycifar.models.initial_weights import load_initial_weights
 from raycifar.recipes import SPEEDRUN, Recipe
 
 RUN = ("--model", "cnn", "--workers", 0, "--limit", 200, "--val-size", 100, "--recipe", "speedrun")
@@ -100,16 +100,16 @@ def test_it_trains_the_five_blocks_and_its_first_layer_stays(train, small, tmp_p
     with safe_open(file, "pt") as content:
         about = Architecture.from_json(json.loads(content.metadata()["raycifar"]))
     assert (about.whiten, about.depth, about.mirror) == (True, SPEEDRUN.depth, True)
-    start = begin("cnn", SPEEDRUN, synthetic(1000, 100).train)
+    start = load_initial_weights("cnn", SPEEDRUN, synthetic(1000, 100).train)
     assert start.fingerprint() is None
     weights = load_file(file)
     about.build().load_state_dict(weights)
     from raycifar.data.sources import load
 
-    images = begin("cnn", SPEEDRUN, load(small).train).weights["whiten.weight"]
+    images = load_initial_weights("cnn", SPEEDRUN, load(small).train).weights["whiten.weight"]
     assert torch.equal(weights["whiten.weight"], torch.from_numpy(images))
     assert [weights[f"features.{k}.0.weight"].shape[0] for k in range(5)] == [64, 128, 256, 512, 512]
-    again = begin("cnn", Recipe(pretrained=str(file)))  # whose own recipe says whether it looks twice
+    again = load_initial_weights("cnn", Recipe(pretrained=str(file)))  # whose own recipe says whether it looks twice
     assert (again.architecture, again.weights.keys()) == (replace(about, mirror=False), weights.keys())
     assert again.fingerprint()
     first, last = history(tmp_path / "runs/a")

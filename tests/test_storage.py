@@ -8,7 +8,7 @@ from conftest import history, wait_until
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-from raycifar.runs import Run
+from raycifar.storage.run_folder import RunFolder
 
 CNN = ("--model", "cnn", "--val-size", 200, "--batch-size", 50, "--no-report", "--name", "a")
 DISK = 60_000_000  # bytes: room for one checkpoint of 34 MB and a network of 17 MB
@@ -37,7 +37,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_it_goes_on_when_there_is_roo
     assert len(full.stderr.splitlines()) == 1
     rows = history(small_disk / "a")
     assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
-    assert list(Run(str(small_disk), "a").sound_checkpoints(print))
+    assert list(RunFolder(str(small_disk), "a").sound_checkpoints(print))
     subprocess.run(["mount", "-o", "remount,size=1G", small_disk], check=True)
     more = Command(*args, storage=small_disk, env=cluster).finish()
     assert more.returncode == 0, more.stdout + more.stderr
@@ -73,7 +73,7 @@ def test_an_object_store_that_goes_away_ends_the_run_and_it_goes_on_when_it_is_b
     server, storage = s3
     args = (*CNN, "--data", small, "--epochs", 6, "--workers", 0)
     command = Command(*args, storage=storage)
-    wait_until(lambda: len(Run(storage, "a").history()) >= 2, 120, "epoch 2")
+    wait_until(lambda: len(RunFolder(storage, "a").history()) >= 2, 120, "epoch 2")
     server._server.shutdown()
     server._server.server_close()
     gone = command.finish()
@@ -81,8 +81,8 @@ def test_an_object_store_that_goes_away_ends_the_run_and_it_goes_on_when_it_is_b
     assert "can't be written: " in gone.stderr
     assert len(gone.stderr.splitlines()) == 1
     server.start()
-    assert list(Run(storage, "a").sound_checkpoints(print))
+    assert list(RunFolder(storage, "a").sound_checkpoints(print))
     back = Command(*args, storage=storage).finish()
     assert back.returncode == 0, back.stdout + back.stderr
     assert "Continuing from" in back.stdout
-    assert [row["epoch"] for row in Run(storage, "a").history()] == [1, 2, 3, 4, 5, 6]
+    assert [row["epoch"] for row in RunFolder(storage, "a").history()] == [1, 2, 3, 4, 5, 6]

@@ -99,7 +99,7 @@ def test_lines_are_plain_where_there_is_no_terminal(train, small):
 
 
 def stop_in_epoch_2(small, storage, number, *args):
-    """Start the run, and send it a signal in the middle of epoch 2, after a checkpoint there."""
+    """InitialWeights the run, and send it a signal in the middle of epoch 2, after a checkpoint there."""
     command = Command(*ARGS, "--data", small, "--name", "a", "--checkpoint-steps", 4, *args, storage=storage)
     folder = storage / "a"
 
@@ -153,7 +153,16 @@ def test_a_run_stopped_in_mid_epoch_ends_with_the_same_weights(trained, stopped,
             theirs["val_gained"],
             theirs["val_lost"],
         )
-        for key in ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "clean_loss", "grad_norm", "lr"):
+        for key in (
+            "train_loss",
+            "train_top1",
+            "val_loss",
+            "val_top1",
+            "val_top5",
+            "train_eval_loss",
+            "grad_norm",
+            "lr",
+        ):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-12)
 
 

@@ -14,15 +14,15 @@ from safetensors.torch import save_file
 from torchvision.models import ResNet50_Weights, resnet18, resnet50, vgg16_bn
 from torchvision.transforms import v2
 
-from raycifar import pretrained
 from raycifar.data.sources import load
 from raycifar.data.tables import to_numpy
 from raycifar.engine.augment import preprocess
 from raycifar.engine.state import TENSORS, TrainingState
 from raycifar.errors import RequestError
 from raycifar.models import Architecture
+from raycifar.models import initial_weights as pretrained
 from raycifar.recipes import recipe_for
-from raycifar.weights import to_file
+from raycifar.storage.weights import to_file
 
 CPU = torch.device("cpu")
 
@@ -45,8 +45,8 @@ def file(theirs, tmp_path_factory):
     return path
 
 
-def begin(path, model="resnet50", **changes):
-    return pretrained.begin(model, dataclasses.replace(recipe_for(model, str(path)), **changes))
+def load_initial_weights(path, model="resnet50", **changes):
+    return pretrained.load_initial_weights(model, dataclasses.replace(recipe_for(model, str(path)), **changes))
 
 
 def state_of(start, recipe, seed=0):
@@ -68,7 +68,7 @@ def test_the_first_batch_gives_the_features_of_torchvision_s_own_model(theirs, f
         ]
     )
     pictures = torch.stack([pipeline(Image.fromarray(image.transpose(1, 2, 0))) for image in images])
-    start = begin(file)
+    start = load_initial_weights(file)
     ours = state_of(start, recipe_for("resnet50", str(file))).model.eval()
     inputs = preprocess(torch.from_numpy(images), start.architecture.preprocessing)
     assert (inputs - pictures).abs().max() < 1.01 / 255 / min(published.std)  # PIL rounds to whole pixels, twice
@@ -87,15 +87,15 @@ def test_other_ways_to_save_the_same_weights_are_read_alike(theirs, file, tmp_pa
     else:
         prefixed = {f"module.{name}": value for name, value in tensors.items()}
         torch.save({"epoch": 90, "state_dict": prefixed} if saved == "wrapped" else prefixed, path)
-    assert begin(path).fingerprint() == begin(file).fingerprint()
+    assert load_initial_weights(path).fingerprint() == load_initial_weights(file).fingerprint()
 
 
 def test_a_head_for_other_classes_is_dropped_and_one_for_the_same_is_kept(file, tmp_path):
-    assert "fc.weight" not in begin(file).weights
+    assert "fc.weight" not in load_initial_weights(file).weights
     torch.manual_seed(2)
     hundred = resnet50(num_classes=100)
     torch.save(hundred.state_dict(), tmp_path / "hundred.pth")
-    state = state_of(begin(tmp_path / "hundred.pth"), recipe_for("resnet50", "x"))
+    state = state_of(load_initial_weights(tmp_path / "hundred.pth"), recipe_for("resnet50", "x"))
     assert torch.equal(state.model.fc.weight, hundred.fc.weight)
 
 
@@ -104,18 +104,18 @@ def test_vgg16_takes_torchvision_s_features_and_a_head_of_its_own(tmp_path):
     network = vgg16_bn(num_classes=10)
     network.classifier = torch.nn.Linear(25088, 10)  # smaller to write
     torch.save(network.state_dict(), tmp_path / "vgg.pth")
-    state = state_of(begin(tmp_path / "vgg.pth", "vgg16"), recipe_for("vgg16", "x"))
+    state = state_of(load_initial_weights(tmp_path / "vgg.pth", "vgg16"), recipe_for("vgg16", "x"))
     assert torch.equal(state.model.features[40].weight, network.features[40].weight)
 
 
 def test_raycifar_s_own_weights_bring_their_stem_and_their_pixels(tmp_path):
     architecture = Architecture("resnet50")
     (tmp_path / "own.safetensors").write_bytes(to_file(architecture.build().state_dict(), architecture))
-    start = begin(tmp_path / "own.safetensors", image_size=32)
+    start = load_initial_weights(tmp_path / "own.safetensors", image_size=32)
     assert start.architecture == architecture
     assert "fc.weight" in start.weights
     with pytest.raises(RequestError, match=r"holds the weights of a resnet50, not of a vgg16\.$"):
-        begin(tmp_path / "own.safetensors", "vgg16")
+        load_initial_weights(tmp_path / "own.safetensors", "vgg16")
 
 
 class Malicious:
@@ -160,7 +160,7 @@ def write_unusable(path, kind, file):
 )
 def test_what_holds_no_weights_of_the_model_is_refused_in_a_sentence(file, tmp_path, kind, said):
     with pytest.raises(RequestError, match=said) as refusal:
-        begin(write_unusable(tmp_path / "weights", kind, file))
+        load_initial_weights(write_unusable(tmp_path / "weights", kind, file))
     assert refusal.value.exit_code == 2
     assert "\n" not in refusal.value.message
     assert refusal.value.message.count(". ") <= 1
@@ -184,9 +184,9 @@ def test_weights_that_cannot_be_fetched_name_both_ways_out(monkeypatch, tmp_path
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(ResNet50_Weights.IMAGENET1K_V2.value, "url", "http://127.0.0.1:9/resnet50-11ad3fa6.pth")
     with pytest.raises(RequestError, match=r"can't be fetched \(.*\): give a weights file with --pretrained FILE, or"):
-        begin("imagenet")
+        load_initial_weights("imagenet")
     with pytest.raises(RequestError, match="there are no ImageNet weights of cnn"):
-        begin("imagenet", "cnn")
+        load_initial_weights("imagenet", "cnn")
 
 
 def test_weights_in_the_cache_are_used_and_checked(monkeypatch, tmp_path, theirs):
@@ -202,7 +202,7 @@ def test_weights_in_the_cache_are_used_and_checked(monkeypatch, tmp_path, theirs
     cached = tmp_path / "hub/checkpoints" / url.rpartition("/")[2]
     cached.parent.mkdir(parents=True)
     content.rename(cached)
-    start = begin("imagenet")
+    start = load_initial_weights("imagenet")
     assert torch.equal(torch.tensor(start.weights["layer4.2.conv3.weight"]), theirs.layer4[2].conv3.weight)
 
 
@@ -217,7 +217,7 @@ def one_step(state):
 
 def test_what_is_frozen_has_no_gradient_no_optimiser_state_and_keeps_its_statistics(file):
     recipe = dataclasses.replace(recipe_for("resnet50", str(file)), head_epochs=1, image_size=64)
-    state = state_of(begin(file, image_size=64), recipe)
+    state = state_of(load_initial_weights(file, image_size=64), recipe)
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     one_step(state)
     moved = {name for name, value in state.model.state_dict().items() if not torch.equal(value, before[name])}
@@ -238,7 +238,7 @@ def test_what_is_frozen_has_no_gradient_no_optimiser_state_and_keeps_its_statist
 
 def test_the_nearer_to_the_input_the_smaller_the_learning_rate(file):
     recipe = dataclasses.replace(recipe_for("resnet50", str(file)), head_epochs=0, layer_decay=0.5)
-    state = state_of(begin(file), recipe)
+    state = state_of(load_initial_weights(file), recipe)
     scale = {id(p): group["lr_scale"] for group in state.optimizer.param_groups for p in group["params"]}
     model = state.model
     found = [scale[id(p)] for p in (model.fc.bias, model.layer4[0].bn1.weight, model.layer1[0].conv1.weight)]
@@ -251,7 +251,7 @@ def test_the_nearer_to_the_input_the_smaller_the_learning_rate(file):
 
 def test_frozen_statistics_stay_while_the_weights_of_the_norms_move(file):
     recipe = dataclasses.replace(recipe_for("resnet50", str(file)), head_epochs=0, batch_norm="frozen")
-    state = state_of(begin(file), recipe)
+    state = state_of(load_initial_weights(file), recipe)
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     one_step(state)
     after = state.model.state_dict()
@@ -308,7 +308,7 @@ def test_timm_s_networks_are_read_for_images_of_another_size(tmp_path, name):
     published = Architecture(name, classes=1000, preprocessing=begin_preprocessing(name, 160)).build()
     torch.save(published.state_dict(), tmp_path / "w.pth")
     recipe = recipe_for(name, str(tmp_path / "w.pth"))
-    start = begin(tmp_path / "w.pth", name, image_size=64)
+    start = load_initial_weights(tmp_path / "w.pth", name, image_size=64)
     state = state_of(start, recipe)
     assert state.model.eval()(torch.randn(2, 3, 64, 64)).shape == (2, 100)
     body = [n for n, v in published.state_dict().items() if not n.startswith(start.architecture.heads(published))]

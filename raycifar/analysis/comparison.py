@@ -19,7 +19,7 @@ class Finished:
     name: str
     folder: str
     run: dict[str, Any]
-    history: Sequence[dict[str, Any]]
+    history: Sequence[Any]
     result: dict[str, Any]
     right: np.ndarray  # (images,) bool
 

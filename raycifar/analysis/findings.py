@@ -46,11 +46,11 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Story:
+class RunHistory:
     """A run as its files tell it: `result` is None while it has none, `history` may be empty."""
 
     run: dict[str, Any]
-    history: Sequence[Row]
+    history: Sequence[Any]
     result: dict[str, Any] | None
 
     @property
@@ -98,7 +98,7 @@ def points(share: float) -> str:
     return f"{100 * share:.1f} points"
 
 
-def read(story: Story) -> list[Finding]:
+def read(story: RunHistory) -> list[Finding]:
     """Return what the curves of a run show, what matters most first."""
     if not story.history:
         return [*filter(None, [diverged(story)])]
@@ -117,11 +117,11 @@ def has(found: Sequence[Finding], *kinds: str) -> bool:
 # A network that doesn't learn -----------------------------------------------------------------------
 
 
-def divergence(story: Story, found: Sequence[Finding]) -> list[Finding]:
+def divergence(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     return [*filter(None, [diverged(story)])]
 
 
-def diverged(story: Story) -> Finding | None:
+def diverged(story: RunHistory) -> Finding | None:
     failed = (story.result or {}).get("status") == "failed"
     reason = (story.result or {}).get("reason") or ""
     if failed and "finite" in reason:
@@ -139,7 +139,7 @@ def diverged(story: Story) -> Finding | None:
     return None
 
 
-def broken(story: Story, found: Sequence[Finding]) -> list[Finding]:
+def broken(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     """Return the jump of the loss from which a run never came back, if there is one."""
     if has(found, "collapse", "divergence"):
         return []
@@ -155,7 +155,7 @@ def broken(story: Story, found: Sequence[Finding]) -> list[Finding]:
     return []
 
 
-def collapsed(story: Story, found: Sequence[Finding]) -> list[Finding]:
+def collapsed(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     def dead(row: Row) -> bool:
         return collapse(row, story.images, max(MIN_STEPS, row["epoch"] * story.steps), CLASSES) is not None
 
@@ -164,7 +164,7 @@ def collapsed(story: Story, found: Sequence[Finding]) -> list[Finding]:
         return []
     first = next(row["epoch"] for k, row in enumerate(story.history) if all(map(dead, story.history[k:])))
     z = (last["train_top1"] - 1 / CLASSES) / error(1 / CLASSES, story.images)
-    cause, figures = why_dead(last.get("signals"))
+    cause, figures = why_dead(last.get("diagnostics"))
     evidence = (
         f"From epoch {first} to {last['epoch']} the training loss stands at that of guessing "
         f"({last['train_loss']:.4f}; ln({CLASSES}) = {GUESSING:.4f}) and {last['train_top1']:.2%} are right, "
@@ -200,11 +200,11 @@ def why_dead(signals: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
     return "", {}
 
 
-def underfitting(story: Story, found: Sequence[Finding]) -> list[Finding]:
+def underfitting(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     if has(found, "collapse", "divergence"):
         return []
     last = story.history[-1]
-    loss = last.get("clean_loss") or last["train_loss"]
+    loss = last.get("train_eval_loss") or last["train_loss"]
     fit = 1 - loss / GUESSING
     if fit >= FIT:
         return []
@@ -218,7 +218,7 @@ def underfitting(story: Story, found: Sequence[Finding]) -> list[Finding]:
     return [Finding("underfitting", sure((FIT - fit) / 0.02), evidence, advice, [last["epoch"]], {"fit": fit})]
 
 
-def learning_rate(story: Story, found: Sequence[Finding]) -> list[Finding]:
+def learning_rate(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     if story.recipe.optimizer != story.own.optimizer:
         return []  # each has a scale of its own
     lr, own = story.recipe.lr, story.own.lr
@@ -248,7 +248,7 @@ def spread_of_changes(values: np.ndarray) -> float:
     return float(stats.median_abs_deviation(changes, scale="normal")) if len(changes) else math.inf
 
 
-def judged(story: Story) -> tuple[str, np.ndarray]:
+def judged(story: RunHistory) -> tuple[str, np.ndarray]:
     """Return the loss by which jumps are judged, and its name: validation's, where images are held out."""
     return ("validation", story.column("val_loss")) if story.validated else ("training", story.column("train_loss"))
 
@@ -270,7 +270,7 @@ def recovers(losses: np.ndarray, k: int) -> bool:
     return bool(losses[k + 1 :].min() < (losses[k - 1] + losses[k]) / 2)
 
 
-def spikes(story: Story, found: Sequence[Finding]) -> list[Finding]:
+def spikes(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     if has(found, "collapse", "divergence"):
         return []
     name, losses = judged(story)
@@ -294,7 +294,7 @@ def spikes(story: Story, found: Sequence[Finding]) -> list[Finding]:
     return result
 
 
-def why_spike(story: Story, k: int) -> tuple[str, dict[str, Any]]:
+def why_spike(story: RunHistory, k: int) -> tuple[str, dict[str, Any]]:
     """Return a sentence with what a spike at epoch k (from 0) coincided with, and its figures."""
     row, reasons, figures = story.history[k], [], {}
     lr = story.column("lr")
@@ -312,11 +312,11 @@ def why_spike(story: Story, k: int) -> tuple[str, dict[str, Any]]:
         )
         figures["gradient_norm_ratio"] = norms[k] / usual
     rise = row.get("rise") or {}
-    if rise.get("share", 0) > CONCENTRATED:
+    if rise.get("fraction", 0) > CONCENTRATED:
         reasons.append(
-            f"a few hard images: a hundredth of them make {rise['share']:.0%} of the rise of the training loss"
+            f"a few hard images: a hundredth of them make {rise['fraction']:.0%} of the rise of the training loss"
         )
-        figures["images"] = rise["images"]
+        figures["images"] = rise["indices"]
     if not reasons:
         return "Nothing that was recorded coincides with it.", figures
     return f"It coincides with {'; with '.join(reasons)}.", figures
@@ -325,17 +325,19 @@ def why_spike(story: Story, k: int) -> tuple[str, dict[str, Any]]:
 # What the ends of the curves show -------------------------------------------------------------------
 
 
-def overfitting(story: Story, found: Sequence[Finding]) -> list[Finding]:
+def overfitting(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     if not story.validated or len(story.history) < 3 or has(found, "collapse", "divergence"):
         return []
-    val, clean = story.column("val_loss"), story.column("clean_loss")
+    val, clean = story.column("val_loss"), story.column("train_eval_loss")
     se = story.column("val_loss_se")
     end = float(np.median(val[-3:]))
     best = int(np.argmin(val))
     z = (end - val[best]) / math.hypot(se[-1], se[best])
     last = story.history[-1]
-    gap = last["clean_top1"] - last["val_top1"]
-    gap_z = gap / math.hypot(error(last["val_top1"], story.val_images), error(last["clean_top1"], last["clean_images"]))
+    gap = last["train_eval_top1"] - last["val_top1"]
+    gap_z = gap / math.hypot(
+        error(last["val_top1"], story.val_images), error(last["train_eval_top1"], last["train_eval_images"])
+    )
     if z < SIGMAS or gap_z < SIGMAS or clean[-1] >= clean[best]:
         return []
     seen = last["train_top1"] - last["val_top1"]
@@ -343,7 +345,7 @@ def overfitting(story: Story, found: Sequence[Finding]) -> list[Finding]:
     evidence = (
         f"From epoch {best + 1} on the validation loss rises, from {val[best]:.3f} to {end:.3f} ({z:.0f} standard "
         f"errors), while that of training images goes on falling ({clean[best]:.3f} to {clean[-1]:.3f}). At the end "
-        f"training images are right {points(gap)} more often than validation images ({last['clean_top1']:.3f} and "
+        f"training images are right {points(gap)} more often than validation images ({last['train_eval_top1']:.3f} and "
         f"{last['val_top1']:.3f}, both scored without augmentation)"
     )
     if hidden >= 0.005:
@@ -356,7 +358,7 @@ def overfitting(story: Story, found: Sequence[Finding]) -> list[Finding]:
     return [Finding("overfitting", sure(z), f"{evidence}.", advice, list(range(best + 1, len(val) + 1)), figures)]
 
 
-def validation_above_training(story: Story, found: Sequence[Finding]) -> list[Finding]:
+def validation_above_training(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     # A first epoch's training accuracy is a mean over all of its learning: validation after it must be higher.
     if not story.validated or len(story.history) < 2 or has(found, "collapse", "divergence"):
         return []
@@ -366,8 +368,8 @@ def validation_above_training(story: Story, found: Sequence[Finding]) -> list[Fi
     z = ahead / math.hypot(val_se, error(last["train_top1"], story.images))
     if z < SIGMAS:
         return []
-    clean_se = error(last["clean_top1"], last["clean_images"])
-    clean_z = (last["val_top1"] - last["clean_top1"]) / math.hypot(val_se, clean_se)
+    clean_se = error(last["train_eval_top1"], last["train_eval_images"])
+    clean_z = (last["val_top1"] - last["train_eval_top1"]) / math.hypot(val_se, clean_se)
     recipe = story.recipe
     causes = [
         name
@@ -382,7 +384,7 @@ def validation_above_training(story: Story, found: Sequence[Finding]) -> list[Fi
     evidence = (
         f"At epoch {last['epoch']} validation images are right {points(ahead)} more often than training images "
         f"({last['val_top1']:.4f} and {last['train_top1']:.4f}, {z:.0f} standard errors). Scored alike, without "
-        f"augmentation and in evaluation mode, training images reach {last['clean_top1']:.4f}"
+        f"augmentation and in evaluation mode, training images reach {last['train_eval_top1']:.4f}"
     )
     explained = clean_z < SIGMAS
     if explained:
@@ -395,7 +397,7 @@ def validation_above_training(story: Story, found: Sequence[Finding]) -> list[Fi
     return [Finding("validation-above-training", sure(z), evidence, advice, [last["epoch"]], {"explained": explained})]
 
 
-def validation_noise(story: Story, found: Sequence[Finding]) -> list[Finding]:
+def validation_noise(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     if not story.validated or has(found, "collapse", "divergence"):
         return []
     top1 = story.column("val_top1")
@@ -424,7 +426,7 @@ def validation_noise(story: Story, found: Sequence[Finding]) -> list[Finding]:
     return [Finding("validation-noise", confidence, evidence, advice, [], figures)]
 
 
-def swings(story: Story, top1: np.ndarray) -> tuple[float, float, float]:
+def swings(story: RunHistory, top1: np.ndarray) -> tuple[float, float, float]:
     """Return how much a curve swings around its trend, over what sampling explains, and the chance of as much.
 
     The spread is estimated from second differences (Gasser, Sroka and Jennen-Steinmetz, 1986). The same images are
@@ -441,7 +443,7 @@ def swings(story: Story, top1: np.ndarray) -> tuple[float, float, float]:
     return math.sqrt(variance), ratio, chance
 
 
-def trend(story: Story, found: Sequence[Finding]) -> list[Finding]:
+def trend(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     if not story.validated or len(story.history) < 4 or has(found, "collapse", "divergence", "overfitting"):
         return []
     top1 = story.column("val_top1")
@@ -474,13 +476,13 @@ def trend(story: Story, found: Sequence[Finding]) -> list[Finding]:
     return []
 
 
-def healthy(story: Story, found: Sequence[Finding]) -> Finding:
+def healthy(story: RunHistory, found: Sequence[Finding]) -> Finding:
     last = story.history[-1]
     if not story.validated:
         first = story.history[0]["train_loss"]
         evidence = f"The training loss fell from {first:.3f} to {last['train_loss']:.3f}; no images were held out."
     else:
-        gap = last["clean_top1"] - last["val_top1"] if last.get("clean_top1") is not None else math.nan
+        gap = last["train_eval_top1"] - last["val_top1"] if last.get("train_eval_top1") is not None else math.nan
         evidence = (
             f"The losses fell together, to {last['train_loss']:.3f} and {last['val_loss']:.3f}; validation top-1 is "
             f"{last['val_top1']:.4f}, {points(abs(gap))} {'below' if gap >= 0 else 'above'} training images that "
@@ -490,7 +492,7 @@ def healthy(story: Story, found: Sequence[Finding]) -> Finding:
     return Finding("healthy", 0.9, evidence, advice)
 
 
-RULES: Sequence[Callable[[Story, Sequence[Finding]], list[Finding]]] = (
+RULES: Sequence[Callable[[RunHistory, Sequence[Finding]], list[Finding]]] = (
     divergence,
     collapsed,
     broken,

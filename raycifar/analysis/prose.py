@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from raycifar.analysis.findings import Finding, Story, has
+from raycifar.analysis.findings import Finding, RunHistory, has
 from raycifar.recipes import Recipe, changes, recipe_for
 
 NOUNS = {
@@ -30,7 +30,7 @@ def headline(findings: Sequence[Finding]) -> str:
     return "; ".join(dict.fromkeys(NOUNS[finding.kind] for finding in findings)) or "nothing to read yet"
 
 
-def state(story: Story) -> str:
+def state(story: RunHistory) -> str:
     """Return how far a run has come, in a sentence."""
     done, epochs = len(story.history), story.recipe.epochs
     if story.result is None:
@@ -45,7 +45,7 @@ def state(story: Story) -> str:
             return f"This run failed after {done} of {epochs} epochs: {reason}."
 
 
-def paragraph(story: Story, findings: Sequence[Finding]) -> str:
+def paragraph(story: RunHistory, findings: Sequence[Finding]) -> str:
     """Return what could stand under the figure, in plain English."""
     run, recipe, data = story.run, story.recipe, story.run["data"]
     begun = "from scratch" if recipe.pretrained == "none" else f"from pre-trained weights ({recipe.pretrained})"
@@ -72,12 +72,12 @@ def paragraph(story: Story, findings: Sequence[Finding]) -> str:
     return " ".join(text)
 
 
-def command(story: Story, door: str, recipe: Recipe, **options: Any) -> str:
+def command(story: RunHistory, command: str, recipe: Recipe, **options: Any) -> str:
     """Return a command that trains the run's model on its data with `recipe`."""
     run = story.run
     model = run["model"]
     base = recipe_for(model, recipe.pretrained)
-    parts = ["raycifar", door, "--models" if door == "compare" else "--model", model]
+    parts = ["raycifar", command, "--models" if command == "compare" else "--model", model]
     if run["data"]["source"] != "cifar100":
         parts += ["--data", run["data"]["source"]]
     if run["val_size"] != 5000 and "val_size" not in options:
@@ -94,7 +94,7 @@ def command(story: Story, door: str, recipe: Recipe, **options: Any) -> str:
     return shlex.join(parts)
 
 
-def what_next(story: Story, findings: Sequence[Finding]) -> list[dict[str, str]]:
+def what_next(story: RunHistory, findings: Sequence[Finding]) -> list[dict[str, str]]:
     """Return commands that are ready to run, each with its reason, the most urgent first."""
     recipe, own = story.recipe, recipe_for(story.run["model"], story.recipe.pretrained)
 
@@ -121,7 +121,7 @@ def what_next(story: Story, findings: Sequence[Finding]) -> list[dict[str, str]]
         more = change(augment="cutout", label_smoothing=max(0.1, recipe.label_smoothing), mixup=mixup)
         steps.append(train("more augmentation against overfitting", more))
         if story.run["limit"]:
-            story_without = Story({**story.run, "limit": None}, story.history, story.result)
+            story_without = RunHistory({**story.run, "limit": None}, story.history, story.result)
             again = command(story_without, "train", recipe)
             steps.append({"command": again, "reason": "all images, for more data is the best regularisation"})
     if has(findings, "underfitting", "learning-rate-low"):

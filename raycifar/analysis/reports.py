@@ -14,7 +14,7 @@ from PIL import Image
 from raycifar.analysis import charts, findings, prose
 from raycifar.analysis.charts import BLUE, ORANGE
 from raycifar.analysis.classification import by_class, confused_pairs, confusion, reliability
-from raycifar.analysis.findings import Finding, Story
+from raycifar.analysis.findings import Finding, RunHistory
 from raycifar.analysis.page import render
 from raycifar.analysis.suspects import Suspects, suspects
 from raycifar.data import CLASSES, SUPERCLASSES
@@ -30,7 +30,7 @@ class RunFiles:
     """What a run's folder holds; what isn't there is None, and the report says so."""
 
     name: str
-    story: Story
+    story: RunHistory
     predictions: bytes | None
     images: bytes | None
 
@@ -73,7 +73,7 @@ def run_page(files: RunFiles, report: dict[str, Any], source: Source | None) -> 
 # Curves ---------------------------------------------------------------------------------------------
 
 
-def marks(story: Story) -> list[tuple[int, str]]:
+def marks(story: RunHistory) -> list[tuple[int, str]]:
     """Return the epochs that are worth a mark: the best, restarts, changes of the workers, the end of a stage."""
     rows, found = story.history, []
     if story.validated:
@@ -89,7 +89,7 @@ def marks(story: Story) -> list[tuple[int, str]]:
     return [*found, (peak, "peak lr")] if 1 < peak < len(rows) else found
 
 
-def curve_charts(story: Story) -> dict[str, str]:
+def curve_charts(story: RunHistory) -> dict[str, str]:
     top1, loss = (
         {name: story.column(f"{name}_{score}") for name in ("train", "val", "clean")} for score in ("top1", "loss")
     )

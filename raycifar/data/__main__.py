@@ -15,8 +15,8 @@ from raycifar.data.names import COARSE, FINE
 from raycifar.data.sources import fetch, load
 from raycifar.data.tables import Source, to_numpy
 from raycifar.errors import RequestError
-from raycifar.files import locate, write_whole
-from raycifar.options import door
+from raycifar.options import command
+from raycifar.storage.files import locate, write_whole
 from raycifar.terminal import Screen
 
 data_option = click.option(
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 @main.command("fetch")
-@door
+@command
 def fetch_archive(debug: bool) -> None:
     """Fetch CIFAR-100 into the cache, once, and say where it is."""
     Screen().say(str(fetch()))
@@ -38,7 +38,7 @@ def fetch_archive(debug: bool) -> None:
 
 @main.command()
 @data_option
-@door
+@command
 def describe(debug: bool, data: str) -> None:
     """Read a data set whole, check it, and say what it holds."""
     screen = Screen()
@@ -65,7 +65,7 @@ def describe(debug: bool, data: str) -> None:
 @main.command()
 @click.argument("destination")
 @data_option
-@door
+@command
 def prepare(debug: bool, destination: str, data: str) -> None:
     """Write a data set as Parquet to DESTINATION, a folder or a URI, for --data to read on any machine.
 

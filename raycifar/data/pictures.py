@@ -9,7 +9,7 @@ from pyarrow import fs
 
 from raycifar.data import SIDE
 from raycifar.errors import RequestError
-from raycifar.files import URI, is_local, locate
+from raycifar.storage.files import URI, is_local, locate
 
 
 def find(place: str) -> Iterator[tuple[str, fs.FileSystem, str]]:

@@ -27,7 +27,7 @@ from raycifar.data import BYTES, SHAPE
 from raycifar.data.synthetic import synthetic
 from raycifar.data.tables import Source, to_table
 from raycifar.errors import RequestError
-from raycifar.files import locate
+from raycifar.storage.files import locate
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
 MD5 = "03b5dce01913d631647c71ecec9e9cb8"

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raycifar.data import SHAPE
-from raycifar.engine import common
-from raycifar.engine.gpu import replayed
-from raycifar.engine.images import describe_rise
-from raycifar.engine.loop import Job, Worker
-from raycifar.engine.optim import set_learning_rate
+from raycifar.engine import baseline_dataloader as common
+from raycifar.engine.cuda import cuda_graphed
+from raycifar.engine.example_stats import describe_rise
+from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import batches
 from raycifar.engine.state import Progress
+from raycifar.engine.trainer import Job, Trainer
 
 SHUFFLED = 10  # batches in the local shuffle buffer of Ray's documented ingest
 
@@ -48,7 +48,7 @@ def bench_loop_per_worker(config: dict[str, Any]) -> dict[str, list[float]]:
         Images per second over all workers, by stage, a figure for each round.
     """
     plan: Plan = config["plan"]
-    worker = Worker(plan.job)
+    worker = Trainer(plan.job)
     worker.prepare()
     stages: dict[str, Callable[[], None]] = {"bare": steps(worker, worker.state.model)}
     if worker.world_size > 1:
@@ -75,7 +75,7 @@ def bench_loop_per_worker(config: dict[str, Any]) -> dict[str, list[float]]:
     return {name: [plan.job.images / took for took in values] for name, values in seconds.items()}
 
 
-def clock(worker: Worker) -> float:
+def clock(worker: Trainer) -> float:
     """Return the time when all workers, and their devices, have done what they were given."""
     if worker.device.type == "cuda":
         torch.cuda.synchronize(worker.device)
@@ -87,7 +87,7 @@ def clock(worker: Worker) -> float:
 # raycifar's own stages -------------------------------------------------------------------------------
 
 
-def steps(worker: Worker, model: nn.Module, *, images: bool = False) -> Callable[[], None]:
+def steps(worker: Trainer, model: nn.Module, *, images: bool = False) -> Callable[[], None]:
     """Take an epoch's steps with nothing around them, on tensors that are there, or on the worker's images."""
     job, optimizer = worker.job, worker.state.optimizer
     take_step = replay_step(worker, model)
@@ -106,16 +106,16 @@ def steps(worker: Worker, model: nn.Module, *, images: bool = False) -> Callable
     return run
 
 
-def replay_step(worker: Worker, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def replay_step(worker: Trainer, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the bare step, as `train` would take it on this device: replayed on one GPU."""
 
     def take_step(inputs: Tensor, targets: Tensor) -> Tensor:
         return step(model, worker.state.optimizer, inputs, targets, worker.autocast, worker.recipe.label_smoothing)
 
-    return replayed(take_step, worker.device, worker.world_size)
+    return cuda_graphed(take_step, worker.device, worker.world_size)
 
 
-def stage(worker: Worker) -> tuple[Tensor, Tensor]:
+def stage(worker: Trainer) -> tuple[Tensor, Tensor]:
     size = worker.preprocessing.size
     count = -(-worker.recipe.batch_size // worker.world_size)
     inputs = torch.randn(count, 3, size, size, device=worker.device).contiguous(memory_format=torch.channels_last)
@@ -140,7 +140,7 @@ def step(
     return loss.detach()
 
 
-def train(worker: Worker, *, finish: bool = False) -> None:
+def train(worker: Trainer, *, finish: bool = False) -> None:
     """Train an epoch as `train` does; with `finish`, validate and leave a checkpoint too."""
     worker.state.progress = Progress(epoch=worker.recipe.epochs)
     worker.train_epoch()
@@ -148,7 +148,7 @@ def train(worker: Worker, *, finish: bool = False) -> None:
         worker.finish_epoch()
 
 
-def follow(worker: Worker) -> Callable[[], None]:
+def follow(worker: Trainer) -> Callable[[], None]:
     """Do for an epoch what follows every image, and nothing else: a part of `train`, too small to be a difference."""
     logits = torch.randn(worker.recipe.batch_size, 100, device=worker.device)
 
@@ -156,7 +156,7 @@ def follow(worker: Worker) -> Callable[[], None]:
         worker.record.update(rows, logits[: len(rows)], worker.train_set.labels[rows])
         return worker.record.values
 
-    update = replayed(update, worker.device, worker.world_size)
+    update = cuda_graphed(update, worker.device, worker.world_size)
 
     def run() -> None:
         for batch in batches(worker.job.seed, 1, worker.job.images, worker.steps, [], worker.world_size, worker.rank):
@@ -167,7 +167,7 @@ def follow(worker: Worker) -> Callable[[], None]:
     return run
 
 
-def save(worker: Worker) -> None:
+def save(worker: Trainer) -> None:
     """Leave a checkpoint, as each epoch does; in this process alone, on a CPU, which writes it, wait until it has."""
     worker.save({})
     if worker.device.type == "cpu":
@@ -177,7 +177,7 @@ def save(worker: Worker) -> None:
 # Ways of others --------------------------------------------------------------------------------------
 
 
-def dataloader(worker: Worker) -> Callable[[], None]:
+def dataloader(worker: Trainer) -> Callable[[], None]:
     """The common way, see `common`, in a process of its own beside each worker."""
     address = meeting_place() if worker.rank == 0 and worker.world_size > 1 else None
     setting = common.Setting(
@@ -203,7 +203,7 @@ def meeting_place() -> str:
         return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
 
-def stream(worker: Worker) -> Callable[[], None]:
+def stream(worker: Trainer) -> Callable[[], None]:
     """Ray's documented ingest: each epoch streams its shard through a local shuffle buffer; the step is ours."""
     shard = ray.train.get_dataset_shard("train")
     count = -(-worker.recipe.batch_size // worker.world_size)
@@ -223,4 +223,4 @@ def stream(worker: Worker) -> Callable[[], None]:
     return run
 
 
-WAYS: dict[str, Callable[[Worker], Callable[[], None]]] = {"dataloader": dataloader, "stream": stream}
+WAYS: dict[str, Callable[[Trainer], Callable[[], None]]] = {"dataloader": dataloader, "stream": stream}

@@ -9,7 +9,7 @@ from typing import Any
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from raycifar.runs import KEPT, Run
+from raycifar.storage.run_folder import KEPT, RunFolder
 
 UNDER_WAY = 2  # checkpoints being written, at most: a storage that is slower than training is waited for
 
@@ -21,7 +21,7 @@ class Checkpointer:
     Without (`--workers 0`), Ray Train's report keeps nothing, so a thread here does the same.
     """
 
-    def __init__(self, run: Run, *, in_process: bool) -> None:
+    def __init__(self, run: RunFolder, *, in_process: bool) -> None:
         self.run = run
         self.uploads = ThreadPoolExecutor(max_workers=1) if in_process else None
         self.pending: list[Future[Checkpoint]] = []

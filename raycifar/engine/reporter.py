@@ -9,9 +9,9 @@ import ray.train
 from ray._private.state import jobs
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
-from raycifar.board import STARTING, Board
-from raycifar.engine.gauges import Gauges
+from raycifar.cluster.status import STARTING, StatusStore
 from raycifar.engine.preemption import PreemptedError
+from raycifar.engine.ray_metrics import Gauges
 from raycifar.errors import StorageError, in_a_line
 
 SHOW_SECONDS = 0.5  # between two looks at a step's figures
@@ -21,10 +21,10 @@ DRIVER_DEATH_SECONDS = 1  # from a driver's death until its job is over
 
 
 class Reporter:
-    """Tells the driver, by the board, how the run stands; only the first worker speaks."""
+    """Tells the driver, by the status store, how the run stands; only the first worker speaks."""
 
-    def __init__(self, board: Board, gauges: Gauges, *, leader: bool) -> None:
-        self.board, self.gauges, self.leader = board, gauges, leader
+    def __init__(self, status_store: StatusStore, gauges: Gauges, *, leader: bool) -> None:
+        self.status_store, self.gauges, self.leader = status_store, gauges, leader
         self.content: dict[str, Any] = {
             "attempt": os.getpid(),
             "history": [],
@@ -55,7 +55,7 @@ class Reporter:
     def verdict(self, epoch: int) -> bool:
         """Wait until the search has said whether the run stops after `epoch`."""
         self.phase("comparing with other trials")
-        while (stop := self.board.get(f"stop after {epoch}")) is None:
+        while (stop := self.status_store.get(f"stop after {epoch}")) is None:
             time.sleep(VERDICT_SECONDS)
         self.phase("training")
         return stop
@@ -71,7 +71,7 @@ class Reporter:
     def _put(self, **changes: Any) -> None:
         self.content |= changes
         if self.leader:
-            self.board.put("worker", self.content)
+            self.status_store.put("worker", self.content)
 
 
 class Failures(ray.train.UserCallback):
@@ -81,8 +81,8 @@ class Failures(ray.train.UserCallback):
     the order of the day. Ray Train itself excuses only what was announced.
     """
 
-    def __init__(self, board: Board, most: int) -> None:
-        self.board, self.most = board, most
+    def __init__(self, status_store: StatusStore, most: int) -> None:
+        self.status_store, self.most = status_store, most
         self.told: list[str] = []
         self.places: list[list[str]] = []  # the nodes under each failure
         self.last: tuple[Any, str] = None, ""
@@ -91,7 +91,7 @@ class Failures(ray.train.UserCallback):
         time.sleep(DRIVER_DEATH_SECONDS)  # it may have taken its workers along: see `EndsWithItsDriver`
         rank, error = min(worker_exceptions.items())
         reason = in_a_line(getattr(error, "health_check_failure", error))
-        content = self.board.get("worker") or {}
+        content = self.status_store.get("worker") or {}
         attempt = content.get("attempt")
         if attempt and (attempt, reason) == self.last:
             return  # Ray Train looks again and again while a node is on its way out
@@ -105,7 +105,7 @@ class Failures(ray.train.UserCallback):
         while counted > self.most and time.monotonic() < deadline:  # a node's death is known later than its workers'
             time.sleep(VERDICT_SECONDS)
             counted = self.count()
-        if counted > self.most or StorageError.for_good(reason):
+        if counted > self.most or (isinstance(error, StorageError) and error.permanent):
             raise RuntimeError(f"on worker {rank}, {reason}")
         ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
         self.tell(f"Worker {ranks} failed ({reason}); the workers are restarted from the last checkpoint.")
@@ -117,8 +117,8 @@ class Failures(ray.train.UserCallback):
 
     def tell(self, sentence: str) -> None:
         self.told.append(sentence)
-        self.board.put("failures", self.told)
-        self.board.put("worker", {**(self.board.get("worker") or {}), "phase": STARTING, "step": None})
+        self.status_store.put("failures", self.told)
+        self.status_store.put("worker", {**(self.status_store.get("worker") or {}), "phase": STARTING, "step": None})
 
 
 class EndsWithItsDriver(ControllerCallback):

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 from raycifar.engine.hardware import place
-from raycifar.engine.optim import build_optimizer
+from raycifar.engine.optimizers import build_optimizer
 from raycifar.engine.order import Segment
 from raycifar.models import Architecture
 from raycifar.recipes import Recipe, Stage
@@ -75,7 +75,7 @@ class TrainingState:
         self.model = place(model, device)
         self.average = Average(self.model, recipe.ema) if recipe.ema else None
         self.progress = Progress()
-        self.images: Tensor | None = None  # `ImageRecord.values` of all workers
+        self.images: Tensor | None = None  # `ExampleStats.values` of all workers
         self.val_right: Tensor | None = None  # (images,) float32: 1 where the last validation was right
         self.stage: Stage | None = None
         self.enter_stage()

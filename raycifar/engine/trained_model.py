@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from raycifar import weights as weights_file
 from raycifar.engine.evaluate import predict
 from raycifar.engine.hardware import choose_precision, place
 from raycifar.errors import RequestError
-from raycifar.files import locate
 from raycifar.models import Architecture
 from raycifar.recipes import Precision
-from raycifar.runs import MODEL
+from raycifar.storage import weights as weights_file
+from raycifar.storage.files import locate
+from raycifar.storage.run_folder import MODEL
 
 
 @dataclass(frozen=True)

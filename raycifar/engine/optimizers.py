@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from raycifar.engine.gpu import abreast
+from raycifar.engine.cuda import map_on_streams
 from raycifar.recipes import Recipe
 
 
@@ -116,7 +116,7 @@ class Muon(Eager):
             torch._foreach_add_(momenta, gradients)
             updates = list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))  # Nesterov's
             if group["filters"]:
-                updates = abreast(orthogonal, updates)
+                updates = map_on_streams(orthogonal, updates)
             torch._foreach_mul_(updates, group["lr"])
             torch._foreach_sub_(parameters, updates)
             if group["filters"]:

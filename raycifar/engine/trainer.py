@@ -14,31 +14,32 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raycifar.analysis.collapse import collapse
-from raycifar.board import Board
-from raycifar.cluster import objection
+from raycifar.cluster.sizing import objection
+from raycifar.cluster.status import StatusStore
 from raycifar.data import CLASSES
 from raycifar.data.shards import Shard, bounds, load_shard
 from raycifar.engine.augment import augment, mix, preprocess
 from raycifar.engine.checkpoint import Checkpointer
+from raycifar.engine.cuda import SideStream, cuda_graphed, prefetched
+from raycifar.engine.diagnostics import examine
 from raycifar.engine.evaluate import gather, per_image, predict, reduce_sum, score, to_predictions_file
-from raycifar.engine.events import to_events
-from raycifar.engine.gauges import Gauges
-from raycifar.engine.gpu import Side, ahead, replayed
+from raycifar.engine.example_stats import ExampleStats, describe_rise, to_images_file
 from raycifar.engine.hardware import choose_precision, keep_memory, parallelise, seed, set_up
-from raycifar.engine.images import ImageRecord, describe_rise, to_images_file
 from raycifar.engine.loss import CHECK_STEPS, StopTrainingError, check_finite, loss_and_sums
-from raycifar.engine.optim import set_learning_rate
+from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch, advance, batches, step_seed, steps_per_epoch
 from raycifar.engine.preemption import PreemptedError, PreemptionWatch
+from raycifar.engine.ray_metrics import Gauges
 from raycifar.engine.reporter import Reporter
-from raycifar.engine.signals import examine
 from raycifar.engine.state import Progress, TrainingState, copies
-from raycifar.pretrained import Start
+from raycifar.engine.tensorboard import to_events
+from raycifar.models.initial_weights import InitialWeights
 from raycifar.recipes import Recipe
-from raycifar.runs import BEST, EVENTS, IMAGES, MODEL, PREDICTIONS, RUN, Run
-from raycifar.weights import to_file
+from raycifar.storage.records import EpochRecord
+from raycifar.storage.run_folder import BEST, EVENTS, IMAGES, MODEL, PREDICTIONS, RUN, RunFolder
+from raycifar.storage.weights import to_file
 
-CLEAN_IMAGES = 1000  # training images scored as validation images are, without augmentation, after each epoch
+TRAIN_EVAL_IMAGES = 1000  # training images scored as validation images are, without augmentation, after each epoch
 SIGNAL_IMAGES = 250  # of those, looked at from inside where the network doesn't learn
 FIGURES = ("images", "loss", "hits", "norm")  # of a step: the first three summed over its images, the gradient's norm
 NORM = FIGURES.index("norm")
@@ -49,9 +50,9 @@ VALIDATION = ("val_loss", "val_top1", "val_top5", "val_loss_se", "val_gained", "
 class Job:
     """What the driver asks of the workers."""
 
-    run: Run
-    board: Board
-    start: Start
+    run: RunFolder
+    status_store: StatusStore
+    start: InitialWeights
     recipe: Recipe
     seed: int
     images: int  # of the training split
@@ -64,7 +65,7 @@ class Job:
     versions: dict[str, str]  # the driver's
     compile: bool
     checkpoint_steps: int  # 0: at the end of each epoch alone
-    rungs: Sequence[int]  # epochs after which the board is asked whether to stop
+    rungs: Sequence[int]  # epochs after which the status store is asked whether to stop
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
         `test`, the scores on the test set, and `history`; or `failure`, a sentence; or `stopped`, the
         number of epochs after which the run was told to stop.
     """
-    worker = Worker(config["job"])
+    worker = Trainer(config["job"])
     try:
         return worker.train()
     except StopTrainingError as stop:
@@ -85,7 +86,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
         return {"failure": str(stop)}
 
 
-class Worker:
+class Trainer:
     """One worker's part in a run."""
 
     def __init__(self, job: Job) -> None:
@@ -94,7 +95,9 @@ class Worker:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
-        self.reporter = Reporter(job.board, Gauges(job.run.name, job.start.architecture.model), leader=self.rank == 0)
+        self.reporter = Reporter(
+            job.status_store, Gauges(job.run.name, job.start.architecture.model), leader=self.rank == 0
+        )
         self.checkpointer = Checkpointer(job.run, in_process=job.in_process)
         self.preemption = PreemptionWatch(in_process=job.in_process)
         self.steps = steps_per_epoch(job.images, job.recipe.batch_size)
@@ -140,8 +143,8 @@ class Worker:
         self.parallelise()
         self.index, self.labels = (self.gather(part) for part in (self.train_set.index, self.train_set.labels))
         self.record = self.begin_record()
-        share = min(CLEAN_IMAGES, self.job.images) / self.job.images
-        self.clean_set = self.train_set.head(math.ceil(share * len(self.train_set)))
+        share = min(TRAIN_EVAL_IMAGES, self.job.images) / self.job.images
+        self.train_eval_set = self.train_set.head(math.ceil(share * len(self.train_set)))
 
     def check_node(self) -> None:
         """Stop, all workers together, if one is on a node that can't take part: it may have come after the start."""
@@ -272,15 +275,15 @@ class Worker:
         progress, clock = self.state.progress, time.perf_counter()
         self.state.average_buffers()
         images, loss, hits = progress.sums
-        clean = self.score(self.clean_set)[1]
+        clean = self.score(self.train_eval_set)[1]
         row = {
             "epoch": progress.epoch,
             "train_loss": loss / images,
             "train_top1": hits / images,
             **(self.validate(self.val_set) if self.val_set else dict.fromkeys(VALIDATION)),
-            "clean_loss": clean["loss"],
-            "clean_top1": clean["top1"],
-            "clean_images": clean["images"],
+            "train_eval_loss": clean["loss"],
+            "train_eval_top1": clean["top1"],
+            "train_eval_images": clean["images"],
             "lr": self.recipe.learning_rate(progress.epoch, self.steps - 1, self.steps),
             "stage": self.state.stage,
             "grad_norm": progress.norms[0] / self.steps,
@@ -294,40 +297,40 @@ class Worker:
             "time": time.time(),
         }
         if warning := collapse(row, int(images), progress.epoch * self.steps, CLASSES):
-            some = self.clean_set.head(SIGNAL_IMAGES)
-            row["signals"] = examine(self.state.model, preprocess(some.images, self.preprocessing), some.labels)
+            some = self.train_eval_set.head(SIGNAL_IMAGES)
+            row["diagnostics"] = examine(self.state.model, preprocess(some.images, self.preprocessing), some.labels)
             if progress.epoch <= 3:
                 self.reporter.notice(f"Warning: {warning}")
         row["seconds"] = progress.seconds + time.perf_counter() - clock
         history = [*progress.history, row]
         self.state.progress = Progress(epoch=progress.epoch + 1, history=history)
         if self.rank == 0:
-            self.run.write_history(history)
+            self.run.write_history(map(EpochRecord.from_json, history))
             self.run.write(EVENTS, to_events(history))
         self.reporter.epoch(history)
         if self.state.enter_stage():
             self.parallelise()
         self.save(row, best=row is best(history) if self.val_set else False)
 
-    def begin_record(self) -> ImageRecord:
+    def begin_record(self) -> ExampleStats:
         """Return what is known of this worker's training images."""
         if self.state.images is None:
-            return ImageRecord.blank(len(self.train_set), self.device)
+            return ExampleStats.blank(len(self.train_set), self.device)
         first = bounds(self.job.images, self.world_size)[self.rank]
-        return ImageRecord(self.state.images[first : first + len(self.train_set)].clone())
+        return ExampleStats(self.state.images[first : first + len(self.train_set)].clone())
 
     def end_record(self) -> dict[str, Any] | None:
         """Begin the next epoch of the training images' record, and return what there is to say of this one's."""
         assert self.state.images is not None
         rise = describe_rise(self.state.images, self.index)
-        for record in (self.record, ImageRecord(self.state.images)):
+        for record in (self.record, ExampleStats(self.state.images)):
             record.end_epoch()
         return rise
 
     def parallelise(self) -> None:
         self.model = parallelise(self.state.model, self.preprocessing.size, self.device, self.autocast)
-        self.learn, self.side = replayed(self.learn_from, self.device, self.world_size), Side(self.device)
-        self.ready = ahead(self.get_ready, self.device)
+        self.learn, self.side = cuda_graphed(self.learn_from, self.device, self.world_size), SideStream(self.device)
+        self.ready = prefetched(self.get_ready, self.device)
 
     # Between steps ----------------------------------------------------------------------------------
 
@@ -391,7 +394,7 @@ class Worker:
         self.reporter.notice(f"Continuing from {where} ({name}){workers}.")
         self.reporter.epoch(progress.history)
         if self.rank == 0:
-            self.run.write_history(progress.history)
+            self.run.write_history(map(EpochRecord.from_json, progress.history))
 
     def tell(self, lr: float, begun_at: int) -> None:
         progress = self.state.progress

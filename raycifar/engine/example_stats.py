@@ -13,7 +13,7 @@ SHOWN = 12  # images named behind a rise of the loss
 TOP = 0.01  # share of the images whose part in a rise is told
 
 
-class ImageRecord:
+class ExampleStats:
     """What is known of a worker's own training images, a row for each: `values` is (images, 6) float32.
 
     loss: cross-entropy, augmented, in the epoch under way; -1 where it has not been seen yet
@@ -29,7 +29,7 @@ class ImageRecord:
         self.values = values
 
     @classmethod
-    def blank(cls, images: int, device: torch.device) -> "ImageRecord":
+    def blank(cls, images: int, device: torch.device) -> "ExampleStats":
         values = torch.zeros(images, len(COLUMNS), device=device)
         values[:, [LOSS, BEFORE]] = UNSEEN
         return cls(values)
@@ -72,7 +72,7 @@ def describe_rise(values: Tensor, index: Tensor) -> dict[str, object] | None:
     """Return how concentrated the rise of the training loss since the epoch before is; None where there is none.
 
     Args:
-        values: (images, 6) of an `ImageRecord`, at the end of an epoch. index: (images,) their rows in the source.
+        values: (images, 6) of an `ExampleStats`, at the end of an epoch. index: (images,) their rows in the source.
 
     Returns:
         share: of the sum of all rises, the part of the hundredth of images that rose most; and those `images` that did.
@@ -83,7 +83,7 @@ def describe_rise(values: Tensor, index: Tensor) -> dict[str, object] | None:
     if not total > 0:
         return None
     top = rise.topk(max(1, int(len(rise) * TOP)))
-    return {"share": (top.values.sum() / total).item(), "images": index[top.indices[:SHOWN]].tolist()}
+    return {"fraction": (top.values.sum() / total).item(), "indices": index[top.indices[:SHOWN]].tolist()}
 
 
 def to_images_file(values: Tensor, index: Tensor, labels: Tensor) -> bytes:

@@ -12,18 +12,18 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from raycifar.board import Board
-from raycifar.cluster import Waiting, Workers
+from raycifar.cluster.sizing import Waiting, Workers
+from raycifar.cluster.status import StatusStore
 from raycifar.data.tables import Source, split
 from raycifar.errors import WorkError
 from raycifar.models import slug
-from raycifar.pretrained import Start
+from raycifar.models.initial_weights import InitialWeights
 from raycifar.recipes import Recipe, describe_changes
-from raycifar.runs import RESULT, RUN, Run
-from raycifar.space import Space, Trial, suggest
-from raycifar.task import Task
+from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.terminal import POLL_SECONDS
 from raycifar.train import Request, build_trainer, conclude, fit, identify, record
+from raycifar.workflows.search_space import PastTrial, Space, suggest
+from raycifar.workflows.trial import Trial
 
 REDUCTION = 3  # ASHA (Li et al., 2020) goes on with one trial of so many at each rung
 RETRIES = 1  # of a trial whose driver failed; the death of a worker is Ray Train's to mend
@@ -39,15 +39,15 @@ class Study:
     base: Request
     folder: str
     recipes: Mapping[str, Recipe]  # by model, in the order of the trials
-    starts: Mapping[str, Start]
+    starts: Mapping[str, InitialWeights]
     seeds: Sequence[int]
     searches: int  # search trials of each model
     spaces: Mapping[str, Space]
 
-    def run(self, task: Task) -> Run:
-        return Run(self.folder, task.name)
+    def run(self, task: Trial) -> RunFolder:
+        return RunFolder(self.folder, task.name)
 
-    def request(self, task: Task) -> Request:
+    def request(self, task: Trial) -> Request:
         return replace(
             self.base,
             storage=self.folder,
@@ -76,13 +76,13 @@ class Plan(Searcher):
     def __init__(self, study: Study, most_at_once: int, stopper: "AshaByModel") -> None:
         super().__init__()
         self.study, self.most_at_once, self.stopper = study, most_at_once, stopper
-        self.searches: dict[str, list[Task]] = {model: [] for model in study.recipes}
-        self.finals: dict[str, list[Task]] = {}
-        self.by_trial: dict[str, Task] = {}
+        self.searches: dict[str, list[Trial]] = {model: [] for model in study.recipes}
+        self.finals: dict[str, list[Trial]] = {}
+        self.by_trial: dict[str, Trial] = {}
         self._advance()
 
     @property
-    def tasks(self) -> list[Task]:
+    def tasks(self) -> list[Trial]:
         return [task for group in (self.searches, self.finals) for tasks in group.values() for task in tasks]
 
     # Ray Tune asks ---------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ class Plan(Searcher):
         run = self.study.run(task)
         ending = run.read_json(RESULT)
         if error or ending is None:
-            ending = {"status": "failed", "reason": task.board.get("reason") or "its driver died."}
+            ending = {"status": "failed", "reason": task.status_store.get("reason") or "its driver died."}
         task.reason, task.status = ending.get("reason"), ending["status"]
         self._advance()
 
@@ -131,7 +131,7 @@ class Plan(Searcher):
             recipe = best.recipe if best else self.study.recipes[model]
             setting = describe_changes(recipe, self.study.recipes[model])
             self.finals[model] = [
-                self._with_status(Task(f"{slug(model)}-s{seed}", model, seed, recipe, search=False, setting=setting))
+                self._with_status(Trial(f"{slug(model)}-s{seed}", model, seed, recipe, search=False, setting=setting))
                 for seed in self.study.seeds
             ]
 
@@ -139,41 +139,41 @@ class Plan(Searcher):
         tasks = self.searches[model]
         return len(tasks) == self.study.searches and all(task.over for task in tasks)
 
-    def best(self, model: str) -> Task | None:
+    def best(self, model: str) -> Trial | None:
         """Return the search trial that ended with the highest validation top-1, the first of equals."""
         finished = [task for task in self.searches[model] if task.status == "finished"]
         return max(finished, key=lambda task: self.val_top1(task)[-1], default=None)
 
-    def val_top1(self, task: Task) -> list[float]:
+    def val_top1(self, task: Trial) -> list[float]:
         return [row["val_top1"] for row in self.study.run(task).history()]
 
-    def _next_search(self) -> Task | None:
+    def _next_search(self) -> Trial | None:
         for model, tasks in self.searches.items():
             if len(tasks) < self.study.searches:
-                known = [Trial(task.recipe, task.status, self.val_top1(task)) for task in tasks]
+                known = [PastTrial(task.recipe, task.status, self.val_top1(task)) for task in tasks]
                 recipe = suggest(self.study.spaces[model], self.study.recipes[model], known, self.study.seeds[0])
-                tasks.append(self._search_task(model, recipe))
+                tasks.append(self._search_trial(model, recipe))
                 return tasks[-1]
         return None
 
-    def _search_task(self, model: str, recipe: Recipe) -> Task:
+    def _search_trial(self, model: str, recipe: Recipe) -> Trial:
         name = f"{slug(model)}-search-{len(self.searches[model]) + 1:02}"
         setting = describe_changes(recipe, self.study.recipes[model]) or "the recipe itself"
-        return Task(name, model, self.study.seeds[0], recipe, search=True, setting=setting)
+        return Trial(name, model, self.study.seeds[0], recipe, search=True, setting=setting)
 
-    def _restored(self, model: str) -> Task | None:
+    def _restored(self, model: str) -> Trial | None:
         """Return the model's next search trial if it was begun before."""
         if len(self.searches[model]) == self.study.searches:
             return None
-        run = self.study.run(self._search_task(model, self.study.recipes[model])).read_json(RUN)
+        run = self.study.run(self._search_trial(model, self.study.recipes[model])).read_json(RUN)
         if run is None:
             return None
-        task = self._with_status(self._search_task(model, Recipe(**run["recipe"])))
+        task = self._with_status(self._search_trial(model, Recipe(**run["recipe"])))
         if task.over:
             self.stopper.remember(task, self.val_top1(task))
         return task
 
-    def _with_status(self, task: Task) -> Task:
+    def _with_status(self, task: Trial) -> Trial:
         ending = self.study.run(task).read_json(RESULT)
         if ending and (ending["status"] == "finished" or task.search):
             task.status, task.reason = ending["status"], ending.get("reason")
@@ -184,7 +184,7 @@ class AshaByModel(FIFOScheduler):
     """Stops search trials that fall behind others of their model; final runs are never stopped.
 
     Ray Tune ends a trial by ending its driver, over the head of a Ray Train that has workers to put away. So a
-    trial that ASHA would stop is told so, by its board, and ends by itself.
+    trial that ASHA would stop is told so, by its status_store, and ends by itself.
     """
 
     def __init__(self, epochs: Mapping[str, int]) -> None:
@@ -203,7 +203,7 @@ class AshaByModel(FIFOScheduler):
             if rungs(count)
         }
 
-    def remember(self, task: Task, val_top1: Sequence[float]) -> None:
+    def remember(self, task: Trial, val_top1: Sequence[float]) -> None:
         """Take a trial into account that was over before this driver began."""
         if stopper := self.stoppers.get(task.model):
             past = SimpleNamespace(trial_id=task.name)
@@ -221,7 +221,7 @@ class AshaByModel(FIFOScheduler):
         task = trial.config["task"]
         if "val_top1" in result:
             decision = self.stoppers[task["model"]].on_trial_result(tune_controller, trial, result)
-            Board(**task["board"]).put(f"stop after {result['epoch']}", decision == TrialScheduler.STOP)
+            StatusStore(**task["status_store"]).put(f"stop after {result['epoch']}", decision == TrialScheduler.STOP)
         return TrialScheduler.CONTINUE
 
 
@@ -230,7 +230,7 @@ def orchestrate(study: Study, plan: Plan, source: Source, workers: Workers) -> N
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # they write what the run folders hold already
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other prints even when it is told to be quiet
     trainable = tune.with_parameters(run_trial, study=study, source=source, workers=workers)
-    place = Run(study.folder, "tune")
+    place = RunFolder(study.folder, "tune")
     tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([DRIVER])),
         tune_config=tune.TuneConfig(
@@ -249,12 +249,12 @@ def orchestrate(study: Study, plan: Plan, source: Source, workers: Workers) -> N
 
 
 class Notices(TrialProgressCallback):
-    """Tells, by a trial's board, that it is tried again; prints nothing, as Ray Tune's own callback would."""
+    """Tells, by a trial's status_store, that it is tried again; prints nothing, as Ray Tune's own callback would."""
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        board = Board(**trial.config["task"]["board"])
-        notice = f"Its driver failed ({board.get('reason') or 'it died'}); it is tried again."
-        board.put("failures", [*(board.get("failures") or []), notice])
+        status_store = StatusStore(**trial.config["task"]["status_store"])
+        notice = f"Its driver failed ({status_store.get('reason') or 'it died'}); it is tried again."
+        status_store.put("failures", [*(status_store.get("failures") or []), notice])
 
     def on_trial_complete(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -268,27 +268,27 @@ def directory(trial: Any) -> str:
 def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Workers) -> None:
     """Train one task, in a process of its own that Ray Tune has started; raise what Ray Tune should retry."""
     values = config["task"]
-    board = Board(**values["board"])
-    task = Task(**{**values, "recipe": Recipe(**values["recipe"]), "board": board})
+    status_store = StatusStore(**values["status_store"])
+    task = Trial(**{**values, "recipe": Recipe(**values["recipe"]), "status_store": status_store})
     request, run = study.request(task), study.run(task)
     try:
         splits = split(source, request.val_size, request.limit, request.seed)
         start = study.starts[task.model]
         record(run, identify(request, source, splits, start), workers)
-        trainer = build_trainer(request, run, board, source, splits, start, workers, debug=False)
+        trainer = build_trainer(request, run, status_store, source, splits, start, workers, debug=False)
         waiting = Waiting(workers, request.wait)
         conclude(run, fit(trainer, lambda running: report_epochs(task, running, waiting), request.max_failures))
     except WorkError as error:
         if (run.read_json(RESULT) or {}).get("status") == "failed":
             return  # it would fail again
-        board.put("reason", error.message)
+        status_store.put("reason", error.message)
         raise
     except Exception as error:
-        board.put("reason", f"{type(error).__name__}: {error}")
+        status_store.put("reason", f"{type(error).__name__}: {error}")
         raise
 
 
-def report_epochs(task: Task, running: Callable[[], bool], waiting: Callable[[], str | None]) -> None:
+def report_epochs(task: Trial, running: Callable[[], bool], waiting: Callable[[], str | None]) -> None:
     """Report a search trial to Ray Tune at each rung, those before it was resumed included.
 
     Args:
@@ -297,11 +297,11 @@ def report_epochs(task: Task, running: Callable[[], bool], waiting: Callable[[],
     reported = 0
     while running():
         time.sleep(POLL_SECONDS)
-        if not task.board.get("worker") and (text := waiting()):
-            task.board.put("waiting", text)
+        if not task.status_store.get("worker") and (text := waiting()):
+            task.status_store.put("waiting", text)
         if not task.search:
             continue
-        history = (task.board.get("worker") or {}).get("history", [])
+        history = (task.status_store.get("worker") or {}).get("history", [])
         for row in history[reported:]:
             reported = row["epoch"]
             if reported in rungs(task.recipe.epochs):

@@ -18,7 +18,7 @@ cut off in mid-upload or damaged since, and is passed over.
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +28,8 @@ from typing import Any
 from pyarrow import fs
 
 from raycifar.errors import RequestError, StorageError
-from raycifar.files import is_local, locate, write_whole
+from raycifar.storage.files import is_local, locate, write_whole
+from raycifar.storage.records import EpochRecord, from_lines, to_lines
 
 RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
 MODEL, BEST = "model.safetensors", "best.safetensors"
@@ -44,14 +45,14 @@ KEPT = 3  # checkpoints; the newest may be damaged, and so may the one before
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """A run folder, there or to be made. `storage` is a local folder or a URI."""
 
     storage: str
     name: str
 
     @classmethod
-    def at(cls, place: str) -> "Run":
+    def at(cls, place: str) -> "RunFolder":
         """Return the run whose folder, or its URI, is `place`."""
         storage, _, name = place.rstrip("/").rpartition("/")
         return cls(storage or ("/" if place.startswith("/") else "."), name)
@@ -111,18 +112,19 @@ class Run:
     def write_json(self, file: str, value: Any) -> None:
         self.write(file, json.dumps(value, indent=2).encode() + b"\n")
 
-    def history(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.read(METRICS) or b"").splitlines()]
+    def history(self) -> list[EpochRecord]:
+        """Return the records of the finished epochs, in order."""
+        return from_lines(self.read(METRICS) or b"")
 
-    def write_history(self, rows: list[dict[str, Any]]) -> None:
-        self.write(METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    def write_history(self, history: Iterable[EpochRecord]) -> None:
+        self.write(METRICS, to_lines(history))
 
-    def runs(self) -> list["Run"]:
+    def runs(self) -> list["RunFolder"]:
         """Return the runs whose folders lie in this one, a comparison's, by name."""
         filesystem, folder = self._place
         entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
         names = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
-        return [run for name in names if (run := Run(self.folder, name)).read(RUN) is not None]
+        return [run for name in names if (run := RunFolder(self.folder, name)).read(RUN) is not None]
 
     @contextmanager
     def marker(self) -> Iterator[str | None]:

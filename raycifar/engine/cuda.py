@@ -16,7 +16,7 @@ AHEAD = 3  # batches prepared before their step's turn, at most: each takes memo
 LANES = 4  # streams that take turns
 
 
-class Replay:
+class CudaGraphRunner:
     """A function of tensors on a GPU, captured once for each shape of its arguments, and replayed from then on.
 
     It must do the same work in each call: it may change tensors in place and draw random numbers, but not look at
@@ -81,12 +81,12 @@ class Replay:
         return graph, [a for a in own if torch.is_tensor(a)], output
 
 
-def replayed(function: Callable[..., Tensor], device: torch.device, world_size: int) -> Callable[..., Tensor]:
+def cuda_graphed(function: Callable[..., Tensor], device: torch.device, world_size: int) -> Callable[..., Tensor]:
     """Return the function, replayed on one GPU; on a CPU, or where gradients are exchanged, it stays as it is."""
-    return Replay(function) if device.type == "cuda" and world_size == 1 else function
+    return CudaGraphRunner(function) if device.type == "cuda" and world_size == 1 else function
 
 
-class Ahead:
+class Prefetcher:
     """A function that prepares a step's tensors on a GPU while the steps before it are still under way."""
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
@@ -106,12 +106,12 @@ class Ahead:
         return prepared
 
 
-def ahead(function: Callable[..., tuple[Tensor, ...]], device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+def prefetched(function: Callable[..., tuple[Tensor, ...]], device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
     """Return the function, which must depend on no step before; on a CPU it stays as it is."""
-    return Ahead(function) if device.type == "cuda" else function
+    return Prefetcher(function) if device.type == "cuda" else function
 
 
-class Side:
+class SideStream:
     """A stream beside the current one; on a CPU, where everything waits its turn, nothing."""
 
     def __init__(self, device: torch.device) -> None:
@@ -135,7 +135,7 @@ class Side:
             self.busy = False
 
 
-def abreast(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+def map_on_streams(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the function of each tensor; on a GPU, of several at a time."""
     sides, results = lanes(tensors[0].device), []
     for k, tensor in enumerate(tensors):
@@ -147,5 +147,5 @@ def abreast(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> 
 
 
 @functools.cache
-def lanes(device: torch.device) -> list[Side]:
-    return [Side(device) for _ in range(LANES)]
+def lanes(device: torch.device) -> list[SideStream]:
+    return [SideStream(device) for _ in range(LANES)]

@@ -15,8 +15,8 @@ _here: dict[str, bytes] = {}
 
 
 @dataclass(frozen=True)
-class Board:
-    """The board of one invocation of one run; `key` is unique to it."""
+class StatusStore:
+    """The status_store of one invocation of one run; `key` is unique to it."""
 
     key: str
 

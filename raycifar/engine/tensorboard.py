@@ -7,10 +7,10 @@ from typing import Any
 
 SCALARS = {
     "train_loss": "loss/train",
-    "clean_loss": "loss/train, without augmentation",
+    "train_eval_loss": "loss/train, without augmentation",
     "val_loss": "loss/validation",
     "train_top1": "top-1/train",
-    "clean_top1": "top-1/train, without augmentation",
+    "train_eval_top1": "top-1/train, without augmentation",
     "val_top1": "top-1/validation",
     "val_top5": "top-5/validation",
     "lr": "learning rate",

@@ -4,7 +4,7 @@ from typing import Any
 
 from ray.util.metrics import Gauge
 
-from raycifar.board import in_a_cluster
+from raycifar.cluster.status import in_a_cluster
 
 FIGURES = {
     "epoch": "The epoch under way, from 1.",

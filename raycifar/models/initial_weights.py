@@ -16,9 +16,9 @@ import pyarrow as pa
 from raycifar import models
 from raycifar.data.tables import to_numpy
 from raycifar.errors import RequestError
-from raycifar.files import locate
 from raycifar.models import Architecture, Preprocessing
 from raycifar.recipes import Recipe
+from raycifar.storage.files import locate
 
 WHITENED = 1000  # images that the first layer is made from
 WHITENING = "whiten.weight"  # its filters
@@ -28,7 +28,7 @@ PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.com
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialWeights:
     """An architecture, and the weights it begins with, by name; None draws all of them from the seed.
 
     A head for other classes is left out of `weights`, and is drawn from the seed.
@@ -48,7 +48,7 @@ class Start:
         return digest.hexdigest()
 
 
-def begin(model: str, recipe: Recipe, images: pa.Table | None = None) -> Start:
+def load_initial_weights(model: str, recipe: Recipe, images: pa.Table | None = None) -> InitialWeights:
     """Return what a model's training begins with.
 
     Args:
@@ -64,7 +64,7 @@ def begin(model: str, recipe: Recipe, images: pa.Table | None = None) -> Start:
         architecture = Architecture(
             model, preprocessing=preprocessing, whiten=recipe.whiten, depth=recipe.depth, mirror=recipe.mirror
         )
-        return Start(architecture, {WHITENING: whitening(images, preprocessing)} if recipe.whiten else None)
+        return InitialWeights(architecture, {WHITENING: whitening(images, preprocessing)} if recipe.whiten else None)
     family = models.find(model)
     preprocessing = family.imagenet_preprocessing(recipe.image_size)
     architecture = Architecture(model, large_stem=True, preprocessing=preprocessing, mirror=recipe.mirror)
@@ -74,7 +74,7 @@ def begin(model: str, recipe: Recipe, images: pa.Table | None = None) -> Start:
         tensors, theirs = read_state_dict(recipe.pretrained)
         if theirs:
             architecture = adopt(theirs, architecture, recipe.pretrained)
-    return Start(architecture, fit(tensors, architecture, recipe.pretrained))
+    return InitialWeights(architecture, fit(tensors, architecture, recipe.pretrained))
 
 
 def whitening(images: pa.Table | None, preprocessing: Preprocessing) -> np.ndarray:
@@ -164,7 +164,7 @@ def read_state_dict(place: str) -> tuple[dict[str, Any], Architecture | None]:
     except OSError as error:
         raise RequestError(f"--pretrained {place} can't be read: {error}.") from error
     if content[8:9] == b"{":
-        from raycifar import weights  # and with it PyTorch, which a command's --help can do without
+        from raycifar.storage import weights  # and with it PyTorch, which a command's --help can do without
 
         return weights.from_file(content, f"--pretrained {place}")
     return unwrap(read_pickle(content, place), place), None

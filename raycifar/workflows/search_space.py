@@ -30,7 +30,7 @@ KEYS = {"min", "max", "log", "choices"}
 
 
 @dataclass(frozen=True)
-class Trial:
+class PastTrial:
     """What is known of a search trial: `status` is running, finished, stopped or failed; `history` its val_top1."""
 
     recipe: Recipe
@@ -93,7 +93,7 @@ def to_distribution(table: Any, kind: Any) -> BaseDistribution:
     return number(table["min"], table["max"], log=bool(table.get("log", False)))
 
 
-def suggest(space: Space, base: Recipe, earlier: Sequence[Trial], seed: int) -> Recipe:
+def suggest(space: Space, base: Recipe, earlier: Sequence[PastTrial], seed: int) -> Recipe:
     """Return the recipe to try next; the first is `base` itself, to be beaten.
 
     Args:
@@ -113,7 +113,7 @@ def suggest(space: Space, base: Recipe, earlier: Sequence[Trial], seed: int) -> 
     return dataclasses.replace(base, **study.ask(space).params)
 
 
-def to_optuna(space: Space, trial: Trial) -> optuna.trial.FrozenTrial | None:
+def to_optuna(space: Space, trial: PastTrial) -> optuna.trial.FrozenTrial | None:
     """Return a trial in Optuna's words, or None for one outside the space, as the recipe itself may be."""
     params = {name: getattr(trial.recipe, name) for name in space}
     if not all(contains(space[name], value) for name, value in params.items()):

@@ -3,12 +3,12 @@
 import uuid
 from dataclasses import dataclass, field
 
-from raycifar.board import Board
+from raycifar.cluster.status import StatusStore
 from raycifar.recipes import Recipe
 
 
 @dataclass
-class Task:
+class Trial:
     """A model, a seed and a recipe to be trained."""
 
     name: str
@@ -19,7 +19,7 @@ class Task:
     setting: str = ""  # how the recipe differs from the model's
     status: str = "waiting"  # then running, and finished, stopped (by ASHA) or failed
     reason: str | None = None
-    board: Board = field(default_factory=lambda: Board(uuid.uuid4().hex))
+    status_store: StatusStore = field(default_factory=lambda: StatusStore(uuid.uuid4().hex))
 
     @property
     def over(self) -> bool:
