@@ -101,13 +101,13 @@ def time_stages(
         with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
             workers = place(request, RunFolder(request.storage, request.name), debug=debug)
             from raycifar.cluster.sizing import Waiting
-            from raycifar.engine.bench import Plan, bench_loop_per_worker
+            from raycifar.engine.bench import BenchmarkJob, bench_loop_per_worker
         screen.say(f"{request.model} on {workers}, {len(splits.train):,} images, {options['rounds']} rounds")
         run, status_store = RunFolder(request.storage, request.name), StatusStore(uuid.uuid4().hex)
         record(run, identify(request, source, splits, start), workers)
 
         def plan(job: Any) -> tuple[Any, dict[str, Any]]:
-            return bench_loop_per_worker, {"plan": Plan(job, options["rounds"], tuple(against))}
+            return bench_loop_per_worker, {"job": BenchmarkJob(job, options["rounds"], tuple(against))}
 
         trainer = build_trainer(request, run, status_store, source, splits, start, workers, debug=debug, plan=plan)
         return fit(trainer, lambda running: screen.follow_phase(status_store, running, Waiting(workers, request.wait)))

@@ -12,7 +12,7 @@ from raycifar.errors import RequestError
 from raycifar.options import command
 from raycifar.storage.run_folder import (
     COMPARISON,
-    IMAGES,
+    EXAMPLE_STATS,
     PREDICTIONS,
     REPORT,
     REPORT_PAGE,
@@ -79,7 +79,7 @@ def read_files(run: RunFolder) -> Any:
     from raycifar.analysis.reports import RunFiles
 
     story = RunHistory(run.read_json(RUN), run.history(), run.read_json(RESULT))
-    return RunFiles(run.name, story, run.read(PREDICTIONS), run.read(IMAGES))
+    return RunFiles(run.name, story, run.read(PREDICTIONS), run.read(EXAMPLE_STATS))
 
 
 def write_run(

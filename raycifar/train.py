@@ -17,6 +17,7 @@ import click
 
 from raycifar import models
 from raycifar.cluster.status import StatusStore
+from raycifar.data import CIFAR100
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, Splits, split
 from raycifar.errors import RequestError, WorkError, in_a_line
@@ -315,13 +316,14 @@ def build_trainer(
     job = Job(
         run=run,
         status_store=status_store,
-        start=start,
+        initial=start,
+        info=CIFAR100,
         recipe=request.recipe,
         seed=request.seed,
-        images=len(splits.train),
-        val_images=len(splits.val),
-        test_images=len(splits.test) if request.test else 0,
-        parents=source.superclasses(),
+        num_train_images=len(splits.train),
+        num_val_images=len(splits.val),
+        num_test_images=len(splits.test) if request.test else 0,
+        superclass_of=source.superclasses(),
         use_gpu=workers.use_gpu,
         threads=workers.threads,
         in_process=workers.count == 0,
@@ -385,29 +387,29 @@ def fit(trainer: "TorchTrainer", follow: Callable[[Callable[[], bool]], None], m
         ) from error
 
 
-def conclude(run: RunFolder, outcome: dict[str, Any]) -> dict[str, Any]:
+def conclude(run: RunFolder, outcome: Any) -> dict[str, Any]:
     """Write `result.json` and return it.
 
     Raises:
         WorkError: training stopped by itself; the result says why.
     """
-    if failure := outcome.get("failure"):
+    if failure := outcome.reason:
         run.write_json(RESULT, {"status": "failed", "reason": failure, "epochs": len(run.history())})
         raise WorkError(f"{failure}. The last checkpoint and the history are kept in {run.folder}.")
-    if epochs := outcome.get("stopped"):
-        stopped = {"status": "stopped", "epochs": epochs}
+    if outcome.ending != "finished":
+        stopped = {"status": "stopped", "epochs": len(outcome.history)}
         run.write_json(RESULT, stopped)
         return stopped
-    history = outcome["history"]
+    history = outcome.history
     seconds = sum(row["seconds"] for row in history)
     images = sum(row["images_per_second"] * row["training_seconds"] for row in history)
     result = {
         "status": "finished",
         "epochs": len(history),
-        "best_epoch": outcome["best_epoch"],
+        "best_epoch": outcome.best_epoch,
         "train_seconds": seconds,
         "images_per_second": images / sum(row["training_seconds"] for row in history),
-        **({"test": outcome["test"]} if outcome["test"] else {}),
+        **({"test": outcome.test} if outcome.test else {}),
     }
     run.write_json(RESULT, result)
     return result

@@ -10,7 +10,6 @@ from ray._private.state import jobs
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from raycifar.cluster.status import STARTING, StatusStore
-from raycifar.engine.preemption import PreemptedError
 from raycifar.engine.ray_metrics import Gauges
 from raycifar.errors import StorageError, in_a_line
 
@@ -47,10 +46,10 @@ class Reporter:
     def nodes(self, ids: list[str | None]) -> None:
         self._put(nodes=ids)
 
-    def epoch(self, history: list[dict[str, Any]]) -> None:
-        self._put(history=history, step=None)
+    def epoch(self, history: list[Any]) -> None:
+        self._put(history=[record.to_json() for record in history], step=None)
         if self.leader and history:
-            self.gauges.show(history[-1])
+            self.gauges.show(history[-1].to_json())
 
     def verdict(self, epoch: int) -> bool:
         """Wait until the search has said whether the run stops after `epoch`."""
@@ -59,6 +58,9 @@ class Reporter:
             time.sleep(VERDICT_SECONDS)
         self.phase("training")
         return stop
+
+    def stop_requested(self) -> bool:
+        return False
 
     def due(self) -> bool:
         return self.leader and time.perf_counter() - self.last >= SHOW_SECONDS
@@ -96,8 +98,8 @@ class Failures(ray.train.UserCallback):
         if attempt and (attempt, reason) == self.last:
             return  # Ray Train looks again and again while a node is on its way out
         self.last = attempt, reason
-        if PreemptedError.sentence in reason:
-            self.tell(f"{PreemptedError.sentence}; the run goes on from a checkpoint made just now.")
+        if "being taken away" in reason:
+            self.tell("A node of this run is being taken away; the run goes on from a checkpoint made just now.")
             return
         self.places.append(content.get("nodes", []))
         counted = self.count()

@@ -33,7 +33,7 @@ from raycifar.storage.records import EpochRecord, from_lines, to_lines
 
 RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
 MODEL, BEST = "model.safetensors", "best.safetensors"
-PREDICTIONS, IMAGES = "predictions.parquet", "images.parquet"
+PREDICTIONS, EXAMPLE_STATS = "predictions.parquet", "example_stats.parquet"
 EVALUATION, EVALUATION_PAGE = "evaluation.json", "evaluation.html"  # written by `evaluate`
 BENCH, BENCH_CHART = "bench.json", "bench.svg"  # written by `bench`
 REPORT_PAGE, REPORT, REPORT_TEXT, SUSPECTS = "report.html", "report.json", "report.md", "suspects.csv"

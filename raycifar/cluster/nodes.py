@@ -1,0 +1,3 @@
+from raycifar.cluster.sizing import objection, versions
+
+__all__ = ["objection", "versions"]
