@@ -1,12 +1,11 @@
 """What a run says: a calm screen at a terminal, plain lines anywhere else."""
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -21,14 +20,17 @@ POLL_SECONDS = 0.25
 LINE_SECONDS = 30  # between two lines about the same thing, where there is no terminal
 
 Row = dict[str, Any]
-T = TypeVar("T")
 
 
 class Screen:
-    """Writes to standard output; lines are never wrapped where it is no terminal."""
+    """Writes to standard output; lines are never wrapped where it is no terminal.
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=not os.isatty(1))
+    Args:
+        quiet: writes nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(highlight=False, soft_wrap=not os.isatty(1), quiet=quiet, force_jupyter=False)
 
     def say(self, text: str = "") -> None:
         self.console.print(text, markup=False)
@@ -153,28 +155,6 @@ class Screen:
             time.sleep(POLL_SECONDS)
 
 
-def alongside(work: Callable[[], T], follow: Callable[[Callable[[], bool]], None]) -> T:
-    """Do `work` in a thread of its own, while this one hears Ctrl-C and runs `follow`; return or raise as it does.
-
-    Args:
-        follow: called with a function that tells whether the work goes on; returns when it doesn't.
-    """
-    outcome: dict[str, Any] = {}
-
-    def do() -> None:
-        try:
-            outcome["returned"] = work()
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=do, daemon=True)
-    thread.start()
-    follow(thread.is_alive)
-    if error := outcome.get("error"):
-        raise error
-    return outcome["returned"]
-
-
 class LiveLine:
     """A progress bar for the epoch under way, or what is waited for."""
 
@@ -282,18 +262,3 @@ def epoch_line(row: Row, epochs: int) -> str:
         parts.append(f"validation loss {row['val_loss']:.4f}  top-1 {row['val_top1']:.4f}  top-5 {row['val_top5']:.4f}")
     parts.append(f"lr {row['lr']:.2g}  {row['images_per_second']:,.0f} images/s  {row['seconds']:.0f} s")
     return "  |  ".join(parts)
-
-
-def result_lines(result: Row, folder: str, source: str) -> list[str]:
-    """Return what is said of a finished run."""
-    test, speed = result["test"], f"{result['images_per_second']:,.0f} images/s"
-    lines = [
-        f"Test, {test['images']:,} images: top-1 {test['top1']:.4f}  top-5 {test['top5']:.4f}  "
-        f"superclass {test['superclass_top1']:.4f}  loss {test['loss']:.4f}  calibration error {test['ece']:.4f}",
-        f"Trained {result['epochs']} epochs in {result['train_seconds']:.0f} s, {speed}"
-        + (f"; best validation at epoch {result['best_epoch']}" if result["best_epoch"] else ""),
-        f"Run folder: {folder}",
-    ]
-    if source.startswith("synthetic"):
-        lines.insert(1, "These are synthetic images: the accuracy says nothing about CIFAR-100.")
-    return lines

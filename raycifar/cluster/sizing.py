@@ -7,6 +7,7 @@ import platform
 import re
 import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -24,8 +25,8 @@ from ray.core.generated import autoscaler_pb2
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raycifar.cluster import WorkerCount
 from raycifar.errors import RequestError, WorkError, in_a_line
-from raycifar.options import WorkerCount
 
 GPU_WORKER_CPUS = 4  # a GPU's worker computes nothing on the CPU but its bookkeeping
 SMALLEST_SHARE = 0.25  # of a CPU; below, Ray's own processes starve and time out
@@ -85,6 +86,8 @@ def connect(*, debug: bool, dashboard: bool = False) -> None:
         WorkError: the cluster refuses, or can't be reached.
     """
     quieten(debug=debug)
+    if ray.is_initialized():
+        return
     quiet = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     if not address and not started_here():
@@ -112,7 +115,8 @@ def init(**options: Any) -> None:
     """Call `ray.init`, and keep this process's own answer to SIGTERM: Ray's writes a stack and aborts."""
     answer = signal.getsignal(signal.SIGTERM)
     ray.init(**options)
-    signal.signal(signal.SIGTERM, answer)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, answer)
 
 
 def started_here() -> bool:

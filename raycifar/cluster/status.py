@@ -39,6 +39,13 @@ class StatusStore:
             content = _here.get(f"{self.key}/{topic}")
         return None if content is None else json.loads(content)
 
+    def request_stop(self) -> None:
+        """Ask the run to save what it has trained, and to end."""
+        self.put("stop", True)
+
+    def stop_requested(self) -> bool:
+        return bool(self.get("stop"))
+
 
 def in_a_cluster() -> bool:
     return "ray" in sys.modules and sys.modules["ray"].is_initialized()

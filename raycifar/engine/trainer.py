@@ -81,9 +81,15 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     worker = Trainer(config["job"])
     try:
         return worker.train()
+    except StopRequestedError:
+        return {"interrupted": True}
     except StopTrainingError as stop:
         worker.checkpointer.wait()
         return {"failure": str(stop)}
+
+
+class StopRequestedError(Exception):
+    """The driver has asked the run to end; what was trained is saved."""
 
 
 class Trainer:
@@ -108,6 +114,8 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         self.prepare()
         self.reporter.phase("training")
+        if self.rank == 0:
+            self.run.write_json(RUN, {**self.run.read_json(RUN), "training_began": time.time()})
         while self.state.progress.epoch <= self.recipe.epochs:
             if self.told_to_stop():
                 self.checkpointer.wait()
@@ -211,6 +219,10 @@ class Trainer:
                 check_finite(self.figures[:, NORM], progress.epoch)
             if self.reporter.due():
                 self.tell(lr, begun_at)
+                if self.world_size == 1 and job.status_store.stop_requested() and progress.step < self.steps:
+                    self.save_in_mid_epoch(wait=True)
+                    self.checkpointer.wait()
+                    raise StopRequestedError
             if job.checkpoint_steps and progress.step % job.checkpoint_steps == 0 and progress.step < self.steps:
                 self.save_in_mid_epoch()
             if self.preemption.announced() and progress.step < self.steps:

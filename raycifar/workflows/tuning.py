@@ -20,9 +20,11 @@ from raycifar.models import slug
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.recipes import Recipe, describe_changes
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
-from raycifar.terminal import POLL_SECONDS
-from raycifar.train import Request, build_trainer, conclude, fit, identify, record
+from raycifar.terminal import POLL_SECONDS, Screen
+from raycifar.workflows.identity import Inputs
+from raycifar.workflows.requests import TrainingRequest
 from raycifar.workflows.search_space import PastTrial, Space, suggest
+from raycifar.workflows.training import finish, fit, prepare
 from raycifar.workflows.trial import Trial
 
 REDUCTION = 3  # ASHA (Li et al., 2020) goes on with one trial of so many at each rung
@@ -36,7 +38,7 @@ DRIVER = {"node:__internal_head__": 0.001}
 class Study:
     """What is compared. Each task's request is `base` with its own model, seed, recipe and name."""
 
-    base: Request
+    base: TrainingRequest
     folder: str
     recipes: Mapping[str, Recipe]  # by model, in the order of the trials
     starts: Mapping[str, InitialWeights]
@@ -47,7 +49,7 @@ class Study:
     def run(self, task: Trial) -> RunFolder:
         return RunFolder(self.folder, task.name)
 
-    def request(self, task: Trial) -> Request:
+    def request(self, task: Trial) -> TrainingRequest:
         return replace(
             self.base,
             storage=self.folder,
@@ -56,6 +58,7 @@ class Study:
             seed=task.seed,
             recipe=task.recipe,
             test=not task.search,
+            search=task.search,
             rungs=rungs(task.recipe.epochs) if task.search else (),
         )
 
@@ -79,11 +82,19 @@ class Plan(Searcher):
         self.searches: dict[str, list[Trial]] = {model: [] for model in study.recipes}
         self.finals: dict[str, list[Trial]] = {}
         self.by_trial: dict[str, Trial] = {}
+        self.stopped = False
         self._advance()
 
     @property
     def tasks(self) -> list[Trial]:
         return [task for group in (self.searches, self.finals) for tasks in group.values() for task in tasks]
+
+    def stop(self) -> None:
+        """Begin no other trial, and ask those that are under way to leave a checkpoint and end."""
+        self.stopped = True
+        for task in self.tasks:
+            if task.status == "running":
+                task.status_store.request_stop()
 
     # Ray Tune asks ---------------------------------------------------------------------------------
 
@@ -94,6 +105,8 @@ class Plan(Searcher):
         running = sum(task.status == "running" for task in self.tasks)
         if running >= self.most_at_once:
             return None
+        if self.stopped:
+            return None if running else Searcher.FINISHED
         task = next((task for task in self.tasks if task.status == "waiting"), None) or self._next_search()
         if task is None:
             return None if running else Searcher.FINISHED
@@ -273,11 +286,11 @@ def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Wor
     request, run = study.request(task), study.run(task)
     try:
         splits = split(source, request.val_size, request.limit, request.seed)
-        start = study.starts[task.model]
-        record(run, identify(request, source, splits, start), workers)
-        trainer = build_trainer(request, run, status_store, source, splits, start, workers, debug=False)
+        inputs = Inputs(source, splits, study.starts[task.model])
+        prepared = prepare(request, Screen(quiet=True), inputs=inputs, workers=workers, status_store=status_store)
         waiting = Waiting(workers, request.wait)
-        conclude(run, fit(trainer, lambda running: report_epochs(task, running, waiting), request.max_failures))
+        if not prepared.result:
+            finish(prepared, fit(prepared, lambda running: report_epochs(task, running, waiting)))
     except WorkError as error:
         if (run.read_json(RESULT) or {}).get("status") == "failed":
             return  # it would fail again
