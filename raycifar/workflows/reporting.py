@@ -102,6 +102,21 @@ def read_files(folder: RunFolder) -> "RunFiles":
     return RunFiles(folder.name, story, folder.read(PREDICTIONS), folder.read(IMAGES))
 
 
+def read_report(folder: RunFolder) -> dict[str, Any]:
+    """Return what `report.json` holds of a run, as its files are now."""
+    from raycifar.analysis.reports import read_run
+
+    return read_run(read_files(folder))
+
+
+def read_comparison_report(folder: RunFolder) -> dict[str, Any]:
+    """Return what `report.json` holds of a comparison, as its files are now."""
+    from raycifar.analysis.reports import read_comparison
+
+    comparison = folder.read_json(COMPARISON)
+    return read_comparison(folder.name, [read_files(run) for run in find_runs(folder, comparison)], comparison)
+
+
 def write_run(
     folder: RunFolder, source: Source | None, out: RunFolder | None = None, kind: str = "html"
 ) -> dict[str, Any]:
