@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 
 from raycifar import models
-from raycifar.cluster.status import StatusStore
+from raycifar.cluster.status import Phase, StatusStore
 from raycifar.errors import RequestError, WorkError
 from raycifar.models.initial_weights import load_initial_weights
 from raycifar.options import Model, command, pick_recipe, recipe_options, training_options
@@ -42,7 +42,7 @@ HELP = {
     "train": "a larger --batch-size would help: what is done for each step weighs less",
     "epoch": "fewer validation images (--val-size) would help",
 }
-FIRST_STEP = "training …"  # what `train` says when it takes its first step
+FIRST_STEP = f"{Phase.TRAINING} …"  # what `train` says when it takes its first step
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110})
@@ -100,7 +100,7 @@ def time_stages(
             start = load_initial_weights(request.model, recipe, source.train)
         with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
             workers = place(request, RunFolder(request.storage, request.name), debug=debug)
-            from raycifar.cluster.sizing import Waiting
+            from raycifar.cluster.waiting import Waiting
             from raycifar.engine.bench import Plan, bench_loop_per_worker
         screen.say(f"{request.model} on {workers}, {len(splits.train):,} images, {options['rounds']} rounds")
         run, status_store = RunFolder(request.storage, request.name), StatusStore(uuid.uuid4().hex)

@@ -32,7 +32,7 @@ from raycifar.storage.run_folder import (
     RunFolder,
 )
 from raycifar.terminal import Screen, alongside
-from raycifar.train import Request, and_weights, check_batch_size, read, storing_in
+from raycifar.train import UNTIL_EXIT, Request, and_weights, check_batch_size, read, storing_in
 
 SCORES = ("top1", "top5", "loss")
 
@@ -98,9 +98,11 @@ def train_and_compare(options: dict[str, Any], name: str, folder: RunFolder, scr
     base = Request(**{**given, "name": name, "model": names[0], "recipe": recipes[names[0]]})
     with screen.waiting("Starting Ray"):
         from raycifar.cluster import sizing as cluster
-        from raycifar.workflows.tuning import AshaByModel, Plan, Study, orchestrate
+        from raycifar.cluster.connection import connected
+        from raycifar.cluster.nodes import check_nodes
+        from raycifar.workflows.tuning import AshaByModel, Study, StudySearcher, orchestrate
 
-        cluster.connect(debug=debug, dashboard=True)
+        UNTIL_EXIT.enter_context(connected(debug=debug, dashboard=True))
         # The costliest first: what is left at the end then fills the cluster best.
         cost = {model: models.flops(start.architecture) for model, start in starts.items()}.__getitem__
         recipes = {model: recipes[model] for model in sorted(names, key=cost, reverse=True)}
@@ -108,7 +110,7 @@ def train_and_compare(options: dict[str, Any], name: str, folder: RunFolder, scr
         workers, fit = cluster.size_trials(options["workers"], options["device"], options["cpus_per_worker"], trials)
         most = options["max_trials"] or fit
         with folder.marker() as file:
-            cluster.check_nodes(workers, file)
+            check_nodes(workers, file)
     screen.facts(
         name,
         {
@@ -125,22 +127,22 @@ def train_and_compare(options: dict[str, Any], name: str, folder: RunFolder, scr
 
     refresh = Refresher(lambda: write_comparison(folder)) if options["report"] else lambda: None
     study = Study(base, folder.folder, recipes, starts, seeds, options["search"], spaces)
-    plan = Plan(study, most, AshaByModel({model: recipe.epochs for model, recipe in recipes.items()}))
-    if done := sum(task.over for task in plan.tasks):
+    searcher = StudySearcher(study, most, AshaByModel({model: recipe.epochs for model, recipe in recipes.items()}))
+    if done := sum(trial.over for trial in searcher.trials):
         screen.say(f"{done} trials are over already, and not run again.")
     try:
         alongside(
-            lambda: orchestrate(study, plan, source, workers),
-            lambda running: screen.follow_trials(lambda: plan.tasks, running, refresh),
+            lambda: orchestrate(study, searcher, source, workers),
+            lambda running: screen.follow_trials(lambda: searcher.trials, running, refresh),
         )
     except Interrupted:
         screen.say(f"To continue, give the same command with --name {name}")
         raise
 
-    finals = [task for tasks in plan.finals.values() for task in tasks]
+    finals = [task for tasks in searcher.finals.values() for task in tasks]
     finished = [read_run(study.run(task).folder) for task in finals if task.status == "finished"]
-    failed = [{"run": task.name, "reason": task.reason} for task in plan.tasks if task.status == "failed"]
-    search = {model: describe_search(plan, model) for model in names if options["search"]}
+    failed = [{"run": task.name, "reason": task.reason} for task in searcher.trials if task.status == "failed"]
+    search = {model: describe_search(searcher, model) for model in names if options["search"]}
     order = {model: rank for rank, model in enumerate(names)}
     finished.sort(key=lambda run: (order[run.run["model"]], run.run["seed"]))
     if options["report"]:

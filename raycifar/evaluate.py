@@ -124,16 +124,20 @@ def predict(
     import torch
 
     from raycifar.cluster import sizing as cluster
+    from raycifar.cluster.connection import connected, quiet
+    from raycifar.cluster.waiting import make_room
+    from raycifar.train import UNTIL_EXIT
 
     precision = (about or {}).get("precision", "auto")  # that of the run: its scores come out the same
     if count == 0:
-        workers = cluster.in_process(device, cpus, debug=debug)
+        UNTIL_EXIT.enter_context(quiet(debug=debug))
+        workers = cluster.in_process(device, cpus)
     else:
         with screen.waiting("Starting Ray"):
-            cluster.connect(debug=debug)
+            UNTIL_EXIT.enter_context(connected(debug=debug))
             workers = cluster.size(count, device, cpus)
         with screen.line() as line:
-            cluster.make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
+            make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
     scorer = {
         "weights": weights,
         "precision": precision,

@@ -167,7 +167,9 @@ def leave(code: int, sentence: str | None = None, *, quiet: bool = False) -> Non
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Ray's own core writes to the descriptor
     ray = sys.modules.get("ray")  # half imported, maybe, by another thread
     if ray and getattr(ray, "is_initialized", bool)():
-        ray._private.auto_init_hook.enable_auto_connect = False  # else a thread that still works starts Ray anew
+        from raycifar.cluster import ray_internals
+
+        ray_internals.forbid_auto_init()
         ray.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

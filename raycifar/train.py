@@ -5,7 +5,7 @@
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib import import_module
@@ -37,6 +37,7 @@ from raycifar.report import Refresher, explain, write_run
 from raycifar.storage.run_folder import KEPT, REPORT_PAGE, RESULT, RUN, RunFolder
 from raycifar.terminal import Screen, alongside, result_lines
 
+UNTIL_EXIT = ExitStack()  # the connection to Ray, which a command keeps to its end
 RESIZE_SECONDS = 15  # between two looks whether an elastic run can grow
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
     with storing_in(run, screen):
         record(run, identity, workers)
 
-    from raycifar.cluster.sizing import Waiting
+    from raycifar.cluster.waiting import Waiting
 
     status_store, waiting = StatusStore(uuid.uuid4().hex), Waiting(workers, request.wait)
     refresh = Refresher(lambda: write_run(run, source)) if request.report else lambda: None
@@ -219,7 +220,7 @@ def flatten(identity: dict[str, Any]) -> dict[str, Any]:
 
 def record(run: RunFolder, identity: dict[str, Any], workers: "Workers") -> None:
     """Write `run.json`; of a run that is resumed, the day it was begun stays, and a failure is forgotten."""
-    from raycifar.cluster.sizing import versions
+    from raycifar.cluster.nodes import versions
 
     run.delete(RESULT)
     now = f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}"
@@ -271,14 +272,17 @@ def storing_in(run: RunFolder, screen: Screen) -> Iterator[None]:
 def place(request: Request, run: RunFolder, *, debug: bool) -> "Workers":
     """Connect to Ray, unless training in this process, size the workers to it, and see that all nodes can take part."""
     from raycifar.cluster import sizing as cluster
+    from raycifar.cluster.connection import connected, quiet
+    from raycifar.cluster.nodes import check_nodes
 
     if request.workers == 0:
-        return cluster.in_process(request.device, request.cpus_per_worker, debug=debug)
-    cluster.connect(debug=debug)
+        UNTIL_EXIT.enter_context(quiet(debug=debug))
+        return cluster.in_process(request.device, request.cpus_per_worker)
+    UNTIL_EXIT.enter_context(connected(debug=debug))
     workers = cluster.size(request.workers, request.device, request.cpus_per_worker)
     check_batch_size(request.recipe, workers.count)
     with run.marker() as file:
-        cluster.check_nodes(workers, file)
+        check_nodes(workers, file)
     return workers
 
 
@@ -299,13 +303,12 @@ def build_trainer(
     Args:
         plan: gives what the workers run, and its configuration, instead of training.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.config import LoggingConfig
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
-    from raycifar.cluster.sizing import versions
+    from raycifar.cluster.controller_callbacks import FailureCounter
+    from raycifar.cluster.nodes import versions
+    from raycifar.cluster.stoppable import StoppableTrainer
     from raycifar.data.shards import ExactShards, to_datasets
-    from raycifar.engine.reporter import EndsWithItsDriver, Failures
     from raycifar.engine.trainer import Job, train_loop_per_worker
 
     # Ray Train takes one report of each worker at each look, every 2 s by default: epochs of a GPU are shorter.
@@ -333,7 +336,7 @@ def build_trainer(
     tables = {name: table for name, table in splits.tables().items() if name != "test" or request.test}
     run.mend_snapshot()
     loop, config = plan(job) if plan else (train_loop_per_worker, {"job": job})
-    return TorchTrainer(
+    return StoppableTrainer(
         loop,
         train_loop_config=config,
         datasets=to_datasets(tables, range(workers.needed, workers.count + 1)),
@@ -350,7 +353,7 @@ def build_trainer(
             storage_filesystem=run.filesystem,
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
             failure_config=FailureConfig(max_failures=-1),  # our callback counts
-            callbacks=[Failures(status_store, request.max_failures), EndsWithItsDriver()],
+            callbacks=[FailureCounter(status_store, request.max_failures)],
             logging_config=LoggingConfig("INFO" if debug else "ERROR"),
         ),
     )
@@ -379,7 +382,7 @@ def fit(trainer: "TorchTrainer", follow: Callable[[Callable[[], bool]], None], m
     except WorkError:
         raise
     except Exception as error:
-        cause = getattr(error, "controller_failure", error)  # what `Failures` raised, which names the worker
+        cause = getattr(error, "controller_failure", error)  # what `FailureCounter` raised, which names the worker
         raise WorkError(
             f"training failed: {in_a_line(cause)}. The same command continues from the last checkpoint."
         ) from error
