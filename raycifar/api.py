@@ -14,7 +14,7 @@ on at a time in a process.
 import html
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 
-from raycifar.cluster.status import in_a_cluster
 from raycifar.errors import RequestError, WorkError
 from raycifar.recipes import Recipe
 from raycifar.storage.records import EpochRecord
@@ -175,8 +174,8 @@ def train(model: str, *, progress: bool = True, **options: Any) -> Run:
         WorkError: training failed; the run folder keeps what was reached.
     """
     request, screen = TrainingRequest.of(model, **options), Screen(quiet=not progress)
-    with ray_left_as_found(), telling_how_to_continue(screen, request.name):
-        training.train(request, screen)
+    with ExitStack() as connection, telling_how_to_continue(screen, request.name):
+        training.train(request, screen, connection)
     return Run(RunFolder(request.storage, request.name))
 
 
@@ -284,11 +283,11 @@ def compare(
     if bool(names) == bool(places):
         raise RequestError("either models to train, or finished runs: one of both is needed.")
     request, screen = ComparisonRequest.of(names, **options), Screen(quiet=not progress)
-    with ray_left_as_found(), telling_how_to_continue(screen, request.name):
+    with ExitStack() as connection, telling_how_to_continue(screen, request.name):
         if places:
             study.compare_runs(places, request, screen, show=lambda comparison: None)
         else:
-            study.train_and_compare(request, screen, show=lambda comparison: None)
+            study.train_and_compare(request, screen, connection, show=lambda comparison: None)
     return Comparison(RunFolder(request.storage, request.name))
 
 
@@ -305,19 +304,6 @@ def open_comparison(place: str | Path) -> Comparison:
 
 
 # Around the work ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def ray_left_as_found() -> Iterator[None]:
-    """End a Ray that is started within, and leave one alone that was there before."""
-    there = in_a_cluster()
-    try:
-        yield
-    finally:
-        if not there and in_a_cluster():
-            import ray
-
-            ray.shutdown()
 
 
 @contextmanager

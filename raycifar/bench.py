@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from raycifar import models
-from raycifar.command import command
+from raycifar.command import UNTIL_EXIT, command
 from raycifar.options import WIDE, recipe_options, request_options
 from raycifar.storage.run_folder import BENCH, BENCH_CHART, RunFolder
 from raycifar.tables import bench_table
@@ -31,7 +31,7 @@ def main(debug: bool, model: str, rounds: int, against: str, startup: bool, out:
     """
     screen, ways = Screen(), [name.strip() for name in against.split(",") if name.strip()]
     request = TrainingRequest.of(model, **options)
-    found = bench(request, screen, rounds=rounds, against=ways, startup=startup, out=out, debug=debug)
+    found = bench(request, screen, UNTIL_EXIT, rounds=rounds, against=ways, startup=startup, out=out, debug=debug)
     screen.console.print(bench_table(found, STAGES))
     screen.lines(sentences(found))
     screen.say(f"Written to {RunFolder.at(out).folder}: {BENCH}, {BENCH_CHART}")

@@ -7,11 +7,15 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import click
 
 from raycifar.errors import RequestError, StorageError, WorkError
+
+
+UNTIL_EXIT = ExitStack()  # holds the connection to Ray, which `leave` ends
 
 
 class Interrupted(BaseException):
@@ -73,7 +77,9 @@ def leave(code: int, sentence: str | None = None, *, quiet: bool = False) -> Non
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Ray's own core writes to the descriptor
     ray = sys.modules.get("ray")  # half imported, maybe, by another thread
     if ray and getattr(ray, "is_initialized", bool)():
-        ray._private.auto_init_hook.enable_auto_connect = False  # else a thread that still works starts Ray anew
+        from raycifar.cluster import ray_internals
+
+        ray_internals.forbid_auto_init()  # else a thread that still works starts Ray anew
         ray.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

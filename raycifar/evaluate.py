@@ -2,7 +2,7 @@
 
 import click
 
-from raycifar.command import command
+from raycifar.command import UNTIL_EXIT, command
 from raycifar.options import WIDE
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PREDICTIONS
 from raycifar.tables import evaluation_table
@@ -26,7 +26,7 @@ def main(debug: bool, **options: object) -> None:
     page of it, and with what was predicted of each image predictions.parquet.
     """
     screen = Screen()
-    found, folder = evaluate(EvaluationRequest(**options), screen, debug=debug)  # type: ignore[arg-type]
+    found, folder = evaluate(EvaluationRequest(**options), screen, UNTIL_EXIT, debug=debug)  # type: ignore[arg-type]
     ends = found["intervals"]["top1"]
     screen.say(
         f"{found['images']:,} images: top-1 {found['top1']:.4f} (95 % interval {ends['low']:.4f} to "

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from raycifar import models
-from raycifar.command import Interrupted, command
+from raycifar.command import UNTIL_EXIT, Interrupted, command
 from raycifar.options import WIDE, recipe_options, request_options
 from raycifar.terminal import Screen
 from raycifar.workflows import training
@@ -24,7 +24,7 @@ def main(debug: bool, model: str, **options: Any) -> None:
     """
     request, screen = TrainingRequest.of(model, **options), Screen()
     try:
-        training.train(request, screen, debug=debug)
+        training.train(request, screen, UNTIL_EXIT, debug=debug)
     except Interrupted:
         screen.say(f"To continue, give the same command with --name {request.name}")
         raise

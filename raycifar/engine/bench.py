@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raycifar.cluster.status import Phase
 from raycifar.data import SHAPE
 from raycifar.engine import baseline_dataloader as common
 from raycifar.engine.cuda import cuda_graphed
@@ -61,12 +62,12 @@ def bench_loop_per_worker(config: dict[str, Any]) -> dict[str, list[float]]:
         "checkpoint": lambda: save(worker),
         **{name: WAYS[name](worker) for name in plan.against},
     }
-    worker.reporter.phase("warming up")
+    worker.reporter.phase(Phase.WARMING_UP)
     for stage in stages.values():
         stage()  # compiles, fills caches, starts processes
     seconds: dict[str, list[float]] = {name: [] for name in stages}
     for number in range(plan.rounds):
-        worker.reporter.phase(f"timing, round {number + 1} of {plan.rounds}")
+        worker.reporter.phase(Phase.TIMING, f"round {number + 1} of {plan.rounds}")
         for name, stage in stages.items():
             begun = clock(worker)
             stage()

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raycifar.analysis.collapse import collapse
-from raycifar.cluster.sizing import objection
-from raycifar.cluster.status import StatusStore
+from raycifar.cluster.nodes import objection
+from raycifar.cluster.status import ModelFacts, Phase, StatusStore
 from raycifar.data import CLASSES
 from raycifar.data.shards import Shard, bounds, load_shard
 from raycifar.engine.augment import augment, mix, preprocess
@@ -81,15 +81,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     worker = Trainer(config["job"])
     try:
         return worker.train()
-    except StopRequestedError:
-        return {"interrupted": True}
     except StopTrainingError as stop:
         worker.checkpointer.wait()
         return {"failure": str(stop)}
-
-
-class StopRequestedError(Exception):
-    """The driver has asked the run to end; what was trained is saved."""
 
 
 class Trainer:
@@ -113,9 +107,7 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         self.prepare()
-        self.reporter.phase("training")
-        if self.rank == 0:
-            self.run.write_json(RUN, {**self.run.read_json(RUN), "training_began": time.time()})
+        self.reporter.phase(Phase.TRAINING)
         while self.state.progress.epoch <= self.recipe.epochs:
             if self.told_to_stop():
                 self.checkpointer.wait()
@@ -134,12 +126,12 @@ class Trainer:
 
     def prepare(self) -> None:
         """Bring the images to the device, and the network to where training begins or goes on."""
-        self.reporter.phase("loading images")
+        self.reporter.phase(Phase.LOADING_IMAGES)
         self.check_node()
         self.train_set = load_shard("train", self.device)
         self.val_set = load_shard("val", self.device) if self.job.val_images else None
 
-        self.reporter.phase("building the model")
+        self.reporter.phase(Phase.BUILDING_MODEL)
         self.dtype = choose_precision(self.recipe.precision, self.device)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         weights = self.job.start.weights
@@ -171,7 +163,7 @@ class Trainer:
 
     def test(self) -> dict[str, float]:
         """Score the test set, and keep what was predicted of each image."""
-        self.reporter.phase("scoring the test set")
+        self.reporter.phase(Phase.SCORING_TEST)
         test_set, images = load_shard("test", self.device), self.job.test_images
         logits, scores = self.score(test_set)
         probabilities, labels = (self.gather(part, images) for part in (logits.softmax(1), test_set.labels))
@@ -219,10 +211,6 @@ class Trainer:
                 check_finite(self.figures[:, NORM], progress.epoch)
             if self.reporter.due():
                 self.tell(lr, begun_at)
-                if self.world_size == 1 and job.status_store.stop_requested() and progress.step < self.steps:
-                    self.save_in_mid_epoch(wait=True)
-                    self.checkpointer.wait()
-                    raise StopRequestedError
             if job.checkpoint_steps and progress.step % job.checkpoint_steps == 0 and progress.step < self.steps:
                 self.save_in_mid_epoch()
             if self.preemption.announced() and progress.step < self.steps:
@@ -236,7 +224,7 @@ class Trainer:
 
     def leave(self) -> None:
         """Leave a node that is being taken away, with nothing lost."""
-        self.reporter.phase("saving: a node is being taken away")
+        self.reporter.phase(Phase.SAVING)
         self.save_in_mid_epoch(wait=True)
         raise PreemptedError(PreemptedError.sentence)
 
@@ -319,7 +307,7 @@ class Trainer:
         if self.rank == 0:
             self.run.write_history(map(EpochRecord.from_json, history))
             self.run.write(EVENTS, to_events(history))
-        self.reporter.epoch(history)
+        self.reporter.epoch([EpochRecord.from_json(row) for row in history])
         if self.state.enter_stage():
             self.parallelise()
         self.save(row, best=row is best(history) if self.val_set else False)
@@ -404,7 +392,7 @@ class Trainer:
         )
         workers = f", with {self.world_size} workers" if self.world_size > 1 else ""
         self.reporter.notice(f"Continuing from {where} ({name}){workers}.")
-        self.reporter.epoch(progress.history)
+        self.reporter.epoch([EpochRecord.from_json(row) for row in progress.history])
         if self.rank == 0:
             self.run.write_history(map(EpochRecord.from_json, progress.history))
 
@@ -425,13 +413,13 @@ class Trainer:
 
     def describe(self) -> None:
         """Tell what trains on what: on the screen, and in the run's record."""
-        facts = {
+        facts: dict[str, Any] = {
             "parameters": sum(p.numel() for p in self.state.model.parameters()),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "precision": str(self.dtype).removeprefix("torch."),
         }
-        self.reporter.about(facts)
+        self.reporter.about(ModelFacts(**facts))
         if self.rank == 0:
             self.run.write_json(RUN, {**self.run.read_json(RUN), **facts})
 

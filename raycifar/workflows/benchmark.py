@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ POLL_SECONDS = 0.02  # between two looks whether a run has begun
 def bench(
     request: TrainingRequest,
     screen: "Screen",
+    connection: ExitStack,
     *,
     rounds: int,
     against: Sequence[str] = (),
@@ -51,6 +53,7 @@ def bench(
     """Time a model's training, write `bench.json` and its chart, and return the first.
 
     Args:
+        connection: enters the connection to Ray.
         rounds: how often each stage is timed. against: ways of others to time, too.
         startup: time the way to the first step, too. out: a folder or URI.
 
@@ -63,12 +66,10 @@ def bench(
         raise RequestError("--against stream streams to workers: give --workers 1 or more.")
     if isinstance(request.workers, tuple):
         raise RequestError("an elastic run can't be timed: give --workers one number.")
-    rates = time_stages(request, rounds, against, screen, debug=debug)
+    rates = time_stages(request, rounds, against, screen, connection, debug=debug)
     found = {"model": request.model, "recipe": dataclasses.asdict(request.recipe), **summarise(rates, against)}
     if startup:
-        import ray
-
-        ray.shutdown()  # this process's Ray would take its share of the cores
+        connection.close()  # this process's Ray would take its share of the cores
         found["startup"] = time_startup(request, rounds, screen)
     folder = RunFolder.at(out)
     folder.write_json(BENCH, found)
@@ -80,20 +81,26 @@ def bench(
 
 
 def time_stages(
-    request: TrainingRequest, rounds: int, against: Sequence[str], screen: "Screen", *, debug: bool
+    request: TrainingRequest,
+    rounds: int,
+    against: Sequence[str],
+    screen: "Screen",
+    connection: ExitStack,
+    *,
+    debug: bool,
 ) -> dict[str, list[float]]:
     """Return images per second of each stage, a figure for each round."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # interrupted, workers still write
         timed = dataclasses.replace(request, name="bench", storage=folder, checkpoint_steps=0, test=False)
-        run = prepare(timed, screen, debug=debug)
-        from raycifar.cluster.sizing import Waiting
-        from raycifar.engine.bench import Plan, bench_loop_per_worker
+        run = prepare(timed, screen, connection, debug=debug)
+        from raycifar.cluster.waiting import Waiting
+        from raycifar.engine.bench import BenchmarkJob, bench_loop_per_worker
 
         screen.say(f"{request.model} on {run.workers}, {len(run.inputs.splits.train):,} images, {rounds} rounds")
         return fit(
             run,
             lambda running: screen.follow_phase(run.status_store, running, Waiting(run.workers, request.wait)),
-            lambda job: (bench_loop_per_worker, {"plan": Plan(job, rounds, tuple(against))}),
+            lambda job: (bench_loop_per_worker, {"job": BenchmarkJob(job, rounds, tuple(against))}),
         )
 
 

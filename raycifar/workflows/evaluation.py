@@ -1,5 +1,6 @@
 """Scoring a trained network on a data set, as a Ray Data job."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,9 @@ class EvaluationRequest:
 def evaluate(request: EvaluationRequest, screen: "Screen", *, debug: bool = False) -> tuple[dict[str, Any], RunFolder]:
     """Score a network; write evaluation.json, a page of it, and predictions.parquet.
 
+    Args:
+        connection: enters the connection to Ray.
+
     Returns:
         The content of `evaluation.json`, and the folder that it was written to.
 
@@ -59,7 +63,7 @@ def evaluate(request: EvaluationRequest, screen: "Screen", *, debug: bool = Fals
     images = getattr(source, request.split)
     table = take(images, np.arange(len(images)))
     precision = (run or {}).get("precision", "auto")  # that of the run: its scores come out the same
-    logits = ask(table, weights, precision, request, screen, debug=debug)
+    logits = ask(table, weights, precision, request, screen, connection, debug=debug)
 
     scores, predictions = score_predictions(logits, table, source)
     evaluation = {"network": request.network, "data": source.name, "split": request.split, **scores}
@@ -111,22 +115,26 @@ def ask(
     precision: Any,
     request: EvaluationRequest,
     screen: "Screen",
+    connection: ExitStack,
     *,
     debug: bool,
 ) -> "Tensor":
     """Return the logits (images, classes) float32 of a split, in its order."""
     import torch
 
-    from raycifar.cluster import sizing as cluster
+    from raycifar.cluster import sizing
+    from raycifar.cluster.connection import connected, quiet
+    from raycifar.cluster.waiting import make_room
 
     if request.count == 0:
-        workers = cluster.in_process(request.device, request.cpus_per_worker, debug=debug)
+        connection.enter_context(quiet(debug=debug))
+        workers = sizing.in_process(request.device, request.cpus_per_worker)
     else:
         with screen.waiting("Starting Ray"):
-            cluster.connect(debug=debug)
-            workers = cluster.size(request.count, request.device, request.cpus_per_worker)
+            connection.enter_context(connected(debug=debug))
+            workers = sizing.size(request.count, request.device, request.cpus_per_worker)
         with screen.line() as line:
-            cluster.make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
+            make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
     scorer = {
         "weights": weights,
         "precision": precision,

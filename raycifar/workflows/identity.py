@@ -79,7 +79,7 @@ def flatten(identity: dict[str, Any]) -> dict[str, Any]:
 
 def record(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any], workers: "Workers") -> None:
     """Write `run.json`; of a run that is resumed, the day it was begun stays, and a failure is forgotten."""
-    from raycifar.cluster.sizing import versions
+    from raycifar.cluster.nodes import versions
 
     folder.delete(RESULT)
     now = f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}"

@@ -4,13 +4,13 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.api.config import LoggingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
-from raycifar.cluster.ray_internals import StoppableTrainer
-from raycifar.cluster.sizing import versions
+from raycifar.cluster.controller_callbacks import FailureCounter
+from raycifar.cluster.nodes import versions
+from raycifar.cluster.stoppable import StoppableTrainer
+from raycifar.data import CIFAR100
 from raycifar.data.shards import ExactShards, to_datasets
-from raycifar.engine.reporter import EndsWithItsDriver, Failures
 from raycifar.engine.trainer import Job, train_loop_per_worker
 from raycifar.storage.run_folder import KEPT
 
@@ -54,7 +54,7 @@ def build_trainer(run: "PreparedRun", work: Work | None = None) -> StoppableTrai
             storage_filesystem=folder.filesystem,
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
             failure_config=FailureConfig(max_failures=-1),  # our callback counts
-            callbacks=[Failures(run.status_store, run.request.max_failures), EndsWithItsDriver()],
+            callbacks=[FailureCounter(run.status_store, run.request.max_failures)],
             logging_config=LoggingConfig("INFO" if run.debug else "ERROR"),
         ),
     )
@@ -65,13 +65,14 @@ def build_job(run: "PreparedRun") -> Job:
     return Job(
         run=run.folder,
         status_store=run.status_store,
-        start=inputs.start,
+        initial=inputs.start,
         recipe=request.recipe,
         seed=request.seed,
-        images=len(inputs.splits.train),
-        val_images=len(inputs.splits.val),
-        test_images=len(inputs.splits.test) if request.test else 0,
-        parents=inputs.source.superclasses(),
+        info=CIFAR100,
+        superclass_of=inputs.source.superclasses(),
+        num_train_images=len(inputs.splits.train),
+        num_val_images=len(inputs.splits.val),
+        num_test_images=len(inputs.splits.test) if request.test else 0,
         use_gpu=run.workers.use_gpu,
         threads=run.workers.threads,
         in_process=run.workers.count == 0,

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ from raycifar.workflows.training import STOP_SECONDS, and_weights, read_images
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
     from raycifar.terminal import Screen
-    from raycifar.workflows.tuning import Plan, Study
+    from raycifar.workflows.tuning import Study, StudySearcher
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -55,21 +56,24 @@ class PreparedComparison:
     folder: RunFolder
     source: Source
     study: "Study"
-    plan: "Plan"
+    searcher: "StudySearcher"
     workers: "Workers"  # of each trial
 
 
-def train_and_compare(request: ComparisonRequest, screen: "Screen", show: Show, *, debug: bool = False) -> None:
+def train_and_compare(
+    request: ComparisonRequest, screen: "Screen", connection: ExitStack, show: Show, *, debug: bool = False
+) -> None:
     """Train every model with every seed, compare them, and draw the report.
 
     Args:
+        connection: enters the connection to Ray.
         show: called with the content of `comparison.json`, unless no trial finished.
 
     Raises:
         RequestError: the request is wrong; nothing was started or written.
         WorkError: some of the trials failed; the others are compared.
     """
-    prepared = prepare(request, screen, debug=debug)
+    prepared = prepare(request, screen, connection, debug=debug)
     run(prepared, screen)
     finish(prepared, screen, show)
 
@@ -77,7 +81,9 @@ def train_and_compare(request: ComparisonRequest, screen: "Screen", show: Show, 
 # The three steps ------------------------------------------------------------------------------------
 
 
-def prepare(request: ComparisonRequest, screen: "Screen", *, debug: bool = False) -> PreparedComparison:
+def prepare(
+    request: ComparisonRequest, screen: "Screen", connection: ExitStack, *, debug: bool = False
+) -> PreparedComparison:
     """Read and check what the trials begin with, connect to Ray, size them to it, and write `study.json`.
 
     Raises:
@@ -92,15 +98,17 @@ def prepare(request: ComparisonRequest, screen: "Screen", *, debug: bool = False
     agreement = agree(folder, request, spaces, source, starts)
 
     with screen.waiting("Starting Ray"):
-        from raycifar.cluster import sizing as cluster
-        from raycifar.workflows.tuning import AshaByModel, Plan, Study
+        from raycifar.cluster import sizing
+        from raycifar.cluster.connection import connected
+        from raycifar.cluster.nodes import check_nodes
+        from raycifar.workflows.tuning import AshaByModel, Study, StudySearcher
 
-        cluster.connect(debug=debug, dashboard=True)
+        connection.enter_context(connected(debug=debug, dashboard=True))
         trials = len(recipes) * (request.search + request.seeds)
-        workers, fit = cluster.size_trials(request.workers, request.device, request.cpus_per_worker, trials)
+        workers, fit = sizing.size_trials(request.workers, request.device, request.cpus_per_worker, trials)
         most = request.max_trials or fit
         with folder.marker() as file:
-            cluster.check_nodes(workers, file)
+            check_nodes(workers, file)
     screen.facts(
         request.name,
         {
@@ -120,31 +128,31 @@ def prepare(request: ComparisonRequest, screen: "Screen", *, debug: bool = False
     ordered = {model: recipes[model] for model in sorted(recipes, key=cost, reverse=True)}
     seeds = list(range(request.seed, request.seed + request.seeds))
     study = Study(first, folder.folder, ordered, starts, seeds, request.search, spaces)
-    plan = Plan(study, most, AshaByModel({model: recipe.epochs for model, recipe in ordered.items()}))
-    return PreparedComparison(request, folder, source, study, plan, workers)
+    searcher = StudySearcher(study, most, AshaByModel({model: recipe.epochs for model, recipe in ordered.items()}))
+    return PreparedComparison(request, folder, source, study, searcher, workers)
 
 
 def run(prepared: PreparedComparison, screen: "Screen") -> None:
-    """Run the trials that are not over, and show them; how each ended is then in the plan.
+    """Run the trials that are not over, and show them; how each ended is then in the searcher.
 
     KeyboardInterrupt stops those that are under way, which leave checkpoints, and is raised again.
     """
     from raycifar.workflows.tuning import orchestrate
 
-    plan, folder = prepared.plan, prepared.folder
-    if done := sum(trial.over for trial in plan.tasks):
+    searcher, folder = prepared.searcher, prepared.folder
+    if done := sum(trial.over for trial in searcher.trials):
         screen.say(f"{done} trials are over already, and not run again.")
 
     def stop(thread: Thread) -> None:
-        plan.stop()
+        searcher.stop()
         deadline = time.monotonic() + STOP_SECONDS
         while thread.is_alive() and time.monotonic() < deadline:
             thread.join(0.1)
 
     refresh = Refresher(lambda: write_comparison(folder)) if prepared.request.report else lambda: None
     alongside(
-        lambda: orchestrate(prepared.study, plan, prepared.source, prepared.workers),
-        lambda running: screen.follow_trials(lambda: plan.tasks, running, refresh),
+        lambda: orchestrate(prepared.study, searcher, prepared.source, prepared.workers),
+        lambda running: screen.follow_trials(lambda: searcher.trials, running, refresh),
         stop,
     )
 
@@ -155,8 +163,8 @@ def finish(prepared: PreparedComparison, screen: "Screen", show: Show) -> None:
     Raises:
         WorkError: trials failed; the message names them, and why.
     """
-    request, plan, folder = prepared.request, prepared.plan, prepared.folder
-    finals = [trial for trials in plan.finals.values() for trial in trials]
+    request, searcher, folder = prepared.request, prepared.searcher, prepared.folder
+    finals = [trial for trials in searcher.finals.values() for trial in trials]
     finished = [read_run(prepared.study.run(trial).folder) for trial in finals if trial.status == "finished"]
     order = list(request.recipes)
     finished.sort(key=lambda run: (order.index(run.run["model"]), run.run["seed"]))
@@ -166,8 +174,8 @@ def finish(prepared: PreparedComparison, screen: "Screen", show: Show) -> None:
                 explain(lambda each=each: write_run(RunFolder.at(each.folder), prepared.source))  # type: ignore[misc]
     if finished:
         more = {
-            "search": {model: describe_search(plan, model) for model in request.recipes if request.search},
-            "failed": [{"run": t.name, "reason": t.reason} for t in plan.tasks if t.status == "failed"],
+            "search": {model: describe_search(searcher, model) for model in request.recipes if request.search},
+            "failed": [{"run": t.name, "reason": t.reason} for t in searcher.trials if t.status == "failed"],
         }
         show(conclude(finished, folder, request.price_per_hour, more))
     if request.report:
@@ -237,12 +245,12 @@ def agree(
     return {**earlier, **now}
 
 
-def describe_search(plan: "Plan", model: str) -> dict[str, Any]:
+def describe_search(searcher: "StudySearcher", model: str) -> dict[str, Any]:
     """Return how the search for a model's recipe went, and what came of it."""
     trials = []
-    base = plan.study.recipes[model]
-    for trial in plan.searches[model]:
-        top1 = plan.val_top1(trial)
+    base = searcher.study.recipes[model]
+    for trial in searcher.searches[model]:
+        top1 = searcher.val_top1(trial)
         trials.append(
             {
                 "run": trial.name,
@@ -252,7 +260,7 @@ def describe_search(plan: "Plan", model: str) -> dict[str, Any]:
                 "val_top1": top1[-1] if top1 else None,
             }
         )
-    best, recipe = plan.best(model), trials[0]["val_top1"]
+    best, recipe = searcher.best(model), trials[0]["val_top1"]
     if best is None:
         sentence = f"The search for {model} failed in every trial; its recipe was kept."
     elif best.recipe == base:
@@ -264,7 +272,7 @@ def describe_search(plan: "Plan", model: str) -> dict[str, Any]:
         against = "which failed" if recipe is None else f"{recipe:.4f}"
         sentence = (
             f"The search for {model} found {describe_changes(best.recipe, base)}: validation top-1 "
-            f"{plan.val_top1(best)[-1]:.4f}, against its recipe's {against} (one run each, the best of {len(trials)})."
+            f"{searcher.val_top1(best)[-1]:.4f}, against its recipe's {against} (one run each, the best of {len(trials)})."
         )
     return {"trials": trials, "best": best and best.name, "sentence": sentence}
 

@@ -7,6 +7,7 @@
 
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from threading import Thread
@@ -27,8 +28,9 @@ from raycifar.workflows.requests import TrainingRequest, check_batch_size
 STOP_SECONDS = 10  # for a run that is interrupted to save what it has trained
 
 if TYPE_CHECKING:
-    from raycifar.cluster.ray_internals import StoppableTrainer
+    from raycifar.cluster.stoppable import StoppableTrainer
     from raycifar.cluster.sizing import Workers
+    from raycifar.engine.trainer import Outcome
     from raycifar.terminal import Screen
     from raycifar.workflows.ray_train import Work
 
@@ -46,8 +48,11 @@ class PreparedRun:
     debug: bool = False  # let Ray say all that it has to say
 
 
-def train(request: TrainingRequest, screen: "Screen", *, debug: bool = False) -> dict[str, Any]:
+def train(request: TrainingRequest, screen: "Screen", connection: ExitStack, *, debug: bool = False) -> dict[str, Any]:
     """Train, score and save a run, and show it; a finished run of the same name is only shown.
+
+    Args:
+        connection: enters the connection to Ray, which ends when whoever gave it closes it.
 
     Returns:
         The content of the run's `result.json`.
@@ -56,7 +61,7 @@ def train(request: TrainingRequest, screen: "Screen", *, debug: bool = False) ->
         RequestError: the request is wrong; nothing was started or written.
         WorkError: training failed; the run folder keeps what was reached.
     """
-    run = prepare(request, screen, debug=debug)
+    run = prepare(request, screen, connection, debug=debug)
     if run.result:
         screen.say(f"{run.folder.folder} is finished; nothing is trained again.")
         screen.lines(summary(run, run.result))
@@ -77,6 +82,7 @@ def train(request: TrainingRequest, screen: "Screen", *, debug: bool = False) ->
 def prepare(
     request: TrainingRequest,
     screen: "Screen",
+    connection: ExitStack | None = None,
     *,
     inputs: Inputs | None = None,
     workers: "Workers | None" = None,
@@ -86,6 +92,7 @@ def prepare(
     """Read and check what a run begins with, connect to Ray, size the workers to it, and write `run.json`.
 
     Args:
+        connection: enters the connection to Ray; not needed where the workers are known.
         inputs, workers, status_store: where there are such already, as for a comparison's trials.
 
     Raises:
@@ -99,7 +106,7 @@ def prepare(
     if result := earlier_result(folder, identity):
         return PreparedRun(request, folder, inputs, result=result)
     with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
-        workers = workers or allocate_workers(request, folder, debug=debug)
+        workers = workers or allocate_workers(request, folder, connection or ExitStack(), debug=debug)
     screen.facts(request.name, overview(identity, workers, folder.folder))
     with writing_first_file(folder, screen):
         record(folder, request, identity, workers)
@@ -131,33 +138,30 @@ def fit(run: PreparedRun, follow: Callable[[Callable[[], bool]], None], work: "W
     return fit_trainer(trainer, follow, stop, run.request.max_failures)
 
 
-def finish(run: PreparedRun, outcome: dict[str, Any]) -> dict[str, Any]:
-    """Write `result.json` and return it.
+def finish(run: PreparedRun, outcome: "Outcome") -> dict[str, Any]:
+    """Write `result.json` and return it; a run that was interrupted has none.
 
     Raises:
         WorkError: training stopped by itself; the result says why.
     """
-    folder = run.folder
-    if outcome.get("interrupted"):
-        return {"status": "interrupted"}  # which is no result
-    if failure := outcome.get("failure"):
-        folder.write_json(RESULT, {"status": "failed", "reason": failure, "epochs": len(folder.history())})
-        raise WorkError(f"{failure}. The last checkpoint and the history are kept in {folder.folder}.")
-    if epochs := outcome.get("stopped"):
-        result = {"status": "stopped", "epochs": epochs}
-    else:
-        history = folder.history()
+    history, folder = outcome.history, run.folder
+    result: dict[str, Any] = {"status": outcome.ending, "epochs": len(history)}
+    if outcome.ending == "interrupted":
+        return result
+    if outcome.ending == "finished":
         training_seconds = sum(record.training_seconds for record in history)
         num_images = sum(record.images_per_second * record.training_seconds for record in history)
-        result = {
-            "status": "finished",
-            "epochs": len(history),
-            "best_epoch": outcome["best_epoch"],
+        result |= {
+            "best_epoch": outcome.best_epoch,
             "train_seconds": sum(record.seconds for record in history),
             "images_per_second": num_images / training_seconds,
-            **({"test": outcome["test"]} if outcome["test"] else {}),
+            **({"test": outcome.test} if outcome.test else {}),
         }
+    elif outcome.ending == "failed":
+        result |= {"reason": outcome.reason, "kind": outcome.failure}
     folder.write_json(RESULT, result)
+    if outcome.ending == "failed":
+        raise WorkError(f"{outcome.reason}. The last checkpoint and the history are kept in {folder.folder}.")
     return result
 
 
@@ -184,17 +188,20 @@ def and_weights(recipes: Iterable[Recipe]) -> str:
     return f" and weights ({', '.join(places)})" if places else ""
 
 
-def allocate_workers(request: TrainingRequest, folder: RunFolder, *, debug: bool) -> "Workers":
+def allocate_workers(request: TrainingRequest, folder: RunFolder, connection: ExitStack, *, debug: bool) -> "Workers":
     """Connect to Ray, unless training in this process, size the workers to it, and see that all nodes can take part."""
-    from raycifar.cluster import sizing as cluster
+    from raycifar.cluster import sizing
+    from raycifar.cluster.connection import connected, quiet
+    from raycifar.cluster.nodes import check_nodes
 
     if request.workers == 0:
-        return cluster.in_process(request.device, request.cpus_per_worker, debug=debug)
-    cluster.connect(debug=debug)
-    workers = cluster.size(request.workers, request.device, request.cpus_per_worker)
+        connection.enter_context(quiet(debug=debug))
+        return sizing.in_process(request.device, request.cpus_per_worker)
+    connection.enter_context(connected(debug=debug))
+    workers = sizing.size(request.workers, request.device, request.cpus_per_worker)
     check_batch_size(request.recipe, workers.count)
     with folder.marker() as file:
-        cluster.check_nodes(workers, file)
+        check_nodes(workers, file)
     return workers
 
 
@@ -226,7 +233,7 @@ def fit_trainer(
     except WorkError:
         raise
     except Exception as error:
-        cause = getattr(error, "controller_failure", error)  # what `Failures` raised, which names the worker
+        cause = getattr(error, "controller_failure", error)  # what `FailureCounter` raised, which names the worker
         raise WorkError(
             f"training failed: {in_a_line(cause)}. The same command continues from the last checkpoint."
         ) from error
@@ -237,7 +244,7 @@ def fit_trainer(
 
 def following(run: PreparedRun, screen: "Screen") -> Callable[[Callable[[], bool]], None]:
     """Return what shows the run, and draws its report from time to time, until it is over."""
-    from raycifar.cluster.sizing import Waiting
+    from raycifar.cluster.waiting import Waiting
 
     waiting = Waiting(run.workers, run.request.wait)
     refresh = Refresher(lambda: write_run(run.folder, run.inputs.source)) if run.request.report else lambda: None
