@@ -14,7 +14,6 @@ import click
 
 from raycifar.errors import RequestError, StorageError, WorkError
 
-
 UNTIL_EXIT = ExitStack()  # holds the connection to Ray, which `leave` ends
 
 

@@ -1,6 +1,18 @@
 """The ways in which work ends badly. Commands show each as one sentence; Python programs catch them."""
 
 import errno
+from enum import StrEnum
+
+
+class FailureKind(StrEnum):
+    """Why a run failed, as its `result.json` says."""
+
+    NOT_FINITE = "not-finite"
+    NODE_MISMATCH = "node-mismatch"
+    STORAGE = "storage"
+    WORKER_DIED = "worker-died"
+    DRIVER_DIED = "driver-died"
+    OTHER = "other"
 
 
 class RaycifarError(Exception):

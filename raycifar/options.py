@@ -7,9 +7,8 @@ from typing import Any, get_args
 
 import click
 
-from raycifar.cluster import WorkerCount
 from raycifar.recipes import NAMED, Recipe
-from raycifar.workflows.requests import Settings, settings_of
+from raycifar.workflows.requests import Settings, WorkerCount, settings_of
 
 Command = Callable[..., Any]
 

@@ -99,7 +99,7 @@ def test_lines_are_plain_where_there_is_no_terminal(train, small):
 
 
 def stop_in_epoch_2(small, storage, number, *args):
-    """InitialWeights the run, and send it a signal in the middle of epoch 2, after a checkpoint there."""
+    """Start the run, and send it a signal in the middle of epoch 2, after a checkpoint there."""
     command = Command(*ARGS, "--data", small, "--name", "a", "--checkpoint-steps", 4, *args, storage=storage)
     folder = storage / "a"
 

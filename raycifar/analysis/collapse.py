@@ -6,7 +6,7 @@ from typing import Any
 MIN_STEPS = 100  # before that, a healthy network may still stand at chance
 
 
-def collapse(row: dict[str, Any], images: int, steps: int, classes: int) -> str | None:
+def collapse(row: Any, images: int, steps: int, classes: int) -> str | None:
     """Return a sentence if an epoch's training loss and accuracy are those of guessing, else None.
 
     Guessing gives a cross-entropy of ln(classes) and a number of hits that is binomial around

@@ -11,7 +11,7 @@ from ray import cloudpickle
 
 from raycifar.cluster import ray_internals
 from raycifar.cluster.status import Failure, FailureKind, Phase, StatusStore, WorkerStatus
-from raycifar.engine.preemption import PreemptedError
+from raycifar.engine.interruption import PreemptedError
 from raycifar.errors import StorageError, WorkError, in_a_line
 
 LOOK_SECONDS = 0.05  # between two looks for a node's death

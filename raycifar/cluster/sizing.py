@@ -9,7 +9,6 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from raycifar.cluster import ray_internals
-from raycifar.cluster import WorkerCount
 from raycifar.errors import RequestError
 
 GPU_WORKER_CPUS = 4  # a GPU's worker computes nothing on the CPU but its bookkeeping

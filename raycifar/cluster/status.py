@@ -25,7 +25,7 @@ class Phase(StrEnum):
     TRAINING = "training"
     COMPARING = "comparing with other trials"
     SCORING_TEST = "scoring the test set"
-    SAVING = "saving: a node is being taken away"
+    SAVING = "saving"
     WARMING_UP = "warming up"
     TIMING = "timing"
 

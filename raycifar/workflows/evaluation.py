@@ -41,7 +41,9 @@ class EvaluationRequest:
     out: str | None = None
 
 
-def evaluate(request: EvaluationRequest, screen: "Screen", *, debug: bool = False) -> tuple[dict[str, Any], RunFolder]:
+def evaluate(
+    request: EvaluationRequest, screen: "Screen", connection: ExitStack, *, debug: bool = False
+) -> tuple[dict[str, Any], RunFolder]:
     """Score a network; write evaluation.json, a page of it, and predictions.parquet.
 
     Args:

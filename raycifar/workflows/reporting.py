@@ -11,7 +11,8 @@ from raycifar.data.tables import Source
 from raycifar.errors import RequestError
 from raycifar.storage.run_folder import (
     COMPARISON,
-    IMAGES,
+    EXAMPLE_STATS,
+    OLD_EXAMPLE_STATS,
     PREDICTIONS,
     REPORT,
     REPORT_PAGE,
@@ -99,7 +100,8 @@ def read_files(folder: RunFolder) -> "RunFiles":
     from raycifar.analysis.reports import RunFiles
 
     story = RunHistory(folder.read_json(RUN), folder.history(), folder.read_json(RESULT))
-    return RunFiles(folder.name, story, folder.read(PREDICTIONS), folder.read(IMAGES))
+    example_stats = folder.read(EXAMPLE_STATS) or folder.read(OLD_EXAMPLE_STATS)
+    return RunFiles(folder.name, story, folder.read(PREDICTIONS), example_stats)
 
 
 def read_report(folder: RunFolder) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from datetime import datetime
 from typing import Any, Literal, Self, get_args
 
 from raycifar import models
-from raycifar.cluster import WorkerCount
 from raycifar.errors import RequestError
 from raycifar.recipes import NAMED, Recipe, recipe_for
 
+WorkerCount = int | tuple[int, int] | None
 Device = Literal["auto", "gpu", "cpu"]
 
 MAX_ELASTIC_WORKERS = 64  # the images are cut wherever a shard of any of the numbers begins

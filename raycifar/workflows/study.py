@@ -272,7 +272,8 @@ def describe_search(searcher: "StudySearcher", model: str) -> dict[str, Any]:
         against = "which failed" if recipe is None else f"{recipe:.4f}"
         sentence = (
             f"The search for {model} found {describe_changes(best.recipe, base)}: validation top-1 "
-            f"{searcher.val_top1(best)[-1]:.4f}, against its recipe's {against} (one run each, the best of {len(trials)})."
+            f"{searcher.val_top1(best)[-1]:.4f}, against its recipe's {against} (one run each, the best of "
+            f"{len(trials)})."
         )
     return {"trials": trials, "best": best and best.name, "sentence": sentence}
 

@@ -28,8 +28,8 @@ from raycifar.workflows.requests import TrainingRequest, check_batch_size
 STOP_SECONDS = 10  # for a run that is interrupted to save what it has trained
 
 if TYPE_CHECKING:
-    from raycifar.cluster.stoppable import StoppableTrainer
     from raycifar.cluster.sizing import Workers
+    from raycifar.cluster.stoppable import StoppableTrainer
     from raycifar.engine.trainer import Outcome
     from raycifar.terminal import Screen
     from raycifar.workflows.ray_train import Work
