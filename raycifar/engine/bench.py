@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from raycifar.cluster.status import Phase
 from raycifar.engine import baseline_dataloader
 from raycifar.engine.cuda import cuda_graphed
 from raycifar.engine.example_stats import describe_rise
@@ -61,12 +62,12 @@ def bench_loop_per_worker(config: dict[str, Any]) -> dict[str, list[float]]:
         "checkpoint": lambda: save_checkpoint(trainer),
         **{name: BASELINES[name](trainer) for name in benchmark.baselines},
     }
-    trainer.reporter.phase("warming up")
+    trainer.reporter.phase(Phase.WARMING_UP)
     for stage in stages.values():
         stage()  # compiles, fills caches, starts processes
     seconds: dict[str, list[float]] = {name: [] for name in stages}
     for number in range(benchmark.rounds):
-        trainer.reporter.phase(f"timing, round {number + 1} of {benchmark.rounds}")
+        trainer.reporter.phase(Phase.TIMING, f"round {number + 1} of {benchmark.rounds}")
         for name, stage in stages.items():
             began = clock(trainer)
             stage()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raycifar.analysis.collapse import collapse
 from raycifar.cluster.nodes import objection
-from raycifar.cluster.status import StatusStore
+from raycifar.cluster.status import ModelFacts, Phase, StatusStore
 from raycifar.data import DatasetInfo
 from raycifar.data.shards import Shard, bounds, load_shard
 from raycifar.engine.augment import preprocess
@@ -149,14 +149,14 @@ class Trainer:
         set_up(self.device, self.job.threads)
         if self.device.type == "cpu":
             retain_malloc_pages()
-        self.reporter.phase("loading images")
+        self.reporter.phase(Phase.LOADING_IMAGES)
         self.check_node()
         self.train_set = load_shard("train", self.device)
         num_eval = math.ceil(len(self.train_set) * min(1, TRAIN_EVAL_IMAGES / self.job.num_train_images))
         self.train_eval_set = self.train_set.head(num_eval)
         self.val_set = load_shard("val", self.device) if self.job.num_val_images else None
 
-        self.reporter.phase("building the model")
+        self.reporter.phase(Phase.BUILDING_MODEL)
         self.dtype = choose_precision(self.recipe.precision, self.device)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         self.state = TrainingState(self.architecture, self.job.initial.weights, self.recipe, self.job.seed, self.device)
@@ -170,7 +170,7 @@ class Trainer:
     def train(self) -> Outcome:
         """Train to the end, score the test set, and save the weights."""
         self.describe()
-        self.reporter.phase("training")
+        self.reporter.phase(Phase.TRAINING)
         while self.state.progress.epoch <= self.recipe.epochs:
             if self.told_to_stop():
                 return self.outcome(Ending.STOPPED)
@@ -279,15 +279,15 @@ class Trainer:
 
     def describe(self) -> None:
         """Tell what trains on what: on the screen, and in the run's record, with the time at which training begins."""
-        facts = {
-            "parameters": sum(p.numel() for p in self.state.model.parameters()),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-            "precision": str(self.dtype).removeprefix("torch."),
-        }
+        facts = ModelFacts(
+            parameters=sum(p.numel() for p in self.state.model.parameters()),
+            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            threads=torch.get_num_threads(),
+            precision=str(self.dtype).removeprefix("torch."),
+        )
         self.reporter.about(facts)
         if self.rank == 0:
-            self.run.write_json(RUN, {**self.run.read_json(RUN), **facts, "training_began": time.time()})
+            self.run.write_json(RUN, {**self.run.read_json(RUN), **facts.to_json(), "training_began": time.time()})
 
     # Within an epoch ----------------------------------------------------------------------------------
 
@@ -308,7 +308,7 @@ class Trainer:
         if step == self.steps_per_epoch or not (due or interruption):
             return None
         if interruption:
-            self.reporter.phase(f"saving: {interruption}")
+            self.reporter.phase(Phase.SAVING, interruption)
         self.collect()
         self.state.average_buffers()
         self.save({"epoch": self.state.progress.epoch, "step": step}, wait=interruption is not None)
@@ -349,7 +349,7 @@ class Trainer:
             **(self.validate(self.val_set) if self.val_set else {}),
             train_eval_loss=train_eval["loss"],
             train_eval_top1=train_eval["top1"],
-            train_eval_images=train_eval["images"],
+            train_eval_images=int(train_eval["images"]),
             lr=self.recipe.learning_rate(progress.epoch, self.steps_per_epoch - 1, self.steps_per_epoch),
             stage=self.state.stage,
             grad_norm=totals.grad_norm / self.steps_per_epoch,
@@ -379,7 +379,7 @@ class Trainer:
 
     def score_test_set(self) -> dict[str, float]:
         """Return the scores on the test set, and keep what is predicted of each image."""
-        self.reporter.phase("scoring the test set")
+        self.reporter.phase(Phase.SCORING_TEST)
         test_set, num_images = load_shard("test", self.device), self.job.num_test_images
         logits, scores = self.score(test_set)
         probabilities, labels = (self.gather(part, num_images) for part in (logits.softmax(1), test_set.labels))
