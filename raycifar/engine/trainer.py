@@ -18,7 +18,7 @@ from raycifar.cluster.sizing import objection
 from raycifar.cluster.status import StatusStore
 from raycifar.data import CLASSES
 from raycifar.data.shards import Shard, bounds, load_shard
-from raycifar.engine.augment import augment, mix, preprocess
+from raycifar.engine.augment import augment, erase, mix, preprocess
 from raycifar.engine.checkpoint import Checkpointer
 from raycifar.engine.cuda import SideStream, cuda_graphed, prefetched
 from raycifar.engine.diagnostics import examine
@@ -267,8 +267,8 @@ class Trainer:
 
     def see(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return images as the network is to see them, augmented, and their targets."""
-        pixels = augment(images, self.recipe.augment)
-        return mix(preprocess(pixels, self.preprocessing), labels, self.recipe)
+        inputs = preprocess(augment(images, self.recipe.augment), self.preprocessing)
+        return mix(erase(inputs, self.recipe.erasing), labels, self.recipe)
 
     def finish_epoch(self) -> None:
         """Validate, write the epoch's line, and leave a checkpoint from which the next epoch begins."""
