@@ -61,7 +61,7 @@ def test_a_step_is_the_textbook_s():
     set_learning_rate(step.state.optimizer, 0.1)
     num_images, loss, num_correct, norm = step(batch(step)).tolist()
 
-    logits = model(step.augment_and_normalize(step.train_set.images, labels)[0])
+    logits = model(step.augment_and_normalize(step.train_set.images))
     F.cross_entropy(logits, labels, label_smoothing=0.1).backward()
     expected_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
     assert num_images == 64
@@ -116,7 +116,9 @@ class Trains:
 
 @pytest.fixture
 def one_rank_over_nccl():
-    dist.init_process_group("nccl", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1, device_id=CUDA)
+    dist.init_process_group(
+        "nccl", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1, device_id=torch.device("cuda:0")
+    )
     yield
     dist.destroy_process_group()
 
@@ -147,6 +149,21 @@ def test_a_captured_step_trains_as_a_launched_one_with_each_optimizer(optimizer)
     before = captured.state.model.head[2].weight.detach().clone()
     losses(captured, 1, lr=0.0)  # the learning rate is read anew in each step
     assert torch.equal(captured.state.model.head[2].weight, before) or optimizer == "muon"
+
+
+@needs_gpu
+@pytest.mark.parametrize("augment", ["crop", "cutout", "trivial", "rand"])
+def test_captured_inputs_are_those_of_a_launched_preparation(augment):
+    step = build(device=CUDA, augment=augment, erasing=0.5)
+    rows = batch(step).rows
+    drawn = []
+    for number in range(WARM_UP + 6):
+        seed(number // 2, CUDA)  # the last ones, replayed, in pairs
+        drawn.append(step.prepare(rows)[1])
+    assert step.captured_inputs.captured
+    assert torch.equal(drawn[-1], drawn[-2]) != torch.equal(drawn[-1], drawn[-3])
+    assert all(abs(inputs.mean() - drawn[0].mean()) < 0.3 for inputs in drawn)
+    assert step.prepare(rows)[1].is_contiguous(memory_format=torch.channels_last)
 
 
 @needs_gpu

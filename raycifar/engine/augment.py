@@ -6,6 +6,7 @@ mixup and cutmix, torchvision's are used. All random numbers come from torch's d
 anew in each step, and nothing waits for a GPU.
 """
 
+import functools
 import math
 
 import torch
@@ -96,13 +97,16 @@ def blank(images: Tensor, y: Tensor, x: Tensor, rows: Tensor | int, columns: Ten
 
 def preprocess(images: Tensor, preprocessing: Preprocessing = CIFAR) -> Tensor:
     """Return the network's input, (N, 3, size, size) float32, channels last, of `images` (N, 3, H, W) uint8."""
-    # Without a copy that waits: a GPU would come to a stop in each step.
-    mean, std = (
-        torch.tensor(values)[:, None, None].to(images.device, non_blocking=True)
-        for values in (preprocessing.mean, preprocessing.std)
-    )
+    mean, factor = normalization(preprocessing, images.device)
     pixels = resize(images.float(), preprocessing)
-    return ((pixels - mean * 255) * (1 / (std * 255))).contiguous(memory_format=torch.channels_last)
+    return ((pixels - mean) * factor).contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+def normalization(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what is subtracted from pixels from 0 to 255, and what they are then multiplied by, (3, 1, 1) each."""
+    mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (preprocessing.mean, preprocessing.std))
+    return mean.to(device), (1 / std).to(device)
 
 
 def resize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from raycifar.cluster.status import Phase
 from raycifar.engine import baseline_dataloader
+from raycifar.engine.augment import mix
 from raycifar.engine.cuda import cuda_graphed
 from raycifar.engine.example_stats import describe_rise
 from raycifar.engine.optimizers import set_learning_rate
@@ -235,7 +236,8 @@ def stream(trainer: Trainer) -> Callable[[], None]:
         trainer.state.train_mode()
         options = {"batch_size": batch_size, "local_shuffle_buffer_size": SHUFFLED_BATCHES * batch_size}
         for pixels, labels in shard.iter_torch_batches(**options, collate_fn=collate):
-            step(*trainer.train_step.augment_and_normalize(pixels.to(trainer.device), labels.to(trainer.device)))
+            inputs = trainer.train_step.augment_and_normalize(pixels.to(trainer.device))
+            step(*mix(inputs, labels.to(trainer.device), trainer.recipe))
 
     return run
 
