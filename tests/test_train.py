@@ -200,6 +200,8 @@ def test_a_run_killed_before_its_scores_were_written_only_scores(trained, train,
     [
         ("--optimizer", "adamw", "--lr", 0.001, "--ema", 0.99, "--dropout", 0.2, "--mixup", 0.5),
         ("--recipe", "speedrun"),
+        ("--augment", "trivial", "--erasing", 0.5),
+        ("--augment", "rand", "--erasing", 0.25),
     ],
 )
 def test_every_part_of_the_state_is_resumed(train, small, tmp_path, recipe):

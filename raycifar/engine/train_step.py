@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raycifar.data.shards import Shard
-from raycifar.engine.augment import augment, mix, preprocess
+from raycifar.engine.augment import augment, erase, mix, preprocess
 from raycifar.engine.cuda import SideStream, cuda_graphed, prefetched
 from raycifar.engine.distributed import GradientExchange
 from raycifar.engine.example_stats import ExampleStats
@@ -68,8 +68,8 @@ class TrainStep:
 
     def augment_and_normalize(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs and targets, as `prepare_batch`, of pixels (n, 3, H, W) uint8 and labels (n,) int64."""
-        pixels = augment(pixels, self.recipe.augment)
-        return mix(preprocess(pixels, self.preprocessing), labels, self.recipe)
+        inputs = preprocess(augment(pixels, self.recipe.augment), self.preprocessing)
+        return mix(erase(inputs, self.recipe.erasing), labels, self.recipe)
 
     def close(self) -> None:
         """Let another step take over the network."""
