@@ -203,10 +203,12 @@ def check_value(name: str, kind: Any, least: float | None, value: Any) -> Any:
     Raises:
         RequestError: it is of another kind, or too small.
     """
+    if kind == WorkerCount:
+        return value
     choices = get_args(kind)
     if isinstance(kind, types.UnionType):
-        if name == "workers" or value is None:
-            return value
+        if value is None:
+            return None
         kind, choices = choices[0], ()
     if choices:
         if value not in choices:
