@@ -31,7 +31,9 @@ def recipe_options(command: Command) -> Command:
     """Add an option for each field of the recipe; what isn't given is None, so the model's own."""
     for field in reversed(dataclasses.fields(Recipe)):
         command = to_option(field, None)(command)
-    return click.option("--recipe", type=click.Choice([*NAMED]), help="To begin with.  [the model's own]")(command)
+    return click.option(
+        "--recipe", type=click.Choice([*NAMED]), default=None, help="To begin with.  [the model's own]"
+    )(command)
 
 
 def to_option(field: Any, default: Any) -> Callable[[Command], Command]:

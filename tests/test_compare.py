@@ -13,6 +13,7 @@ from conftest import RUN, checkpoints, history, wait_until
 from raycifar.engine.evaluate import to_predictions_file
 from raycifar.models import Architecture
 from raycifar.recipes import Recipe
+from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import RunFolder
 
 IMAGES = 2000
@@ -55,9 +56,8 @@ def made_up(tmp_path):
             },
         )
         seconds = {"cnn": 10.0, "vgg16": 30.0}[model]
-        run.write_history(
-            [{"epoch": e, "val_top1": accuracy * e / 2, "seconds": seconds, "workers": 2} for e in (1, 2)]
-        )
+        values = {"train_loss": 1.0, "train_top1": 0.5, "lr": 0.1, "images_per_second": 100.0, "workers": 2}
+        run.write_history(EpochRecord(epoch=e, val_top1=accuracy * e / 2, seconds=seconds, **values) for e in (1, 2))
         test = {"images": IMAGES, "loss": 1.0, "top1": float(right.mean()), "top5": 0.9}
         result = {"status": changes.get("status", "finished"), "images_per_second": 100.0, "test": test}
         run.write_json("result.json", result)

@@ -11,7 +11,7 @@ from command import Command, Compare, finish
 from conftest import RUN
 
 from raycifar.storage.run_folder import RunFolder
-from raycifar.workflows.reporting import find_runs
+from raycifar.workflows.reporting import find_runs, read_files
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OUTSIDE = re.compile(
@@ -119,7 +119,7 @@ def test_without_the_images_the_page_says_that_it_shows_none(trained, report, tm
 def test_a_run_in_any_state_is_reported_as_what_it_is(trained, report, small, tmp_path, state):
     folder = tmp_path / "a"
     shutil.copytree(trained, folder)
-    for name in ("result.json", "predictions.parquet", "images.parquet", "report.html", "model.safetensors"):
+    for name in ("result.json", "predictions.parquet", "example_stats.parquet", "report.html", "model.safetensors"):
         (folder / name).unlink()
     history = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(history[:2]))
@@ -145,6 +145,12 @@ def test_a_run_in_any_state_is_reported_as_what_it_is(trained, report, small, tm
     assert said in (folder / "report.html").read_text()
     kinds = {finding["kind"] for finding in json.loads((folder / "report.json").read_text())["findings"]}
     assert ("divergence" in kinds) == state.startswith("failed")
+
+
+def test_what_is_known_of_each_image_is_read_under_its_old_name_too(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "a")
+    (tmp_path / "a/example_stats.parquet").rename(tmp_path / "a/images.parquet")
+    assert read_files(RunFolder.at(str(tmp_path / "a"))).images == (trained / "example_stats.parquet").read_bytes()
 
 
 def test_what_is_under_way_is_drawn_anew_in_at_most_a_hundredth_of_the_time(monkeypatch):

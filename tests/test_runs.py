@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import RAY_SNAPSHOT, RunFolder
 
 
@@ -28,9 +29,10 @@ def test_what_is_not_there_is_none(run):
 
 
 def test_the_history_comes_back_as_it_was_written(run):
-    rows = [{"epoch": 1, "val_loss": None}, {"epoch": 2, "val_loss": 1 / 3}]
-    run.write_history(rows)
-    assert run.history() == rows
+    values = {"train_loss": 4.0, "train_top1": 0.1, "lr": 0.1, "images_per_second": 9.0, "seconds": 1.0, "workers": 2}
+    records = [EpochRecord(epoch=1, val_loss=None, **values), EpochRecord(epoch=2, val_loss=1 / 3, **values)]
+    run.write_history(records)
+    assert run.history() == records
 
 
 def test_a_file_that_can_t_be_written_whole_leaves_the_one_before(tmp_path):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from raycifar.data.sources import load
 from raycifar.data.tables import Source
 from raycifar.errors import RequestError
+from raycifar.storage.records import finite
 from raycifar.storage.run_folder import (
     COMPARISON,
     EXAMPLE_STATS,
@@ -108,7 +109,7 @@ def read_report(folder: RunFolder) -> dict[str, Any]:
     """Return what `report.json` holds of a run, as its files are now."""
     from raycifar.analysis.reports import read_run
 
-    return read_run(read_files(folder))
+    return finite(read_run(read_files(folder)))
 
 
 def read_comparison_report(folder: RunFolder) -> dict[str, Any]:
@@ -116,7 +117,8 @@ def read_comparison_report(folder: RunFolder) -> dict[str, Any]:
     from raycifar.analysis.reports import read_comparison
 
     comparison = folder.read_json(COMPARISON)
-    return read_comparison(folder.name, [read_files(run) for run in find_runs(folder, comparison)], comparison)
+    files = [read_files(run) for run in find_runs(folder, comparison)]
+    return finite(read_comparison(folder.name, files, comparison))
 
 
 def write_run(

@@ -167,8 +167,8 @@ def sort_options(kind: type[Settings], options: Mapping[str, Any]) -> tuple[dict
     recipe = {f.name for f in fields(Recipe)} | {"recipe"}
     for name in options:
         if name not in settings | recipe:
-            near = difflib.get_close_matches(name, settings | recipe, 1)
-            raise RequestError(f"there is no option {name!r}" + f": is it {near[0]!r}?" * bool(near))
+            near = "".join(f": is it {match!r}?" for match in difflib.get_close_matches(name, settings | recipe, 1))
+            raise RequestError(f"there is no option {name!r}{near or '.'}")
     return (
         {name: value for name, value in options.items() if name in settings},
         {name: value for name, value in options.items() if name in recipe},
@@ -203,10 +203,12 @@ def check_value(name: str, kind: Any, least: float | None, value: Any) -> Any:
     Raises:
         RequestError: it is of another kind, or too small.
     """
+    if kind == WorkerCount:
+        return value
     choices = get_args(kind)
     if isinstance(kind, types.UnionType):
-        if name == "workers" or value is None:
-            return value
+        if value is None:
+            return None
         kind, choices = choices[0], ()
     if choices:
         if value not in choices:
