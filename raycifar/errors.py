@@ -1,6 +1,7 @@
 """The ways in which work ends badly. Commands show each as one sentence; Python programs catch them."""
 
 import errno
+from enum import StrEnum
 
 
 class RaycifarError(Exception):
@@ -17,6 +18,17 @@ class RequestError(RaycifarError):
 
 class WorkError(RaycifarError):
     """The work began and failed."""
+
+
+class FailureKind(StrEnum):
+    """Why a run failed: `failure` in `result.json`."""
+
+    NOT_FINITE = "not-finite"  # the loss or a gradient
+    NODE_MISMATCH = "node-mismatch"  # a node that can't take part
+    STORAGE = "storage"
+    WORKER_DIED = "worker-died"
+    DRIVER_DIED = "driver-died"
+    OTHER = "other"
 
 
 class StorageError(OSError):

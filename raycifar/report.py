@@ -12,7 +12,7 @@ from raycifar.errors import RequestError
 from raycifar.options import command
 from raycifar.storage.run_folder import (
     COMPARISON,
-    IMAGES,
+    EXAMPLE_STATS,
     PREDICTIONS,
     REPORT,
     REPORT_PAGE,
@@ -75,11 +75,11 @@ def find_images(about: dict[str, Any], data: str | None) -> Source | None:
 
 def read_files(run: RunFolder) -> Any:
     """Return what a run's folder holds, as `analysis.reports` reads it."""
-    from raycifar.analysis.findings import RunHistory
+    from raycifar.analysis.history import RunHistory
     from raycifar.analysis.reports import RunFiles
 
-    story = RunHistory(run.read_json(RUN), run.history(), run.read_json(RESULT))
-    return RunFiles(run.name, story, run.read(PREDICTIONS), run.read(IMAGES))
+    history = RunHistory(run.read_json(RUN), run.history(), run.read_json(RESULT))
+    return RunFiles(run.name, history, run.read(PREDICTIONS), run.read(EXAMPLE_STATS))
 
 
 def write_run(
@@ -90,18 +90,18 @@ def write_run(
     Args:
         source: the images, for pictures. where: the folder to write to, by default the run's own.
     """
-    from raycifar.analysis.reports import read_run, run_page, to_markdown
-    from raycifar.analysis.suspects import suspects
+    from raycifar.analysis.reports import report_run, run_page, to_markdown
+    from raycifar.analysis.suspects import rank_suspects
 
     where = where or run
     files = read_files(run)
-    report = read_run(files)
+    report = report_run(files)
     if kind == "md":
         where.write(REPORT_TEXT, to_markdown(report).encode())
         return report
     if kind == "html":
         where.write(REPORT_PAGE, run_page(files, report, source).encode())
-        if files.images and (found := suspects(files.images)):
+        if files.example_stats and (found := rank_suspects(files.example_stats)):
             where.write(SUSPECTS, found.to_csv().encode())
     where.write_json(REPORT, report)
     return report
@@ -109,13 +109,13 @@ def write_run(
 
 def write_comparison(folder: RunFolder, where: RunFolder | None = None, kind: str = "html") -> dict[str, Any]:
     """Write the report of a comparison, finished or not, and return what `report.json` holds."""
-    from raycifar.analysis.reports import comparison_page, read_comparison, to_markdown
+    from raycifar.analysis.reports import comparison_page, report_comparison, to_markdown
 
     where = where or folder
     comparison = folder.read_json(COMPARISON)
     runs = [run for run in find_runs(folder, comparison) if run.read_json(RUN) is not None]
     files = [read_files(run) for run in runs]
-    report = read_comparison(folder.name, files, comparison)
+    report = report_comparison(folder.name, files, comparison)
     if kind == "md":
         where.write(REPORT_TEXT, to_markdown(report).encode())
         return report

@@ -115,7 +115,7 @@ def test_without_the_images_the_page_says_that_it_shows_none(trained, report, tm
 def test_a_run_in_any_state_is_reported_as_what_it_is(trained, report, small, tmp_path, state):
     folder = tmp_path / "a"
     shutil.copytree(trained, folder)
-    for name in ("result.json", "predictions.parquet", "images.parquet", "report.html", "model.safetensors"):
+    for name in ("result.json", "predictions.parquet", "example_stats.parquet", "report.html", "model.safetensors"):
         (folder / name).unlink()
     history = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(history[:2]))
@@ -128,7 +128,7 @@ def test_a_run_in_any_state_is_reported_as_what_it_is(trained, report, small, tm
             said = "2 of 3 epochs are recorded"
         case "cut off while writing":
             (folder / ".result.json.part").write_text('{"sta')
-            said = "under way, or was cut off"
+            said = "is under way or was interrupted"
         case "failed":
             (folder / "result.json").write_text(json.dumps(failure))
             said = "failed after 2 of 3 epochs: the loss is no longer finite"
@@ -198,7 +198,7 @@ def compared(trained, tmp_path_factory):
 def test_a_comparison_has_a_page_of_its_own(compared, tmp_path):
     page = (compared / "report.html").read_text()
     assert not OUTSIDE.search(page)
-    assert "cnn and vgg16 are not told apart" in page
+    assert "These runs can&#39;t tell cnn and vgg16 apart" in page
     console, dom = open_in_browser(compared / "report.html", tmp_path)
     assert console == []
     assert dom.count('role="img"') == 6  # three curves, accuracy against time and size, the differences
@@ -210,5 +210,12 @@ def test_a_comparison_under_way_shows_the_runs_that_it_has(compared, trained, re
     shutil.copytree(trained, tmp_path / "c/cnn-s0")
     shutil.copytree(trained, tmp_path / "c/cnn-s1", ignore=lambda *_: ["result.json"])
     done = report(tmp_path / "c")
-    assert "1 of 2 runs are finished; the comparison is under way, or was cut off" in done.stdout
+    assert "1 of 2 runs finished; the comparison is under way or was interrupted" in done.stdout
     assert '<a href="cnn-s0/report.html">' in (tmp_path / "c/report.html").read_text()
+
+
+def test_what_an_earlier_version_called_images_is_read(trained, report, tmp_path):
+    shutil.copytree(trained, tmp_path / "a", ignore=lambda *_: ["suspects.csv"])
+    (tmp_path / "a/example_stats.parquet").rename(tmp_path / "a/images.parquet")
+    report(tmp_path / "a")
+    assert (tmp_path / "a/suspects.csv").read_bytes() == (trained / "suspects.csv").read_bytes()

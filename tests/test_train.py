@@ -144,7 +144,7 @@ def test_a_run_stopped_in_mid_epoch_ends_with_the_same_weights(trained, stopped,
     resumed = train(*ARGS, "--data", small, "--name", "a", "--checkpoint-steps", 4)
     assert "Continuing from epoch 2, step" in resumed.stdout
     assert weights(tmp_path / "runs/a") == weights(trained)
-    assert (tmp_path / "runs/a/images.parquet").read_bytes() == (trained / "images.parquet").read_bytes()
+    assert (tmp_path / "runs/a/example_stats.parquet").read_bytes() == (trained / "example_stats.parquet").read_bytes()
     assert [row["epoch"] for row in history(tmp_path / "runs/a")] == [1, 2, 3]
     assert [row["restarts"] for row in history(tmp_path / "runs/a")] == [0, 1, 0]
     for mine, theirs in zip(history(tmp_path / "runs/a"), history(trained), strict=True):

@@ -36,7 +36,7 @@ from raycifar.engine.tensorboard import to_events
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.recipes import Recipe
 from raycifar.storage.records import EpochRecord
-from raycifar.storage.run_folder import BEST, EVENTS, IMAGES, MODEL, PREDICTIONS, RUN, RunFolder
+from raycifar.storage.run_folder import BEST, EVENTS, EXAMPLE_STATS, MODEL, PREDICTIONS, RUN, RunFolder
 from raycifar.storage.weights import to_file
 
 TRAIN_EVAL_IMAGES = 1000  # training images scored as validation images are, without augmentation, after each epoch
@@ -119,7 +119,7 @@ class Trainer:
         if self.rank == 0:
             self.run.write(MODEL, to_file(self.state.scored.state_dict(), self.architecture))
             if self.state.images is not None:
-                self.run.write(IMAGES, to_images_file(self.state.images, self.index, self.labels))
+                self.run.write(EXAMPLE_STATS, to_images_file(self.state.images, self.index, self.labels))
         self.checkpointer.wait()
         history = self.state.progress.history
         return {"test": test, "history": history, "best_epoch": best(history)["epoch"] if self.val_set else None}

@@ -5,7 +5,7 @@
     result.json         how it ended, with the scores on the test set
     model.safetensors   the final weights
     predictions.parquet the final network's answer for each test image
-    images.parquet      how each training image fared over the epochs
+    example_stats.parquet  how each training image fared over the epochs
     report.*            what the curves show, and suspects.csv, the labels to be doubted
     events.out.tfevents.raycifar  the history for TensorBoard
     best.safetensors    the weights of the epoch with the best validation top-1
@@ -33,7 +33,8 @@ from raycifar.storage.records import EpochRecord, from_lines, to_lines
 
 RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
 MODEL, BEST = "model.safetensors", "best.safetensors"
-PREDICTIONS, IMAGES = "predictions.parquet", "images.parquet"
+PREDICTIONS, EXAMPLE_STATS = "predictions.parquet", "example_stats.parquet"
+RENAMED_FILES = {EXAMPLE_STATS: "images.parquet"}  # what files were called in earlier versions
 EVALUATION, EVALUATION_PAGE = "evaluation.json", "evaluation.html"  # written by `evaluate`
 BENCH, BENCH_CHART = "bench.json", "bench.svg"  # written by `bench`
 REPORT_PAGE, REPORT, REPORT_TEXT, SUSPECTS = "report.html", "report.json", "report.md", "suspects.csv"
@@ -85,7 +86,7 @@ class RunFolder:
             with filesystem.open_input_stream(f"{folder}/{file}") as stream:
                 return stream.read()
         except (FileNotFoundError, NotADirectoryError):
-            return None
+            return self.read(RENAMED_FILES[file]) if file in RENAMED_FILES else None
 
     def write(self, file: str, content: bytes) -> None:
         """Write a file, whole or not at all.
