@@ -93,7 +93,7 @@ def test_marks_and_rows_are_bounded():
 
 def test_the_figure_of_a_run_shows_four_panels_and_itself_in_a_notebook():
     figure = plot_history(made_up())
-    assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy", "loss", "points", "learning rate"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy", "loss", "gap (points)", "learning rate"]
     assert len(figure.axes[0].lines) == 4  # three curves and the mark of the best epoch
     assert Image.open(io.BytesIO(figure._repr_png_())).size[0] == 1200
     assert len(plot_history(made_up(val=0)).axes) == 3

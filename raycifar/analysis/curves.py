@@ -48,9 +48,9 @@ def panels(history: RunHistory) -> dict[str, Panel]:
         "top1": score_panel(history, "top1", "accuracy", marked),
         "loss": score_panel(history, "loss", "loss", marked),
         "gap": Panel(
-            [gap], "points", f"Gap between training and validation accuracy in points: {in_words(gap, 1)}.", fill=True
+            [gap], "gap (points)", f"Training less validation accuracy, in points: {in_words(gap, 1)}.", fill=True
         ),
-        "lr": Panel([lr], "learning rate", f"Learning rate by epoch: {in_words(lr, 5)}."),
+        "lr": Panel([lr], "learning rate", f"Learning rate by epoch: {in_words(lr, 5)}.", from_zero=True),
         "norm": Panel([norm, largest], "gradient norm", f"Gradient norm by epoch: {in_words(norm)}.", log=True),
         "speed": Panel(
             [speed], "images/s", f"Training images per second by epoch: {in_words(speed, 0)}.", from_zero=True
