@@ -4,6 +4,17 @@ import errno
 from enum import StrEnum
 
 
+class FailureKind(StrEnum):
+    """Why a run failed, as its `result.json` says."""
+
+    NOT_FINITE = "not-finite"
+    NODE_MISMATCH = "node-mismatch"
+    STORAGE = "storage"
+    WORKER_DIED = "worker-died"
+    DRIVER_DIED = "driver-died"
+    OTHER = "other"
+
+
 class RaycifarError(Exception):
     """What raycifar raises on purpose; its message is a whole sentence, or several."""
 
@@ -18,17 +29,6 @@ class RequestError(RaycifarError):
 
 class WorkError(RaycifarError):
     """The work began and failed."""
-
-
-class FailureKind(StrEnum):
-    """Why a run failed: `failure` in `result.json`."""
-
-    NOT_FINITE = "not-finite"  # the loss or a gradient
-    NODE_MISMATCH = "node-mismatch"  # a node that can't take part
-    STORAGE = "storage"
-    WORKER_DIED = "worker-died"
-    DRIVER_DIED = "driver-died"
-    OTHER = "other"
 
 
 class StorageError(OSError):

@@ -1,160 +1,31 @@
 """Write a trained network for other programs: `python -m raycifar.export results/cnn-a --to onnx`."""
 
-import io
-import json
-import warnings
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
-
 import click
-import numpy as np
 
-from raycifar.data import SHAPE
-from raycifar.data.sources import load
-from raycifar.data.tables import to_numpy
-from raycifar.errors import RequestError, WorkError
-from raycifar.models import slug
-from raycifar.options import command
-from raycifar.storage.files import locate, write_whole
+from raycifar.command import command
+from raycifar.options import WIDE
 from raycifar.terminal import Screen
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from raycifar.engine.trained_model import Weights
-
-CHECKED = 1000  # images on which what was written must answer as the network does
-SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}
+from raycifar.workflows.exporting import SUFFIXES, export
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 110})
+@click.command(context_settings=WIDE)
 @click.argument("network", metavar="RUN|WEIGHTS")
 @click.option("--to", "kind", type=click.Choice(list(SUFFIXES)), required=True)
 @click.option("--out", help="File or URI to write.  [model and suffix, in the current folder]")
-@click.option("--data", envvar="RAYCIFAR_DATA", default="cifar100", help="Whose test images it is checked on.")
+@click.option("--data", help="Whose test images it is checked on.  [the run's own; else RAYCIFAR_DATA or cifar100]")
 @command
-def main(debug: bool, network: str, kind: str, out: str | None, data: str) -> None:
+def main(debug: bool, network: str, kind: str, out: str | None, data: str | None) -> None:
     """Write a trained network for other programs, with the preprocessing of its images inside.
 
     What is written maps images (n, 3, 32, 32) uint8, channels first, to logits (n, classes) float32. It is read
     back, and must choose the same class as the network for 1,000 test images before it is kept.
     """
     screen = Screen()
-    with screen.waiting(f"Reading {data}"):
-        images = to_numpy(load(data).test["image"].combine_chunks().slice(0, CHECKED), "image")
-    with screen.waiting("Loading PyTorch"):
-        import torch
-
-        from raycifar.engine.trained_model import Trained, read_weights
-
-        trained = Trained(read_weights(network), "cpu", "float32")
-    expected = trained.logits(torch.from_numpy(images.copy())).numpy()
-    whole = with_preprocessing(trained.weights)
-    with screen.waiting(f"Writing {kind}"), warnings.catch_warnings(action="ignore"):  # what is written is checked
-        try:
-            content = {"onnx": to_onnx, "torchscript": to_torchscript, "safetensors": to_safetensors}[kind](whole)
-            found = {"onnx": ask_onnx, "torchscript": ask_torchscript, "safetensors": ask_safetensors}[kind](
-                content, images, whole
-            )
-        except ImportError as error:
-            raise RequestError(f"--to {kind} needs the package {error.name}: pip install 'raycifar[onnx]'.") from error
-    differing = int((found.argmax(1) != expected.argmax(1)).sum())
-    largest = float(np.abs(found - expected).max())
-    if differing:
-        raise WorkError(
-            f"what {kind} makes of the network chooses another class for {differing} of {len(images)} images (logits "
-            f"differ by up to {largest:.2g}): nothing was written."
-        )
-    out = out or f"{slug(trained.weights.architecture.model)}{SUFFIXES[kind]}"
-    write_whole(*locate(out), content)
+    done = export(network, kind, screen, out=out, data=data)
     screen.say(
-        f"{out}: {len(content) / 1e6:.1f} MB. The same class for each of {len(images):,} test images; logits differ by "
-        f"at most {largest:.1g}."
+        f"{done.place}: {done.num_bytes / 1e6:.1f} MB. The same class for each of {done.num_images:,} test images; "
+        f"logits differ by at most {done.difference:.1g}."
     )
-
-
-def with_preprocessing(weights: "Weights") -> "nn.Module":
-    """Return a network from (n, 3, 32, 32) uint8 to logits."""
-    import torch
-    from torch import Tensor, nn
-
-    from raycifar.engine.augment import resize
-
-    class Whole(nn.Module):
-        mean: Tensor
-        std: Tensor
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.preprocessing = weights.architecture.preprocessing
-            self.register_buffer("mean", 255 * torch.tensor(self.preprocessing.mean)[:, None, None])
-            self.register_buffer("std", 255 * torch.tensor(self.preprocessing.std)[:, None, None])
-            self.network = weights.build()
-
-        def forward(self, images: Tensor) -> Tensor:
-            return self.network((resize(images.float(), self.preprocessing) - self.mean) / self.std)
-
-    return Whole().eval()
-
-
-def to_onnx(whole: "nn.Module") -> bytes:
-    import onnx  # noqa: F401 (a missing package is named before the export begins)
-    import torch
-
-    program = torch.onnx.export(
-        whole,
-        (torch.zeros(2, *SHAPE, dtype=torch.uint8),),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes={"images": {0: torch.export.Dim("n")}},
-        dynamo=True,
-        verbose=False,
-    )
-    assert program is not None
-    return program.model_proto.SerializeToString()
-
-
-def ask_onnx(content: bytes, images: np.ndarray, whole: "nn.Module") -> np.ndarray:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return session.run(["logits"], {"images": images})[0]
-
-
-def to_torchscript(whole: "nn.Module") -> bytes:
-    import torch
-
-    stream = io.BytesIO()
-    torch.jit.save(torch.jit.trace(whole, torch.zeros(2, *SHAPE, dtype=torch.uint8)), stream)
-    return stream.getvalue()
-
-
-def ask_torchscript(content: bytes, images: np.ndarray, whole: "nn.Module") -> np.ndarray:
-    import torch
-
-    with torch.inference_mode():
-        return torch.jit.load(io.BytesIO(content))(torch.from_numpy(images.copy())).numpy()
-
-
-def to_safetensors(whole: Any) -> bytes:
-    import safetensors.torch
-
-    tensors = {name: value.contiguous() for name, value in whole.state_dict().items()}
-    return safetensors.torch.save(tensors, metadata={"preprocessing": json.dumps(asdict(whole.preprocessing))})
-
-
-def ask_safetensors(content: bytes, images: np.ndarray, whole: "nn.Module") -> np.ndarray:
-    import copy
-
-    import safetensors.torch
-    import torch
-
-    empty = copy.deepcopy(whole)
-    for value in empty.state_dict().values():
-        value.zero_()
-    empty.load_state_dict(safetensors.torch.load(content))
-    with torch.inference_mode():
-        return empty(torch.from_numpy(images.copy())).numpy()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 Optimizer = Literal["sgd", "adamw", "muon"]
 Schedule = Literal["cosine", "linear", "step", "constant"]
-Augmentation = Literal["none", "flip", "crop", "cutout"]
+Augmentation = Literal["none", "flip", "crop", "cutout", "trivial", "rand"]
 Precision = Literal["auto", "bfloat16", "float32"]
 BatchNorm = Literal["train", "frozen"]
 Stage = Literal["head", "whole"]
@@ -35,7 +35,12 @@ class Recipe:
     warmup: float = option(0.2, "share of all steps over which the learning rate rises from 0")
     weight_decay: float = option(5e-4, "of weights; none on norms and biases")
     label_smoothing: float = option(0.1, "share of each label spread over all classes")
-    augment: Augmentation = option("crop", "none; flip; crop (flip and 4-pixel shifts); cutout (crop and an 8x8 hole)")
+    augment: Augmentation = option(
+        "crop",
+        "none; flip; crop (flip and 4-pixel shifts); crop and: cutout (an 8x8 hole), trivial (TrivialAugment, one of "
+        "14 operations for each image), rand (RandAugment, two of them)",
+    )
+    erasing: float = option(0.0, "share of images with a rectangle blanked (random erasing, Zhong et al., 2020)")
     mixup: float = option(0.0, "share of batches blended pairwise (Zhang et al., 2018)")
     cutmix: float = option(0.0, "share of batches with patches exchanged (Yun et al., 2019)")
     dropout: float = option(0.0, "share of features zeroed before each dense layer")
@@ -61,7 +66,7 @@ class Recipe:
         for names, allowed, wanted in (
             (("epochs", "batch_size", "depth"), lambda v: v >= 1, "at least 1"),
             (("lr", "weight_decay", "clip_norm"), lambda v: v >= 0, "0 or more"),
-            (("mixup", "cutmix"), lambda v: 0 <= v <= 1, "a share from 0 to 1"),
+            (("mixup", "cutmix", "erasing"), lambda v: 0 <= v <= 1, "a share from 0 to 1"),
             (("layer_decay",), lambda v: 0 < v <= 1, "a share above 0, at most 1"),
             (("image_size",), lambda v: 32 <= v <= 224, "from 32 to 224"),
             (("head_epochs",), lambda v: 0 <= v <= self.epochs, f"from 0 to the {self.epochs} epochs"),

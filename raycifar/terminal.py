@@ -1,12 +1,9 @@
 """What a run says: a calm screen at a terminal, plain lines anywhere else."""
 
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -14,21 +11,24 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from raycifar.cluster.status import STARTING, StatusStore
-from raycifar.workflows.trial import Trial
+from raycifar.cluster.status import Phase, StatusStore, StepStatus, WorkerStatus
+from raycifar.storage.records import EpochRecord
+from raycifar.workflows.trial import Trial, TrialStatus
 
 POLL_SECONDS = 0.25
 LINE_SECONDS = 30  # between two lines about the same thing, where there is no terminal
 
-Row = dict[str, Any]
-T = TypeVar("T")
-
 
 class Screen:
-    """Writes to standard output; lines are never wrapped where it is no terminal."""
+    """Writes to standard output: lines that change at a terminal, plain lines elsewhere, as in a notebook.
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=not os.isatty(1))
+    Args:
+        quiet: writes nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(highlight=False, quiet=quiet, force_jupyter=False)
+        self.console.soft_wrap = not self.console.is_terminal
 
     def say(self, text: str = "") -> None:
         self.console.print(text, markup=False)
@@ -66,32 +66,27 @@ class Screen:
             waiting: says what workers that have yet to start wait for.
             refresh: called when an epoch is over.
         """
-        attempt, notices, failures, shown, described = None, 0, 0, 0, None
+        failures, epoch, attempt, notices, model = 0, 0, None, 0, None
         with self.line() as line:
             while True:
                 alive = running()  # asked first: what the status store holds after the end is still shown
-                content = status_store.get("worker") or {"attempt": None, "phase": STARTING}
-                told = status_store.get("failures") or []
-                for failure in told[failures:]:
-                    self.say(failure)
+                told, status = status_store.failures(), status_store.worker() or WorkerStatus()
+                self.lines(map(str, told[failures:]))
                 failures = len(told)
-                if content["attempt"] != attempt:
-                    attempt, notices = content["attempt"], 0
-                if (about := content.get("about")) and about != described:
-                    self.say(f"{about['parameters']:,} parameters, {about['precision']} on {about['device']}")
-                    described = about
-                for notice in content.get("notices", [])[notices:]:
-                    self.say(notice)
-                notices = len(content.get("notices", []))
-                for row in content.get("history", []):
-                    if row["epoch"] > shown:
-                        self.say(epoch_line(row, epochs))
-                        shown = row["epoch"]
+                if status.model and status.model != model:
+                    model = status.model
+                    self.say(f"{model.parameters:,} parameters, {model.precision} on {model.device}")
+                if status.attempt != attempt:
+                    attempt, notices = status.attempt, 0
+                self.lines(status.notices[notices:])
+                notices = len(status.notices)
+                for record in status_store.history():
+                    if record.epoch > epoch:
+                        epoch = record.epoch
+                        self.say(epoch_line(record, epochs))
                         refresh()
-                phase = content["phase"]
-                if alive and phase == STARTING:
-                    phase = waiting() or phase
-                line.show(phase, content.get("step"))
+                starting = alive and status.phase == Phase.STARTING
+                line.show((waiting() if starting else None) or status.doing, status.step)
                 if not alive:
                     return
                 time.sleep(POLL_SECONDS)
@@ -102,8 +97,8 @@ class Screen:
         """Say what is being done, by the status store, until it is no longer `running`."""
         with self.line() as line:
             while running():
-                phase = (status_store.get("worker") or {"phase": STARTING})["phase"]
-                line.show((waiting() if phase == STARTING else None) or phase, None)
+                status = status_store.worker() or WorkerStatus()
+                line.show((waiting() if status.phase == Phase.STARTING else None) or status.doing, None)
                 time.sleep(POLL_SECONDS)
 
     @contextmanager
@@ -116,7 +111,7 @@ class Screen:
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[metrics]}"),
             TimeRemainingColumn(compact=True),
             console=self.console,
         )
@@ -124,55 +119,33 @@ class Screen:
             yield LiveLine(bar)
 
     def follow_trials(
-        self, tasks: Callable[[], Sequence[Trial]], running: Callable[[], bool], refresh: Callable[[], None]
+        self, trials: Callable[[], Sequence[Trial]], running: Callable[[], bool], refresh: Callable[[], None]
     ) -> None:
         """Show the trials of a comparison until it is no longer `running`; call `refresh` at every look."""
         if self.console.is_terminal:
             with Live(console=self.console, transient=True, refresh_per_second=4) as live:
                 while running():
-                    live.update(trial_table(tasks()))
+                    live.update(trial_table(trials()))
                     refresh()
                     time.sleep(POLL_SECONDS)
-            self.console.print(trial_table(tasks()))
+            self.console.print(trial_table(trials()))
             return
-        said: dict[str, list[str]] = {task.name: [] for task in tasks() if task.over}
+        said: dict[str, list[str]] = {trial.name: [] for trial in trials() if trial.over}
         ended = set(said)  # before this command began
         while True:
             alive = running()
-            for task in tasks():
-                known = said.setdefault(task.name, [])
-                for line in trial_lines(task) if task.name not in ended else ():
+            for trial in trials():
+                known = said.setdefault(trial.name, [])
+                for line in trial_lines(trial) if trial.name not in ended else ():
                     if line not in known:
                         known.append(line)
-                        self.say(f"{task.name}: {line}")
-                if task.over:
-                    ended.add(task.name)
+                        self.say(f"{trial.name}: {line}")
+                if trial.over:
+                    ended.add(trial.name)
             if not alive:
                 return
             refresh()
             time.sleep(POLL_SECONDS)
-
-
-def alongside(work: Callable[[], T], follow: Callable[[Callable[[], bool]], None]) -> T:
-    """Do `work` in a thread of its own, while this one hears Ctrl-C and runs `follow`; return or raise as it does.
-
-    Args:
-        follow: called with a function that tells whether the work goes on; returns when it doesn't.
-    """
-    outcome: dict[str, Any] = {}
-
-    def do() -> None:
-        try:
-            outcome["returned"] = work()
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=do, daemon=True)
-    thread.start()
-    follow(thread.is_alive)
-    if error := outcome.get("error"):
-        raise error
-    return outcome["returned"]
 
 
 class LiveLine:
@@ -180,23 +153,20 @@ class LiveLine:
 
     def __init__(self, bar: Progress) -> None:
         self.bar = bar
-        self.task = bar.add_task("", figures="", total=None)
+        self.task = bar.add_task("", metrics="", total=None)
         self.epoch = 0
 
-    def show(self, phase: str, step: Row | None) -> None:
+    def show(self, doing: str, step: StepStatus | None) -> None:
         if step is None:
-            self.bar.update(self.task, description=phase, total=None, completed=0, figures="")
+            self.bar.update(self.task, description=doing, total=None, completed=0, metrics="")
             self.epoch = 0
             return
-        if step["epoch"] != self.epoch:
-            self.bar.reset(self.task, total=step["steps"])
-            self.epoch = step["epoch"]
+        if step.epoch != self.epoch:
+            self.bar.reset(self.task, total=step.steps)
+            self.epoch = step.epoch
+        description = f"epoch {step.epoch}"
         self.bar.update(
-            self.task,
-            description=f"epoch {step['epoch']}",
-            total=step["steps"],
-            completed=step["step"],
-            figures=figures(step),
+            self.task, description=description, total=step.steps, completed=step.step, metrics=step_metrics(step)
         )
 
 
@@ -205,95 +175,90 @@ class PlainLine:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
-        self.phase, self.began, self.spoke = "", 0.0, 0.0
+        self.doing, self.began, self.spoke = "", 0.0, 0.0
 
-    def show(self, phase: str, step: Row | None) -> None:
+    def show(self, doing: str, step: StepStatus | None) -> None:
         now = time.monotonic()
-        if phase != self.phase:
-            self.phase, self.began, self.spoke = phase, now, now
-            self.say(f"{phase} …")
+        if doing != self.doing:
+            self.doing, self.began, self.spoke = doing, now, now
+            self.say(f"{doing} …")
         elif now - self.spoke >= LINE_SECONDS:
             self.spoke = now
             if step is None:
-                self.say(f"{phase}: {now - self.began:.0f} s so far …")
+                self.say(f"{doing}: {now - self.began:.0f} s so far …")
             else:
-                left = (step["steps"] - step["step"]) * step["images_per_step"] / step["images_per_second"]
-                self.say(
-                    f"epoch {step['epoch']}, step {step['step']}/{step['steps']}: {figures(step)}, {left:.0f} s left"
-                )
+                left = seconds_left(step, step.epoch)
+                self.say(f"epoch {step.epoch}, step {step.step}/{step.steps}: {step_metrics(step)}, {left:.0f} s left")
 
 
-def trial_lines(task: Trial) -> list[str]:
-    """Return what there is to say of a trial so far, oldest first."""
-    if task.status == "waiting":
+def trial_lines(trial: Trial) -> list[str]:
+    """Return what there is to say of a trial so far, the oldest first."""
+    if trial.status == TrialStatus.WAITING:
         return []
-    lines = [f"running {task.setting}".rstrip()]
-    content = task.status_store.get("worker") or {}
-    lines += [waiting] if (waiting := task.status_store.get("waiting")) else []
-    lines += task.status_store.get("failures") or []
-    lines += content.get("notices", [])
-    lines += [epoch_line(row, task.recipe.epochs) for row in content.get("history", [])]
-    if task.over:
-        lines.append(task.status + (f": {task.reason}" if task.reason else ""))
+    store = trial.status_store
+    lines = [f"running {trial.setting}".rstrip()]
+    lines += [waiting] if (waiting := store.waiting()) else []
+    lines += map(str, store.failures())
+    lines += (store.worker() or WorkerStatus()).notices
+    lines += [epoch_line(record, trial.recipe.epochs) for record in store.history()]
+    if trial.over:
+        lines.append(trial.status + (f": {trial.reason}" if trial.reason else ""))
     return lines
 
 
-def trial_table(tasks: Sequence[Trial]) -> Table:
+def trial_table(trials: Sequence[Trial]) -> Table:
     """Return the trials as they stand."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("trial", "status", "epoch", "loss", "val top-1", "images/s", "time left"):
         table.add_column(heading, justify="left" if heading in ("trial", "status") else "right")
-    for task in tasks:
-        content = (None if task.status == "waiting" else task.status_store.get("worker")) or {}
-        history, step, epochs = content.get("history", []), content.get("step"), task.recipe.epochs
-        doing = content.get("phase") or task.status_store.get("waiting") or "starting"
-        cells = [task.name, task.status if task.over or task.status == "waiting" else doing]
-        cells.append(f"{step['epoch'] if step else len(history)}/{epochs}" if content else "")
-        newest = history[-1] if history else {}
-        loss = step["loss"] if step else newest.get("train_loss")
-        speed = step["images_per_second"] if step else newest.get("images_per_second")
-        val = newest.get("val_top1")
-        cells += ["" if loss is None else f"{loss:.3f}", "" if val is None else f"{val:.4f}"]
-        cells.append(f"{speed:,.0f}" if speed else "")
-        cells.append("" if task.over or step is None else duration(seconds_left(step, epochs)))
-        table.add_row(*cells)
+    for trial in trials:
+        table.add_row(trial.name, *trial_cells(trial))
     return table
 
 
-def seconds_left(step: Row, epochs: int) -> float:
-    """Return how long training still takes, validation aside, at the speed of the epoch under way."""
-    steps = (epochs - step["epoch"] + 1) * step["steps"] - step["step"]
-    return steps * step["images_per_step"] / step["images_per_second"]
+def trial_cells(trial: Trial) -> list[str]:
+    """Return how a trial stands: status, epoch, loss, validation top-1, images per second and time left."""
+    if trial.status == TrialStatus.WAITING:
+        return [trial.status]
+    store, epochs = trial.status_store, trial.recipe.epochs
+    status, history = store.worker(), store.history()
+    if status is None:  # also of a trial that was over before this command began
+        return [trial.status if trial.over else store.waiting() or "starting"]
+    step, newest = status.step, history[-1] if history else None
+    loss = step.loss if step else newest and newest.train_loss
+    speed = step.images_per_second if step else newest and newest.images_per_second
+    return [
+        trial.status if trial.over else status.doing,
+        f"{step.epoch if step else len(history)}/{epochs}",
+        "" if loss is None else f"{loss:.3f}",
+        "" if newest is None or newest.val_top1 is None else f"{newest.val_top1:.4f}",
+        f"{speed:,.0f}" if speed else "",
+        "" if trial.over or step is None else str(timedelta(seconds=round(seconds_left(step, epochs)))),
+    ]
 
 
-def duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+def seconds_left(step: StepStatus, epochs: int) -> float:
+    """Return how long training takes to the end of so many epochs, validation aside, at the present speed."""
+    steps = (epochs - step.epoch + 1) * step.steps - step.step
+    return steps * step.images_per_step / step.images_per_second
 
 
-def figures(step: Row) -> str:
-    return f"loss {step['loss']:.3f}  top-1 {step['top1']:.3f}  {step['images_per_second']:,.0f} images/s"
+def step_metrics(step: StepStatus) -> str:
+    return f"loss {step.loss:.3f}  top-1 {step.top1:.3f}  {step.images_per_second:,.0f} images/s"
 
 
-def epoch_line(row: Row, epochs: int) -> str:
+def epoch_line(record: EpochRecord, epochs: int) -> str:
     """Return the line that stays of a finished epoch."""
-    number = f"{row['epoch']:>{len(str(epochs))}}/{epochs}"
-    parts = [f"epoch {number}  loss {row['train_loss']:.4f}  top-1 {row['train_top1']:.4f}"]
-    if row["val_loss"] is not None:
-        parts.append(f"validation loss {row['val_loss']:.4f}  top-1 {row['val_top1']:.4f}  top-5 {row['val_top5']:.4f}")
-    parts.append(f"lr {row['lr']:.2g}  {row['images_per_second']:,.0f} images/s  {row['seconds']:.0f} s")
+    number = f"{record.epoch:>{len(str(epochs))}}/{epochs}"
+    parts = [f"epoch {number}  loss {digits(record.train_loss)}  top-1 {digits(record.train_top1)}"]
+    if record.val_top1 is not None:
+        parts.append(
+            f"validation loss {digits(record.val_loss)}  top-1 {digits(record.val_top1)}  "
+            f"top-5 {digits(record.val_top5)}"
+        )
+    parts.append(f"lr {record.lr:.2g}  {record.images_per_second:,.0f} images/s  {record.seconds:.0f} s")
     return "  |  ".join(parts)
 
 
-def result_lines(result: Row, folder: str, source: str) -> list[str]:
-    """Return what is said of a finished run."""
-    test, speed = result["test"], f"{result['images_per_second']:,.0f} images/s"
-    lines = [
-        f"Test, {test['images']:,} images: top-1 {test['top1']:.4f}  top-5 {test['top5']:.4f}  "
-        f"superclass {test['superclass_top1']:.4f}  loss {test['loss']:.4f}  calibration error {test['ece']:.4f}",
-        f"Trained {result['epochs']} epochs in {result['train_seconds']:.0f} s, {speed}"
-        + (f"; best validation at epoch {result['best_epoch']}" if result["best_epoch"] else ""),
-        f"Run folder: {folder}",
-    ]
-    if source.startswith("synthetic"):
-        lines.insert(1, "These are synthetic images: the accuracy says nothing about CIFAR-100.")
-    return lines
+def digits(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

@@ -194,7 +194,7 @@ class Nodes:
 
 @pytest.fixture
 def nodes(monkeypatch):
-    """InitialWeights nodes with so many CPUs each, the head first."""
+    """Start nodes with so many CPUs each, the head first."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     started = []
 

@@ -3,10 +3,29 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.transforms import InterpolationMode, RandAugment, TrivialAugmentWide
+from torchvision.transforms.autoaugment import _apply_op
 
 from raycifar.data import MEAN, STD
-from raycifar.engine.augment import HOLE, PAD, augment, mix, preprocess
+from raycifar.engine.augment import ERASED_AREA, HOLE, PAD, augment, erase, mix, preprocess
+from raycifar.engine.image_ops import (
+    GEOMETRY,
+    HISTOGRAM,
+    LEVELS,
+    TONE,
+    apply_operations,
+    blend,
+    draw_operations,
+    equalize,
+    magnitudes,
+    operation,
+    operations,
+    warp,
+)
 from raycifar.recipes import Recipe
+
+SPACE = magnitudes("trivial", 32, 32)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that PyTorch can use")
 
 
 @pytest.fixture
@@ -52,11 +71,152 @@ def test_cutout_blanks_a_square_inside_each_image(images):
     assert holes.max() <= HOLE * HOLE
 
 
-def test_random_numbers_come_from_the_seed(images):
+@pytest.mark.parametrize("kind", ["cutout", "trivial", "rand"])
+def test_random_numbers_come_from_the_seed(images, kind):
     torch.manual_seed(3)
-    first = augment(images, "cutout")
+    first = augment(images, kind)
     torch.manual_seed(3)
-    assert torch.equal(first, augment(images, "cutout"))
+    assert torch.equal(first, augment(images, kind))
+    assert not torch.equal(first, augment(images, kind))
+
+
+# TrivialAugment and RandAugment -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def varied(images):
+    """Noise, low contrast, one color, few colors, half black, a gradient and a dark square."""
+    varied = images[:7].clone()
+    varied[1] = varied[1] // 8 + 100
+    varied[2] = torch.tensor([7, 200, 0])[:, None, None]
+    varied[3] = varied[3] // 64 * 64
+    varied[4, :, :, 16:] = 0
+    varied[5] = torch.arange(32) * 4 + torch.arange(32)[:, None]
+    varied[6, :, 8:24, 8:24] = 3
+    return varied
+
+
+def rows(name, values):
+    return torch.tensor([operation(name, value, 32, 32) for value in values])
+
+
+def of_torchvision(images, name, magnitude):
+    return _apply_op(images, name, magnitude, InterpolationMode.NEAREST, fill=None)
+
+
+@pytest.mark.parametrize("name", SPACE)
+def test_an_operation_is_torchvision_s_at_each_magnitude(varied, name):
+    for magnitude in SPACE[name]:
+        out = apply_operations(varied, rows(name, [magnitude] * len(varied)))
+        assert torch.equal(out, of_torchvision(varied, name, magnitude)), magnitude
+
+
+def test_each_image_of_a_batch_has_its_own_operation(varied):
+    generator = torch.Generator().manual_seed(0)
+    pairs = [(name, magnitude) for name, values in SPACE.items() for magnitude in values]
+    pairs = [pairs[k] for k in torch.randperm(len(pairs), generator=generator)]
+    images = varied[torch.randint(len(varied), (len(pairs),), generator=generator)]
+    out = apply_operations(images, torch.cat([rows(name, [magnitude]) for name, magnitude in pairs]))
+    for image, result, (name, magnitude) in zip(images, out, pairs, strict=True):
+        assert torch.equal(result, of_torchvision(image, name, magnitude)), (name, magnitude)
+
+
+def test_what_is_done_to_all_images_changes_those_alone_that_it_is_for(varied):
+    """A GPU does everything to all images, a CPU does each thing to some."""
+    torch.manual_seed(0)
+    images = varied.repeat(40, 1, 1, 1)
+    drawn = draw_operations("trivial", images)
+    out = equalize(blend(warp(images, drawn[:, GEOMETRY]), drawn[:, TONE]), drawn[:, HISTOGRAM])
+    assert torch.equal(out, apply_operations(images, drawn))
+
+
+@needs_gpu
+@pytest.mark.parametrize("policy", ["trivial", "rand"])
+def test_a_gpu_gives_what_a_cpu_gives_and_never_waits(varied, policy):
+    images, device = varied.repeat(40, 1, 1, 1), torch.device("cuda")
+    drawn = draw_operations(policy, images)
+    there = images.to(device), drawn.to(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = apply_operations(*there)
+        erase(augment(there[0], policy).float(), 0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(out.cpu(), apply_operations(images, drawn))
+
+
+@pytest.mark.parametrize(
+    ("policy", "space", "levels"),
+    [
+        ("trivial", TrivialAugmentWide()._augmentation_space(LEVELS), slice(None)),
+        ("rand", RandAugment()._augmentation_space(LEVELS, (32, 32)), slice(9, 10)),
+    ],
+)
+def test_a_policy_draws_from_torchvision_s_space(policy, space, levels):
+    expected = {
+        name: [0.0]
+        if not values.ndim
+        else [sign * v for sign in (1, -1)[: 1 + signed] for v in values[levels].tolist()]
+        for name, (values, signed) in space.items()
+    }
+    assert magnitudes(policy, 32, 32) == expected
+    table = operations(policy, 32, 32, torch.device("cpu"))
+    for name, values in expected.items():  # the identity is also what some have at a strength of 0
+        least = len(table) // len(expected) // len(values)
+        assert all((table == row).all(1).sum() >= least for row in rows(name, values))
+
+
+def test_operations_are_drawn_evenly(images):
+    torch.manual_seed(0)
+    drawn = draw_operations("rand", images[:1].expand(2800, -1, -1, -1))
+    found = [count.item() for count in drawn.unique(dim=0, return_counts=True)[1]]
+    assert len(found) == 5 + 2 * 9
+    assert sorted(found)[:18] == pytest.approx([100] * 18, abs=40)
+    assert sorted(found)[18:] == pytest.approx([200] * 5, abs=60)
+
+
+@pytest.mark.parametrize("kind", ["trivial", "rand"])
+def test_a_policy_follows_the_shifts(images, kind):
+    torch.manual_seed(1)
+    shifted = augment(images, "crop")
+    for _ in range(1 + (kind == "rand")):
+        shifted = apply_operations(shifted, draw_operations(kind, shifted))
+    torch.manual_seed(1)
+    assert torch.equal(augment(images, kind), shifted)
+
+
+# Random erasing -------------------------------------------------------------------------------------
+
+
+def test_erasing_blanks_one_rectangle_in_some_images(images):
+    torch.manual_seed(0)
+    inputs = images.repeat(20, 1, 1, 1).float()
+    out = erase(inputs, 0.4)
+    blank = (out == 0).all(1)
+    assert torch.equal(torch.where(blank[:, None], 0, inputs), out)
+    erased = blank.flatten(1).any(1)
+    assert erased.float().mean() == pytest.approx(0.4, abs=0.05)
+    heights, widths = (blank.any(dim).sum(1)[erased] for dim in (2, 1))
+    areas = blank.sum((1, 2))[erased]
+    assert torch.equal(areas, heights * widths)
+    low, high = ERASED_AREA
+    assert areas.min() >= low * 1024 * 0.8  # sides are whole pixels
+    assert areas.max() <= high * 1024 * 1.05
+    assert areas.float().mean() == pytest.approx((low + high) / 2 * 1024, rel=0.07)
+    assert heights.max() < 32
+    assert 0.25 < (heights / widths).min() < 0.45
+    assert blank[erased].float().mean(0).min() > 0  # no pixel is spared
+
+
+def test_without_erasing_nothing_is_drawn(images):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    assert erase(images, 0.0) is images
+    assert torch.equal(torch.rand(3), expected)
+
+
+# The network's input --------------------------------------------------------------------------------
 
 
 def test_normalise_matches_torchvision(images):

@@ -7,9 +7,9 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from raycifar.engine.augment import preprocess
 from raycifar.engine.evaluate import predict, score
-from raycifar.engine.loss import loss_and_sums
+from raycifar.engine.loss import loss_and_counts
 
-PARENTS = [label // 5 for label in range(100)]
+SUPERCLASS_OF = [label // 5 for label in range(100)]
 
 
 def test_scores_match_torchmetrics():
@@ -24,7 +24,7 @@ def test_scores_match_torchmetrics():
         easy = torch.arange(1234) < 600
         labels[easy] = guesses.argmax(1)[easy]
     logits = predict(model, images, torch.autocast("cpu", torch.bfloat16, enabled=False))
-    scores = score(logits, labels, labels // 5, PARENTS)
+    scores = score(logits, labels, labels // 5, SUPERCLASS_OF)
 
     def accuracy(predicted, target, **options):
         return multiclass_accuracy(predicted, target, average="micro", **options).item()
@@ -41,14 +41,14 @@ def test_scores_match_torchmetrics():
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("shares", [False, True])
-def test_the_objective_is_torch_s_and_the_history_counts_plain_cross_entropy(smoothing, shares):
+def test_the_loss_is_torch_s_and_the_history_counts_plain_cross_entropy(smoothing, shares):
     torch.manual_seed(0)
     logits, targets = torch.randn(50, 100), torch.randint(0, 100, (50,))
     if shares:
         targets = torch.randn(50, 100).softmax(1)
-    objective, sums = loss_and_sums(logits, targets, smoothing)
+    loss, counts = loss_and_counts(logits, targets, smoothing)
     reference = nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum")
     plain = nn.functional.cross_entropy(logits, targets, reduction="sum")
-    assert objective.item() == pytest.approx(reference.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
     labels = targets.argmax(1) if shares else targets
-    assert sums.tolist() == pytest.approx([50, plain.item(), (logits.argmax(1) == labels).sum().item()], rel=1e-5)
+    assert counts.tolist() == pytest.approx([50, plain.item(), (logits.argmax(1) == labels).sum().item()], rel=1e-5)

@@ -4,18 +4,19 @@ import numpy as np
 import pytest
 
 from raycifar.data.shards import bounds
-from raycifar.engine.order import Segment, advance, batches, steps_per_epoch
+from raycifar.engine.order import EpochOrder, Segment, advance, steps_per_epoch
 
 
 def shown(images, steps, segments, world_size, epoch=1, seed=0, count=None):
     """The global rows that all workers show in each of the next `count` steps."""
-    workers = [list(batches(seed, epoch, images, steps, segments, world_size, rank)) for rank in range(world_size)]
+    order = EpochOrder(seed, epoch, images, steps)
+    workers = [list(order.batches(segments, world_size, rank)) for rank in range(world_size)]
     first = bounds(images, world_size)
     result = []
     for together in list(zip(*workers, strict=True))[:count]:
         rows = np.concatenate([first[rank] + batch.rows for rank, batch in enumerate(together)])
         assert len({batch.step for batch in together}) == 1
-        assert all(batch.images == len(rows) for batch in together)
+        assert all(batch.num_images == len(rows) for batch in together)
         result.append(rows)
     return result
 

@@ -59,6 +59,8 @@ def test_a_head_that_is_trained_to_the_end_stays_alone():
         {"ema": 1.0},
         {"label_smoothing": -0.1},
         {"mixup": 0.6, "cutmix": 0.6},
+        {"erasing": 1.5},
+        {"augment": "magic"},
         {"schedule": "polynomial"},
         {"image_size": 16},
         {"layer_decay": 0.0},

@@ -99,7 +99,7 @@ def test_lines_are_plain_where_there_is_no_terminal(train, small):
 
 
 def stop_in_epoch_2(small, storage, number, *args):
-    """InitialWeights the run, and send it a signal in the middle of epoch 2, after a checkpoint there."""
+    """Start the run, and send it a signal in the middle of epoch 2, after a checkpoint there."""
     command = Command(*ARGS, "--data", small, "--name", "a", "--checkpoint-steps", 4, *args, storage=storage)
     folder = storage / "a"
 
@@ -192,6 +192,8 @@ def test_a_run_killed_before_its_scores_were_written_only_scores(trained, train,
     [
         ("--optimizer", "adamw", "--lr", 0.001, "--ema", 0.99, "--dropout", 0.2, "--mixup", 0.5),
         ("--recipe", "speedrun"),
+        ("--augment", "trivial", "--erasing", 0.5),
+        ("--augment", "rand", "--erasing", 0.25),
     ],
 )
 def test_every_part_of_the_state_is_resumed(train, small, tmp_path, recipe):

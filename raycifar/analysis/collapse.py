@@ -1,12 +1,13 @@
 """Telling a network that isn't learning from one that is slow."""
 
 import math
-from typing import Any
+
+from raycifar.storage.records import EpochRecord
 
 MIN_STEPS = 100  # before that, a healthy network may still stand at chance
 
 
-def collapse(record: Any, num_images: int, steps: int, num_classes: int) -> str | None:
+def collapse(record: EpochRecord, num_images: int, steps: int, num_classes: int) -> str | None:
     """Return a warning if an epoch's training loss and accuracy are those of guessing, else None.
 
     Guessing gives a cross-entropy of ln(classes), and a number of correct answers that is binomial around
@@ -14,17 +15,16 @@ def collapse(record: Any, num_images: int, steps: int, num_classes: int) -> str 
     learned nothing that `num_images` could show.
 
     Args:
-        record: an EpochRecord.
         num_images: trained on in the epoch.
         steps: taken since training began.
     """
     guessing, chance = math.log(num_classes), 1 / num_classes
     noise = 3 * math.sqrt(chance * (1 - chance) / num_images)
-    loss, top1 = record["train_loss"], record["train_top1"]
-    if steps < MIN_STEPS or loss is None or loss < guessing - 0.01 or top1 > chance + noise:
+    loss, top1 = record.train_loss, record.train_top1
+    if steps < MIN_STEPS or loss is None or top1 is None or loss < guessing - 0.01 or top1 > chance + noise:
         return None
     return (
-        f"after epoch {record['epoch']} the network is not learning. Its loss is {loss:.4f} and its accuracy "
+        f"after epoch {record.epoch} the network is not learning. Its loss is {loss:.4f} and its accuracy "
         f"{top1:.2%}, as by guessing (ln({num_classes}) = {guessing:.4f}, {chance:.2%}). Stop it, and try a smaller "
         "--lr or a longer --warmup."
     )

@@ -1,40 +1,195 @@
-"""What a run's processes let the driver know while it runs: each topic's latest value.
+"""How a run stands: what its workers, Ray Train's controller and its driver tell each other while it is under way.
 
-In a cluster it is kept in Ray's own key-value store, so it costs no process and reaches over nodes;
-without one, in this process.
+In a cluster it is kept in Ray's own key-value store, which takes no process and reaches over nodes; without one, in
+this process.
 """
 
 import json
 import sys
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import Any, Self
 
-STARTING = "starting the workers"  # the phase before there is a worker to tell of one
+from raycifar.storage.records import EpochRecord
 
 _here: dict[str, bytes] = {}
 
 
+class Phase(StrEnum):
+    """What a run is doing, in the words that are shown."""
+
+    STARTING = "starting the workers"  # until a worker tells of another
+    LOADING_IMAGES = "loading images"
+    BUILDING_MODEL = "building the model"
+    TRAINING = "training"
+    COMPARING = "comparing with other trials"
+    SCORING_TEST = "scoring the test set"
+    SAVING = "saving"
+    WARMING_UP = "warming up"
+    TIMING = "timing"
+
+
+class FailureKind(StrEnum):
+    PREEMPTED = "preempted"  # a node is being taken away; the workers saved and left
+    STORAGE = "storage"  # a file can't be written, and trying again is in vain
+    WORKER = "worker"  # anything else that ends a worker
+    DRIVER = "driver"  # the process of a trial that waits for its workers
+
+
+class Message:
+    """A dataclass that is stored as JSON; keys that it doesn't know are ignored."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStatus(Message):
+    """The epoch under way, up to a step."""
+
+    epoch: int  # from 1
+    step: int  # steps taken
+    steps: int  # in an epoch
+    lr: float
+    loss: float  # mean over the epoch so far
+    top1: float
+    images_per_step: float
+    images_per_second: float  # over all workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts(Message):
+    """What trains on what."""
+
+    parameters: int
+    device: str
+    threads: int
+    precision: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerStatus(Message):
+    """What the first worker tells; how the epochs went is told apart, as it is longer and changes rarely."""
+
+    attempt: int | None = None  # its process: a restarted run has another
+    phase: Phase = Phase.STARTING
+    detail: str = ""  # of the phase
+    notices: list[str] = field(default_factory=list)
+    step: StepStatus | None = None
+    model: ModelFacts | None = None
+    nodes: list[str | None] = field(default_factory=list)  # the node of each worker
+
+    @property
+    def doing(self) -> str:
+        return f"{self.phase}, {self.detail}" if self.detail else self.phase
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        step, model = values.get("step"), values.get("model")
+        nested = {
+            "phase": Phase(values["phase"]),
+            "step": step and StepStatus.from_json(step),
+            "model": model and ModelFacts.from_json(model),
+        }
+        return super().from_json({**values, **nested})
+
+
+@dataclass(frozen=True)
+class Failure(Message):
+    """A failure after which the run goes on."""
+
+    kind: FailureKind
+    reason: str
+    ranks: list[int] = field(default_factory=list)  # of the workers that failed
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        return super().from_json({**values, "kind": FailureKind(values["kind"])})
+
+    def __str__(self) -> str:
+        if self.kind == FailureKind.PREEMPTED:
+            return "A node of this run is being taken away; the run goes on from a checkpoint made just now."
+        if self.kind == FailureKind.DRIVER:
+            return f"Its driver failed ({self.reason}); it is tried again."
+        ranks = ", ".join(map(str, self.ranks))
+        return f"Worker {ranks} failed ({self.reason}); the workers are restarted from the last checkpoint."
+
+
 @dataclass(frozen=True)
 class StatusStore:
-    """The status_store of one invocation of one run; `key` is unique to it."""
+    """The status of one invocation of one run; `key` is unique to it."""
 
     key: str
 
-    def put(self, topic: str, value: Any) -> None:
+    def worker(self) -> WorkerStatus | None:
+        """Return what the first worker told last, or None before it has."""
+        values = self._get("worker")
+        return None if values is None else WorkerStatus.from_json(values)
+
+    def put_worker(self, status: WorkerStatus) -> None:
+        self._put("worker", status.to_json())
+
+    def history(self) -> list[EpochRecord]:
+        """Return the records of the finished epochs."""
+        return [EpochRecord.from_json(row) for row in self._get("history") or []]
+
+    def put_history(self, history: Iterable[EpochRecord]) -> None:
+        self._put("history", [record.to_json() for record in history])
+
+    def failures(self) -> list[Failure]:
+        """Return the failures so far, the oldest first."""
+        return [Failure.from_json(values) for values in self._get("failures") or []]
+
+    def add_failure(self, failure: Failure) -> None:
+        self._put("failures", [*(self._get("failures") or []), failure.to_json()])
+
+    def verdict(self, epoch: int) -> bool | None:
+        """Return whether the trial stops after an epoch, or None before that is known."""
+        return self._get(f"stop after {epoch}")
+
+    def put_verdict(self, epoch: int, *, stop: bool) -> None:
+        self._put(f"stop after {epoch}", stop)
+
+    def waiting(self) -> str | None:
+        """Return what the workers of a trial last waited for."""
+        return self._get("waiting")
+
+    def put_waiting(self, text: str) -> None:
+        self._put("waiting", text)
+
+    def reason(self) -> str | None:
+        """Return why a trial's driver failed last."""
+        return self._get("reason")
+
+    def put_reason(self, reason: str) -> None:
+        self._put("reason", reason)
+
+    def stop_requested(self) -> bool:
+        return self._get("stop") is not None
+
+    def request_stop(self) -> None:
+        """Ask the workers to save and stop."""
+        self._put("stop", True)
+
+    def _put(self, topic: str, value: Any) -> None:
         content = json.dumps(value).encode()
         if in_a_cluster():
-            from ray.experimental import internal_kv
+            from raycifar.cluster import ray_internals
 
-            internal_kv._internal_kv_put(f"raycifar/{self.key}/{topic}", content, overwrite=True)
+            ray_internals.kv_put(f"raycifar/{self.key}/{topic}", content)
         else:
             _here[f"{self.key}/{topic}"] = content
 
-    def get(self, topic: str) -> Any:
-        """Return the topic's latest value, or None."""
+    def _get(self, topic: str) -> Any:
         if in_a_cluster():
-            from ray.experimental import internal_kv
+            from raycifar.cluster import ray_internals
 
-            content = internal_kv._internal_kv_get(f"raycifar/{self.key}/{topic}")
+            content = ray_internals.kv_get(f"raycifar/{self.key}/{topic}")
         else:
             content = _here.get(f"{self.key}/{topic}")
         return None if content is None else json.loads(content)

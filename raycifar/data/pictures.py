@@ -41,10 +41,7 @@ def find(place: str) -> Iterator[tuple[str, fs.FileSystem, str]]:
 
 
 def read(filesystem: fs.FileSystem, path: str) -> np.ndarray:
-    """Return an image as (3, 32, 32) uint8.
-
-    It is turned as its EXIF data says, laid on white where it is transparent, scaled until its shorter side has
-    32 pixels, and cut to the middle.
+    """Return the image of a file as (3, 32, 32) uint8; see `to_pixels`.
 
     Raises:
         ValueError: it is broken, or no image; the message says how.
@@ -56,12 +53,21 @@ def read(filesystem: fs.FileSystem, path: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            return np.asarray(ImageOps.fit(to_rgb(upright), (SIDE, SIDE), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+            return to_pixels(image)
     except Image.UnidentifiedImageError as error:
         raise ValueError("it is no image of a kind that is known here") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(str(error).rstrip(".") or type(error).__name__) from error
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """Return an image of any size and mode as (3, 32, 32) uint8.
+
+    It is turned as its EXIF data says, laid on white where it is transparent, scaled until its shorter side has
+    32 pixels, and cut to the middle.
+    """
+    upright = to_rgb(ImageOps.exif_transpose(image))
+    return np.asarray(ImageOps.fit(upright, (SIDE, SIDE), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -27,7 +27,7 @@ from raycifar.data import BYTES, SHAPE
 from raycifar.data.synthetic import synthetic
 from raycifar.data.tables import Source, to_table
 from raycifar.errors import RequestError
-from raycifar.storage.files import locate
+from raycifar.storage.files import URI, locate
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
 MD5 = "03b5dce01913d631647c71ecec9e9cb8"
@@ -39,6 +39,8 @@ WANTED = (
     "or as a folder of Parquet files with the columns img.bytes, fine_label and coarse_label"
 )
 
+SYNTHETIC = re.compile(r"synthetic(?::([1-9]\d*)00)?")
+
 Read = Callable[[str], bytes]  # from a file's base name to its content
 
 
@@ -48,7 +50,7 @@ def load(name: str, seed: int = 0) -> Source:
     Raises:
         RequestError: it can't be had, or it isn't CIFAR-100; the message says why and what to do.
     """
-    if match := re.fullmatch(r"synthetic(?::([1-9]\d*)00)?", name):  # as many images of each class
+    if match := SYNTHETIC.fullmatch(name):  # as many images of each class
         return synthetic(int(match[1]) * 100, seed=seed) if match[1] else synthetic(seed=seed)
     place = fetch() if name == "cifar100" else name
     filesystem, path = locate(place)
@@ -61,6 +63,13 @@ def load(name: str, seed: int = 0) -> Source:
         return read_file(name, filesystem, path)
     except OSError as error:
         raise RequestError(f"{name} can't be read: {error}.") from error
+
+
+def absolute_name(name: str) -> str:
+    """Return what names the same data set in any folder: of a local path the absolute one."""
+    if name == "cifar100" or SYNTHETIC.fullmatch(name) or URI.match(name):
+        return name
+    return str(Path(name).expanduser().resolve())
 
 
 def cache_folder() -> Path:

@@ -1,30 +1,51 @@
 """From uint8 images on the device to the network's input, a whole batch at a time.
 
-torchvision's transforms.v2 draw one set of random numbers for a whole batch; flips, shifts and holes are
+torchvision's transforms.v2 draw one set of random numbers for a whole batch; flips, shifts, holes and policies are
 wanted for each image, so they are tensor operations here. Where one draw for the batch is right, as for
-mixup and cutmix, torchvision's are used. All random numbers come from torch's default generators.
+mixup and cutmix, torchvision's are used. All random numbers come from torch's default generators, which are seeded
+anew in each step, and nothing waits for a GPU.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raycifar.engine.image_ops import apply_operations, draw_operations
 from raycifar.models import CIFAR, Preprocessing
 from raycifar.recipes import Augmentation, Recipe
 
 PAD = 4  # pixels an image may be shifted, as in He et al. (2016)
 HOLE = 8  # side of cutout's square, DeVries and Taylor (2017) for CIFAR-100
+RAND_OPERATIONS = 2  # that RandAugment applies to each image
+ERASED_AREA = (0.02, 0.33)  # least and largest fraction of an image that random erasing blanks, as in torchvision
+ERASED_ASPECT = (0.3, 3.3)  # least and largest height of what is blanked, in widths
 
 
 def augment(images: Tensor, kind: Augmentation) -> Tensor:
-    """Return `images` (N, 3, H, W) uint8, each flipped, shifted or cut on its own."""
+    """Return `images` (N, 3, H, W) uint8, each flipped, shifted and changed on its own.
+
+    Args:
+        kind: none. flip: half of the images. crop: and shifted by up to 4 pixels, He et al. (2016). With crop,
+            cutout: and a hole cut, DeVries and Taylor (2017); trivial: and one operation of TrivialAugment's wide
+            space, Müller and Hutter (2021); rand: and two operations of RandAugment, Cubuk et al. (2020).
+    """
     if kind == "none":
         return images
     flipped = torch.rand(len(images), device=images.device) < 0.5
     if kind == "flip":
         return torch.where(flipped[:, None, None, None], images.flip(3), images)
     images = shift(images, flipped)
-    return cut_hole(images) if kind == "cutout" else images
+    match kind:
+        case "cutout":
+            return cut_hole(images)
+        case "trivial":
+            return apply_operations(images, draw_operations(kind, images))
+        case "rand":
+            for _ in range(RAND_OPERATIONS):
+                images = apply_operations(images, draw_operations(kind, images))
+    return images
 
 
 def shift(images: Tensor, flipped: Tensor) -> Tensor:
@@ -44,11 +65,33 @@ def cut_hole(images: Tensor) -> Tensor:
     count, _, height, width = images.shape
     y = torch.randint(0, height, (count, 1), device=images.device)
     x = torch.randint(0, width, (count, 1), device=images.device)
-    outside = [
-        (torch.arange(size, device=images.device) - centre + HOLE // 2).div(HOLE, rounding_mode="floor") != 0
-        for size, centre in ((height, y), (width, x))
-    ]
-    return images * (outside[0][:, None, :, None] | outside[1][:, None, None, :])
+    return blank(images, y - HOLE // 2, x - HOLE // 2, HOLE, HOLE)
+
+
+def erase(inputs: Tensor, probability: float) -> Tensor:
+    """Return `inputs` (N, 3, H, W) float, a rectangle of some blanked with 0, the mean color: Zhong et al. (2020).
+
+    torchvision draws again where a rectangle is as high or wide as its image; here it's made a pixel smaller than that.
+    """
+    if not probability:
+        return inputs
+    count, _, height, width = inputs.shape
+    chosen, area, aspect, y, x = torch.rand(5, count, 1, device=inputs.device)
+    area = (ERASED_AREA[0] + area * (ERASED_AREA[1] - ERASED_AREA[0])) * (height * width)
+    low, high = map(math.log, ERASED_ASPECT)
+    aspect = torch.exp(low + aspect * (high - low))
+    rows = (area * aspect).sqrt().round().clamp(max=height - 1)
+    columns = (area / aspect).sqrt().round().clamp(max=width - 1)
+    y, x = (y * (height - rows + 1)).floor(), (x * (width - columns + 1)).floor()
+    return blank(inputs, y, x, rows * (chosen < probability), columns)
+
+
+def blank(images: Tensor, y: Tensor, x: Tensor, rows: Tensor | int, columns: Tensor | int) -> Tensor:
+    """Return images (N, 3, H, W) with 0 in a rectangle of each; its corner and its size in pixels are (N, 1)."""
+    below, right = (torch.arange(size, device=images.device) for size in images.shape[-2:])
+    below, right = below - y, right - x
+    vertical, horizontal = (below >= 0) & (below < rows), (right >= 0) & (right < columns)
+    return images.masked_fill(vertical[:, None, :, None] & horizontal[:, None, None, :], 0)
 
 
 def preprocess(images: Tensor, preprocessing: Preprocessing = CIFAR) -> Tensor:

@@ -101,7 +101,7 @@ class Training:
 training: Training
 
 
-def begin(setting: Setting) -> None:
+def start(setting: Setting) -> None:
     """Make the process ready to train; it lasts as long as the one that asked for it."""
     global training
     signal.signal(signal.SIGINT, signal.SIG_IGN)

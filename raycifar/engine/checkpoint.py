@@ -1,21 +1,61 @@
-"""Checkpoints on their way: written while training goes on, by Ray Train or, without workers, by ourselves."""
+"""Checkpoints: taken between two steps, written while training goes on."""
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from threading import Semaphore
 from typing import Any
 
 import ray.train
+import safetensors.torch
+import torch
 from ray.train import Checkpoint, CheckpointUploadMode
+from torch import Tensor
 
-from raycifar.storage.run_folder import KEPT, RunFolder
+from raycifar.engine.state import PROGRESS, TENSORS, TrainingState
+from raycifar.models import Architecture
+from raycifar.storage.run_folder import BEST, KEPT, RunFolder
+from raycifar.storage.weights import to_file
 
-UNDER_WAY = 2  # checkpoints being written, at most: a storage that is slower than training is waited for
+MAX_PENDING = 2  # checkpoints being written: a storage that is slower than training is waited for
+
+
+class HostCopy:
+    """Contiguous copies of tensors in the host's memory. A GPU makes them while it computes: nothing waits."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.copies = {name: t.contiguous().to("cpu", non_blocking=True, copy=True) for name, t in tensors.items()}
+        self.done = torch.cuda.Event() if any(t.is_cuda for t in tensors.values()) else None
+        if self.done:
+            self.done.record()
+
+    def wait(self) -> dict[str, Tensor]:
+        if self.done:
+            self.done.synchronize()
+        return self.copies
+
+
+class Snapshot:
+    """The state at one moment, to be written later by another thread.
+
+    Args:
+        best: keep the weights that are scored, too: they are the best so far.
+    """
+
+    def __init__(self, state: TrainingState, architecture: Architecture, *, best: bool = False) -> None:
+        self.architecture = architecture
+        self.state, self.progress = HostCopy(state.tensors()), state.progress.to_json()
+        self.best_weights = HostCopy(state.scored.state_dict()) if best else None
+
+    def write(self, run: RunFolder, name: str) -> str:
+        """Write the best weights, if there are any, then the checkpoint; return its path on the run's file system."""
+        if self.best_weights:
+            run.write(BEST, to_file(self.best_weights.wait(), self.architecture))
+        files = {TENSORS: safetensors.torch.save(self.state.wait()), PROGRESS: self.progress}
+        return run.write_checkpoint(files, name)
 
 
 class Checkpointer:
-    """Saves this worker's files without waiting for the storage.
+    """Saves snapshots without waiting for the storage.
 
     With workers, Ray Train uploads in its own thread, keeps the last few and knows them after a restart.
     Without (`--workers 0`), Ray Train's report keeps nothing, so a thread here does the same.
@@ -25,18 +65,16 @@ class Checkpointer:
         self.run = run
         self.uploads = ThreadPoolExecutor(max_workers=1) if in_process else None
         self.pending: list[Future[Checkpoint]] = []
-        self.room = Semaphore(UNDER_WAY)
+        self.room = Semaphore(MAX_PENDING)
 
-    def save(
-        self, metrics: dict[str, Any], files: Callable[[], dict[str, bytes]] | None, *, wait: bool = False
-    ) -> None:
-        """Report metrics and, on the worker that gives files, a checkpoint; all workers call it together.
+    def save(self, metrics: dict[str, Any], snapshot: Snapshot | None, *, wait: bool = False) -> None:
+        """Report metrics and a checkpoint; all workers call it together, and one of them has a snapshot.
 
         Args:
-            files: gives them by name; called in another thread. wait: until it is stored.
+            wait: until it is stored.
         """
         mode = CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC  # SYNC waits to be looked at
-        if files is None:
+        if snapshot is None:
             ray.train.report(metrics, checkpoint_upload_mode=mode)
             return
         self.room.acquire()
@@ -44,26 +82,28 @@ class Checkpointer:
             name = f"checkpoint_{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"
             while self.pending and self.pending[0].done():
                 self.pending.pop(0).result()
-            self.pending.append(self.uploads.submit(self._store, files, name, prune=True))
+            self.pending.append(self.uploads.submit(self._store, snapshot, name))
             ray.train.report(metrics)
+            if wait:
+                self.wait()
         else:
             ray.train.report(
                 metrics,
                 Checkpoint(self.run.name, self.run.filesystem),  # Ray asks for one before there is any
                 checkpoint_upload_mode=mode,
-                checkpoint_upload_fn=lambda _, name: self._store(files, name),
+                checkpoint_upload_fn=lambda _, name: self._store(snapshot, name),
                 delete_local_checkpoint_after_upload=False,
             )
 
     def wait(self) -> None:
-        """Wait for what is still on its way; raise what went wrong, as `save` does with what went wrong before."""
+        """Wait for what is still being written, and raise what went wrong, as the next `save` would."""
         while self.pending:
             self.pending.pop(0).result()
 
-    def _store(self, files: Callable[[], dict[str, bytes]], name: str, *, prune: bool = False) -> Checkpoint:
+    def _store(self, snapshot: Snapshot, name: str) -> Checkpoint:
         try:
-            path = self.run.write_checkpoint(files(), name)
-            if prune:
+            path = snapshot.write(self.run, name)
+            if self.uploads:
                 self.run.delete_checkpoints(self.run.checkpoint_names()[KEPT:])
             return Checkpoint(path, self.run.filesystem)
         finally:

@@ -1,7 +1,6 @@
 """What keeps a GPU busy: it is faster at small steps than Python is at launching their kernels one by one."""
 
 import functools
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from raycifar.engine.torch_internals import waits_for_gpu
 
 WARM_UP = 3  # calls before a graph is captured: libraries are loaded in them, and algorithms chosen
 MEMORY = 1 / 3  # share of a GPU's that a step may need, to be captured: it then needs as much again
@@ -61,14 +62,7 @@ class CudaGraphRunner:
 
     def _try(self, arguments: tuple[Any, ...]) -> tuple[Tensor, bool]:
         """Call the function, and return whether it can be captured too."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                output = self._call(arguments)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        waits = any("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+        output, waits = waits_for_gpu(lambda: self._call(arguments))
         return output, not waits and torch.cuda.max_memory_allocated() < MEMORY * torch.cuda.mem_get_info()[1]
 
     def _capture(self, arguments: tuple[Any, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
@@ -81,9 +75,9 @@ class CudaGraphRunner:
         return graph, [a for a in own if torch.is_tensor(a)], output
 
 
-def cuda_graphed(function: Callable[..., Tensor], device: torch.device, world_size: int) -> Callable[..., Tensor]:
-    """Return the function, replayed on one GPU; on a CPU, or where gradients are exchanged, it stays as it is."""
-    return CudaGraphRunner(function) if device.type == "cuda" and world_size == 1 else function
+def cuda_graphed(function: Callable[..., Tensor], device: torch.device, *, capturable: bool) -> Callable[..., Tensor]:
+    """Return the function, replayed on a GPU; on a CPU, or where it isn't `capturable`, it stays as it is."""
+    return CudaGraphRunner(function) if device.type == "cuda" and capturable else function
 
 
 class Prefetcher:

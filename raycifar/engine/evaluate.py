@@ -6,13 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raycifar.data import SIDE
 from raycifar.data.tables import to_lists
 from raycifar.engine.augment import preprocess
+from raycifar.engine.distributed import all_reduce_sum
 from raycifar.models import CIFAR, Preprocessing
 
 # Pixels scored at a time: on a CPU 250 of CIFAR's images, so that a worker stays small; a GPU wants to be filled.
@@ -44,36 +44,36 @@ def predict(
 
 
 @torch.inference_mode()
-def per_image(logits: Tensor, labels: Tensor, coarse: Tensor, parents: Sequence[int]) -> dict[str, Tensor]:
+def per_image(logits: Tensor, labels: Tensor, coarse: Tensor, superclass_of: Sequence[int]) -> dict[str, Tensor]:
     """Return what each image adds to the scores: loss, top1, top5 and superclass_top1, (n,) each.
 
     The arguments are those of `score`.
     """
     ranked = logits.topk(5).indices
-    right = ranked == labels[:, None]
+    correct = ranked == labels[:, None]
     return {
         "loss": F.cross_entropy(logits, labels, reduction="none"),
-        "top1": right[:, 0],
-        "top5": right.any(1),
-        "superclass_top1": torch.tensor(parents, device=logits.device)[ranked[:, 0]] == coarse,
+        "top1": correct[:, 0],
+        "top5": correct.any(1),
+        "superclass_top1": torch.tensor(superclass_of, device=logits.device)[ranked[:, 0]] == coarse,
     }
 
 
 @torch.inference_mode()
-def score(logits: Tensor, labels: Tensor, coarse: Tensor, parents: Sequence[int]) -> dict[str, float]:
+def score(logits: Tensor, labels: Tensor, coarse: Tensor, superclass_of: Sequence[int]) -> dict[str, float]:
     """Return the scores over all workers' images; all workers must call it together.
 
     Args:
         logits: (n, classes) float32, of this worker's images.
         labels, coarse: (n,) int64, their classes and superclasses.
-        parents: the superclass of each class.
+        superclass_of: the superclass of each class.
 
     Returns:
         images, loss (natural-log cross-entropy), top1, top5, superclass_top1 (the predicted class's
         superclass is right), ece (expected calibration error over 15 bins of equal width).
     """
     device = logits.device
-    counted = per_image(logits, labels, coarse, parents)
+    counted = per_image(logits, labels, coarse, superclass_of)
     totals = torch.stack([values.double().sum() for values in (torch.ones_like(labels), *counted.values())])
 
     confidence = logits.softmax(1).amax(1).double()
@@ -81,20 +81,11 @@ def score(logits: Tensor, labels: Tensor, coarse: Tensor, parents: Sequence[int]
     bins = torch.zeros((2, BINS), dtype=torch.float64, device=device)  # confidence, correct
     for row, values in enumerate((confidence, counted["top1"].double())):
         bins[row].scatter_add_(0, bin_of, values)
-    reduce_sum(totals, bins)
-    images = totals[0].item()
-    scores = {"images": int(images), **dict(zip(counted, (totals[1:] / images).tolist(), strict=True))}
-    scores["ece"] = ((bins[0] - bins[1]).abs().sum() / images).item()
+    all_reduce_sum(totals, bins)
+    num_images = totals[0].item()
+    scores = {"images": int(num_images), **dict(zip(counted, (totals[1:] / num_images).tolist(), strict=True))}
+    scores["ece"] = ((bins[0] - bins[1]).abs().sum() / num_images).item()
     return scores
-
-
-@torch.no_grad()
-def gather(part: Tensor, images: int, first: int) -> Tensor:
-    """Return the rows of all workers, (images, …): `part` holds this worker's, from row `first` on."""
-    whole = part.new_zeros((images, *part.shape[1:]))
-    whole[first : first + len(part)] = part
-    reduce_sum(whole)
-    return whole
 
 
 def to_predictions_file(probabilities: Tensor, labels: Tensor) -> bytes:
@@ -118,10 +109,3 @@ def to_predictions_file(probabilities: Tensor, labels: Tensor) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()
-
-
-def reduce_sum(*tensors: Tensor) -> None:
-    """Add each tensor up over all workers, in place."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)

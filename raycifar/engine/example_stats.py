@@ -86,7 +86,7 @@ def describe_rise(values: Tensor, index: Tensor) -> dict[str, object] | None:
     return {"fraction": (top.values.sum() / total).item(), "indices": index[top.indices[:SHOWN]].tolist()}
 
 
-def to_images_file(values: Tensor, index: Tensor, labels: Tensor) -> bytes:
+def to_example_stats_file(values: Tensor, index: Tensor, labels: Tensor) -> bytes:
     """Return a Parquet file with a row for each training image, by its row in the source's training set.
 
     Returns:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from raycifar.engine.convolution import use_products
+from raycifar.engine.torch_internals import seed_cpu
 from raycifar.recipes import Precision
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -21,7 +22,7 @@ def set_up(device: torch.device, threads: int) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def keep_memory() -> None:
+def retain_malloc_pages() -> None:
     """Have glibc keep the memory of large tensors for the next step; new pages take 13 to 22 % of one (AMD Zen 5)."""
     with suppress(AttributeError, OSError):  # another C library
         libc = ctypes.CDLL(None)
@@ -29,7 +30,7 @@ def keep_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def place(network: nn.Module, device: torch.device) -> nn.Module:
+def to_device(network: nn.Module, device: torch.device) -> nn.Module:
     """Return the network on the device, in the layout and with the convolutions that are fastest there."""
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if device.type == "cpu":
@@ -38,8 +39,8 @@ def place(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def seed(value: int, device: torch.device) -> None:
-    """Seed what a step draws from; torch.manual_seed takes a hundred times as long, for devices that aren't there."""
-    torch.default_generator.manual_seed(value)
+    """Seed what a step draws from, on the CPU and on the device."""
+    seed_cpu(value)
     if device.type == "cuda":
         torch.cuda.manual_seed(value)
 
@@ -65,41 +66,3 @@ def gains_by_bfloat16(device: torch.device) -> bool:
     able = torch.cpu.get_capabilities()
     vectors = able.get("avx512_bf16") and str(able.get("cpu_name")).startswith("AMD")
     return bool(vectors or able.get("amx_bf16") or able.get("bf16"))
-
-
-def parallelise(model: nn.Module, size: int, device: torch.device, autocast: torch.autocast) -> nn.Module:
-    """Return the model as Ray Train prepares it: gradients are averaged over workers where there are several.
-
-    Batch norm's running statistics stay each worker's own; they are averaged when they are read.
-
-    Args:
-        size: side of the images, in pixels.
-    """
-    import ray.train.torch  # asking a trained network has no need of it
-
-    parallel = ray.train.torch.prepare_model(
-        model,
-        move_to_device=device,
-        parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True},
-    )
-    if parallel is not model:
-        settle_buckets(parallel, size, device, autocast)
-    return parallel
-
-
-def settle_buckets(model: nn.Module, size: int, device: torch.device, autocast: torch.autocast) -> None:
-    """Take one pass that leaves no trace but the final layout of DDP's gradient buckets.
-
-    DDP regroups its buckets after its first backward pass. With three workers or more the order of the
-    additions follows the buckets, so a run that has just been resumed would round otherwise than one that
-    was never stopped.
-    """
-    kept = [buffer.clone() for buffer in model.buffers()]
-    model.train()
-    for _ in range(2):
-        with autocast:
-            logits = model(torch.zeros(2, 3, size, size, device=device).contiguous(memory_format=torch.channels_last))
-        logits.float().sum().backward()
-        model.zero_grad()
-    for buffer, value in zip(model.buffers(), kept, strict=True):
-        buffer.copy_(value)

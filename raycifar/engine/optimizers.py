@@ -1,19 +1,18 @@
-"""The optimiser of a recipe."""
+"""The optimizers, by the names that a recipe knows them by. A new one is a line in OPTIMIZERS."""
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.sgd import sgd
 
 from raycifar.engine.cuda import map_on_streams
+from raycifar.engine.torch_internals import EagerAdamW, EagerOptimizer, fused_sgd_
 from raycifar.recipes import Recipe
 
 
 def build_optimizer(model: nn.Module, layers: Sequence[Sequence[str]], recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the optimiser of the parameters that are not frozen.
+    """Return the optimizer of the parameters that are not frozen.
 
     Weight decay is for weights alone, not for norms and biases. Each layer's learning rate is the next one's
     times `layer_decay`: the nearer to the input, the more general what was learned, the less it should move
@@ -23,38 +22,23 @@ def build_optimizer(model: nn.Module, layers: Sequence[Sequence[str]], recipe: R
         layers: names of the parameters of each layer, from the input to the head.
     """
     distance = {name: k for k, names in enumerate(reversed(layers)) for name in names}  # from the head
-    groups: dict[tuple[float, int], list[nn.Parameter]] = {}
+    by_kind: dict[tuple[float, int], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((recipe.layer_decay ** distance[name], parameter.ndim), []).append(parameter)
-    options: list[dict[str, Any]] = [
+            by_kind.setdefault((recipe.layer_decay ** distance[name], parameter.ndim), []).append(parameter)
+    groups: list[dict[str, Any]] = [
         {"params": parameters, "weight_decay": recipe.weight_decay if ndim > 1 else 0.0, "lr_scale": scale}
-        for (scale, ndim), parameters in groups.items()
+        for (scale, ndim), parameters in by_kind.items()
     ]
-    on_gpu = next(model.parameters()).device.type == "cuda"
-    if recipe.optimizer == "muon":
-        optimizer: torch.optim.Optimizer = Muon(options, recipe.lr, recipe.momentum)
-    elif recipe.optimizer == "adamw":
-        betas = (recipe.momentum, 0.999)
-        optimizer = AdamW(options, lr=recipe.lr, betas=betas, fused=True, capturable=on_gpu)
-    else:
-        optimizer = SGD(options, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True)
-    if on_gpu:  # a step that is replayed there reads its learning rate there
-        for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+    optimizer = OPTIMIZERS[recipe.optimizer](groups, recipe)
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        if device.type == "cuda":  # a captured step reads its learning rate there
+            group["lr"] = torch.tensor(group["lr"], device=device)
     return optimizer
 
 
-class Eager(torch.optim.Optimizer):
-    """An optimiser that is never compiled: PyTorch's own import its compiler all the same, 1.4 s of a start."""
-
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
-    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
-
-
-class SGD(Eager, torch.optim.SGD):
+class SGD(EagerOptimizer, torch.optim.SGD):
     """PyTorch's, given filters in the order in which they lie; else it copies their gradients first, on a CPU."""
 
     @torch.no_grad()
@@ -63,7 +47,7 @@ class SGD(Eager, torch.optim.SGD):
             parameters, gradients, momenta = (list(map(as_it_lies, tensors)) for tensors in tensors_of(group, self))
             names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
             if parameters:
-                sgd(parameters, gradients, [*momenta], fused=True, **{name: group[name] for name in names})
+                fused_sgd_(parameters, gradients, momenta, **{name: group[name] for name in names})
 
 
 def as_it_lies(tensor: Tensor) -> Tensor:
@@ -80,11 +64,7 @@ def tensors_of(group: dict[str, Any], optimizer: torch.optim.Optimizer) -> tuple
     return parameters, [p.grad for p in parameters], [optimizer.state[p]["momentum_buffer"] for p in parameters]
 
 
-class AdamW(Eager, torch.optim.AdamW):
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-
-
-class Muon(Eager):
+class Muon(EagerOptimizer):
     """Steps of the same length in all directions, for filters (Jordan et al., 2024); SGD for all else.
 
     The update of a convolution's filters, as a matrix (filters, values of a filter), is replaced by the nearest
@@ -143,6 +123,21 @@ def orthogonal(update: Tensor) -> Tensor:
         wide = torch.addmm(wide, factor, wide, beta=3.4445)
     matrix = wide.mT if len(matrix) > matrix.shape[1] else wide
     return matrix.to(update.dtype).view(update.shape)
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Recipe], torch.optim.Optimizer]] = {
+    "sgd": lambda groups, recipe: SGD(
+        groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True
+    ),
+    "adamw": lambda groups, recipe: EagerAdamW(
+        groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True, capturable=on_gpu(groups)
+    ),
+    "muon": lambda groups, recipe: Muon(groups, recipe.lr, recipe.momentum),
+}
+
+
+def on_gpu(groups: list[dict[str, Any]]) -> bool:
+    return groups[0]["params"][0].is_cuda
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

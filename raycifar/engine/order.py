@@ -29,16 +29,16 @@ class Segment:
 class Batch:
     """One step's images on one worker.
 
-    rows: (n,) int64, rows of the worker's own shard. images: how many the step has over all workers.
+    rows: (n,) int64, rows of the worker's own shard. num_images: of the step, over all workers.
     """
 
     step: int
     rows: np.ndarray
-    images: int
+    num_images: int
 
 
-def steps_per_epoch(images: int, batch_size: int) -> int:
-    return -(-images // batch_size)
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+    return -(-num_images // batch_size)
 
 
 def advance(segments: Sequence[Segment], world_size: int) -> list[Segment]:
@@ -48,42 +48,49 @@ def advance(segments: Sequence[Segment], world_size: int) -> list[Segment]:
     return [*segments, Segment(world_size, 1)]
 
 
-def batches(
-    seed: int, epoch: int, images: int, steps: int, segments: Sequence[Segment], world_size: int, rank: int
-) -> Iterator[Batch]:
-    """Yield what is left of an epoch for one worker.
+@dataclass(frozen=True)
+class EpochOrder:
+    """The order of one epoch's images.
 
-    Args:
-        images: of the training set, over all workers.
-        steps: of the whole epoch.
-        segments: what has been trained of the epoch; empty at its beginning.
+    num_images: of the training set, over all workers. num_steps: of the whole epoch.
     """
-    past = list(segments)
-    current = past.pop() if past and past[-1].world_size == world_size else Segment(world_size, 0)
-    unseen = np.ones(images, bool)
-    begun = 0  # steps of the epoch before the segment at hand
-    for part, segment in enumerate(past):
-        for rows in deal(seed, epoch, part, unseen, segment.world_size):
-            unseen[rows[: len(rows) * segment.steps // (steps - begun)]] = False
-        begun += segment.steps
 
-    hands = deal(seed, epoch, len(past), unseen, world_size)
-    first_row = bounds(images, world_size)[rank]
-    cuts = [[len(rows) * k // (steps - begun) for k in range(steps - begun + 1)] for rows in hands]
-    mine = hands[rank] - first_row
-    for k, (start, end) in enumerate(pairwise(cuts[rank])):
-        if k >= current.steps:
-            yield Batch(begun + k, mine[start:end], sum(cut[k + 1] - cut[k] for cut in cuts))
+    seed: int
+    epoch: int
+    num_images: int
+    num_steps: int
 
+    def batches(self, segments: Sequence[Segment], world_size: int, rank: int) -> Iterator[Batch]:
+        """Yield what is left of the epoch for one worker.
 
-def deal(seed: int, epoch: int, part: int, unseen: np.ndarray, world_size: int) -> list[np.ndarray]:
-    """Return the unseen rows of each worker's shard, each in the order in which it shows them."""
-    return [
-        np.random.default_rng([seed, epoch, part, world_size, rank]).permutation(
-            start + np.flatnonzero(unseen[start:end])
-        )
-        for rank, (start, end) in enumerate(pairwise(bounds(len(unseen), world_size)))
-    ]
+        Args:
+            segments: what has been trained of the epoch; empty at its beginning.
+        """
+        past = list(segments)
+        current = past.pop() if past and past[-1].world_size == world_size else Segment(world_size, 0)
+        unseen = np.ones(self.num_images, bool)
+        first_step = 0  # of the segment at hand
+        for part, segment in enumerate(past):
+            for rows in self._deal(part, unseen, segment.world_size):
+                unseen[rows[: len(rows) * segment.steps // (self.num_steps - first_step)]] = False
+            first_step += segment.steps
+
+        dealt = self._deal(len(past), unseen, world_size)
+        num_steps = self.num_steps - first_step
+        cuts = [[len(rows) * k // num_steps for k in range(num_steps + 1)] for rows in dealt]
+        mine = dealt[rank] - bounds(self.num_images, world_size)[rank]
+        for k, (start, end) in enumerate(pairwise(cuts[rank])):
+            if k >= current.steps:
+                yield Batch(first_step + k, mine[start:end], sum(cut[k + 1] - cut[k] for cut in cuts))
+
+    def _deal(self, part: int, unseen: np.ndarray, world_size: int) -> list[np.ndarray]:
+        """Return the unseen rows of each worker's shard, each in the order in which it shows them."""
+        return [
+            np.random.default_rng([self.seed, self.epoch, part, world_size, rank]).permutation(
+                start + np.flatnonzero(unseen[start:end])
+            )
+            for rank, (start, end) in enumerate(pairwise(bounds(len(unseen), world_size)))
+        ]
 
 
 def step_seed(seed: int, epoch: int, step: int, world_size: int, rank: int) -> int:

@@ -1,57 +1,75 @@
-"""All that a run is made of between two steps, and its way to disk and back.
+"""All that a run is made of between two steps, and its way from a checkpoint.
 
 Tensors travel as safetensors, the rest as JSON: reading a checkpoint runs no code.
 """
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
-from raycifar.engine.hardware import place
+from raycifar.engine.distributed import all_reduce_mean, broadcast
+from raycifar.engine.epoch_meter import EpochTotals
+from raycifar.engine.hardware import to_device
 from raycifar.engine.optimizers import build_optimizer
 from raycifar.engine.order import Segment
 from raycifar.models import Architecture
 from raycifar.recipes import Recipe, Stage
+from raycifar.storage.records import EpochRecord
 
 TENSORS, PROGRESS = "state.safetensors", "progress.json"
-FOLLOWED = ("images", "val_right")  # what is known of single images
+PER_EXAMPLE = {"example_stats": "images", "val_correct": "val_right"}  # and what earlier versions called them
 
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """How far a run has come.
 
-    epoch: int = 1  # the one under way, from 1
-    segments: list[Segment] = field(default_factory=list)  # its steps done, by number of workers
-    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # its images, loss and hits so far
-    norms: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # of its gradients: sum, largest, its step
-    restarts: int = 0  # in it
-    seconds: float = 0.0  # spent on its steps so far
-    history: list[dict[str, Any]] = field(default_factory=list)  # of the epochs before it
+    epoch: the one under way, from 1. segments: its steps done, by number of workers. totals: what they counted.
+    restarts: in it. history: of the epochs before it.
+    """
+
+    epoch: int = 1
+    segments: list[Segment] = field(default_factory=list)
+    totals: EpochTotals = field(default_factory=EpochTotals)
+    restarts: int = 0
+    history: list[EpochRecord] = field(default_factory=list)
 
     @property
     def step(self) -> int:
         """Steps done of the epoch under way."""
         return sum(segment.steps for segment in self.segments)
 
+    @property
+    def best(self) -> EpochRecord | None:
+        """The epoch with the highest validation top-1, the first of equals; None where nothing is validated."""
+        validated = [record for record in self.history if record.val_top1 is not None]
+        return max(validated, key=lambda record: record.val_top1, default=None)  # type: ignore[arg-type, return-value]
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self) | {"history": [record.to_json() for record in self.history]}).encode()
+
     @classmethod
     def from_json(cls, content: bytes) -> "Progress":
         values = json.loads(content)
-        return cls(**{**values, "segments": [Segment(**segment) for segment in values["segments"]]})
+        return cls(
+            epoch=values["epoch"],
+            segments=[Segment(**segment) for segment in values["segments"]],
+            totals=EpochTotals.from_json(values),
+            restarts=values["restarts"],
+            history=[EpochRecord.from_json(record) for record in values["history"]],
+        )
 
 
 class TrainingState:
-    """A model, its optimiser, its running average, its progress, and what is known of single images.
+    """A model, its optimizer, its running average, its progress, and what is known of single images.
 
     Args:
         seed: of what `weights` doesn't hold, the same on every worker.
@@ -72,18 +90,19 @@ class TrainingState:
         model.load_state_dict({name: torch.tensor(value) for name, value in (weights or {}).items()}, strict=False)
         self.recipe, self.layers = recipe, architecture.layers(model)
         self.fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        self.model = place(model, device)
+        self.model = to_device(model, device)
+        broadcast(parameters_and_buffers(self.model))
         self.average = Average(self.model, recipe.ema) if recipe.ema else None
         self.progress = Progress()
-        self.images: Tensor | None = None  # `ExampleStats.values` of all workers
-        self.val_right: Tensor | None = None  # (images,) float32: 1 where the last validation was right
+        self.example_stats: Tensor | None = None  # `ExampleStats.values` of all workers
+        self.val_correct: Tensor | None = None  # (n,) float32: 1 where the last validation was correct
         self.stage: Stage | None = None
         self.enter_stage()
 
     def enter_stage(self) -> bool:
         """Begin the stage of the epoch under way, if it isn't begun; return whether it was another before.
 
-        A stage has an optimiser of its own. What it leaves frozen has no gradient, so no place in the optimiser
+        A stage has an optimizer of its own. What it leaves frozen has no gradient, so no place in the optimizer
         and no part in what workers exchange.
         """
         if self.stage == (stage := self.recipe.stage(self.progress.epoch)):
@@ -110,26 +129,18 @@ class TrainingState:
 
     def average_buffers(self) -> None:
         """Replace batch norm's running statistics, which are each worker's own, by their mean over workers."""
-        if not dist.is_initialized():
-            return
         networks = [self.model, self.average] if self.average else [self.model]
-        for buffer in itertools.chain.from_iterable(network.buffers() for network in networks):
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= dist.get_world_size()
-
-    def snapshot(self) -> Callable[[], dict[str, bytes]]:
-        """Return what gives the files of the state as it is now, when it is called, in another thread or later."""
-        tensors, progress = copies(self._tensors()), json.dumps(asdict(self.progress)).encode()
-        return lambda: {TENSORS: safetensors.torch.save(tensors()), PROGRESS: progress}
+        buffers = itertools.chain.from_iterable(network.buffers() for network in networks)
+        all_reduce_mean(*filter(torch.is_floating_point, buffers))
 
     def load_files(self, contents: Mapping[str, bytes]) -> None:
         tensors = safetensors.torch.load(contents[TENSORS])
         self.progress = Progress.from_json(contents[PROGRESS])
         self.enter_stage()
         device = next(self.model.parameters()).device
-        for name in FOLLOWED:
-            setattr(self, name, tensors[name].to(device) if name in tensors else None)
+        for name, earlier_name in PER_EXAMPLE.items():
+            value = tensors.get(name, tensors.get(earlier_name))
+            setattr(self, name, None if value is None else value.to(device))
         self.model.load_state_dict(strip_prefix(tensors, "model."))
         if self.average:
             self.average.load_state_dict(strip_prefix(tensors, "average."))
@@ -138,38 +149,29 @@ class TrainingState:
             index, slot = key.split(".", 1)
             saved["state"].setdefault(int(index), {})[slot] = value
         self.optimizer.load_state_dict(saved)
-        # In the memory layout they had: the optimiser's arithmetic then takes the same path, bit for bit.
+        # In the memory layout they had: the optimizer's arithmetic then takes the same path, bit for bit.
         for parameter, slots in self.optimizer.state.items():
             for slot, value in slots.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     slots[slot] = torch.empty_like(parameter).copy_(value)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors of the state by name; they are the state's own, and change with it.
+
+        Raises:
+            TypeError: the optimizer keeps something else, which a checkpoint would lose.
+        """
         tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
         if self.average:
             tensors |= {f"average.{key}": value for key, value in self.average.state_dict().items()}
-        tensors |= {name: value for name in FOLLOWED if (value := getattr(self, name)) is not None}
+        tensors |= {name: value for name in PER_EXAMPLE if (value := getattr(self, name)) is not None}
         for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items() if torch.is_tensor(value)}
+            for slot, value in slots.items():
+                if not torch.is_tensor(value):
+                    name = type(self.optimizer).__name__
+                    raise TypeError(f"{name} keeps {slot} as {type(value).__name__}; a checkpoint takes tensors alone.")
+                tensors[f"optimizer.{index}.{slot}"] = value
         return tensors
-
-
-def copies(tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-    """Begin to copy tensors to the computer's memory, and return what waits for the copies, contiguous, and gives them.
-
-    A GPU copies while it computes: whoever trains need not wait.
-    """
-    copied = {name: t.contiguous().to("cpu", non_blocking=True, copy=True) for name, t in tensors.items()}
-    done = torch.cuda.Event() if any(t.is_cuda for t in tensors.values()) else None
-    if done:
-        done.record()
-
-    def wait() -> dict[str, Tensor]:
-        if done:
-            done.synchronize()
-        return copied
-
-    return wait
 
 
 class Average(AveragedModel):

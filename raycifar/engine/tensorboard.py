@@ -3,7 +3,8 @@
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from raycifar.storage.records import EpochRecord
 
 SCALARS = {
     "train_loss": "loss/train",
@@ -20,15 +21,15 @@ SCALARS = {
 }
 
 
-def to_events(history: Sequence[dict[str, Any]]) -> bytes:
+def to_events(history: Sequence[EpochRecord]) -> bytes:
     """Return the content of an event file with each epoch once, at the time when it ended."""
     from tensorboardX import SummaryWriter
 
     with tempfile.TemporaryDirectory() as folder:
         with SummaryWriter(folder, write_to_disk=True) as writer:
-            for row in history:
-                for key, tag in SCALARS.items():
-                    if row[key] is not None:
-                        writer.add_scalar(tag, row[key], row["epoch"], walltime=row["time"])
+            for record in history:
+                for name, tag in SCALARS.items():
+                    if (value := getattr(record, name)) is not None:
+                        writer.add_scalar(tag, value, record.epoch, walltime=record.time)
         (file,) = Path(folder).iterdir()
         return file.read_bytes()

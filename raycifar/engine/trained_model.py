@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from raycifar.engine.evaluate import predict
-from raycifar.engine.hardware import choose_precision, place
+from raycifar.engine.hardware import choose_precision, to_device
 from raycifar.errors import RequestError
 from raycifar.models import Architecture
 from raycifar.recipes import Precision
@@ -51,7 +51,7 @@ class Trained:
             raise RequestError("--device gpu: this machine has no GPU that PyTorch can use.")
         self.weights = weights
         self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-        self.network = place(weights.build(), self.device)
+        self.network = to_device(weights.build(), self.device)
         dtype = choose_precision(precision, self.device)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 

@@ -85,7 +85,7 @@ def finite(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
-    return [finite(inner) for inner in value] if isinstance(value, list) else value
+    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def to_lines(history: Iterable[EpochRecord]) -> bytes:

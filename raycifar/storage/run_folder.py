@@ -28,13 +28,13 @@ from typing import Any
 from pyarrow import fs
 
 from raycifar.errors import RequestError, StorageError
-from raycifar.storage.files import is_local, locate, write_whole
-from raycifar.storage.records import EpochRecord, from_lines, to_lines
+from raycifar.storage.files import URI, is_local, locate, write_whole
+from raycifar.storage.records import EpochRecord, finite, from_lines, to_lines
 
 RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
 MODEL, BEST = "model.safetensors", "best.safetensors"
 PREDICTIONS, EXAMPLE_STATS = "predictions.parquet", "example_stats.parquet"
-RENAMED_FILES = {EXAMPLE_STATS: "images.parquet"}  # what files were called in earlier versions
+OLD_EXAMPLE_STATS = "images.parquet"  # as earlier versions called them
 EVALUATION, EVALUATION_PAGE = "evaluation.json", "evaluation.html"  # written by `evaluate`
 BENCH, BENCH_CHART = "bench.json", "bench.svg"  # written by `bench`
 REPORT_PAGE, REPORT, REPORT_TEXT, SUSPECTS = "report.html", "report.json", "report.md", "suspects.csv"
@@ -55,8 +55,11 @@ class RunFolder:
     @classmethod
     def at(cls, place: str) -> "RunFolder":
         """Return the run whose folder, or its URI, is `place`."""
+        if not URI.match(place):
+            folder = Path(place).expanduser().resolve()
+            return cls(str(folder.parent), folder.name)
         storage, _, name = place.rstrip("/").rpartition("/")
-        return cls(storage or ("/" if place.startswith("/") else "."), name)
+        return cls(storage, name)
 
     @cached_property
     def _place(self) -> tuple[fs.FileSystem, str]:
@@ -86,7 +89,7 @@ class RunFolder:
             with filesystem.open_input_stream(f"{folder}/{file}") as stream:
                 return stream.read()
         except (FileNotFoundError, NotADirectoryError):
-            return self.read(RENAMED_FILES[file]) if file in RENAMED_FILES else None
+            return None
 
     def write(self, file: str, content: bytes) -> None:
         """Write a file, whole or not at all.
@@ -111,7 +114,8 @@ class RunFolder:
         return None if content is None else json.loads(content)
 
     def write_json(self, file: str, value: Any) -> None:
-        self.write(file, json.dumps(value, indent=2).encode() + b"\n")
+        """Write a value as JSON, with null for each number that isn't finite."""
+        self.write(file, json.dumps(finite(value), indent=2, allow_nan=False).encode() + b"\n")
 
     def history(self) -> list[EpochRecord]:
         """Return the records of the finished epochs, in order."""

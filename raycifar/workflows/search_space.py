@@ -45,7 +45,7 @@ def default_space(recipe: Recipe) -> Space:
         "weight_decay": FloatDistribution(1e-5, 5e-3, log=True),
         "batch_size": CategoricalDistribution([recipe.batch_size // 2, recipe.batch_size, recipe.batch_size * 2]),
         "label_smoothing": FloatDistribution(0.0, 0.2),
-        "augment": CategoricalDistribution(["none", "flip", "crop", "cutout"]),
+        "augment": CategoricalDistribution(["none", "flip", "crop", "cutout", "trivial", "rand"]),
     }
 
 

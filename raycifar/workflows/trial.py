@@ -1,10 +1,20 @@
 """One trial of a comparison, and how it stands."""
 
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any, Self
 
 from raycifar.cluster.status import StatusStore
 from raycifar.recipes import Recipe
+
+
+class TrialStatus(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    STOPPED = "stopped"  # by ASHA, as others of its model were better
+    FAILED = "failed"
 
 
 @dataclass
@@ -17,10 +27,26 @@ class Trial:
     recipe: Recipe
     search: bool
     setting: str = ""  # how the recipe differs from the model's
-    status: str = "waiting"  # then running, and finished, stopped (by ASHA) or failed
+    status: TrialStatus = TrialStatus.WAITING
     reason: str | None = None
     status_store: StatusStore = field(default_factory=lambda: StatusStore(uuid.uuid4().hex))
 
     @property
     def over(self) -> bool:
-        return self.status in ("finished", "stopped", "failed")
+        return self.status not in (TrialStatus.WAITING, TrialStatus.RUNNING)
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the configuration of Ray Tune's trial that runs this one."""
+        return {"trial": asdict(self)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        values = config["trial"]
+        return cls(
+            **{
+                **values,
+                "recipe": Recipe(**values["recipe"]),
+                "status": TrialStatus(values["status"]),
+                "status_store": StatusStore(**values["status_store"]),
+            }
+        )

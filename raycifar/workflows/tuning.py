@@ -1,32 +1,36 @@
 """The trials of a comparison, orchestrated by Ray Tune: each trains as `raycifar train` does, in a run folder."""
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 from ray import tune
-from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from raycifar.cluster.sizing import Waiting, Workers
-from raycifar.cluster.status import StatusStore
+from raycifar.cluster import ray_internals
+from raycifar.cluster.connection import environment
+from raycifar.cluster.sizing import Workers
+from raycifar.cluster.status import Failure, FailureKind
+from raycifar.cluster.waiting import Waiting
 from raycifar.data.tables import Source, split
 from raycifar.errors import WorkError
 from raycifar.models import slug
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.recipes import Recipe, describe_changes
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
-from raycifar.terminal import POLL_SECONDS
-from raycifar.train import Request, build_trainer, conclude, fit, identify, record
+from raycifar.terminal import Screen
+from raycifar.workflows.identity import Inputs
+from raycifar.workflows.requests import TrainingRequest
 from raycifar.workflows.search_space import PastTrial, Space, suggest
-from raycifar.workflows.trial import Trial
+from raycifar.workflows.training import finish, fit, prepare
+from raycifar.workflows.trial import Trial, TrialStatus
 
+POLL_SECONDS = 0.25  # between two looks at a trial
 REDUCTION = 3  # ASHA (Li et al., 2020) goes on with one trial of so many at each rung
-RETRIES = 1  # of a trial whose driver failed; the death of a worker is Ray Train's to mend
+RETRIES = 1  # of a trial whose driver failed; Ray Train replaces workers that died
 # Where a trial's driver runs: on the head, which spot prices don't take away. It reserves no CPU, so that
 # workers that hold every CPU can't starve it.
 DRIVER = {"node:__internal_head__": 0.001}
@@ -34,9 +38,9 @@ DRIVER = {"node:__internal_head__": 0.001}
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared. Each task's request is `base` with its own model, seed, recipe and name."""
+    """What is compared. Each trial's request is `base` with its own model, seed, recipe and name."""
 
-    base: Request
+    base: TrainingRequest
     folder: str
     recipes: Mapping[str, Recipe]  # by model, in the order of the trials
     starts: Mapping[str, InitialWeights]
@@ -44,33 +48,34 @@ class Study:
     searches: int  # search trials of each model
     spaces: Mapping[str, Space]
 
-    def run(self, task: Trial) -> RunFolder:
-        return RunFolder(self.folder, task.name)
+    def run(self, trial: Trial) -> RunFolder:
+        return RunFolder(self.folder, trial.name)
 
-    def request(self, task: Trial) -> Request:
+    def request(self, trial: Trial) -> TrainingRequest:
         return replace(
             self.base,
             storage=self.folder,
-            name=task.name,
-            model=task.model,
-            seed=task.seed,
-            recipe=task.recipe,
-            test=not task.search,
-            rungs=rungs(task.recipe.epochs) if task.search else (),
+            name=trial.name,
+            model=trial.model,
+            seed=trial.seed,
+            recipe=trial.recipe,
+            test=not trial.search,
+            search=trial.search,
+            rungs=rungs(trial.recipe.epochs) if trial.search else (),
         )
 
 
 def rungs(epochs: int) -> tuple[int, ...]:
-    """Return the epochs after which ASHA compares the trials of a search that lasts so long."""
+    """Return the epochs after which ASHA compares the trials of a search, each of so many epochs."""
     least = max(1, epochs // REDUCTION**2)
     return tuple(rung for k in range(epochs) if (rung := least * REDUCTION**k) < epochs)
 
 
-class Plan(Searcher):
-    """What to try next, in Ray Tune's words, and how each trial stands.
+class StudySearcher(Searcher):
+    """Tells Ray Tune what to try next, and knows how each trial stands.
 
-    What was done before, by a driver that was killed, is read from the run folders: a finished trial is not
-    run again, and one that was under way is run with the recipe it had, so that it resumes.
+    What an earlier driver, interrupted or killed, has done is read from the run folders: a finished trial is not run
+    again, and one that was under way is run with the recipe it had, so that it resumes.
     """
 
     def __init__(self, study: Study, most_at_once: int, stopper: "AshaByModel") -> None:
@@ -78,12 +83,19 @@ class Plan(Searcher):
         self.study, self.most_at_once, self.stopper = study, most_at_once, stopper
         self.searches: dict[str, list[Trial]] = {model: [] for model in study.recipes}
         self.finals: dict[str, list[Trial]] = {}
-        self.by_trial: dict[str, Trial] = {}
+        self.running: dict[str, Trial] = {}  # by the identifier of Ray Tune's trial
+        self.stopped = False
         self._advance()
 
     @property
-    def tasks(self) -> list[Trial]:
-        return [task for group in (self.searches, self.finals) for tasks in group.values() for task in tasks]
+    def trials(self) -> list[Trial]:
+        return [trial for group in (self.searches, self.finals) for trials in group.values() for trial in trials]
+
+    def stop(self) -> None:
+        """Begin no other trial, and ask those that are under way to leave a checkpoint and end."""
+        self.stopped = True
+        for trial in list(self.running.values()):
+            trial.status_store.request_stop()
 
     # Ray Tune asks ---------------------------------------------------------------------------------
 
@@ -91,29 +103,30 @@ class Plan(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        running = sum(task.status == "running" for task in self.tasks)
-        if running >= self.most_at_once:
+        if len(self.running) >= self.most_at_once:
             return None
-        task = next((task for task in self.tasks if task.status == "waiting"), None) or self._next_search()
-        if task is None:
-            return None if running else Searcher.FINISHED
-        task.status = "running"
-        self.by_trial[trial_id] = task
-        return {"task": asdict(task)}
+        if self.stopped:
+            return None if self.running else Searcher.FINISHED
+        waiting = (trial for trial in self.trials if trial.status == TrialStatus.WAITING)
+        trial = next(waiting, None) or self._next_search()
+        if trial is None:
+            return None if self.running else Searcher.FINISHED
+        trial.status = TrialStatus.RUNNING
+        self.running[trial_id] = trial
+        return trial.to_config()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        task = self.by_trial.pop(trial_id, None)
-        if task is None:
+        trial = self.running.pop(trial_id, None)
+        if trial is None:
             return
-        run = self.study.run(task)
-        ending = run.read_json(RESULT)
+        ending = self.study.run(trial).read_json(RESULT)
         if error or ending is None:
-            ending = {"status": "failed", "reason": task.status_store.get("reason") or "its driver died."}
-        task.reason, task.status = ending.get("reason"), ending["status"]
+            ending = {"status": TrialStatus.FAILED, "reason": trial.status_store.reason() or "its driver died."}
+        trial.reason, trial.status = ending.get("reason"), TrialStatus(ending["status"])
         self._advance()
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing is Tune's to keep: the run folders hold all that is known."""
+        """Nothing is Ray Tune's to keep: the run folders hold all that is known."""
 
     def restore(self, checkpoint_path: str) -> None:
         """See `save`."""
@@ -136,24 +149,25 @@ class Plan(Searcher):
             ]
 
     def _searched(self, model: str) -> bool:
-        tasks = self.searches[model]
-        return len(tasks) == self.study.searches and all(task.over for task in tasks)
+        trials = self.searches[model]
+        return len(trials) == self.study.searches and all(trial.over for trial in trials)
 
     def best(self, model: str) -> Trial | None:
         """Return the search trial that ended with the highest validation top-1, the first of equals."""
-        finished = [task for task in self.searches[model] if task.status == "finished"]
-        return max(finished, key=lambda task: self.val_top1(task)[-1], default=None)
+        finished = [trial for trial in self.searches[model] if trial.status == TrialStatus.FINISHED]
+        return max(finished, key=lambda trial: self.val_top1(trial)[-1], default=None)
 
-    def val_top1(self, task: Trial) -> list[float]:
-        return [row["val_top1"] for row in self.study.run(task).history()]
+    def val_top1(self, trial: Trial) -> list[float]:
+        """Return the validation top-1 after each epoch."""
+        return [record.val_top1 or 0.0 for record in self.study.run(trial).history()]
 
     def _next_search(self) -> Trial | None:
-        for model, tasks in self.searches.items():
-            if len(tasks) < self.study.searches:
-                known = [PastTrial(task.recipe, task.status, self.val_top1(task)) for task in tasks]
-                recipe = suggest(self.study.spaces[model], self.study.recipes[model], known, self.study.seeds[0])
-                tasks.append(self._search_trial(model, recipe))
-                return tasks[-1]
+        for model, trials in self.searches.items():
+            if len(trials) < self.study.searches:
+                past = [PastTrial(trial.recipe, trial.status, self.val_top1(trial)) for trial in trials]
+                recipe = suggest(self.study.spaces[model], self.study.recipes[model], past, self.study.seeds[0])
+                trials.append(self._search_trial(model, recipe))
+                return trials[-1]
         return None
 
     def _search_trial(self, model: str, recipe: Recipe) -> Trial:
@@ -168,23 +182,23 @@ class Plan(Searcher):
         run = self.study.run(self._search_trial(model, self.study.recipes[model])).read_json(RUN)
         if run is None:
             return None
-        task = self._with_status(self._search_trial(model, Recipe(**run["recipe"])))
-        if task.over:
-            self.stopper.remember(task, self.val_top1(task))
-        return task
+        trial = self._with_status(self._search_trial(model, Recipe(**run["recipe"])))
+        if trial.over:
+            self.stopper.remember(trial, self.val_top1(trial))
+        return trial
 
-    def _with_status(self, task: Trial) -> Trial:
-        ending = self.study.run(task).read_json(RESULT)
-        if ending and (ending["status"] == "finished" or task.search):
-            task.status, task.reason = ending["status"], ending.get("reason")
-        return task
+    def _with_status(self, trial: Trial) -> Trial:
+        ending = self.study.run(trial).read_json(RESULT)
+        if ending and (ending["status"] == TrialStatus.FINISHED or trial.search):
+            trial.status, trial.reason = TrialStatus(ending["status"]), ending.get("reason")
+        return trial
 
 
 class AshaByModel(FIFOScheduler):
     """Stops search trials that fall behind others of their model; final runs are never stopped.
 
-    Ray Tune ends a trial by ending its driver, over the head of a Ray Train that has workers to put away. So a
-    trial that ASHA would stop is told so, by its status_store, and ends by itself.
+    Ray Tune ends a trial by ending its driver, before Ray Train has ended its workers. So a trial that ASHA would
+    stop is told so, by its status store, and ends by itself.
     """
 
     def __init__(self, epochs: Mapping[str, int]) -> None:
@@ -203,106 +217,100 @@ class AshaByModel(FIFOScheduler):
             if rungs(count)
         }
 
-    def remember(self, task: Trial, val_top1: Sequence[float]) -> None:
+    def remember(self, trial: Trial, val_top1: Sequence[float]) -> None:
         """Take a trial into account that was over before this driver began."""
-        if stopper := self.stoppers.get(task.model):
-            past = SimpleNamespace(trial_id=task.name)
+        if stopper := self.stoppers.get(trial.model):
+            past = SimpleNamespace(trial_id=trial.name)
             stopper.on_trial_add(None, past)
             for epoch, top1 in enumerate(val_top1, start=1):
-                if epoch in rungs(task.recipe.epochs):
+                if epoch in rungs(trial.recipe.epochs):
                     stopper.on_trial_result(None, past, {"epoch": epoch, "val_top1": top1})
 
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        task = trial.config["task"]
-        if task["search"] and (stopper := self.stoppers.get(task["model"])):
-            stopper.on_trial_add(tune_controller, trial)
+    def on_trial_add(self, tune_controller: Any, tune_trial: Any) -> None:
+        trial = Trial.from_config(tune_trial.config)
+        if trial.search and (stopper := self.stoppers.get(trial.model)):
+            stopper.on_trial_add(tune_controller, tune_trial)
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        task = trial.config["task"]
+    def on_trial_result(self, tune_controller: Any, tune_trial: Any, result: dict[str, Any]) -> str:
         if "val_top1" in result:
-            decision = self.stoppers[task["model"]].on_trial_result(tune_controller, trial, result)
-            StatusStore(**task["status_store"]).put(f"stop after {result['epoch']}", decision == TrialScheduler.STOP)
+            trial = Trial.from_config(tune_trial.config)
+            decision = self.stoppers[trial.model].on_trial_result(tune_controller, tune_trial, result)
+            trial.status_store.put_verdict(result["epoch"], stop=decision == TrialScheduler.STOP)
         return TrialScheduler.CONTINUE
 
 
-def orchestrate(study: Study, plan: Plan, source: Source, workers: Workers) -> None:
-    """Run all that the plan holds; how each trial ended is then in the plan."""
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # they write what the run folders hold already
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other prints even when it is told to be quiet
+def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: Workers) -> None:
+    """Run all trials of the study; how each ended is then known to the searcher."""
     trainable = tune.with_parameters(run_trial, study=study, source=source, workers=workers)
     place = RunFolder(study.folder, "tune")
-    tune.Tuner(
-        tune.with_resources(trainable, tune.PlacementGroupFactory([DRIVER])),
-        tune_config=tune.TuneConfig(
-            search_alg=plan, scheduler=plan.stopper, num_samples=-1, trial_dirname_creator=directory
-        ),
-        run_config=tune.RunConfig(
-            name=place.name,
-            storage_path=place.root,
-            storage_filesystem=place.filesystem,
-            failure_config=tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[Notices()],
-            verbose=0,
-        ),
-    ).fit()
+    # Loggers would write what the run folders hold already; the new output prints even when told to be quiet.
+    with environment(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0"):
+        tune.Tuner(
+            tune.with_resources(trainable, tune.PlacementGroupFactory([DRIVER])),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher, scheduler=searcher.stopper, num_samples=-1, trial_dirname_creator=directory
+            ),
+            run_config=tune.RunConfig(
+                name=place.name,
+                storage_path=place.root,
+                storage_filesystem=place.filesystem,
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                callbacks=[RetryNotices()],
+                verbose=0,
+            ),
+        ).fit()
     place.filesystem.delete_dir(place.folder)
 
 
-class Notices(TrialProgressCallback):
-    """Tells, by a trial's status_store, that it is tried again; prints nothing, as Ray Tune's own callback would."""
+class RetryNotices(ray_internals.progress_callback_class()):  # type: ignore[misc]
+    """Tells, by a trial's status store, that it is tried again; prints nothing, as Ray Tune's own callback would."""
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        status_store = StatusStore(**trial.config["task"]["status_store"])
-        notice = f"Its driver failed ({status_store.get('reason') or 'it died'}); it is tried again."
-        status_store.put("failures", [*(status_store.get("failures") or []), notice])
+        store = Trial.from_config(trial.config).status_store
+        store.add_failure(Failure(FailureKind.DRIVER, store.reason() or "it died"))
 
     def on_trial_complete(self, *args: Any, **kwargs: Any) -> None: ...
 
     def on_trial_error(self, *args: Any, **kwargs: Any) -> None: ...
 
 
-def directory(trial: Any) -> str:
-    return f"{trial.config['task']['name']}-{trial.trial_id}"
+def directory(tune_trial: Any) -> str:
+    return f"{Trial.from_config(tune_trial.config).name}-{tune_trial.trial_id}"
 
 
 def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Workers) -> None:
-    """Train one task, in a process of its own that Ray Tune has started; raise what Ray Tune should retry."""
-    values = config["task"]
-    status_store = StatusStore(**values["status_store"])
-    task = Trial(**{**values, "recipe": Recipe(**values["recipe"]), "status_store": status_store})
-    request, run = study.request(task), study.run(task)
+    """Train one trial, in a process that Ray Tune has started; raise what Ray Tune should retry."""
+    trial = Trial.from_config(config)
+    request, run, store = study.request(trial), study.run(trial), trial.status_store
     try:
         splits = split(source, request.val_size, request.limit, request.seed)
-        start = study.starts[task.model]
-        record(run, identify(request, source, splits, start), workers)
-        trainer = build_trainer(request, run, status_store, source, splits, start, workers, debug=False)
+        inputs = Inputs(source, splits, study.starts[trial.model])
+        prepared = prepare(request, Screen(quiet=True), inputs=inputs, workers=workers, status_store=store)
         waiting = Waiting(workers, request.wait)
-        conclude(run, fit(trainer, lambda running: report_epochs(task, running, waiting), request.max_failures))
+        if not prepared.result:
+            finish(prepared, fit(prepared, lambda running: report_epochs(trial, running, waiting)))
     except WorkError as error:
-        if (run.read_json(RESULT) or {}).get("status") == "failed":
+        if (run.read_json(RESULT) or {}).get("status") == TrialStatus.FAILED:
             return  # it would fail again
-        status_store.put("reason", error.message)
+        store.put_reason(error.message)
         raise
     except Exception as error:
-        status_store.put("reason", f"{type(error).__name__}: {error}")
+        store.put_reason(f"{type(error).__name__}: {error}")
         raise
 
 
-def report_epochs(task: Trial, running: Callable[[], bool], waiting: Callable[[], str | None]) -> None:
+def report_epochs(trial: Trial, running: Callable[[], bool], waiting: Callable[[], str | None]) -> None:
     """Report a search trial to Ray Tune at each rung, those before it was resumed included.
 
     Args:
         waiting: says what workers that have yet to start wait for.
     """
-    reported = 0
+    reported, store = 0, trial.status_store
     while running():
         time.sleep(POLL_SECONDS)
-        if not task.status_store.get("worker") and (text := waiting()):
-            task.status_store.put("waiting", text)
-        if not task.search:
-            continue
-        history = (task.status_store.get("worker") or {}).get("history", [])
-        for row in history[reported:]:
-            reported = row["epoch"]
-            if reported in rungs(task.recipe.epochs):
-                tune.report(row)
+        if not store.worker() and (text := waiting()):
+            store.put_waiting(text)
+        for row in store.history()[reported:] if trial.search else ():
+            reported = row.epoch
+            if reported in rungs(trial.recipe.epochs):
+                tune.report(row.to_json())

@@ -11,7 +11,16 @@ from command import Command
 from relabelled import relabel
 
 from raycifar.analysis.suspects import rank_suspects
-from raycifar.engine.example_stats import BEFORE, LOSS, MARGIN, RIVAL, SEEN, ExampleStats, describe_rise, to_images_file
+from raycifar.engine.example_stats import (
+    BEFORE,
+    LOSS,
+    MARGIN,
+    RIVAL,
+    SEEN,
+    ExampleStats,
+    describe_rise,
+    to_example_stats_file,
+)
 
 
 def test_margins_losses_and_rivals_are_those_of_the_epochs():
@@ -21,22 +30,22 @@ def test_margins_losses_and_rivals_are_those_of_the_epochs():
     logits = torch.randn(epochs, images, 10, generator=generator)
     logits[:, :20, 3] += 5.0  # for these, one class is nearly always the likeliest
     labels[:20] = 7
-    record = ExampleStats.blank(images, torch.device("cpu"))
+    stats = ExampleStats.blank(images, torch.device("cpu"))
     for epoch in range(epochs):
         for rows in torch.randperm(images, generator=generator).split(8):
-            record.update(rows, logits[epoch, rows], labels[rows])
-        before = record.values[:, BEFORE].clone()
+            stats.update(rows, logits[epoch, rows], labels[rows])
+        before = stats.values[:, BEFORE].clone()
         loss = F.cross_entropy(logits[epoch], labels, reduction="none")
-        assert torch.allclose(record.values[:, LOSS], loss, atol=1e-5)
-        record.end_epoch()
+        assert torch.allclose(stats.values[:, LOSS], loss, atol=1e-5)
+        stats.end_epoch()
         assert epoch == 0 or torch.allclose(
             before, F.cross_entropy(logits[epoch - 1], labels, reduction="none"), atol=1e-5
         )
     own = logits.gather(2, labels.expand(epochs, -1)[..., None])[..., 0]
     others = logits.scatter(2, labels.expand(epochs, -1)[..., None], -torch.inf)
-    assert torch.allclose(record.values[:, MARGIN], (own - others.amax(2)).sum(0), atol=1e-4)
-    assert (record.values[:, SEEN] == epochs).all()
-    assert (record.values[:20, RIVAL] == 3).float().mean() > 0.9
+    assert torch.allclose(stats.values[:, MARGIN], (own - others.amax(2)).sum(0), atol=1e-4)
+    assert (stats.values[:, SEEN] == epochs).all()
+    assert (stats.values[:20, RIVAL] == 3).float().mean() > 0.9
 
 
 def test_a_rise_is_told_with_the_images_that_make_it():
@@ -54,7 +63,7 @@ def test_suspects_are_sorted_by_their_margin():
     values[:, SEEN] = torch.tensor([2.0, 2, 0, 1])
     values[:, MARGIN] = torch.tensor([4.0, -6, 0, 1])
     values[:, RIVAL] = torch.tensor([1.0, 9, 0, 3])
-    found = rank_suspects(to_images_file(values, torch.tensor([30, 10, 20, 40]), torch.arange(4)))
+    found = rank_suspects(to_example_stats_file(values, torch.tensor([30, 10, 20, 40]), torch.arange(4)))
     assert found.index.tolist() == [10, 40, 30]
     assert found.label.tolist() == [1, 3, 0]
     assert found.suggested.tolist() == [9, 3, 1]
@@ -65,7 +74,7 @@ def test_suspects_are_sorted_by_their_margin():
 
 def test_the_file_has_each_training_image_once():
     values = torch.rand(100, 6)
-    table = pq.read_table(io.BytesIO(to_images_file(values, torch.randperm(100), torch.arange(100))))
+    table = pq.read_table(io.BytesIO(to_example_stats_file(values, torch.randperm(100), torch.arange(100))))
     assert table["index"].to_pylist() == list(range(100))
 
 

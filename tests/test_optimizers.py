@@ -1,4 +1,4 @@
-"""The optimisers, beside PyTorch's own."""
+"""The optimizers, beside PyTorch's own."""
 
 import copy
 

@@ -1,0 +1,320 @@
+"""raycifar from Python: in a notebook, a script, a thread, or a program that has started Ray itself.
+
+    from raycifar.api import train, compare, open_run
+
+    run = train("cnn", epochs=5, data="synthetic", limit=5000)
+    run.history                                # a DataFrame, a row for each epoch
+    run.load().predict(["cat.jpg"]).classes
+
+Options have the names and the defaults of the commands' (`raycifar train --help`), with underscores. Ray is started
+where it is needed, and stopped again; a Ray that the caller has started is joined, and left running. One training goes
+on at a time in a process.
+"""
+
+import html
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pandas as pd
+
+from raycifar.errors import RequestError, WorkError
+from raycifar.recipes import Recipe
+from raycifar.storage.records import EpochRecord
+from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, RunFolder
+from raycifar.terminal import Screen
+from raycifar.workflows import reporting, study, training
+from raycifar.workflows.prediction import Model, Predictions
+from raycifar.workflows.requests import ComparisonRequest, Settings, TrainingRequest, settings_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "Comparison",
+    "Model",
+    "Predictions",
+    "RequestError",
+    "Run",
+    "WorkError",
+    "compare",
+    "open_comparison",
+    "open_run",
+    "train",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def with_options(kind: type[Settings]) -> Callable[[Function], Function]:
+    """Put a function's options into its signature and its docstring, as the commands have them in their help."""
+
+    def add(function: Function) -> Function:
+        options = {f.name: (f.metadata["default"], f.type, f.metadata["help"]) for f in settings_of(kind)}
+        recipe = {f.name: (None, f.type, f.metadata["help"]) for f in fields(Recipe)}
+        options |= {"recipe": (None, str, "A recipe to begin with, by name; what follows changes it."), **recipe}
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for name, (default, kind, _) in options.items()
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        lines = [f"    {name}: {text}" for name, (_, _, text) in options.items()]
+        function.__doc__ = f"{function.__doc__}\nOptions:\n" + "\n".join(lines)
+        return function
+
+    return add
+
+
+# A run ----------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run, finished or not, as its folder tells it; `folder` is its path or URI."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._files = folder
+
+    @property
+    def name(self) -> str:
+        return self._files.name
+
+    @property
+    def folder(self) -> str:
+        return self._files.folder
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What `run.json` holds: model, recipe, data, seed, hardware and versions."""
+        return self._files.read_json(RUN)
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What `result.json` holds, or None while the run isn't over."""
+        return self._files.read_json(RESULT)
+
+    @property
+    def test(self) -> dict[str, float] | None:
+        """The scores on the test set: images, loss, top1, top5, superclass_top1 and ece; None without any."""
+        return (self.result or {}).get("test")
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """A row for each finished epoch, by its number; the columns are those of `EpochRecord`."""
+        rows = [record.to_json() for record in self._files.history()]
+        columns = None if rows else [f.name for f in fields(EpochRecord)]
+        return pd.DataFrame(rows, columns=columns).set_index("epoch")
+
+    @property
+    def findings(self) -> list[dict[str, Any]]:
+        """What the curves show: kind, confidence, evidence and advice of each, what matters most first."""
+        return self._report["findings"]
+
+    @property
+    def state(self) -> str:
+        """How far the run has come, in a sentence."""
+        return self._report["state"]
+
+    @property
+    def _report(self) -> dict[str, Any]:
+        return reporting.read_report(self._files)
+
+    def plot(self) -> "Figure":
+        """Return the curves: loss, top-1 accuracy and learning rate by epoch."""
+        from raycifar.analysis.figures import plot_run
+
+        return plot_run(self.history, self.name)
+
+    def load(self, device: str = "auto") -> Model:
+        """Return the trained network, which predicts.
+
+        Args:
+            device: auto, gpu or cpu.
+
+        Raises:
+            RequestError: the run isn't finished, or there is no such device.
+        """
+        return Model(self.folder, device)
+
+    def __repr__(self) -> str:
+        return f"Run({self.folder!r}): {self.state}"
+
+    def _repr_html_(self) -> str:
+        report = self._report
+        about = self.about
+        facts = {
+            "model": f"{about['model']}, seed {about['seed']}",
+            "data": about["data"]["source"],
+            "state": report["state"],
+            "curves": report["headline"],
+            **{name: f"{self.test[name]:.4f}" for name in ("top1", "top5", "loss") if self.test},
+            "folder": self.folder,
+        }
+        return to_html(self.name, facts)
+
+
+@with_options(TrainingRequest)
+def train(model: str, *, progress: bool = True, **options: Any) -> Run:
+    """Train a model, data-parallel, on Ray Train; a finished run of the same name is only opened.
+
+    An interrupted training (KeyboardInterrupt, as by a notebook's stop button) leaves a checkpoint, and the same call
+    with the same `name` goes on from there.
+
+    Args:
+        model: cnn, vgg16, resnet50, or timm:NAME.
+        progress: show how it goes.
+
+    Raises:
+        RequestError: the request is wrong; nothing was started or written.
+        WorkError: training failed; the run folder keeps what was reached.
+    """
+    request, screen = TrainingRequest.of(model, **options), Screen(quiet=not progress)
+    with ExitStack() as connection, telling_how_to_continue(screen, request.name):
+        training.train(request, screen, connection)
+    return Run(RunFolder(request.storage, request.name))
+
+
+def open_run(place: str | Path) -> Run:
+    """Return the run whose folder, or its URI, is `place`.
+
+    Raises:
+        RequestError: it is none.
+    """
+    folder = RunFolder.at(str(place))
+    if folder.read_json(RUN) is None:
+        raise RequestError(f"{place} is no run's folder: it holds no {RUN}.")
+    return Run(folder)
+
+
+# A comparison ---------------------------------------------------------------------------------------
+
+
+class Comparison:
+    """Models that were trained with several seeds, and compared; `folder` is its path or URI."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._files = folder
+
+    @property
+    def name(self) -> str:
+        return self._files.name
+
+    @property
+    def folder(self) -> str:
+        return self._files.folder
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        """What `comparison.json` holds."""
+        return self._files.read_json(COMPARISON)
+
+    @property
+    def models(self) -> pd.DataFrame:
+        """A row for each model: its mean scores with 95 % intervals over the seeds, and what it cost."""
+        return pd.DataFrame(study.to_rows(self.result)).set_index("model")
+
+    @property
+    def pairs(self) -> pd.DataFrame:
+        """A row for each pair of models: the difference of test top-1 of `a` and `b`, and the verdict on `a`."""
+        columns = ["a", "b", "difference", "low", "high", "p_value", "p_holm", "verdict", "sentence"]
+        return pd.DataFrame(self.result["pairs"], columns=columns)
+
+    @property
+    def runs(self) -> list[Run]:
+        return [Run(folder) for folder in reporting.find_runs(self._files, self.result)]
+
+    @property
+    def findings(self) -> list[dict[str, Any]]:
+        """What the runs of a model show together; what each shows is its own."""
+        return reporting.read_comparison_report(self._files)["findings"]
+
+    @property
+    def sentences(self) -> list[str]:
+        """What the comparison says, in words."""
+        return study.sentences(self.result)
+
+    def plot(self) -> "Figure":
+        """Return validation top-1 and training loss by epoch: the mean of each model's runs, and their range."""
+        from raycifar.analysis.figures import plot_comparison
+
+        return plot_comparison({name: self._histories(name) for name in self.result["models"]}, self.name)
+
+    def _histories(self, model: str) -> list[pd.DataFrame]:
+        names = self.result["models"][model]["runs"]
+        return [run.history for run in self.runs if run.name in names]
+
+    def __repr__(self) -> str:
+        return f"Comparison({self.folder!r}): {' '.join(self.sentences)}"
+
+    def _repr_html_(self) -> str:
+        scores = self.models[["runs", "top1", "top1_low", "top1_high", "top5", "loss", "device_seconds"]]
+        said = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences)
+        return f"<b>{html.escape(self.name)}</b>{scores.to_html(float_format='%.4f', na_rep='')}{said}"
+
+
+@with_options(ComparisonRequest)
+def compare(
+    models: str | Iterable[str] = (),
+    *,
+    runs: Iterable["str | Path | Run"] = (),
+    progress: bool = True,
+    **options: Any,
+) -> Comparison:
+    """Train several models with several seeds, orchestrated by Ray Tune, and say which is better and how sure that is.
+
+    The same call with the same `name` continues one that was interrupted.
+
+    Args:
+        models: of cnn, vgg16, resnet50 and timm:NAME.
+        runs: finished runs to be compared instead, or their folders; nothing is trained.
+        progress: show how it goes.
+
+    Raises:
+        RequestError: the request is wrong; nothing was started or written.
+        WorkError: trials failed; the others are compared, and `open_comparison` opens that.
+    """
+    names = models.split(",") if isinstance(models, str) else list(models)
+    places = [run.folder if isinstance(run, Run) else str(run) for run in runs]
+    if bool(names) == bool(places):
+        raise RequestError("either models to train, or finished runs: one of both is needed.")
+    request, screen = ComparisonRequest.of(names, **options), Screen(quiet=not progress)
+    with ExitStack() as connection, telling_how_to_continue(screen, request.name):
+        if places:
+            study.compare_runs(places, request, screen, show=lambda comparison: None)
+        else:
+            study.train_and_compare(request, screen, connection, show=lambda comparison: None)
+    return Comparison(RunFolder(request.storage, request.name))
+
+
+def open_comparison(place: str | Path) -> Comparison:
+    """Return the comparison whose folder, or its URI, is `place`.
+
+    Raises:
+        RequestError: it is none, or has no result.
+    """
+    folder = RunFolder.at(str(place))
+    if folder.read_json(COMPARISON) is None:
+        raise RequestError(f"{place} is no finished comparison's folder: it holds no {COMPARISON}.")
+    return Comparison(folder)
+
+
+# Around the work ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def telling_how_to_continue(screen: Screen, name: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        screen.say(f"Interrupted. The same call with name={name!r} continues it.")
+        raise
+
+
+def to_html(title: str, facts: Mapping[str, str]) -> str:
+    rows = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in facts.items())
+    return f"<b>{html.escape(title)}</b><table>{rows}</table>"

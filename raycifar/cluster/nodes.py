@@ -1,0 +1,60 @@
+"""What the nodes of a run must have in common. Workers import this: it stays small."""
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raycifar.cluster.sizing import Workers, placeable
+from raycifar.errors import RequestError, in_a_line
+
+NODE_SECONDS = 60  # for every node to answer a question
+MUST_AGREE = ("python", "ray", "torch", "raycifar")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a run's results depend on."""
+    packages = ("raycifar", "ray", "torch", "torchvision", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+def objection(file: str | None, expected: dict[str, str]) -> str | None:
+    """Return why this node can't take part in a run, or None.
+
+    Args:
+        file: path of a file that the driver has written where the run is to be.
+        expected: the driver's `versions`.
+    """
+    own = versions()
+    different = [f"{name} {own[name]}, not {expected[name]}" for name in MUST_AGREE if own[name] != expected[name]]
+    if different:
+        return f"it has {'; '.join(different)} as the driver: install the same on all nodes"
+    if file and not Path(file).exists():
+        return f"it can't see {Path(file).parent}: give --storage a URI, such as s3://bucket/runs, or a shared folder"
+    return None
+
+
+def check_nodes(workers: Workers, file: str | None) -> None:
+    """Ask each other node that could hold a worker whether it can take part.
+
+    Raises:
+        RequestError: one can't; the message says which, why, and what to do.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    asked = {
+        ray.remote(objection)
+        .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        .remote(file, versions()): node
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] != here and placeable([node["Resources"]], workers.resources)
+    }
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_SECONDS) if asked else ([], [])
+    for question, node in asked.items():
+        try:
+            complaint = ray.get(question, timeout=0) if question in answered else "it doesn't answer"
+        except Exception as error:
+            complaint = f"it can't run raycifar ({in_a_line(error)}): submit the job with its code, or install it there"
+        if complaint:
+            raise RequestError(f"Node {node['NodeManagerAddress']} can't take part: {complaint}.")

@@ -1,0 +1,83 @@
+"""What workers wait for: nodes that are to come, CPUs and GPUs that others use."""
+
+import math
+import time
+from collections.abc import Callable
+
+import ray
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+from raycifar.cluster import ray_internals
+from raycifar.cluster.sizing import LOOK_SECONDS, Workers, alive_nodes, describe, placeable
+from raycifar.errors import WorkError
+
+
+class Waiting:
+    """Says what the workers of a run wait for; gives up after so many seconds."""
+
+    def __init__(self, workers: Workers, seconds: float) -> None:
+        self.workers, self.seconds = workers, seconds
+        self.began = self.looked = -math.inf
+        self.text: str | None = None
+
+    def __call__(self) -> str | None:
+        """Return what is waited for, or None where there is room; to be called while no worker has begun.
+
+        Raises:
+            WorkError: it has been waited for too long.
+        """
+        now = time.monotonic()
+        if now - self.looked < LOOK_SECONDS:
+            return self.text
+        if now - self.looked > 10 * LOOK_SECONDS:
+            self.began = now  # workers ran in between
+        self.looked, self.text = now, lacking(self.workers)
+        if self.text is None:
+            self.began = now
+        elif now - self.began > self.seconds:
+            raise WorkError(f"after {self.seconds:g} s (--wait) there was still no room: {self.text}.")
+        return self.text
+
+
+def make_room(workers: Workers, show: Callable[[str], None], seconds: float) -> None:
+    """Wait until there is room for the workers, and `show` what is waited for; the autoscaler adds what is missing.
+
+    Raises:
+        WorkError: it has been waited for too long.
+    """
+    waiting = Waiting(workers, seconds)
+    group = placement_group([workers.resources] * workers.count)
+    try:
+        while not group.wait(LOOK_SECONDS):
+            show(waiting() or "reserving room")
+    finally:
+        remove_placement_group(group)
+
+
+def lacking(workers: Workers) -> str | None:
+    """Return what the workers wait for, or None where there is room for as many as are needed."""
+    if workers.count == 0 or reserved():
+        return None
+    status = ray_internals.cluster_status()
+    free = [node.available_resources() for node in (*status.active_nodes, *status.idle_nodes)]
+    fit = placeable(free, workers.resources)
+    if fit >= workers.needed:
+        return None
+    nodes = alive_nodes()
+    there = placeable(nodes, workers.resources)
+    used = f", {there - fit} in use" if there > fit else ""
+    coming = len(status.pending_nodes) + sum(launch.count for launch in status.pending_launches)
+    arriving = f"; {coming} node{'s' * (coming > 1)} on the way" if coming else ""
+    return (
+        f"waiting for {workers.needed} worker{'s' * (workers.needed > 1)} of {describe(workers.resources)}: "
+        f"room for {there}{used}, on {len(nodes)} node{'s' * (len(nodes) > 1)}{arriving}"
+    )
+
+
+def reserved() -> bool:
+    """Return whether this job's workers have their room, and have only to start."""
+    job = ray.get_runtime_context().get_job_id()  # a placement group's identifier ends with its job's
+    return any(
+        group["state"] == "CREATED" and group["placement_group_id"].endswith(job)
+        for group in placement_group_table().values()
+    )

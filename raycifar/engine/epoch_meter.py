@@ -1,0 +1,91 @@
+"""What is counted of an epoch: by each worker on its device, and over all workers when it is collected."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raycifar.engine.distributed import all_reduce_sum
+from raycifar.engine.loss import check_finite
+
+STEP_METRICS = ("num_images", "loss", "num_correct", "grad_norm")  # the first three of this worker's images
+COUNTS = slice(0, 3)
+GRAD_NORM = 3
+
+
+@dataclass
+class EpochTotals:
+    """Sums over the steps of the epoch under way that are done, over all workers.
+
+    loss: natural-log cross-entropy, summed over images. grad_norm: of each step's gradient, summed over steps.
+    grad_norm_max_step: from 0. seconds: of training.
+    """
+
+    num_images: float = 0.0
+    loss: float = 0.0
+    num_correct: float = 0.0
+    grad_norm: float = 0.0
+    grad_norm_max: float = 0.0
+    grad_norm_max_step: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "EpochTotals":
+        """Return the totals of a checkpoint's `progress.json`, also of one that an earlier version wrote."""
+        if "totals" in values:
+            return cls(**values["totals"])
+        (num_images, loss, num_correct), (norm, norm_max, step) = values["sums"], values["norms"]
+        return cls(num_images, loss, num_correct, norm, norm_max, int(step), values["seconds"])
+
+
+class EpochMeter:
+    """Keeps the metrics of each step on the device, so that nothing waits for it until they are collected.
+
+    Args:
+        epoch: from 1. num_steps: of the epoch. first_step: the one that training begins or goes on with, from 0.
+        totals: of the steps before it; they are brought up to date in place.
+    """
+
+    def __init__(self, epoch: int, num_steps: int, first_step: int, totals: EpochTotals, device: torch.device) -> None:
+        self.epoch = epoch
+        self.metrics = torch.zeros(num_steps, len(STEP_METRICS), dtype=torch.float64, device=device)
+        self.totals = totals
+        self.first_step = first_step
+        self.began = time.perf_counter()
+        self.seconds_before = totals.seconds
+
+    def record(self, step: int, metrics: Tensor) -> None:
+        """Keep a step's metrics, (4,) float64: see `STEP_METRICS`."""
+        self.metrics[step] = metrics
+
+    def check_finite(self) -> None:
+        """Raise StopTrainingError if a gradient is not finite; waits for the device."""
+        check_finite(self.metrics[:, GRAD_NORM], self.epoch)
+
+    def collect(self) -> None:
+        """Add what all workers have counted since the last time to the totals; all workers call it together."""
+        self.check_finite()
+        totals, norms = self.totals, self.metrics[:, GRAD_NORM]
+        totals.seconds = self.seconds_before + time.perf_counter() - self.began
+        counts = self.metrics[:, COUNTS].sum(0)
+        all_reduce_sum(counts)
+        for name, value in zip(STEP_METRICS[COUNTS], counts.tolist(), strict=True):
+            setattr(totals, name, getattr(totals, name) + value)
+        totals.grad_norm += norms.sum().item()
+        if norms.max() > totals.grad_norm_max:
+            totals.grad_norm_max, totals.grad_norm_max_step = norms.max().item(), int(norms.argmax())
+        self.metrics.zero_()
+
+    def running(self, steps_done: int) -> dict[str, float]:
+        """Return this worker's view of the epoch so far: loss and top1, and steps per second since it began."""
+        counts = self.metrics[:, COUNTS].sum(0).tolist()
+        num_images, loss, num_correct = (
+            getattr(self.totals, name) + value for name, value in zip(STEP_METRICS[COUNTS], counts, strict=True)
+        )
+        return {
+            "loss": loss / max(1, num_images),
+            "top1": num_correct / max(1, num_images),
+            "steps_per_second": (steps_done - self.first_step) / (time.perf_counter() - self.began),
+        }

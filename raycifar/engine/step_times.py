@@ -1,0 +1,103 @@
+"""How long a step takes, by the number of images in it: what a plan of how many workers pay stands on."""
+
+import socket
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from raycifar.data import CIFAR100
+from raycifar.data.shards import Shard
+from raycifar.engine.cuda import WARM_UP
+from raycifar.engine.example_stats import ExampleStats
+from raycifar.engine.hardware import choose_precision, set_up
+from raycifar.engine.state import TrainingState
+from raycifar.engine.train_step import TrainStep
+from raycifar.models.initial_weights import InitialWeights
+from raycifar.recipes import Recipe
+
+
+def time_steps(
+    initial: InitialWeights,
+    recipe: Recipe,
+    device: torch.device,
+    threads: int,
+    batch_sizes: Sequence[int],
+    *,
+    exchange: bool,
+    seconds: float = 1.0,
+    rounds: int = 5,
+) -> dict[int, list[float]]:
+    """Return the seconds of a step, for each number of images, a figure for each round.
+
+    A step is that of training, captured on a GPU, on random images that are there. The batch sizes take turns, so that
+    a machine that slows down slows all.
+
+    Args:
+        exchange: sum the gradients too, over the one rank of a process group that must be there: what it costs beside
+            the network between workers. seconds: that a round takes for each batch size, about.
+    """
+    set_up(device, threads)
+    steps = {size: build_step(initial, recipe, device, size, exchange=exchange) for size in batch_sizes}
+    repeats = {size: max(1, round(seconds / time_one(step, WARM_UP + 2, device))) for size, step in steps.items()}
+    times: dict[int, list[float]] = {size: [] for size in batch_sizes}
+    for _ in range(rounds):
+        for size, step in steps.items():
+            times[size].append(time_one(step, repeats[size], device))
+    return times
+
+
+def build_step(
+    initial: InitialWeights, recipe: Recipe, device: torch.device, batch_size: int, *, exchange: bool
+) -> TrainStep:
+    dtype = choose_precision(recipe.precision, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    pixels = torch.randint(0, 256, (batch_size, *CIFAR100.image_shape), dtype=torch.uint8, device=device)
+    labels = torch.randint(0, CIFAR100.num_classes, (batch_size,), device=device)
+    state = TrainingState(initial.architecture, initial.weights, recipe, 0, device)
+    state.train_mode()
+    return TrainStep(
+        state,
+        Shard(pixels, labels, labels, torch.arange(batch_size, device=device)),
+        ExampleStats.blank(batch_size, device),
+        initial.architecture.preprocessing,
+        autocast,
+        exchange=exchange,
+    )
+
+
+def time_one(step: TrainStep, repeats: int, device: torch.device) -> float:
+    """Return the seconds of a step, the mean of some in a row."""
+    batch = step.prepare_batch(torch.arange(len(step.train_set)).numpy())
+    num_images = len(step.train_set)
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        step.captured_update(*batch, num_images, num_images)
+    synchronize(device)
+    return (time.perf_counter() - began) / repeats
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def process_group_of_one(device: torch.device) -> Iterator[None]:
+    """Be the one rank of a process group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", address, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def medians(times: dict[int, list[float]]) -> dict[int, float]:
+    return {size: statistics.median(values) for size, values in times.items()}

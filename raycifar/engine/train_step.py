@@ -1,0 +1,105 @@
+"""One optimizer step, from the rows of a batch to new weights."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raycifar.data.shards import Shard
+from raycifar.engine.augment import augment, erase, mix, preprocess
+from raycifar.engine.cuda import SideStream, cuda_graphed, prefetched
+from raycifar.engine.distributed import GradientExchange
+from raycifar.engine.example_stats import ExampleStats
+from raycifar.engine.loss import loss_and_counts
+from raycifar.engine.order import Batch
+from raycifar.engine.state import TrainingState
+from raycifar.models import Preprocessing
+
+
+class TrainStep:
+    """A worker's optimizer step; the network, its optimizer and its running average are those of `state`.
+
+    On a GPU, batches are prepared while the steps before them are under way, and `update` is captured as a CUDA graph.
+
+    Args:
+        train_set: the worker's own training images. example_stats: what is known of each of them, brought up to date.
+        preprocessing: of the pixels, for the network. autocast: the precision to compute in.
+        exchange: sum the gradients over the workers of the process group.
+    """
+
+    def __init__(
+        self,
+        state: TrainingState,
+        train_set: Shard,
+        example_stats: ExampleStats,
+        preprocessing: Preprocessing,
+        autocast: torch.autocast,
+        *,
+        exchange: bool,
+    ) -> None:
+        self.state, self.train_set, self.example_stats = state, train_set, example_stats
+        self.recipe, self.preprocessing, self.autocast = state.recipe, preprocessing, autocast
+        self.device = train_set.images.device
+        self.parameters = [p for p in state.model.parameters() if p.requires_grad]
+        self.exchange = GradientExchange(self.parameters) if exchange else None
+        self.side_stream = SideStream(self.device)
+        self.prepare = prefetched(self.prepare_batch, self.device)
+        self.capturable = self.exchange is None or dist.get_backend() == "nccl"
+        self.captured_update = cuda_graphed(self.update, self.device, capturable=self.capturable)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Take the step, and return its metrics, (4,) float64: see `EpochMeter`."""
+        rows, inputs, targets = self.prepare(batch.rows)
+        metrics = self.captured_update(rows, inputs, targets, len(batch.rows), batch.num_images)
+        if self.state.average:
+            self.state.average.update_parameters(self.state.model)
+        return metrics
+
+    def prepare_batch(self, batch_rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rows (n,) int64, inputs (n, 3, size, size) float32 and targets, (n,) int64 or (n, classes) float32.
+
+        Args:
+            batch_rows: (n,) int64, rows of this worker's training images.
+        """
+        rows = torch.from_numpy(batch_rows).to(self.device, non_blocking=True)
+        if len(rows) < 2:  # when workers come or go a share can run out: batch norm needs two, the loss ignores them
+            rows = torch.cat([rows, torch.arange(2, device=self.device)])
+        return rows, *self.augment_and_normalize(self.train_set.images[rows], self.train_set.labels[rows])
+
+    def augment_and_normalize(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets, as `prepare_batch`, of pixels (n, 3, H, W) uint8 and labels (n,) int64."""
+        inputs = preprocess(augment(pixels, self.recipe.augment), self.preprocessing)
+        return mix(erase(inputs, self.recipe.erasing), labels, self.recipe)
+
+    def close(self) -> None:
+        """Let another step take over the network."""
+        if self.exchange:
+            self.exchange.close()
+
+    def update(self, rows: Tensor, inputs: Tensor, targets: Tensor, count: int, num_images: int) -> Tensor:
+        """Update the weights by the mean gradient over all workers, and return the metrics.
+
+        Args:
+            rows, inputs, targets: as `prepare_batch` returns them. count: how many of them count.
+            num_images: of the step, over all workers.
+        """
+        with self.autocast:
+            logits = self.state.model(inputs)  # (n, classes)
+        logits, rows, targets = logits[:count].float(), rows[:count], targets[:count]
+        loss, counts = loss_and_counts(logits, targets, self.recipe.label_smoothing)  # summed over the images
+        if targets.ndim == 1:  # a blended image's loss is not its own
+            with self.side_stream.beside():
+                self.example_stats.update(rows, logits.detach(), targets)
+
+        (loss * (1 / num_images)).backward()
+        if self.exchange:
+            self.exchange.wait()
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.recipe.clip_norm:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.clip_norm, norm)
+
+        with self.autocast:
+            self.state.optimizer.step()
+        self.state.optimizer.zero_grad()
+        self.side_stream.join()
+        return torch.cat([counts, norm.double()[None]])

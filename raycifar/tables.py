@@ -1,0 +1,79 @@
+"""Results as tables for a terminal."""
+
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+
+def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
+    """Return what the models reached, and what they cost; both fit a terminal of 80 columns."""
+    budget = comparison["equal_device_seconds"]
+    priced = any(model["cost"] is not None for model in comparison["models"].values())
+    scores, costs = Table(box=box.SIMPLE_HEAD, pad_edge=False), Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    headings = ("parameters", "GFLOPs", "images/s", "device-s", *["cost"] * priced, f"val top-1 at {budget:,.0f} s")
+    for table, columns in ((scores, ("runs", "test top-1", "test top-5", "test loss")), (costs, headings)):
+        table.add_column("model")
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
+    for name, model in comparison["models"].items():
+        scores.add_row(name, str(model["top1"]["n"]), *(interval(model[score]) for score in ("top1", "top5", "loss")))
+        costs.add_row(
+            name,
+            f"{model['parameters'] / 1e6:.1f} M",
+            f"{model['flops'] / 1e9:.2f}",
+            f"{model['images_per_second']:,.0f}",
+            f"{model['device_seconds']:,.0f}",
+            *([f"{model['cost']:.4g}"] if priced else []),
+            "no epoch" if model["at_equal_time"] is None else f"{model['at_equal_time']:.4f}",
+        )
+    return [scores, costs]
+
+
+def interval(score: dict[str, Any]) -> str:
+    if score["low"] is None:
+        return f"{score['mean']:.4f}"
+    return f"{score['mean']:.4f} ± {score['high'] - score['mean']:.4f}"
+
+
+def evaluation_table(evaluation: dict[str, Any]) -> Table:
+    """Return the hardest and the easiest classes, and those that are most confused."""
+    classes = sorted(evaluation["classes"], key=lambda row: row["recall"] or 0.0)
+    table = Table("hardest classes", "right", "easiest", "right", "most confused", "images", box=box.SIMPLE_HEAD)
+    for worst, best, pair in zip(classes[:10], classes[::-1][:10], evaluation["confused"][:10], strict=False):
+        table.add_row(
+            worst["class"],
+            f"{worst['recall'] or 0:.2f}",
+            best["class"],
+            f"{best['recall'] or 0:.2f}",
+            f"{pair['a']}, {pair['b']}",
+            str(pair["images"]),
+        )
+    return table
+
+
+def answers_table(answers: list[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("image", "top 5"):
+        table.add_column(heading, overflow="fold")
+    for answer in answers:
+        guesses = ", ".join(f"{guess['class']} {guess['probability']:.2f}" for guess in answer.get("top5", []))
+        table.add_row(answer["image"], guesses or f"can't be read: {answer['error']}")
+    return table
+
+
+def bench_table(bench: dict[str, Any], stages: dict[str, str]) -> Table:
+    """Return the rate of each stage; `stages` are their descriptions by name."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("stage", "", "images/s", "low to high", "share of bare"):
+        table.add_column(heading, justify="left" if heading in ("stage", "") else "right")
+    rows = dict(bench["stages"])
+    bare = bench["bare_images_per_second"]
+    for name, way in bench["against"].items():
+        rate = way["spread"]["images_per_second"]
+        rows[name] = {"images_per_second": rate, "share": {"median": rate["median"] / bare}}
+    for name, row in rows.items():
+        rate = row["images_per_second"]
+        ends = f"{rate['low']:,.0f} to {rate['high']:,.0f}"
+        table.add_row(name, stages[name], f"{rate['median']:,.0f}", ends, f"{row['share']['median']:.3f}")
+    return table

@@ -1,0 +1,170 @@
+"""Writing a trained network for other programs, with the preprocessing of its images inside."""
+
+import io
+import json
+import warnings
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raycifar.data import CIFAR100
+from raycifar.data.tables import to_numpy
+from raycifar.errors import RequestError, WorkError
+from raycifar.models import slug
+from raycifar.storage.files import locate, write_whole
+from raycifar.storage.run_folder import RUN, RunFolder
+from raycifar.workflows.reporting import load_images
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from raycifar.engine.trained_model import Weights
+    from raycifar.terminal import Screen
+
+CHECKED = 1000  # images on which what was written must answer as the network does
+SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written: its place, its size, and how far its logits are from the network's on `num_images`."""
+
+    place: str
+    num_bytes: int
+    num_images: int
+    difference: float
+
+
+def export(network: str, kind: str, screen: "Screen", *, out: str | None = None, data: str | None = None) -> Export:
+    """Write a network as `kind`: onnx, torchscript or safetensors.
+
+    What is written maps images (n, 3, 32, 32) uint8, channels first, to logits (n, classes) float32.
+
+    Args:
+        network: a run's folder, or a weights file. out: the file, or URI.
+        data: whose test images it is checked on, by default those of the run.
+
+    Raises:
+        RequestError: there is no such network, there are no such images, or a package is missing.
+        WorkError: what was made of it chooses other classes than the network; nothing was written.
+    """
+    run = None if network.endswith(".safetensors") else RunFolder.at(network).read_json(RUN)
+    with screen.waiting("Loading PyTorch"):
+        import torch
+
+        from raycifar.engine.trained_model import Trained, read_weights
+
+        trained = Trained(read_weights(network), "cpu", "float32")
+    with screen.waiting("Reading the images"):
+        images = to_numpy(load_images(run, data).test["image"].combine_chunks().slice(0, CHECKED), "image")
+    expected = trained.logits(torch.from_numpy(images.copy())).numpy()
+    whole = with_preprocessing(trained.weights)
+    convert, ask = FORMATS[kind]
+    with screen.waiting(f"Writing {kind}"), warnings.catch_warnings(action="ignore"):  # what is written is checked
+        try:
+            content = convert(whole)
+            found = ask(content, images, whole)
+        except ImportError as error:
+            raise RequestError(f"--to {kind} needs the package {error.name}: pip install 'raycifar[onnx]'.") from error
+    differing = int((found.argmax(1) != expected.argmax(1)).sum())
+    largest = float(np.abs(found - expected).max())
+    if differing:
+        raise WorkError(
+            f"what {kind} makes of the network chooses another class for {differing} of {len(images)} images (logits "
+            f"differ by up to {largest:.2g}): nothing was written."
+        )
+    out = out or f"{slug(trained.weights.architecture.model)}{SUFFIXES[kind]}"
+    write_whole(*locate(out), content)
+    return Export(out, len(content), len(images), largest)
+
+
+def with_preprocessing(weights: "Weights") -> "nn.Module":
+    """Return a network from (n, 3, 32, 32) uint8 to logits."""
+    import torch
+    from torch import Tensor, nn
+
+    from raycifar.engine.augment import resize
+
+    class Whole(nn.Module):
+        mean: Tensor
+        std: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.preprocessing = weights.architecture.preprocessing
+            self.register_buffer("mean", 255 * torch.tensor(self.preprocessing.mean)[:, None, None])
+            self.register_buffer("std", 255 * torch.tensor(self.preprocessing.std)[:, None, None])
+            self.network = weights.build()
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.network((resize(images.float(), self.preprocessing) - self.mean) / self.std)
+
+    return Whole().eval()
+
+
+def to_onnx(whole: "nn.Module") -> bytes:
+    import onnx  # noqa: F401 (a missing package is named before the export begins)
+    import torch
+
+    program = torch.onnx.export(
+        whole,
+        (torch.zeros(2, *CIFAR100.image_shape, dtype=torch.uint8),),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes={"images": {0: torch.export.Dim("n")}},
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
+def ask_onnx(content: bytes, images: np.ndarray, whole: "nn.Module") -> np.ndarray:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return session.run(["logits"], {"images": images})[0]
+
+
+def to_torchscript(whole: "nn.Module") -> bytes:
+    import torch
+
+    stream = io.BytesIO()
+    torch.jit.save(torch.jit.trace(whole, torch.zeros(2, *CIFAR100.image_shape, dtype=torch.uint8)), stream)
+    return stream.getvalue()
+
+
+def ask_torchscript(content: bytes, images: np.ndarray, whole: "nn.Module") -> np.ndarray:
+    import torch
+
+    with torch.inference_mode():
+        return torch.jit.load(io.BytesIO(content))(torch.from_numpy(images.copy())).numpy()
+
+
+def to_safetensors(whole: Any) -> bytes:
+    import safetensors.torch
+
+    tensors = {name: value.contiguous() for name, value in whole.state_dict().items()}
+    return safetensors.torch.save(tensors, metadata={"preprocessing": json.dumps(asdict(whole.preprocessing))})
+
+
+def ask_safetensors(content: bytes, images: np.ndarray, whole: "nn.Module") -> np.ndarray:
+    import copy
+
+    import safetensors.torch
+    import torch
+
+    empty = copy.deepcopy(whole)
+    for value in empty.state_dict().values():
+        value.zero_()
+    empty.load_state_dict(safetensors.torch.load(content))
+    with torch.inference_mode():
+        return empty(torch.from_numpy(images.copy())).numpy()
+
+
+FORMATS = {
+    "onnx": (to_onnx, ask_onnx),
+    "torchscript": (to_torchscript, ask_torchscript),
+    "safetensors": (to_safetensors, ask_safetensors),
+}

@@ -1,0 +1,121 @@
+"""What makes a run the run that it is: written to `run.json` at its start, and compared when it is resumed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raycifar.data.sources import absolute_name
+from raycifar.data.tables import Source, Splits
+from raycifar.errors import RequestError
+from raycifar.models.initial_weights import InitialWeights
+from raycifar.storage.run_folder import RESULT, RUN, RunFolder
+from raycifar.workflows.requests import TrainingRequest
+
+if TYPE_CHECKING:
+    from raycifar.cluster.sizing import Workers
+    from raycifar.terminal import Screen
+
+# What may differ when a run is resumed: the same images and the same weights may lie elsewhere by then, and so may
+# the run itself. The architecture follows from model, recipe and weights.
+FREE = ("name", "source", "pretrained", "recipe", "data", "architecture")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run begins with: images, how they are split, and the first weights."""
+
+    source: Source
+    splits: Splits
+    start: InitialWeights
+
+
+def identify(request: TrainingRequest, inputs: Inputs) -> dict[str, Any]:
+    """Return what decides the weights: a run of the same name must agree in it to be resumed."""
+    source = inputs.source
+    return {
+        "name": request.name,
+        "model": request.model,
+        "recipe": asdict(request.recipe),
+        "data": {
+            "source": absolute_name(source.name),
+            "fingerprint": source.fingerprint(),
+            **{name: len(table) for name, table in vars(inputs.splits).items()},
+        },
+        "val_size": request.val_size,
+        "limit": request.limit,
+        "architecture": inputs.start.architecture.to_json(),
+        "weights": inputs.start.fingerprint(),
+        "seed": request.seed,
+        "compile": request.compile,
+    }
+
+
+def earlier_result(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the result of the run that the folder holds, or None where there is something left to train.
+
+    Raises:
+        RequestError: the folder holds another run; the message names the differences.
+    """
+    earlier = folder.read_json(RUN)
+    if earlier is None:
+        return None
+    before, now = flatten(earlier), flatten(identity)
+    if differences := [f"{key} {before.get(key)} there, {now[key]} here" for key in now if before.get(key) != now[key]]:
+        raise RequestError(
+            f"{folder.folder} is another run: {'; '.join(differences)}. Give another --name, or the options of that "
+            "run."
+        )
+    result = folder.read_json(RESULT)
+    return result if result and result["status"] == "finished" else None
+
+
+def flatten(identity: dict[str, Any]) -> dict[str, Any]:
+    values = {**identity, **identity["recipe"], **identity["data"]}
+    return {name: value for name, value in values.items() if name not in FREE}
+
+
+def record(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any], workers: "Workers") -> None:
+    """Write `run.json`; of a run that is resumed, the day it was begun stays, and a failure is forgotten."""
+    from raycifar.cluster.nodes import versions
+
+    folder.delete(RESULT)
+    now = f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}"
+    folder.write_json(
+        RUN,
+        {
+            **identity,
+            "search": request.search,
+            "workers": workers.count,
+            **({} if workers.least is None else {"least_workers": workers.least}),
+            "cpus_per_worker": workers.cpus,
+            "device": "gpu" if workers.use_gpu else "cpu",
+            "created": (folder.read_json(RUN) or {}).get("created", now),
+            "versions": versions(),
+        },
+    )
+
+
+def overview(identity: dict[str, Any], workers: "Workers", folder: str) -> dict[str, str]:
+    recipe, data = identity["recipe"], identity["data"]
+    return {
+        "model": f"{identity['model']}, seed {identity['seed']}",
+        "data": data["source"],
+        "images": f"{data['train']:,} training, {data['val']:,} validation, {data['test']:,} test",
+        "workers": str(workers),
+        "recipe": ", ".join(f"{name} {value}" for name, value in recipe.items() if value != 0),
+        "folder": folder,
+    }
+
+
+@contextmanager
+def writing_first_file(folder: RunFolder, screen: "Screen") -> Iterator[None]:
+    """Say if the folder is temporary, and refuse one that can't be written."""
+    if "runtime_resources" in Path(folder.folder).parts:  # where Ray unpacks a job's --working-dir
+        screen.say("Note: this job's folder is temporary, and the run in it: give --storage a full path or a URI.")
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{folder.folder} can't be written: {error}. Give another --storage.") from error

@@ -1,0 +1,83 @@
+"""From a prepared run to Ray Train's trainer: the same for one process, one machine and a cluster."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+
+from raycifar.cluster.controller_callbacks import FailureCounter
+from raycifar.cluster.nodes import versions
+from raycifar.cluster.stoppable import StoppableTrainer
+from raycifar.data import CIFAR100
+from raycifar.data.shards import ExactShards, to_datasets
+from raycifar.engine.trainer import Job, train_loop_per_worker
+from raycifar.storage.run_folder import KEPT
+
+if TYPE_CHECKING:
+    from raycifar.workflows.training import PreparedRun
+
+RESIZE_SECONDS = 15  # between two looks whether an elastic run can grow
+
+Work = Callable[[Job], tuple[Callable[[dict[str, Any]], Any], dict[str, Any]]]
+
+
+def build_trainer(run: "PreparedRun", work: Work | None = None) -> StoppableTrainer:
+    """Return Ray Train's trainer for the run.
+
+    Args:
+        work: gives what the workers do, and its configuration, instead of training.
+    """
+    # Ray Train takes one report of each worker at each look, every 2 s by default: epochs of a GPU are shorter.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    workers, folder, splits = run.workers, run.folder, run.inputs.splits
+    if workers.least is not None:  # a node that has just died is still counted for a while: look again
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    tables = {name: table for name, table in splits.tables().items() if name != "test" or run.request.test}
+    folder.mend_snapshot()
+    job = build_job(run)
+    loop, config = work(job) if work else (train_loop_per_worker, {"job": job})
+    return StoppableTrainer(
+        loop,
+        train_loop_config=config,
+        datasets=to_datasets(tables, range(workers.needed, workers.count + 1)),
+        dataset_config=ExactShards(),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count if workers.least is None else (workers.least, workers.count),
+            use_gpu=workers.use_gpu,
+            resources_per_worker=workers.resources,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+        ),
+        run_config=RunConfig(
+            name=folder.name,
+            storage_path=folder.root,
+            storage_filesystem=folder.filesystem,
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
+            failure_config=FailureConfig(max_failures=-1),  # our callback counts
+            callbacks=[FailureCounter(run.status_store, run.request.max_failures)],
+            logging_config=LoggingConfig("INFO" if run.debug else "ERROR"),
+        ),
+    )
+
+
+def build_job(run: "PreparedRun") -> Job:
+    request, inputs = run.request, run.inputs
+    return Job(
+        run=run.folder,
+        status_store=run.status_store,
+        initial=inputs.start,
+        recipe=request.recipe,
+        seed=request.seed,
+        info=CIFAR100,
+        superclass_of=inputs.source.superclasses(),
+        num_train_images=len(inputs.splits.train),
+        num_val_images=len(inputs.splits.val),
+        num_test_images=len(inputs.splits.test) if request.test else 0,
+        use_gpu=run.workers.use_gpu,
+        threads=run.workers.threads,
+        in_process=run.workers.count == 0,
+        versions=versions(),
+        compile=request.compile,
+        checkpoint_steps=request.checkpoint_steps,
+        rungs=request.rungs,
+    )

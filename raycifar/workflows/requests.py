@@ -1,0 +1,269 @@
+"""What can be asked for: each option once, with its default and its help, for the commands and the Python API alike."""
+
+import difflib
+import os
+import re
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
+from typing import Any, Literal, Self, get_args
+
+from raycifar import models
+from raycifar.errors import RequestError
+from raycifar.recipes import NAMED, Recipe, recipe_for
+
+WorkerCount = int | tuple[int, int] | None
+Device = Literal["auto", "gpu", "cpu"]
+
+MAX_ELASTIC_WORKERS = 64  # the images are cut wherever a shard of any of the numbers begins
+
+
+def setting(
+    default: Any,
+    help: str,  # noqa: A002 (click's own word)
+    *,
+    least: float | None = None,
+    env: str | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """Return a field that is an option of the commands, too.
+
+    Args:
+        least: the smallest value that makes sense. env: a variable of the environment that sets the default.
+    """
+    metadata = {"help": help, "least": least, "env": env, "metavar": metavar, "default": default}
+    if env:
+        return field(default_factory=lambda: os.environ.get(env) or default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What training one model and comparing several have in common."""
+
+    seed: int = setting(0, "Of the split, the first weights and every epoch; the first of several.", least=0)
+    data: str = setting("cifar100", "cifar100, synthetic, path, URI.", env="RAYCIFAR_DATA")
+    val_size: int = setting(5000, "Training images held out, as many of each class.")
+    limit: int | None = setting(None, "Use only so many training images, as many of each class.")
+    device: Device = setting("auto", "GPUs where there are any, or one kind alone.")
+    cpus_per_worker: float | None = setting(None, "CPUs, so threads.  [fair share]")
+    storage: str = setting("results", "Where runs are kept: a folder or a URI.", env="RAYCIFAR_STORAGE")
+    max_failures: int = setting(3, "Restarts after a worker died.", least=0)
+    wait: float = setting(1800, "Seconds for nodes to come or to be free.", least=0)
+    report: bool = setting(True, "Draw and explain the curves, also while it runs.")
+    compile: bool = setting(False, "Compile the model with torch.compile.")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if f.metadata:
+                check_value(f.name, f.type, f.metadata["least"], getattr(self, f.name))
+        if self.cpus_per_worker is not None and self.cpus_per_worker <= 0:
+            raise RequestError(f"--cpus-per-worker {self.cpus_per_worker}: it must be above 0.")
+
+    def settle(self, **values: Any) -> None:
+        """Settle a default that depends on other values."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class TrainingRequest(Settings):
+    """One model to be trained; the model alone must be given.
+
+    Raises:
+        RequestError: a value makes no sense.
+    """
+
+    model: str
+    recipe: Recipe = None  # type: ignore[assignment]  # the model's own
+    name: str = setting("", "The run's name; the same name resumes it.  [model, seed and time]")
+    workers: WorkerCount = setting(
+        None, "0: this process; 1:4 elastic.  [one for each GPU, else 1]", metavar="N|MIN:MAX"
+    )
+    checkpoint_steps: int = setting(0, "0: at the end of each epoch alone.", least=0)
+    test: bool = True  # score the test set at the end
+    search: bool = False  # a trial that looks for a recipe
+    rungs: tuple[int, ...] = ()  # epochs after which the status store is asked whether to stop
+
+    def __post_init__(self) -> None:
+        models.find(self.model)
+        name = self.name or f"{models.slug(self.model)}-s{self.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+        self.settle(recipe=self.recipe or recipe_for(self.model), name=name, workers=parse_workers(self.workers))
+        super().__post_init__()
+        check_name(name)
+
+    @classmethod
+    def of(cls, model: str, **options: Any) -> Self:
+        """Return the request that options stand for: `lr`, `epochs`, … are of the recipe; None is the model's own."""
+        settings, recipe = sort_options(cls, options)
+        return cls(model, pick_recipe(model, **recipe), **settings)
+
+
+@dataclass(frozen=True)
+class ComparisonRequest(Settings):
+    """Several models to be trained with several seeds, and compared.
+
+    recipes: of each model. fixed: fields of the recipe that a search leaves alone, for they were given.
+
+    Raises:
+        RequestError: a value makes no sense.
+    """
+
+    recipes: Mapping[str, Recipe]
+    fixed: frozenset[str] = frozenset()
+    seeds: int = setting(3, "Runs of each model, with seeds from --seed on.", least=1)
+    search: int = setting(0, "Trials that look for each model's best recipe.", least=0)
+    space: str | None = setting(None, "TOML file of what a search varies.  [rate, decay, batch, smoothing, augment]")
+    price_per_hour: float | None = setting(None, "Of one device: shows what training cost.", least=0)
+    name: str = setting("", "The comparison's name; the same name continues it.  [compare and time]")
+    workers: int = setting(1, "Of each trial.", least=1)
+    max_trials: int | None = setting(None, "Trials at once.  [as many as the cluster holds]", least=1)
+    checkpoint_steps: int = setting(200, "0: at the end of each epoch alone.", least=0)
+
+    def __post_init__(self) -> None:
+        self.settle(name=self.name or f"compare-{datetime.now():%Y%m%d-%H%M%S}")
+        super().__post_init__()
+        check_name(self.name)
+        if self.search and not self.val_size:
+            raise RequestError("--search chooses by validation accuracy: it needs --val-size above 0.")
+        for recipe in self.recipes.values():
+            check_batch_size(recipe, self.workers)
+
+    @classmethod
+    def of(cls, names: Iterable[str], **options: Any) -> Self:
+        """Return the request that options stand for, with each model's own recipe for what isn't given."""
+        names = [name.strip() for name in names]
+        for name in names:
+            models.find(name)
+        if len(set(names)) < len(names):
+            raise RequestError(f"--models {','.join(names)} names a model twice: --seeds takes several runs of it.")
+        settings, recipe = sort_options(cls, options)
+        fixed = frozenset(name for name, value in recipe.items() if value is not None)
+        return cls({name: pick_recipe(name, **recipe) for name in names}, fixed, **settings)
+
+    def training(self, model: str) -> TrainingRequest:
+        """Return the request that this is for one of the models."""
+        names = {f.name for f in settings_of(TrainingRequest)} & {f.name for f in settings_of(type(self))}
+        return TrainingRequest(model, self.recipes[model], **{name: getattr(self, name) for name in names})
+
+
+# From options to values -----------------------------------------------------------------------------
+
+
+def settings_of(kind: type[Settings]) -> list[Any]:
+    """Return the fields that are options, those of the kind itself first."""
+    shared = {f.name for f in fields(Settings)}
+    return sorted((f for f in fields(kind) if f.metadata), key=lambda f: f.name in shared and f.name != "seed")
+
+
+def sort_options(kind: type[Settings], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options that are settings, and those that are the recipe's.
+
+    Raises:
+        RequestError: an option is neither; the message has the nearest name.
+    """
+    settings = {f.name for f in settings_of(kind)}
+    recipe = {f.name for f in fields(Recipe)} | {"recipe"}
+    for name in options:
+        if name not in settings | recipe:
+            near = difflib.get_close_matches(name, settings | recipe, 1)
+            raise RequestError(f"there is no option {name!r}" + f": is it {near[0]!r}?" * bool(near))
+    return (
+        {name: value for name, value in options.items() if name in settings},
+        {name: value for name, value in options.items() if name in recipe},
+    )
+
+
+def pick_recipe(model: str, *, recipe: str | None = None, **options: Any) -> Recipe:
+    """Return the recipe of that name, or the model's own, with the fields that are given; None is not given.
+
+    Raises:
+        RequestError: a value makes no sense.
+    """
+    if recipe and model not in NAMED.get(recipe, {}):
+        known = f"is for {', '.join(NAMED[recipe])}, not for {model}" if recipe in NAMED else "is not known"
+        raise RequestError(f"--recipe {recipe} {known}.")
+    given = {name: value for name, value in options.items() if value is not None}
+    for f in fields(Recipe):
+        if f.name in given:
+            given[f.name] = check_value(f.name, f.type, None, given[f.name])
+    base = recipe_for(model, given.get("pretrained"), recipe)
+    if epochs := given.get("epochs"):  # a short run, too, reaches both stages
+        base = replace(base, head_epochs=max(0, min(base.head_epochs, epochs - 1)))
+    try:
+        return replace(base, **given)
+    except ValueError as error:
+        raise RequestError(f"{error}.") from error
+
+
+def check_value(name: str, kind: Any, least: float | None, value: Any) -> Any:
+    """Return the value of an option, a whole number as a float where that is wanted.
+
+    Raises:
+        RequestError: it is of another kind, or too small.
+    """
+    choices = get_args(kind)
+    if isinstance(kind, types.UnionType):
+        if name == "workers" or value is None:
+            return value
+        kind, choices = choices[0], ()
+    if choices:
+        if value not in choices:
+            raise RequestError(f"{name} is {value!r}: choose from {', '.join(choices)}.")
+        return value
+    if kind is float and type(value) is int:
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise RequestError(f"{name} is {value!r}: {KINDS[kind]} is needed.")
+    if least is not None and value < least:
+        raise RequestError(f"{name} is {value}: it must be at least {least:g}.")
+    return value
+
+
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+
+
+def parse_workers(value: Any) -> WorkerCount:
+    """Return a number of workers, or from how many to how many, from `4`, `"4"`, `"1:4"` or `(1, 4)`.
+
+    Raises:
+        RequestError: it is none of these.
+    """
+    if value is None:
+        return None
+    least, colon, most = (":".join(map(str, value)) if isinstance(value, tuple) else str(value)).partition(":")
+    try:
+        counts = (int(least), int(most)) if colon else (int(least), int(least))
+    except ValueError as error:
+        raise RequestError(
+            f"--workers {value!r} is neither a number of workers, such as 4, nor a range, such as 1:4."
+        ) from error
+    if counts[0] < bool(colon) or counts[1] < counts[0]:
+        raise RequestError(f"--workers {value!r}: take 0 or more, or a range that begins at 1 or more and rises.")
+    if colon and counts[1] > MAX_ELASTIC_WORKERS:
+        raise RequestError(f"--workers {value!r}: an elastic run takes at most {MAX_ELASTIC_WORKERS} workers.")
+    return counts if counts[0] < counts[1] else counts[0]
+
+
+def check_name(name: str) -> None:
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise RequestError(f"--name {name!r} is no folder's name: use letters, digits, '-', '_' and '.'.")
+
+
+def check_batch_size(recipe: Recipe, workers: int) -> None:
+    if recipe.batch_size < 2 * workers:
+        raise RequestError(f"--batch-size {recipe.batch_size} leaves less than 2 images for each of {workers} workers.")
+
+
+def to_arguments(request: TrainingRequest) -> list[str]:
+    """Return the arguments of `raycifar train` that ask for this."""
+    arguments = ["--model", request.model]
+    values = {f.name: getattr(request, f.name) for f in settings_of(TrainingRequest)} | vars(request.recipe)
+    for name, value in values.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments += [f"--{option}"] if value else [f"--no-{option}"] * (name != "compile")
+        elif value is not None:
+            arguments += [f"--{option}", ":".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return arguments

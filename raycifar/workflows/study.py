@@ -1,0 +1,372 @@
+"""Comparing models, from the request to the comparison: prepare, run, finish."""
+
+# Ray and PyTorch take seconds to import: see `training`.
+
+import csv
+import dataclasses
+import io
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raycifar import models
+from raycifar.analysis.comparison import Finished, by_model, compare, not_comparable
+from raycifar.data.tables import Source, from_lists
+from raycifar.errors import RequestError, WorkError
+from raycifar.models import Architecture
+from raycifar.models.initial_weights import InitialWeights, load_initial_weights
+from raycifar.recipes import Recipe, changes, describe_changes
+from raycifar.storage.run_folder import (
+    COMPARISON,
+    COMPARISON_TABLE,
+    PREDICTIONS,
+    REPORT_PAGE,
+    RESULT,
+    RUN,
+    STUDY,
+    RunFolder,
+)
+from raycifar.workflows.background import alongside
+from raycifar.workflows.identity import writing_first_file
+from raycifar.workflows.reporting import Refresher, explain, write_comparison, write_run
+from raycifar.workflows.requests import ComparisonRequest
+from raycifar.workflows.training import STOP_SECONDS, and_weights, read_images
+
+if TYPE_CHECKING:
+    from raycifar.cluster.sizing import Workers
+    from raycifar.terminal import Screen
+    from raycifar.workflows.tuning import Study, StudySearcher
+
+Show = Callable[[dict[str, Any]], None]
+
+SCORES = ("top1", "top5", "loss")
+
+
+@dataclass(frozen=True)
+class PreparedComparison:
+    """A comparison that can begin."""
+
+    request: ComparisonRequest
+    folder: RunFolder
+    source: Source
+    study: "Study"
+    searcher: "StudySearcher"
+    workers: "Workers"  # of each trial
+
+
+def train_and_compare(
+    request: ComparisonRequest, screen: "Screen", connection: ExitStack, show: Show, *, debug: bool = False
+) -> None:
+    """Train every model with every seed, compare them, and draw the report.
+
+    Args:
+        connection: enters the connection to Ray.
+        show: called with the content of `comparison.json`, unless no trial finished.
+
+    Raises:
+        RequestError: the request is wrong; nothing was started or written.
+        WorkError: some of the trials failed; the others are compared.
+    """
+    prepared = prepare(request, screen, connection, debug=debug)
+    run(prepared, screen)
+    finish(prepared, screen, show)
+
+
+# The three steps ------------------------------------------------------------------------------------
+
+
+def prepare(
+    request: ComparisonRequest, screen: "Screen", connection: ExitStack, *, debug: bool = False
+) -> PreparedComparison:
+    """Read and check what the trials begin with, connect to Ray, size them to it, and write `study.json`.
+
+    Raises:
+        RequestError: the request is wrong; nothing was started or written.
+    """
+    recipes, folder = request.recipes, RunFolder(request.storage, request.name)
+    spaces = build_spaces(request) if request.search else {}
+    with screen.waiting(f"Reading {request.data}{and_weights(recipes.values())}"):
+        first = request.training(next(iter(recipes)))
+        source, splits = read_images(first)
+        starts = {model: load_initial_weights(model, recipe, source.train) for model, recipe in recipes.items()}
+    agreement = agree(folder, request, spaces, source, starts)
+
+    with screen.waiting("Starting Ray"):
+        from raycifar.cluster import sizing
+        from raycifar.cluster.connection import connected
+        from raycifar.cluster.nodes import check_nodes
+        from raycifar.workflows.tuning import AshaByModel, Study, StudySearcher
+
+        connection.enter_context(connected(debug=debug, dashboard=True))
+        trials = len(recipes) * (request.search + request.seeds)
+        workers, fit = sizing.size_trials(request.workers, request.device, request.cpus_per_worker, trials)
+        most = request.max_trials or fit
+        with folder.marker() as file:
+            check_nodes(workers, file)
+    screen.facts(
+        request.name,
+        {
+            "models": ", ".join(recipes),
+            "trials": f"{request.seeds} of each" + f", after {request.search} to search" * bool(request.search),
+            "data": source.name,
+            "images": f"{len(splits.train):,} training, {len(splits.val):,} validation, {len(splits.test):,} test",
+            "at once": f"{most} trial{'s' * (most > 1)}, each with {workers}",
+            "folder": folder.folder,
+        },
+    )
+    with writing_first_file(folder, screen):
+        folder.write_json(STUDY, agreement)
+
+    # The costliest first: what is left at the end then fills the cluster best.
+    cost = {model: models.flops(start.architecture) for model, start in starts.items()}.__getitem__
+    ordered = {model: recipes[model] for model in sorted(recipes, key=cost, reverse=True)}
+    seeds = list(range(request.seed, request.seed + request.seeds))
+    study = Study(first, folder.folder, ordered, starts, seeds, request.search, spaces)
+    searcher = StudySearcher(study, most, AshaByModel({model: recipe.epochs for model, recipe in ordered.items()}))
+    return PreparedComparison(request, folder, source, study, searcher, workers)
+
+
+def run(prepared: PreparedComparison, screen: "Screen") -> None:
+    """Run the trials that are not over, and show them; how each ended is then in the searcher.
+
+    KeyboardInterrupt stops those that are under way, which leave checkpoints, and is raised again.
+    """
+    from raycifar.workflows.tuning import orchestrate
+
+    searcher, folder = prepared.searcher, prepared.folder
+    if done := sum(trial.over for trial in searcher.trials):
+        screen.say(f"{done} trials are over already, and not run again.")
+
+    def stop(thread: Thread) -> None:
+        searcher.stop()
+        deadline = time.monotonic() + STOP_SECONDS
+        while thread.is_alive() and time.monotonic() < deadline:
+            thread.join(0.1)
+
+    refresh = Refresher(lambda: write_comparison(folder)) if prepared.request.report else lambda: None
+    alongside(
+        lambda: orchestrate(prepared.study, searcher, prepared.source, prepared.workers),
+        lambda running: screen.follow_trials(lambda: searcher.trials, running, refresh),
+        stop,
+    )
+
+
+def finish(prepared: PreparedComparison, screen: "Screen", show: Show) -> None:
+    """Compare the runs that finished, write and show the comparison, and draw the reports.
+
+    Raises:
+        WorkError: trials failed; the message names them, and why.
+    """
+    request, searcher, folder = prepared.request, prepared.searcher, prepared.folder
+    finals = [trial for trials in searcher.finals.values() for trial in trials]
+    finished = [read_run(prepared.study.run(trial).folder) for trial in finals if trial.status == "finished"]
+    order = list(request.recipes)
+    finished.sort(key=lambda run: (order.index(run.run["model"]), run.run["seed"]))
+    if request.report:
+        with screen.waiting("Drawing the reports of the runs"):
+            for each in finished:
+                explain(lambda each=each: write_run(RunFolder.at(each.folder), prepared.source))  # type: ignore[misc]
+    if finished:
+        more = {
+            "search": {model: describe_search(searcher, model) for model in request.recipes if request.search},
+            "failed": [{"run": t.name, "reason": t.reason} for t in searcher.trials if t.status == "failed"],
+        }
+        show(conclude(finished, folder, request.price_per_hour, more))
+    if request.report:
+        show_report(folder, screen)
+    if missing := [f"{trial.name}: {trial.reason}" for trial in finals if trial.status != "finished"]:
+        raise WorkError(
+            f"{len(missing)} of {len(finals)} trials failed: {'; '.join(missing)} The same command with --name "
+            f"{request.name} tries again."
+        )
+
+
+# What they take -------------------------------------------------------------------------------------
+
+
+def build_spaces(request: ComparisonRequest) -> dict[str, Any]:
+    """Return each model's search space; what is given as an option is not searched."""
+    from raycifar.workflows.search_space import default_space, read_space
+
+    spaces = {
+        model: read_space(request.space) if request.space else default_space(recipe)
+        for model, recipe in request.recipes.items()
+    }
+    spaces = {
+        model: {field: where for field, where in space.items() if field not in request.fixed}
+        for model, space in spaces.items()
+    }
+    if not all(spaces.values()):
+        raise RequestError("--search has nothing to vary: every field of its space is given as an option.")
+    return spaces
+
+
+def agree(
+    folder: RunFolder,
+    request: ComparisonRequest,
+    spaces: Mapping[str, Any],
+    source: Source,
+    starts: Mapping[str, InitialWeights],
+) -> dict[str, Any]:
+    """Return what must be the same for a comparison of the same name to be continued.
+
+    More models or seeds may be asked for: what has been trained for it is still right.
+
+    Raises:
+        RequestError: a comparison of that name was begun otherwise; the message names the differences.
+    """
+    from raycifar.workflows.search_space import describe
+
+    now: dict[str, Any] = {
+        "data": source.fingerprint(),
+        **{key: getattr(request, key) for key in ("val_size", "limit", "compile", "seed", "search")},
+    }
+    for model, recipe in request.recipes.items():
+        now[model] = dataclasses.asdict(recipe)
+        now[f"{model} weights"] = starts[model].fingerprint()
+        if request.search:
+            now[f"{model} space"] = describe(spaces[model])
+    earlier = folder.read_json(STUDY) or {}
+    for key in now.keys() & earlier.keys():
+        if earlier[key] != now[key]:
+            there, here = (Recipe(**value[key]) if key in request.recipes else None for value in (earlier, now))
+            what = (
+                f"{key} {describe_changes(there, here)} there, {describe_changes(here, there)} here"
+                if there and here
+                else f"{key} {earlier[key]} there, {now[key]} here"
+            )
+            raise RequestError(f"{folder.folder} is another comparison: {what}. Give another --name, or its options.")
+    return {**earlier, **now}
+
+
+def describe_search(searcher: "StudySearcher", model: str) -> dict[str, Any]:
+    """Return how the search for a model's recipe went, and what came of it."""
+    trials = []
+    base = searcher.study.recipes[model]
+    for trial in searcher.searches[model]:
+        top1 = searcher.val_top1(trial)
+        trials.append(
+            {
+                "run": trial.name,
+                "status": trial.status,
+                "changes": changes(trial.recipe, base),
+                "epochs": len(top1),
+                "val_top1": top1[-1] if top1 else None,
+            }
+        )
+    best, recipe = searcher.best(model), trials[0]["val_top1"]
+    if best is None:
+        sentence = f"The search for {model} failed in every trial; its recipe was kept."
+    elif best.recipe == base:
+        sentence = (
+            f"The search for {model} found nothing better than its recipe in {len(trials)} trials: validation top-1 "
+            f"{recipe:.4f}."
+        )
+    else:
+        against = "which failed" if recipe is None else f"{recipe:.4f}"
+        sentence = (
+            f"The search for {model} found {describe_changes(best.recipe, base)}: validation top-1 "
+            f"{searcher.val_top1(best)[-1]:.4f}, against its recipe's {against} (one run each, the best of "
+            f"{len(trials)})."
+        )
+    return {"trials": trials, "best": best and best.name, "sentence": sentence}
+
+
+# The result -----------------------------------------------------------------------------------------
+
+
+def compare_runs(places: Iterable[str], request: ComparisonRequest, screen: "Screen", show: Show) -> None:
+    """Compare finished runs, by their folders or URIs; write and show the comparison, and draw its report.
+
+    Raises:
+        RequestError: one is no finished run, or they can't be compared.
+    """
+    folder = RunFolder(request.storage, request.name)
+    show(conclude([read_run(place) for place in places], folder, request.price_per_hour, {}))
+    if request.report:
+        show_report(folder, screen)
+
+
+def read_run(path: str) -> Finished:
+    """Return a finished run by its folder, or URI.
+
+    Raises:
+        RequestError: it is none, or wasn't finished.
+    """
+    run = RunFolder.at(path)
+    about, result, predictions = run.read_json(RUN), run.read_json(RESULT), run.read(PREDICTIONS)
+    if about is None:
+        raise RequestError(f"{path} is no run's folder: it holds no {RUN}.")
+    if not result or result["status"] != "finished":
+        state = result["status"] if result else "not finished"
+        raise RequestError(f"{path} can't be compared: it is {state}.")
+    if predictions is None or "test" not in result:
+        raise RequestError(f"{path} can't be compared: it has no {PREDICTIONS}, so its test images aren't known.")
+    table = pq.read_table(pa.BufferReader(predictions), columns=["label", "top5"])
+    right = from_lists(table["top5"])[:, 0] == table["label"].to_numpy()
+    return Finished(run.name, run.folder, about, run.history(), result, right)
+
+
+def conclude(
+    finished: list[Finished], folder: RunFolder, price_per_hour: float | None, more: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Compare the runs, write the comparison and return it.
+
+    Raises:
+        RequestError: they can't be compared.
+    """
+    if reasons := not_comparable(finished):
+        raise RequestError(f"these runs can't be compared: {'; '.join(reasons)}.")
+    groups = by_model(finished)
+    architectures = {name: Architecture.from_json(runs[0].run["architecture"]) for name, runs in groups.items()}
+    flops = {name: models.flops(architecture) for name, architecture in architectures.items()}
+    synthetic = finished[0].run["data"]["source"].startswith("synthetic")
+    comparison = {"name": folder.name, "synthetic": synthetic, **compare(groups, flops, price_per_hour), **more}
+    folder.write_json(COMPARISON, comparison)
+    folder.write(COMPARISON_TABLE, to_csv(comparison).encode())
+    return comparison
+
+
+def show_report(folder: RunFolder, screen: "Screen") -> None:
+    with screen.waiting("Drawing the report"):
+        report = explain(lambda: write_comparison(folder))
+    shown = f"What the curves show: {report['headline']}. " if report["headline"] else ""
+    screen.say(f"{shown}See {REPORT_PAGE}")
+
+
+def sentences(comparison: Mapping[str, Any]) -> list[str]:
+    """Return what a comparison says in words."""
+    lines = []
+    if any(model["top1"]["n"] == 1 for model in comparison["models"].values()):
+        lines.append("An interval needs several seeds.")
+    lines += [pair["sentence"] for pair in comparison["pairs"]]
+    lines += [search["sentence"] for search in comparison.get("search", {}).values()]
+    if comparison["synthetic"]:
+        lines.append("These are synthetic images: the accuracies say nothing about CIFAR-100.")
+    return lines
+
+
+def to_rows(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each model: what it reached, with 95 % intervals, and what it cost."""
+    rows = []
+    for name, model in comparison["models"].items():
+        row = {"model": name, "runs": model["top1"]["n"]}
+        for score in SCORES:
+            row |= {score: model[score]["mean"]} | {f"{score}_{end}": model[score][end] for end in ("low", "high")}
+        keys = ("parameters", "flops", "images_per_second", "device_seconds", "cost", "at_equal_time")
+        rows.append(row | {key: model[key] for key in keys})
+    return rows
+
+
+def to_csv(comparison: Mapping[str, Any]) -> str:
+    rows, text = to_rows(comparison), io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,276 @@
+"""Training one model, from the request to its result: prepare, fit, finish.
+
+`raycifar train`, the trials of a comparison, `raycifar bench` and `raycifar.api` all take these three steps.
+"""
+
+# Ray and PyTorch take seconds to import: what needs them is imported below, once there is something to read.
+
+import uuid
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import import_module
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+from raycifar.cluster.status import StatusStore
+from raycifar.data.sources import load
+from raycifar.data.tables import Source, Splits, split
+from raycifar.errors import WorkError, in_a_line
+from raycifar.models.initial_weights import load_initial_weights
+from raycifar.recipes import Recipe
+from raycifar.storage.run_folder import REPORT_PAGE, RESULT, RunFolder
+from raycifar.workflows.background import alongside
+from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, record, writing_first_file
+from raycifar.workflows.reporting import Refresher, explain, write_run
+from raycifar.workflows.requests import TrainingRequest, check_batch_size
+
+STOP_SECONDS = 10  # for a run that is interrupted to save what it has trained
+
+if TYPE_CHECKING:
+    from raycifar.cluster.sizing import Workers
+    from raycifar.cluster.stoppable import StoppableTrainer
+    from raycifar.engine.trainer import Outcome
+    from raycifar.terminal import Screen
+    from raycifar.workflows.ray_train import Work
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run that can begin; with a `result` it is finished, and takes neither workers nor status store."""
+
+    request: TrainingRequest
+    folder: RunFolder
+    inputs: Inputs
+    workers: "Workers" = None  # type: ignore[assignment]
+    status_store: StatusStore = None  # type: ignore[assignment]
+    result: dict[str, Any] | None = None
+    debug: bool = False  # let Ray say all that it has to say
+
+
+def train(request: TrainingRequest, screen: "Screen", connection: ExitStack, *, debug: bool = False) -> dict[str, Any]:
+    """Train, score and save a run, and show it; a finished run of the same name is only shown.
+
+    Args:
+        connection: enters the connection to Ray, which ends when whoever gave it closes it.
+
+    Returns:
+        The content of the run's `result.json`.
+
+    Raises:
+        RequestError: the request is wrong; nothing was started or written.
+        WorkError: training failed; the run folder keeps what was reached.
+    """
+    run = prepare(request, screen, connection, debug=debug)
+    if run.result:
+        screen.say(f"{run.folder.folder} is finished; nothing is trained again.")
+        screen.lines(summary(run, run.result))
+        return run.result
+    try:
+        result = finish(run, fit(run, following(run, screen)))
+    except WorkError:
+        show_report(run, screen)
+        raise
+    screen.lines(summary(run, result))
+    show_report(run, screen)
+    return result
+
+
+# The three steps ------------------------------------------------------------------------------------
+
+
+def prepare(
+    request: TrainingRequest,
+    screen: "Screen",
+    connection: ExitStack | None = None,
+    *,
+    inputs: Inputs | None = None,
+    workers: "Workers | None" = None,
+    status_store: StatusStore | None = None,
+    debug: bool = False,
+) -> PreparedRun:
+    """Read and check what a run begins with, connect to Ray, size the workers to it, and write `run.json`.
+
+    Args:
+        connection: enters the connection to Ray; not needed where the workers are known.
+        inputs, workers, status_store: where there are such already, as for a comparison's trials.
+
+    Raises:
+        RequestError: the request is wrong; nothing was started or written.
+        WorkError: the cluster can't be reached.
+    """
+    folder = RunFolder(request.storage, request.name)
+    with screen.waiting(f"Reading {request.data}{and_weights([request.recipe])}"):
+        inputs = inputs or read_inputs(request)
+    identity = identify(request, inputs)
+    if result := earlier_result(folder, identity):
+        return PreparedRun(request, folder, inputs, result=result)
+    with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
+        workers = workers or allocate_workers(request, folder, connection or ExitStack(), debug=debug)
+    screen.facts(request.name, overview(identity, workers, folder.folder))
+    with writing_first_file(folder, screen):
+        record(folder, request, identity, workers)
+    status_store = status_store or StatusStore(uuid.uuid4().hex)
+    return PreparedRun(request, folder, inputs, workers, status_store, debug=debug)
+
+
+def fit(run: PreparedRun, follow: Callable[[Callable[[], bool]], None], work: "Work | None" = None) -> Any:
+    """Train while `follow` shows it, and return what the first worker's training function returned.
+
+    KeyboardInterrupt stops the run, which leaves a checkpoint, and is raised again.
+
+    Args:
+        work: what the workers do instead of training, and its configuration, given the `Job`.
+
+    Raises:
+        WorkError: training failed.
+    """
+    from raycifar.workflows.ray_train import build_trainer
+
+    trainer = build_trainer(run, work)
+
+    def stop(thread: Thread) -> None:
+        run.status_store.request_stop()
+        thread.join(STOP_SECONDS)
+        if thread.is_alive():
+            trainer.abort()
+
+    return fit_trainer(trainer, follow, stop, run.request.max_failures)
+
+
+def finish(run: PreparedRun, outcome: "Outcome") -> dict[str, Any]:
+    """Write `result.json` and return it; a run that was interrupted has none.
+
+    Raises:
+        WorkError: training stopped by itself; the result says why.
+    """
+    history, folder = outcome.history, run.folder
+    result: dict[str, Any] = {"status": outcome.ending, "epochs": len(history)}
+    if outcome.ending == "interrupted":
+        return result
+    if outcome.ending == "finished":
+        training_seconds = sum(record.training_seconds for record in history)
+        num_images = sum(record.images_per_second * record.training_seconds for record in history)
+        result |= {
+            "best_epoch": outcome.best_epoch,
+            "train_seconds": sum(record.seconds for record in history),
+            "images_per_second": num_images / training_seconds,
+            **({"test": outcome.test} if outcome.test else {}),
+        }
+    elif outcome.ending == "failed":
+        result |= {"reason": outcome.reason, "kind": outcome.failure}
+    folder.write_json(RESULT, result)
+    if outcome.ending == "failed":
+        raise WorkError(f"{outcome.reason}. The last checkpoint and the history are kept in {folder.folder}.")
+    return result
+
+
+# What they take -------------------------------------------------------------------------------------
+
+
+def read_inputs(request: TrainingRequest) -> Inputs:
+    source, splits = read_images(request)
+    return Inputs(source, splits, load_initial_weights(request.model, request.recipe, source.train))
+
+
+def read_images(request: TrainingRequest) -> tuple[Source, Splits]:
+    """Return the images and their splits; a thread imports PyTorch and Ray Train meanwhile."""
+    importing = Thread(target=import_module, args=("ray.train.torch",))
+    importing.start()
+    source = load(request.data)
+    splits = split(source, request.val_size, request.limit, request.seed)
+    importing.join()
+    return source, splits
+
+
+def and_weights(recipes: Iterable[Recipe]) -> str:
+    places = sorted({recipe.pretrained for recipe in recipes} - {"none"})
+    return f" and weights ({', '.join(places)})" if places else ""
+
+
+def allocate_workers(request: TrainingRequest, folder: RunFolder, connection: ExitStack, *, debug: bool) -> "Workers":
+    """Connect to Ray, unless training in this process, size the workers to it, and see that all nodes can take part."""
+    from raycifar.cluster import sizing
+    from raycifar.cluster.connection import connected, quiet
+    from raycifar.cluster.nodes import check_nodes
+
+    if request.workers == 0:
+        connection.enter_context(quiet(debug=debug))
+        return sizing.in_process(request.device, request.cpus_per_worker)
+    connection.enter_context(connected(debug=debug))
+    workers = sizing.size(request.workers, request.device, request.cpus_per_worker)
+    check_batch_size(request.recipe, workers.count)
+    with folder.marker() as file:
+        check_nodes(workers, file)
+    return workers
+
+
+def fit_trainer(
+    trainer: "StoppableTrainer",
+    follow: Callable[[Callable[[], bool]], None],
+    stop: Callable[[Thread], None],
+    max_failures: int,
+) -> Any:
+    """Run the trainer in a thread while `follow` shows the run.
+
+    Args:
+        max_failures: how often the trainer is run again after a worker that died as Ray Train launched the training
+            function on it: Ray Train takes that for a failure of its own, and gives up.
+    """
+    from ray.exceptions import RayActorError
+    from ray.train import ControllerError
+
+    def attempt(left: int) -> Any:
+        try:
+            return trainer.fit().return_value
+        except ControllerError as error:
+            if not left or not isinstance(error.controller_failure, RayActorError):
+                raise
+            return attempt(left - 1)
+
+    try:
+        return alongside(lambda: attempt(max_failures), follow, stop)
+    except WorkError:
+        raise
+    except Exception as error:
+        cause = getattr(error, "controller_failure", error)  # what `FailureCounter` raised, which names the worker
+        raise WorkError(
+            f"training failed: {in_a_line(cause)}. The same command continues from the last checkpoint."
+        ) from error
+
+
+# What is shown --------------------------------------------------------------------------------------
+
+
+def following(run: PreparedRun, screen: "Screen") -> Callable[[Callable[[], bool]], None]:
+    """Return what shows the run, and draws its report from time to time, until it is over."""
+    from raycifar.cluster.waiting import Waiting
+
+    waiting = Waiting(run.workers, run.request.wait)
+    refresh = Refresher(lambda: write_run(run.folder, run.inputs.source)) if run.request.report else lambda: None
+    return lambda running: screen.follow(run.status_store, running, run.request.recipe.epochs, waiting, refresh)
+
+
+def summary(run: PreparedRun, result: dict[str, Any]) -> list[str]:
+    """Return what is said of a finished run."""
+    lines = []
+    if test := result.get("test"):
+        lines.append(
+            f"Test, {test['images']:,} images: top-1 {test['top1']:.4f}  top-5 {test['top5']:.4f}  "
+            f"superclass {test['superclass_top1']:.4f}  loss {test['loss']:.4f}  calibration error {test['ece']:.4f}"
+        )
+        if run.inputs.source.name.startswith("synthetic"):
+            lines.append("These are synthetic images: the accuracy says nothing about CIFAR-100.")
+    best = f"; best validation at epoch {result['best_epoch']}" if result["best_epoch"] else ""
+    lines.append(
+        f"Trained {result['epochs']} epochs in {result['train_seconds']:.0f} s, "
+        f"{result['images_per_second']:,.0f} images/s{best}"
+    )
+    return [*lines, f"Run folder: {run.folder.folder}"]
+
+
+def show_report(run: PreparedRun, screen: "Screen") -> None:
+    if run.request.report:
+        with screen.waiting("Drawing the report"):
+            report = explain(lambda: write_run(run.folder, run.inputs.source))
+        screen.say(f"What the curves show: {report['headline']}. See {REPORT_PAGE}")

@@ -1,0 +1,101 @@
+"""Snapshots, and their way to the storage while training goes on."""
+
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load
+
+import raycifar.engine.checkpoint
+from raycifar.engine.checkpoint import MAX_PENDING, Checkpointer, HostCopy, Snapshot
+from raycifar.engine.state import TENSORS, TrainingState
+from raycifar.models import Architecture
+from raycifar.recipes import Recipe
+from raycifar.storage.run_folder import BEST, KEPT, RunFolder
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that PyTorch can use")
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder(str(tmp_path), "a")
+
+
+@pytest.fixture
+def state():
+    return TrainingState(Architecture("cnn"), None, Recipe(), 0, CPU)
+
+
+@pytest.fixture
+def reported(monkeypatch):
+    """What Ray Train is told, without a run of its own."""
+    metrics = []
+    monkeypatch.setattr(raycifar.engine.checkpoint.ray.train, "report", lambda values, **_: metrics.append(values))
+    return metrics
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(CUDA, marks=needs_gpu)], ids=str)
+def test_copies_are_of_the_moment_and_contiguous(device):
+    filters = torch.rand(8, 4, 3, 3, device=device).to(memory_format=torch.channels_last)
+    before = filters.clone()
+    copy = HostCopy({"filters": filters})
+    filters.zero_()
+    assert torch.equal(copy.wait()["filters"], before.cpu())
+    assert copy.wait()["filters"].is_contiguous()
+
+
+def test_a_snapshot_is_of_its_moment_with_the_best_weights_beside_it(run, state):
+    before = state.model.head[2].weight.detach().clone()
+    snapshot = Snapshot(state, Architecture("cnn"), best=True)
+    with torch.no_grad():
+        state.model.head[2].weight.zero_()
+    snapshot.write(run, "checkpoint_1")
+    assert torch.equal(load(run.read(BEST))["head.2.weight"], before)
+    assert torch.equal(load(run.read_checkpoint("checkpoint_1")[TENSORS])["model.head.2.weight"], before)
+
+
+def test_the_newest_few_are_kept_and_metrics_are_reported(run, state, reported):
+    checkpointer = Checkpointer(run, in_process=True)
+    for epoch in range(KEPT + 2):
+        checkpointer.save({"epoch": epoch}, Snapshot(state, Architecture("cnn")))
+    checkpointer.wait()
+    assert len(run.checkpoint_names()) == KEPT
+    assert [metrics["epoch"] for metrics in reported] == list(range(KEPT + 2))
+
+
+class Stuck:
+    """A snapshot whose storage is slow, or full."""
+
+    def __init__(self, error=None):
+        self.go, self.error = threading.Event(), error
+
+    def write(self, run, name):
+        self.go.wait(10)
+        if self.error:
+            raise self.error
+        return run.folder
+
+
+def test_training_waits_for_a_storage_that_is_slower_only_when_enough_is_under_way(run, reported):
+    checkpointer = Checkpointer(run, in_process=True)
+    slow = [Stuck() for _ in range(MAX_PENDING + 1)]
+    for snapshot in slow[:MAX_PENDING]:
+        checkpointer.save({}, snapshot)
+    last = threading.Thread(target=checkpointer.save, args=({}, slow[-1]))
+    last.start()
+    last.join(0.2)
+    assert last.is_alive()
+    for snapshot in slow:
+        snapshot.go.set()
+    last.join(10)
+    assert not last.is_alive()
+    checkpointer.wait()
+
+
+def test_what_goes_wrong_is_raised_by_the_next_save(run, reported):
+    checkpointer = Checkpointer(run, in_process=True)
+    full = Stuck(OSError("No space left on device"))
+    full.go.set()
+    with pytest.raises(OSError, match="No space left"):
+        checkpointer.save({}, full, wait=True)

@@ -1,0 +1,64 @@
+"""What is counted of an epoch."""
+
+import json
+
+import pytest
+import torch
+
+from raycifar.engine.epoch_meter import EpochMeter, EpochTotals
+from raycifar.engine.loss import StopTrainingError
+from raycifar.engine.state import Progress
+
+CPU = torch.device("cpu")
+STEPS = torch.tensor([[10, 40.0, 1, 2.0], [10, 30.0, 3, 5.0], [9, 20.0, 4, 3.0]], dtype=torch.float64)
+
+
+def record(meter, steps):
+    for step in steps:
+        meter.record(step, STEPS[step])
+
+
+def test_totals_are_sums_and_the_largest_norm_has_its_step():
+    meter = EpochMeter(1, 3, 0, EpochTotals(), CPU)
+    record(meter, (0, 1))
+    assert meter.running(2)["loss"] == pytest.approx(3.5)
+    assert meter.running(2)["top1"] == pytest.approx(0.2)
+    record(meter, (2,))
+    meter.collect()
+    totals = meter.totals
+    assert (totals.num_images, totals.loss, totals.num_correct) == (29, 90, 8)
+    assert (totals.grad_norm, totals.grad_norm_max, totals.grad_norm_max_step) == (10, 5, 1)
+    assert totals.seconds > 0
+
+
+def test_an_epoch_that_is_resumed_counts_as_one_that_is_not():
+    whole = EpochMeter(1, 3, 0, EpochTotals(), CPU)
+    record(whole, (0, 1, 2))
+    whole.collect()
+    first = EpochMeter(1, 3, 0, EpochTotals(), CPU)
+    record(first, (0, 1))
+    first.collect()
+    first.totals.seconds = 100.0
+    rest = EpochMeter(1, 3, 2, first.totals, CPU)
+    record(rest, (2,))
+    rest.collect()
+    assert rest.totals.seconds > 100
+    rest.totals.seconds = whole.totals.seconds
+    assert rest.totals == whole.totals
+
+
+def test_a_gradient_that_is_not_finite_is_named_by_its_step():
+    meter = EpochMeter(4, 3, 0, EpochTotals(), CPU)
+    meter.record(1, torch.tensor([10, 1.0, 1, torch.nan], dtype=torch.float64))
+    with pytest.raises(StopTrainingError, match="epoch 4, step 2") as raised:
+        meter.collect()
+    assert raised.value.kind == "not-finite"
+
+
+def test_progress_of_earlier_versions_is_read():
+    old = {"epoch": 2, "segments": [{"world_size": 1, "steps": 4}], "sums": [20.0, 60.0, 3.0], "norms": [8.0, 3.0, 2.0]}
+    old |= {"restarts": 1, "seconds": 7.5, "history": []}
+    progress = Progress.from_json(json.dumps(old).encode())
+    assert progress.totals == EpochTotals(20, 60, 3, 8, 3, 2, 7.5)
+    assert (progress.epoch, progress.step, progress.restarts) == (2, 4, 1)
+    assert Progress.from_json(progress.to_json()) == progress

@@ -1,0 +1,156 @@
+"""One optimizer step: what it computes, on one worker and on several, launched and captured."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from test_distributed import free_port, on_workers
+
+from raycifar.data.shards import Shard
+from raycifar.engine.cuda import WARM_UP
+from raycifar.engine.example_stats import LOSS, SEEN, ExampleStats
+from raycifar.engine.hardware import seed
+from raycifar.engine.optimizers import set_learning_rate
+from raycifar.engine.order import Batch
+from raycifar.engine.state import TrainingState
+from raycifar.engine.train_step import TrainStep
+from raycifar.models import CIFAR, Architecture
+from raycifar.recipes import Recipe
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that PyTorch can use")
+PLAIN = {"augment": "none", "precision": "float32"}
+
+
+def build(model="cnn", device=CPU, num_images=64, first=0, **recipe):
+    """Return the step of a network that begins with the weights of seed 0, on random images."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 100, (256,), generator=generator)
+    mine = slice(first, first + num_images)
+    shard = Shard(*(t.to(device) for t in (pixels[mine], labels[mine], labels[mine] // 5, torch.arange(256)[mine])))
+    recipe = Recipe(**PLAIN | recipe)
+    state = TrainingState(Architecture(model), None, recipe, 0, device)
+    state.train_mode()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+    stats = ExampleStats.blank(num_images, device)
+    return TrainStep(state, shard, stats, CIFAR, autocast, exchange=dist.is_initialized())
+
+
+def batch(step, num_images=None):
+    rows = torch.arange(len(step.train_set)).numpy()
+    return Batch(0, rows, num_images or len(rows))
+
+
+def losses(step, steps, lr=0.02, num_images=None):
+    """Return the mean loss of each of some steps on the same images."""
+    result = []
+    for number in range(steps):
+        seed(number, step.device)
+        set_learning_rate(step.state.optimizer, lr)
+        metrics = step(batch(step, num_images))
+        result.append((metrics[1] / metrics[0]).item())
+    return torch.tensor(result)
+
+
+def test_a_step_is_the_textbook_s():
+    step = build(label_smoothing=0.1, weight_decay=0.0, momentum=0.0, clip_norm=0.5)
+    model, labels = copy.deepcopy(step.state.model), step.train_set.labels
+    set_learning_rate(step.state.optimizer, 0.1)
+    num_images, loss, num_correct, norm = step(batch(step)).tolist()
+
+    logits = model(step.augment_and_normalize(step.train_set.images, labels)[0])
+    F.cross_entropy(logits, labels, label_smoothing=0.1).backward()
+    expected_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    assert num_images == 64
+    assert loss == pytest.approx(F.cross_entropy(logits, labels, reduction="sum").item(), rel=1e-5)
+    assert num_correct == (logits.argmax(1) == labels).sum()
+    assert norm == pytest.approx(expected_norm.item(), rel=1e-4)
+    for p, q in zip(step.state.model.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(p, q - 0.1 * q.grad, atol=1e-6)
+    stats = step.example_stats.values
+    assert torch.allclose(stats[:, LOSS], F.cross_entropy(logits, labels, reduction="none"), atol=1e-4)
+    assert (stats[:, SEEN] == 1).all()
+
+
+def test_a_share_that_has_run_out_changes_nothing_but_batch_norm():
+    step = build()
+    before = copy.deepcopy(dict(step.state.model.named_parameters()))
+    set_learning_rate(step.state.optimizer, 0.1)
+    metrics = step(Batch(0, torch.arange(0).numpy(), 64))
+    assert metrics[:3].tolist() == [0, 0, 0]
+    assert metrics[3] == 0
+    assert (step.example_stats.values[:, SEEN] == 0).all()
+    weight = "head.2.weight"
+    decayed = before[weight] * (1 - 0.1 * 5e-4 * 1.9)  # Nesterov's first step of weight decay alone
+    assert torch.allclose(dict(step.state.model.named_parameters())[weight], decayed)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_workers_train_as_one_does(world_size, tmp_path):
+    on_workers(Trains(tmp_path / "losses", CPU), world_size)
+    alone = losses(build(num_images=32 * world_size, batch_norm="frozen"), 5)
+    assert torch.allclose(torch.load(tmp_path / "losses"), alone, rtol=1e-3)
+    assert alone[-1] < alone[0]
+
+
+class Trains:
+    """What each of several workers does: a few steps on its own 32 images; the first writes the mean losses."""
+
+    def __init__(self, file, device, steps=5):
+        self.file, self.device, self.steps = file, device, steps
+
+    def __call__(self, rank, world_size):
+        step = build(device=self.device, num_images=32, first=32 * rank, batch_norm="frozen")
+        together = losses(step, self.steps, num_images=32 * world_size)
+        mine = torch.cat([p.detach().flatten() for p in step.state.model.parameters()])
+        first = mine.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(mine, first)  # all workers keep the same weights
+        dist.all_reduce(together)
+        if rank == 0:
+            torch.save(together / world_size, self.file)
+
+
+@pytest.fixture
+def one_rank_over_nccl():
+    dist.init_process_group("nccl", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1, device_id=CUDA)
+    yield
+    dist.destroy_process_group()
+
+
+@needs_gpu
+@pytest.mark.parametrize("model", ["cnn", "vgg16", "resnet50"])
+def test_a_captured_step_exchanges_gradients_and_trains_as_a_launched_one(model, one_rank_over_nccl):
+    captured, launched = (build(model, CUDA, precision="bfloat16") for _ in range(2))
+    launched.captured_update = launched.update
+    assert captured.exchange
+    theirs, ours = losses(launched, 50), losses(captured, 50)
+    assert captured.captured_update.possible
+    assert len(captured.captured_update.captured) == 1
+    assert torch.allclose(ours, theirs, rtol=0.05)
+    assert ours[-1] < ours[0] - 0.5
+
+
+@needs_gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+def test_a_captured_step_trains_as_a_launched_one_with_each_optimizer(optimizer):
+    lr = {"sgd": 0.05, "adamw": 0.001, "muon": 0.05}[optimizer]
+    captured, launched = (build("cnn", CUDA, optimizer=optimizer, precision="bfloat16") for _ in range(2))
+    launched.captured_update = launched.update
+    theirs, ours = losses(launched, WARM_UP + 5, lr), losses(captured, WARM_UP + 5, lr)
+    assert captured.captured_update.possible
+    assert torch.allclose(ours, theirs, rtol=0.02)
+    assert ours[-1] < ours[0] - 0.5
+    before = captured.state.model.head[2].weight.detach().clone()
+    losses(captured, 1, lr=0.0)  # the learning rate is read anew in each step
+    assert torch.equal(captured.state.model.head[2].weight, before) or optimizer == "muon"
+
+
+@needs_gpu
+def test_two_workers_share_a_gpu_over_gloo_and_train_as_one_does(tmp_path):
+    on_workers(Trains(tmp_path / "losses", CUDA, steps=50), 2)
+    alone = losses(build(device=CUDA, num_images=64, batch_norm="frozen"), 50)
+    assert torch.allclose(torch.load(tmp_path / "losses").cpu(), alone, rtol=0.02, atol=0.02)
