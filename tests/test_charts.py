@@ -18,6 +18,7 @@ from raycifar.analysis.charts import (
     confusion_chart,
     curve_chart,
     differences,
+    plot_comparison,
     plot_history,
     reliability_diagram,
     scatter,
@@ -111,3 +112,10 @@ def test_the_charts_of_the_test_set():
     svg = class_chart([{"class": "apple_tree", "recall": None}, {"class": "bee", "recall": 0.4}])
     assert "apple tree" in svg
     assert "predicted superclass" in confusion_chart(np.array([[3, 1], [0, 0]]), ["fish", "large_man-made_things"])
+
+
+def test_the_figure_of_a_comparison_has_a_line_for_each_model():
+    figure = plot_comparison({"cnn": [made_up(epochs=3), made_up(epochs=5)], "vgg16": [made_up(epochs=5)]}, "c")
+    assert [axes.get_ylabel() for axes in figure.axes] == ["validation accuracy", "training loss"]
+    assert [line.get_label() for line in figure.axes[0].lines] == ["cnn", "vgg16"]
+    assert len(figure.axes[0].lines[0].get_xdata()) == 5

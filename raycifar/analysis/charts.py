@@ -23,6 +23,7 @@ INK = "#010203"  # stands for currentColor until the SVG is written
 GREEN, PURPLE = "#009e73", "#cc79a7"
 SERIES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"), ("#56b4e9", "-"), ("#d55e00", "--"))
 MARKERS = "osD^vP"
+COMPARED = {"val_top1": "validation accuracy", "train_loss": "training loss"}
 MOST_POINTS = 1000  # of a line
 MOST_ROWS = 20  # of a chart
 STYLE: Any = {
@@ -101,7 +102,7 @@ def curve_chart(panel: Panel) -> str:
         return to_svg(figure, panel.description)
 
 
-class HistoryFigure(Figure):
+class NotebookFigure(Figure):
     """A figure that a notebook shows, also where pyplot has not been imported."""
 
     def _repr_png_(self) -> bytes:
@@ -110,40 +111,70 @@ class HistoryFigure(Figure):
         return stream.getvalue()
 
 
-def plot_history(history: RunHistory) -> Figure:
+def new_grid(panels: int, title: str | None) -> tuple[Figure, list[Axes]]:
+    """Return a figure of so many axes, two in a row; none are drawn where there is nothing to show."""
+    rows = -(-panels // 2)
+    figure = NotebookFigure(figsize=(10, 3.3 * max(1, rows)), layout="constrained", facecolor="white")
+    figure.suptitle(title or "")
+    return figure, [figure.add_subplot(rows, 2, k + 1) for k in range(panels)]
+
+
+def plot_history(history: RunHistory, title: str | None = None) -> Figure:
     """Return a figure of a run's accuracy, loss, generalization gap and learning rate by epoch."""
     drawn = panels(history)
     shown = [drawn[name] for name in ("top1", "loss", "gap", "lr") if name in drawn]
-    with rc_context({**STYLE, "figure.facecolor": "white"}):
-        figure = HistoryFigure(figsize=(10, 3.3 * max(1, -(-len(shown) // 2))), layout="constrained")
-        for k, panel in enumerate(shown):
-            draw_panel(figure.add_subplot(-(-len(shown) // 2), 2, k + 1), panel)
+    with rc_context(STYLE):
+        figure, grid = new_grid(len(shown), title)
+        for axes, panel in zip(grid, shown, strict=True):
+            draw_panel(axes, panel)
         return figure
 
 
 # Comparisons ----------------------------------------------------------------------------------------
 
 
-def bands(groups: dict[str, np.ndarray], ylabel: str, description: str) -> str:
-    """Return the mean over seeds of each model's curve, with the range of its runs.
+def stack(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """Return (runs, epochs) of curves that may differ in length."""
+    longest = max((len(column) for column in columns), default=0)
+    return np.array([np.pad(column, (0, longest - len(column)), constant_values=np.nan) for column in columns])
+
+
+def draw_bands(axes: Axes, groups: dict[str, np.ndarray], ylabel: str) -> None:
+    """Draw the mean over seeds of each model's curve, with the range of its runs.
 
     Args:
         groups: (runs, epochs) by model, not a number where a run has no such epoch.
     """
+    label_epochs(axes, ylabel)
+    for k, (model, values) in enumerate(groups.items()):
+        shown = thinned(values.shape[1])
+        epochs, values = shown + 1, values[:, shown]
+        color, style = SERIES[k % len(SERIES)]
+        with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
+            mean, low, high = np.nanmean(values, 0), np.nanmin(values, 0), np.nanmax(values, 0)
+        marker = "o" if values.shape[1] < 2 else ""
+        axes.plot(epochs, mean, color=color, linestyle=style, marker=marker, linewidth=1.8, label=model)
+        axes.fill_between(epochs, low, high, color=color, alpha=0.18, linewidth=0)
+    axes.legend(loc="best")
+
+
+def bands(groups: dict[str, np.ndarray], ylabel: str, description: str) -> str:
+    """Return the SVG of the models' curves; see `draw_bands`."""
     with rc_context(STYLE):
         figure, axes = new_axes(4.7, 2.9)
-        label_epochs(axes, ylabel)
-        for k, (model, values) in enumerate(groups.items()):
-            shown = thinned(values.shape[1])
-            epochs, values = shown + 1, values[:, shown]
-            color, style = SERIES[k % len(SERIES)]
-            with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
-                mean, low, high = np.nanmean(values, 0), np.nanmin(values, 0), np.nanmax(values, 0)
-            marker = "o" if values.shape[1] < 2 else ""
-            axes.plot(epochs, mean, color=color, linestyle=style, marker=marker, linewidth=1.8, label=model)
-            axes.fill_between(epochs, low, high, color=color, alpha=0.18, linewidth=0)
-        axes.legend(loc="best")
+        draw_bands(axes, groups, ylabel)
         return to_svg(figure, description)
+
+
+def plot_comparison(groups: dict[str, list[RunHistory]], title: str | None = None) -> Figure:
+    """Return a figure of the models' validation accuracy and training loss: means over the seeds, and ranges."""
+    with rc_context(STYLE):
+        figure, grid = new_grid(2, title)
+        for axes, (column, ylabel) in zip(grid, COMPARED.items(), strict=True):
+            draw_bands(
+                axes, {model: stack([run.column(column) for run in runs]) for model, runs in groups.items()}, ylabel
+            )
+        return figure
 
 
 def scatter(models: dict[str, tuple[float, float, float | None, float | None]], xlabel: str, description: str) -> str:

@@ -212,7 +212,7 @@ def comparison_page(
         ("val_loss", "validation loss"),
         ("train_loss", "training loss"),
     ):
-        stacked = {model: stack([run.history.column(score) for run in group]) for model, group in groups.items()}
+        stacked = {model: charts.stack([run.history.column(score) for run in group]) for model, group in groups.items()}
         stacked = {model: values for model, values in stacked.items() if np.isfinite(values).any()}
         if stacked:
             ends = "; ".join(f"{model} ends at {last_mean(values):.3f}" for model, values in stacked.items())
@@ -229,12 +229,6 @@ def comparison_page(
         if comparison["pairs"]:
             drawn["pairs"] = charts.differences(comparison["pairs"], " ".join(report["sentences"]))
     return render("compared.html", drawn, title=report["name"], report=report, comparison=comparison, links=links)
-
-
-def stack(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """Return (runs, epochs) of curves that may differ in length."""
-    longest = max((len(column) for column in columns), default=0)
-    return np.array([np.pad(column, (0, longest - len(column)), constant_values=np.nan) for column in columns])
 
 
 def last_mean(values: np.ndarray) -> float:
