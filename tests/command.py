@@ -53,18 +53,30 @@ class Command:
         return self.finish()
 
 
+class Program(Command):
+    """A program of its own: a file of Python."""
+
+    def __init__(self, file: Path, code: str, *args: object, env: dict[str, str] | None = None) -> None:
+        file.write_text(code)
+        self.command = str(file)
+        super().__init__(*args, storage=None, env=env, cwd=file.parent)
+
+
 class Compare(Command):
     command = "raycifar.compare"
 
 
 def run(args: list[str], env: dict[str, str], cwd: Path, files: list[Path]) -> None:
-    """Be the command: what `python -m` does."""
+    """Be the command: what `python -m`, or `python FILE`, does."""
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     os.chdir(cwd)
     take_environment(env)
     sys.argv = args
-    runpy.run_module(args[0], run_name="__main__", alter_sys=True)
+    if args[0].endswith(".py"):
+        runpy.run_path(args[0], run_name="__main__")
+    else:
+        runpy.run_module(args[0], run_name="__main__", alter_sys=True)
 
 
 def take_environment(env: dict[str, str]) -> None:

@@ -1,12 +1,15 @@
 """Runs in which something is provoked: `python tests/provoked.py NAME DATA STORAGE` trains one, in this process."""
 
 import sys
+from contextlib import ExitStack
 
 from torch import nn
 
 from raycifar.models import cnn
 from raycifar.recipes import SCRATCH, Recipe
-from raycifar.train import Request, train
+from raycifar.terminal import Screen
+from raycifar.workflows.requests import TrainingRequest
+from raycifar.workflows.training import train
 
 # What is changed of the recipe, how many images it takes, how many are held out, and what must be found.
 PROVOKED = {
@@ -44,13 +47,9 @@ def run(name: str, data: str, storage: str) -> None:
     if name in ("jumps", "breaks"):
         usual = Recipe.learning_rate
         Recipe.learning_rate = lambda self, epoch, *at: usual(self, epoch, *at) * (30 if epoch == SPIKE else 1)
-    train(
-        Request(
-            model="cnn", recipe=recipe, data=data, val_size=val_size, limit=limit, seed=0, name=name.replace(" ", "-"),
-            storage=storage, workers=0, device="cpu", cpus_per_worker=None, compile=False, checkpoint_steps=0,
-            max_failures=0,
-        )
-    )  # fmt: skip
+    settings = {"val_size": val_size, "limit": limit, "workers": 0, "device": "cpu", "max_failures": 0}
+    request = TrainingRequest("cnn", recipe, name=name.replace(" ", "-"), data=data, storage=storage, **settings)
+    train(request, Screen(), ExitStack())
 
 
 if __name__ == "__main__":

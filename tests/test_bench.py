@@ -7,7 +7,7 @@ import pytest
 from command import Command, finish
 from conftest import wait_until
 
-from raycifar.bench import sentences, summarise
+from raycifar.workflows.benchmark import sentences, summarise
 
 
 class Bench(Command):

@@ -61,3 +61,16 @@ def test_another_data_set_leaves_the_run_as_it_was(trained, evaluate, small, tmp
     assert found["split"] == "train"
     evaluate(tmp_path / "a/best.safetensors", "--data", small, "--workers", 0, "--out", tmp_path / "elsewhere")
     assert json.loads((tmp_path / "elsewhere/evaluation.json").read_text())["images"] == 300
+
+
+def test_a_run_is_evaluated_on_its_own_images_without_being_told_where_they_are(trained, evaluate, tmp_path):
+    nowhere = {"RAYCIFAR_DATA": "", "RAYCIFAR_CACHE": str(tmp_path / "empty")}
+    evaluate(trained, "--workers", 0, "--out", tmp_path / "out", env=nowhere)
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert found["images"] == 300
+    shutil.copytree(trained, tmp_path / "a")
+    run = json.loads((tmp_path / "a/run.json").read_text())
+    run["data"]["source"] = str(tmp_path / "gone.tar.gz")
+    (tmp_path / "a/run.json").write_text(json.dumps(run))
+    refused = finish(Evaluate(tmp_path / "a", "--workers", 0, storage=None, env=nowhere, cwd=tmp_path), 2)
+    assert "gone.tar.gz: give --data" in refused.stderr

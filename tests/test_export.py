@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from command import Command
+from command import Command, finish
 from safetensors.torch import load_file
 
 from raycifar.data.sources import load
@@ -63,3 +63,9 @@ def test_what_is_written_chooses_the_same_classes(network, small, tmp_path, kind
                 found = model((torch.from_numpy(images).float() - tensors["mean"]) / tensors["std"]).numpy()
     assert np.allclose(found, expected, atol=1e-3)
     assert (found.argmax(1) == expected.argmax(1)).all()
+
+
+def test_a_run_is_checked_on_its_own_images_without_being_told_where_they_are(trained, tmp_path):
+    nowhere = {"RAYCIFAR_DATA": "", "RAYCIFAR_CACHE": str(tmp_path / "empty")}
+    done = finish(Export(trained, "--to", "safetensors", "--out", tmp_path / "out", storage=None, env=nowhere))
+    assert "The same class for each of 300 test images" in done.stdout

@@ -8,6 +8,10 @@ import subprocess
 
 import pytest
 from command import Command, Compare, finish
+from conftest import RUN
+
+from raycifar.storage.run_folder import RunFolder
+from raycifar.workflows.reporting import find_runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OUTSIDE = re.compile(
@@ -144,7 +148,7 @@ def test_a_run_in_any_state_is_reported_as_what_it_is(trained, report, small, tm
 
 
 def test_what_is_under_way_is_drawn_anew_in_at_most_a_hundredth_of_the_time(monkeypatch):
-    from raycifar import report as command
+    from raycifar.workflows import reporting
 
     now, drawn = [0.0], []
 
@@ -152,8 +156,8 @@ def test_what_is_under_way_is_drawn_anew_in_at_most_a_hundredth_of_the_time(monk
         now[0] += 2.0
         drawn.append(now[0])
 
-    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
-    refresh = command.Refresher(write)
+    monkeypatch.setattr(reporting.time, "monotonic", lambda: now[0])
+    refresh = reporting.Refresher(write)
     for _ in range(10_000):
         now[0] += 0.25
         refresh()
@@ -161,13 +165,29 @@ def test_what_is_under_way_is_drawn_anew_in_at_most_a_hundredth_of_the_time(monk
     assert 2.0 * len(drawn) <= 0.01 * now[0] + 2.0
 
 
-def test_a_report_that_fails_does_not_fail_the_run():
-    from raycifar.report import explain
+def test_a_report_that_fails_does_not_fail_the_run_and_debug_shows_why(caplog):
+    from raycifar.workflows.reporting import explain
 
     def write():
         raise OSError("the disk is full")
 
     assert "OSError: the disk is full" in explain(write)["headline"]
+    assert not caplog.records
+    caplog.set_level("DEBUG", "raycifar")
+    explain(write)
+    assert "Traceback" in caplog.text
+
+
+def test_a_run_is_reported_from_within_its_folder_and_shows_images_that_were_named_from_elsewhere(
+    small, report, tmp_path
+):
+    (tmp_path / "data.tar.gz").symlink_to(small)
+    args = (*RUN[:-4], "--epochs", 1, "--batch-size", 20, "--workers", 0, "--no-report", "--name", "a")
+    finish(Command(*args, "--data", "data.tar.gz", storage=tmp_path / "runs", cwd=tmp_path))
+    finish(Report(".", storage=None, cwd=tmp_path / "runs/a", env={"RAYCIFAR_DATA": ""}))
+    page = (tmp_path / "runs/a/report.html").read_text()
+    assert "<title>a" in page
+    assert '<img src="data:image/png' in page
 
 
 def test_what_is_no_run_is_refused(report, tmp_path):
@@ -219,3 +239,15 @@ def test_what_an_earlier_version_called_images_is_read(trained, report, tmp_path
     (tmp_path / "a/example_stats.parquet").rename(tmp_path / "a/images.parquet")
     report(tmp_path / "a")
     assert (tmp_path / "a/suspects.csv").read_bytes() == (trained / "suspects.csv").read_bytes()
+
+
+def test_the_trials_of_a_search_are_left_out_by_what_they_record(trained, tmp_path):
+    folder = RunFolder(str(tmp_path), "c")
+    for name, values in (
+        ("cnn-search-1", {"search": False}),  # a name proves nothing
+        ("cnn-2", {"search": True}),
+        ("cnn-search-3", {}),  # as the first versions wrote it
+        ("cnn-4", {}),
+    ):
+        RunFolder(folder.folder, name).write_json("run.json", {"name": name, **values})
+    assert [run.name for run in find_runs(folder, None)] == ["cnn-4", "cnn-search-1"]

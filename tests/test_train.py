@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from command import Command
+from command import Command, Program, finish
 from conftest import RUN, checkpoints, history, wait_until
 from ray.exceptions import RayActorError
 from ray.train import ControllerError
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from raycifar.data import MEAN, STD
 from raycifar.errors import WorkError
 from raycifar.recipes import SCRATCH
-from raycifar.train import fit
+from raycifar.workflows.training import fit_trainer
 
 ARGS = (*RUN, "--workers", 0, "--cpus-per-worker", 2, "--no-report")
 
@@ -74,6 +74,14 @@ def test_the_same_command_gives_the_same_weights_byte_for_byte(trained, train, s
         assert {k: v for k, v in mine.items() if k not in differing} == {
             k: v for k, v in theirs.items() if k not in differing
         }
+
+
+def test_a_run_whose_folder_was_renamed_is_the_same_run(trained, train, small, tmp_path):
+    shutil.copytree(trained, tmp_path / "runs/b")
+    (tmp_path / "runs/b/result.json").unlink()
+    train(*ARGS, "--data", small, "--name", "b")
+    assert json.loads((tmp_path / "runs/b/run.json").read_text())["name"] == "b"
+    assert weights(tmp_path / "runs/b") == weights(trained)
 
 
 def test_a_finished_run_is_shown_and_another_recipe_refused(trained, train, small):
@@ -259,12 +267,39 @@ class Fallible:
 
 
 def test_a_worker_that_dies_as_it_is_launched_ends_no_run():
+    def fit(*failures, most):
+        return fit_trainer(Fallible(*failures), follow, pytest.fail, most)
+
     def follow(running):
         while running():
             time.sleep(0.01)
 
-    assert fit(Fallible(RayActorError(), RayActorError()), follow, 2) == {"history": []}
+    assert fit(RayActorError(), RayActorError(), most=2) == {"history": []}
     with pytest.raises(WorkError, match="continues from the last checkpoint"):
-        fit(Fallible(RayActorError()), follow, 0)
+        fit(RayActorError(), most=0)
     with pytest.raises(WorkError, match="on worker 1, out of memory"):
-        fit(Fallible(RuntimeError("on worker 1, out of memory")), follow, 2)
+        fit(RuntimeError("on worker 1, out of memory"), most=2)
+
+
+# As a library ---------------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_test_set_ends_with_what_it_has(small, tmp_path):
+    code = """
+import sys
+from contextlib import ExitStack
+from raycifar.recipes import Recipe
+from raycifar.terminal import Screen
+from raycifar.workflows.requests import TrainingRequest
+from raycifar.workflows.training import train
+
+request = TrainingRequest(
+    "cnn", Recipe(epochs=1), data=sys.argv[1], storage="runs", name="a", val_size=100, workers=0, test=False
+)
+assert train(request, Screen(), ExitStack())["status"] == "finished"
+assert "test" not in train(request, Screen(), ExitStack())
+"""
+    done = finish(Program(tmp_path / "program.py", code, small))
+    assert "Trained 1 epochs" in done.stdout
+    assert "Test, " not in done.stdout
+    assert "nothing is trained again" in done.stdout

@@ -1,10 +1,16 @@
-"""How long a step takes, by the number of images in it: what a plan of how many workers pay stands on."""
+"""How long a step takes, by the number of images in it, with and without an exchange of gradients.
 
+`python -m raycifar.engine.step_times --out steps.json` measures the three models on this machine's GPU, or its CPU.
+"""
+
+import argparse
+import json
 import socket
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,7 +22,7 @@ from raycifar.engine.example_stats import ExampleStats
 from raycifar.engine.hardware import choose_precision, set_up
 from raycifar.engine.state import TrainingState
 from raycifar.engine.train_step import TrainStep
-from raycifar.models.initial_weights import InitialWeights
+from raycifar.models.initial_weights import InitialWeights, load_initial_weights
 from raycifar.recipes import Recipe
 
 
@@ -99,5 +105,28 @@ def process_group_of_one(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def medians(times: dict[int, list[float]]) -> dict[int, float]:
-    return {size: statistics.median(values) for size, values in times.items()}
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", required=True, help="file to write")
+    parser.add_argument("--small", action="store_true", help="as little as can be, to see that it works")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch_sizes, rounds = ([16], 1) if options.small else ([128, 64, 32, 16], 5)
+    milliseconds: dict[str, dict[str, dict[int, float]]] = {}
+    for model in ("cnn",) if options.small else ("cnn", "vgg16", "resnet50"):
+        recipe = Recipe()
+        initial = load_initial_weights(model, recipe)
+        with process_group_of_one(device):
+            for exchange in (False, True):
+                times = time_steps(
+                    initial, recipe, device, torch.get_num_threads(), batch_sizes,
+                    exchange=exchange, seconds=0.2, rounds=rounds,
+                )  # fmt: skip
+                medians = {size: 1000 * statistics.median(values) for size, values in times.items()}
+                milliseconds.setdefault(model, {})["with exchange" if exchange else "alone"] = medians
+        print(model, milliseconds[model], flush=True)
+    Path(options.out).write_text(json.dumps({"rounds": rounds, "milliseconds": milliseconds}))
+
+
+if __name__ == "__main__":
+    main()

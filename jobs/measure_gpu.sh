@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Measures what only a GPU can show: the tests that need one, step times, the common script beside ours, and the full
+# recipes. Each result is appended to a JSON Lines file as soon as it is there. Called again, the script does what is
+# missing; a training that was cut off goes on from its last checkpoint.
+#
+#   jobs/measure_gpu.sh 60                 stop before 60 minutes are over
+#   jobs/measure_gpu.sh 60 gpu.jsonl       the file of results; runs are kept beside it, in gpu-runs/
+#
+# RAYCIFAR_DATA  where the images are; SMALL=1 measures next to nothing, on any machine, to see that it works
+set -uo pipefail
+minutes=${1:?give the minutes that it may take} file=${2:-gpu.jsonl}
+file=$(realpath -m "$file") runs=$(dirname "$(realpath -m "$file")")/gpu-runs
+cd "$(dirname "$0")/.."
+mkdir -p "$runs"
+deadline=$((SECONDS + minutes * 60))
+python=${PYTHON:-python3}
+[ -n "${SMALL:-}" ] && few=(--limit 200 --val-size 100 --epochs 1) || few=()
+[ -n "${SMALL:-}" ] && size=(--limit 200 --val-size 100 --rounds 1) || size=(--limit 5000 --rounds 3)
+
+# measure NAME SECONDS RESULT COMMAND...: run a command, unless it was run or would take too long, and keep what it made.
+measure() {
+    local name=$1 seconds=$2 result=$3 left=$((deadline - SECONDS)) began=$SECONDS code=0
+    shift 3
+    grep -q "\"name\": \"$name\", \"code\": 0" "$file" 2> /dev/null && return
+    if [ "$left" -lt "$seconds" ]; then
+        echo "$name takes about $seconds s, and $left s are left: skipped"
+        return
+    fi
+    echo "== $name: $*"
+    timeout --signal=INT --kill-after=30 "$left" "$@" > >(tee "$runs/$name.log") 2>&1 || code=$?
+    "$python" - "$name" "$code" "$((SECONDS - began))" "$runs/$name.log" "$result" "$*" >> "$file" << 'PYTHON'
+import json, pathlib, platform, sys
+from datetime import datetime, timezone
+
+import torch
+
+name, code, seconds, log, result, command = sys.argv[1:]
+card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+record = {"name": name, "code": int(code), "seconds": int(seconds), "command": command, "card": card}
+record |= {"torch": torch.__version__, "cuda": torch.version.cuda, "time": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"}
+place = pathlib.Path(result)
+record["result"] = json.loads(place.read_text()) if result and place.is_file() else pathlib.Path(log).read_text()[-2000:]
+print(json.dumps(record))
+PYTHON
+    echo "== $name: exit code $code after $((SECONDS - began)) s"
+}
+
+train() { # train NAME SECONDS OPTION...
+    local name=$1 seconds=$2
+    shift 2
+    measure "$name" "$seconds" "$runs/$name/result.json" "$python" -m raycifar.train --name "$name" --storage "$runs" \
+        --workers 0 "$@" "${few[@]}"
+}
+
+bench() { # bench MODEL SECONDS
+    measure "bench-$1" "$2" "$runs/bench-$1/bench.json" "$python" -m raycifar.bench --model "$1" --workers 0 \
+        --pretrained none --against dataloader --out "$runs/bench-$1" "${size[@]}"
+}
+
+measure tests 150 "" "$python" -m pytest -q -rs -p no:cacheprovider tests/test_cuda.py tests/test_train_step.py \
+    tests/test_checkpoint.py tests/test_torch_internals.py
+measure steps 90 "$runs/steps.json" "$python" -m raycifar.engine.step_times --out "$runs/steps.json" ${SMALL:+--small}
+bench vgg16 60
+bench cnn 60
+bench resnet50 90
+train vgg16 240 --model vgg16
+train cnn 120 --model cnn
+train resnet50 1000 --model resnet50 --pretrained none
+train speedrun 60 --model cnn --recipe speedrun --val-size 0

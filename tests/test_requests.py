@@ -1,0 +1,90 @@
+"""What can be asked for: the same options, with the same defaults, from a command and from Python."""
+
+import inspect
+
+import pytest
+
+from raycifar import api, compare, train
+from raycifar.errors import RequestError
+from raycifar.recipes import SCRATCH, TRANSFER, Recipe
+from raycifar.workflows.requests import ComparisonRequest, TrainingRequest, parse_workers, to_arguments
+
+
+def test_a_model_alone_is_a_request(monkeypatch):
+    for name in ("RAYCIFAR_DATA", "RAYCIFAR_STORAGE"):
+        monkeypatch.delenv(name, raising=False)
+    request = TrainingRequest("cnn")
+    assert request.recipe == SCRATCH
+    assert (request.data, request.storage, request.workers) == ("cifar100", "results", None)
+    assert request.name.startswith("cnn-s0-")
+    assert TrainingRequest("resnet50").recipe == TRANSFER
+    monkeypatch.setenv("RAYCIFAR_DATA", "/somewhere")
+    assert TrainingRequest("cnn").data == "/somewhere"
+
+
+@pytest.mark.parametrize(("function", "command"), [(api.train, train.main), (api.compare, compare.main)])
+def test_python_has_the_options_of_the_command_with_its_defaults(function, command):
+    here = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    there = {p.name: p.default for p in command.params}
+    assert here.keys() - {"progress", "models", "model"} == there.keys() - {"debug", "help", "names", "model"}
+    shared = here.keys() & there.keys() - {"model", "runs"}
+    assert {name: here[name] for name in shared} == {name: there[name] for name in shared}
+    assert all(f"    {name}: " in function.__doc__ for name in shared)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"epoch": 3}, "no option 'epoch': is it 'epochs'"),
+        ({"rungs": (1,)}, "no option 'rungs'"),
+        ({"epochs": "3"}, "epochs is '3': a whole number is needed"),
+        ({"epochs": True}, "epochs is True: a whole number is needed"),
+        ({"epochs": -1}, "epochs is -1: it must be at least 1"),
+        ({"optimizer": "lion"}, "optimizer is 'lion': choose from sgd"),
+        ({"device": "tpu"}, "device is 'tpu': choose from auto, gpu, cpu"),
+        ({"seed": -1}, "seed is -1: it must be at least 0"),
+        ({"limit": 2.5}, "limit is 2.5: a whole number is needed"),
+        ({"cpus_per_worker": 0}, "--cpus-per-worker 0"),
+        ({"name": "../up"}, "'../up' is no folder's name"),
+        ({"recipe": "fast"}, "--recipe fast is not known"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_refused_with_its_value(options, says):
+    with pytest.raises(RequestError, match=r"^[^\n]*$") as refusal:
+        TrainingRequest.of("cnn", **options)
+    assert says in str(refusal.value)
+
+
+def test_whole_numbers_are_numbers_and_fewer_epochs_reach_both_stages():
+    request = TrainingRequest.of("resnet50", lr=1, wait=5, epochs=2)
+    assert (request.recipe.lr, request.recipe.head_epochs) == (1.0, 1)
+    assert type(request.recipe.lr) is float
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [(None, None), (0, 0), ("4", 4), ("1:4", (1, 4)), ((1, 4), (1, 4)), ("2:2", 2)]
+)
+def test_workers_are_given_as_a_number_or_a_range(given, wanted):
+    assert parse_workers(given) == wanted
+
+
+@pytest.mark.parametrize("given", ["many", "4:2", "0:2", -1, "1:65", 1.5])
+def test_workers_that_make_no_sense_are_refused(given):
+    with pytest.raises(RequestError, match="--workers "):
+        parse_workers(given)
+
+
+def test_a_command_asks_for_the_same_as_the_request_it_is_made_of():
+    request = TrainingRequest("cnn", Recipe(epochs=3, lr=0.07, mirror=True), workers=(1, 4), report=False, wait=7.5)
+    asked = train.main.make_context("train", to_arguments(request)).params
+    options = {name: value for name, value in asked.items() if name not in ("model", "debug")}
+    assert TrainingRequest.of(asked["model"], **options) == request
+
+
+def test_a_comparison_gives_each_model_its_own_recipe_and_hands_on_the_rest():
+    request = ComparisonRequest.of(["cnn", "resnet50"], epochs=4, limit=500, max_failures=1)
+    assert request.recipes["cnn"].pretrained == "none"
+    assert request.recipes["resnet50"].pretrained == "imagenet"
+    assert request.fixed == {"epochs"}
+    trial = request.training("cnn")
+    assert (trial.limit, trial.max_failures, trial.recipe.epochs, trial.checkpoint_steps) == (500, 1, 4, 200)
