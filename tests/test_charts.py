@@ -117,5 +117,23 @@ def test_the_charts_of_the_test_set():
 def test_the_figure_of_a_comparison_has_a_line_for_each_model():
     figure = plot_comparison({"cnn": [made_up(epochs=3), made_up(epochs=5)], "vgg16": [made_up(epochs=5)]}, "c")
     assert [axes.get_ylabel() for axes in figure.axes] == ["validation accuracy", "training loss"]
-    assert [line.get_label() for line in figure.axes[0].lines] == ["cnn", "vgg16"]
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert [label for label in labels if not label.startswith("_")] == ["cnn", "vgg16"]
+    assert len(labels) == 5  # the means, and three runs
     assert len(figure.axes[0].lines[0].get_xdata()) == 5
+
+
+def test_ticks_of_logarithmic_axes_are_plain_numbers():
+    for factor in (1, 100, 10_000):
+        svg = curve_chart(
+            Panel([Line("a", factor * np.array([2.4, 3.0, 3.6, 7.0])), Line("b", np.ones(4))], "y", "d", log=True)
+        )
+        assert "mathdefault" not in svg
+        assert "10^" not in svg
+        ticks = [float(text.replace(",", "")) for text in re.findall(r">([\d.,]+)</text>", svg)]
+        assert any(tick >= 2.4 * factor for tick in ticks)
+
+
+def test_one_epoch_is_drawn_as_points_that_can_be_told_apart():
+    figure = plot_history(made_up(epochs=1))
+    assert [line.get_marker() for line in figure.axes[0].lines[:3]] == ["o", "s", "D"]

@@ -73,7 +73,7 @@ def made_up(tmp_path):
 def test_finished_runs_are_compared_without_training(made_up, compare, tmp_path):
     folders = [made_up("cnn", seed, 0.60) for seed in (0, 1)] + [made_up("vgg16", seed, 0.70) for seed in (0, 1, 2)]
     done = compare(*folders, "--name", "c", "--price-per-hour", 3.6)
-    assert "cnn is worse than vgg16, by 9." in done.stdout
+    assert ", cnn is worse than vgg16, by 9." in done.stdout
     comparison = json.loads((tmp_path / "runs/c/comparison.json").read_text())
     cnn, vgg16 = comparison["models"]["cnn"], comparison["models"]["vgg16"]
     assert cnn["top1"]["n"] == 2
@@ -96,7 +96,7 @@ def test_finished_runs_are_compared_without_training(made_up, compare, tmp_path)
 def test_one_model_with_two_recipes_is_two_and_little_is_not_told_apart(made_up, compare, tmp_path):
     folders = [made_up("cnn", 0, 0.60), made_up("cnn", 1, 0.60, recipe={"lr": 0.4})]
     done = compare(*folders, "--name", "c")
-    assert "These runs can't tell cnn lr=0.05 and cnn lr=0.4 apart" in done.stdout
+    assert "cnn lr=0.05 and cnn lr=0.4 can't be told apart" in done.stdout
     assert "With one run of a model" in done.stdout
     (pair,) = json.loads((tmp_path / "runs/c/comparison.json").read_text())["pairs"]
     assert pair["verdict"] == "undecided"

@@ -8,7 +8,7 @@ from raycifar.analysis.comparison import Finished, by_model, compare, not_compar
 
 PAIR = {
     "a": "cnn", "b": "vgg16", "difference": 0.03, "low": 0.01, "high": 0.05, "p_holm": 0.004, "verdict": "better",
-    "seeds_measured": True, "seeds_needed": 5, "images": 10_000,
+    "seeds_measured": True, "seeds_needed": 5, "images": 10_000, "epochs": 2, "train_images": 2000, "immature": False,
 }  # fmt: skip
 
 
@@ -25,14 +25,18 @@ def finished(model, seed, accuracy, **recipe):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({}, "cnn is better than vgg16, by 3.00 points of test accuracy (95% interval: 1.00 to 5.00, p = 0.004)."),
+        (
+            {},
+            "After 2 epochs on 2,000 training images, cnn is better than vgg16, by 3.00 points of test accuracy (95% "
+            "interval: 1.00 to 5.00, p = 0.004).",
+        ),
         (
             {"verdict": "worse", "difference": -0.03, "low": -0.05, "high": -0.01},
             "cnn is worse than vgg16, by 3.00 points of test accuracy (95% interval: 1.00 to 5.00, p = 0.004).",
         ),
         (
             {"verdict": "undecided", "low": -0.01, "p_holm": 0.2},
-            "These runs can't tell cnn and vgg16 apart: test accuracy differs by +3.00 points (95% interval: -1.00 to "
+            "cnn and vgg16 can't be told apart: test accuracy differs by +3.00 points (95% interval: -1.00 to "
             "+5.00, p = 0.2). If the difference is as large as it looks, 5 seeds of each model would show it.",
         ),
         (
@@ -40,6 +44,8 @@ def finished(model, seed, accuracy, **recipe):
             "No number of seeds would show so small a difference on 10,000 test images.",
         ),
         ({"verdict": "undecided", "difference": 0.0}, "There is no difference for more seeds to confirm."),
+        ({"immature": True}, "Both have more to learn, and longer training may change the order."),
+        ({"epochs": 1, "train_images": 1}, "After 1 epoch on 1 training image, cnn is better"),
         (
             {"seeds_measured": False},
             "With a single run of a model, the effect of the seed is estimated from how often the runs disagree.",

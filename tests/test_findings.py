@@ -46,7 +46,7 @@ def test_a_network_that_dies_late_is_said_to_have_died_then():
 @pytest.mark.parametrize(
     ("relus", "gradients", "cause"),
     [
-        ({"a": 0.1, "b": 1.0}, {"x": 0.0, "y": 0.0}, "Its ReLUs have died: in b, 100%"),
+        ({"a": 0.1, "b": 1.0}, {"x": 0.0, "y": 0.0}, "Its ReLUs have died: in layer b, 100%"),
         ({"a": 0.1}, {"x": 1e-9, "y": 1.0}, "Its gradients vanish"),
         ({"a": 0.1}, {"x": 1e6, "y": 1.0}, "Its gradients explode"),
         ({"a": 0.1}, {"x": 0.5, "y": 1.0}, "the network has learned nothing."),

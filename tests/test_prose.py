@@ -25,7 +25,7 @@ def test_the_paragraph_of_one_epoch_and_of_none():
     one = made_up(epochs=1, val=0, run={"data": {"source": "/copies/cifar.tar.gz", "train": 1, "val": 0, "test": 1}})
     assert paragraph(one, []).startswith("cnn is trained from scratch on 1 CIFAR-100 image for 1 epoch. Training ends")
     none = made_up(epochs=0, recipe={"epochs": 5})
-    assert paragraph(none, []).endswith("for 0 epochs, with 5,000 more held out for validation.")
+    assert paragraph(none, []).endswith("for 0 of 5 epochs, with 5,000 more held out for validation.")
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,7 @@ def test_the_paragraph_of_one_epoch_and_of_none():
     [
         (0, None, "This run is under way or was interrupted: 0 of 3 epochs are recorded."),
         (1, None, "This run is under way or was interrupted: 1 of 3 epochs is recorded."),
+        (3, None, "All 3 epochs of this run are recorded, but not yet its result."),
         (3, {"status": "finished"}, "This run is finished, after 3 epochs."),
         (1, {"status": "stopped"}, "A search stopped this run after 1 of 3 epochs, because others did better."),
         (

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from raycifar.analysis.curves import BLUE, ORANGE, Panel, panels
 from raycifar.analysis.history import RunHistory
@@ -24,6 +25,7 @@ GREEN, PURPLE = "#009e73", "#cc79a7"
 SERIES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"), ("#56b4e9", "-"), ("#d55e00", "--"))
 MARKERS = "osD^vP"
 COMPARED = {"val_top1": "validation accuracy", "train_loss": "training loss"}
+FEW_RUNS = 3  # are drawn one by one
 MOST_POINTS = 1000  # of a line
 MOST_ROWS = 20  # of a chart
 STYLE: Any = {
@@ -62,7 +64,18 @@ def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
 def label_epochs(axes: Axes, ylabel: str) -> None:
     axes.set(xlabel="epoch", ylabel=ylabel)
     axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
+
+
+def plain_log(axes: Axes, axis: str) -> None:
+    """Make an axis, "x" or "y", logarithmic, with ticks that read 2.4, 30 or 5,000."""
+    axes.set(**{f"{axis}scale": "log"})
+    scale = axes.xaxis if axis == "x" else axes.yaxis
+    low, high = scale.get_view_interval()
+    subs = (1.0, 3.0) if high < 1000 * low else (1.0,)
+    scale.set_major_locator(MaxNLocator(nbins=4) if high < 10 * low else LogLocator(subs=subs, numticks=6))
+    scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    scale.set_minor_formatter(NullFormatter())
 
 
 def thinned(count: int) -> np.ndarray:
@@ -75,15 +88,15 @@ def thinned(count: int) -> np.ndarray:
 
 def draw_panel(axes: Axes, panel: Panel) -> None:
     label_epochs(axes, panel.ylabel)
-    for line in panel.lines:
+    for line, marker in zip(panel.lines, MARKERS, strict=False):
         shown = thinned(len(line.values))
-        marker = "o" if np.isfinite(line.values).sum() < 2 else ""
+        marker = marker if np.isfinite(line.values).sum() < 2 else ""
         values = line.values[shown]
         axes.plot(shown + 1, values, line.style, color=line.color, marker=marker, linewidth=1.8, label=line.label)
         if panel.fill:
             axes.fill_between(shown + 1, 0, values, color=line.color, alpha=0.15, linewidth=0)
     if panel.log:
-        axes.set_yscale("log")
+        plain_log(axes, "y")
     if panel.from_zero:
         axes.set_ylim(bottom=0)
     for k, (epoch, word) in enumerate(panel.marks):
@@ -140,7 +153,7 @@ def stack(columns: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def draw_bands(axes: Axes, groups: dict[str, np.ndarray], ylabel: str) -> None:
-    """Draw the mean over seeds of each model's curve, with the range of its runs.
+    """Draw the mean over seeds of each model's curve, and its runs: each of up to three, the range of more.
 
     Args:
         groups: (runs, epochs) by model, not a number where a run has no such epoch.
@@ -152,9 +165,12 @@ def draw_bands(axes: Axes, groups: dict[str, np.ndarray], ylabel: str) -> None:
         color, style = SERIES[k % len(SERIES)]
         with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
             mean, low, high = np.nanmean(values, 0), np.nanmin(values, 0), np.nanmax(values, 0)
-        marker = "o" if values.shape[1] < 2 else ""
+        marker = MARKERS[k % len(MARKERS)] if values.shape[1] < 2 else ""
         axes.plot(epochs, mean, color=color, linestyle=style, marker=marker, linewidth=1.8, label=model)
-        axes.fill_between(epochs, low, high, color=color, alpha=0.18, linewidth=0)
+        if len(values) > FEW_RUNS:
+            axes.fill_between(epochs, low, high, color=color, alpha=0.18, linewidth=0)
+        else:
+            axes.plot(epochs, values.T, color=color, marker=marker, linewidth=0.6, alpha=0.6)
     axes.legend(loc="best")
 
 
@@ -185,7 +201,7 @@ def scatter(models: dict[str, tuple[float, float, float | None, float | None]], 
     """
     with rc_context(STYLE):
         figure, axes = new_axes(4.7, 2.9)
-        axes.set(xlabel=xlabel, ylabel="test accuracy", xscale="log")
+        axes.set(xlabel=xlabel, ylabel="test accuracy")
         axes.grid(color=INK, alpha=0.12, linewidth=0.6)
         for k, (model, (cost, mean, low, high)) in enumerate(models.items()):
             color, _ = SERIES[k % len(SERIES)]
@@ -194,6 +210,7 @@ def scatter(models: dict[str, tuple[float, float, float | None, float | None]], 
             axes.plot(cost, mean, MARKERS[k % len(MARKERS)], color=color, markersize=7)
             axes.annotate(model, (cost, mean), (7, 5), textcoords="offset points")
         axes.margins(0.25)
+        plain_log(axes, "x")
         return to_svg(figure, description)
 
 
@@ -271,7 +288,8 @@ def confusion_chart(matrix: np.ndarray, names: Sequence[str]) -> str:
     with rc_context(STYLE):
         fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
         figure, axes = new_axes(6.4, 5.6)
-        image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=max(0.5, float(fractions.max())))
+        cmap = LinearSegmentedColormap.from_list("transparent to orange", [to_rgba(ORANGE, 0), to_rgba(ORANGE, 1)])
+        image = axes.imshow(fractions, cmap=cmap, vmin=0, vmax=max(0.5, float(fractions.max())))
         words = [name.replace("_", " ") for name in names]
         axes.set_xticks(range(len(names)), words, rotation=60, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), words)

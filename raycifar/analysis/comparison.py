@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from raycifar.analysis.findings import diagnose
+from raycifar.analysis.history import RunHistory
+from raycifar.analysis.prose import count
 from raycifar.analysis.statistics import difference, holm, mcnemar, mean_interval
 from raycifar.storage.records import EpochRecord
 
@@ -81,9 +84,12 @@ def compare(groups: dict[str, list[Finished]], flops: dict[str, int], price_per_
     budget = min(max(run.seconds[-1] for run in runs) for runs in groups.values())  # the cheapest model's
     models = {name: summarize(runs, budget, price_per_hour) | {"flops": flops[name]} for name, runs in groups.items()}
     pairs = [compare_pair(a, groups[a], b, groups[b]) for a, b in itertools.combinations(groups, 2)]
+    first = next(iter(groups.values()))[0].run
     for pair, p_value in zip(pairs, holm([pair["p_value"] for pair in pairs]), strict=True):
         pair["p_holm"] = p_value
         pair["verdict"] = verdict(pair)
+        pair["epochs"], pair["train_images"] = first["recipe"]["epochs"], first["data"]["train"]
+        pair["immature"] = all(immature(run) for name in (pair["a"], pair["b"]) for run in groups[name])
         pair["sentence"] = sentence(pair)
     return {"models": models, "pairs": pairs, "equal_device_seconds": budget}
 
@@ -139,20 +145,27 @@ def verdict(pair: dict[str, Any]) -> str:
     return "better" if pair["difference"] > 0 else "worse"
 
 
+def immature(run: Finished) -> bool:
+    """Return whether a run's curves say that it has not learned what it could."""
+    found = diagnose(RunHistory(run.run, run.history, run.result))
+    return any(finding.kind in ("too-early", "underfitting", "improving") for finding in found)
+
+
 def sentence(pair: dict[str, Any]) -> str:
     """Return what a pair's metrics mean, in plain words."""
     a, b = pair["a"], pair["b"]
     low, high, mean = (100 * pair[key] for key in ("low", "high", "difference"))
     p = f"p = {pair['p_holm']:.2g}"
+    when = f"After {count(pair['epochs'], 'epoch')} on {count(pair['train_images'], 'training image')}"
     if pair["verdict"] != "undecided":
-        size, ends = abs(mean), sorted((abs(low), abs(high)) if low * high > 0 else (low, high))
+        near, far = sorted((abs(low), abs(high)))
         text = (
-            f"{a} is {pair['verdict']} than {b}, by {size:.2f} points of test accuracy (95% interval: {ends[0]:.2f} to "
-            f"{ends[1]:.2f}, {p})."
+            f"{when}, {a} is {pair['verdict']} than {b}, by {abs(mean):.2f} points of test accuracy (95% interval: "
+            f"{near:.2f} to {far:.2f}, {p})."
         )
     else:
         text = (
-            f"These runs can't tell {a} and {b} apart: test accuracy differs by {mean:+.2f} points (95% interval: "
+            f"{when}, {a} and {b} can't be told apart: test accuracy differs by {mean:+.2f} points (95% interval: "
             f"{low:+.2f} to {high:+.2f}, {p}). "
         )
         if mean == 0:
@@ -161,6 +174,8 @@ def sentence(pair: dict[str, Any]) -> str:
             text += f"If the difference is as large as it looks, {needed} seeds of each model would show it."
         else:
             text += f"No number of seeds would show so small a difference on {pair['images']:,} test images."
+    if pair["immature"]:
+        text += " Both have more to learn, and longer training may change the order."
     if not pair["seeds_measured"]:
         text += " With a single run of a model, the effect of the seed is estimated from how often the runs disagree."
     return text

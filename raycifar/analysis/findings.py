@@ -6,18 +6,20 @@ error sqrt(p (1 - p) / n); a loss has the standard error of its mean over the im
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from raycifar.analysis.collapse import MIN_STEPS, collapse
+from raycifar.analysis.departures import LOOSE, departures
 from raycifar.analysis.history import RunHistory
 from raycifar.errors import FailureKind
 from raycifar.storage.records import EpochRecord, finite
 
 SIGMAS = 3.0  # a difference of so many standard errors is taken as real: Shewhart (1931), p = 0.0027
+SURE = 0.99  # no finding is surer than that
 SPIKE_SIGMAS = 6.0  # of the robust spread of all changes: a long run reaches 4 by chance
 FIT = 0.2  # McFadden (1979): a pseudo-R² of 0.2 to 0.4 is an excellent fit, less explains little
 COARSE = 0.025  # half a 95% interval of 5 points: architectures that are compared differ by less
@@ -26,7 +28,8 @@ VANISHED = 1e-3  # first layer's gradient over the last's: bfloat16 keeps 3 digi
 CONCENTRATED = 0.25  # fraction of a rise that is due to 1% of the images; equal images would cause 3 or 4%
 OFF = 8.0  # factor from a recipe's own learning rate, the range that a search covers
 MOST_SPIKES = 5  # that are told one by one
-CALM = "Lower --lr, lengthen --warmup, or clip gradients with --clip-norm 1."
+LEARNED = 0.4  # pseudo-R² of a network that can be called healthy: the upper end of McFadden's excellent fits
+BEYOND_DOUBT = 10.0  # standard errors of a gap next to which a noisy loss need not be significant by itself
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def standard_error(p: float, n: int) -> float:
 
 def confidence(z: float) -> float:
     """Return the probability that chance causes less than `z` standard errors."""
-    return round(min(0.999, float(1 - 2 * stats.norm.sf(abs(z)))), 3)
+    return round(min(SURE, float(1 - 2 * stats.norm.sf(abs(z)))), 3)
 
 
 def points(fraction: float) -> str:
@@ -63,24 +66,82 @@ def times(factor: float) -> str:
 
 
 def span(epochs: Sequence[int]) -> str:
-    """Return "At epoch 3" or "From epoch 3 to 5"."""
-    return f"At epoch {epochs[0]}" if len(epochs) == 1 else f"From epoch {epochs[0]} to {epochs[-1]}"
+    """Return "At epoch 3," or "From epoch 3 to 5,"."""
+    return f"At epoch {epochs[0]}," if len(epochs) == 1 else f"From epoch {epochs[0]} to {epochs[-1]},"
 
 
 def diagnose(history: RunHistory) -> list[Finding]:
     """Return what the curves of a run show, what matters most first."""
     if not history.records:
         return divergence(history, [])
+    if history.steps < MIN_STEPS:
+        return divergence(history, []) or [too_few_steps(history)]
     found: list[Finding] = []
     for rule in RULES:
         found += rule(history, found)
     if all(finding.kind in TRENDS for finding in found):
-        found.append(healthy(history, found))
-    return found
+        if fit(history) >= LEARNED:
+            found.insert(0, healthy(history, found))
+        elif not found:
+            found.append(too_little_learned(history))
+    return [blame_recipe(history, finding) for finding in found]
+
+
+def blame_recipe(history: RunHistory, finding: Finding) -> Finding:
+    """Return the finding with what explains it in the recipe, if anything does, named first."""
+    causes = departures(history, finding.kind)
+    if not causes:
+        return finding
+    defaults = "default" if len(causes) == 1 else "defaults"
+    evidence = f"A likely cause is in the recipe: {listed(list(map(str, causes)))}, the {history.model}'s {defaults}. "
+    advice = f"First of all, use {listed([cause.remedy for cause in causes])}."
+    if finding.kind in LOOSE:
+        advice += f" {finding.advice}"
+    metrics = {**finding.metrics, "recipe": {cause.field: cause.value for cause in causes}}
+    return replace(finding, evidence=evidence + finding.evidence, advice=advice, metrics=metrics)
 
 
 def has(found: Sequence[Finding], *kinds: str) -> bool:
     return any(finding.kind in kinds for finding in found)
+
+
+def fit(history: RunHistory) -> float:
+    """Return McFadden's pseudo-R² on training images: 0 for guessing, 1 for a perfect fit."""
+    last = history.records[-1]
+    loss = last.train_eval_loss if last.train_eval_loss is not None else last.train_loss
+    return math.nan if loss is None else 1 - loss / history.guessing_loss
+
+
+def calm(history: RunHistory) -> str:
+    clip = "" if history.recipe.clip_norm else ", or clip gradients with --clip-norm 1"
+    return f"Lower --lr or lengthen --warmup{clip}."
+
+
+# Too early to tell ----------------------------------------------------------------------------------
+
+
+def too_few_steps(history: RunHistory) -> Finding:
+    steps, epochs = history.steps, -(-MIN_STEPS // history.steps_per_epoch)
+    evidence = (
+        f"The network has taken {steps} step{'' if steps == 1 else 's'}, in {len(history.records)} "
+        f"epoch{'' if len(history.records) == 1 else 's'}: too few to tell how well it learns. The curves can be read "
+        f"after {MIN_STEPS} steps, which take {epochs} epochs of {history.num_train:,} images."
+    )
+    advice = "Continue this run." if history.unfinished else "Train for more --epochs, or on more images."
+    return Finding("too-early", 0.95, evidence, advice, [], {"steps": steps, "epochs_needed": epochs})
+
+
+def too_little_learned(history: RunHistory) -> Finding:
+    done, epochs = len(history.records), history.recipe.epochs
+    evidence = (
+        f"After {done} of {epochs} epoch{'' if epochs == 1 else 's'} the network has learned little: it has come "
+        f"{max(0.0, fit(history)):.0%} of the way from guessing to a perfect fit. Whether it underfits, overfits or "
+    )
+    if history.unfinished:
+        evidence += "is healthy shows when its schedule ends."
+        return Finding("too-early", 0.9, evidence, "Continue this run.", [], {"epochs_needed": epochs})
+    evidence += "is healthy shows after more epochs."
+    return Finding("too-early", 0.9, evidence, "Train for more --epochs.", [], {"epochs_needed": 2 * epochs})
 
 
 # A network that doesn't learn -----------------------------------------------------------------------
@@ -89,7 +150,9 @@ def has(found: Sequence[Finding], *kinds: str) -> bool:
 def divergence(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     if history.result and history.failure == FailureKind.NOT_FINITE:
         reason = history.result["reason"].split(". ")[0].rstrip(".")
-        return [Finding("divergence", 0.999, f"{reason[:1].upper()}{reason[1:]}. Training stopped there.", CALM)]
+        return [
+            Finding("divergence", SURE, f"{reason[:1].upper()}{reason[1:]}. Training stopped there.", calm(history))
+        ]
     if not history.records:
         return []
     losses, guessing = history.column("train_loss"), history.guessing_loss
@@ -100,7 +163,7 @@ def divergence(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         f"The training loss rises from {low:.2f} (epoch {int(np.nanargmin(losses)) + 1}) to {last:.2f} (epoch "
         f"{len(losses)}), more than twice the loss of guessing, ln({history.info.num_classes}) = {guessing:.4f}."
     )
-    return [Finding("divergence", 0.99, evidence, CALM, [len(losses)])]
+    return [Finding("divergence", SURE, evidence, calm(history), [len(losses)])]
 
 
 def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
@@ -115,7 +178,7 @@ def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Findin
                 f"At epoch {k + 1} the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {times(z)} its "
                 f"usual variation, and it never recovers: it ends at {losses[-1]:.3f}. {cause}"
             )
-            return [Finding("divergence", confidence(z), evidence, CALM, [k + 1], metrics)]
+            return [Finding("divergence", confidence(z), evidence, calm(history), [k + 1], metrics)]
     return []
 
 
@@ -137,8 +200,8 @@ def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         f"{history.guessing_loss:.4f}). Training accuracy is {last.train_top1:.2%}, {abs(z):.1f} standard errors from "
         f"chance (1 in {classes}): the network has learned nothing. {cause}"
     )
-    advice = "Lower --lr or lengthen --warmup, keep batch norm, and look at the gradients of the first layers."
-    return [Finding("collapse", 0.999, evidence.strip(), advice, epochs, metrics)]
+    advice = f"{calm(history)} Then look at the gradients of the first layers."
+    return [Finding("collapse", SURE, evidence.strip(), advice, epochs, metrics)]
 
 
 def explain_collapse(diagnostics: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
@@ -152,7 +215,7 @@ def explain_collapse(diagnostics: dict[str, Any] | None) -> tuple[str, dict[str,
         layer, fraction = max(diagnostics["dead_relus"].items(), key=lambda item: item[1])
         if fraction >= DEAD:
             text = (
-                f"Its ReLUs have died: in {layer}, {fraction:.0%} of the units output 0 for every image, so no "
+                f"Its ReLUs have died: in layer {layer}, {fraction:.0%} of the units output 0 for every image, so no "
                 "gradient passes through them."
             )
             return text, {"cause": "dead ReLUs", "layer": layer, "fraction": fraction}
@@ -168,21 +231,22 @@ def explain_collapse(diagnostics: dict[str, Any] | None) -> tuple[str, dict[str,
 def underfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     if has(found, "collapse", "divergence"):
         return []
-    last = history.records[-1]
-    if (loss := last.train_eval_loss or last.train_loss) is None:
+    last, fitted = history.records[-1], fit(history)
+    if not fitted < FIT:
         return []
-    fit = 1 - loss / history.guessing_loss
-    if fit >= FIT:
-        return []
+    if history.unfinished:
+        return [too_little_learned(history)]
+    loss = (1 - fitted) * history.guessing_loss
     evidence = (
         f"After epoch {last.epoch} the loss on training images, scored without augmentation, is {loss:.3f}. Guessing "
         f"gives ln({history.info.num_classes}) = {history.guessing_loss:.3f}, so the network has come "
-        f"{max(fit, 0):.0%} of the way to a perfect fit; below {FIT:.0%}, a network underfits."
+        f"{max(fitted, 0):.0%} of the way to a perfect fit; below {FIT:.0%}, a network underfits."
     )
     if last.val_loss is not None:
         evidence += f" The validation loss is {last.val_loss:.3f}."
-    advice = "Train for more --epochs, with a larger --lr, less augmentation or a larger model."
-    return [Finding("underfitting", confidence((FIT - fit) / 0.02), evidence, advice, [last.epoch], {"fit": fit})]
+    advice = "Train for more --epochs. If that isn't enough, raise --lr, augment less or take a larger model."
+    sure = confidence((FIT - fitted) / 0.02)
+    return [Finding("underfitting", sure, evidence, advice, [last.epoch], {"fit": fitted})]
 
 
 def learning_rate(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
@@ -247,7 +311,7 @@ def spikes(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     (name, losses), val = judged_loss(history), history.num_val
     top1, n = history.column("val_top1" if val else "train_top1"), val or history.num_train
     noise = history.column("val_loss_se") * math.sqrt(2) if val else np.zeros(len(losses))
-    advice = "Lower --lr or lengthen --warmup." if history.recipe.clip_norm else CALM
+    advice = calm(history)
     result = []
     for k, z in jumps(losses):
         dip = (top1[k - 1] - top1[k]) / (standard_error(top1[k], n) * math.sqrt(2))
@@ -296,27 +360,60 @@ def overfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     val, train, se = (history.column(name) for name in ("val_loss", "train_eval_loss", "val_loss_se"))
     end, best = float(np.median(val[-3:])), int(np.argmin(val))
     z = (end - val[best]) / math.hypot(se[-1], se[best])
-    gap, gap_se = generalization_gap(history)
-    if not (z >= SIGMAS and gap[-1] >= SIGMAS * gap_se[-1] and train[-1] < train[best]):
+    gap, gap_se = (values[-1] for values in generalization_gap(history))
+    # The loss of few, hard images is noisy: next to a gap that is beyond doubt, a rise of one standard error will do.
+    rises = z >= (1.0 if gap >= BEYOND_DOUBT * gap_se else SIGMAS)
+    if not (rises and gap >= SIGMAS * gap_se and train[-1] < train[best]):
         return []
     last = history.records[-1]
     seen = float(history.column("train_top1")[-1] - history.column("val_top1")[-1])
-    hidden = float(gap[-1]) - seen
+    hidden = float(gap) - seen
+    significant = f" ({z:.0f} standard errors)" if z >= SIGMAS else ""
     evidence = (
-        f"After epoch {best + 1} the validation loss rises from {val[best]:.3f} to {end:.3f} ({z:.0f} standard "
-        f"errors), while the loss on training images keeps falling ({train[best]:.3f} to {train[-1]:.3f}). In the end "
-        f"accuracy is {last.train_eval_top1:.3f} on training images and {last.val_top1:.3f} on validation images, "
-        f"both scored without augmentation: a gap of {points(gap[-1])}."
+        f"After epoch {best + 1} the validation loss rises from {val[best]:.3f} to {end:.3f}{significant}, while the "
+        f"loss on training images keeps falling ({train[best]:.3f} to {train[-1]:.3f}). In the end accuracy is "
+        f"{last.train_eval_top1:.3f} on training images and {last.val_top1:.3f} on validation images, both scored "
+        f"without augmentation: a gap of {points(gap)}, {gap / gap_se:.0f} standard errors."
     )
     if hidden >= 0.005 and seen > 0:
         evidence += f" The training curve shows {points(seen)} of it; regularization hides {points(hidden)}."
-    advice = (
-        "Add augmentation (--augment cutout, --mixup 0.5), weight decay, label smoothing or dropout, train on more "
-        f"images, or use the weights of epoch {best + 1}."
-    )
-    metrics = {"gap": float(gap[-1]), "from_epoch": best + 1, "hidden_by_regularization": hidden}
+    metrics = {"gap": float(gap), "from_epoch": best + 1, "hidden_by_regularization": hidden}
     epochs = list(range(best + 1, len(val) + 1))
-    return [Finding("overfitting", confidence(z), evidence, advice, epochs, metrics)]
+    return [Finding("overfitting", confidence(max(z, gap / gap_se)), evidence, regularize(history), epochs, metrics)]
+
+
+def gap_to_validation(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
+    if not history.num_val or has(found, "collapse", "divergence", "overfitting"):
+        return []
+    gap, gap_se = generalization_gap(history)
+    if not gap[-1] - SIGMAS * gap_se[-1] > COARSE:
+        return []
+    last, late = history.records[-1], gap[-max(4, len(gap) // 2) :]
+    slope, _, low, _ = stats.theilslopes(late) if len(late) >= 4 else (math.nan,) * 4
+    evidence = (
+        f"After epoch {last.epoch} accuracy is {last.train_eval_top1:.3f} on training images and {last.val_top1:.3f} "
+        f"on validation images, both scored without augmentation: a gap of {points(gap[-1])}, "
+        f"{gap[-1] / gap_se[-1]:.0f} standard errors"
+    )
+    if low > 0:
+        evidence += f", which grows by {points(slope)} per epoch"
+    metrics = {"gap": float(gap[-1]), "slope": float(slope)}
+    sure = confidence(gap[-1] / gap_se[-1])
+    return [Finding("generalization-gap", sure, f"{evidence}.", regularize(history), [last.epoch], metrics)]
+
+
+def regularize(history: RunHistory) -> str:
+    """Return what helps a network to generalize, the most effective first, of what isn't done yet."""
+    recipe = history.recipe
+    more = {
+        "--augment cutout": recipe.augment != "cutout",
+        "--mixup 0.5": recipe.mixup + recipe.cutmix < 0.5,
+        "--label-smoothing 0.1": recipe.label_smoothing < 0.1,
+        "more weight decay": True,
+    }
+    options = listed([option for option, missing in more.items() if missing], "or")
+    images = "Train on all images, without --limit. Then try" if history.run["limit"] else "Try"
+    return f"{images} {options}."
 
 
 def generalization_gap(history: RunHistory) -> tuple[np.ndarray, np.ndarray]:
@@ -364,8 +461,8 @@ def validation_above_training(history: RunHistory, found: Sequence[Finding]) -> 
     return [Finding("validation-above-training", confidence(z), evidence, advice, [last.epoch], metrics)]
 
 
-def listed(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+def listed(words: Sequence[str], last: str = "and") -> str:
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def validation_noise(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
@@ -373,10 +470,11 @@ def validation_noise(history: RunHistory, found: Sequence[Finding]) -> list[Find
         return []
     top1, n = history.column("val_top1"), history.num_val
     half = 1.96 * standard_error(float(top1[-1]), n)
-    late = top1[len(top1) // 2 :] if len(top1) >= 10 else top1
+    late = top1[max(warmed_up(history), len(top1) // 2 if len(top1) >= 10 else 0) :]
     wiggle, ratio, chance = swings(history, late)
+    falls = int((np.diff(late) < -half).sum())
     sampled = half >= COARSE
-    if not sampled and not (chance < 0.001 and wiggle > half and not has(found, "spike")):
+    if not sampled and not (chance < 0.001 and wiggle > half and falls > 1 and not has(found, "spike")):
         return []
     evidence = f"With {n:,} validation images, an accuracy of {top1[-1]:.3f} is uncertain by ± {points(half)} (95%)."
     if math.isfinite(wiggle):
@@ -392,6 +490,11 @@ def validation_noise(history: RunHistory, found: Sequence[Finding]) -> list[Find
     metrics = {"images": n, "half_width": half, "swings": wiggle, "cause": "sampling" if sampled else "network"}
     sure = 0.95 if sampled else confidence(float(stats.norm.isf(chance / 2)))
     return [Finding("validation-noise", sure, evidence, advice, [], metrics)]
+
+
+def warmed_up(history: RunHistory) -> int:
+    """Return the epoch (from 0) at whose end the learning rate is highest: the curves bend while it rises."""
+    return int(np.argmax(history.column("lr")))
 
 
 def swings(history: RunHistory, top1: np.ndarray) -> tuple[float, float, float]:
@@ -412,31 +515,55 @@ def swings(history: RunHistory, top1: np.ndarray) -> tuple[float, float, float]:
 
 
 def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    if not history.num_val or len(history.records) < 4 or has(found, "collapse", "divergence", "overfitting"):
+    if not history.num_val or has(found, "collapse", "divergence", "overfitting"):
         return []
     top1 = history.column("val_top1")
-    late = top1[-max(4, len(top1) // 2) :]
+    late = top1[max(warmed_up(history), len(top1) - max(4, len(top1) // 2)) :]
+    if len(late) < 4:
+        return []
     slope, _, low, high = (float(value) for value in stats.theilslopes(late, alpha=0.95))
     epochs = list(range(len(top1) - len(late) + 1, len(top1) + 1))
     noise = standard_error(float(top1[-1]), history.num_val)
-    metrics = {"slope": slope, "low": low, "high": high}
+    metrics = {"slope": slope, "low": low, "high": high, "schedule_ended": history.decayed}
     interval = f"(95% interval: {100 * low:+.2f} to {100 * high:+.2f})"
     if low > 0 and low * len(late) > noise:
-        evidence = f"{span(epochs)} validation accuracy rises by {points(slope)} per epoch {interval}."
-        advice = "Train for more --epochs: the schedule stretches with them."
-        return [Finding("improving", 0.95, evidence, advice, epochs, metrics)]
+        return [improving(history, epochs, slope, interval, metrics)]
     gain = max(0.0, high) * len(late)
-    if gain > 2 * 1.96 * noise:
+    if history.unfinished or gain > 2 * 1.96 * noise:  # before the end, a falling learning rate may still help
         return []
     evidence = (
         f"{span(epochs)} validation accuracy no longer rises: it changes by {100 * slope:+.2f} points per epoch "
-        f"{interval}. As many epochs again would add at most {points(gain)}, which {history.num_val:,} validation "
-        "images can hardly show."
+        f"{interval}."
     )
-    if history.records[-1].lr < history.recipe.lr / 20:
-        evidence += " The learning rate has decayed: a longer schedule, which keeps it high for longer, may still help."
-    advice = "Stop here, or change the recipe."
+    if history.decayed:
+        evidence += " The learning rate has fallen to the end of its schedule, so more of the same would change little."
+        advice = "Stop here, or change the recipe: a longer schedule keeps the learning rate high for longer."
+    else:
+        evidence += (
+            f" As many epochs again would add at most {points(gain)}, which {history.num_val:,} validation images can "
+            "hardly show."
+        )
+        advice = "Stop here, or change the recipe."
+        if history.recipe.schedule == "constant":
+            advice = "Let the learning rate fall: --schedule cosine."
     return [Finding("plateau", 0.95, evidence, advice, epochs, {**metrics, "gain": gain})]
+
+
+def improving(history: RunHistory, epochs: list[int], slope: float, interval: str, metrics: dict[str, Any]) -> Finding:
+    """Return the finding of a curve that rises, and whether more epochs would go on like that."""
+    evidence = f"{span(epochs)} validation accuracy rises by {points(slope)} per epoch {interval}."
+    if history.unfinished:
+        advice = "Continue this run."
+    elif history.decayed:
+        last = history.column("val_top1")[-2:]
+        evidence += (
+            f" It rises as the learning rate falls to the end of the schedule: the last epoch adds "
+            f"{points(last[1] - last[0])}, so more of the same would add little."
+        )
+        advice = f"Train with a longer schedule: --epochs {2 * history.recipe.epochs}."
+    else:
+        advice = f"Train for more epochs: --epochs {2 * history.recipe.epochs}."
+    return Finding("improving", 0.95, evidence, advice, epochs, metrics)
 
 
 def healthy(history: RunHistory, found: Sequence[Finding]) -> Finding:
@@ -456,7 +583,8 @@ def healthy(history: RunHistory, found: Sequence[Finding]) -> Finding:
             side = "below" if gap >= 0 else "above"
             evidence += f", {points(abs(gap))} {side} that of training images scored the same way"
         evidence += "."
-    advice = "Nothing needs fixing." + (" More epochs would help." if has(found, "improving") else "")
+    more = has(found, "improving") and not history.unfinished
+    advice = f"Nothing needs fixing.{' More epochs help.' if more else ''}"
     return Finding("healthy", 0.9, evidence, advice)
 
 
@@ -468,6 +596,7 @@ RULES: Sequence[Callable[[RunHistory, Sequence[Finding]], list[Finding]]] = (
     learning_rate,
     spikes,
     overfitting,
+    gap_to_validation,
     validation_above_training,
     validation_noise,
     trend,
@@ -497,5 +626,5 @@ def seed_variance(model: str, top1: Sequence[float], num_images: int) -> Finding
         "images explain."
     )
     advice = "Lower --lr or lengthen --warmup, and report more seeds."
-    sure = round(min(0.999, 1 - chance), 3)
+    sure = round(min(SURE, 1 - chance), 3)
     return Finding("seed-variance", sure, evidence, advice, [], {"ratio": math.sqrt(ratio)})

@@ -52,6 +52,21 @@ class RunHistory:
         return -(-self.num_train // self.recipe.batch_size)
 
     @property
+    def steps(self) -> int:
+        """Steps in the recorded epochs."""
+        return len(self.records) * self.steps_per_epoch
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether epochs are left that the same command would train."""
+        return len(self.records) < self.recipe.epochs and (self.result or {}).get("status") in (None, "failed")
+
+    @property
+    def decayed(self) -> bool:
+        """Whether the learning rate has fallen to the end of its schedule."""
+        return self.records[-1].lr < self.recipe.lr / 20
+
+    @property
     def guessing_loss(self) -> float:
         """The cross-entropy of a network that gives every class the same probability."""
         return math.log(self.info.num_classes)

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from raycifar.analysis.findings import Finding, has
@@ -10,8 +11,11 @@ from raycifar.analysis.history import RunHistory
 from raycifar.recipes import Recipe, changes, recipe_for
 
 PHRASES = {
+    "test-differs": "the test set doesn't match the validation images",
+    "too-early": "it is too early to tell",
     "collapse": "the network has learned nothing",
     "overfitting": "it overfits",
+    "generalization-gap": "it does better on training images than on new ones",
     "spike": "the loss spikes",
     "plateau": "validation accuracy has stopped rising",
     "improving": "it is still improving",
@@ -45,6 +49,8 @@ def state(history: RunHistory) -> str:
     """Return how far a run has come, in a sentence."""
     done, epochs = len(history.records), history.recipe.epochs
     if history.result is None:
+        if done == epochs:
+            return f"All {epochs} epochs of this run are recorded, but not yet its result."
         recorded = f"{done} of {count(epochs, 'epoch')} {'is' if done == 1 else 'are'} recorded"
         return f"This run is under way or was interrupted: {recorded}."
     match history.result["status"]:
@@ -61,9 +67,10 @@ def paragraph(history: RunHistory, findings: Sequence[Finding]) -> str:
     """Return what could stand under the figure, in plain English."""
     run, data, pretrained = history.run, history.run["data"], history.recipe.pretrained
     start = "from scratch" if pretrained == "none" else f"from pretrained weights ({pretrained})"
+    done, epochs = len(history.records), history.recipe.epochs
     text = (
         f"{run['model']} is trained {start} on {count(data['train'], data_name(run) + ' image')} for "
-        f"{count(len(history.records), 'epoch')}"
+        f"{'' if done == epochs else f'{done} of '}{count(epochs, 'epoch')}"
     )
     sentences = [f"{text}, with {data['val']:,} more held out for validation." if data["val"] else f"{text}."]
     if history.records:
@@ -77,7 +84,9 @@ def paragraph(history: RunHistory, findings: Sequence[Finding]) -> str:
             best = max(scored, key=lambda record: record.val_top1 or 0.0)
             text = f"Validation ends at a loss of {last.val_loss:.3f} and an accuracy of {last.val_top1:.1%}"
             later = (
-                f"; the best, {best.val_top1:.1%}, comes after epoch {best.epoch}" if best is not last else ", its best"
+                f"; the best, {best.val_top1:.1%}, comes after epoch {best.epoch}"
+                if best.val_top1 != last.val_top1
+                else ", its best"
             )
             sentences.append(f"{text}{later}.")
     if test := (history.result or {}).get("test"):
@@ -88,11 +97,14 @@ def paragraph(history: RunHistory, findings: Sequence[Finding]) -> str:
     return " ".join([*sentences, *(finding.evidence for finding in findings)])
 
 
-def to_command(run: dict[str, Any], command: str, recipe: Recipe, **options: Any) -> str:
-    """Return a command that trains a run's model on its data with `recipe`."""
+def to_command(
+    run: dict[str, Any], command: str, recipe: Recipe, models: Sequence[str] | None = None, **options: Any
+) -> str:
+    """Return a command that trains a run's model, or several, on its data with `recipe`."""
     model = run["model"]
     base = recipe_for(model, recipe.pretrained)
-    parts = ["raycifar", command, "--models" if command == "compare" else "--model", model]
+    chosen = ["--models", ",".join(models or [model])] if command == "compare" else ["--model", model]
+    parts = ["raycifar", command, *chosen]
     if run["data"]["source"] != "cifar100":
         parts += ["--data", run["data"]["source"]]
     if run["val_size"] != 5000 and "val_size" not in options:
@@ -109,41 +121,64 @@ def to_command(run: dict[str, Any], command: str, recipe: Recipe, **options: Any
     return shlex.join(parts)
 
 
-def next_steps(history: RunHistory, findings: Sequence[Finding]) -> list[dict[str, str]]:
-    """Return commands that are ready to run, each with its reason, the most urgent first."""
+Step = dict[str, str]  # a command, and the reason for it
+
+
+def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = "results") -> list[Step]:
+    """Return commands that are ready to run, each with its reason, in the order in which an expert would try them.
+
+    Continue the run; train on all images; train for longer; mend the recipe; search for a better one.
+    """
     run, recipe, own = history.run, history.recipe, history.own_recipe
-    steps: list[dict[str, str]] = []
+    steps: list[Step] = []
 
     def train(reason: str, recipe: Recipe, run: dict[str, Any] = run, **options: Any) -> None:
         steps.append({"command": to_command(run, "train", recipe, **options), "reason": reason})
 
-    if has(findings, "collapse", "divergence", "learning-rate-high"):
-        calm = replace(recipe, lr=min(own.lr, recipe.lr) / 2, warmup=max(own.warmup, recipe.warmup), clip_norm=1.0)
-        train("half the learning rate, a warm-up and clipped gradients, to see whether it learns at all", calm)
+    broken = has(findings, "collapse", "divergence", "learning-rate-high")
+    departed = {name: getattr(own, name) for finding in findings for name in finding.metrics.get("recipe", ())}
+    if history.unfinished and not broken:
+        usual = Path(storage).resolve() == Path("results").resolve()  # --storage's default
+        where: dict[str, Any] = {} if usual else {"storage": storage}
+        train("the rest of this run, under the same name", recipe, seed=run["seed"], name=run["name"], **where)
+        if not has(findings, "overfitting", "generalization-gap", "spike"):
+            return steps
+    if run["limit"] and has(findings, "overfitting", "generalization-gap", "too-early"):
+        train("all images: nothing makes a network generalize better than more data", recipe, {**run, "limit": None})
+    if has(findings, "learning-rate-low"):
+        recipe = replace(recipe, lr=own.lr)
+        train("the learning rate of the model's own recipe", recipe)
+    if has(findings, "improving", "underfitting", "too-early") and not departed and not history.unfinished:
+        epochs = max(findings_epochs(findings), (3 if has(findings, "underfitting") else 2) * recipe.epochs)
+        train(f"more epochs, with a schedule that stretches over all {epochs}", replace(recipe, epochs=epochs))
+    if departed:
+        names = " and ".join(name.replace("_", " ") for name in departed)
+        recipe = replace(recipe, **departed)
+        train(f"the {names} of the {history.model}'s own recipe", recipe)
+    elif broken:
+        rate = own.lr if has(findings, "learning-rate-high") else min(own.lr, recipe.lr) / 2
+        gentle = replace(recipe, lr=rate, warmup=max(own.warmup, recipe.warmup), clip_norm=1.0)
+        train("a lower learning rate, a warm-up and clipped gradients, to see whether it learns at all", gentle)
     if has(findings, "spike"):
         if recipe.clip_norm:
             train("half the learning rate, against spikes", replace(recipe, lr=recipe.lr / 2))
         else:
             train("clipped gradients, against spikes", replace(recipe, clip_norm=1.0))
-    if has(findings, "overfitting"):
+    if has(findings, "overfitting", "generalization-gap"):
         mixup = max(min(0.3, 1 - recipe.cutmix), recipe.mixup)
         smoothing = max(0.1, recipe.label_smoothing)
-        train(
-            "more augmentation, against overfitting",
-            replace(recipe, augment="cutout", label_smoothing=smoothing, mixup=mixup),
-        )
-        if run["limit"]:
-            train("all images: nothing regularizes better than more data", recipe, {**run, "limit": None})
-    if has(findings, "underfitting", "learning-rate-low"):
-        longer = replace(recipe, lr=own.lr, epochs=max(10, 3 * recipe.epochs))
-        train("the model's own learning rate, and more epochs", longer)
+        more = replace(recipe, augment="cutout", label_smoothing=smoothing, mixup=mixup)
+        if more != recipe:
+            train("more augmentation, against the gap to validation", more)
     if has(findings, "validation-noise") and history.num_val < 5000 and (run["limit"] or history.num_train > 10_000):
         train("a validation set that resolves a difference of a point", recipe, val_size=5000)
-    if has(findings, "improving"):
-        train("twice the epochs, as it is still improving", replace(recipe, epochs=2 * recipe.epochs))
     if has(findings, "plateau", "healthy", "validation-noise") or not steps:
         search = to_command(run, "compare", recipe, seeds=3, search=20)
-        steps.append(
-            {"command": search, "reason": "a search for a better recipe, and three seeds to see how sure it is"}
-        )
+        reason = "a search for a better recipe, and three seeds to see how sure the result is"
+        steps.append({"command": search, "reason": reason})
     return steps
+
+
+def findings_epochs(findings: Sequence[Finding]) -> int:
+    """Return after how many epochs the findings can tell more."""
+    return max((finding.metrics.get("epochs_needed", 0) for finding in findings), default=0)

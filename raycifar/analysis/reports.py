@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,14 @@ from PIL import Image
 from raycifar.analysis import charts, prose
 from raycifar.analysis.classification import by_class, confused_pairs, confusion, reliability
 from raycifar.analysis.curves import panels
-from raycifar.analysis.findings import diagnose, seed_variance
+from raycifar.analysis.findings import FIT, diagnose, fit, listed, seed_variance, standard_error
 from raycifar.analysis.history import RunHistory
+from raycifar.analysis.mismatch import find_mismatch
 from raycifar.analysis.page import render
 from raycifar.analysis.suspects import Suspects, rank_suspects
 from raycifar.data import DatasetInfo
 from raycifar.data.tables import Source, from_lists, to_numpy
+from raycifar.recipes import changes
 
 GALLERY = 24  # images of the most suspect labels
 PAIRS, EXAMPLES = 6, 4  # pairs of classes shown, and pictures of each direction
@@ -28,23 +30,26 @@ ROWS = 300  # epochs in a page's table
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run's folder holds; what isn't there is None, and the report says so."""
+    """What a run's folder holds; what isn't there is None, and the report says so. `storage` is where it stands."""
 
     name: str
     history: RunHistory
     predictions: bytes | None
     example_stats: bytes | None
+    storage: str = "results"
 
 
-def report_run(files: RunFiles) -> dict[str, Any]:
-    """Return the report of a run as `report.json` holds it."""
-    found = diagnose(files.history)
+def report_run(files: RunFiles, source: Source | None = None) -> dict[str, Any]:
+    """Return the report of a run as `report.json` holds it; `source` are the images, where they are at hand."""
+    differs, found = find_mismatch(files.history, files.predictions, source), diagnose(files.history)
+    if differs:
+        found = [*differs, *(finding for finding in found if finding.kind != "healthy")]
     return {
         "name": files.name,
         "state": prose.state(files.history),
         "headline": prose.headline(found),
         "findings": [finding.to_json() for finding in found],
-        "next": prose.next_steps(files.history, found) if files.history.records else [],
+        "next": prose.next_steps(files.history, found, files.storage) if files.history.records else [],
         "paragraph": prose.paragraph(files.history, found),
     }
 
@@ -52,6 +57,7 @@ def report_run(files: RunFiles) -> dict[str, Any]:
 def run_page(files: RunFiles, report: dict[str, Any], source: Source | None) -> str:
     """Return a run's `report.html`; pictures are left out where `source`, the images, is not at hand."""
     history, info = files.history, files.history.info
+    mature = bool(history.records) and fit(history) >= FIT  # before that, its doubts about labels mean nothing
     drawn = {name: charts.curve_chart(panel) for name, panel in panels(history).items()} if history.records else {}
     test = read_predictions(files.predictions, source, info)
     if test:
@@ -66,11 +72,35 @@ def run_page(files: RunFiles, report: dict[str, Any], source: Source | None) -> 
         records=history.records[-ROWS:],
         omitted=max(0, len(history.records) - ROWS),
         result=history.result,
+        intervals=test_intervals(history),
+        details=details(history),
         test=test,
-        suspects=gallery(rank_suspects(files.example_stats) if files.example_stats else None, source, info),
+        suspects=gallery(rank_suspects(files.example_stats), source, info) if files.example_stats and mature else [],
+        mature=mature,
         behind=behind_spikes(report, source, info),
         has_pictures=source is not None,
     )
+
+
+def test_intervals(history: RunHistory) -> dict[str, float]:
+    """Return half of the 95% interval of each test accuracy, over the choice of test images."""
+    test = (history.result or {}).get("test")
+    names = ("top1", "top5", "superclass_top1")
+    return {name: 1.96 * standard_error(test[name], test["images"]) for name in names} if test else {}
+
+
+def details(history: RunHistory) -> dict[str, str]:
+    """Return what a reader needs to train the same network again."""
+    run, recipe = history.run, history.recipe
+    values = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    return {
+        "command": prose.to_command(run, "train", recipe, seed=run["seed"]),
+        "recipe": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items()),
+        "parameters": f"{run['parameters']:,}" if run.get("parameters") else "unknown",
+        "started": run.get("created", "unknown"),
+        "precision": run.get("precision", "unknown"),
+        "versions": ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()) or "unknown",
+    }
 
 
 # The test set, and single images --------------------------------------------------------------------
@@ -185,14 +215,28 @@ def report_comparison(name: str, runs: Sequence[RunFiles], comparison: dict[str,
         "paragraph": " ".join([state, *sentences, *(finding.evidence for finding in found)]),
         "sentences": sentences,
         "runs": [{key: report[key] for key in ("name", "state", "headline", "findings")} for report in reports],
-        "next": urgent_steps(reports),
+        "next": next_comparison(runs, comparison),
     }
 
 
-def urgent_steps(reports: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Return the most urgent step of each run, each once."""
-    steps = {report["next"][0]["command"]: report["next"][0] for report in reports if report["next"]}
-    return list(steps.values())[:4]
+def next_comparison(runs: Sequence[RunFiles], comparison: dict[str, Any] | None) -> list[prose.Step]:
+    """Return the comparison that would tell more: of networks that are trained for longer, or with more seeds."""
+    if not comparison or not comparison["pairs"]:
+        return []
+    pairs, histories = comparison["pairs"], [run.history for run in runs]
+    run, epochs = histories[0].run, max(history.recipe.epochs for history in histories)
+    seeds = max([3, *(pair["seeds_needed"] or 0 for pair in pairs if pair["verdict"] == "undecided")])
+    reasons = [f"{prose.count(seeds, 'seed')} of each model"]
+    if any(pair.get("immature") for pair in pairs):
+        epochs *= 2
+        reasons.append(f"{epochs} epochs, as the networks have more to learn")
+    if run["limit"]:
+        run = {**run, "limit": None}
+        reasons.append("all images")
+    shared = set.intersection(*(set(changes(history.recipe, history.own_recipe).items()) for history in histories))
+    recipe = replace(histories[0].own_recipe, **{**dict(shared), "epochs": epochs})
+    command = prose.to_command(run, "compare", recipe, list(by_model(runs)), seeds=seeds)
+    return [{"command": command, "reason": listed(reasons)}]
 
 
 def by_model(runs: Sequence[RunFiles]) -> dict[str, list[RunFiles]]:
@@ -216,7 +260,7 @@ def comparison_page(
         stacked = {model: values for model, values in stacked.items() if np.isfinite(values).any()}
         if stacked:
             ends = "; ".join(f"{model} ends at {last_mean(values):.3f}" for model, values in stacked.items())
-            description = f"{words.capitalize()} by epoch, mean and range over the seeds: {ends}."
+            description = f"{words.capitalize()} by epoch, mean over the seeds, and the runs: {ends}."
             drawn[score] = charts.bands(stacked, words, description)
     if comparison:
         models = comparison["models"]

@@ -101,7 +101,7 @@ def read_files(folder: RunFolder) -> "RunFiles":
 
     history = RunHistory(folder.read_json(RUN), folder.history(), folder.read_json(RESULT))
     example_stats = folder.read(EXAMPLE_STATS) or folder.read(OLD_EXAMPLE_STATS)
-    return RunFiles(folder.name, history, folder.read(PREDICTIONS), example_stats)
+    return RunFiles(folder.name, history, folder.read(PREDICTIONS), example_stats, folder.storage)
 
 
 def read_report(folder: RunFolder) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def write_run(
     from raycifar.analysis.suspects import rank_suspects
 
     out, files = out or folder, read_files(folder)
-    content = report_run(files)
+    content = report_run(files, source)
     if kind == "html":
         out.write(REPORT_PAGE, run_page(files, content, source).encode())
         if files.example_stats and (found := rank_suspects(files.example_stats)):
