@@ -115,7 +115,7 @@ def to_command(
         parts += ["--pretrained", recipe.pretrained]
     for name, value in {**changes(recipe, base), **options}.items():
         if isinstance(value, bool):
-            parts.append(f"--{'' if value else 'no-'}{name}")
+            parts.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
         elif name != "pretrained":
             parts += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
     return shlex.join(parts)
