@@ -34,6 +34,8 @@ from raycifar.workflows.requests import ComparisonRequest, Settings, TrainingReq
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from raycifar.analysis.history import RunHistory
+
 __all__ = [
     "Comparison",
     "Model",
@@ -125,10 +127,10 @@ class Run:
         return reporting.read_report(self._files)
 
     def plot(self) -> "Figure":
-        """Return the curves: loss, top-1 accuracy and learning rate by epoch."""
-        from raycifar.analysis.figures import plot_run
+        """Return a figure of accuracy, loss, generalization gap and learning rate by epoch."""
+        from raycifar.analysis.charts import plot_history
 
-        return plot_run(self.history, self.name)
+        return plot_history(reporting.read_files(self._files).history, self.name)
 
     def load(self, device: str = "auto") -> Model:
         """Return the trained network, which predicts.
@@ -240,13 +242,13 @@ class Comparison:
 
     def plot(self) -> "Figure":
         """Return validation top-1 and training loss by epoch: the mean of each model's runs, and their range."""
-        from raycifar.analysis.figures import plot_comparison
+        from raycifar.analysis.charts import plot_comparison
 
         return plot_comparison({name: self._histories(name) for name in self.result["models"]}, self.name)
 
-    def _histories(self, model: str) -> list[pd.DataFrame]:
+    def _histories(self, model: str) -> "list[RunHistory]":
         names = self.result["models"][model]["runs"]
-        return [run.history for run in self.runs if run.name in names]
+        return [reporting.read_files(run._files).history for run in self.runs if run.name in names]
 
     def __repr__(self) -> str:
         return f"Comparison({self.folder!r}): {' '.join(self.sentences)}"

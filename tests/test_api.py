@@ -67,7 +67,7 @@ def test_a_run_is_what_its_folder_holds(trained):
     assert run.findings == json.loads((trained / "report.json").read_text())["findings"]
     assert "finished" in repr(run)
     assert f"{run.test['top1']:.4f}" in run._repr_html_()
-    assert len(run.plot().axes) == 3
+    assert len(run.plot().axes) == 4
     assert open_run(str(trained)).name == "a"
 
 

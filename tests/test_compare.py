@@ -73,7 +73,7 @@ def made_up(tmp_path):
 def test_finished_runs_are_compared_without_training(made_up, compare, tmp_path):
     folders = [made_up("cnn", seed, 0.60) for seed in (0, 1)] + [made_up("vgg16", seed, 0.70) for seed in (0, 1, 2)]
     done = compare(*folders, "--name", "c", "--price-per-hour", 3.6)
-    assert "cnn is worse than vgg16: -9." in done.stdout
+    assert ", cnn is worse than vgg16, by 9." in done.stdout
     comparison = json.loads((tmp_path / "runs/c/comparison.json").read_text())
     cnn, vgg16 = comparison["models"]["cnn"], comparison["models"]["vgg16"]
     assert cnn["top1"]["n"] == 2
@@ -96,7 +96,7 @@ def test_finished_runs_are_compared_without_training(made_up, compare, tmp_path)
 def test_one_model_with_two_recipes_is_two_and_little_is_not_told_apart(made_up, compare, tmp_path):
     folders = [made_up("cnn", 0, 0.60), made_up("cnn", 1, 0.60, recipe={"lr": 0.4})]
     done = compare(*folders, "--name", "c")
-    assert "cnn lr=0.05 and cnn lr=0.4 are not told apart by these runs" in done.stdout
+    assert "cnn lr=0.05 and cnn lr=0.4 can't be told apart" in done.stdout
     assert "With one run of a model" in done.stdout
     (pair,) = json.loads((tmp_path / "runs/c/comparison.json").read_text())["pairs"]
     assert pair["verdict"] == "undecided"
@@ -106,7 +106,7 @@ def test_runs_that_are_not_comparable_are_refused_with_the_reason(made_up, compa
     first = made_up("cnn", 0, 0.6)
     other = made_up("vgg16", 0, 0.6, recipe={"epochs": 9}, data={"train": 5000})
     refused = compare(first, other, code=2).stderr
-    assert "vgg16-s0 has 5000 training images, not 45000 and 9 epochs, not 2 as cnn-s0 has" in refused
+    assert "vgg16-s0 differs from cnn-s0 in training images 5000 (not 45000), epochs 9 (not 2)" in refused
     failed = made_up("vgg16", 1, 0.6, status="failed")
     assert "can't be compared: it is failed" in compare(first, failed, code=2).stderr
     assert "is no run's folder" in compare(first, tmp_path / "nothing", code=2).stderr

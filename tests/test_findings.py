@@ -9,60 +9,25 @@ import numpy as np
 import pytest
 import torch
 from command import ROOT
+from histories import GUESSES, OVERFITS, made_up
 from provoked import PROVOKED, SPIKE
 from torch import nn
 
-from raycifar.analysis.findings import RunHistory, read, seed_variance
-from raycifar.analysis.prose import paragraph, what_next
+from raycifar.analysis.findings import diagnose, seed_variance
 from raycifar.engine.diagnostics import examine
-from raycifar.recipes import SCRATCH
-
-RUN = {"model": "cnn", "seed": 0, "val_size": 5000, "limit": None}
+from raycifar.errors import FailureKind
 
 
-def story(epochs=20, val=5000, result=None, recipe=None, **columns):
-    """A run whose curves are healthy but for those that are given, by function of the epoch (from 1)."""
-    usual = {
-        "train_loss": lambda e: 1.2 + 3 * np.exp(-e / 5),
-        "train_eval_loss": lambda e: 1.1 + 3 * np.exp(-e / 5),
-        "val_loss": lambda e: 1.4 + 2.8 * np.exp(-e / 5),
-        "train_top1": lambda e: 0.66 - 0.6 * np.exp(-e / 5),
-        "train_eval_top1": lambda e: 0.68 - 0.6 * np.exp(-e / 5),
-        "val_top1": lambda e: 0.63 - 0.58 * np.exp(-e / 5) + 0.002 * (-1) ** e,
-        "val_loss_se": lambda e: 0.02,
-        "lr": lambda e: 0.05,
-        "grad_norm": lambda e: 1.0,
-        "grad_norm_max": lambda e: 2.0,
-        "images_per_second": lambda e: 1000.0,
-        "val_gained": lambda e: None if e == 1 else 400,
-        "val_lost": lambda e: None if e == 1 else 300,
-    } | columns
-    fixed = {
-        "train_eval_images": 1000,
-        "grad_norm_max_step": 3,
-        "rise": None,
-        "restarts": 0,
-        "workers": 1,
-        "stage": "whole",
-    }
-    rows = [{"epoch": e, **fixed, **{name: f(e) for name, f in usual.items()}} for e in range(1, epochs + 1)]
-    data = {"source": "cifar100", "train": 45000, "val": val, "test": 10000}
-    run = {**RUN, "data": data, "recipe": {**vars(SCRATCH), "epochs": epochs, **(recipe or {})}}
-    return RunHistory(run, rows, result)
-
-
-def kinds(a_story):
-    return {finding.kind for finding in read(a_story)}
+def kinds(history):
+    return {finding.kind for finding in diagnose(history)}
 
 
 def test_a_healthy_run_has_nothing_but_its_health_and_its_trend():
-    assert kinds(story()) - {"plateau", "improving"} == {"healthy"}
+    assert kinds(made_up()) - {"plateau", "improving"} == {"healthy"}
 
 
 def test_a_network_that_guesses_has_collapsed_and_nothing_else():
-    dead = {name: lambda e: 4.6052 for name in ("train_loss", "train_eval_loss", "val_loss")}
-    dead |= {name: lambda e: 0.0099 for name in ("train_top1", "train_eval_top1", "val_top1")}
-    (finding,) = read(story(**dead))
+    (finding,) = diagnose(made_up(**GUESSES))
     assert finding.kind == "collapse"
     assert finding.epochs == list(range(1, 21))
     assert "ln(100) = 4.6052" in finding.evidence
@@ -74,24 +39,22 @@ def test_a_network_that_dies_late_is_said_to_have_died_then():
 
     dead = {name: dying(3.5, 4.6055) for name in ("train_loss", "train_eval_loss", "val_loss")}
     dead |= {name: dying(0.2, 0.01) for name in ("train_top1", "train_eval_top1", "val_top1")}
-    (finding,) = read(story(**dead))
+    (finding,) = diagnose(made_up(**dead))
     assert (finding.kind, finding.epochs[0]) == ("collapse", 8)
 
 
 @pytest.mark.parametrize(
     ("relus", "gradients", "cause"),
     [
-        ({"a": 0.1, "b": 1.0}, {"x": 0.0, "y": 0.0}, "Its ReLUs have died: in b, 100%"),
+        ({"a": 0.1, "b": 1.0}, {"x": 0.0, "y": 0.0}, "Its ReLUs have died: in layer b, 100%"),
         ({"a": 0.1}, {"x": 1e-9, "y": 1.0}, "Its gradients vanish"),
         ({"a": 0.1}, {"x": 1e6, "y": 1.0}, "Its gradients explode"),
         ({"a": 0.1}, {"x": 0.5, "y": 1.0}, "the network has learned nothing."),
     ],
 )
 def test_a_collapse_names_its_cause(relus, gradients, cause):
-    signals = {"dead_relus": relus, "gradient_norms": gradients}
-    rows = story(epochs=1, train_loss=lambda e: 4.606, train_top1=lambda e: 0.01)
-    rows.history[0]["diagnostics"] = signals
-    (finding,) = read(rows)
+    diagnostics = {"dead_relus": relus, "gradient_norms": gradients}
+    (finding,) = diagnose(made_up(epochs=1, **GUESSES, diagnostics=lambda e: diagnostics))
     assert cause in finding.evidence
 
 
@@ -111,83 +74,89 @@ def test_signals_see_dead_units_and_leave_the_network_as_it_was():
 
 
 def test_overfitting_is_a_validation_loss_that_rises_while_training_goes_on():
-    found = read(story(val_loss=lambda e: 1.6 + 0.05 * abs(e - 6), train_eval_top1=lambda e: min(0.99, 0.1 * e)))
+    found = diagnose(made_up(**OVERFITS))
     (finding,) = [f for f in found if f.kind == "overfitting"]
-    assert finding.figures["from_epoch"] == 6
-    assert "overfitting" not in kinds(story(val=200, val_loss=lambda e: 1.6 + 0.001 * abs(e - 6)))
+    assert finding.metrics["from_epoch"] == 6
+    assert "overfitting" not in kinds(made_up(val=200, val_loss=lambda e: 1.6 + 0.001 * abs(e - 6)))
 
 
 @pytest.mark.parametrize("coincidence", ["lr", "restarts", "grad_norm_max", "rise", None])
 def test_a_spike_is_found_at_its_epoch_with_what_it_coincides_with(coincidence):
-    a_story = story(
+    usual = {"lr": 0.05, "restarts": 0, "grad_norm_max": 2.0, "rise": None}
+    value = {"lr": 1.5, "restarts": 1, "grad_norm_max": 50.0, "rise": {"fraction": 0.6, "indices": [5, 6]}}
+    history = made_up(
         val_loss=lambda e: 1.4 + 2.8 * np.exp(-e / 5) + 1.5 * (e == 12),
         val_top1=lambda e: 0.63 - 0.58 * np.exp(-e / 5) - 0.2 * (e == 12),
+        **({coincidence: lambda e: (value if e == 12 else usual)[coincidence]} if coincidence else {}),
     )
-    value = {"lr": 1.5, "restarts": 1, "grad_norm_max": 50.0, "rise": {"fraction": 0.6, "indices": [5, 6]}}
-    if coincidence:
-        a_story.history[11][coincidence] = value[coincidence]
-    (finding,) = [f for f in read(a_story) if f.kind == "spike"]
+    (finding,) = [f for f in diagnose(history) if f.kind == "spike"]
     assert finding.epochs == [12]
     said = {
         "lr": "30 times that of the epoch before",
         "restarts": "a restart of the run",
         "grad_norm_max": "a gradient norm of 50.00 (usually 2.00)",
-        "rise": "a hundredth of them make 60%",
+        "rise": "1% of them cause 60%",
         None: "Nothing that was recorded coincides",
     }
     assert said[coincidence] in finding.evidence
-    assert "spike" not in kinds(story())
+    assert "spike" not in kinds(made_up())
 
 
 def test_few_validation_images_are_said_to_be_noisy_and_whether_sampling_explains_it():
     rng = np.random.default_rng(0)
     noise = dict(enumerate(rng.normal(0, 0.02, 30)))
-    noisy = story(
+    noisy = made_up(
         val=200,
         val_top1=lambda e: 0.63 - 0.58 * np.exp(-e / 5) + noise[e],
         val_gained=lambda e: 20,
         val_lost=lambda e: 18,
         val_loss_se=lambda e: 0.1,
     )
-    (finding,) = [f for f in read(noisy) if f.kind == "validation-noise"]
+    (finding,) = [f for f in diagnose(noisy) if f.kind == "validation-noise"]
     assert "200 validation images" in finding.evidence
     assert "no more than sampling explains" in finding.evidence
-    swinging = story(val_top1=lambda e: 0.6 + 0.1 * (-1) ** e, val_loss=lambda e: 1.5)
-    (finding,) = [f for f in read(swinging) if f.kind == "validation-noise"]
-    assert finding.figures["cause"] == "network"
+    swinging = made_up(val_top1=lambda e: 0.6 + 0.1 * (-1) ** e, val_loss=lambda e: 1.5)
+    (finding,) = [f for f in diagnose(swinging) if f.kind == "validation-noise"]
+    assert finding.metrics["cause"] == "network"
 
 
 @pytest.mark.parametrize(("clean", "explained"), [(0.62, True), (0.45, False)])
 def test_validation_above_training_is_explained_by_augmentation_or_is_not(clean, explained):
-    found = read(story(train_top1=lambda e: 0.4, train_eval_top1=lambda e: clean))
+    found = diagnose(made_up(train_top1=lambda e: 0.4, train_eval_top1=lambda e: clean))
     (finding,) = [f for f in found if f.kind == "validation-above-training"]
-    assert finding.figures["explained"] == explained
+    assert finding.metrics["explained"] == explained
     assert ("augmentation (crop)" in finding.evidence) == explained
 
 
 def test_underfitting_by_a_tiny_learning_rate_says_both():
     small = {name: lambda e: 4.5 for name in ("train_loss", "train_eval_loss", "val_loss")}
     small |= {name: lambda e: 0.03 for name in ("train_top1", "train_eval_top1", "val_top1")}
-    assert kinds(story(epochs=1, recipe={"lr": 1e-4}, **small)) == {"underfitting", "learning-rate-low"}
-    assert "learning-rate-low" not in kinds(story(epochs=1, **small))
+    assert kinds(made_up(epochs=1, recipe={"lr": 1e-4}, **small)) == {"underfitting", "learning-rate-low"}
+    assert "learning-rate-low" not in kinds(made_up(epochs=1, **small))
 
 
 def test_the_trend_is_read_and_extrapolated():
-    assert "improving" in kinds(story(val_top1=lambda e: 0.02 * e))
-    flat = next(f for f in read(story(val_top1=lambda e: 0.6 + 0.001 * (-1) ** e)) if f.kind == "plateau")
-    assert flat.figures["gain"] < 0.03
+    assert "improving" in kinds(made_up(val_top1=lambda e: 0.02 * e))
+    flat = next(f for f in diagnose(made_up(val_top1=lambda e: 0.6 + 0.001 * (-1) ** e)) if f.kind == "plateau")
+    assert flat.metrics["gain"] < 0.03
 
 
-def test_a_loss_that_is_not_finite_is_a_divergence_even_without_an_epoch():
-    failed = {"status": "failed", "reason": "the loss is no longer finite: epoch 1, step 3. Try a smaller --lr"}
-    a_story = story(epochs=1, result=failed)
-    (finding,) = read(RunHistory(a_story.run, [], failed))
+@pytest.mark.parametrize("epochs", [0, 1])
+@pytest.mark.parametrize("typed", [{"failure": FailureKind.NOT_FINITE}, {}])
+def test_a_loss_that_is_not_finite_is_a_divergence_even_without_an_epoch(epochs, typed):
+    failed = {"status": "failed", "reason": "the loss is no longer finite: epoch 1, step 3. Try less", **typed}
+    finding = diagnose(made_up(epochs=epochs, result=failed, recipe={"epochs": 5}))[0]
     assert finding.kind == "divergence"
-    assert "epoch 1, step 3" in finding.evidence
+    assert finding.evidence == "The loss is no longer finite: epoch 1, step 3. Training stopped there."
+
+
+def test_why_a_run_failed_is_a_kind_and_not_its_words():
+    failed = {"status": "failed", "reason": "the disk's finite space is used up", "failure": "storage"}
+    assert diagnose(made_up(epochs=0, result=failed, recipe={"epochs": 5})) == []
 
 
 def test_a_jump_that_never_comes_back_is_a_divergence_at_its_epoch():
-    broken = story(
+    broken = made_up(
         train_loss=lambda e: 1.2 + 3 * np.exp(-e / 5) if e < 12 else 4.58,
         train_eval_loss=lambda e: 1.2 + 3 * np.exp(-e / 5) if e < 12 else 4.58,
         val_loss=lambda e: 1.2 + 3 * np.exp(-e / 5) if e < 12 else 4.58,
@@ -195,9 +164,9 @@ def test_a_jump_that_never_comes_back_is_a_divergence_at_its_epoch():
         val_top1=lambda e: 0.5 if e < 12 else 0.015,
         lr=lambda e: 0.6 if e == 12 else 0.02,
     )
-    (finding,) = read(broken)
+    (finding,) = diagnose(broken)
     assert (finding.kind, finding.epochs) == ("divergence", [12])
-    assert "never comes back" in finding.evidence
+    assert "it never recovers" in finding.evidence
     assert "30 times that of the epoch before" in finding.evidence
 
 
@@ -207,35 +176,6 @@ def test_seeds_that_differ_by_more_than_sampling_are_told_and_others_are_not():
     assert seed_variance("cnn", usual, 10_000) is None
     assert seed_variance("cnn", [0.6, 0.1, 0.62], 10_000).kind == "seed-variance"
     assert seed_variance("cnn", [0.6], 10_000) is None
-
-
-def test_what_next_is_commands_that_are_understood():
-    from raycifar import compare, train
-
-    shown = [
-        story(),
-        story(val_loss=lambda e: 1.6 + 0.05 * abs(e - 6), train_eval_top1=lambda e: min(0.99, 0.1 * e)),
-        story(
-            val_loss=lambda e: 1.6 + 0.05 * abs(e - 6),
-            train_eval_top1=lambda e: min(0.99, 0.1 * e),
-            recipe={"cutmix": 0.8},
-        ),
-        story(val=200, recipe={"lr": 0.7, "augment": "flip"}),
-        story(epochs=2, train_loss=lambda e: 4.606, train_top1=lambda e: 0.01),
-    ]
-    for a_story in shown:
-        steps = what_next(a_story, read(a_story))
-        assert steps
-        for step in steps:
-            _, command, *args = step["command"].split()
-            context = {"train": train.main, "compare": compare.main}[command].make_context(command, list(args))
-            assert {"train": "model", "compare": "names"}[command] in context.params
-
-
-def test_the_paragraph_names_figures_and_findings():
-    text = paragraph(story(), read(story()))
-    assert "cnn was trained from scratch on 45,000 images of cifar100 for 20 epochs" in text
-    assert "its best was" in text
 
 
 # On real runs ---------------------------------------------------------------------------------------
@@ -255,4 +195,4 @@ def test_what_is_provoked_is_found_where_it_should_be_and_nowhere_else(cifar, tm
         assert {kind for kind in table[name] if kind in wanted} == {expected}, name
     assert table["jumps"]["spike"]["epochs"] == [SPIKE]
     assert "ReLUs have died" in table["dies"]["collapse"]["evidence"]
-    assert table["is augmented much"]["validation-above-training"]["figures"]["explained"]
+    assert table["is augmented much"]["validation-above-training"]["metrics"]["explained"]

@@ -1,27 +1,37 @@
-"""Charts as SVG text: they stand inside a page, take its ink and paper, and need no network.
+"""Charts: as SVG text they stand inside a page, take its ink and paper, and need no network.
 
 Lines and texts are drawn in `currentColor`, so a page decides on light or dark. The hues are Okabe and
-Ito's (2008), told apart by people who don't see all colours; lines differ in their dashes too, for print.
+Ito's (2008), which color-blind readers can tell apart; lines also differ in their dashes, for print.
 """
 
 import io
 import warnings
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from raycifar.analysis.curves import BLUE, ORANGE, Panel, panels
+from raycifar.analysis.history import RunHistory
 
 INK = "#010203"  # stands for currentColor until the SVG is written
-BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
+GREEN, PURPLE = "#009e73", "#cc79a7"
 SERIES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"), ("#56b4e9", "-"), ("#d55e00", "--"))
 MARKERS = "osD^vP"
+COMPARED = {"val_top1": "validation accuracy", "train_loss": "training loss"}
+FEW_RUNS = 3  # are drawn one by one
+MOST_POINTS = 1000  # of a line
+MOST_ROWS = 20  # of a chart
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
+    "text.parse_math": False,  # a name may hold dollar signs
     "svg.fonttype": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -43,111 +53,175 @@ def to_svg(figure: Figure, description: str) -> str:
         figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)
 
 
-def draw(width: float, height: float) -> tuple[Figure, Axes]:
+def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots()
 
 
-def line_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
-    axes.set(xlabel=xlabel, ylabel=ylabel)
+def label_epochs(axes: Axes, ylabel: str) -> None:
+    axes.set(xlabel="epoch", ylabel=ylabel)
     axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
 
 
-def curves(
-    lines: Sequence[tuple[str, np.ndarray, str, str]],
-    ylabel: str,
-    description: str,
-    marks: Sequence[tuple[int, str]] = (),
-    *,
-    between: tuple[np.ndarray, np.ndarray] | None = None,
-    log: bool = False,
-    from_zero: bool = False,
-) -> str:
-    """Return figures by epoch.
+def plain_log(axes: Axes, axis: str) -> None:
+    """Make an axis, "x" or "y", logarithmic, with ticks that read 2.4, 30 or 5,000."""
+    axes.set(**{f"{axis}scale": "log"})
+    scale = axes.xaxis if axis == "x" else axes.yaxis
+    low, high = scale.get_view_interval()
+    subs = (1.0, 3.0) if high < 1000 * low else (1.0,)
+    scale.set_major_locator(MaxNLocator(nbins=4) if high < 10 * low else LogLocator(subs=subs, numticks=6))
+    scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    scale.set_minor_formatter(NullFormatter())
 
-    Args:
-        lines: label, (epochs,) values, colour and line style of each.
-        marks: epochs that are marked, each with a word.
-        between: two lines, the area between which is tinted.
-    """
+
+def thinned(count: int) -> np.ndarray:
+    """Return the indices of at most 1,000 of `count` points, evenly spaced, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(int))
+
+
+# Curves ---------------------------------------------------------------------------------------------
+
+
+def draw_panel(axes: Axes, panel: Panel) -> None:
+    label_epochs(axes, panel.ylabel)
+    for line, marker in zip(panel.lines, MARKERS, strict=False):
+        shown = thinned(len(line.values))
+        marker = marker if np.isfinite(line.values).sum() < 2 else ""
+        values = line.values[shown]
+        axes.plot(shown + 1, values, line.style, color=line.color, marker=marker, linewidth=1.8, label=line.label)
+        if panel.fill:
+            axes.fill_between(shown + 1, 0, values, color=line.color, alpha=0.15, linewidth=0)
+    if panel.log:
+        plain_log(axes, "y")
+    if panel.from_zero:
+        axes.set_ylim(bottom=0)
+    for k, (epoch, word) in enumerate(panel.marks):
+        axes.axvline(epoch, color=INK, linewidth=0.8, linestyle=":", alpha=0.7)
+        place = (epoch, 1.0 + 0.07 * (k % 2))
+        axes.annotate(word, place, xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
+    if len(panel.lines) > 1:
+        axes.legend(loc="best")
+
+
+def curve_chart(panel: Panel) -> str:
+    """Return the SVG of one panel."""
     with rc_context(STYLE):
-        figure, axes = draw(4.7, 2.9)
-        line_axes(axes, "epoch", ylabel)
-        for label, values, colour, style in lines:
-            epochs = np.arange(1, len(values) + 1)
-            single = "o" if np.isfinite(values).sum() < 2 else ""
-            axes.plot(epochs, values, color=colour, linestyle=style, marker=single, linewidth=1.8, label=label)
-        if between is not None:
-            epochs = np.arange(1, len(between[0]) + 1)
-            axes.fill_between(epochs, *between, color=ORANGE, alpha=0.15, linewidth=0)
-        if log:
-            axes.set_yscale("log")
-        if from_zero:
-            axes.set_ylim(bottom=0)
-        for place, (epoch, word) in enumerate(marks):
-            axes.axvline(epoch, color=INK, linewidth=0.8, linestyle=":", alpha=0.7)
-            axes.annotate(
-                word,
-                (epoch, 1.0 + 0.07 * (place % 2)),
-                xycoords=("data", "axes fraction"),
-                ha="center",
-                va="bottom",
-                fontsize=7,
-            )
-        if len(lines) > 1:
-            axes.legend(loc="best")
-        return to_svg(figure, description)
+        figure, axes = new_axes(4.7, 2.9)
+        draw_panel(axes, panel)
+        return to_svg(figure, panel.description)
 
 
-def bands(groups: dict[str, np.ndarray], ylabel: str, description: str) -> str:
-    """Return the mean over seeds of each model's curve, with the range of its runs.
+class NotebookFigure(Figure):
+    """A figure that a notebook shows, also where pyplot has not been imported."""
+
+    def _repr_png_(self) -> bytes:
+        stream = io.BytesIO()
+        self.savefig(stream, format="png", dpi=120)
+        return stream.getvalue()
+
+
+def new_grid(panels: int, title: str | None) -> tuple[Figure, list[Axes]]:
+    """Return a figure of so many axes, two in a row; none are drawn where there is nothing to show."""
+    rows = -(-panels // 2)
+    figure = NotebookFigure(figsize=(10, 3.3 * max(1, rows)), layout="constrained", facecolor="white")
+    figure.suptitle(title or "")
+    return figure, [figure.add_subplot(rows, 2, k + 1) for k in range(panels)]
+
+
+def plot_history(history: RunHistory, title: str | None = None) -> Figure:
+    """Return a figure of a run's accuracy, loss, generalization gap and learning rate by epoch."""
+    drawn = panels(history)
+    shown = [drawn[name] for name in ("top1", "loss", "gap", "lr") if name in drawn]
+    with rc_context(STYLE):
+        figure, grid = new_grid(len(shown), title)
+        for axes, panel in zip(grid, shown, strict=True):
+            draw_panel(axes, panel)
+        return figure
+
+
+# Comparisons ----------------------------------------------------------------------------------------
+
+
+def stack(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """Return (runs, epochs) of curves that may differ in length."""
+    longest = max((len(column) for column in columns), default=0)
+    return np.array([np.pad(column, (0, longest - len(column)), constant_values=np.nan) for column in columns])
+
+
+def draw_bands(axes: Axes, groups: dict[str, np.ndarray], ylabel: str) -> None:
+    """Draw the mean over seeds of each model's curve, and its runs: each of up to three, the range of more.
 
     Args:
         groups: (runs, epochs) by model, not a number where a run has no such epoch.
     """
+    label_epochs(axes, ylabel)
+    for k, (model, values) in enumerate(groups.items()):
+        shown = thinned(values.shape[1])
+        epochs, values = shown + 1, values[:, shown]
+        color, style = SERIES[k % len(SERIES)]
+        with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
+            mean, low, high = np.nanmean(values, 0), np.nanmin(values, 0), np.nanmax(values, 0)
+        marker = MARKERS[k % len(MARKERS)] if values.shape[1] < 2 else ""
+        axes.plot(epochs, mean, color=color, linestyle=style, marker=marker, linewidth=1.8, label=model)
+        if len(values) > FEW_RUNS:
+            axes.fill_between(epochs, low, high, color=color, alpha=0.18, linewidth=0)
+        else:
+            axes.plot(epochs, values.T, color=color, marker=marker, linewidth=0.6, alpha=0.6)
+    axes.legend(loc="best")
+
+
+def bands(groups: dict[str, np.ndarray], ylabel: str, description: str) -> str:
+    """Return the SVG of the models' curves; see `draw_bands`."""
     with rc_context(STYLE):
-        figure, axes = draw(4.7, 2.9)
-        line_axes(axes, "epoch", ylabel)
-        for k, (model, values) in enumerate(groups.items()):
-            epochs = np.arange(1, values.shape[1] + 1)
-            colour, style = SERIES[k % len(SERIES)]
-            with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
-                mean, low, high = np.nanmean(values, 0), np.nanmin(values, 0), np.nanmax(values, 0)
-            marker = "o" if values.shape[1] < 2 else ""
-            axes.plot(epochs, mean, color=colour, linestyle=style, marker=marker, linewidth=1.8, label=model)
-            axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.legend(loc="best")
+        figure, axes = new_axes(4.7, 2.9)
+        draw_bands(axes, groups, ylabel)
         return to_svg(figure, description)
 
 
+def plot_comparison(groups: dict[str, list[RunHistory]], title: str | None = None) -> Figure:
+    """Return a figure of the models' validation accuracy and training loss: means over the seeds, and ranges."""
+    with rc_context(STYLE):
+        figure, grid = new_grid(2, title)
+        for axes, (column, ylabel) in zip(grid, COMPARED.items(), strict=True):
+            draw_bands(
+                axes, {model: stack([run.column(column) for run in runs]) for model, runs in groups.items()}, ylabel
+            )
+        return figure
+
+
 def scatter(models: dict[str, tuple[float, float, float | None, float | None]], xlabel: str, description: str) -> str:
-    """Return test top-1 with its interval against a cost.
+    """Return test accuracy with its interval against a cost.
 
     Args:
         models: cost, mean, low and high of each.
     """
     with rc_context(STYLE):
-        figure, axes = draw(4.7, 2.9)
-        axes.set(xlabel=xlabel, ylabel="test top-1", xscale="log")
+        figure, axes = new_axes(4.7, 2.9)
+        axes.set(xlabel=xlabel, ylabel="test accuracy")
         axes.grid(color=INK, alpha=0.12, linewidth=0.6)
         for k, (model, (cost, mean, low, high)) in enumerate(models.items()):
-            colour, _ = SERIES[k % len(SERIES)]
+            color, _ = SERIES[k % len(SERIES)]
             if low is not None and high is not None:
-                axes.plot([cost, cost], [low, high], color=colour, linewidth=1.4)
-            axes.plot(cost, mean, MARKERS[k % len(MARKERS)], color=colour, markersize=7)
+                axes.plot([cost, cost], [low, high], color=color, linewidth=1.4)
+            axes.plot(cost, mean, MARKERS[k % len(MARKERS)], color=color, markersize=7)
             axes.annotate(model, (cost, mean), (7, 5), textcoords="offset points")
         axes.margins(0.25)
+        plain_log(axes, "x")
         return to_svg(figure, description)
 
 
 def bars(rows: Sequence[tuple[str, float, float, float]], limit: float, xlabel: str, description: str) -> str:
-    """Return a bar for each name, its median with least and most, beside a limit."""
+    """Return a bar for each name, its median with its range, beside a limit.
+
+    Args:
+        rows: name, median, low and high of each.
+    """
     with rc_context(STYLE):
-        figure, axes = draw(6.0, 0.9 + 0.38 * len(rows))
+        figure, axes = new_axes(6.0, 0.9 + 0.38 * len(rows))
         names, medians, lows, highs = (list(column) for column in zip(*reversed(rows), strict=True))
         errors = [np.subtract(medians, lows), np.subtract(highs, medians)]
         axes.barh(names, medians, 0.6, color=BLUE, xerr=errors, error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2})
@@ -159,39 +233,43 @@ def bars(rows: Sequence[tuple[str, float, float, float]], limit: float, xlabel: 
 
 
 def differences(pairs: Sequence[dict[str, Any]], description: str) -> str:
-    """Return the difference of each pair of models with its interval, in points."""
+    """Return the difference of each pair of models with its interval, in points: of the 20 largest at most."""
+    pairs = sorted(pairs, key=lambda pair: -abs(pair["difference"]))[:MOST_ROWS]
     with rc_context(STYLE):
-        figure, axes = draw(4.7, 0.8 + 0.45 * len(pairs))
+        figure, axes = new_axes(4.7, 0.8 + 0.45 * len(pairs))
         for k, pair in enumerate(reversed(pairs)):
             axes.plot([100 * pair["low"], 100 * pair["high"]], [k, k], color=BLUE, linewidth=1.8)
             axes.plot(100 * pair["difference"], k, "o", color=BLUE)
         axes.axvline(0, color=INK, linewidth=0.8, linestyle="--")
-        axes.set_yticks(range(len(pairs)), [f"{pair['a']} less {pair['b']}" for pair in reversed(pairs)])
-        axes.set(xlabel="points of test top-1", ylim=(-0.6, len(pairs) - 0.4))
+        axes.set_yticks(range(len(pairs)), [f"{pair['a']} − {pair['b']}" for pair in reversed(pairs)])
+        axes.set(xlabel="difference in test accuracy (points)", ylim=(-0.6, len(pairs) - 0.4))
         return to_svg(figure, description)
+
+
+# The test set ---------------------------------------------------------------------------------------
 
 
 def reliability_diagram(bins: Sequence[dict[str, Any]]) -> str:
     """Return accuracy against confidence, with the number of images of each bin."""
     with rc_context(STYLE):
         filled = [b for b in bins if b["images"]]
-        figure, axes = draw(4.2, 3.6)
-        centres = [(b["from"] + b["to"]) / 2 for b in filled]
+        figure, axes = new_axes(4.2, 3.6)
+        centers = [(b["from"] + b["to"]) / 2 for b in filled]
         widths = [b["to"] - b["from"] for b in filled]
-        axes.bar(centres, [b["accuracy"] for b in filled], widths, color=BLUE, edgecolor="none", label="accuracy")
+        axes.bar(centers, [b["accuracy"] for b in filled], widths, color=BLUE, edgecolor="none", label="accuracy")
         axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--", label="perfectly calibrated")
-        share = np.array([b["images"] for b in filled]) / sum(b["images"] for b in filled)
-        axes.step(centres, share, where="mid", color=ORANGE, linewidth=1.5, label="share of images")
-        axes.set(xlabel="confidence", ylabel="accuracy, share", xlim=(0, 1), ylim=(0, 1))
+        fraction = np.array([b["images"] for b in filled]) / sum(b["images"] for b in filled)
+        axes.step(centers, fraction, where="mid", color=ORANGE, linewidth=1.5, label="fraction of images")
+        axes.set(xlabel="confidence", ylabel="fraction", xlim=(0, 1), ylim=(0, 1))
         axes.legend(loc="upper left")
-        return to_svg(figure, "Reliability diagram: accuracy by confidence of the answer")
+        return to_svg(figure, "Reliability diagram: accuracy by confidence of the prediction")
 
 
 def class_chart(rows: Sequence[dict[str, Any]]) -> str:
     """Return the accuracy of each class, the hardest first."""
     with rc_context(STYLE):
         ranked = sorted(rows, key=lambda row: row["recall"] or 0.0)
-        figure, axes = draw(7.2, 2.4)
+        figure, axes = new_axes(7.2, 2.4)
         axes.bar(range(len(ranked)), [row["recall"] or 0.0 for row in ranked], 0.8, color=BLUE)
         for end, anchor in ((0, "left"), (len(ranked) - 1, "right")):
             axes.annotate(
@@ -206,16 +284,17 @@ def class_chart(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def confusion_chart(matrix: np.ndarray, names: Sequence[str]) -> str:
-    """Return a confusion matrix, each row's shares of that class's images."""
+    """Return a confusion matrix: each row holds fractions of that class's images."""
     with rc_context(STYLE):
-        shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-        figure, axes = draw(6.4, 5.6)
-        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=max(0.5, float(shares.max())))
+        fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+        figure, axes = new_axes(6.4, 5.6)
+        cmap = LinearSegmentedColormap.from_list("transparent to orange", [to_rgba(ORANGE, 0), to_rgba(ORANGE, 1)])
+        image = axes.imshow(fractions, cmap=cmap, vmin=0, vmax=max(0.5, float(fractions.max())))
         words = [name.replace("_", " ") for name in names]
         axes.set_xticks(range(len(names)), words, rotation=60, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), words)
-        axes.set(xlabel="taken for", ylabel="superclass")
+        axes.set(xlabel="predicted superclass", ylabel="true superclass")
         bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
         bar.outline.set_visible(False)
-        bar.set_label("share of the superclass's images")
+        bar.set_label("fraction of the superclass's images")
         return to_svg(figure, "Confusion matrix of the superclasses")

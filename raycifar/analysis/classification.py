@@ -1,4 +1,4 @@
-"""What a network got right and wrong: by class, by pair of classes, by how sure it was."""
+"""What a network gets right and wrong: by class, by pair of classes, by confidence."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,21 +24,21 @@ def intervals(values: dict[str, np.ndarray], seed: int = 0) -> dict[str, tuple[f
     return {name: (float(low), float(high)) for name, (low, high) in zip(values, ends.T, strict=True)}
 
 
-def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Return the number of images of each class (rows) that were taken for each class (columns)."""
-    return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
+def confusion(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return the number of images of each class (rows) that are predicted as each class (columns)."""
+    return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, -1)
 
 
 def by_class(matrix: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return precision, recall, F1 and the number of images of each class; None where nothing was predicted."""
-    right, of_class, taken_for = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    """Return precision, recall, F1 and the number of images of each class; None where they are undefined."""
+    correct, of_class, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     return [
         {
             "class": name,
             "images": int(of_class[k]),
-            "recall": ratio(right[k], of_class[k]),
-            "precision": ratio(right[k], taken_for[k]),
-            "f1": ratio(2 * right[k], of_class[k] + taken_for[k]),
+            "recall": ratio(correct[k], of_class[k]),
+            "precision": ratio(correct[k], predicted[k]),
+            "f1": ratio(2 * correct[k], of_class[k] + predicted[k]),
         }
         for k, name in enumerate(names)
     ]
@@ -49,7 +49,7 @@ def ratio(part: int, whole: int) -> float | None:
 
 
 def confused_pairs(matrix: np.ndarray, names: Sequence[str], most: int = 20) -> list[dict[str, Any]]:
-    """Return the pairs of classes that were most often taken for each other, in either direction."""
+    """Return the pairs of classes that are most often confused, in either direction."""
     both = np.triu(matrix + matrix.T, 1)
     pairs = np.argsort(-both, axis=None, kind="stable")[:most]
     return [
@@ -65,11 +65,11 @@ def confused_pairs(matrix: np.ndarray, names: Sequence[str], most: int = 20) -> 
     ]
 
 
-def reliability(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, Any]]:
+def reliability(confidence: np.ndarray, correct: np.ndarray) -> list[dict[str, Any]]:
     """Return, for each of 15 equal bins of confidence, its images, mean confidence and accuracy.
 
     Args:
-        confidence: (images,) the probability of the likeliest class. right: (images,) bool.
+        confidence: (images,) the probability of the likeliest class. correct: (images,) bool.
     """
     bin_of = np.ceil(confidence.astype(np.float64) * BINS).clip(1, BINS).astype(int) - 1
     return [
@@ -78,7 +78,7 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, Any
             "to": (k + 1) / BINS,
             "images": int(inside.sum()),
             "confidence": float(confidence[inside].mean()) if inside.any() else None,
-            "accuracy": float(right[inside].mean()) if inside.any() else None,
+            "accuracy": float(correct[inside].mean()) if inside.any() else None,
         }
         for k in range(BINS)
         for inside in (bin_of == k,)

@@ -1,29 +1,30 @@
 """Telling a network that isn't learning from one that is slow."""
 
 import math
-from typing import Any
+
+from raycifar.storage.records import EpochRecord
 
 MIN_STEPS = 100  # before that, a healthy network may still stand at chance
 
 
-def collapse(row: Any, images: int, steps: int, classes: int) -> str | None:
-    """Return a sentence if an epoch's training loss and accuracy are those of guessing, else None.
+def collapse(record: EpochRecord, num_images: int, steps: int, num_classes: int) -> str | None:
+    """Return a warning if an epoch's training loss and accuracy are those of guessing, else None.
 
-    Guessing gives a cross-entropy of ln(classes) and a number of hits that is binomial around
-    images / classes; a run at or above that loss, and within three standard deviations of that number,
-    has learned nothing that `images` could show.
+    Guessing gives a cross-entropy of ln(classes), and a number of correct answers that is binomial around
+    images / classes. A network at or above that loss, and within three standard deviations of that number, has
+    learned nothing that `num_images` could show.
 
     Args:
-        row: a line of the history.
-        images: trained on in the epoch.
+        num_images: trained on in the epoch.
         steps: taken since training began.
     """
-    chance = 1 / classes
-    noise = 3 * math.sqrt(chance * (1 - chance) / images)
-    if steps < MIN_STEPS or row["train_loss"] < math.log(classes) - 0.01 or row["train_top1"] > chance + noise:
+    guessing, chance = math.log(num_classes), 1 / num_classes
+    noise = 3 * math.sqrt(chance * (1 - chance) / num_images)
+    loss, top1 = record.train_loss, record.train_top1
+    if steps < MIN_STEPS or loss is None or top1 is None or loss < guessing - 0.01 or top1 > chance + noise:
         return None
     return (
-        f"after epoch {row['epoch']} the loss is {row['train_loss']:.4f}, ln({classes}) = {math.log(classes):.4f}, and "
-        f"{row['train_top1']:.2%} are right, which is chance: the network is not learning. Stop it, and try "
-        "a smaller --lr or a longer --warmup."
+        f"after epoch {record.epoch} the network is not learning. Its loss is {loss:.4f} and its accuracy "
+        f"{top1:.2%}, as by guessing (ln({num_classes}) = {guessing:.4f}, {chance:.2%}). Stop it, and try a smaller "
+        "--lr or a longer --warmup."
     )

@@ -7,33 +7,37 @@ from typing import Any
 
 import numpy as np
 
+from raycifar.analysis.findings import diagnose
+from raycifar.analysis.history import RunHistory
+from raycifar.analysis.prose import count
 from raycifar.analysis.statistics import difference, holm, mcnemar, mean_interval
+from raycifar.storage.records import EpochRecord
 
 SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run: the contents of its files, and whether it classified each test image right."""
+    """A finished run: the contents of its files, and whether it classifies each test image correctly."""
 
     name: str
     folder: str
     run: dict[str, Any]
-    history: Sequence[Any]
+    history: Sequence[EpochRecord]
     result: dict[str, Any]
-    right: np.ndarray  # (images,) bool
+    correct: np.ndarray  # (images,) bool
 
     @property
     def seconds(self) -> list[float]:
-        """Device-seconds from the beginning to the end of each epoch: a worker has one device."""
-        return list(itertools.accumulate(row["seconds"] * row["workers"] for row in self.history))
+        """Device-seconds from the start to the end of each epoch: a worker has one device."""
+        return list(itertools.accumulate(record.seconds * record.workers for record in self.history))
 
 
 def conditions(run: dict[str, Any]) -> dict[str, Any]:
-    """Return what runs must have in common to be compared, by the words that name it."""
+    """Return what runs must have in common to be compared, by name."""
     data = run["data"]
     return {
-        "data": data["fingerprint"],
+        "data with the fingerprint": data["fingerprint"],
         "training images": data["train"],
         "validation images": data["val"],
         "test images": data["test"],
@@ -47,13 +51,13 @@ def not_comparable(runs: Sequence[Finished]) -> list[str]:
     clauses = []
     for other in runs[1:]:
         mine = conditions(other.run)
-        if differing := [f"{mine[key]} {key}, not {first[key]}" for key in first if mine[key] != first[key]]:
-            clauses.append(f"{other.name} has {' and '.join(differing)} as {runs[0].name} has")
+        if differing := [f"{key} {mine[key]} (not {first[key]})" for key in first if mine[key] != first[key]]:
+            clauses.append(f"{other.name} differs from {runs[0].name} in {', '.join(differing)}")
     return clauses
 
 
 def by_model(runs: Iterable[Finished]) -> dict[str, list[Finished]]:
-    """Return the runs of each model; one that was trained with several recipes is several, named by the difference."""
+    """Return the runs of each model; one with several recipes counts as several, named by what differs."""
     groups: dict[tuple[Any, ...], list[Finished]] = {}
     for run in runs:
         key = (run.run["model"], tuple(run.run["recipe"].items()))
@@ -78,16 +82,19 @@ def compare(groups: dict[str, list[Finished]], flops: dict[str, int], price_per_
         models, pairs and equal_device_seconds, as they stand in `comparison.json`.
     """
     budget = min(max(run.seconds[-1] for run in runs) for runs in groups.values())  # the cheapest model's
-    models = {name: summarise(runs, budget, price_per_hour) | {"flops": flops[name]} for name, runs in groups.items()}
+    models = {name: summarize(runs, budget, price_per_hour) | {"flops": flops[name]} for name, runs in groups.items()}
     pairs = [compare_pair(a, groups[a], b, groups[b]) for a, b in itertools.combinations(groups, 2)]
+    first = next(iter(groups.values()))[0].run
     for pair, p_value in zip(pairs, holm([pair["p_value"] for pair in pairs]), strict=True):
         pair["p_holm"] = p_value
         pair["verdict"] = verdict(pair)
+        pair["epochs"], pair["train_images"] = first["recipe"]["epochs"], first["data"]["train"]
+        pair["immature"] = all(immature(run) for name in (pair["a"], pair["b"]) for run in groups[name])
         pair["sentence"] = sentence(pair)
     return {"models": models, "pairs": pairs, "equal_device_seconds": budget}
 
 
-def summarise(runs: Sequence[Finished], budget: float, price_per_hour: float | None) -> dict[str, Any]:
+def summarize(runs: Sequence[Finished], budget: float, price_per_hour: float | None) -> dict[str, Any]:
     """Return a model's scores with their intervals, and what they cost; costs are means of a run."""
     device_seconds = float(np.mean([run.seconds[-1] for run in runs]))
     return {
@@ -108,7 +115,7 @@ def at_equal_time(runs: Sequence[Finished], budget: float) -> float | None:
     """Return the mean validation top-1 of the last epoch finished within so many device-seconds, None if none was."""
     reached = []
     for run in runs:
-        done = [row["val_top1"] for row, end in zip(run.history, run.seconds, strict=True) if end <= budget]
+        done = [record.val_top1 for record, end in zip(run.history, run.seconds, strict=True) if end <= budget]
         if not done or done[-1] is None:
             return None
         reached.append(done[-1])
@@ -116,15 +123,15 @@ def at_equal_time(runs: Sequence[Finished], budget: float) -> float | None:
 
 
 def compare_pair(a: str, runs_a: Sequence[Finished], b: str, runs_b: Sequence[Finished]) -> dict[str, Any]:
-    right_a, right_b = (np.stack([run.right for run in runs]) for runs in (runs_a, runs_b))
+    correct_a, correct_b = (np.stack([run.correct for run in runs]) for runs in (runs_a, runs_b))
     return {
         "a": a,
         "b": b,
-        **difference(right_a, right_b),
-        "images": right_a.shape[1],
+        **difference(correct_a, correct_b),
+        "images": correct_a.shape[1],
         "runs": [len(runs_a), len(runs_b)],
         "mcnemar": [
-            {"a": x.name, "b": y.name, "p_value": mcnemar(x.right, y.right)}
+            {"a": x.name, "b": y.name, "p_value": mcnemar(x.correct, y.correct)}
             for x in runs_a
             for y in runs_b
             if x.run["seed"] == y.run["seed"]
@@ -138,23 +145,37 @@ def verdict(pair: dict[str, Any]) -> str:
     return "better" if pair["difference"] > 0 else "worse"
 
 
+def immature(run: Finished) -> bool:
+    """Return whether a run's curves say that it has not learned what it could."""
+    found = diagnose(RunHistory(run.run, run.history, run.result))
+    return any(finding.kind in ("too-early", "underfitting", "improving") for finding in found)
+
+
 def sentence(pair: dict[str, Any]) -> str:
-    """Return what a pair's figures mean, in plain words."""
-    a, b, points = pair["a"], pair["b"], 100 * pair["difference"]
-    figures = (
-        f"{points:+.2f} points of test top-1, 95 % interval {100 * pair['low']:+.2f} to {100 * pair['high']:+.2f}, "
-        f"p = {pair['p_holm']:.2g}"
-    )
+    """Return what a pair's metrics mean, in plain words."""
+    a, b = pair["a"], pair["b"]
+    low, high, mean = (100 * pair[key] for key in ("low", "high", "difference"))
+    p = f"p = {pair['p_holm']:.2g}"
+    when = f"After {count(pair['epochs'], 'epoch')} on {count(pair['train_images'], 'training image')}"
     if pair["verdict"] != "undecided":
-        text = f"{a} is {pair['verdict']} than {b}: {figures}."
+        near, far = sorted((abs(low), abs(high)))
+        text = (
+            f"{when}, {a} is {pair['verdict']} than {b}, by {abs(mean):.2f} points of test accuracy (95% interval: "
+            f"{near:.2f} to {far:.2f}, {p})."
+        )
     else:
-        text = f"{a} and {b} are not told apart by these runs: {figures}. "
-        if pair["difference"] == 0:
-            text += "There is no difference that more seeds could confirm."
+        text = (
+            f"{when}, {a} and {b} can't be told apart: test accuracy differs by {mean:+.2f} points (95% interval: "
+            f"{low:+.2f} to {high:+.2f}, {p}). "
+        )
+        if mean == 0:
+            text += "There is no difference for more seeds to confirm."
         elif needed := pair["seeds_needed"]:
-            text += f"If the difference is as large as it looks, {needed} seeds of each would tell."
+            text += f"If the difference is as large as it looks, {needed} seeds of each model would show it."
         else:
-            text += f"If it is no larger, {pair['images']:,} test images don't tell it, with any number of seeds."
+            text += f"No number of seeds would show so small a difference on {pair['images']:,} test images."
+    if pair["immature"]:
+        text += " Both have more to learn, and longer training may change the order."
     if not pair["seeds_measured"]:
-        text += " With one run of a model, how much another seed changes is inferred from how often runs disagree."
+        text += " With a single run of a model, the effect of the seed is estimated from how often the runs disagree."
     return text

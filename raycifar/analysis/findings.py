@@ -1,33 +1,35 @@
-"""Reading the curves of a run as an expert would: what is there, how sure that is, and what to do about it.
+"""Reading the curves of a run as an expert would: what they show, how sure that is, and what to do about it.
 
-Every threshold is a statement of statistics, and has its source beside it. A figure of accuracy over n images has the
-binomial standard error sqrt(p (1 - p) / n); the loss has that of its mean over images.
+Every threshold is statistical, with its source beside it. An accuracy p over n images has the binomial standard
+error sqrt(p (1 - p) / n); a loss has the standard error of its mean over the images.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from raycifar.analysis.collapse import MIN_STEPS, collapse
-from raycifar.data import CLASSES
-from raycifar.recipes import Recipe, recipe_for
-
-Row = dict[str, Any]
+from raycifar.analysis.departures import LOOSE, departures
+from raycifar.analysis.history import RunHistory
+from raycifar.errors import FailureKind
+from raycifar.storage.records import EpochRecord, finite
 
 SIGMAS = 3.0  # a difference of so many standard errors is taken as real: Shewhart (1931), p = 0.0027
-SPIKE_SIGMAS = 6.0  # of the robust spread of all changes: in a long run even 4 are met by chance
-FIT = 0.2  # McFadden (1979): a pseudo-R² of 0.2 to 0.4 is an excellent fit, one below explains little
-COARSE = 0.025  # half a 95 % interval of 5 points: architectures that are compared differ by less
-DEAD = 0.9  # share of a layer's units that are silent for all images, above which little passes it
+SURE = 0.99  # no finding is surer than that
+SPIKE_SIGMAS = 6.0  # of the robust spread of all changes: a long run reaches 4 by chance
+FIT = 0.2  # McFadden (1979): a pseudo-R² of 0.2 to 0.4 is an excellent fit, less explains little
+COARSE = 0.025  # half a 95% interval of 5 points: architectures that are compared differ by less
+DEAD = 0.9  # fraction of a layer's units that output 0 for all images, above which little passes it
 VANISHED = 1e-3  # first layer's gradient over the last's: bfloat16 keeps 3 digits of a sum
-CONCENTRATED = 0.25  # share of a rise that is owed to a hundredth of the images; equal ones would have 3 or 4 %
+CONCENTRATED = 0.25  # fraction of a rise that is due to 1% of the images; equal images would cause 3 or 4%
 OFF = 8.0  # factor from a recipe's own learning rate, the range that a search covers
-GUESSING = math.log(CLASSES)
-CALM = "Take a smaller --lr or a longer --warmup, or bound the gradients with --clip-norm 1."
+MOST_SPIKES = 5  # that are told one by one
+LEARNED = 0.4  # pseudo-R² of a network that can be called healthy: the upper end of McFadden's excellent fits
+BEYOND_DOUBT = 10.0  # standard errors of a gap next to which a noisy loss need not be significant by itself
 
 
 @dataclass(frozen=True)
@@ -39,203 +41,235 @@ class Finding:
     evidence: str
     advice: str
     epochs: list[int] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return finite(asdict(self))
 
 
-@dataclass(frozen=True)
-class RunHistory:
-    """A run as its files tell it: `result` is None while it has none, `history` may be empty."""
-
-    run: dict[str, Any]
-    history: Sequence[Any]
-    result: dict[str, Any] | None
-
-    @property
-    def recipe(self) -> Recipe:
-        return Recipe(**self.run["recipe"])
-
-    @property
-    def images(self) -> int:
-        return self.run["data"]["train"]
-
-    @property
-    def val_images(self) -> int:
-        return self.run["data"]["val"]
-
-    @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return -(-self.images // self.recipe.batch_size)
-
-    @property
-    def validated(self) -> bool:
-        return self.val_images > 0
-
-    def column(self, name: str) -> np.ndarray:
-        """Return a figure of each epoch; not a number where there is none."""
-        return np.array([np.nan if row.get(name) is None else row[name] for row in self.history], float)
-
-    @property
-    def own(self) -> Recipe:
-        """The model's own recipe."""
-        return recipe_for(self.run["model"], self.recipe.pretrained)
-
-
-def error(p: float, n: int) -> float:
-    """Return the standard error of a share `p` of `n`."""
+def standard_error(p: float, n: int) -> float:
+    """Return the standard error of a fraction `p` of `n`."""
     return math.sqrt(max(p * (1 - p), 1 / n) / n)
 
 
-def sure(z: float) -> float:
-    """Return how likely it is that chance makes less than `z` standard errors."""
-    return round(min(0.999, float(1 - 2 * stats.norm.sf(abs(z)))), 3)
+def confidence(z: float) -> float:
+    """Return the probability that chance causes less than `z` standard errors."""
+    return round(min(SURE, float(1 - 2 * stats.norm.sf(abs(z)))), 3)
 
 
-def points(share: float) -> str:
-    return f"{100 * share:.1f} points"
+def points(fraction: float) -> str:
+    return f"{100 * fraction:.1f} points"
 
 
-def read(story: RunHistory) -> list[Finding]:
+def times(factor: float) -> str:
+    return f"{factor:,.0f} times" if factor < 1000 else "more than 1,000 times"
+
+
+def span(epochs: Sequence[int]) -> str:
+    """Return "At epoch 3," or "From epoch 3 to 5,"."""
+    return f"At epoch {epochs[0]}," if len(epochs) == 1 else f"From epoch {epochs[0]} to {epochs[-1]},"
+
+
+def diagnose(history: RunHistory) -> list[Finding]:
     """Return what the curves of a run show, what matters most first."""
-    if not story.history:
-        return [*filter(None, [diverged(story)])]
+    if not history.records:
+        return divergence(history, [])
+    if history.steps < MIN_STEPS:
+        return divergence(history, []) or [too_few_steps(history)]
     found: list[Finding] = []
     for rule in RULES:
-        found += rule(story, found)
+        found += rule(history, found)
     if all(finding.kind in TRENDS for finding in found):
-        found.append(healthy(story, found))
-    return found
+        if fit(history) >= LEARNED:
+            found.insert(0, healthy(history, found))
+        elif not found:
+            found.append(too_little_learned(history))
+    return [blame_recipe(history, finding) for finding in found]
+
+
+def blame_recipe(history: RunHistory, finding: Finding) -> Finding:
+    """Return the finding with what explains it in the recipe, if anything does, named first."""
+    causes = departures(history, finding.kind)
+    if not causes:
+        return finding
+    defaults = "default" if len(causes) == 1 else "defaults"
+    evidence = f"A likely cause is in the recipe: {listed(list(map(str, causes)))}, the {history.model}'s {defaults}. "
+    advice = f"First of all, use {listed([cause.remedy for cause in causes])}."
+    if finding.kind in LOOSE:
+        advice += f" {finding.advice}"
+    metrics = {**finding.metrics, "recipe": {cause.field: cause.value for cause in causes}}
+    return replace(finding, evidence=evidence + finding.evidence, advice=advice, metrics=metrics)
 
 
 def has(found: Sequence[Finding], *kinds: str) -> bool:
     return any(finding.kind in kinds for finding in found)
 
 
+def fit(history: RunHistory) -> float:
+    """Return McFadden's pseudo-R² on training images: 0 for guessing, 1 for a perfect fit."""
+    last = history.records[-1]
+    loss = last.train_eval_loss if last.train_eval_loss is not None else last.train_loss
+    return math.nan if loss is None else 1 - loss / history.guessing_loss
+
+
+def calm(history: RunHistory) -> str:
+    clip = "" if history.recipe.clip_norm else ", or clip gradients with --clip-norm 1"
+    return f"Lower --lr or lengthen --warmup{clip}."
+
+
+# Too early to tell ----------------------------------------------------------------------------------
+
+
+def too_few_steps(history: RunHistory) -> Finding:
+    steps, epochs = history.steps, -(-MIN_STEPS // history.steps_per_epoch)
+    evidence = (
+        f"The network has taken {steps} step{'' if steps == 1 else 's'}, in {len(history.records)} "
+        f"epoch{'' if len(history.records) == 1 else 's'}: too few to tell how well it learns. The curves can be read "
+        f"after {MIN_STEPS} steps, which take {epochs} epochs of {history.num_train:,} images."
+    )
+    advice = "Continue this run." if history.unfinished else "Train for more --epochs, or on more images."
+    return Finding("too-early", 0.95, evidence, advice, [], {"steps": steps, "epochs_needed": epochs})
+
+
+def too_little_learned(history: RunHistory) -> Finding:
+    done, epochs = len(history.records), history.recipe.epochs
+    evidence = (
+        f"After {done} of {epochs} epoch{'' if epochs == 1 else 's'} the network has learned little: it has come "
+        f"{max(0.0, fit(history)):.0%} of the way from guessing to a perfect fit. Whether it underfits, overfits or "
+    )
+    if history.unfinished:
+        evidence += "is healthy shows when its schedule ends."
+        return Finding("too-early", 0.9, evidence, "Continue this run.", [], {"epochs_needed": epochs})
+    evidence += "is healthy shows after more epochs."
+    return Finding("too-early", 0.9, evidence, "Train for more --epochs.", [], {"epochs_needed": 2 * epochs})
+
+
 # A network that doesn't learn -----------------------------------------------------------------------
 
 
-def divergence(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    return [*filter(None, [diverged(story)])]
+def divergence(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
+    if history.result and history.failure == FailureKind.NOT_FINITE:
+        reason = history.result["reason"].split(". ")[0].rstrip(".")
+        return [
+            Finding("divergence", SURE, f"{reason[:1].upper()}{reason[1:]}. Training stopped there.", calm(history))
+        ]
+    if not history.records:
+        return []
+    losses, guessing = history.column("train_loss"), history.guessing_loss
+    low, last = float(np.fmin.reduce(losses)), float(losses[-1])
+    if not last > max(2 * guessing, 1.5 * low):
+        return []
+    evidence = (
+        f"The training loss rises from {low:.2f} (epoch {int(np.nanargmin(losses)) + 1}) to {last:.2f} (epoch "
+        f"{len(losses)}), more than twice the loss of guessing, ln({history.info.num_classes}) = {guessing:.4f}."
+    )
+    return [Finding("divergence", SURE, evidence, calm(history), [len(losses)])]
 
 
-def diverged(story: RunHistory) -> Finding | None:
-    failed = (story.result or {}).get("status") == "failed"
-    reason = (story.result or {}).get("reason") or ""
-    if failed and "finite" in reason:
-        return Finding("divergence", 0.999, f"The run ended by itself: {reason.partition('. Try')[0]}.", CALM)
-    if not story.history:
-        return None
-    last, rows = story.history[-1], [row["train_loss"] for row in story.history]
-    if last["train_loss"] > 2 * GUESSING and last["train_loss"] > 1.5 * min(rows):
-        evidence = (
-            f"The training loss rose from {min(rows):.2f} (epoch {int(np.argmin(rows)) + 1}) to "
-            f"{last['train_loss']:.2f} (epoch {last['epoch']}), more than twice that of guessing, "
-            f"ln({CLASSES}) = {GUESSING:.4f}."
-        )
-        return Finding("divergence", 0.99, evidence, CALM, [last["epoch"]])
-    return None
-
-
-def broken(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
+def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     """Return the jump of the loss from which a run never came back, if there is one."""
     if has(found, "collapse", "divergence"):
         return []
-    (name, losses), train = judged(story), story.column("train_loss")
+    (name, losses), train = judged_loss(history), history.column("train_loss")
     for k, z in jumps(losses):
         if not recovers(losses, k) and train[-1] > train[:k].min():  # else training goes on: it is overfitting
-            cause, figures = why_spike(story, k)
+            cause, metrics = explain_spike(history, k)
             evidence = (
-                f"At epoch {k + 1} the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {z:.0f} times "
-                f"the usual spread of its changes, and never comes back: it ends at {losses[-1]:.3f}. {cause}"
+                f"At epoch {k + 1} the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {times(z)} its "
+                f"usual variation, and it never recovers: it ends at {losses[-1]:.3f}. {cause}"
             )
-            return [Finding("divergence", sure(z), evidence, CALM, [k + 1], figures)]
+            return [Finding("divergence", confidence(z), evidence, calm(history), [k + 1], metrics)]
     return []
 
 
-def collapsed(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    def dead(row: Row) -> bool:
-        return collapse(row, story.images, max(MIN_STEPS, row["epoch"] * story.steps), CLASSES) is not None
+def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
+    classes, steps = history.info.num_classes, history.steps_per_epoch
 
-    last = story.history[-1]
-    if has(found, "divergence") or last["epoch"] * story.steps < MIN_STEPS or not dead(last):
+    def guesses(record: EpochRecord) -> bool:
+        return collapse(record, history.num_train, max(MIN_STEPS, record.epoch * steps), classes) is not None
+
+    last = history.records[-1]
+    if has(found, "divergence") or last.epoch * steps < MIN_STEPS or not guesses(last):
         return []
-    first = next(row["epoch"] for k, row in enumerate(story.history) if all(map(dead, story.history[k:])))
-    z = (last["train_top1"] - 1 / CLASSES) / error(1 / CLASSES, story.images)
-    cause, figures = why_dead(last.get("diagnostics"))
+    first = next(record.epoch for k, record in enumerate(history.records) if all(map(guesses, history.records[k:])))
+    epochs = list(range(first, last.epoch + 1))
+    z = (history.column("train_top1")[-1] - 1 / classes) / standard_error(1 / classes, history.num_train)
+    cause, metrics = explain_collapse(last.diagnostics)
     evidence = (
-        f"From epoch {first} to {last['epoch']} the training loss stands at that of guessing "
-        f"({last['train_loss']:.4f}; ln({CLASSES}) = {GUESSING:.4f}) and {last['train_top1']:.2%} are right, "
-        f"{abs(z):.1f} standard errors from chance (1 in {CLASSES}): the network has learned nothing. {cause}"
+        f"{span(epochs)} the training loss stays at that of guessing ({last.train_loss:.4f}; ln({classes}) = "
+        f"{history.guessing_loss:.4f}). Training accuracy is {last.train_top1:.2%}, {abs(z):.1f} standard errors from "
+        f"chance (1 in {classes}): the network has learned nothing. {cause}"
     )
-    advice = "Take a smaller --lr or a longer --warmup; keep batch norm; look at the first layers' gradients."
-    return [Finding("collapse", 0.999, evidence.strip(), advice, list(range(first, last["epoch"] + 1)), figures)]
+    advice = f"{calm(history)} Then look at the gradients of the first layers."
+    return [Finding("collapse", SURE, evidence.strip(), advice, epochs, metrics)]
 
 
-def why_dead(signals: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
-    """Return a sentence with the cause of a collapse, where one batch shows it, and its figures."""
-    if not signals:
+def explain_collapse(diagnostics: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    """Return a sentence with the cause of a collapse, where one batch shows it, and its metrics."""
+    if not diagnostics:
         return "", {}
-    norms = list(signals["gradient_norms"].items())
+    norms = list(diagnostics["gradient_norms"].items())
     (first, small), (last, large) = norms[0], norms[-1]
-    if signals["dead_relus"]:
-        layer, share = max(signals["dead_relus"].items(), key=lambda item: item[1])
-        if share >= DEAD:
+    both = f"the norm is {small:.2g} at {first} and {large:.2g} at {last}"
+    if diagnostics["dead_relus"]:
+        layer, fraction = max(diagnostics["dead_relus"].items(), key=lambda item: item[1])
+        if fraction >= DEAD:
             text = (
-                f"Its ReLUs have died: in {layer}, {share:.0%} of the units are 0 for every image, so that no gradient "
-                "passes."
+                f"Its ReLUs have died: in layer {layer}, {fraction:.0%} of the units output 0 for every image, so no "
+                "gradient passes through them."
             )
-            return text, {"cause": "dead ReLUs", "layer": layer, "share": share}
+            return text, {"cause": "dead ReLUs", "layer": layer, "fraction": fraction}
     if small < VANISHED * large:
-        text = (
-            f"Its gradients vanish: {small:.1e} at {first}, {large:.1e} at {last}, and what reaches the input moves "
-            "nothing."
-        )
-        return text, {"cause": "vanishing gradients", "ratio": small / large if large else 0.0}
+        text = f"Its gradients vanish on the way to the input: {both}."
+        return text, {"cause": "vanishing gradients", "ratio": small / large}
     if small > large / VANISHED:
-        text = f"Its gradients explode: {large:.1e} at {last}, {small:.1e} at {first}."
-        return text, {"cause": "exploding gradients", "ratio": small / large if large else math.inf}
+        text = f"Its gradients explode on the way to the input: {both}."
+        return text, {"cause": "exploding gradients", "ratio": small / large if large else None}
     return "", {}
 
 
-def underfitting(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
+def underfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     if has(found, "collapse", "divergence"):
         return []
-    last = story.history[-1]
-    loss = last.get("train_eval_loss") or last["train_loss"]
-    fit = 1 - loss / GUESSING
-    if fit >= FIT:
+    last, fitted = history.records[-1], fit(history)
+    if not fitted < FIT:
         return []
+    if history.unfinished:
+        return [too_little_learned(history)]
+    loss = (1 - fitted) * history.guessing_loss
     evidence = (
-        f"After epoch {last['epoch']} the loss on training images, scored as validation images are, is {loss:.3f}: a "
-        f"share of {fit:.2f} of what there is to know (1 - loss / ln({CLASSES}); below {FIT} little is explained)."
+        f"After epoch {last.epoch} the loss on training images, scored without augmentation, is {loss:.3f}. Guessing "
+        f"gives ln({history.info.num_classes}) = {history.guessing_loss:.3f}, so the network has come "
+        f"{max(fitted, 0):.0%} of the way to a perfect fit; below {FIT:.0%}, a network underfits."
     )
-    if story.validated:
-        evidence += f" The validation loss is {last['val_loss']:.3f}."
-    advice = "Train for more --epochs, with a larger --lr, less augmentation or a larger model."
-    return [Finding("underfitting", sure((FIT - fit) / 0.02), evidence, advice, [last["epoch"]], {"fit": fit})]
+    if last.val_loss is not None:
+        evidence += f" The validation loss is {last.val_loss:.3f}."
+    advice = "Train for more --epochs. If that isn't enough, raise --lr, augment less or take a larger model."
+    sure = confidence((FIT - fitted) / 0.02)
+    return [Finding("underfitting", sure, evidence, advice, [last.epoch], {"fit": fitted})]
 
 
-def learning_rate(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    if story.recipe.optimizer != story.own.optimizer:
+def learning_rate(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
+    if history.recipe.optimizer != history.own_recipe.optimizer:
         return []  # each has a scale of its own
-    lr, own = story.recipe.lr, story.own.lr
+    lr, own = history.recipe.lr, history.own_recipe.lr
     ratio = lr / own if own else 1.0
-    held = f"its peak is {lr:g}, the {story.run['model']} recipe's own is {own:g}"
+    advice = f"Use --lr {own:g}."
     if has(found, "underfitting") and ratio <= 1 / OFF:
-        small = 1 / max(ratio, 1e-9)
-        evidence = f"The network has hardly moved, and the learning rate is {small:,.0f} times too small: {held}."
-        return [Finding("learning-rate-low", 0.95, evidence, f"Take --lr {own:g}.", [], {"ratio": ratio})]
-    losses = story.column("train_loss")
+        evidence = (
+            f"The network has hardly learned, and the peak learning rate, {lr:g}, is {times(1 / max(ratio, 1e-9))} "
+            f"smaller than that of the {history.model} recipe, {own:g}."
+        )
+        return [Finding("learning-rate-low", 0.95, evidence, advice, [], {"ratio": ratio})]
+    losses = history.column("train_loss")
     rises = [k + 2 for k, step in enumerate(np.diff(losses)) if step > SIGMAS * spread_of_changes(losses)]
     unstable = has(found, "collapse", "divergence") or len(rises) >= max(2, len(losses) // 4)
     if unstable and ratio >= OFF:
         evidence = (
-            f"Training broke down, and the learning rate is {ratio:,.0f} times that of a recipe that works: {held}."
+            f"Training is unstable, and the peak learning rate, {lr:g}, is {times(ratio)} that of the {history.model} "
+            f"recipe, {own:g}."
         )
-        return [Finding("learning-rate-high", 0.95, evidence, f"Take --lr {own:g}.", rises, {"ratio": ratio})]
+        return [Finding("learning-rate-high", 0.95, evidence, advice, rises, {"ratio": ratio})]
     return []
 
 
@@ -248,9 +282,10 @@ def spread_of_changes(values: np.ndarray) -> float:
     return float(stats.median_abs_deviation(changes, scale="normal")) if len(changes) else math.inf
 
 
-def judged(story: RunHistory) -> tuple[str, np.ndarray]:
+def judged_loss(history: RunHistory) -> tuple[str, np.ndarray]:
     """Return the loss by which jumps are judged, and its name: validation's, where images are held out."""
-    return ("validation", story.column("val_loss")) if story.validated else ("training", story.column("train_loss"))
+    name, column = ("validation", "val_loss") if history.num_val else ("training", "train_loss")
+    return name, history.column(column)
 
 
 def jumps(losses: np.ndarray) -> list[tuple[int, float]]:
@@ -270,163 +305,199 @@ def recovers(losses: np.ndarray, k: int) -> bool:
     return bool(losses[k + 1 :].min() < (losses[k - 1] + losses[k]) / 2)
 
 
-def spikes(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
+def spikes(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     if has(found, "collapse", "divergence"):
         return []
-    name, losses = judged(story)
-    top1, images = (
-        (story.column("val_top1"), story.val_images) if story.validated else (story.column("train_top1"), story.images)
-    )
+    (name, losses), val = judged_loss(history), history.num_val
+    top1, n = history.column("val_top1" if val else "train_top1"), val or history.num_train
+    noise = history.column("val_loss_se") * math.sqrt(2) if val else np.zeros(len(losses))
+    advice = calm(history)
     result = []
     for k, z in jumps(losses):
-        dip = (top1[k - 1] - top1[k]) / (error(top1[k], images) * math.sqrt(2))
-        noise = story.column("val_loss_se")[k] * math.sqrt(2) if story.validated else 0.0
-        if recovers(losses, k) and dip > SIGMAS and losses[k] - losses[k - 1] > SIGMAS * noise:
-            cause, figures = why_spike(story, k)
+        dip = (top1[k - 1] - top1[k]) / (standard_error(top1[k], n) * math.sqrt(2))
+        if recovers(losses, k) and dip > SIGMAS and losses[k] - losses[k - 1] > SIGMAS * noise[k]:
+            cause, metrics = explain_spike(history, k)
             evidence = (
-                f"At epoch {k + 1} the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {z:.0f} times "
-                f"the usual spread of its changes, while top-1 falls from {top1[k - 1]:.4f} to {top1[k]:.4f}; it "
-                f"recovers after. {cause}"
+                f"At epoch {k + 1} the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {times(z)} its "
+                f"usual variation, and accuracy falls from {top1[k - 1]:.3f} to {top1[k]:.3f}; both recover. {cause}"
             )
-            advice = "Take a smaller --lr or a longer --warmup"
-            advice += "." if story.recipe.clip_norm else ", or bound the gradients with --clip-norm 1."
-            result.append(Finding("spike", sure(z), evidence.strip(), advice, [k + 1], figures))
-    return result
+            result.append((z, Finding("spike", confidence(z), evidence, advice, [k + 1], metrics)))
+    largest = sorted(result, key=lambda item: -item[0])[:MOST_SPIKES]
+    return sorted((finding for _, finding in largest), key=lambda finding: finding.epochs)
 
 
-def why_spike(story: RunHistory, k: int) -> tuple[str, dict[str, Any]]:
-    """Return a sentence with what a spike at epoch k (from 0) coincided with, and its figures."""
-    row, reasons, figures = story.history[k], [], {}
-    lr = story.column("lr")
+def explain_spike(history: RunHistory, k: int) -> tuple[str, dict[str, Any]]:
+    """Return a sentence with what a spike at epoch k (from 0) coincides with, and its metrics."""
+    record, causes, metrics = history.records[k], [], {}
+    lr = history.column("lr")
     if lr[k - 1] > 0 and lr[k] / lr[k - 1] > 2:
-        reasons.append(f"the learning rate, {lr[k] / lr[k - 1]:.0f} times that of the epoch before ({lr[k]:.3g})")
-        figures["learning_rate_ratio"] = lr[k] / lr[k - 1]
-    if row.get("restarts"):
-        reasons.append("a restart of the run")
-        figures["restarts"] = row["restarts"]
-    norms = story.column("grad_norm_max")
-    usual = float(np.nanmedian(norms))
+        causes.append(f"a learning rate {times(lr[k] / lr[k - 1])} that of the epoch before ({lr[k]:.3g})")
+        metrics["learning_rate_ratio"] = lr[k] / lr[k - 1]
+    if record.restarts:
+        causes.append("a restart of the run")
+        metrics["restarts"] = record.restarts
+    norms = history.column("grad_norm_max")
+    usual = float(np.nanmedian(norms)) if np.isfinite(norms).any() else 0.0
     if usual > 0 and norms[k] > 3 * usual:
-        reasons.append(
-            f"a gradient norm of {norms[k]:.2f} (usually {usual:.2f}) at step {row['grad_norm_max_step'] + 1}"
-        )
-        figures["gradient_norm_ratio"] = norms[k] / usual
-    rise = row.get("rise") or {}
+        step = (record.grad_norm_max_step or 0) + 1
+        causes.append(f"a gradient norm of {norms[k]:.2f} (usually {usual:.2f}) at step {step}")
+        metrics["gradient_norm_ratio"] = norms[k] / usual
+    rise = record.rise or {}
     if rise.get("fraction", 0) > CONCENTRATED:
-        reasons.append(
-            f"a few hard images: a hundredth of them make {rise['fraction']:.0%} of the rise of the training loss"
-        )
-        figures["images"] = rise["indices"]
-    if not reasons:
-        return "Nothing that was recorded coincides with it.", figures
-    return f"It coincides with {'; with '.join(reasons)}.", figures
+        causes.append(f"a few hard images: 1% of them cause {rise['fraction']:.0%} of the rise in training loss")
+        metrics["example_indices"] = rise["indices"]
+    if not causes:
+        return "Nothing that was recorded coincides with it.", metrics
+    return f"It coincides with {'; with '.join(causes)}.", metrics
 
 
 # What the ends of the curves show -------------------------------------------------------------------
 
 
-def overfitting(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    if not story.validated or len(story.history) < 3 or has(found, "collapse", "divergence"):
+def overfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
+    if not history.num_val or len(history.records) < 3 or has(found, "collapse", "divergence"):
         return []
-    val, clean = story.column("val_loss"), story.column("train_eval_loss")
-    se = story.column("val_loss_se")
-    end = float(np.median(val[-3:]))
-    best = int(np.argmin(val))
+    val, train, se = (history.column(name) for name in ("val_loss", "train_eval_loss", "val_loss_se"))
+    end, best = float(np.median(val[-3:])), int(np.argmin(val))
     z = (end - val[best]) / math.hypot(se[-1], se[best])
-    last = story.history[-1]
-    gap = last["train_eval_top1"] - last["val_top1"]
-    gap_z = gap / math.hypot(
-        error(last["val_top1"], story.val_images), error(last["train_eval_top1"], last["train_eval_images"])
-    )
-    if z < SIGMAS or gap_z < SIGMAS or clean[-1] >= clean[best]:
+    gap, gap_se = (values[-1] for values in generalization_gap(history))
+    # The loss of few, hard images is noisy: next to a gap that is beyond doubt, a rise of one standard error will do.
+    rises = z >= (1.0 if gap >= BEYOND_DOUBT * gap_se else SIGMAS)
+    if not (rises and gap >= SIGMAS * gap_se and train[-1] < train[best]):
         return []
-    seen = last["train_top1"] - last["val_top1"]
-    hidden = gap - seen
+    last = history.records[-1]
+    seen = float(history.column("train_top1")[-1] - history.column("val_top1")[-1])
+    hidden = float(gap) - seen
+    significant = f" ({z:.0f} standard errors)" if z >= SIGMAS else ""
     evidence = (
-        f"From epoch {best + 1} on the validation loss rises, from {val[best]:.3f} to {end:.3f} ({z:.0f} standard "
-        f"errors), while that of training images goes on falling ({clean[best]:.3f} to {clean[-1]:.3f}). At the end "
-        f"training images are right {points(gap)} more often than validation images ({last['train_eval_top1']:.3f} and "
-        f"{last['val_top1']:.3f}, both scored without augmentation)"
+        f"After epoch {best + 1} the validation loss rises from {val[best]:.3f} to {end:.3f}{significant}, while the "
+        f"loss on training images keeps falling ({train[best]:.3f} to {train[-1]:.3f}). In the end accuracy is "
+        f"{last.train_eval_top1:.3f} on training images and {last.val_top1:.3f} on validation images, both scored "
+        f"without augmentation: a gap of {points(gap)}, {gap / gap_se:.0f} standard errors."
     )
-    if hidden >= 0.005:
-        evidence += f"; the training curve shows {points(seen)} of it, and regularisation hides {points(hidden)}"
-    advice = (
-        "Take more augmentation (--augment cutout, --mixup 0.5), weight decay, label smoothing or dropout, more "
-        f"images, or the weights of epoch {best + 1}."
-    )
-    figures = {"gap": gap, "from_epoch": best + 1, "hidden_by_regularisation": hidden}
-    return [Finding("overfitting", sure(z), f"{evidence}.", advice, list(range(best + 1, len(val) + 1)), figures)]
+    if hidden >= 0.005 and seen > 0:
+        evidence += f" The training curve shows {points(seen)} of it; regularization hides {points(hidden)}."
+    metrics = {"gap": float(gap), "from_epoch": best + 1, "hidden_by_regularization": hidden}
+    epochs = list(range(best + 1, len(val) + 1))
+    return [Finding("overfitting", confidence(max(z, gap / gap_se)), evidence, regularize(history), epochs, metrics)]
 
 
-def validation_above_training(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    # A first epoch's training accuracy is a mean over all of its learning: validation after it must be higher.
-    if not story.validated or len(story.history) < 2 or has(found, "collapse", "divergence"):
+def gap_to_validation(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
+    if not history.num_val or has(found, "collapse", "divergence", "overfitting"):
         return []
-    last = story.history[-1]
-    val_se = error(last["val_top1"], story.val_images)
-    ahead = last["val_top1"] - last["train_top1"]
-    z = ahead / math.hypot(val_se, error(last["train_top1"], story.images))
-    if z < SIGMAS:
+    gap, gap_se = generalization_gap(history)
+    if not gap[-1] - SIGMAS * gap_se[-1] > COARSE:
         return []
-    clean_se = error(last["train_eval_top1"], last["train_eval_images"])
-    clean_z = (last["val_top1"] - last["train_eval_top1"]) / math.hypot(val_se, clean_se)
-    recipe = story.recipe
-    causes = [
-        name
-        for name, on in (
-            (f"augmentation ({recipe.augment})", recipe.augment != "none"),
-            ("mixup or cutmix", recipe.mixup + recipe.cutmix > 0),
-            ("dropout", recipe.dropout > 0),
-            ("the running average of the weights", recipe.ema > 0),
-        )
-        if on
+    last, late = history.records[-1], gap[-max(4, len(gap) // 2) :]
+    slope, _, low, _ = stats.theilslopes(late) if len(late) >= 4 else (math.nan,) * 4
+    evidence = (
+        f"After epoch {last.epoch} accuracy is {last.train_eval_top1:.3f} on training images and {last.val_top1:.3f} "
+        f"on validation images, both scored without augmentation: a gap of {points(gap[-1])}, "
+        f"{gap[-1] / gap_se[-1]:.0f} standard errors"
+    )
+    if low > 0:
+        evidence += f", which grows by {points(slope)} per epoch"
+    metrics = {"gap": float(gap[-1]), "slope": float(slope)}
+    sure = confidence(gap[-1] / gap_se[-1])
+    return [Finding("generalization-gap", sure, f"{evidence}.", regularize(history), [last.epoch], metrics)]
+
+
+def regularize(history: RunHistory) -> str:
+    """Return what helps a network to generalize, the most effective first, of what isn't done yet."""
+    recipe = history.recipe
+    more = {
+        "--augment cutout": recipe.augment != "cutout",
+        "--mixup 0.5": recipe.mixup + recipe.cutmix < 0.5,
+        "--label-smoothing 0.1": recipe.label_smoothing < 0.1,
+        "more weight decay": True,
+    }
+    options = listed([option for option, missing in more.items() if missing], "or")
+    images = "Train on all images, without --limit. Then try" if history.run["limit"] else "Try"
+    return f"{images} {options}."
+
+
+def generalization_gap(history: RunHistory) -> tuple[np.ndarray, np.ndarray]:
+    """Return the accuracy of training images less that of validation images, scored alike, and its standard error."""
+    train, val, n = (history.column(name) for name in ("train_eval_top1", "val_top1", "train_eval_images"))
+    errors = [
+        math.hypot(standard_error(v, history.num_val), standard_error(t, int(k)))
+        if np.isfinite([t, v, k]).all()
+        else np.nan
+        for t, v, k in zip(train, val, n, strict=True)
     ]
+    return train - val, np.array(errors)
+
+
+def validation_above_training(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
+    # A first epoch's training accuracy is a mean over all of its learning: validation after it must be higher.
+    if not history.num_val or len(history.records) < 2 or has(found, "collapse", "divergence"):
+        return []
+    recipe, last = history.recipe, history.records[-1]
+    train, val = (float(history.column(name)[-1]) for name in ("train_top1", "val_top1"))
+    z = (val - train) / math.hypot(standard_error(val, history.num_val), standard_error(train, history.num_train))
+    gap, gap_se = (values[-1] for values in generalization_gap(history))
+    if z < SIGMAS or not math.isfinite(gap):
+        return []
+    explained = bool(-gap < SIGMAS * gap_se)
     evidence = (
-        f"At epoch {last['epoch']} validation images are right {points(ahead)} more often than training images "
-        f"({last['val_top1']:.4f} and {last['train_top1']:.4f}, {z:.0f} standard errors). Scored alike, without "
-        f"augmentation and in evaluation mode, training images reach {last['train_eval_top1']:.4f}"
+        f"At epoch {last.epoch} accuracy is {val:.3f} on validation images and {train:.3f} on training images, "
+        f"{points(val - train)} lower ({z:.0f} standard errors). Scored without augmentation and in evaluation mode, "
+        f"training images reach {last.train_eval_top1:.3f}"
     )
-    explained = clean_z < SIGMAS
+    causes = {
+        f"augmentation ({recipe.augment})": recipe.augment != "none",
+        "mixup or CutMix": recipe.mixup + recipe.cutmix > 0,
+        "dropout": recipe.dropout > 0,
+        "the running average of the weights": recipe.ema > 0,
+    }
     if explained:
-        because = ", ".join([*causes, "that training accuracy is a mean over the epoch"])
-        evidence += f": no less than validation images. It is explained by {because}."
-        advice = "Nothing is wrong; judge the gap by the training accuracy in evaluation mode."
+        because = listed([*(cause for cause, on in causes.items() if on), "averaging over the whole epoch"])
+        evidence += f", no less than validation images: what lowers training accuracy is {because}."
+        advice = "Nothing is wrong. Judge the gap by training images that are scored without augmentation."
     else:
-        evidence += ", still less: augmentation and running averages don't explain it."
-        advice = "Look whether validation images are easier, or also stand among the training images."
-    return [Finding("validation-above-training", sure(z), evidence, advice, [last["epoch"]], {"explained": explained})]
+        evidence += ", which is still less: augmentation and averaging over the epoch don't explain it."
+        advice = "Check whether the validation images are easier, or are also among the training images."
+    metrics = {"explained": explained}
+    return [Finding("validation-above-training", confidence(z), evidence, advice, [last.epoch], metrics)]
 
 
-def validation_noise(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    if not story.validated or has(found, "collapse", "divergence"):
+def listed(words: Sequence[str], last: str = "and") -> str:
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def validation_noise(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
+    if not history.num_val or has(found, "collapse", "divergence"):
         return []
-    top1 = story.column("val_top1")
-    n, p = story.val_images, float(top1[-1])
-    half = 1.96 * error(p, n)
-    late = top1[len(top1) // 2 :] if len(top1) >= 10 else top1
-    wiggle, ratio, chance = swings(story, late)
+    top1, n = history.column("val_top1"), history.num_val
+    half = 1.96 * standard_error(float(top1[-1]), n)
+    late = top1[max(warmed_up(history), len(top1) // 2 if len(top1) >= 10 else 0) :]
+    wiggle, ratio, chance = swings(history, late)
+    falls = int((np.diff(late) < -half).sum())
     sampled = half >= COARSE
-    if not sampled and not (chance < 0.001 and wiggle > half and not has(found, "spike")):
+    if not sampled and not (chance < 0.001 and wiggle > half and falls > 1 and not has(found, "spike")):
         return []
-    evidence = f"{n:,} validation images tell an accuracy of {p:.3f} to ± {points(half)} (95 %)."
+    evidence = f"With {n:,} validation images, an accuracy of {top1[-1]:.3f} is uncertain by ± {points(half)} (95%)."
     if math.isfinite(wiggle):
-        evidence += f" From epoch to epoch the curve swings by {points(wiggle)} (standard deviation)"
+        evidence += f" From epoch to epoch it fluctuates by {points(wiggle)} (standard deviation)"
         if math.isfinite(ratio):
-            more = "more than" if chance < 0.001 else "no more than"
-            evidence += (
-                f", {more} sampling explains ({math.sqrt(ratio):.1f} times what the images that change sides make)"
-            )
+            more = f"more than sampling explains ({math.sqrt(ratio):.1f} times as much)"
+            evidence += f", {more if chance < 0.001 else 'no more than sampling explains'}"
         evidence += "."
     if sampled:
-        advice = "Read nothing into single epochs; hold out more images (--val-size 5000)."
+        advice = "Read nothing into single epochs, and hold out more images (--val-size 5000)."
     else:
-        advice = "The network itself swings: take a smaller --lr, a larger --batch-size, or --ema 0.999."
-    figures = {"images": n, "half_width": half, "swings": wiggle, "cause": "sampling" if sampled else "network"}
-    confidence = 0.95 if sampled else sure(stats.norm.isf(chance / 2))
-    return [Finding("validation-noise", confidence, evidence, advice, [], figures)]
+        advice = "The network itself is unstable: lower --lr, raise --batch-size, or average weights with --ema 0.999."
+    metrics = {"images": n, "half_width": half, "swings": wiggle, "cause": "sampling" if sampled else "network"}
+    sure = 0.95 if sampled else confidence(float(stats.norm.isf(chance / 2)))
+    return [Finding("validation-noise", sure, evidence, advice, [], metrics)]
 
 
-def swings(story: RunHistory, top1: np.ndarray) -> tuple[float, float, float]:
+def warmed_up(history: RunHistory) -> int:
+    """Return the epoch (from 0) at whose end the learning rate is highest: the curves bend while it rises."""
+    return int(np.argmax(history.column("lr")))
+
+
+def swings(history: RunHistory, top1: np.ndarray) -> tuple[float, float, float]:
     """Return how much a curve swings around its trend, over what sampling explains, and the chance of as much.
 
     The spread is estimated from second differences (Gasser, Sroka and Jennen-Steinmetz, 1986). The same images are
@@ -436,70 +507,96 @@ def swings(story: RunHistory, top1: np.ndarray) -> tuple[float, float, float]:
         return math.nan, math.nan, 1.0
     second = top1[1:-1] - (top1[:-2] + top1[2:]) / 2
     variance = float((second**2).mean()) / 1.5
-    moved = (story.column("val_gained") + story.column("val_lost"))[-len(top1) :]
-    expected = float(np.nanmean(moved)) / story.val_images**2 / 2 if np.isfinite(moved).any() else math.nan
+    moved = (history.column("val_gained") + history.column("val_lost"))[-len(top1) :]
+    expected = float(np.nanmean(moved)) / history.num_val**2 / 2 if np.isfinite(moved).any() else math.nan
     ratio = variance / expected if expected and math.isfinite(expected) else math.nan
     chance = float(stats.chi2.sf(ratio * len(second), len(second))) if math.isfinite(ratio) else 1.0
     return math.sqrt(variance), ratio, chance
 
 
-def trend(story: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    if not story.validated or len(story.history) < 4 or has(found, "collapse", "divergence", "overfitting"):
+def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
+    if not history.num_val or has(found, "collapse", "divergence", "overfitting"):
         return []
-    top1 = story.column("val_top1")
-    late = top1[-max(4, len(top1) // 2) :]
-    slope, _, low, high = stats.theilslopes(late, alpha=0.95)
+    top1 = history.column("val_top1")
+    late = top1[max(warmed_up(history), len(top1) - max(4, len(top1) // 2)) :]
+    if len(late) < 4:
+        return []
+    slope, _, low, high = (float(value) for value in stats.theilslopes(late, alpha=0.95))
     epochs = list(range(len(top1) - len(late) + 1, len(top1) + 1))
-    noise, last = error(float(top1[-1]), story.val_images), story.history[-1]
-    over = (
-        " The learning rate has fallen to its end: a longer schedule starts from a higher one, and may yet gain."
-        if last["lr"] < story.recipe.lr / 20
-        else ""
-    )
-    figures = {"slope": float(slope), "low": float(low), "high": float(high)}
+    noise = standard_error(float(top1[-1]), history.num_val)
+    metrics = {"slope": slope, "low": low, "high": high, "schedule_ended": history.decayed}
+    interval = f"(95% interval: {100 * low:+.2f} to {100 * high:+.2f})"
     if low > 0 and low * len(late) > noise:
-        evidence = (
-            f"Over epochs {epochs[0]} to {epochs[-1]} validation top-1 still rises, by {points(float(slope))} an epoch "
-            f"(95 %: {100 * low:.1f} to {100 * high:.1f})."
-        )
-        advice = "Train for more --epochs: the schedule stretches with them."
-        return [Finding("improving", 0.95, evidence, advice, epochs, figures)]
-    gain = max(0.0, float(high)) * len(late)
-    if gain <= 2 * 1.96 * noise:
-        evidence = (
-            f"Over epochs {epochs[0]} to {epochs[-1]} validation top-1 no longer rises: by {100 * slope:+.2f} points "
-            f"an epoch (95 %: {100 * low:+.2f} to {100 * high:+.2f}). As many epochs again would gain {points(gain)} "
-            f"at most, which {story.val_images:,} images hardly tell.{over}"
-        )
-        figures["gain"] = gain
-        return [Finding("plateau", 0.95, evidence, "Stop here, or change the recipe.", epochs, figures)]
-    return []
-
-
-def healthy(story: RunHistory, found: Sequence[Finding]) -> Finding:
-    last = story.history[-1]
-    if not story.validated:
-        first = story.history[0]["train_loss"]
-        evidence = f"The training loss fell from {first:.3f} to {last['train_loss']:.3f}; no images were held out."
+        return [improving(history, epochs, slope, interval, metrics)]
+    gain = max(0.0, high) * len(late)
+    if history.unfinished or gain > 2 * 1.96 * noise:  # before the end, a falling learning rate may still help
+        return []
+    evidence = (
+        f"{span(epochs)} validation accuracy no longer rises: it changes by {100 * slope:+.2f} points per epoch "
+        f"{interval}."
+    )
+    if history.decayed:
+        evidence += " The learning rate has fallen to the end of its schedule, so more of the same would change little."
+        advice = "Stop here, or change the recipe: a longer schedule keeps the learning rate high for longer."
     else:
-        gap = last["train_eval_top1"] - last["val_top1"] if last.get("train_eval_top1") is not None else math.nan
-        evidence = (
-            f"The losses fell together, to {last['train_loss']:.3f} and {last['val_loss']:.3f}; validation top-1 is "
-            f"{last['val_top1']:.4f}, {points(abs(gap))} {'below' if gap >= 0 else 'above'} training images that "
-            "are scored alike, and nothing jumps, stalls or rises that shouldn't."
+        evidence += (
+            f" As many epochs again would add at most {points(gain)}, which {history.num_val:,} validation images can "
+            "hardly show."
         )
-    advice = "Nothing needs mending." + (" More epochs would help." if has(found, "improving") else "")
+        advice = "Stop here, or change the recipe."
+        if history.recipe.schedule == "constant":
+            advice = "Let the learning rate fall: --schedule cosine."
+    return [Finding("plateau", 0.95, evidence, advice, epochs, {**metrics, "gain": gain})]
+
+
+def improving(history: RunHistory, epochs: list[int], slope: float, interval: str, metrics: dict[str, Any]) -> Finding:
+    """Return the finding of a curve that rises, and whether more epochs would go on like that."""
+    evidence = f"{span(epochs)} validation accuracy rises by {points(slope)} per epoch {interval}."
+    if history.unfinished:
+        advice = "Continue this run."
+    elif history.decayed:
+        last = history.column("val_top1")[-2:]
+        evidence += (
+            f" It rises as the learning rate falls to the end of the schedule: the last epoch adds "
+            f"{points(last[1] - last[0])}, so more of the same would add little."
+        )
+        advice = f"Train with a longer schedule: --epochs {2 * history.recipe.epochs}."
+    else:
+        advice = f"Train for more epochs: --epochs {2 * history.recipe.epochs}."
+    return Finding("improving", 0.95, evidence, advice, epochs, metrics)
+
+
+def healthy(history: RunHistory, found: Sequence[Finding]) -> Finding:
+    last, losses = history.records[-1], history.column("train_loss")
+    if not history.num_val:
+        evidence = (
+            f"The training loss falls from {np.fmax.reduce(losses):.3f} to {losses[-1]:.3f}. No images are held out "
+            "for validation, so how well the network generalizes can't be seen."
+        )
+    else:
+        evidence = (
+            f"Training and validation loss fall together, to {losses[-1]:.3f} and {last.val_loss:.3f}, without a "
+            f"jump or a reversal. Validation accuracy is {last.val_top1:.3f}"
+        )
+        gap = float(generalization_gap(history)[0][-1])
+        if math.isfinite(gap):
+            side = "below" if gap >= 0 else "above"
+            evidence += f", {points(abs(gap))} {side} that of training images scored the same way"
+        evidence += "."
+    more = has(found, "improving") and not history.unfinished
+    advice = f"Nothing needs fixing.{' More epochs help.' if more else ''}"
     return Finding("healthy", 0.9, evidence, advice)
 
 
 RULES: Sequence[Callable[[RunHistory, Sequence[Finding]], list[Finding]]] = (
     divergence,
     collapsed,
-    broken,
+    never_recovers,
     underfitting,
     learning_rate,
     spikes,
     overfitting,
+    gap_to_validation,
     validation_above_training,
     validation_noise,
     trend,
@@ -510,7 +607,7 @@ TRENDS = {"improving", "plateau"}
 # Several seeds --------------------------------------------------------------------------------------
 
 
-def seed_variance(model: str, top1: Sequence[float], images: int) -> Finding | None:
+def seed_variance(model: str, top1: Sequence[float], num_images: int) -> Finding | None:
     """Return whether runs that differ in their seed alone differ by more than their test images explain.
 
     Runs that err independently differ by the binomial variance of p (1 - p) / n at most (Jordan, 2023,
@@ -519,13 +616,15 @@ def seed_variance(model: str, top1: Sequence[float], images: int) -> Finding | N
     if len(top1) < 2:
         return None
     mean, variance = float(np.mean(top1)), float(np.var(top1, ddof=1))
-    ratio = variance / error(mean, images) ** 2
+    ratio = variance / standard_error(mean, num_images) ** 2
     chance = float(stats.chi2.sf(ratio * (len(top1) - 1), len(top1) - 1))
     if chance >= 2 * stats.norm.sf(SIGMAS):
         return None
     evidence = (
-        f"The {len(top1)} runs of {model} end between {min(top1):.4f} and {max(top1):.4f} of test top-1: a standard "
-        f"deviation of {points(math.sqrt(variance))}, {math.sqrt(ratio):.1f} times what {images:,} test images explain."
+        f"The {len(top1)} runs of {model} end with test accuracies from {min(top1):.3f} to {max(top1):.3f}. Their "
+        f"standard deviation, {points(math.sqrt(variance))}, is {math.sqrt(ratio):.1f} times what {num_images:,} test "
+        "images explain."
     )
-    advice = "Take a smaller --lr or a longer --warmup, and report more seeds."
-    return Finding("seed-variance", round(1 - chance, 3), evidence, advice, [], {"ratio": math.sqrt(ratio)})
+    advice = "Lower --lr or lengthen --warmup, and report more seeds."
+    sure = round(min(SURE, 1 - chance), 3)
+    return Finding("seed-variance", sure, evidence, advice, [], {"ratio": math.sqrt(ratio)})

@@ -2,22 +2,27 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from raycifar.analysis.findings import Finding, RunHistory, has
+from raycifar.analysis.findings import Finding, has
+from raycifar.analysis.history import RunHistory
 from raycifar.recipes import Recipe, changes, recipe_for
 
-NOUNS = {
-    "collapse": "the network has not learned",
+PHRASES = {
+    "test-differs": "the test set doesn't match the validation images",
+    "too-early": "it is too early to tell",
+    "collapse": "the network has learned nothing",
     "overfitting": "it overfits",
+    "generalization-gap": "it does better on training images than on new ones",
     "spike": "the loss spikes",
-    "plateau": "more epochs would not help",
+    "plateau": "validation accuracy has stopped rising",
     "improving": "it is still improving",
     "underfitting": "it underfits",
     "validation-noise": "the validation curve is noisy",
     "validation-above-training": "validation is ahead of training",
-    "divergence": "training diverged",
+    "divergence": "training diverges",
     "learning-rate-high": "the learning rate is too high",
     "learning-rate-low": "the learning rate is too low",
     "seed-variance": "seeds differ more than they should",
@@ -27,57 +32,79 @@ NOUNS = {
 
 def headline(findings: Sequence[Finding]) -> str:
     """Return what was found, in a phrase."""
-    return "; ".join(dict.fromkeys(NOUNS[finding.kind] for finding in findings)) or "nothing to read yet"
+    return "; ".join(dict.fromkeys(PHRASES[finding.kind] for finding in findings)) or "nothing to read yet"
 
 
-def state(story: RunHistory) -> str:
+def count(n: int, noun: str) -> str:
+    """Return "1 epoch" or "2 epochs"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def data_name(run: dict[str, Any]) -> str:
+    """Return what a run's images are called; a path says where a copy of CIFAR-100 is."""
+    return "synthetic" if run["data"]["source"].startswith("synthetic") else "CIFAR-100"
+
+
+def state(history: RunHistory) -> str:
     """Return how far a run has come, in a sentence."""
-    done, epochs = len(story.history), story.recipe.epochs
-    if story.result is None:
-        return f"This run is under way, or was cut off: {done} of {epochs} epochs are recorded."
-    match story.result["status"]:
+    done, epochs = len(history.records), history.recipe.epochs
+    if history.result is None:
+        if done == epochs:
+            return f"All {epochs} epochs of this run are recorded, but not yet its result."
+        recorded = f"{done} of {count(epochs, 'epoch')} {'is' if done == 1 else 'are'} recorded"
+        return f"This run is under way or was interrupted: {recorded}."
+    match history.result["status"]:
         case "finished":
-            return f"This run is finished: {done} epochs."
+            return f"This run is finished, after {count(done, 'epoch')}."
         case "stopped":
-            return f"This run was stopped by a search after {done} of {epochs} epochs, for others did better."
+            return f"A search stopped this run after {done} of {count(epochs, 'epoch')}, because others did better."
         case _:
-            reason = story.result.get("reason") or "no reason is recorded"
-            return f"This run failed after {done} of {epochs} epochs: {reason}."
+            reason = (history.result.get("reason") or "the reason is not recorded").rstrip(".")
+            return f"This run failed after {done} of {count(epochs, 'epoch')}: {reason}."
 
 
-def paragraph(story: RunHistory, findings: Sequence[Finding]) -> str:
+def paragraph(history: RunHistory, findings: Sequence[Finding]) -> str:
     """Return what could stand under the figure, in plain English."""
-    run, recipe, data = story.run, story.recipe, story.run["data"]
-    begun = "from scratch" if recipe.pretrained == "none" else f"from pre-trained weights ({recipe.pretrained})"
-    text = [
-        f"{run['model']} was trained {begun} on {data['train']:,} images of {data['source']} for {len(story.history)} "
-        f"epochs, with {data['val']:,} images held out for validation."
-    ]
-    if story.history:
-        last = story.history[-1]
-        text.append(f"The training loss ended at {last['train_loss']:.3f} (top-1 {last['train_top1']:.1%}).")
-        if story.validated:
-            best = max(story.history, key=lambda row: row["val_top1"])
-            text.append(
-                f"Validation ended at loss {last['val_loss']:.3f} and top-1 {last['val_top1']:.1%}; its best was "
-                f"{best['val_top1']:.1%}, at epoch {best['epoch']}."
+    run, data, pretrained = history.run, history.run["data"], history.recipe.pretrained
+    start = "from scratch" if pretrained == "none" else f"from pretrained weights ({pretrained})"
+    done, epochs = len(history.records), history.recipe.epochs
+    text = (
+        f"{run['model']} is trained {start} on {count(data['train'], data_name(run) + ' image')} for "
+        f"{'' if done == epochs else f'{done} of '}{count(epochs, 'epoch')}"
+    )
+    sentences = [f"{text}, with {data['val']:,} more held out for validation." if data["val"] else f"{text}."]
+    if history.records:
+        last = history.records[-1]
+        if last.train_loss is not None and last.train_top1 is not None:
+            sentences.append(
+                f"Training ends at a loss of {last.train_loss:.3f} and an accuracy of {last.train_top1:.1%}."
             )
-    test = (story.result or {}).get("test")
-    if test:
-        text.append(
-            f"On the {test['images']:,} test images, scored once, it reaches a top-1 of {test['top1']:.1%} and a top-5 "
-            f"of {test['top5']:.1%}."
+        scored = [record for record in history.records if record.val_top1 is not None]
+        if scored and last.val_loss is not None:
+            best = max(scored, key=lambda record: record.val_top1 or 0.0)
+            text = f"Validation ends at a loss of {last.val_loss:.3f} and an accuracy of {last.val_top1:.1%}"
+            later = (
+                f"; the best, {best.val_top1:.1%}, comes after epoch {best.epoch}"
+                if best.val_top1 != last.val_top1
+                else ", its best"
+            )
+            sentences.append(f"{text}{later}.")
+    if test := (history.result or {}).get("test"):
+        sentences.append(
+            f"On the {test['images']:,} test images, scored once, it reaches a top-1 accuracy of {test['top1']:.1%} "
+            f"and a top-5 accuracy of {test['top5']:.1%}."
         )
-    text += [finding.evidence for finding in findings]
-    return " ".join(text)
+    return " ".join([*sentences, *(finding.evidence for finding in findings)])
 
 
-def command(story: RunHistory, command: str, recipe: Recipe, **options: Any) -> str:
-    """Return a command that trains the run's model on its data with `recipe`."""
-    run = story.run
+def to_command(
+    run: dict[str, Any], command: str, recipe: Recipe, models: Sequence[str] | None = None, **options: Any
+) -> str:
+    """Return a command that trains a run's model, or several, on its data with `recipe`."""
     model = run["model"]
     base = recipe_for(model, recipe.pretrained)
-    parts = ["raycifar", command, "--models" if command == "compare" else "--model", model]
+    chosen = ["--models", ",".join(models or [model])] if command == "compare" else ["--model", model]
+    parts = ["raycifar", command, *chosen]
     if run["data"]["source"] != "cifar100":
         parts += ["--data", run["data"]["source"]]
     if run["val_size"] != 5000 and "val_size" not in options:
@@ -88,52 +115,70 @@ def command(story: RunHistory, command: str, recipe: Recipe, **options: Any) -> 
         parts += ["--pretrained", recipe.pretrained]
     for name, value in {**changes(recipe, base), **options}.items():
         if isinstance(value, bool):
-            parts.append(f"--{'' if value else 'no-'}{name}")
+            parts.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
         elif name != "pretrained":
             parts += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
     return shlex.join(parts)
 
 
-def what_next(story: RunHistory, findings: Sequence[Finding]) -> list[dict[str, str]]:
-    """Return commands that are ready to run, each with its reason, the most urgent first."""
-    recipe, own = story.recipe, recipe_for(story.run["model"], story.recipe.pretrained)
+Step = dict[str, str]  # a command, and the reason for it
 
-    def change(**values: Any) -> Recipe:
-        return Recipe(**{**{f.name: getattr(recipe, f.name) for f in fields(Recipe)}, **values})
 
-    def train(reason: str, recipe: Recipe, **options: Any) -> dict[str, str]:
-        return {"command": command(story, "train", recipe, **options), "reason": reason}
+def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = "results") -> list[Step]:
+    """Return commands that are ready to run, each with its reason, in the order in which an expert would try them.
 
-    steps: list[dict[str, str]] = []
-    if has(findings, "collapse", "divergence", "learning-rate-high"):
-        calm = change(lr=min(own.lr, recipe.lr) / 2, warmup=max(own.warmup, recipe.warmup), clip_norm=1.0)
-        steps.append(
-            train("half the learning rate, a warm-up and bounded gradients, to see whether it learns at all", calm)
-        )
+    Continue the run; train on all images; train for longer; mend the recipe; search for a better one.
+    """
+    run, recipe, own = history.run, history.recipe, history.own_recipe
+    steps: list[Step] = []
+
+    def train(reason: str, recipe: Recipe, run: dict[str, Any] = run, **options: Any) -> None:
+        steps.append({"command": to_command(run, "train", recipe, **options), "reason": reason})
+
+    broken = has(findings, "collapse", "divergence", "learning-rate-high")
+    departed = {name: getattr(own, name) for finding in findings for name in finding.metrics.get("recipe", ())}
+    if history.unfinished and not broken:
+        usual = Path(storage).resolve() == Path("results").resolve()  # --storage's default
+        where: dict[str, Any] = {} if usual else {"storage": storage}
+        train("the rest of this run, under the same name", recipe, seed=run["seed"], name=run["name"], **where)
+        if not has(findings, "overfitting", "generalization-gap", "spike"):
+            return steps
+    if run["limit"] and has(findings, "overfitting", "generalization-gap", "too-early"):
+        train("all images: nothing makes a network generalize better than more data", recipe, {**run, "limit": None})
+    if has(findings, "learning-rate-low"):
+        recipe = replace(recipe, lr=own.lr)
+        train("the learning rate of the model's own recipe", recipe)
+    if has(findings, "improving", "underfitting", "too-early") and not departed and not history.unfinished:
+        epochs = max(findings_epochs(findings), (3 if has(findings, "underfitting") else 2) * recipe.epochs)
+        train(f"more epochs, with a schedule that stretches over all {epochs}", replace(recipe, epochs=epochs))
+    if departed:
+        names = " and ".join(name.replace("_", " ") for name in departed)
+        recipe = replace(recipe, **departed)
+        train(f"the {names} of the {history.model}'s own recipe", recipe)
+    elif broken:
+        rate = own.lr if has(findings, "learning-rate-high") else min(own.lr, recipe.lr) / 2
+        gentle = replace(recipe, lr=rate, warmup=max(own.warmup, recipe.warmup), clip_norm=1.0)
+        train("a lower learning rate, a warm-up and clipped gradients, to see whether it learns at all", gentle)
     if has(findings, "spike"):
-        steps.append(
-            train("half the learning rate, against spikes", change(lr=recipe.lr / 2))
-            if recipe.clip_norm
-            else train("bounded gradients, against spikes", change(clip_norm=1.0))
-        )
-    if has(findings, "overfitting"):
+        if recipe.clip_norm:
+            train("half the learning rate, against spikes", replace(recipe, lr=recipe.lr / 2))
+        else:
+            train("clipped gradients, against spikes", replace(recipe, clip_norm=1.0))
+    if has(findings, "overfitting", "generalization-gap"):
         mixup = max(min(0.3, 1 - recipe.cutmix), recipe.mixup)
-        more = change(augment="cutout", label_smoothing=max(0.1, recipe.label_smoothing), mixup=mixup)
-        steps.append(train("more augmentation against overfitting", more))
-        if story.run["limit"]:
-            story_without = RunHistory({**story.run, "limit": None}, story.history, story.result)
-            again = command(story_without, "train", recipe)
-            steps.append({"command": again, "reason": "all images, for more data is the best regularisation"})
-    if has(findings, "underfitting", "learning-rate-low"):
-        longer = change(lr=own.lr, epochs=max(10, 3 * recipe.epochs))
-        steps.append(train("the recipe's own learning rate, and more epochs", longer))
-    if has(findings, "validation-noise") and story.val_images < 5000 and (story.run["limit"] or story.images > 10_000):
-        steps.append(train("a validation set that tells a point", recipe, val_size=5000))
-    if has(findings, "improving"):
-        steps.append(train("twice the epochs, for it was still improving", change(epochs=2 * recipe.epochs)))
+        smoothing = max(0.1, recipe.label_smoothing)
+        more = replace(recipe, augment="cutout", label_smoothing=smoothing, mixup=mixup)
+        if more != recipe:
+            train("more augmentation, against the gap to validation", more)
+    if has(findings, "validation-noise") and history.num_val < 5000 and (run["limit"] or history.num_train > 10_000):
+        train("a validation set that resolves a difference of a point", recipe, val_size=5000)
     if has(findings, "plateau", "healthy", "validation-noise") or not steps:
-        search = command(story, "compare", recipe, seeds=3, search=20)
-        steps.append(
-            {"command": search, "reason": "a search for a better recipe, and three seeds to tell how sure it is"}
-        )
+        search = to_command(run, "compare", recipe, seeds=3, search=20)
+        reason = "a search for a better recipe, and three seeds to see how sure the result is"
+        steps.append({"command": search, "reason": reason})
     return steps
+
+
+def findings_epochs(findings: Sequence[Finding]) -> int:
+    """Return after how many epochs the findings can tell more."""
+    return max((finding.metrics.get("epochs_needed", 0) for finding in findings), default=0)

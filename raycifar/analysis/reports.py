@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,47 +11,55 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from raycifar.analysis import charts, findings, prose
-from raycifar.analysis.charts import BLUE, ORANGE
+from raycifar.analysis import charts, prose
 from raycifar.analysis.classification import by_class, confused_pairs, confusion, reliability
-from raycifar.analysis.findings import Finding, RunHistory
+from raycifar.analysis.curves import panels
+from raycifar.analysis.findings import FIT, diagnose, fit, listed, seed_variance, standard_error
+from raycifar.analysis.history import RunHistory
+from raycifar.analysis.mismatch import find_mismatch
 from raycifar.analysis.page import render
-from raycifar.analysis.suspects import Suspects, suspects
-from raycifar.data import CLASSES, SUPERCLASSES
-from raycifar.data.names import COARSE, FINE
+from raycifar.analysis.suspects import Suspects, rank_suspects
+from raycifar.data import DatasetInfo
 from raycifar.data.tables import Source, from_lists, to_numpy
+from raycifar.recipes import changes
 
 GALLERY = 24  # images of the most suspect labels
 PAIRS, EXAMPLES = 6, 4  # pairs of classes shown, and pictures of each direction
+ROWS = 300  # epochs in a page's table
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run's folder holds; what isn't there is None, and the report says so."""
+    """What a run's folder holds; what isn't there is None, and the report says so. `storage` is where it stands."""
 
     name: str
-    story: RunHistory
+    history: RunHistory
     predictions: bytes | None
-    images: bytes | None
+    example_stats: bytes | None
+    storage: str = "results"
 
 
-def read_run(files: RunFiles) -> dict[str, Any]:
-    """Return the report of a run as `report.json` holds it."""
-    found = findings.read(files.story)
+def report_run(files: RunFiles, source: Source | None = None) -> dict[str, Any]:
+    """Return the report of a run as `report.json` holds it; `source` are the images, where they are at hand."""
+    differs, found = find_mismatch(files.history, files.predictions, source), diagnose(files.history)
+    if differs:
+        found = [*differs, *(finding for finding in found if finding.kind != "healthy")]
     return {
         "name": files.name,
-        "state": prose.state(files.story),
+        "state": prose.state(files.history),
         "headline": prose.headline(found),
         "findings": [finding.to_json() for finding in found],
-        "next": prose.what_next(files.story, found) if files.story.history else [],
-        "paragraph": prose.paragraph(files.story, found),
+        "next": prose.next_steps(files.history, found, files.storage) if files.history.records else [],
+        "paragraph": prose.paragraph(files.history, found),
     }
 
 
 def run_page(files: RunFiles, report: dict[str, Any], source: Source | None) -> str:
     """Return a run's `report.html`; pictures are left out where `source`, the images, is not at hand."""
-    drawn = curve_charts(files.story) if files.story.history else {}
-    test = read_predictions(files.predictions, source)
+    history, info = files.history, files.history.info
+    mature = bool(history.records) and fit(history) >= FIT  # before that, its doubts about labels mean nothing
+    drawn = {name: charts.curve_chart(panel) for name, panel in panels(history).items()} if history.records else {}
+    test = read_predictions(files.predictions, source, info)
     if test:
         drawn |= test.pop("charts")
     return render(
@@ -59,134 +67,102 @@ def run_page(files: RunFiles, report: dict[str, Any], source: Source | None) -> 
         drawn,
         title=files.name,
         report=report,
-        run=files.story.run,
-        history=files.story.history,
-        result=files.story.result,
+        run=history.run,
+        images=prose.data_name(history.run),
+        records=history.records[-ROWS:],
+        omitted=max(0, len(history.records) - ROWS),
+        result=history.result,
+        intervals=test_intervals(history),
+        details=details(history),
         test=test,
-        suspects=gallery(suspects(files.images) if files.images else None, source),
-        behind=behind_spikes(report, source),
+        suspects=gallery(rank_suspects(files.example_stats), source, info) if files.example_stats and mature else [],
+        mature=mature,
+        behind=behind_spikes(report, source, info),
         has_pictures=source is not None,
-        epochs=files.story.recipe.epochs,
     )
 
 
-# Curves ---------------------------------------------------------------------------------------------
+def test_intervals(history: RunHistory) -> dict[str, float]:
+    """Return half of the 95% interval of each test accuracy, over the choice of test images."""
+    test = (history.result or {}).get("test")
+    names = ("top1", "top5", "superclass_top1")
+    return {name: 1.96 * standard_error(test[name], test["images"]) for name in names} if test else {}
 
 
-def marks(story: RunHistory) -> list[tuple[int, str]]:
-    """Return the epochs that are worth a mark: the best, restarts, changes of the workers, the end of a stage."""
-    rows, found = story.history, []
-    if story.validated:
-        found.append((max(rows, key=lambda row: row["val_top1"])["epoch"], "best"))
-    for before, row in zip([None, *rows], rows, strict=False):
-        if row.get("restarts"):
-            found.append((row["epoch"], "restart"))
-        if before and row["workers"] != before["workers"]:
-            found.append((row["epoch"], f"{row['workers']} workers"))
-        if before and row.get("stage") != before.get("stage"):
-            found.append((row["epoch"], "whole network"))
-    peak = max(rows, key=lambda row: row["lr"])["epoch"]
-    return [*found, (peak, "peak lr")] if 1 < peak < len(rows) else found
-
-
-def curve_charts(story: RunHistory) -> dict[str, str]:
-    top1, loss = (
-        {name: story.column(f"{name}_{score}") for name in ("train", "val", "clean")} for score in ("top1", "loss")
-    )
-    marked, drawn = marks(story), {}
-    for score, values, words in (("top1", top1, "top-1"), ("loss", loss, "loss")):
-        lines = [
-            ("training, as trained", values["train"], BLUE, "--"),
-            ("training, scored alike", values["clean"], BLUE, "-"),
-        ]
-        lines += [("validation", values["val"], ORANGE, "-")] if story.validated else []
-        lines = [line for line in lines if np.isfinite(line[1]).any()]
-        description = f"{words} by epoch. " + " ".join(f"{line[0]}: {describe(line[1])}." for line in lines)
-        drawn[score] = charts.curves(lines, words, description, marked)
-    if story.validated:
-        gap = 100 * (top1["clean"] - top1["val"])
-        between = (np.zeros_like(gap), gap)
-        description = f"Gap between training and validation top-1, scored alike, in points: {describe(gap, 1)}."
-        drawn["gap"] = charts.curves([("gap", gap, ORANGE, "-")], "points", description, between=between)
-    lr, speed = story.column("lr"), story.column("images_per_second")
-    drawn["lr"] = charts.curves(
-        [("learning rate", lr, BLUE, "-")], "learning rate", f"Learning rate: {describe(lr, 5)}."
-    )
-    norm = story.column("grad_norm")
-    if np.isfinite(norm).any():
-        lines = [("mean", norm, BLUE, "-"), ("largest", story.column("grad_norm_max"), ORANGE, "--")]
-        drawn["norm"] = charts.curves(lines, "gradient norm", f"Gradient norm: {describe(norm)}.", log=True)
-    lines = [("speed", speed, BLUE, "-")]
-    drawn["speed"] = charts.curves(lines, "images/s", f"Images per second: {describe(speed, 0)}.", from_zero=True)
-    return drawn
-
-
-def describe(values: np.ndarray, digits: int = 3) -> str:
-    """Return a curve in words."""
-    known = values[np.isfinite(values)]
-    if not len(known):
-        return "unknown"
-    return (
-        f"from {known[0]:.{digits}f} to {known[-1]:.{digits}f}, lowest {known.min():.{digits}f}, highest "
-        f"{known.max():.{digits}f}"
-    )
+def details(history: RunHistory) -> dict[str, str]:
+    """Return what a reader needs to train the same network again."""
+    run, recipe = history.run, history.recipe
+    values = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    return {
+        "command": prose.to_command(run, "train", recipe, seed=run["seed"]),
+        "recipe": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items()),
+        "parameters": f"{run['parameters']:,}" if run.get("parameters") else "unknown",
+        "started": run.get("created", "unknown"),
+        "precision": run.get("precision", "unknown"),
+        "versions": ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()) or "unknown",
+    }
 
 
 # The test set, and single images --------------------------------------------------------------------
 
 
-def read_predictions(content: bytes | None, source: Source | None) -> dict[str, Any] | None:
+def read_predictions(content: bytes | None, source: Source | None, info: DatasetInfo) -> dict[str, Any] | None:
     """Return what the predictions of the test set show, and its charts."""
     if content is None:
         return None
     table = pq.read_table(pa.BufferReader(content))
     labels, probabilities = table["label"].to_numpy(), from_lists(table["probabilities"])
     predicted, confidence = probabilities.argmax(1), probabilities.max(1)
-    matrix = confusion(labels, predicted, CLASSES)
+    matrix = confusion(labels, predicted, info.num_classes)
     drawn = {
         "reliability": charts.reliability_diagram(reliability(confidence, predicted == labels)),
-        "classes": charts.class_chart(by_class(matrix, FINE)),
+        "classes": charts.class_chart(by_class(matrix, info.class_names)),
     }
-    pairs = confused_pairs(matrix, FINE)[:PAIRS]
+    pairs = confused_pairs(matrix, info.class_names)[:PAIRS]
     if source is not None:
-        parents = np.array(source.superclasses())
-        drawn["superclasses"] = charts.confusion_chart(
-            confusion(parents[labels], parents[predicted], SUPERCLASSES), COARSE
-        )
+        superclass_of = np.array(source.superclasses())
+        superclasses = confusion(superclass_of[labels], superclass_of[predicted], info.num_superclasses)
+        drawn["superclasses"] = charts.confusion_chart(superclasses, info.superclass_names)
         for pair in pairs:
-            pair["pictures"] = examples(pair, labels, predicted, confidence, source)
+            pair["pictures"] = examples(pair, labels, predicted, confidence, source, info)
     return {"charts": drawn, "pairs": pairs}
 
 
 def examples(
-    pair: dict[str, Any], labels: np.ndarray, predicted: np.ndarray, confidence: np.ndarray, source: Source
+    pair: dict[str, Any],
+    labels: np.ndarray,
+    predicted: np.ndarray,
+    confidence: np.ndarray,
+    source: Source,
+    info: DatasetInfo,
 ) -> list[dict[str, str]]:
-    """Return the pictures of a pair of classes that were most surely taken for the other."""
+    """Return the pictures of a pair of classes that are most confidently taken for the other class."""
     shown = []
-    for label, taken in ((pair["a"], pair["b"]), (pair["b"], pair["a"])):
-        rows = np.flatnonzero((labels == FINE.index(label)) & (predicted == FINE.index(taken)))
+    for label, taken_for in ((pair["a"], pair["b"]), (pair["b"], pair["a"])):
+        a, b = (info.class_names.index(name) for name in (label, taken_for))
+        rows = np.flatnonzero((labels == a) & (predicted == b))
         for row in rows[np.argsort(-confidence[rows])][:EXAMPLES]:
-            words = f"{label}, taken for {taken}".replace("_", " ")
+            words = f"{plain(label)}, taken for {plain(taken_for)}"
             shown.append({"uri": picture(source.test, int(row)), "words": words})
     return shown
 
 
-def gallery(found: Suspects | None, source: Source | None) -> list[dict[str, Any]]:
+def gallery(found: Suspects | None, source: Source | None, info: DatasetInfo) -> list[dict[str, Any]]:
     if found is None or source is None:
         return []
     return [
         {
             "uri": picture(source.train, int(found.index[k])),
             "index": int(found.index[k]),
-            "label": FINE[found.label[k]].replace("_", " "),
-            "suggested": FINE[found.suggested[k]].replace("_", " "),
+            "label": plain(info.class_names[found.label[k]]),
+            "suggested": plain(info.class_names[found.suggested[k]]),
         }
         for k in range(min(GALLERY, len(found.index)))
     ]
 
 
-def behind_spikes(report: dict[str, Any], source: Source | None) -> list[dict[str, Any]]:
-    """Return, for each spike that a few hard images made, their pictures."""
+def behind_spikes(report: dict[str, Any], source: Source | None, info: DatasetInfo) -> list[dict[str, Any]]:
+    """Return the training images whose losses rose most, of each spike that a few images caused."""
     if source is None:
         return []
     labels = source.train["fine"]
@@ -194,13 +170,17 @@ def behind_spikes(report: dict[str, Any], source: Source | None) -> list[dict[st
         {
             "epoch": finding["epochs"][0],
             "pictures": [
-                {"uri": picture(source.train, row), "words": FINE[labels[row].as_py()].replace("_", " ")}
-                for row in finding["figures"]["images"]
+                {"uri": picture(source.train, row), "words": plain(info.class_names[labels[row].as_py()])}
+                for row in finding["metrics"]["example_indices"]
             ],
         }
         for finding in report["findings"]
-        if finding["kind"] == "spike" and finding["figures"].get("images")
+        if finding["kind"] == "spike" and finding["metrics"].get("example_indices")
     ]
+
+
+def plain(class_name: str) -> str:
+    return class_name.replace("_", " ")
 
 
 def picture(table: pa.Table, row: int) -> str:
@@ -214,60 +194,73 @@ def picture(table: pa.Table, row: int) -> str:
 # A comparison ---------------------------------------------------------------------------------------
 
 
-def read_comparison(name: str, runs: Sequence[RunFiles], comparison: dict[str, Any] | None) -> dict[str, Any]:
+def report_comparison(name: str, runs: Sequence[RunFiles], comparison: dict[str, Any] | None) -> dict[str, Any]:
     """Return the report of a comparison as `report.json` holds it; `comparison` is None while it is under way."""
-    reports = [read_run(run) for run in runs]
+    reports = [report_run(run) for run in runs]
     found = []
     for model, group in by_model(runs).items():
-        tested = [run.story.result["test"] for run in group if run.story.result and "test" in run.story.result]
-        if finding := findings.seed_variance(model, [t["top1"] for t in tested], tested[0]["images"] if tested else 0):
-            found.append(finding.to_json())
-    done = sum((run.story.result or {}).get("status") == "finished" for run in runs)
+        tested = [run.history.result["test"] for run in group if run.history.result and "test" in run.history.result]
+        if tested and (finding := seed_variance(model, [test["top1"] for test in tested], tested[0]["images"])):
+            found.append(finding)
+    done = sum((run.history.result or {}).get("status") == "finished" for run in runs)
     sentences = [pair["sentence"] for pair in (comparison or {}).get("pairs", [])]
     sentences += [search["sentence"] for search in (comparison or {}).get("search", {}).values()]
-    state = f"{done} of {len(runs)} runs are finished" + (
-        "" if comparison else "; the comparison is under way, or was cut off"
-    )
+    finished = f"{done} of {prose.count(len(runs), 'run')} finished"
+    state = f"{finished}." if comparison else f"{finished}; the comparison is under way or was interrupted."
     return {
         "name": name,
-        "state": f"{state}.",
-        "headline": prose.headline([Finding(**finding) for finding in found]) if found else "",
-        "findings": found,
-        "paragraph": " ".join([f"{state}.", *sentences, *(finding["evidence"] for finding in found)]),
+        "state": state,
+        "headline": prose.headline(found) if found else "",
+        "findings": [finding.to_json() for finding in found],
+        "paragraph": " ".join([state, *sentences, *(finding.evidence for finding in found)]),
         "sentences": sentences,
         "runs": [{key: report[key] for key in ("name", "state", "headline", "findings")} for report in reports],
-        "next": next_of(reports),
+        "next": next_comparison(runs, comparison),
     }
 
 
-def next_of(reports: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Return the most urgent step of each run, each once."""
-    steps = {report["next"][0]["command"]: report["next"][0] for report in reports if report["next"]}
-    return list(steps.values())[:4]
+def next_comparison(runs: Sequence[RunFiles], comparison: dict[str, Any] | None) -> list[prose.Step]:
+    """Return the comparison that would tell more: of networks that are trained for longer, or with more seeds."""
+    if not comparison or not comparison["pairs"]:
+        return []
+    pairs, histories = comparison["pairs"], [run.history for run in runs]
+    run, epochs = histories[0].run, max(history.recipe.epochs for history in histories)
+    seeds = max([3, *(pair["seeds_needed"] or 0 for pair in pairs if pair["verdict"] == "undecided")])
+    reasons = [f"{prose.count(seeds, 'seed')} of each model"]
+    if any(pair.get("immature") for pair in pairs):
+        epochs *= 2
+        reasons.append(f"{epochs} epochs, as the networks have more to learn")
+    if run["limit"]:
+        run = {**run, "limit": None}
+        reasons.append("all images")
+    shared = set.intersection(*(set(changes(history.recipe, history.own_recipe).items()) for history in histories))
+    recipe = replace(histories[0].own_recipe, **{**dict(shared), "epochs": epochs})
+    command = prose.to_command(run, "compare", recipe, list(by_model(runs)), seeds=seeds)
+    return [{"command": command, "reason": listed(reasons)}]
 
 
 def by_model(runs: Sequence[RunFiles]) -> dict[str, list[RunFiles]]:
     groups: dict[str, list[RunFiles]] = {}
     for run in runs:
-        groups.setdefault(run.story.run["model"], []).append(run)
+        groups.setdefault(run.history.model, []).append(run)
     return groups
 
 
 def comparison_page(
     report: dict[str, Any], runs: Sequence[RunFiles], comparison: dict[str, Any] | None, links: dict[str, str]
 ) -> str:
-    """Return a comparison's `report.html`; `links` are the pages of its runs, by name."""
+    """Return a comparison's `report.html`; `links` are the paths of its runs' pages from its own, by name."""
     drawn, groups = {}, by_model(runs)
     for score, words in (
-        ("val_top1", "validation top-1"),
+        ("val_top1", "validation accuracy"),
         ("val_loss", "validation loss"),
         ("train_loss", "training loss"),
     ):
-        stacked = {model: stack([run.story.column(score) for run in group]) for model, group in groups.items()}
+        stacked = {model: charts.stack([run.history.column(score) for run in group]) for model, group in groups.items()}
         stacked = {model: values for model, values in stacked.items() if np.isfinite(values).any()}
         if stacked:
             ends = "; ".join(f"{model} ends at {last_mean(values):.3f}" for model, values in stacked.items())
-            description = f"{words} by epoch, mean and range over the seeds: {ends}."
+            description = f"{words.capitalize()} by epoch, mean over the seeds, and the runs: {ends}."
             drawn[score] = charts.bands(stacked, words, description)
     if comparison:
         models = comparison["models"]
@@ -276,16 +269,10 @@ def comparison_page(
                 name: (m[key], m["top1"]["mean"], m["top1"]["low"], m["top1"]["high"]) for name, m in models.items()
             }
             ends = "; ".join(f"{name}: {mean:.3f} at {cost:,.0f}" for name, (cost, mean, _, _) in spots.items())
-            drawn[key] = charts.scatter(spots, words, f"Test top-1 against {words}. {ends}.")
+            drawn[key] = charts.scatter(spots, words, f"Test accuracy against {words}. {ends}.")
         if comparison["pairs"]:
             drawn["pairs"] = charts.differences(comparison["pairs"], " ".join(report["sentences"]))
     return render("compared.html", drawn, title=report["name"], report=report, comparison=comparison, links=links)
-
-
-def stack(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """Return (runs, epochs) of curves that may not be equally long."""
-    longest = max((len(column) for column in columns), default=0)
-    return np.array([np.pad(column, (0, longest - len(column)), constant_values=np.nan) for column in columns])
 
 
 def last_mean(values: np.ndarray) -> float:

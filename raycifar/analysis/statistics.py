@@ -1,8 +1,8 @@
 """How sure a comparison is: intervals over seeds, and paired tests on the same test images.
 
-Two things make a test accuracy uncertain: the seed that a network was trained with, and which images
-happen to be in the test set. The variance of a difference is the sum of both parts; its degrees of
-freedom follow Welch and Satterthwaite, with the images' part counted as known.
+Two things make a test accuracy uncertain: the seed of the training, and which images happen to be in the test
+set. The variance of a difference is the sum of both parts; its degrees of freedom follow Welch and
+Satterthwaite, with the images' part treated as known.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-POWER = 0.8  # of the number of seeds that is advised: the chance that they would tell the difference
+POWER = 0.8  # of the number of seeds that is advised: the chance that they detect the difference
 MOST_SEEDS = 100
 RESAMPLES = 2_000
 
@@ -31,7 +31,7 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     """Return the exact p-value of McNemar (1947) for two networks.
 
     Args:
-        a, b: (images,) bool, whether each image is classified right.
+        a, b: (images,) bool, whether each image is classified correctly.
     """
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
@@ -41,10 +41,10 @@ def bootstrap(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float
     """Return the 95 % percentile interval of mean(a) - mean(b), resampling runs and, for both alike, images.
 
     Args:
-        a, b: (runs, images) bool, whether each image is classified right.
+        a, b: (runs, images) bool, whether each image is classified correctly.
     """
     rng = np.random.default_rng(seed)
-    # Images that all runs answer alike are interchangeable: drawing how many of each kind is enough.
+    # Images on which all runs agree are interchangeable: drawing how many there are of each kind is enough.
     kinds, counts = np.unique(np.concatenate([a, b]).T, axis=0, return_counts=True)
     drawn = rng.multinomial(counts.sum(), counts / counts.sum(), RESAMPLES) / counts.sum()
     accuracies = drawn @ kinds  # (resamples, runs)
@@ -57,17 +57,17 @@ def bootstrap(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float
 
 
 def image_variance(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the part of the variance of mean(a) - mean(b) that is owed to the choice of test images."""
+    """Return the part of the variance of mean(a) - mean(b) that is due to the choice of test images."""
     differences = a.mean(0) - b.mean(0)
     return float(differences.var(ddof=1) / len(differences))
 
 
 def seed_variances(a: np.ndarray, b: np.ndarray) -> tuple[list[tuple[float, int]], bool]:
-    """Return the parts that are owed to seeds, each with its degrees of freedom, and whether they were measured.
+    """Return the parts that are due to seeds, each with its degrees of freedom, and whether they are measured.
 
-    With a single run of either model they can't be measured. Runs that differ in their seed alone err on
-    images independently of each other (Jordan, 2023, arXiv:2304.01910); their variance is then at most that
-    of the images on which two runs disagree, which is what is taken.
+    With a single run of either model they can't be. Runs that differ in their seed alone err on images
+    independently of each other (Jordan, 2023, arXiv:2304.01910), so the variance is at most that of the images
+    on which two runs disagree; this bound is used then.
     """
     if min(len(a), len(b)) > 1:
         return [(float(runs.mean(1).var(ddof=1)) / len(runs), len(runs) - 1) for runs in (a, b)], True
@@ -76,14 +76,14 @@ def seed_variances(a: np.ndarray, b: np.ndarray) -> tuple[list[tuple[float, int]
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-    """Return how the accuracies of two models differ, and how sure that is.
+    """Return how much the accuracies of two models differ, and how sure that is.
 
     Args:
-        a, b: (runs, images) bool, whether each test image is classified right by each run.
+        a, b: (runs, images) bool, whether each run classifies each test image correctly.
 
     Returns:
         difference (of the means, a less b), low and high (95 %), p_value (two-sided t test), degrees_of_freedom,
-        seeds_measured, bootstrap (low, high), and seeds_needed: how many runs of each model would tell a
+        seeds_measured, bootstrap (low, high), and seeds_needed: how many runs of each model would detect a
         difference of this size with a power of 0.8; None where no number up to 100 would.
     """
     d = float(a.mean() - b.mean())
@@ -108,7 +108,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
 
 
 def seeds_needed(d: float, seed: float, images: float) -> int | None:
-    """Return the smallest number of seeds for each of two models that would tell a difference of `d`.
+    """Return the smallest number of seeds for each of two models that would detect a difference of `d`.
 
     Args:
         seed: variance of a model's accuracy between seeds. images: variance of the difference by images.

@@ -1,7 +1,7 @@
-"""Training images whose label is probably wrong, or which are hard: those with the smallest area under the margin.
+"""Training images that are probably mislabeled, or hard: those with the smallest area under the margin.
 
-A label that is right is learned from other images of its class, and its margin grows early; a wrong one is learned
-against all others, late or never (Pleiss et al., 2020, arXiv:2001.10528).
+A correct label is learned from other images of its class, so its margin grows early. A wrong one is learned against
+all others, late or never (Pleiss et al., 2020, arXiv:2001.10528).
 """
 
 import csv
@@ -13,15 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raycifar.data.names import FINE
+from raycifar.data import CIFAR100, DatasetInfo
 
 
 @dataclass(frozen=True)
 class Suspects:
     """Training images, the most suspect first.
 
-    index: (n,) rows in the source's training set. label: (n,). suggested: (n,) the class that most often was the
-    likeliest but for the label. score: (n,) from 1 for the most suspect towards 0.
+    index: (n,) rows in the source's training set. label: (n,). suggested: (n,) the class that most often ranked
+    highest besides the label. score: (n,) from 1 for the most suspect towards 0.
     """
 
     index: np.ndarray
@@ -29,22 +29,22 @@ class Suspects:
     suggested: np.ndarray
     score: np.ndarray
 
-    def to_csv(self) -> str:
+    def to_csv(self, info: DatasetInfo = CIFAR100) -> str:
         """Return a line for each image: index, label, suggested, score."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["index", "label", "suggested", "score"])
         for row in zip(self.index, self.label, self.suggested, self.score, strict=True):
-            writer.writerow([int(row[0]), FINE[row[1]], FINE[row[2]], f"{row[3]:.6f}"])
+            writer.writerow([int(row[0]), info.class_names[row[1]], info.class_names[row[2]], f"{row[3]:.6f}"])
         return text.getvalue()
 
 
-def suspects(images_file: bytes) -> Suspects | None:
-    """Return all images of a run's `images.parquet` in order, or None where none was seen unblended.
+def rank_suspects(example_stats: bytes) -> Suspects | None:
+    """Return all images of a run's `example_stats.parquet` in order, or None where none was seen unblended.
 
-    The score is the share of images with a margin that is at least as large.
+    The score is the fraction of images with a margin that is at least as large.
     """
-    table: Any = pq.read_table(pa.BufferReader(images_file))
+    table: Any = pq.read_table(pa.BufferReader(example_stats))
     columns = {name: table[name].to_numpy() for name in ("index", "label", "rival", "margin", "seen")}
     known = columns["seen"] > 0
     if not known.any():

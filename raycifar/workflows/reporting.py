@@ -97,28 +97,28 @@ def find_images(run: dict[str, Any], data: str | None = None) -> Source | None:
 
 def read_files(folder: RunFolder) -> "RunFiles":
     """Return what a run's folder holds, as `analysis.reports` reads it."""
-    from raycifar.analysis.findings import RunHistory
+    from raycifar.analysis.history import RunHistory
     from raycifar.analysis.reports import RunFiles
 
-    story = RunHistory(folder.read_json(RUN), folder.history(), folder.read_json(RESULT))
+    history = RunHistory(folder.read_json(RUN), folder.history(), folder.read_json(RESULT))
     example_stats = folder.read(EXAMPLE_STATS) or folder.read(OLD_EXAMPLE_STATS)
-    return RunFiles(folder.name, story, folder.read(PREDICTIONS), example_stats)
+    return RunFiles(folder.name, history, folder.read(PREDICTIONS), example_stats, folder.storage)
 
 
 def read_report(folder: RunFolder) -> dict[str, Any]:
     """Return what `report.json` holds of a run, as its files are now."""
-    from raycifar.analysis.reports import read_run
+    from raycifar.analysis.reports import report_run
 
-    return finite(read_run(read_files(folder)))
+    return finite(report_run(read_files(folder)))
 
 
 def read_comparison_report(folder: RunFolder) -> dict[str, Any]:
     """Return what `report.json` holds of a comparison, as its files are now."""
-    from raycifar.analysis.reports import read_comparison
+    from raycifar.analysis.reports import report_comparison
 
     comparison = folder.read_json(COMPARISON)
     files = [read_files(run) for run in find_runs(folder, comparison)]
-    return finite(read_comparison(folder.name, files, comparison))
+    return finite(report_comparison(folder.name, files, comparison))
 
 
 def write_run(
@@ -129,14 +129,14 @@ def write_run(
     Args:
         source: the images, for pictures. out: the folder to write to, by default the run's own.
     """
-    from raycifar.analysis.reports import read_run, run_page
-    from raycifar.analysis.suspects import suspects
+    from raycifar.analysis.reports import report_run, run_page
+    from raycifar.analysis.suspects import rank_suspects
 
     out, files = out or folder, read_files(folder)
-    content = read_run(files)
+    content = report_run(files, source)
     if kind == "html":
         out.write(REPORT_PAGE, run_page(files, content, source).encode())
-        if files.images and (found := suspects(files.images)):
+        if files.example_stats and (found := rank_suspects(files.example_stats)):
             out.write(SUSPECTS, found.to_csv().encode())
     write_content(content, out, kind)
     return content
@@ -144,11 +144,11 @@ def write_run(
 
 def write_comparison(folder: RunFolder, out: RunFolder | None = None, kind: str = "html") -> dict[str, Any]:
     """Write the report of a comparison, finished or not, and return what `report.json` holds."""
-    from raycifar.analysis.reports import comparison_page, read_comparison
+    from raycifar.analysis.reports import comparison_page, report_comparison
 
     out, comparison = out or folder, folder.read_json(COMPARISON)
     files = [read_files(run) for run in find_runs(folder, comparison)]
-    content = read_comparison(folder.name, files, comparison)
+    content = report_comparison(folder.name, files, comparison)
     if kind == "html":
         links = {run.name: f"{run.name}/{REPORT_PAGE}" for run in folder.runs() if run.read(REPORT_PAGE) is not None}
         out.write(REPORT_PAGE, comparison_page(content, files, comparison, links).encode())

@@ -158,7 +158,7 @@ def finish(run: PreparedRun, outcome: "Outcome") -> dict[str, Any]:
             **({"test": outcome.test} if outcome.test else {}),
         }
     elif outcome.ending == "failed":
-        result |= {"reason": outcome.reason, "kind": outcome.failure}
+        result |= {"reason": outcome.reason, "failure": outcome.failure}
     folder.write_json(RESULT, result)
     if outcome.ending == "failed":
         raise WorkError(f"{outcome.reason}. The last checkpoint and the history are kept in {folder.folder}.")

@@ -1,0 +1,96 @@
+"""Which curves of a run are drawn, and what they show in words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from raycifar.analysis.findings import generalization_gap
+from raycifar.analysis.history import RunHistory
+
+BLUE, ORANGE = "#0072b2", "#e69f00"
+MOST_MARKS = 8
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve: `values` (epochs,) is not a number where nothing is known."""
+
+    label: str
+    values: np.ndarray
+    color: str = BLUE
+    style: str = "-"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart of curves by epoch. `marks` are epochs with a word each; `fill` tints the area below its line."""
+
+    lines: Sequence[Line]
+    ylabel: str
+    description: str
+    marks: Sequence[tuple[int, str]] = ()
+    fill: bool = False
+    log: bool = False
+    from_zero: bool = False
+
+
+def panels(history: RunHistory) -> dict[str, Panel]:
+    """Return the charts of a run's curves, by name: of those that have values, in the order in which they are read."""
+    marked = marks(history)
+    gap = Line("gap", 100 * generalization_gap(history)[0], ORANGE)
+    lr = Line("learning rate", history.column("lr"))
+    norm = Line("mean", history.column("grad_norm"))
+    largest = Line("largest", history.column("grad_norm_max"), ORANGE, "--")
+    speed = Line("speed", history.column("images_per_second"))
+    every = {
+        "top1": score_panel(history, "top1", "accuracy", marked),
+        "loss": score_panel(history, "loss", "loss", marked),
+        "gap": Panel(
+            [gap], "gap (points)", f"Training less validation accuracy, in points: {in_words(gap, 1)}.", fill=True
+        ),
+        "lr": Panel([lr], "learning rate", f"Learning rate by epoch: {in_words(lr, 5)}.", from_zero=True),
+        "norm": Panel([norm, largest], "gradient norm", f"Gradient norm by epoch: {in_words(norm)}.", log=True),
+        "speed": Panel(
+            [speed], "images/s", f"Training images per second by epoch: {in_words(speed, 0)}.", from_zero=True
+        ),
+    }
+    return {name: panel for name, panel in every.items() if any(np.isfinite(line.values).any() for line in panel.lines)}
+
+
+def score_panel(history: RunHistory, score: str, word: str, marked: Sequence[tuple[int, str]]) -> Panel:
+    lines = [
+        Line("training, as trained", history.column(f"train_{score}"), style="--"),
+        Line("training, as validation", history.column(f"train_eval_{score}")),
+        Line("validation", history.column(f"val_{score}"), ORANGE),
+    ]
+    lines = [line for line in lines if np.isfinite(line.values).any()]
+    words = " ".join(f"{line.label[:1].upper()}{line.label[1:]}: {in_words(line)}." for line in lines)
+    return Panel(lines, word, f"{word.capitalize()} by epoch. {words}", marked)
+
+
+def in_words(line: Line, digits: int = 3) -> str:
+    """Return where a curve starts and ends, and its extremes."""
+    known = line.values[np.isfinite(line.values)]
+    if not len(known):
+        return "unknown"
+    first, last, low, high = (f"{value:,.{digits}f}" for value in (known[0], known[-1], known.min(), known.max()))
+    return f"from {first} to {last}, lowest {low}, highest {high}"
+
+
+def marks(history: RunHistory) -> list[tuple[int, str]]:
+    """Return the epochs that are worth a mark: the best, a new stage, the peak learning rate, restarts, new workers."""
+    records, found = history.records, []
+    top1, lr = history.column("val_top1"), history.column("lr")
+    if np.isfinite(top1).any():
+        found.append((int(np.nanargmax(top1)) + 1, "best"))
+    if records and 1 < (peak := int(np.argmax(lr)) + 1) < len(records):
+        found.append((peak, "peak lr"))
+    for before, record in pairwise(records):
+        if record.stage != before.stage:
+            found.append((record.epoch, "whole network"))
+        if record.workers != before.workers:
+            found.append((record.epoch, f"{record.workers} worker{'' if record.workers == 1 else 's'}"))
+    found += [(record.epoch, "restart") for record in records if record.restarts]
+    return found[:MOST_MARKS]

@@ -1,0 +1,97 @@
+"""A run as its files tell it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from raycifar.data import CIFAR100, DatasetInfo
+from raycifar.errors import FailureKind
+from raycifar.recipes import Recipe, recipe_for
+from raycifar.storage.records import EpochRecord
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """A run as its files tell it.
+
+    run: the content of `run.json`. records: of the finished epochs, none at the beginning. result: the content of
+    `result.json`, None while there is none.
+    """
+
+    run: dict[str, Any]
+    records: Sequence[EpochRecord]
+    result: dict[str, Any] | None
+    info: DatasetInfo = CIFAR100
+
+    @property
+    def model(self) -> str:
+        return self.run["model"]
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(**self.run["recipe"])
+
+    @property
+    def own_recipe(self) -> Recipe:
+        """The recipe that the model is trained with by default."""
+        return recipe_for(self.model, self.recipe.pretrained)
+
+    @property
+    def num_train(self) -> int:
+        return self.run["data"]["train"]
+
+    @property
+    def num_val(self) -> int:
+        return self.run["data"]["val"]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_train // self.recipe.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Steps in the recorded epochs."""
+        return len(self.records) * self.steps_per_epoch
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether epochs are left that the same command would train."""
+        return len(self.records) < self.recipe.epochs and (self.result or {}).get("status") in (None, "failed")
+
+    @property
+    def decayed(self) -> bool:
+        """Whether the learning rate has fallen to the end of its schedule."""
+        return self.records[-1].lr < self.recipe.lr / 20
+
+    @property
+    def guessing_loss(self) -> float:
+        """The cross-entropy of a network that gives every class the same probability."""
+        return math.log(self.info.num_classes)
+
+    @property
+    def failure(self) -> FailureKind | None:
+        return failure_kind(self.result) if self.result and self.result["status"] == "failed" else None
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a column of the records, (epochs,) float, not a number where it is unknown."""
+        values = [getattr(record, name) for record in self.records]
+        return np.array([math.nan if value is None else value for value in values], float)
+
+
+def failure_kind(result: dict[str, Any]) -> FailureKind:
+    """Return why a run failed; in folders of earlier versions, the reason is only given in words."""
+    if "failure" in result:
+        return FailureKind(result["failure"])
+    reason = result.get("reason") or ""
+    for words, kind in (
+        ("no longer finite", FailureKind.NOT_FINITE),
+        ("a node can't take part", FailureKind.NODE_MISMATCH),
+        ("can't be written", FailureKind.STORAGE),
+        ("its driver died", FailureKind.DRIVER_DIED),
+    ):
+        if words in reason:
+            return kind
+    return FailureKind.OTHER

@@ -1,0 +1,139 @@
+"""Charts: what they draw, that it is bounded, and what they say to those who can't see them."""
+
+import io
+import re
+from html import unescape
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from histories import made_up
+from PIL import Image
+
+from raycifar.analysis.charts import (
+    MOST_POINTS,
+    MOST_ROWS,
+    bands,
+    class_chart,
+    confusion_chart,
+    curve_chart,
+    differences,
+    plot_comparison,
+    plot_history,
+    reliability_diagram,
+    scatter,
+    thinned,
+)
+from raycifar.analysis.curves import MOST_MARKS, Line, Panel, panels
+
+HOSTILE = "\"><script>alert(1)</script> $a & b's$ _{"
+PAIR = {"a": HOSTILE, "b": "b", "difference": 0.01, "low": -0.01, "high": 0.03}
+
+
+def label_of(svg):
+    return ElementTree.fromstring(svg).attrib["aria-label"]
+
+
+def test_a_run_has_a_panel_for_each_curve_that_is_known():
+    assert list(panels(made_up())) == ["top1", "loss", "gap", "lr", "norm", "speed"]
+    assert list(panels(made_up(val=0, grad_norm=lambda e: None, grad_norm_max=lambda e: None))) == [
+        "top1",
+        "loss",
+        "lr",
+        "speed",
+    ]
+    labels = [line.label for line in panels(made_up())["top1"].lines]
+    assert labels == ["training, as trained", "training, as validation", "validation"]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 300])
+def test_every_panel_becomes_an_svg_that_describes_itself(epochs):
+    for panel in panels(made_up(epochs=epochs)).values():
+        svg = curve_chart(panel)
+        assert label_of(svg) == panel.description
+        assert "currentColor" in svg
+        assert "from " in panel.description
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: curve_chart(
+            Panel([Line(HOSTILE, np.arange(3.0)), Line("b", np.ones(3))], HOSTILE, HOSTILE, [(2, HOSTILE)])
+        ),
+        lambda: bands({HOSTILE: np.ones((2, 3))}, HOSTILE, HOSTILE),
+        lambda: scatter({HOSTILE: (1.0, 0.5, 0.4, 0.6), "b": (2.0, 0.5, None, None)}, HOSTILE, HOSTILE),
+        lambda: differences([PAIR], HOSTILE),
+    ],
+)
+def test_names_and_descriptions_are_text_and_nothing_else(draw):
+    svg = draw()
+    assert label_of(svg) == HOSTILE
+    assert "<script" not in svg
+    assert HOSTILE in unescape(svg)
+
+
+def test_long_curves_are_thinned_and_keep_their_ends():
+    assert thinned(0).tolist() == []
+    assert thinned(3).tolist() == [0, 1, 2]
+    shown = thinned(100_000)
+    assert len(shown) == MOST_POINTS
+    assert (shown[0], shown[-1]) == (0, 99_999)
+    long, short = (
+        curve_chart(Panel([Line("a", np.random.default_rng(0).random(n))], "y", "d")) for n in (100_000, 1000)
+    )
+    assert len(long) < 1.2 * len(short)
+
+
+def test_marks_and_rows_are_bounded():
+    history = made_up(epochs=100, restarts=lambda e: 1, workers=lambda e: 1 + e % 2)
+    assert len(panels(history)["loss"].marks) == MOST_MARKS
+    many = differences([{**PAIR, "a": f"a{k}"} for k in range(100)], "many")
+    assert len(re.findall(r"a\d+ − b<", many)) == MOST_ROWS
+
+
+def test_the_figure_of_a_run_shows_four_panels_and_itself_in_a_notebook():
+    figure = plot_history(made_up())
+    assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy", "loss", "gap (points)", "learning rate"]
+    assert len(figure.axes[0].lines) == 4  # three curves and the mark of the best epoch
+    assert Image.open(io.BytesIO(figure._repr_png_())).size[0] == 1200
+    assert len(plot_history(made_up(val=0)).axes) == 3
+
+
+def test_the_figure_of_a_run_without_an_epoch_is_empty():
+    assert plot_history(made_up(epochs=0, recipe={"epochs": 3})).axes == []
+
+
+def test_the_charts_of_the_test_set():
+    bins = [
+        {"from": k / 15, "to": (k + 1) / 15, "images": k % 3, "accuracy": 0.5, "confidence": 0.5} for k in range(15)
+    ]
+    assert "perfectly calibrated" in reliability_diagram(bins)
+    svg = class_chart([{"class": "apple_tree", "recall": None}, {"class": "bee", "recall": 0.4}])
+    assert "apple tree" in svg
+    assert "predicted superclass" in confusion_chart(np.array([[3, 1], [0, 0]]), ["fish", "large_man-made_things"])
+
+
+def test_the_figure_of_a_comparison_has_a_line_for_each_model():
+    figure = plot_comparison({"cnn": [made_up(epochs=3), made_up(epochs=5)], "vgg16": [made_up(epochs=5)]}, "c")
+    assert [axes.get_ylabel() for axes in figure.axes] == ["validation accuracy", "training loss"]
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert [label for label in labels if not label.startswith("_")] == ["cnn", "vgg16"]
+    assert len(labels) == 5  # the means, and three runs
+    assert len(figure.axes[0].lines[0].get_xdata()) == 5
+
+
+def test_ticks_of_logarithmic_axes_are_plain_numbers():
+    for factor in (1, 100, 10_000):
+        svg = curve_chart(
+            Panel([Line("a", factor * np.array([2.4, 3.0, 3.6, 7.0])), Line("b", np.ones(4))], "y", "d", log=True)
+        )
+        assert "mathdefault" not in svg
+        assert "10^" not in svg
+        ticks = [float(text.replace(",", "")) for text in re.findall(r">([\d.,]+)</text>", svg)]
+        assert any(tick >= factor for tick in ticks)
+
+
+def test_one_epoch_is_drawn_as_points_that_can_be_told_apart():
+    figure = plot_history(made_up(epochs=1))
+    assert [line.get_marker() for line in figure.axes[0].lines[:3]] == ["o", "s", "D"]

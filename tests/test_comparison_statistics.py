@@ -1,0 +1,82 @@
+"""From finished runs to verdicts and sentences; the statistics themselves are in test_statistics."""
+
+import numpy as np
+import pytest
+from histories import made_up
+
+from raycifar.analysis.comparison import Finished, by_model, compare, not_comparable, sentence
+
+PAIR = {
+    "a": "cnn", "b": "vgg16", "difference": 0.03, "low": 0.01, "high": 0.05, "p_holm": 0.004, "verdict": "better",
+    "seeds_measured": True, "seeds_needed": 5, "images": 10_000, "epochs": 2, "train_images": 2000, "immature": False,
+}  # fmt: skip
+
+
+def finished(model, seed, accuracy, **recipe):
+    history = made_up(epochs=3, recipe=recipe, val_top1=lambda e: 0.1 * e)
+    run = {**history.run, "model": model, "seed": seed, "parameters": 1000}
+    run["data"] = {**run["data"], "fingerprint": "f"}
+    correct = np.random.default_rng(seed).random(2000) < accuracy
+    test = {"top1": float(correct.mean()), "top5": 0.9, "loss": 1.0, "images": 2000}
+    result = {"status": "finished", "images_per_second": 1000.0, "test": test}
+    return Finished(f"{model}-s{seed}", "runs", run, history.records, result, correct)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {},
+            "After 2 epochs on 2,000 training images, cnn is better than vgg16, by 3.00 points of test accuracy (95% "
+            "interval: 1.00 to 5.00, p = 0.004).",
+        ),
+        (
+            {"verdict": "worse", "difference": -0.03, "low": -0.05, "high": -0.01},
+            "cnn is worse than vgg16, by 3.00 points of test accuracy (95% interval: 1.00 to 5.00, p = 0.004).",
+        ),
+        (
+            {"verdict": "undecided", "low": -0.01, "p_holm": 0.2},
+            "cnn and vgg16 can't be told apart: test accuracy differs by +3.00 points (95% interval: -1.00 to "
+            "+5.00, p = 0.2). If the difference is as large as it looks, 5 seeds of each model would show it.",
+        ),
+        (
+            {"verdict": "undecided", "low": -0.01, "seeds_needed": None},
+            "No number of seeds would show so small a difference on 10,000 test images.",
+        ),
+        ({"verdict": "undecided", "difference": 0.0}, "There is no difference for more seeds to confirm."),
+        ({"immature": True}, "Both have more to learn, and longer training may change the order."),
+        ({"epochs": 1, "train_images": 1}, "After 1 epoch on 1 training image, cnn is better"),
+        (
+            {"seeds_measured": False},
+            "With a single run of a model, the effect of the seed is estimated from how often the runs disagree.",
+        ),
+    ],
+)
+def test_a_pair_in_words(change, said):
+    assert said in sentence({**PAIR, **change})
+
+
+def test_a_clear_difference_is_a_verdict_and_its_costs_are_told():
+    runs = [finished("cnn", seed, 0.6) for seed in range(3)] + [finished("vgg16", seed, 0.3) for seed in range(3)]
+    comparison = compare(by_model(runs), {"cnn": 10, "vgg16": 20}, price_per_hour=3.6)
+    (pair,) = comparison["pairs"]
+    assert pair["verdict"] == "better"
+    assert pair["p_holm"] == pair["p_value"] < 1e-6
+    assert len(pair["mcnemar"]) == 3
+    assert comparison["models"]["cnn"]["cost"] == pytest.approx(0.03)
+    assert comparison["models"]["cnn"]["at_equal_time"] == pytest.approx(0.3)
+    assert comparison["models"]["vgg16"]["top1"]["n"] == 3
+
+
+def test_several_recipes_of_a_model_are_named_by_their_difference():
+    groups = by_model([finished("cnn", 0, 0.5), finished("cnn", 1, 0.5), finished("cnn", 0, 0.5, lr=0.1)])
+    assert {name: len(runs) for name, runs in groups.items()} == {"cnn lr=0.05": 2, "cnn lr=0.1": 1}
+
+
+def test_runs_under_other_conditions_are_refused():
+    other = finished("vgg16", 0, 0.5, epochs=9)
+    other.run["data"] |= {"train": 5000}
+    assert not_comparable([finished("cnn", 0, 0.5), finished("cnn", 1, 0.5)]) == []
+    assert not_comparable([finished("cnn", 0, 0.5), other]) == [
+        "vgg16-s0 differs from cnn-s0 in training images 5000 (not 45000), epochs 9 (not 3)"
+    ]

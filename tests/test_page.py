@@ -1,0 +1,115 @@
+"""Pages: what a name or a path says never becomes a part of the page."""
+
+import re
+
+import pytest
+from histories import made_up
+
+from raycifar.analysis.reports import (
+    ROWS,
+    RunFiles,
+    comparison_page,
+    report_comparison,
+    report_run,
+    run_page,
+    to_markdown,
+)
+
+HOSTILE = "javascript:alert(1)"
+TAGS = '"><script>alert(1)</script>'
+
+
+def page_of(history, name="a"):
+    files = RunFiles(name, history, None, None)
+    return run_page(files, report_run(files), None)
+
+
+def test_names_are_escaped():
+    page = page_of(made_up(epochs=2), TAGS)
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+@pytest.mark.parametrize("name", [HOSTILE, "data:text/html,x", 'a" onclick="alert(1)'])
+def test_a_folder_s_name_never_becomes_a_scheme_or_an_attribute(name):
+    runs = [RunFiles(name, made_up(epochs=2), None, None)]
+    links = {name: f"{name}/report.html"}
+    page = comparison_page(report_comparison("c", runs, None), runs, None, links)
+    (href,) = re.findall(r'<a href="([^"]*)"', page)
+    assert ":" not in href
+    assert href.endswith("/report.html")
+    assert "onclick=" not in re.sub(r">[^<]*<", "><", page)
+
+
+def test_an_ordinary_link_stays_as_it_is():
+    runs = [RunFiles("cnn-s0.1", made_up(epochs=2), None, None)]
+    page = comparison_page(report_comparison("c", runs, None), runs, None, {"cnn-s0.1": "cnn-s0.1/report.html"})
+    assert '<a href="cnn-s0.1/report.html">' in page
+
+
+def test_the_table_of_epochs_is_bounded():
+    page = page_of(made_up(epochs=1000))
+    table = page[page.index("<h2>Epochs</h2>") :]
+    assert table.count("<tr>") == ROWS + 1
+    assert "<td>1000</td>" in table
+    assert f"The last {ROWS} epochs" in table
+    assert "The last" not in page_of(made_up(epochs=2))
+
+
+def test_what_is_not_known_is_a_dash():
+    page = page_of(made_up(epochs=2, val=0, train_loss=lambda e: None if e == 1 else 4.0))
+    assert "<td>–</td>" in page
+
+
+def test_the_page_says_how_to_train_the_same_network_again():
+    page = page_of(made_up(epochs=2, recipe={"lr": 0.1}, run={"seed": 3, "versions": {"torch": "2.15"}}))
+    assert "<code>raycifar train --model cnn --epochs 2 --lr 0.1 --seed 3</code>" in page
+    assert "batch size 128" in page
+    assert "torch 2.15" in page
+
+
+def test_test_scores_have_intervals():
+    names = ("top1", "top5", "superclass_top1", "loss", "ece")
+    test = {"images": 10_000, **dict.fromkeys(names, 0.5)}
+    page = page_of(made_up(result={"status": "finished", "images_per_second": 100.0, "test": test}))
+    assert page.count("± 0.0098 (95%)") == 3
+
+
+def test_a_run_without_an_epoch_has_a_page():
+    assert "No epoch is finished yet" in page_of(made_up(epochs=0, recipe={"epochs": 3}))
+
+
+def test_the_markdown_has_findings_and_commands():
+    text = to_markdown(report_run(RunFiles("a", made_up(), None, None)))
+    assert text.startswith("# a\n\nAll 20 epochs of this run are recorded, but not yet its result.")
+    assert "\n## Findings\n" in text
+    assert "      raycifar compare --models cnn" in text
+
+
+def pair_of(**changed):
+    pair = {"a": "cnn", "b": "vgg16", "difference": 0.01, "low": -0.01, "high": 0.03, "sentence": "Nothing is certain."}
+    return pair | {"verdict": "undecided", "seeds_needed": 12, "immature": True} | changed
+
+
+@pytest.mark.parametrize(
+    ("pair", "command"),
+    [
+        ({}, "raycifar compare --models cnn,vgg16 --epochs 4 --lr 0.1 --seeds 12"),
+        ({"verdict": "better", "immature": False}, "raycifar compare --models cnn,vgg16 --epochs 2 --lr 0.1 --seeds 3"),
+    ],
+)
+def test_what_comes_after_a_comparison_is_a_comparison(pair, command):
+    runs = [
+        RunFiles(model, made_up(epochs=2, recipe={"lr": 0.1}, run={"model": model, "limit": 2000}), None, None)
+        for model in ("cnn", "vgg16")
+    ]
+    comparison = {"models": {}, "pairs": [pair_of(**pair)]}
+    (step,) = report_comparison("c", runs, comparison)["next"]
+    assert step["command"] == command
+    assert step["reason"].endswith("all images")
+
+
+def test_labels_are_doubted_only_by_a_network_that_knows_something():
+    said = "The network has learned too little for its doubts about labels to mean anything."
+    assert said in page_of(made_up(epochs=2, train_eval_loss=lambda e: 4.5))
+    assert said not in page_of(made_up())

@@ -1,0 +1,79 @@
+"""Runs in words."""
+
+import pytest
+from histories import OVERFITS, made_up
+
+from raycifar.analysis.findings import diagnose
+from raycifar.analysis.prose import PHRASES, count, headline, next_steps, paragraph, state
+
+
+def test_the_paragraph_names_scores_and_findings():
+    history = made_up(
+        result={"status": "finished", "test": {"images": 10_000, "top1": 0.6123, "top5": 0.8712}},
+    )
+    text = paragraph(history, found := diagnose(history))
+    assert text.startswith(
+        "cnn is trained from scratch on 45,000 CIFAR-100 images for 20 epochs, with 5,000 more held out for "
+        "validation. Training ends at a loss of 1.255 and an accuracy of 64.9%. Validation ends at a loss of 1.451 and "
+        "an accuracy of 62.1%, its best. On the 10,000 test images, scored once, it reaches a top-1 accuracy of 61.2% "
+        "and a top-5 accuracy of 87.1%."
+    )
+    assert all(finding.evidence in text for finding in found)
+
+
+def test_the_paragraph_of_one_epoch_and_of_none():
+    one = made_up(epochs=1, val=0, run={"data": {"source": "/copies/cifar.tar.gz", "train": 1, "val": 0, "test": 1}})
+    assert paragraph(one, []).startswith("cnn is trained from scratch on 1 CIFAR-100 image for 1 epoch. Training ends")
+    none = made_up(epochs=0, recipe={"epochs": 5})
+    assert paragraph(none, []).endswith("for 0 of 5 epochs, with 5,000 more held out for validation.")
+
+
+@pytest.mark.parametrize(
+    ("done", "result", "said"),
+    [
+        (0, None, "This run is under way or was interrupted: 0 of 3 epochs are recorded."),
+        (1, None, "This run is under way or was interrupted: 1 of 3 epochs is recorded."),
+        (3, None, "All 3 epochs of this run are recorded, but not yet its result."),
+        (3, {"status": "finished"}, "This run is finished, after 3 epochs."),
+        (1, {"status": "stopped"}, "A search stopped this run after 1 of 3 epochs, because others did better."),
+        (
+            2,
+            {"status": "failed", "reason": "the disk is full."},
+            "This run failed after 2 of 3 epochs: the disk is full.",
+        ),
+        (2, {"status": "failed"}, "This run failed after 2 of 3 epochs: the reason is not recorded."),
+    ],
+)
+def test_the_state_of_a_run(done, result, said):
+    assert state(made_up(epochs=done, result=result, recipe={"epochs": 3})) == said
+
+
+def test_numbers_and_nouns_agree():
+    assert [count(n, "epoch") for n in (0, 1, 2, 1000)] == ["0 epochs", "1 epoch", "2 epochs", "1,000 epochs"]
+
+
+def test_the_headline_says_everything_once():
+    found = diagnose(made_up(**OVERFITS))
+    assert headline([*found, *found]) == headline(found)
+    assert headline([]) == "nothing to read yet"
+    assert "it overfits" in headline(found)
+    assert all(phrase[0].islower() for phrase in PHRASES.values())
+
+
+def test_the_next_steps_are_commands_that_are_understood():
+    from raycifar import compare, train
+
+    shown = [
+        made_up(),
+        made_up(**OVERFITS),
+        made_up(**OVERFITS, recipe={"cutmix": 0.8}, run={"limit": 2000}),
+        made_up(val=200, recipe={"lr": 0.7, "augment": "flip"}),
+        made_up(epochs=2, train_loss=lambda e: 4.606, train_top1=lambda e: 0.01),
+    ]
+    for history in shown:
+        steps = next_steps(history, diagnose(history))
+        assert steps
+        for step in steps:
+            _, command, *args = step["command"].split()
+            context = {"train": train.main, "compare": compare.main}[command].make_context(command, list(args))
+            assert {"train": "model", "compare": "names"}[command] in context.params
