@@ -12,7 +12,7 @@ from command import Command
 from conftest import ps, wait_until
 from cpus import free_cpus
 
-from raycifar.cluster import sizing as room
+from raycifar.cluster import nodes, ray_internals
 from raycifar.data.shards import bounds, cuts
 
 OTHER = """
@@ -47,7 +47,7 @@ def program(code, says, env=None):
 def test_the_ray_that_another_program_runs_for_itself_is_left_alone(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with program(OTHER, "up"):
-        assert not room.started_here()
+        assert not ray_internals.is_part_of_cluster()
 
 
 def test_gpus_that_nobody_has_are_refused_at_once_and_no_ray_is_left_behind(train, small, tmp_path):
@@ -109,10 +109,10 @@ def test_runs_that_are_ended_while_they_wait_reserve_nothing_afterwards(small, c
 
 
 def test_a_node_with_other_versions_or_without_the_storage_is_named(tmp_path):
-    here = room.versions()
-    assert room.objection(str(tmp_path), here) is None
-    assert "it can't see" in room.objection(str(tmp_path / "nothing/run.json"), here)
-    assert f"torch {here['torch']}, not 1.0" in room.objection(None, {**here, "torch": "1.0"})
+    here = nodes.versions()
+    assert nodes.objection(str(tmp_path), here) is None
+    assert "it can't see" in nodes.objection(str(tmp_path / "nothing/run.json"), here)
+    assert f"torch {here['torch']}, not 1.0" in nodes.objection(None, {**here, "torch": "1.0"})
 
 
 def test_images_are_cut_wherever_a_worker_s_may_begin():

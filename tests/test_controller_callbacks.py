@@ -1,0 +1,90 @@
+"""What Ray Train's controller does when workers fail: decided by the kind of the failure, not by its wording."""
+
+import errno
+import pickle
+import uuid
+
+import pytest
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from raycifar.cluster import controller_callbacks as room
+from raycifar.cluster.controller_callbacks import FailureCounter, decisive
+from raycifar.cluster.status import FailureKind, Phase, StatusStore, WorkerStatus
+from raycifar.engine.preemption import PreemptedError
+from raycifar.errors import StorageError, WorkError
+
+FULL = StorageError.of("/runs/a", OSError(errno.ENOSPC, "No space left on device"))
+SLOW = StorageError.of("/runs/a", OSError(errno.ETIMEDOUT, "Connection timed out"))
+DIED = WorkerHealthCheckFailedError("A worker health check failed.", failure=RayActorError())
+
+
+@pytest.fixture
+def store(monkeypatch):
+    monkeypatch.setattr(room, "DRIVER_DEATH_SECONDS", 0)
+    monkeypatch.setattr(room, "NODE_DEATH_SECONDS", 0)
+    return StatusStore(uuid.uuid4().hex)
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """The nodes that Ray holds for alive."""
+    nodes = {"a", "b"}
+    monkeypatch.setattr(room.ray, "nodes", lambda: [{"NodeID": node, "Alive": True} for node in nodes])
+    return nodes
+
+
+def fail(counter, store, attempt, **errors):
+    """Let workers fail in an attempt; the names are rank0, rank1 and so on."""
+    store.put_worker(WorkerStatus(attempt=attempt, phase=Phase.TRAINING, nodes=["a", "b"]))
+    counter.after_exception(None, {int(name.removeprefix("rank")): error for name, error in errors.items()})
+
+
+def test_failures_are_told_and_counted(store, alive):
+    counter = FailureCounter(store, 1)
+    fail(counter, store, 1, rank1=DIED)
+    assert [failure.kind for failure in store.failures()] == [FailureKind.WORKER]
+    assert store.failures()[0].ranks == [1]
+    assert store.worker().phase == Phase.STARTING
+    with pytest.raises(WorkError, match="on worker 0, the loss"):
+        fail(counter, store, 2, rank0=RuntimeError("the loss has no gradient"))
+
+
+def test_one_failure_is_counted_once_however_often_ray_train_looks(store, alive):
+    counter = FailureCounter(store, 1)
+    for _ in range(3):
+        fail(counter, store, 1, rank0=DIED)
+    assert len(store.failures()) == 1
+
+
+def test_a_failure_under_which_a_node_died_is_not_counted(store, alive):
+    counter = FailureCounter(store, 0)
+    alive.remove("b")
+    fail(counter, store, 1, rank1=DIED)
+    assert len(store.failures()) == 1
+
+
+def test_a_preempted_run_goes_on_and_nothing_is_counted(store, alive):
+    counter = FailureCounter(store, 0)
+    fail(counter, store, 1, rank0=PreemptedError("in any words"), rank1=PreemptedError("in any words"))
+    assert [failure.kind for failure in store.failures()] == [FailureKind.PREEMPTED]
+    assert "the run goes on from a checkpoint made just now" in str(store.failures()[0])
+
+
+def test_a_disk_that_is_full_ends_the_run_at_once_and_a_storage_that_is_slow_does_not(store, alive):
+    counter = FailureCounter(store, 3)
+    fail(counter, store, 1, rank0=SLOW)
+    assert [failure.kind for failure in store.failures()] == [FailureKind.WORKER]
+    with pytest.raises(WorkError, match="on worker 0, /runs/a can't be written: No space left on device"):
+        fail(counter, store, 2, rank0=FULL)
+
+
+def test_what_a_worker_says_of_itself_comes_before_what_the_others_died_of():
+    assert decisive({0: DIED, 1: PreemptedError("x")})[:2] == (1, FailureKind.PREEMPTED)
+    assert decisive({0: DIED, 1: FULL, 2: PreemptedError("x")})[:2] == (1, FailureKind.STORAGE)
+    assert decisive({3: RuntimeError("y"), 2: DIED})[:2] == (2, FailureKind.WORKER)
+
+
+@pytest.mark.parametrize("error", [FULL, PreemptedError("x"), DIED])
+def test_the_kind_survives_the_way_from_the_worker(error):
+    assert room.classify(pickle.loads(pickle.dumps(error)))[0] == room.classify(error)[0]

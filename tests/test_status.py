@@ -1,0 +1,106 @@
+"""What the processes of a run tell each other: whole, typed, and tolerant of keys of another version."""
+
+import json
+import uuid
+
+import pytest
+
+from raycifar.cluster import status as room
+from raycifar.cluster.status import Failure, FailureKind, ModelFacts, Phase, StatusStore, StepStatus, WorkerStatus
+from raycifar.engine.ray_metrics import Gauges
+from raycifar.engine.reporter import Reporter
+from raycifar.storage.records import EpochRecord
+
+STEP = {"epoch": 2, "step": 3, "steps": 10, "lr": 0.1, "loss": 2.5, "top1": 0.25}
+STEP |= {"images_per_step": 128.0, "images_per_second": 1000.0}
+MODEL = {"parameters": 1000, "device": "cpu", "threads": 2, "precision": "bfloat16"}
+RECORD = {"epoch": 1, "train_loss": 3.0, "train_top1": 0.2, "lr": 0.1, "images_per_second": 900.0}
+RECORD |= {"seconds": 5.0, "workers": 1}
+
+
+@pytest.fixture
+def store():
+    return StatusStore(uuid.uuid4().hex)
+
+
+@pytest.fixture
+def reporter(store):
+    return Reporter(store, Gauges("a", "cnn"), leader=True)
+
+
+def test_what_is_put_comes_back_the_same(store):
+    status = WorkerStatus(
+        attempt=7,
+        phase=Phase.TIMING,
+        detail="round 1 of 2",
+        notices=["Note."],
+        step=StepStatus(**STEP),
+        model=ModelFacts(**MODEL),
+        nodes=[None, "abc"],
+    )
+    failures = [Failure(FailureKind.WORKER, "out of memory", [1]), Failure(FailureKind.DRIVER, "it died")]
+    assert store.worker() is None
+    assert store.history() == []
+    store.put_worker(status)
+    store.put_history([EpochRecord(**RECORD)])
+    for failure in failures:
+        store.add_failure(failure)
+    assert store.worker() == status
+    assert store.history() == [EpochRecord(**RECORD)]
+    assert store.failures() == failures
+    assert StatusStore(uuid.uuid4().hex).failures() == []
+
+
+def test_keys_of_another_version_are_ignored():
+    values = json.loads(json.dumps(WorkerStatus(step=StepStatus(**STEP)).to_json()))
+    values["step"]["temperature"] = values["mood"] = 1
+    assert WorkerStatus.from_json(values) == WorkerStatus(step=StepStatus(**STEP))
+
+
+def test_a_verdict_is_of_its_epoch_and_a_request_to_stop_stays(store):
+    store.put_verdict(3, stop=False)
+    assert store.verdict(3) is False
+    assert store.verdict(9) is None
+    assert not store.stop_requested()
+    store.request_stop()
+    assert store.stop_requested()
+
+
+def test_the_reporter_tells_all_that_it_was_told_so_far(store, reporter):
+    reporter.about(ModelFacts(**MODEL))
+    reporter.notice("One.")
+    reporter.notice("Two.")
+    reporter.phase(Phase.TRAINING)
+    reporter.step(**STEP)
+    told = store.worker()
+    assert told.attempt
+    assert told.notices == ["One.", "Two."]
+    assert told.doing == "training"
+    assert told.step == StepStatus(**STEP)
+    assert told.model == ModelFacts(**MODEL)
+    reporter.epoch([EpochRecord(**RECORD)])
+    assert store.worker().step is None
+    assert store.history() == [EpochRecord(**RECORD)]
+
+
+def test_only_the_leader_speaks_and_looks(store):
+    other = Reporter(store, Gauges("a", "cnn"), leader=False)
+    other.phase(Phase.TRAINING)
+    other.epoch([EpochRecord(**RECORD)])
+    store.request_stop()
+    assert store.worker() is None
+    assert store.history() == []
+    assert not other.due()
+    assert not other.stop_requested()
+
+
+def test_the_store_is_asked_for_a_stop_twice_a_second_at_most(store, reporter, monkeypatch):
+    looks = []
+    monkeypatch.setattr(room.StatusStore, "stop_requested", lambda self: looks.append(1) or False)
+    for _ in range(1000):
+        assert not reporter.stop_requested()
+    assert len(looks) <= 2
+    monkeypatch.undo()
+    store.request_stop()
+    reporter.looked = 0.0
+    assert reporter.stop_requested()

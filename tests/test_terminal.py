@@ -1,0 +1,191 @@
+"""What is shown of a run: plain lines where there is no terminal, a line that changes where there is one."""
+
+import io
+import re
+import threading
+import uuid
+
+import pytest
+from rich.console import Console
+
+from raycifar import terminal as room
+from raycifar.cluster.status import Failure, FailureKind, ModelFacts, Phase, StatusStore, StepStatus, WorkerStatus
+from raycifar.recipes import recipe_for
+from raycifar.storage.records import EpochRecord
+from raycifar.terminal import Screen, alongside, trial_lines, trial_table
+from raycifar.workflows.trial import Trial, TrialStatus
+
+STEP = StepStatus(epoch=2, step=5, steps=10, lr=0.1, loss=2.5, top1=0.25, images_per_step=100.0, images_per_second=50.0)
+MODEL = ModelFacts(parameters=4_226_212, device="cpu", threads=2, precision="bfloat16")
+
+
+def record(epoch, **changes):
+    values = {"train_loss": 3.0, "train_top1": 0.2, "val_loss": 2.9, "val_top1": 0.3, "val_top5": 0.6, "lr": 0.1}
+    return EpochRecord(**{"epoch": epoch, **values, "images_per_second": 900.0, "seconds": 5.0, "workers": 1} | changes)
+
+
+@pytest.fixture
+def store():
+    return StatusStore(uuid.uuid4().hex)
+
+
+@pytest.fixture
+def trial(store):
+    recipe = recipe_for("cnn", None, None)
+    return Trial("cnn-s0", "cnn", 0, recipe, search=False, setting="lr 0.2", status_store=store)
+
+
+def screen(*, terminal: bool = False, **options) -> Screen:
+    made = Screen()
+    made.console = Console(file=io.StringIO(), force_terminal=terminal, width=120, highlight=False, **options)
+    return made
+
+
+def said(made: Screen) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", made.console.file.getvalue())
+
+
+def follow(made, store, looks, waiting=lambda: None):
+    """Follow a run that ends after so many looks, each of which may change its status first."""
+    steps, refreshed = iter(looks), []
+
+    def running():
+        change = next(steps, None)
+        if change:
+            change()
+        return change is not None
+
+    made.follow(store, running, 3, waiting, lambda: refreshed.append(1))
+    return refreshed
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_each_epoch_notice_and_failure_is_said_once(store, monkeypatch, terminal):
+    monkeypatch.setattr(room, "POLL_SECONDS", 0.01)
+    first = WorkerStatus(attempt=1, phase=Phase.TRAINING, notices=["Note."], model=MODEL)
+
+    def begin():
+        store.put_worker(first)
+        store.put_history([record(1)])
+
+    def fail():
+        store.add_failure(Failure(FailureKind.WORKER, "out of memory", [1]))
+        store.put_worker(WorkerStatus(attempt=1, notices=["Note."], model=MODEL))
+
+    def go_on():
+        store.put_worker(WorkerStatus(attempt=2, phase=Phase.TRAINING, notices=["Continuing."], model=MODEL, step=STEP))
+        store.put_history([record(1), record(2)])
+
+    made = screen(terminal=terminal)
+    refreshed = follow(made, store, [lambda: None, begin, begin, fail, go_on, go_on])
+    text = said(made)
+    assert len(refreshed) == 2
+    for line in (
+        "4,226,212 parameters, bfloat16 on cpu",
+        "Note.",
+        "Continuing.",
+        "epoch 1/3  loss 3.0000",
+        "epoch 2/3",
+    ):
+        assert text.count(line) == 1, (line, text)
+    assert "Worker 1 failed (out of memory); the workers are restarted from the last checkpoint." in text
+    if not terminal:
+        assert text.startswith("starting the workers …\n")
+        assert text.count("training …") == 2
+
+
+def test_what_workers_wait_for_is_said_until_they_start(store, monkeypatch):
+    monkeypatch.setattr(room, "POLL_SECONDS", 0.01)
+    made = screen()
+    looks = [lambda: None, lambda: store.put_worker(WorkerStatus(attempt=1, phase=Phase.TRAINING))]
+    follow(made, store, looks, waiting=lambda: "waiting for 1 worker")
+    assert said(made) == "waiting for 1 worker …\ntraining …\n"
+
+
+def test_a_step_is_told_every_half_minute_with_the_time_that_is_left(monkeypatch):
+    monkeypatch.setattr(room, "LINE_SECONDS", 0)
+    lines = []
+    line = room.PlainLine(lines.append)
+    line.show("training", None)
+    line.show("training", STEP)
+    assert lines == ["training …", "epoch 2, step 5/10: loss 2.500  top-1 0.250  50 images/s, 10 s left"]
+
+
+def test_an_epoch_without_validation_or_with_a_loss_that_is_not_finite_has_a_line():
+    bare = room.epoch_line(record(1, val_loss=None, val_top1=None, val_top5=None), 10)
+    assert "validation" not in bare
+    assert bare.startswith("epoch  1/10  loss 3.0000  top-1 0.2000  |  lr 0.1  900 images/s")
+    assert "loss not finite" in room.epoch_line(record(1, train_loss=None), 10)
+
+
+def test_a_trial_is_told_from_its_start_to_its_end(trial, store):
+    assert trial_lines(trial) == []
+    trial.status = TrialStatus.RUNNING
+    store.put_waiting("waiting for 1 worker")
+    store.add_failure(Failure(FailureKind.DRIVER, "it died"))
+    store.put_worker(WorkerStatus(notices=["Continuing."]))
+    store.put_history([record(1)])
+    trial.status, trial.reason = TrialStatus.FAILED, "the disk is full."
+    lines = trial_lines(trial)
+    assert lines[:4] == [
+        "running lr 0.2",
+        "waiting for 1 worker",
+        "Its driver failed (it died); it is tried again.",
+        "Continuing.",
+    ]
+    assert lines[4].startswith("epoch   1/")
+    assert lines[5] == "failed: the disk is full."
+
+
+def test_the_table_shows_where_each_trial_stands(trial, store):
+    def cells():
+        return [next(iter(column.cells)) for column in trial_table([trial]).columns]
+
+    assert cells() == ["cnn-s0", "waiting", *[""] * 5]
+    trial.status = TrialStatus.RUNNING
+    assert cells()[1] == "starting"
+    store.put_waiting("waiting for 1 worker")
+    assert cells()[1] == "waiting for 1 worker"
+    store.put_history([record(1)])
+    store.put_worker(WorkerStatus(phase=Phase.TRAINING, step=STEP))
+    epochs = trial.recipe.epochs
+    left = str(room.timedelta(seconds=((epochs - 1) * 10 - 5) * 2))
+    assert cells() == ["cnn-s0", "training", f"2/{epochs}", "2.500", "0.3000", "50", left]
+    trial.status = TrialStatus.FINISHED
+    assert cells()[1] == "finished"
+
+
+def test_a_trial_survives_the_way_through_ray_tune(trial):
+    trial.status = TrialStatus.RUNNING
+    assert Trial.from_config(trial.to_config()) == trial
+
+
+def test_in_a_notebook_plain_lines_are_shown(store, monkeypatch):
+    """Rich shows each through IPython; a line that changes would need widgets."""
+    made = Screen()
+    made.console = Console(file=io.StringIO(), force_jupyter=True, highlight=False)
+    shown = []
+    monkeypatch.setattr("rich.jupyter.display", lambda segments, text: shown.append(text))
+    with made.waiting("Starting Ray"):
+        pass
+    follow(made, store, [])
+    assert [text.strip() for text in shown] == ["Starting Ray …", "starting the workers …"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_can_be_followed_from_any_thread(store, terminal):
+    made = screen(terminal=terminal)
+    outcome = []
+
+    def work():
+        outcome.append(alongside(lambda: 7, lambda running: made.follow_phase(store, running, lambda: None)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(10)
+    assert outcome == [7]
+
+
+def test_what_the_work_raises_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        alongside(lambda: 1 / 0, lambda running: None)
