@@ -206,6 +206,7 @@ def test_erasing_blanks_one_rectangle_in_some_images(images):
     assert heights.max() < 32
     assert 0.25 < (heights / widths).min() < 0.45
     assert blank[erased].float().mean(0).min() > 0  # no pixel is spared
+    assert erase(preprocess(images), 0.4).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_without_erasing_nothing_is_drawn(images):

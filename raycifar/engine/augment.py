@@ -92,7 +92,7 @@ def blank(images: Tensor, y: Tensor, x: Tensor, rows: Tensor | int, columns: Ten
     below, right = (torch.arange(size, device=images.device) for size in images.shape[-2:])
     below, right = below - y, right - x
     vertical, horizontal = (below >= 0) & (below < rows), (right >= 0) & (right < columns)
-    return images.masked_fill(vertical[:, None, :, None] & horizontal[:, None, None, :], 0)
+    return images * ~(vertical[:, None, :, None] & horizontal[:, None, None, :])
 
 
 def preprocess(images: Tensor, preprocessing: Preprocessing = CIFAR) -> Tensor:

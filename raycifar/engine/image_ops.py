@@ -1,9 +1,10 @@
 """The operations of TrivialAugment and RandAugment, for a whole batch, each image with its own operation and strength.
 
-torchvision's policies draw one operation for all images of a batch, as do Kornia's, which draw strengths alone for
-each image; one call for each image would take longer than a training step. So all operations are one formula here:
-an operation is a row of its coefficients, and a batch takes the same few tensor operations whatever was drawn. Nothing
-depends on what a tensor holds, so a GPU never waits. Results are those of torchvision's functions for uint8 tensors.
+torchvision's policies draw one operation for all images of a call, and so do Kornia's, which draw only the strengths
+for each image. Called for each image they would launch a thousand kernels a batch, and a GPU would wait for each draw.
+So all operations are one formula here: an operation is a row of its coefficients, and a batch takes the same few tensor
+operations whatever was drawn. No shape depends on a tensor's content, so a GPU never waits. The results are those of
+torchvision.transforms for uint8 tensors, with nearest interpolation and black outside, value for value.
 """
 
 import functools
@@ -18,15 +19,14 @@ Policy = Literal["trivial", "rand"]
 
 LEVELS = 31  # strengths of each operation, as in both papers
 RAND_LEVEL = 9  # the one that RandAugment takes, torchvision's default
-MARGIN = 2  # black pixels around an image, for what lies outside; even, so that ties round to the same pixel
+MARGIN = 2  # black pixels around an image, read for what is outside; even, so that ties round to the same pixel
 
 
 class Operation(NamedTuple):
     """The coefficients of one operation; the defaults change nothing.
 
-    A pixel (x, y), counted from the image's center, comes from (xx, yx) * x + (xy, yy) * y + (x0, y0). Its value
-    becomes ratio * value + (1 - ratio) * another: the grey value, the image's mean grey value, that of the blurred
-    image, or 0.
+    The pixel at (x, y) from the image's center comes from (xx, yx) * x + (xy, yy) * y + (x0, y0). Its value becomes
+    ratio * value + rest * another value: its gray, the image's mean gray, that of the blurred image, or 0.
     """
 
     xx: float = 1.0
@@ -37,7 +37,7 @@ class Operation(NamedTuple):
     y0: float = 0.0
     ratio: float = 1.0
     rest: float = 0.0  # 1 - ratio
-    grey: float = 0.0  # 1 where it is blended with; so the next two
+    gray: float = 0.0  # 1: blend with it; so the next two
     mean: float = 0.0
     blurred: float = 0.0
     stretch: float = 0.0  # 1: each channel from 0 to 255
@@ -67,7 +67,7 @@ def operation(name: str, magnitude: float, height: int, width: int) -> Operation
         case "Brightness":
             return Operation(ratio=1 + magnitude, rest=-magnitude)
         case "Color":
-            return Operation(ratio=1 + magnitude, rest=-magnitude, grey=1)
+            return Operation(ratio=1 + magnitude, rest=-magnitude, gray=1)
         case "Contrast":
             return Operation(ratio=1 + magnitude, rest=-magnitude, mean=1)
         case "Sharpness":
@@ -131,7 +131,7 @@ def apply_operations(images: Tensor, coefficients: Tensor) -> Tensor:
         some = coefficients[:, own]
         if images.device.type == "cuda":
             images = change(images, some)
-        else:  # where finding out whom it concerns takes less than doing it for all
+        else:  # only the images that it changes: a CPU needn't wait to know them
             rows = (some != torch.tensor(IDENTITY[own])).any(1).nonzero()[:, 0]
             images = images.index_copy(0, rows, change(images[rows], some[rows]))
     return images
@@ -161,11 +161,11 @@ def warp(images: Tensor, geometry: Tensor) -> Tensor:
 
 def blend(images: Tensor, tone: Tensor) -> Tensor:
     """Return each image with its pixels blended, stretched, inverted or masked."""
-    ratio, rest, grey, mean, blurred, stretch, threshold, mask = tone[:, :, None, None, None].unbind(1)
+    ratio, rest, gray, mean, blurred, stretch, threshold, mask = tone[:, :, None, None, None].unbind(1)
     pixels = images.float()
     red, green, blue = pixels.split(1, dim=1)
-    greys = (red * 0.2989).add_(green * 0.587).add_(blue * 0.114).floor_()
-    other = torch.addcmul(greys.mean((2, 3), keepdim=True) * mean, greys, grey)
+    grays = (red * 0.2989).add_(green * 0.587).add_(blue * 0.114).floor_()
+    other = torch.addcmul(grays.mean((2, 3), keepdim=True) * mean, grays, gray)
     other = torch.addcmul(other, blur(pixels), blurred)
     values = (pixels * ratio).add_(other.mul_(rest))
 
