@@ -46,7 +46,7 @@ FIRST_STEP = "training …"  # what `train` says when it takes its first step
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110})
-@click.option("--model", type=Model(), required=True, help=f"{', '.join(models.NAMES)}, or timm:NAME.")
+@click.option("--model", type=Model(), required=True, help=f"{', '.join(models.names())}, or timm:NAME.")
 @click.option("--workers", type=click.IntRange(min=0), help="0: this process.  [one for each GPU, else 1]")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, help="Times that everything is timed, in turn.")
 @click.option("--against", default="", help=f"Comma-separated ways of others to time too: {', '.join(WAYS)}.")
@@ -97,7 +97,7 @@ def time_stages(
         request = Request(**{**given, **fixed})
         with screen.waiting(f"Reading {request.data}{and_weights([recipe])}"):
             source, splits = read(request.data, request.val_size, request.limit, request.seed)
-            start = load_initial_weights(request.model, recipe, source.train)
+            start = load_initial_weights(request.model, recipe, source)
         with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
             workers = place(request, RunFolder(request.storage, request.name), debug=debug)
             from raycifar.cluster.sizing import Waiting

@@ -18,6 +18,7 @@ from raycifar.data.tables import Source, from_lists
 from raycifar.errors import RequestError, WorkError
 from raycifar.models import Architecture
 from raycifar.models.initial_weights import InitialWeights, load_initial_weights
+from raycifar.models.recipes import recipe_from_json
 from raycifar.options import Interrupted, check_name, command, pick_recipe, recipe_options, training_options
 from raycifar.recipes import Recipe, changes, describe_changes
 from raycifar.report import Refresher, explain, write_comparison, write_run
@@ -39,7 +40,7 @@ SCORES = ("top1", "top5", "loss")
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110})
 @click.argument("runs", nargs=-1, metavar="[RUN]...")
-@click.option("--models", "names", help=f"Comma-separated, of {', '.join(models.NAMES)}, timm:NAME.")
+@click.option("--models", "names", help=f"Comma-separated, of {', '.join(models.names())}, timm:NAME.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, help="Runs of each model, with seeds from --seed on.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="The first seed.")
 @click.option("--search", type=click.IntRange(min=0), default=0, help="Trials that look for each model's best recipe.")
@@ -91,7 +92,7 @@ def train_and_compare(options: dict[str, Any], name: str, folder: RunFolder, scr
 
     with screen.waiting(f"Reading {options['data']}{and_weights(recipes.values())}"):
         source, splits = read(options["data"], options["val_size"], options["limit"], options["seed"])
-        starts = {model: load_initial_weights(model, recipe, source.train) for model, recipe in recipes.items()}
+        starts = {model: load_initial_weights(model, recipe, source) for model, recipe in recipes.items()}
     agreement = agree(folder, options, recipes, spaces, source, starts)
 
     given = {key: options[key] for key in Request.__annotations__ if key in options}
@@ -163,7 +164,7 @@ def build_spaces(options: dict[str, Any], recipes: dict[str, Recipe]) -> dict[st
     from raycifar.workflows.search_space import default_space, read_space
 
     spaces = {
-        model: read_space(options["space"]) if options["space"] else default_space(recipe)
+        model: read_space(options["space"], model) if options["space"] else default_space(recipe)
         for model, recipe in recipes.items()
     }
     spaces = {
@@ -190,7 +191,7 @@ def agree(
     Raises:
         RequestError: a comparison of that name was begun otherwise; the message names the differences.
     """
-    from raycifar.workflows.search_space import describe
+    from raycifar.workflows.search_space import space_to_json
 
     now: dict[str, Any] = {
         "data": source.fingerprint(),
@@ -200,11 +201,13 @@ def agree(
         now[model] = dataclasses.asdict(recipe)
         now[f"{model} weights"] = starts[model].fingerprint()
         if options["search"]:
-            now[f"{model} space"] = describe(spaces[model])
+            now[f"{model} space"] = space_to_json(spaces[model])
     earlier = folder.read_json(STUDY) or {}
     for key in now.keys() & earlier.keys():
         if earlier[key] != now[key]:
-            there, here = (Recipe(**value[key]) if key in recipes else None for value in (earlier, now))
+            there, here = (recipe_from_json(key, value[key]) if key in recipes else None for value in (earlier, now))
+            if there and there == here:  # which an earlier version wrote with other fields
+                continue
             what = (
                 f"{key} {describe_changes(there, here)} there, {describe_changes(here, there)} here"
                 if there and here

@@ -173,7 +173,7 @@ def evaluate(logits: "Tensor", table: pa.Table, source: Source) -> tuple[dict[st
     from raycifar.engine.evaluate import per_image, score, to_predictions_file
 
     labels, coarse = (torch.from_numpy(table[column].to_numpy().copy()) for column in ("fine", "coarse"))
-    parents = np.array(source.superclasses())
+    parents = np.array(source.superclass_of())
     scores = score(logits, labels, coarse, parents.tolist())
     probabilities = logits.softmax(1)
     confidence, predicted = (values.numpy() for values in probabilities.max(1))

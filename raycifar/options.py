@@ -1,6 +1,5 @@
 """What the doors share: their options, and the way they end."""
 
-import dataclasses
 import functools
 import os
 import re
@@ -8,27 +7,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import click
 
-from raycifar import models
 from raycifar.errors import RequestError, StorageError, WorkError
-from raycifar.recipes import NAMED, Recipe, recipe_for
+from raycifar.recipe_options import Model, pick_recipe, recipe_options  # noqa: F401 (until all import them from there)
 
 MOST_ELASTIC = 64  # workers; the images are cut wherever a shard of any of the numbers begins
-
-
-def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add an option for each field of the recipe; what isn't given is None, so the model's own."""
-    for field in reversed(dataclasses.fields(Recipe)):
-        choices = get_args(field.type)
-        kind = click.Choice(choices) if choices else field.type
-        name = f"--{field.name.replace('_', '-')}"
-        if kind is bool:
-            name, kind = f"{name}/--no-{name[2:]}", None
-        command = click.option(name, type=kind, default=None, help=field.metadata["help"])(command)
-    return click.option("--recipe", type=click.Choice([*NAMED]), help="To begin with.  [the model's own]")(command)
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,41 +67,9 @@ class WorkersOption(click.ParamType):
         return counts if counts[0] < counts[1] else counts[0]
 
 
-class Model(click.ParamType):
-    """The name of an architecture."""
-
-    name = "model"
-
-    def convert(self, value: str, param: Any, ctx: Any) -> str:
-        try:
-            models.find(value)
-        except RequestError as error:
-            self.fail(error.message, param, ctx)
-        return value
-
-
 def check_name(name: str) -> None:
     if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
         raise RequestError(f"--name {name!r} is no folder's name: use letters, digits, '-', '_' and '.'.")
-
-
-def pick_recipe(model: str, options: dict[str, Any]) -> Recipe:
-    """Return the model's own recipe with the fields that were given; what is no field is left alone.
-
-    Raises:
-        click.UsageError: a value makes no sense.
-    """
-    name = options.get("recipe")
-    if name and model not in NAMED[name]:
-        raise click.UsageError(f"--recipe {name} is for {', '.join(NAMED[name])}, not for {model}.")
-    base = recipe_for(model, options["pretrained"], name)
-    if (epochs := options["epochs"]) and options["head_epochs"] is None:  # a short run, too, reaches both stages
-        base = dataclasses.replace(base, head_epochs=min(base.head_epochs, epochs - 1))
-    given = {f.name: options[f.name] for f in dataclasses.fields(Recipe) if options.get(f.name) is not None}
-    try:
-        return dataclasses.replace(base, **given)
-    except ValueError as error:
-        raise click.UsageError(f"{error}.") from error
 
 
 class Interrupted(BaseException):

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from raycifar.data.names import FINE
-from raycifar.data.pictures import find, read
+from raycifar.data.pictures import find_images, read_image
 from raycifar.errors import WorkError
 from raycifar.options import command
 from raycifar.terminal import Screen
@@ -29,7 +29,8 @@ def main(debug: bool, network: str, images: tuple[str, ...], as_json: bool, devi
     RUN is the folder of a finished run, WEIGHTS a weights file that raycifar wrote. IMAGES are files, folders or
     URIs, of any size and mode. An image that can't be read is named, the rest go on, and the exit code is 1.
     """
-    files = [file for place in images for file in find(place)]  # before PyTorch is loaded: a typing error shows at once
+    # Before PyTorch is loaded: a typing error shows at once.
+    files = [file for place in images for file in find_images(place)]
     import torch
 
     from raycifar.engine.trained_model import Trained, read_weights
@@ -39,7 +40,7 @@ def main(debug: bool, network: str, images: tuple[str, ...], as_json: bool, devi
     pixels = []
     for name, filesystem, path in files:
         try:
-            pixels.append(read(filesystem, path))
+            pixels.append(read_image(filesystem, path))
             answers.append({"image": name})
         except (ValueError, OSError) as error:
             answers.append({"image": name, "error": str(error)})

@@ -21,6 +21,7 @@ from raycifar.data.sources import load
 from raycifar.data.tables import Source, Splits, split
 from raycifar.errors import RequestError, WorkError, in_a_line
 from raycifar.models.initial_weights import InitialWeights, load_initial_weights
+from raycifar.models.recipes import recipe_from_json
 from raycifar.options import (
     Interrupted,
     Model,
@@ -72,7 +73,7 @@ class Request:
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110})
-@click.option("--model", type=Model(), required=True, help=f"{', '.join(models.NAMES)}, or timm:NAME.")
+@click.option("--model", type=Model(), required=True, help=f"{', '.join(models.names())}, or timm:NAME.")
 @click.option("--name", help="The run's name; the same name resumes it.  [model, seed and time]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the split, the first weights and every epoch.")
 @click.option("--workers", type=WorkersOption(), help="0: this process; 1:4 elastic.  [one for each GPU, else 1]")
@@ -106,7 +107,7 @@ def train(request: Request, *, debug: bool = False) -> dict[str, Any]:
 
     with screen.waiting(f"Reading {request.data}{and_weights([request.recipe])}"):
         source, splits = read(request.data, request.val_size, request.limit, request.seed)
-        start = load_initial_weights(request.model, request.recipe, source.train)
+        start = load_initial_weights(request.model, request.recipe, source)
     identity = identify(request, source, splits, start)
     if earlier := compare_with_earlier(run, identity):
         screen.say(f"{run.folder} is finished; nothing is trained again.")
@@ -197,7 +198,8 @@ def compare_with_earlier(run: RunFolder, identity: dict[str, Any]) -> dict[str, 
     earlier = run.read_json(RUN)
     if earlier is None:
         return None
-    before, now = flatten(earlier), flatten(identity)
+    recipe = asdict(recipe_from_json(earlier["model"], earlier["recipe"]))
+    before, now = flatten({**earlier, "recipe": recipe}), flatten(identity)
     # The same images and the same weights may lie elsewhere today.
     differences = [
         f"{key} {before.get(key)} there, {now[key]} here"
@@ -321,7 +323,7 @@ def build_trainer(
         images=len(splits.train),
         val_images=len(splits.val),
         test_images=len(splits.test) if request.test else 0,
-        parents=source.superclasses(),
+        parents=source.superclass_of(),
         use_gpu=workers.use_gpu,
         threads=workers.threads,
         in_process=workers.count == 0,

@@ -14,6 +14,7 @@ from scipy import stats
 
 from raycifar.analysis.collapse import MIN_STEPS, collapse
 from raycifar.data import CLASSES
+from raycifar.models.recipes import recipe_from_json
 from raycifar.recipes import Recipe, recipe_for
 
 Row = dict[str, Any]
@@ -55,7 +56,7 @@ class RunHistory:
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(**self.run["recipe"])
+        return recipe_from_json(self.run["model"], self.run["recipe"])
 
     @property
     def images(self) -> int:

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
 from raycifar.analysis.findings import Finding, RunHistory, has
@@ -87,10 +87,11 @@ def command(story: RunHistory, command: str, recipe: Recipe, **options: Any) -> 
     if recipe.pretrained != recipe_for(model).pretrained:
         parts += ["--pretrained", recipe.pretrained]
     for name, value in {**changes(recipe, base), **options}.items():
+        flag = name.replace("_", "-")
         if isinstance(value, bool):
-            parts.append(f"--{'' if value else 'no-'}{name}")
+            parts.append(f"--{'' if value else 'no-'}{flag}")
         elif name != "pretrained":
-            parts += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+            parts += [f"--{flag}", f"{value:g}" if isinstance(value, float) else str(value)]
     return shlex.join(parts)
 
 
@@ -99,7 +100,7 @@ def what_next(story: RunHistory, findings: Sequence[Finding]) -> list[dict[str, 
     recipe, own = story.recipe, recipe_for(story.run["model"], story.recipe.pretrained)
 
     def change(**values: Any) -> Recipe:
-        return Recipe(**{**{f.name: getattr(recipe, f.name) for f in fields(Recipe)}, **values})
+        return replace(recipe, **values)
 
     def train(reason: str, recipe: Recipe, **options: Any) -> dict[str, str]:
         return {"command": command(story, "train", recipe, **options), "reason": reason}

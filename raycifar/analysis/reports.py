@@ -149,7 +149,7 @@ def read_predictions(content: bytes | None, source: Source | None) -> dict[str, 
     }
     pairs = confused_pairs(matrix, FINE)[:PAIRS]
     if source is not None:
-        parents = np.array(source.superclasses())
+        parents = np.array(source.superclass_of())
         drawn["superclasses"] = charts.confusion_chart(
             confusion(parents[labels], parents[predicted], SUPERCLASSES), COARSE
         )

@@ -4,7 +4,7 @@ import uuid
 from dataclasses import dataclass, field
 
 from raycifar.cluster.status import StatusStore
-from raycifar.recipes import Recipe
+from raycifar.models.recipe import Recipe
 
 
 @dataclass

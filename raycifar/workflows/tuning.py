@@ -18,6 +18,7 @@ from raycifar.data.tables import Source, split
 from raycifar.errors import WorkError
 from raycifar.models import slug
 from raycifar.models.initial_weights import InitialWeights
+from raycifar.models.recipes import recipe_from_json
 from raycifar.recipes import Recipe, describe_changes
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.terminal import POLL_SECONDS
@@ -168,7 +169,7 @@ class Plan(Searcher):
         run = self.study.run(self._search_trial(model, self.study.recipes[model])).read_json(RUN)
         if run is None:
             return None
-        task = self._with_status(self._search_trial(model, Recipe(**run["recipe"])))
+        task = self._with_status(self._search_trial(model, recipe_from_json(model, run["recipe"])))
         if task.over:
             self.stopper.remember(task, self.val_top1(task))
         return task
@@ -269,7 +270,9 @@ def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Wor
     """Train one task, in a process of its own that Ray Tune has started; raise what Ray Tune should retry."""
     values = config["task"]
     status_store = StatusStore(**values["status_store"])
-    task = Trial(**{**values, "recipe": Recipe(**values["recipe"]), "status_store": status_store})
+    task = Trial(
+        **{**values, "recipe": recipe_from_json(values["model"], values["recipe"]), "status_store": status_store}
+    )
     request, run = study.request(task), study.run(task)
     try:
         splits = split(source, request.val_size, request.limit, request.seed)
