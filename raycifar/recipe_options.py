@@ -46,13 +46,13 @@ def option_fields() -> dict[str, type[Recipe]]:
 
 
 def field_option(name: str, kind: type[Recipe]) -> Callable[..., Any]:
-    flag, allowed = f"--{name.replace('_', '-')}", choices(kind, name)
-    value_type: Any = click.Choice(allowed) if allowed else field_types(kind)[name]
-    if value_type is bool:
+    field, flag, value_type = kind.__dataclass_fields__[name], f"--{name.replace('_', '-')}", field_types(kind)[name]
+    if allowed := choices(field, value_type):
+        value_type = click.Choice(allowed)
+    elif value_type is bool:
         flag, value_type = f"{flag}/--no-{flag[2:]}", None
-    text = kind.__dataclass_fields__[name].metadata["help"]
     owners = "" if kind is Recipe else f" ({', '.join(models_with(name))} only)"
-    return click.option(flag, type=value_type, default=None, help=text + owners)
+    return click.option(flag, type=value_type, default=None, help=field.metadata["help"] + owners)
 
 
 def pick_recipe(model: str, options: dict[str, Any]) -> Recipe:

@@ -39,7 +39,9 @@ def main(debug: bool, model: str | None, recipe: str | None) -> None:
         for row in list_recipes(name):
             own = " (its own)" if row.own else ""
             table.add_row(name, f"{row.name}{own}", str(row.recipe.epochs), row.purpose)
-    Screen().console.print(table)
+    screen = Screen()
+    screen.console.print(table)
+    screen.say("One in full: raycifar recipes MODEL [--recipe NAME]")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_an_architecture_makes_weights_from_the_first_images():
 
 def test_options_cannot_change_a_network_whose_weights_are_there(tmp_path):
     recipe = CnnRecipe(pretrained=str(tmp_path / "a.pth"), whiten=True, depth=2)
-    with pytest.raises(RequestError, match=r"^--whiten and --depth can't change the network of --pretrained .*\.pth: "):
+    with pytest.raises(RequestError, match=r"^--whiten and --depth can't be chosen with --pretrained .*\.pth: "):
         initial_weights.load_initial_weights("cnn", recipe, synthetic(100, 100))
 
 

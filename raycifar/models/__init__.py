@@ -184,12 +184,12 @@ def recipes_of(model: str) -> dict[str, Recipe]:
     """Return a model's recipes by name; the first is its own, and `study` is the same for all models."""
     # Without timm itself, which a report on such a run can do without.
     own = TIMM_RECIPES if model.startswith(TIMM) else import_architecture(model).RECIPES
-    return {**own, "study": type(next(iter(own.values())))()}
+    return {**own, "study": recipe_type(model)()}
 
 
 def recipe_type(model: str) -> type[Recipe]:
     """Return the class of a model's recipes, which has the model's own options."""
-    return type(recipes_of(model)["study"])
+    return Recipe if model.startswith(TIMM) else type(next(iter(import_architecture(model).RECIPES.values())))
 
 
 def add_tta_flip(network: nn.Module) -> None:

@@ -85,13 +85,13 @@ def make_weights(model: str, recipe: Recipe, images: pa.Table, preprocessing: Pr
 
 
 def check_no_options(model: str, recipe: Recipe) -> None:
-    """Refuse options of the architecture for a network whose weights are there: these say how it is built."""
+    """Refuse the architecture's options where pre-trained weights decide how the network is built."""
     defaults = Architecture(model).options
     given = [f"--{name}" for name, value in model_options(recipe).items() if value != defaults[name]]
     if given:
         raise RequestError(
-            f"{' and '.join(given)} can't change the network of --pretrained {recipe.pretrained}: leave them out, or "
-            "train from scratch with --pretrained none."
+            f"{' and '.join(given)} can't be chosen with --pretrained {recipe.pretrained}: its weights fit one "
+            "network. To build another, train from scratch with --pretrained none."
         )
 
 

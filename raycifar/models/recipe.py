@@ -9,7 +9,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 from raycifar.data import CIFAR100
@@ -77,8 +77,9 @@ class Recipe:
     batch_norm: BatchNorm = option("train", "running statistics: train, or frozen as they came")
 
     def __post_init__(self) -> None:
-        for name, kind in field_types(type(self)).items():
-            check_type(name, getattr(self, name), kind, choices(type(self), name))
+        types = field_types(type(self))
+        for f in fields(self):
+            check_type(f.name, getattr(self, f.name), types[f.name], choices(f, types[f.name]))
         for names, allowed, wanted in (
             (("epochs", "batch_size"), lambda v: v >= 1, "at least 1"),
             (("lr", "weight_decay", "clip_norm"), lambda v: v >= 0, "0 or more"),
@@ -140,9 +141,9 @@ def field_types(recipe_type: type[Recipe]) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(recipe_type)}
 
 
-def choices(recipe_type: type[Recipe], name: str) -> tuple[str, ...]:
-    """Return the values that a field of a recipe may have, or an empty tuple if it isn't a choice."""
-    return get_args(field_types(recipe_type)[name]) or recipe_type.__dataclass_fields__[name].metadata["choices"]
+def choices(field: Field[Any], kind: Any) -> tuple[str, ...]:
+    """Return the values that a field of this type may have, or an empty tuple if it isn't a choice."""
+    return get_args(kind) or field.metadata["choices"]
 
 
 def check_type(name: str, value: Any, kind: Any, allowed: tuple[str, ...]) -> None:

@@ -10,14 +10,14 @@ from pyarrow import fs
 
 from raycifar import models
 from raycifar.errors import RequestError
-from raycifar.models.recipe import Recipe, field_types, model_options, nearest
+from raycifar.models.recipe import Recipe, field_types, nearest
 from raycifar.storage.files import locate
 from raycifar.storage.run_folder import RUN, RunFolder
 
 PURPOSES = {
-    "scratch": "the best known from scratch",
-    "transfer": "the best known with pre-trained weights",
-    "study": "one plain recipe for all models, to compare them",
+    "scratch": "best known from scratch",
+    "transfer": "best known from pre-trained weights",
+    "study": "plain, the same for all models",
 }
 RENAMED = {"mirror": "tta_flip"}  # fields of earlier versions
 
@@ -139,7 +139,9 @@ def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
 
 def models_with(option: str) -> list[str]:
     """Return the models that have an option of their own."""
-    return [name for name in models.names() if option in model_options(models.recipe_type(name)())]
+    if option in field_types(Recipe):
+        return []
+    return [name for name in models.names() if option in field_types(models.recipe_type(name))]
 
 
 def recipe_from_json(model: str, values: dict[str, Any]) -> Recipe:
