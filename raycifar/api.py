@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pandas as pd
 
 from raycifar.errors import RequestError, WorkError
-from raycifar.recipes import Recipe
+from raycifar.models.recipe import Recipe
 from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, RunFolder
 from raycifar.terminal import Screen

@@ -15,7 +15,7 @@ from raycifar.workflows.requests import TrainingRequest
 
 
 @click.command(context_settings=WIDE)
-@click.option("--model", required=True, help=f"{', '.join(models.NAMES)}, or timm:NAME.")
+@click.option("--model", required=True, help=f"{', '.join(models.names())}, or timm:NAME.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, help="Times that everything is timed, in turn.")
 @click.option("--against", default="", help=f"Comma-separated ways of others to time too: {', '.join(WAYS)}.")
 @click.option("--startup", is_flag=True, help="Time the way to the first step too, beside an empty trainer's.")

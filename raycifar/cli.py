@@ -15,6 +15,7 @@ DOORS = {
     "bench": "Where the time goes on this machine or cluster, beside the bare compute limit.",
     "evaluate": "Score a trained network on a data set, as a Ray Data job.",
     "export": "Write a trained network as ONNX, TorchScript or safetensors.",
+    "recipes": "The recipes there are, or one in full.",
     "predict": "The five likeliest classes of image files, or of a folder of them.",
 }
 

@@ -17,7 +17,7 @@ from raycifar.workflows.requests import ComparisonRequest
 
 @click.command(context_settings=WIDE)
 @click.argument("runs", nargs=-1, metavar="[RUN]...")
-@click.option("--models", "names", help=f"Comma-separated, of {', '.join(models.NAMES)}, timm:NAME.")
+@click.option("--models", "names", help=f"Comma-separated, of {', '.join(models.names())}, timm:NAME.")
 @request_options(ComparisonRequest)
 @recipe_options
 @command

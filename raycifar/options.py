@@ -1,13 +1,13 @@
 """The options that commands share, made of the dataclasses that say what can be asked for."""
 
-import dataclasses
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import click
 
-from raycifar.recipes import NAMED, Recipe
+from raycifar.models.recipe import Recipe, choices, field_types
+from raycifar.models.recipes import models_with, recipe_fields
 from raycifar.workflows.requests import Settings, WorkerCount, settings_of
 
 Command = Callable[..., Any]
@@ -27,13 +27,26 @@ def request_options(kind: type[Settings], *, without: Sequence[str] = ()) -> Cal
     return add
 
 
+recipe_option = click.option(
+    "--recipe", metavar="NAME|FILE|RUN", default=None, help="To begin with: see `raycifar recipes`.  [the model's own]"
+)
+
+
 def recipe_options(command: Command) -> Command:
-    """Add an option for each field of the recipe; what isn't given is None, so the model's own."""
-    for field in reversed(dataclasses.fields(Recipe)):
-        command = to_option(field, None)(command)
-    return click.option(
-        "--recipe", type=click.Choice([*NAMED]), default=None, help="To begin with.  [the model's own]"
-    )(command)
+    """Add `--recipe`, and an option for each field of any model's recipe; what isn't given is None."""
+    for name, kind in reversed(recipe_fields().items()):
+        command = field_option(name, kind)(command)
+    return recipe_option(command)
+
+
+def field_option(name: str, kind: type[Recipe]) -> Callable[[Command], Command]:
+    field, flag, value_type = kind.__dataclass_fields__[name], f"--{name.replace('_', '-')}", field_types(kind)[name]
+    if allowed := choices(field, value_type):
+        value_type = click.Choice(allowed)
+    elif value_type is bool:
+        flag, value_type = f"{flag}/--no-{flag[2:]}", None
+    owners = "" if kind is Recipe else f" ({', '.join(models_with(name))} only)"
+    return click.option(flag, type=value_type, default=None, help=field.metadata["help"] + owners)
 
 
 def to_option(field: Any, default: Any) -> Callable[[Command], Command]:

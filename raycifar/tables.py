@@ -1,9 +1,12 @@
 """Results as tables for a terminal."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich import box
 from rich.table import Table
+
+from raycifar.models.recipes import NamedRecipe
 
 
 def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
@@ -76,4 +79,13 @@ def bench_table(bench: dict[str, Any], stages: dict[str, str]) -> Table:
         rate = row["images_per_second"]
         ends = f"{rate['low']:,.0f} to {rate['high']:,.0f}"
         table.add_row(name, stages[name], f"{rate['median']:,.0f}", ends, f"{row['share']['median']:.3f}")
+    return table
+
+
+def recipes_table(recipes: Iterable[NamedRecipe]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("model", "recipe", "epochs", "for"):
+        table.add_column(heading, justify="right" if heading == "epochs" else "left")
+    for row in recipes:
+        table.add_row(row.model, row.name + " (its own)" * row.own, str(row.recipe.epochs), row.purpose)
     return table

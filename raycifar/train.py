@@ -13,7 +13,7 @@ from raycifar.workflows.requests import TrainingRequest
 
 
 @click.command(context_settings=WIDE)
-@click.option("--model", required=True, help=f"{', '.join(models.NAMES)}, or timm:NAME.")
+@click.option("--model", required=True, help=f"{', '.join(models.names())}, or timm:NAME.")
 @request_options(TrainingRequest)
 @recipe_options
 @command

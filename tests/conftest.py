@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from command import Command, finish
 from cpus import free_cpus, who_has_them
 from ray.cluster_utils import Cluster
+from torchvision.models import resnet50
 
 from raycifar.data.sources import load
 from raycifar.data.synthetic import synthetic
@@ -83,6 +85,24 @@ def trained(small, tmp_path_factory):
     args = (*RUN, "--workers", 0, "--cpus-per-worker", 2, "--data", small, "--name", "a")
     assert "What the curves show: " in finish(Command(*args, storage=storage)).stdout
     return storage / "a"
+
+
+@pytest.fixture(scope="session")
+def published_resnet50():
+    """A ResNet-50 as torchvision makes it, with running statistics that are not the first ones."""
+    torch.manual_seed(1)
+    network = resnet50()
+    with torch.no_grad():
+        network(torch.randn(4, 3, 64, 64))
+    return network.eval()
+
+
+@pytest.fixture(scope="session")
+def resnet50_file(published_resnet50, tmp_path_factory):
+    """Its state dict, as torchvision's weights are published."""
+    path = tmp_path_factory.mktemp("weights") / "resnet50.pth"
+    torch.save(published_resnet50.state_dict(), path)
+    return path
 
 
 @pytest.fixture(autouse=True)

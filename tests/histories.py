@@ -3,7 +3,7 @@
 import numpy as np
 
 from raycifar.analysis.history import RunHistory
-from raycifar.recipes import SCRATCH
+from raycifar.models.recipe import Recipe
 from raycifar.storage.records import EpochRecord
 
 RUN = {"model": "cnn", "seed": 0, "val_size": 5000, "limit": None, "device": "cpu", "workers": 0}
@@ -38,7 +38,7 @@ def made_up(epochs=20, val=5000, result=None, recipe=None, train=45000, run=None
         usual = {name: value for name, value in usual.items() if not name.startswith("val_")}
     records = [EpochRecord(epoch=e, **{name: f(e) for name, f in usual.items()}) for e in range(1, epochs + 1)]
     data = {"source": "cifar100", "train": train, "val": val, "test": 10000}
-    about = {**RUN, "data": data, "recipe": {**vars(SCRATCH), "epochs": epochs, **(recipe or {})}, **(run or {})}
+    about = {**RUN, "data": data, "recipe": {**vars(Recipe()), "epochs": epochs, **(recipe or {})}, **(run or {})}
     return RunHistory(about, records, result)
 
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from torch import nn
 
 from raycifar.models import cnn
-from raycifar.recipes import SCRATCH, Recipe
+from raycifar.models.recipe import Recipe
 from raycifar.terminal import Screen
 from raycifar.workflows.requests import TrainingRequest
 from raycifar.workflows.training import train
@@ -41,7 +41,7 @@ def without_batch_norm(inputs: int, outputs: int) -> nn.Sequential:
 
 def run(name: str, data: str, storage: str) -> None:
     changes, limit, val_size, _ = PROVOKED[name]
-    recipe = Recipe(**{**vars(SCRATCH), **changes})
+    recipe = Recipe(**{**vars(Recipe()), **changes})
     if name == "dies":
         cnn.block = without_batch_norm
     if name in ("jumps", "breaks"):

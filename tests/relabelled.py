@@ -12,7 +12,7 @@ from raycifar.data.tables import to_numpy
 def relabel(source: str, destination: Path, share: float, seed: int) -> np.ndarray:
     """Write the data set in the binary layout with a share of its training labels changed; return the rows changed."""
     data = load(source)
-    parents, rng = np.array(data.superclasses()), np.random.default_rng(seed)
+    parents, rng = np.array(data.superclass_of()), np.random.default_rng(seed)
     destination.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         table = getattr(data, split)

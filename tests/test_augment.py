@@ -22,7 +22,7 @@ from raycifar.engine.image_ops import (
     operations,
     warp,
 )
-from raycifar.recipes import Recipe
+from raycifar.models.recipe import Recipe
 
 SPACE = magnitudes("trivial", 32, 32)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that PyTorch can use")

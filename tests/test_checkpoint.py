@@ -10,7 +10,7 @@ import raycifar.engine.checkpoint
 from raycifar.engine.checkpoint import MAX_PENDING, Checkpointer, HostCopy, Snapshot
 from raycifar.engine.state import TENSORS, TrainingState
 from raycifar.models import Architecture
-from raycifar.recipes import Recipe
+from raycifar.models.recipe import Recipe
 from raycifar.storage.run_folder import BEST, KEPT, RunFolder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

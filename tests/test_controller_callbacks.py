@@ -7,11 +7,11 @@ import uuid
 import pytest
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from raycifar.engine.preemption import PreemptedError
 
 from raycifar.cluster import controller_callbacks as room
 from raycifar.cluster.controller_callbacks import FailureCounter, decisive
 from raycifar.cluster.status import FailureKind, Phase, StatusStore, WorkerStatus
-from raycifar.engine.preemption import PreemptedError
 from raycifar.errors import StorageError, WorkError
 
 FULL = StorageError.of("/runs/a", OSError(errno.ENOSPC, "No space left on device"))

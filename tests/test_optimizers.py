@@ -6,7 +6,7 @@ import torch
 
 from raycifar.engine.optimizers import build_optimizer
 from raycifar.models import Architecture
-from raycifar.recipes import Recipe
+from raycifar.models.recipe import Recipe
 
 
 def test_sgd_steps_as_pytorch_s_does():

@@ -13,7 +13,7 @@ from PIL import Image
 from pyarrow import fs
 
 from raycifar.data.names import COARSE, FINE
-from raycifar.data.pictures import read
+from raycifar.data.pictures import read_image
 from raycifar.models import Architecture
 from raycifar.storage.weights import to_file
 
@@ -57,7 +57,7 @@ def test_the_names_are_the_data_set_s(cifar):
 def test_a_cifar_image_comes_back_pixel_by_pixel(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert np.array_equal(read(LOCAL, str(tmp_path / "a.png")), pixels.transpose(2, 0, 1))
+    assert np.array_equal(read_image(LOCAL, str(tmp_path / "a.png")), pixels.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L", "LA", "1", "YCbCr", "I;16"])
@@ -67,7 +67,7 @@ def test_images_of_every_mode_are_read(tmp_path, photo, mode):
         image = Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257)
     path = tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr", "I;16") else "a.png")
     image.save(path)
-    pixels = read(LOCAL, str(path))
+    pixels = read_image(LOCAL, str(path))
     assert (pixels.shape, pixels.dtype) == ((3, 32, 32), np.uint8)
     if mode in ("L", "LA", "I;16"):
         assert np.array_equal(pixels[0], pixels[2])
@@ -78,11 +78,11 @@ def test_images_of_every_mode_are_read(tmp_path, photo, mode):
 
 def test_transparency_is_white_and_exif_turns(tmp_path, photo):
     Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (read(LOCAL, str(tmp_path / "clear.png")) == 255).all()
+    assert (read_image(LOCAL, str(tmp_path / "clear.png")) == 255).all()
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     photo.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    turned = read(LOCAL, str(tmp_path / "turned.jpg"))
+    turned = read_image(LOCAL, str(tmp_path / "turned.jpg"))
     assert turned[2, 4, 16] > 200 > 60 > turned[0, 4, 16]
 
 
@@ -90,7 +90,7 @@ def test_a_wide_image_is_cut_to_its_middle(tmp_path, photo):
     wide = Image.new("RGB", (300, 64), "lime")
     wide.paste(photo, (118, 0))
     wide.save(tmp_path / "wide.png")
-    assert read(LOCAL, str(tmp_path / "wide.png"))[1].max() < 60
+    assert read_image(LOCAL, str(tmp_path / "wide.png"))[1].max() < 60
 
 
 def test_a_folder_of_mixed_and_broken_files(tmp_path, weights, photo):
@@ -129,9 +129,9 @@ def test_the_answer_is_the_network_s(tmp_path, weights, photo):
     from raycifar.engine.augment import preprocess
 
     with torch.inference_mode():
-        expected = network(preprocess(torch.from_numpy(read(LOCAL, str(tmp_path / "a.png")).copy())[None])).softmax(1)[
-            0
-        ]
+        expected = network(
+            preprocess(torch.from_numpy(read_image(LOCAL, str(tmp_path / "a.png")).copy())[None])
+        ).softmax(1)[0]
     assert [guess["class"] for guess in answer["top5"]] == [FINE[i] for i in expected.topk(5).indices]
     assert [g["probability"] for g in answer["top5"]] == pytest.approx(expected.topk(5).values.tolist(), rel=1e-4)
     assert answer["top5"][0]["class"] in table

@@ -10,7 +10,7 @@ from record import FOLDER, RECORDED, recorded
 from raycifar.analysis.departures import departures
 from raycifar.analysis.findings import diagnose
 from raycifar.analysis.prose import next_steps
-from raycifar.recipes import SCRATCH
+from raycifar.models.recipe import Recipe
 
 
 def at(values):
@@ -23,7 +23,7 @@ def line(start, end, epochs):
 
 def run(epochs, train=10_000, **options):
     """A made-up run whose learning rate is its recipe's."""
-    recipe = replace(SCRATCH, epochs=options.get("recipe", {}).get("epochs", epochs), **changed(options))
+    recipe = replace(Recipe(), epochs=options.get("recipe", {}).get("epochs", epochs), **changed(options))
     steps = -(-train // recipe.batch_size)
     return made_up(epochs, train=train, **{"lr": lambda e: recipe.learning_rate(e, steps - 1, steps), **options})
 

@@ -1,16 +1,19 @@
-"""The hyperparameters and the learning rate they give."""
+"""The hyperparameters, the learning rate they give, and how a recipe is chosen: by name, from a file, from a run."""
 
 import dataclasses
+import json
 
 import pytest
+from command import Command, finish
+from raycifar.recipe_options import pick_recipe
 
-from raycifar.recipes import SCRATCH, TRANSFER, Recipe, recipe_for
+from raycifar import models
+from raycifar.errors import RequestError
+from raycifar.models.cnn import SPEEDRUN, CnnRecipe
+from raycifar.models.recipe import OPTIMIZERS, TRANSFER, Recipe, changes, describe_changes
+from raycifar.models.recipes import choose_recipe, list_recipes, recipe_for, recipe_from_json, to_toml
 
-
-def test_the_study_s_resnet_50_begins_with_imagenet_weights_and_the_others_with_none():
-    assert recipe_for("cnn") == recipe_for("vgg16") == recipe_for("resnet50", "none") == SCRATCH
-    assert recipe_for("resnet50") == recipe_for("timm:test_vit") == TRANSFER
-    assert recipe_for("vgg16", "a.pth") == dataclasses.replace(TRANSFER, pretrained="a.pth")
+# What is in a recipe --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "step", "constant"])
@@ -65,8 +68,180 @@ def test_a_head_that_is_trained_to_the_end_stays_alone():
         {"image_size": 16},
         {"layer_decay": 0.0},
         {"head_epochs": 201},
+        {"erasing": 1.1},
+        {"optimizer": "lion"},
+        {"epochs": 2.5},
+        {"epochs": True},
+        {"lr": "high"},
+        {"tta_flip": 1},
+        {"pretrained": None},
     ],
 )
 def test_senseless_values_are_refused_by_name(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         dataclasses.replace(Recipe(), **change)
+
+
+def test_a_recipe_says_how_it_differs_from_another():
+    assert changes(SPEEDRUN, CnnRecipe()).keys() >= {"whiten", "depth", "tta_flip", "optimizer"}
+    assert describe_changes(CnnRecipe(depth=2, lr=0.1), CnnRecipe()) == "lr 0.1, depth 2"
+    assert describe_changes(CnnRecipe(), CnnRecipe()) == ""
+
+
+def test_every_optimizer_is_one_that_training_knows():
+    import torch
+
+    from raycifar.engine.optimizers import build_optimizer
+
+    for name in OPTIMIZERS:
+        network = torch.nn.Linear(2, 2)
+        build_optimizer(network, [["weight"], ["bias"]], Recipe(optimizer=name))
+
+
+# Which there are ------------------------------------------------------------------------------------
+
+
+def test_the_study_s_resnet_50_begins_with_imagenet_weights_and_the_others_with_none():
+    assert recipe_for("vgg16") == recipe_for("resnet50", "none") == Recipe()
+    assert recipe_for("cnn") == CnnRecipe()
+    assert recipe_for("resnet50") == recipe_for("timm:test_vit") == Recipe(**TRANSFER)
+    assert recipe_for("vgg16", "a.pth") == Recipe(**{**TRANSFER, "pretrained": "a.pth"})
+
+
+@pytest.mark.parametrize("model", models.names())
+def test_each_model_has_its_own_and_the_study_s_each_with_what_it_is_for(model):
+    own, *others = list_recipes(model)
+    assert own.own
+    assert own.recipe == recipe_for(model)
+    assert not any(other.own for other in others)
+    assert {"scratch", "transfer", "study"} <= {each.name for each in (own, *others)}
+    assert all(each.purpose for each in (own, *others))
+    assert choose_recipe(model, "study") == type(own.recipe)()
+
+
+# Choosing one ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toml(tmp_path):
+    def write(text):
+        (tmp_path / "mine.toml").write_text(text)
+        return str(tmp_path / "mine.toml")
+
+    return write
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run with some recipe; no more of it is read."""
+
+    def make(model, recipe):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a/run.json").write_text(json.dumps({"model": model, "recipe": recipe}))
+        return str(tmp_path / "a")
+
+    return make
+
+
+def test_what_a_file_leaves_out_is_the_model_s_own(toml):
+    file = toml("lr = 1\naugment = 'cutout'\ndepth = 2\ntta_flip = true\n")
+    assert choose_recipe("cnn", file) == CnnRecipe(lr=1.0, augment="cutout", depth=2, tta_flip=True)
+    assert choose_recipe("cnn", file, lr=0.2).lr == 0.2
+    assert choose_recipe("resnet50", toml("pretrained = 'none'")) == Recipe()
+    assert choose_recipe("resnet50", toml("epochs = 1")) == Recipe(**{**TRANSFER, "epochs": 1, "head_epochs": 0})
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [(model, each.name) for model in models.names() for each in list_recipes(model)]
+)
+def test_what_is_shown_in_full_is_a_file_that_gives_the_same_recipe(toml, model, name):
+    recipe = choose_recipe(model, name)
+    assert choose_recipe(model, toml(to_toml(recipe))) == recipe
+
+
+def test_a_run_s_recipe_is_taken_over(run):
+    folder = run("cnn", dataclasses.asdict(SPEEDRUN))
+    assert choose_recipe("cnn", folder) == SPEEDRUN
+    assert choose_recipe("cnn", folder, epochs=3) == dataclasses.replace(SPEEDRUN, epochs=3)
+
+
+@pytest.mark.parametrize("model", ["cnn", "vgg16"])
+def test_a_recipe_that_an_earlier_version_wrote_is_read(model, run):
+    old = {"epochs": 7, "lr": 0.5, "mirror": True, "whiten": model == "cnn", "depth": 1}
+    expected = Recipe(epochs=7, lr=0.5, tta_flip=True)
+    if model == "cnn":
+        expected = CnnRecipe(**dataclasses.asdict(expected), whiten=True)
+    assert recipe_from_json(model, old) == choose_recipe(model, run(model, old)) == expected
+
+
+def test_options_that_are_given_change_the_recipe_and_a_short_run_reaches_both_stages():
+    options = {"recipe": None, "epochs": 2, "lr": 0.3, "whiten": None, "data": "cifar100"}
+    assert pick_recipe("resnet50", options) == Recipe(**{**TRANSFER, "epochs": 2, "lr": 0.3, "head_epochs": 1})
+    assert pick_recipe("cnn", {"recipe": "speedrun", "depth": 1}) == dataclasses.replace(SPEEDRUN, depth=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("learning_rat = 0.1", "mine.toml: a recipe has no field 'learning_rat'; the nearest is "),
+        ("batchsize = 3", "a recipe has no field 'batchsize'; the nearest is 'batch_size'."),
+        ("epochs = 'many'", "epochs is 'many': a whole number is needed."),
+        ("lr = true", "lr is True: a number is needed."),
+        ("augment = 'rotate'", "augment is 'rotate': choose from none, flip, "),
+        ("depth = 2", "depth is an option of cnn, not of vgg16."),
+        ("[lr]\nmin = 1", "lr is {'min': 1}: a number is needed."),
+        ("lr: 0.1", "it is not a TOML file: "),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_in_a_sentence(toml, text, says):
+    with pytest.raises(RequestError, match=r"^--recipe ") as caught:
+        choose_recipe("vgg16", toml(text))
+    assert says in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_what_is_no_recipe_of_the_model_is_refused_in_a_sentence(run, tmp_path):
+    folder = run("cnn", {})
+    for wanted, says in (
+        ("speedrun", "--recipe speedrun is for cnn, not for vgg16."),
+        (folder, "is a run of cnn, not of vgg16."),
+        (
+            str(tmp_path),
+            "is neither a recipe of vgg16 (scratch, transfer, study), nor a TOML file, nor a run's folder.",
+        ),
+        ("studi", "--recipe studi is neither "),
+    ):
+        with pytest.raises(RequestError) as caught:
+            choose_recipe("vgg16", wanted)
+        assert says in caught.value.message
+
+
+# The commands ---------------------------------------------------------------------------------------
+
+
+class Recipes(Command):
+    command = "raycifar.recipes"
+
+
+def test_the_command_lists_them_and_shows_one_in_full():
+    said = finish(Recipes(storage=None)).stdout
+    assert [line.split()[:2] for line in said.splitlines() if "speedrun" in line] == [["cnn", "speedrun"]]
+    assert said.count("study") == len(models.names())
+    assert max(map(len, said.splitlines())) <= 80
+    assert 'optimizer = "muon"' in finish(Recipes("cnn", "--recipe", "speedrun", storage=None)).stdout
+    assert "needs a model" in finish(Recipes("--recipe", "speedrun", storage=None), code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--depth", 2), "depth is an option of cnn, not of vgg16."),
+        (("--recipe", "speedrun"), "--recipe speedrun is for cnn, not for vgg16."),
+        (("--epochs", 0), "epochs is 0"),
+    ],
+)
+def test_a_wrong_recipe_ends_a_command_with_2_and_one_sentence(train, tmp_path, args, says):
+    refused = train("--model", "vgg16", "--data", "synthetic:1000", *args, code=2)
+    assert says in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()

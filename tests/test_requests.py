@@ -6,7 +6,7 @@ import pytest
 
 from raycifar import api, compare, train
 from raycifar.errors import RequestError
-from raycifar.recipes import SCRATCH, TRANSFER, Recipe
+from raycifar.models.recipe import TRANSFER, Recipe
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest, parse_workers, to_arguments
 
 
@@ -14,7 +14,7 @@ def test_a_model_alone_is_a_request(monkeypatch):
     for name in ("RAYCIFAR_DATA", "RAYCIFAR_STORAGE"):
         monkeypatch.delenv(name, raising=False)
     request = TrainingRequest("cnn")
-    assert request.recipe == SCRATCH
+    assert request.recipe == Recipe()
     assert (request.data, request.storage, request.workers) == ("cifar100", "results", None)
     assert request.name.startswith("cnn-s0-")
     assert TrainingRequest("resnet50").recipe == TRANSFER

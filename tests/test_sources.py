@@ -135,7 +135,7 @@ def test_the_real_data_set(cifar):
     source = sources.load(cifar)
     assert (len(source.train), len(source.test)) == (50_000, 10_000)
     assert np.bincount(source.train["fine"].to_numpy()).tolist() == [500] * 100
-    assert sorted(np.bincount(source.superclasses())) == [5] * 20
+    assert sorted(np.bincount(source.superclass_of())) == [5] * 20
     pixels = to_numpy(source.train["image"].combine_chunks(), "image")
     assert pixels.mean((0, 2, 3)) / 255 == pytest.approx([0.50708, 0.48655, 0.44092], abs=1e-4)
 
@@ -339,7 +339,7 @@ def test_synthetic_images_come_from_the_seed():
     first, again, other = synthetic(1000, 500), synthetic(1000, 500), synthetic(1000, 500, seed=1)
     assert first.fingerprint() == again.fingerprint() != other.fingerprint()
     assert np.bincount(first.train["fine"].to_numpy()).tolist() == [10] * 100
-    assert first.superclasses() == tuple(label // 5 for label in range(100))
+    assert first.superclass_of() == tuple(label // 5 for label in range(100))
 
 
 def test_as_many_synthetic_images_are_made_as_are_asked_for():

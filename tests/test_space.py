@@ -3,8 +3,9 @@
 import pytest
 
 from raycifar.errors import RequestError
-from raycifar.recipes import SPEEDRUN, Recipe
-from raycifar.workflows.search_space import PastTrial, default_space, describe, read_space, suggest
+from raycifar.models.cnn import SPEEDRUN, CnnRecipe
+from raycifar.models.recipe import Recipe
+from raycifar.workflows.search_space import PastTrial, default_space, read_space, space_to_json, suggest
 
 BASE = Recipe(epochs=4)
 
@@ -46,7 +47,7 @@ def test_the_search_finds_what_is_good():
 def test_trials_that_failed_or_lie_outside_the_space_are_passed_over(tmp_path):
     file = tmp_path / "space.toml"
     file.write_text("[lr]\nmin = 0.1\nmax = 0.2\n")
-    space = read_space(str(file))
+    space = read_space(str(file), "vgg16")
     trials = [PastTrial(BASE, "finished", [0.5]), PastTrial(Recipe(epochs=4, lr=0.15), "failed", [])]
     assert 0.1 <= suggest(space, BASE, trials, seed=0).lr <= 0.2
 
@@ -64,11 +65,28 @@ max = 64
 [optimizer]
 choices = ["sgd", "adamw"]
 """)
-    assert describe(read_space(str(file))) == {
+    assert space_to_json(read_space(str(file), "vgg16")) == {
         "lr": {"min": 0.01, "max": 1.0, "log": True},
         "batch_size": {"min": 32, "max": 64, "log": False},
         "optimizer": ["sgd", "adamw"],
     }
+
+
+def test_a_model_s_own_options_can_be_varied_and_other_models_leave_them_out(tmp_path):
+    file = tmp_path / "space.toml"
+    file.write_text("[lr]\nmin = 0.01\nmax = 1.0\n[depth]\nmin = 1\nmax = 3\n[whiten]\nchoices = [true, false]\n")
+    assert read_space(str(file), "vgg16").keys() == {"lr"}
+    space, base = read_space(str(file), "cnn"), CnnRecipe(epochs=4)
+    tried = [PastTrial(base, "finished", [0.1])]
+    for _ in range(5):
+        tried.append(PastTrial(suggest(space, base, tried, seed=0), "finished", [0.1]))
+    assert {trial.recipe.depth for trial in tried} == {1, 2, 3}
+    assert {trial.recipe.whiten for trial in tried} == {True, False}
+    file.write_text("[depth]\nmin = 0\nmax = 3\n")
+    with pytest.raises(RequestError, match=r"\[depth\]: depth is 0: it must be at least 1"):
+        read_space(str(file), "cnn")
+    with pytest.raises(RequestError, match="names no field of the recipe of vgg16"):
+        read_space(str(file), "vgg16")
 
 
 @pytest.mark.parametrize(
@@ -91,5 +109,5 @@ def test_a_space_that_makes_no_sense_is_refused_in_a_sentence(tmp_path, text, sa
     file = tmp_path / "space.toml"
     file.write_text(text)
     with pytest.raises(RequestError, match="--space") as caught:
-        read_space(str(file))
+        read_space(str(file), "vgg16")
     assert says in caught.value.message

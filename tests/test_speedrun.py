@@ -6,33 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from command import Command
 from conftest import history
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from raycifar.data.synthetic import synthetic
+from raycifar.data.sources import load
 from raycifar.engine.optimizers import Muon, orthogonal
 from raycifar.engine.state import Average
 from raycifar.models import Architecture
-from raycifar.models.cnn import whitening_filters
+from raycifar.models.cnn import SPEEDRUN, CnnRecipe
 from raycifar.models.initial_weights import load_initial_weights
-from raycifar.recipes import SPEEDRUN, Recipe
 
 RUN = ("--model", "cnn", "--workers", 0, "--limit", 200, "--val-size", 100, "--recipe", "speedrun")
 RUN += ("--epochs", 2, "--batch-size", 100)
-
-
-def test_whitened_patches_are_uncorrelated_and_of_variance_one():
-    rng = np.random.default_rng(0)
-    smooth = rng.normal(size=(50, 3, 34, 34)).cumsum(2).cumsum(3)
-    pixels = ((smooth - smooth.mean()) / smooth.std()).astype(np.float32)
-    filters = torch.from_numpy(whitening_filters(pixels))
-    out = torch.nn.functional.conv2d(torch.from_numpy(pixels), filters).permute(1, 0, 2, 3).flatten(1).double()
-    strong = out.var(1) > 0.9  # the others vary less than noise, and are left small
-    assert strong.sum() >= 3
-    assert torch.allclose(torch.cov(out)[strong][:, strong], torch.eye(int(strong.sum())).double(), atol=0.1)
-    assert out.var(1).max() < 1.01
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
@@ -81,48 +67,20 @@ def test_the_running_average_begins_with_the_first_weights_and_looks_back_ever_f
     assert average.n_averaged == 20
 
 
-def test_a_network_that_looks_twice_answers_alike_for_an_image_and_its_mirror_image():
-    twice = Architecture("cnn", mirror=True).build()
-    once = Architecture("cnn").build()
-    once.load_state_dict(twice.state_dict())
-    images = torch.randn(5, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(twice.train()(images), once.train()(images))
-        answers = twice.eval()(images)
-        both = [once.eval()(side) for side in (images, images.flip(3))]
-        assert torch.allclose(answers, (both[0] + both[1]) / 2, atol=1e-5)
-        assert not torch.allclose(*both, atol=1e-3)
-
-
 def test_it_trains_the_five_blocks_and_its_first_layer_stays(train, small, tmp_path):
     train(*RUN, "--data", small, "--name", "a")
     file = tmp_path / "runs/a/model.safetensors"
     with safe_open(file, "pt") as content:
         about = Architecture.from_json(json.loads(content.metadata()["raycifar"]))
-    assert (about.whiten, about.depth, about.mirror) == (True, SPEEDRUN.depth, True)
-    start = load_initial_weights("cnn", SPEEDRUN, synthetic(1000, 100).train)
-    assert start.fingerprint() is None
+    assert (about.options, about.tta_flip) == ({"whiten": True, "depth": SPEEDRUN.depth}, True)
     weights = load_file(file)
     about.build().load_state_dict(weights)
-    from raycifar.data.sources import load
-
-    images = load_initial_weights("cnn", SPEEDRUN, load(small).train).weights["whiten.weight"]
-    assert torch.equal(weights["whiten.weight"], torch.from_numpy(images))
+    filters = load_initial_weights("cnn", SPEEDRUN, load(small)).weights["whiten.weight"]
+    assert torch.equal(weights["whiten.weight"], torch.from_numpy(filters))
     assert [weights[f"features.{k}.0.weight"].shape[0] for k in range(5)] == [64, 128, 256, 512, 512]
-    again = load_initial_weights("cnn", Recipe(pretrained=str(file)))  # whose own recipe says whether it looks twice
-    assert (again.architecture, again.weights.keys()) == (replace(about, mirror=False), weights.keys())
-    assert again.fingerprint()
+    again = load_initial_weights("cnn", CnnRecipe(pretrained=str(file)), load(small))  # whose tta_flip is its own
+    assert (again.architecture, again.weights.keys()) == (replace(about, tta_flip=False), weights.keys())
     first, last = history(tmp_path / "runs/a")
     assert last["train_loss"] < first["train_loss"] < np.log(100) * 1.1
     recipe = json.loads((tmp_path / "runs/a/run.json").read_text())["recipe"]
     assert (recipe["optimizer"], recipe["whiten"], recipe["epochs"]) == ("muon", True, 2)
-
-
-def test_it_is_refused_for_other_models(train, small, tmp_path):
-    args = ("--data", small, "--workers", 0, "--val-size", 200)
-    refused = Command("--model", "vgg16", "--recipe", "speedrun", *args, storage=tmp_path).finish()
-    assert refused.returncode == 2
-    assert "--recipe speedrun is for cnn, not for vgg16" in refused.stderr
-    refused = Command("--model", "vgg16", "--whiten", *args, storage=tmp_path).finish()
-    assert refused.returncode == 2
-    assert "--whiten and --depth are for the cnn" in refused.stderr

@@ -8,7 +8,7 @@ import torch
 
 from raycifar.engine.state import PROGRESS, TENSORS, Progress, TrainingState
 from raycifar.models import Architecture
-from raycifar.recipes import Recipe
+from raycifar.models.recipe import Recipe
 from raycifar.storage.records import EpochRecord
 
 CPU = torch.device("cpu")

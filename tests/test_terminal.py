@@ -10,7 +10,7 @@ from rich.console import Console
 
 from raycifar import terminal as room
 from raycifar.cluster.status import Failure, FailureKind, ModelFacts, Phase, StatusStore, StepStatus, WorkerStatus
-from raycifar.recipes import recipe_for
+from raycifar.models.recipes import recipe_for
 from raycifar.storage.records import EpochRecord
 from raycifar.terminal import Screen, alongside, trial_lines, trial_table
 from raycifar.workflows.trial import Trial, TrialStatus

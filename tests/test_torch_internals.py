@@ -9,13 +9,13 @@ import torch
 from raycifar.engine.optimizers import OPTIMIZERS, build_optimizer
 from raycifar.engine.torch_internals import EagerAdamW, EagerOptimizer, fused_sgd_, seed_cpu, waits_for_gpu
 from raycifar.models import Architecture
-from raycifar.recipes import Recipe
+from raycifar.models.recipe import Recipe
 
 NO_COMPILER = """
 import sys, torch
 from raycifar.engine.optimizers import build_optimizer
 from raycifar.models import Architecture
-from raycifar.recipes import Recipe
+from raycifar.models.recipe import Recipe
 for name in {names}:
     architecture = Architecture("cnn")
     model = architecture.build()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from raycifar.data import MEAN, STD
 from raycifar.errors import WorkError
-from raycifar.recipes import SCRATCH
+from raycifar.models.recipe import Recipe
 from raycifar.workflows.training import fit_trainer
 
 ARGS = (*RUN, "--workers", 0, "--cpus-per-worker", 2, "--no-report")
@@ -90,7 +90,7 @@ def test_a_finished_run_is_shown_and_another_recipe_refused(trained, train, smal
     assert "nothing is trained again" in shown.stdout
     assert "top-1" in shown.stdout
     refused = train(*ARGS, "--lr", 0.3, "--seed", 1, "--data", small, "--name", "a", storage=trained.parent, code=2)
-    assert f"lr {SCRATCH.lr} there, 0.3 here" in refused.stderr
+    assert f"lr {Recipe().lr} there, 0.3 here" in refused.stderr
     assert "seed 0 there, 1 here" in refused.stderr
     assert {file: file.stat().st_mtime_ns for file in trained.rglob("*")} == before
 
@@ -288,7 +288,7 @@ def test_a_run_without_a_test_set_ends_with_what_it_has(small, tmp_path):
     code = """
 import sys
 from contextlib import ExitStack
-from raycifar.recipes import Recipe
+from raycifar.models.recipe import Recipe
 from raycifar.terminal import Screen
 from raycifar.workflows.requests import TrainingRequest
 from raycifar.workflows.training import train

@@ -17,7 +17,7 @@ from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
 from raycifar.engine.train_step import TrainStep
 from raycifar.models import CIFAR, Architecture
-from raycifar.recipes import Recipe
+from raycifar.models.recipe import Recipe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that PyTorch can use")

@@ -11,6 +11,8 @@ from raycifar.analysis.findings import diagnose
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.prose import count
 from raycifar.analysis.statistics import difference, holm, mcnemar, mean_interval
+from raycifar.models.recipe import Recipe, changes
+from raycifar.models.recipes import recipe_from_json
 from raycifar.storage.records import EpochRecord
 
 SIGNIFICANCE = 0.05
@@ -58,15 +60,15 @@ def not_comparable(runs: Sequence[Finished]) -> list[str]:
 
 def by_model(runs: Iterable[Finished]) -> dict[str, list[Finished]]:
     """Return the runs of each model; one with several recipes counts as several, named by what differs."""
-    groups: dict[tuple[Any, ...], list[Finished]] = {}
+    groups: dict[tuple[str, Recipe], list[Finished]] = {}
     for run in runs:
-        key = (run.run["model"], tuple(run.run["recipe"].items()))
-        groups.setdefault(key, []).append(run)
+        model = run.run["model"]
+        groups.setdefault((model, recipe_from_json(model, run.run["recipe"])), []).append(run)
     named = {}
     for (model, recipe), members in groups.items():
-        others = [dict(values) for name, values in groups if name == model]
-        fields = [field for field, _ in recipe if len({values.get(field) for values in others}) > 1]
-        named[" ".join([model, *(f"{field}={dict(recipe)[field]}" for field in fields)])] = members
+        others = [changes(recipe, other) for name, other in groups if name == model]
+        fields = [field for field in vars(recipe) if any(field in differing for differing in others)]
+        named[" ".join([model, *(f"{field}={getattr(recipe, field)}" for field in fields)])] = members
     return named
 
 

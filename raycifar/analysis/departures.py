@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raycifar.analysis.history import RunHistory
-from raycifar.recipes import Recipe
+from raycifar.models.recipe import Recipe
 
 DULL = {"collapse", "underfitting"}  # regularization that leaves too little to learn from
 UNSTABLE = {"collapse", "divergence", "spike"}

@@ -9,7 +9,8 @@ import numpy as np
 
 from raycifar.data import CIFAR100, DatasetInfo
 from raycifar.errors import FailureKind
-from raycifar.recipes import Recipe, recipe_for
+from raycifar.models.recipe import Recipe
+from raycifar.models.recipes import recipe_for, recipe_from_json
 from raycifar.storage.records import EpochRecord
 
 
@@ -32,7 +33,7 @@ class RunHistory:
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(**self.run["recipe"])
+        return recipe_from_json(self.model, self.run["recipe"])
 
     @property
     def own_recipe(self) -> Recipe:

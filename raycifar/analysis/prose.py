@@ -8,7 +8,8 @@ from typing import Any
 
 from raycifar.analysis.findings import Finding, has
 from raycifar.analysis.history import RunHistory
-from raycifar.recipes import Recipe, changes, recipe_for
+from raycifar.models.recipe import Recipe, changes
+from raycifar.models.recipes import recipe_for
 
 PHRASES = {
     "test-differs": "the test set doesn't match the validation images",

@@ -21,7 +21,7 @@ from raycifar.analysis.page import render
 from raycifar.analysis.suspects import Suspects, rank_suspects
 from raycifar.data import DatasetInfo
 from raycifar.data.tables import Source, from_lists, to_numpy
-from raycifar.recipes import changes
+from raycifar.models.recipe import changes
 
 GALLERY = 24  # images of the most suspect labels
 PAIRS, EXAMPLES = 6, 4  # pairs of classes shown, and pictures of each direction
@@ -120,7 +120,7 @@ def read_predictions(content: bytes | None, source: Source | None, info: Dataset
     }
     pairs = confused_pairs(matrix, info.class_names)[:PAIRS]
     if source is not None:
-        superclass_of = np.array(source.superclasses())
+        superclass_of = np.array(source.superclass_of())
         superclasses = confusion(superclass_of[labels], superclass_of[predicted], info.num_superclasses)
         drawn["superclasses"] = charts.confusion_chart(superclasses, info.superclass_names)
         for pair in pairs:

@@ -1,10 +1,10 @@
 """Images: where they come from, how they are split, and how they reach a worker's device.
 
-The whole package speaks of images as Arrow tables of three columns, four once split:
+The whole package holds images as Arrow tables of three columns, four once they are split:
 
-    image   fixed-size binary of 3,072 bytes: 3×32×32 uint8, channels first
-    fine    int64, the class, 0 to 99
-    coarse  int64, the superclass, 0 to 19
+    image   fixed-size binary: uint8 pixels, channels first
+    fine    int64, the class, from 0
+    coarse  int64, the superclass, from 0
     index   int64, the row in the source's training or test set
 """
 
@@ -12,16 +12,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from raycifar.data.names import COARSE, FINE
-
-CLASSES: Final = 100
-SUPERCLASSES: Final = 20
-SIDE: Final = 32
-SHAPE: Final = (3, SIDE, SIDE)
-BYTES: Final = 3 * 32 * 32
-
-# Of the 50,000 training images, per channel, for pixels from 0 to 1.
-MEAN: Final = (0.50708, 0.48655, 0.44092)
-STD: Final = (0.26733, 0.25644, 0.27615)
 
 
 @dataclass(frozen=True)
@@ -55,4 +45,14 @@ class DatasetInfo:
         return len(self.mean) * self.image_size**2
 
 
-CIFAR100: Final = DatasetInfo(FINE, COARSE, SIDE, MEAN, STD)
+CIFAR100: Final = DatasetInfo(
+    class_names=FINE,
+    superclass_names=COARSE,
+    image_size=32,
+    mean=(0.50708, 0.48655, 0.44092),
+    std=(0.26733, 0.25644, 0.27615),
+)
+
+# Until every room takes them from the object.
+CLASSES, SUPERCLASSES, SIDE = CIFAR100.num_classes, CIFAR100.num_superclasses, CIFAR100.image_size
+SHAPE, BYTES, MEAN, STD = CIFAR100.image_shape, CIFAR100.image_bytes, CIFAR100.mean, CIFAR100.std

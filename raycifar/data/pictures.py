@@ -1,4 +1,4 @@
-"""From image files of any size and mode to CIFAR's 32×32 pixels."""
+"""From image files of any size and mode to the pixels of a data set's images."""
 
 import io
 from collections.abc import Iterator
@@ -7,44 +7,45 @@ import numpy as np
 from PIL import Image, ImageOps
 from pyarrow import fs
 
-from raycifar.data import SIDE
+from raycifar.data import CIFAR100, DatasetInfo
 from raycifar.errors import RequestError
 from raycifar.storage.files import URI, is_local, locate
 
 
-def find(place: str) -> Iterator[tuple[str, fs.FileSystem, str]]:
-    """Yield name, file system and path of an image file, or of each file in a folder and those below it.
+def find_images(location: str) -> Iterator[tuple[str, fs.FileSystem, str]]:
+    """Yield name, file system and path of an image file, or of each file in a folder and its subfolders.
 
     Args:
-        place: a local path or a URI.
+        location: a local path or a URI.
 
     Raises:
-        RequestError: there is nothing.
+        RequestError: there is no file.
     """
-    filesystem, path = locate(place)
+    filesystem, path = locate(location)
     kind = filesystem.get_file_info(path).type
     if kind == fs.FileType.File:
-        yield place, filesystem, path
+        yield location, filesystem, path
         return
     if kind == fs.FileType.NotFound:
-        raise RequestError(f"{place} is not there.")
+        raise RequestError(f"{location} is not there.")
     files = [
         entry.path
         for entry in filesystem.get_file_info(fs.FileSelector(path, recursive=True))
         if entry.type == fs.FileType.File and not entry.base_name.startswith(".")
     ]
     if not files:
-        raise RequestError(f"{place} holds no file.")
+        raise RequestError(f"{location} holds no file.")
     for file in sorted(files):
         inside = file.removeprefix(path).lstrip("/")
-        yield f"{place.rstrip('/')}/{inside}" if URI.match(place) or is_local(filesystem) else file, filesystem, file
+        named = URI.match(location) or is_local(filesystem)
+        yield f"{location.rstrip('/')}/{inside}" if named else file, filesystem, file
 
 
-def read(filesystem: fs.FileSystem, path: str) -> np.ndarray:
-    """Return the image of a file as (3, 32, 32) uint8; see `to_pixels`.
+def read_image(filesystem: fs.FileSystem, path: str, info: DatasetInfo = CIFAR100) -> np.ndarray:
+    """Return the image of a file as (3, H, W) uint8, of the size of the data set's; see `to_pixels`.
 
     Raises:
-        ValueError: it is broken, or no image; the message says how.
+        ValueError: it is broken, or no image; the message says why.
     """
     with filesystem.open_input_stream(path) as stream:
         content = stream.read()
@@ -53,30 +54,30 @@ def read(filesystem: fs.FileSystem, path: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            return to_pixels(image)
+            return to_pixels(image, info)
     except Image.UnidentifiedImageError as error:
-        raise ValueError("it is no image of a kind that is known here") from error
+        raise ValueError("it is no image of a known format") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(str(error).rstrip(".") or type(error).__name__) from error
 
 
-def to_pixels(image: Image.Image) -> np.ndarray:
-    """Return an image of any size and mode as (3, 32, 32) uint8.
+def to_pixels(image: Image.Image, info: DatasetInfo = CIFAR100) -> np.ndarray:
+    """Return an image of any size and mode as (3, H, W) uint8, of the size of the data set's.
 
-    It is turned as its EXIF data says, laid on white where it is transparent, scaled until its shorter side has
-    32 pixels, and cut to the middle.
+    It is turned as its EXIF data says, put on white where it is transparent, scaled until its shorter side fits, and
+    cropped to its center.
     """
+    size = (info.image_size, info.image_size)
     upright = to_rgb(ImageOps.exif_transpose(image))
-    return np.asarray(ImageOps.fit(upright, (SIDE, SIDE), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    return np.asarray(ImageOps.fit(upright, size, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the image in 8-bit RGB, on white where it is transparent; 16-bit grey is scaled, not cut off."""
+    """Return the image in 8-bit RGB, on white where it is transparent; 16-bit gray is scaled, not clipped."""
     if image.mode.startswith("I"):
         wide = np.asarray(image).astype(np.float64) / (65535 if np.asarray(image).max() > 255 else 255)
         image = Image.fromarray((wide.clip(0, 1) * 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

@@ -1,9 +1,9 @@
 """From a table at the driver to uint8 tensors on each worker's device: sharded by Ray Data, once.
 
-Ray Train's own splitting drops the remainder rows and hands blocks to whoever asks first. Here the
-driver cuts the blocks exactly where one worker's rows end and the next's begin, so that handing them out
-is bookkeeping alone: no row is lost, the same worker always gets the same rows, and no task has to run,
-which on a machine whose CPUs the workers already hold would wait for ever.
+Ray Train's own splitting drops the remainder rows and gives blocks to whichever worker asks first. Here the driver
+cuts the blocks exactly where one worker's rows end and the next's begin, so splitting them needs no task: no row is
+lost, the same worker always gets the same rows, and nothing has to wait for a CPU, which would never be free on a
+machine whose CPUs the workers hold.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ import pyarrow as pa
 import ray.train
 import torch
 
-from raycifar.data import SHAPE
+from raycifar.data import CIFAR100, DatasetInfo
 from raycifar.data.tables import to_numpy
 
 
 def bounds(rows: int, world_size: int) -> list[int]:
-    """Return where each worker's rows begin, and the end: worker r has the rows bounds[r]:bounds[r + 1]."""
+    """Return where each worker's rows begin, and the end: the worker of rank r has rows bounds[r]:bounds[r + 1]."""
     return [rows * rank // world_size for rank in range(world_size + 1)]
 
 
@@ -29,15 +29,14 @@ def to_datasets(tables: dict[str, pa.Table], world_sizes: Sequence[int]) -> dict
     """Return a Ray dataset for each table, in the object store, cut wherever a worker's rows begin.
 
     Args:
-        world_sizes: the numbers of workers that there may be. With 0 alone, training in this process, the tables
-            themselves are returned: Ray Train hands what it is given to the training function, and no Ray needs
-            to be running.
+        world_sizes: the possible numbers of workers. With 0 alone, which is training in this process, the tables
+            themselves are returned: Ray Train passes them on to the training function, and Ray need not run.
     """
     if not any(world_sizes):
         return dict(tables)
     import ray.data  # 0.7 s that training in this process can do without
 
-    # from_arrow would ask tasks for what is known here, and they wait for a CPU: for ever, where the head has none.
+    # from_arrow starts tasks to learn what is known here, and they wait for a CPU: forever where the head has none.
     return {
         name: ray.data.from_blocks([table.slice(a, b - a) for a, b in pairwise(cuts(len(table), world_sizes))])
         for name, table in tables.items()
@@ -50,7 +49,7 @@ def cuts(rows: int, world_sizes: Sequence[int]) -> list[int]:
 
 
 class ExactShards(ray.train.DataConfig):
-    """Gives each worker its rows as a dataset: all of them, always the same, by a split that needs no task."""
+    """Gives each worker its rows as a dataset: none is lost, they are always the same, and no task is needed."""
 
     def configure(self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
         shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
@@ -64,9 +63,9 @@ class ExactShards(ray.train.DataConfig):
 
 @dataclass(frozen=True)
 class Shard:
-    """A worker's own images, resident on its device.
+    """A worker's own images, all on its device.
 
-    images: (N, 3, 32, 32) uint8. labels: (N,) int64, the classes. coarse: (N,) int64, the superclasses.
+    images: (N, 3, H, W) uint8. labels: (N,) int64, the classes. coarse: (N,) int64, the superclasses.
     index: (N,) int64, the rows in the source's training or test set.
     """
 
@@ -83,16 +82,16 @@ class Shard:
         return Shard(self.images[:rows], self.labels[:rows], self.coarse[:rows], self.index[:rows])
 
 
-def load_shard(name: str, device: torch.device) -> Shard:
-    """Return this worker's share of the split `name`; all workers must ask for it together."""
+def load_shard(name: str, device: torch.device, info: DatasetInfo = CIFAR100) -> Shard:
+    """Return this worker's shard of the split `name`; all workers must call it together."""
     source = ray.train.get_dataset_shard(name)
-    # The blocks themselves: to iterate over them would start an executor, and an actor of Ray Data's that then
-    # stays on this worker's node, which the autoscaler could never take away again.
+    # The blocks themselves: iterating over them starts an executor, and an actor of Ray Data that stays on this
+    # worker's node, so that the autoscaler could never remove the node.
     tables = [source] if isinstance(source, pa.Table) else ray.get(source.to_arrow_refs())
-    images = torch.empty((sum(map(len, tables)), *SHAPE), dtype=torch.uint8)
+    images = torch.empty((sum(map(len, tables)), *info.image_shape), dtype=torch.uint8)
     start = 0
     for chunk in (chunk for table in tables for chunk in table["image"].chunks):
-        images.numpy()[start : start + len(chunk)] = to_numpy(chunk, "image")
+        images.numpy()[start : start + len(chunk)] = to_numpy(chunk, "image", info)
         start += len(chunk)
     fine, coarse, index = (
         torch.from_numpy(np.concatenate([table[column].to_numpy() for table in tables])).to(device)

@@ -1,6 +1,6 @@
-"""Finding and reading CIFAR-100, in whichever of its layouts it lies there.
+"""Finding and reading CIFAR-100, in any of its layouts.
 
-What a path or URI holds is told by its content. Nothing is unpacked, and no pickle may name a class but
+The content of a path or URI tells its layout. Nothing is unpacked to disk, and a pickle may name no class except
 NumPy's arrays.
 """
 
@@ -23,8 +23,8 @@ import requests
 from PIL import Image
 from pyarrow import fs
 
-from raycifar.data import BYTES, SHAPE
-from raycifar.data.synthetic import synthetic
+from raycifar.data import CIFAR100 as INFO
+from raycifar.data.synthetic import SYNTHETIC, synthetic
 from raycifar.data.tables import Source, to_table
 from raycifar.errors import RequestError
 from raycifar.storage.files import URI, locate
@@ -32,14 +32,14 @@ from raycifar.storage.files import URI, locate
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
 MD5 = "03b5dce01913d631647c71ecec9e9cb8"
 
-CHUNK = 2**24  # bytes to unpack at a time, for which Python's threads needn't wait
-RECORD = 2 + BYTES  # coarse label, fine label, pixels
+CHUNK = 2**24  # bytes to decompress at a time, so that other threads seldom wait
+RECORD = 2 + INFO.image_bytes  # coarse label, fine label, pixels
 WANTED = (
     "CIFAR-100 is read as the official binary archive or its folder, as cifar-100-python (archive or folder), "
     "or as a folder of Parquet files with the columns img.bytes, fine_label and coarse_label"
 )
 
-SYNTHETIC = re.compile(r"synthetic(?::([1-9]\d*)00)?")
+SYNTHETIC_SIZE = re.compile(rf"{SYNTHETIC}:(\d+)")
 
 Read = Callable[[str], bytes]  # from a file's base name to its content
 
@@ -50,8 +50,12 @@ def load(name: str, seed: int = 0) -> Source:
     Raises:
         RequestError: it can't be had, or it isn't CIFAR-100; the message says why and what to do.
     """
-    if match := SYNTHETIC.fullmatch(name):  # as many images of each class
-        return synthetic(int(match[1]) * 100, seed=seed) if match[1] else synthetic(seed=seed)
+    if name == SYNTHETIC:
+        return synthetic(seed=seed)
+    if match := SYNTHETIC_SIZE.fullmatch(name):
+        if not (count := int(match[1])) or count % INFO.num_classes:
+            raise RequestError(f"{name}: take a multiple of {INFO.num_classes}, for as many images of each class.")
+        return synthetic(count, seed=seed)
     place = fetch() if name == "cifar100" else name
     filesystem, path = locate(place)
     try:
@@ -67,7 +71,7 @@ def load(name: str, seed: int = 0) -> Source:
 
 def absolute_name(name: str) -> str:
     """Return what names the same data set in any folder: of a local path the absolute one."""
-    if name == "cifar100" or SYNTHETIC.fullmatch(name) or URI.match(name):
+    if name == "cifar100" or name == SYNTHETIC or SYNTHETIC_SIZE.fullmatch(name) or URI.match(name):
         return name
     return str(Path(name).expanduser().resolve())
 
@@ -77,7 +81,11 @@ def cache_folder() -> Path:
 
 
 def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
-    """Return the archive's path in the cache, downloaded, checked and renamed into place once."""
+    """Return the archive's path in the cache; it is downloaded once, checked and renamed into place.
+
+    Raises:
+        RequestError: it can't be downloaded; the message says why and what to do.
+    """
     folder, file = cache_folder(), PurePosixPath(url).name
     base = url.removesuffix(file)
     store = pooch.create(path=folder, base_url=base, registry={file: f"md5:{md5}"}, retry_if_failed=2)
@@ -112,14 +120,14 @@ def read_archive(name: str, stream: io.IOBase) -> dict[str, bytes]:
     try:
         with tarfile.open(fileobj=stream, mode="r|*", bufsize=CHUNK) as archive:
             for member in archive:
-                place = PurePosixPath(member.name)
-                if place.is_absolute() or ".." in place.parts or not (member.isfile() or member.isdir()):
+                path = PurePosixPath(member.name)
+                if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
                     raise RequestError(
                         f"{name} is refused: its member {member.name!r} points out of the archive's folder."
                     )
                 if member.isfile() and (content := archive.extractfile(member)):
-                    contents[place.name] = content.read()
-                    if len(contents[place.name]) < member.size:
+                    contents[path.name] = content.read()
+                    if len(contents[path.name]) < member.size:
                         raise EOFError
     except (EOFError, zlib.error) as error:
         raise RequestError(f"{name} is truncated: fetch it again.") from error
@@ -145,7 +153,7 @@ def read_folder(name: str, filesystem: fs.FileSystem, path: str) -> Source:
 
 
 def read_layout(name: str, read: Callable[[str], bytes | None], names: set[str]) -> Source:
-    """Return the data set from files in the binary or the Python layout, told apart by their names."""
+    """Return the data set from files in the binary or the Python layout; their names tell which it is."""
     if {"train.bin", "test.bin"} <= names:
         parse = parse_records
         files = {"train": "train.bin", "test": "test.bin"}
@@ -160,7 +168,7 @@ def read_layout(name: str, read: Callable[[str], bytes | None], names: set[str])
 
 
 def parse_records(content: bytes, origin: str) -> pa.Table:
-    """Return the records of the official binary layout: coarse label, fine label, 3×1024 pixels."""
+    """Return the records of the official binary layout: coarse label, fine label, pixels."""
     if len(content) % RECORD:
         raise RequestError(f"{origin} has {len(content):,} bytes, no multiple of a CIFAR-100 record's {RECORD:,}.")
     records = np.frombuffer(content, np.uint8).reshape(-1, RECORD)
@@ -168,7 +176,7 @@ def parse_records(content: bytes, origin: str) -> pa.Table:
 
 
 class ArraysOnly(pickle.Unpickler):
-    """Admits what cifar-100-python is made of: builtin containers, and NumPy's arrays."""
+    """Unpickles what cifar-100-python is made of, builtin containers and NumPy's arrays, and nothing else."""
 
     ADMITTED = frozenset(
         (module, name)
@@ -201,7 +209,7 @@ def parse_pickle(content: bytes, origin: str) -> pa.Table:
         raw = ArraysOnly(io.BytesIO(content), encoding="bytes").load()
     except RequestError as error:
         raise RequestError(f"{origin} is refused: {error.message}.") from error
-    except Exception as error:  # a damaged pickle raises whatever it stumbles over
+    except Exception as error:  # of whatever kind a damaged pickle causes
         raise RequestError(f"{origin} is no readable pickle: {error}.") from error
     if not isinstance(raw, dict):
         raise RequestError(f"{origin} holds a {type(raw).__name__}, not the dictionary of cifar-100-python.")
@@ -211,15 +219,17 @@ def parse_pickle(content: bytes, origin: str) -> pa.Table:
         fine, coarse = (np.asarray(fields[key], np.int64) for key in ("fine_labels", "coarse_labels"))
     except (KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{origin} is not of cifar-100-python: {error!s} is missing or unusable.") from error
-    if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != BYTES:
-        raise RequestError(f"{origin}: the images are {pixels.dtype} of shape {pixels.shape}, not uint8 (N, {BYTES}).")
+    if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != INFO.image_bytes:
+        raise RequestError(
+            f"{origin}: the images are {pixels.dtype} of shape {pixels.shape}, not uint8 (N, {INFO.image_bytes})."
+        )
     if not len(pixels) == len(fine) == len(coarse):
         raise RequestError(f"{origin} has {len(pixels)} images, {len(fine)} fine and {len(coarse)} coarse labels.")
     return to_table(pixels, fine, coarse, origin)
 
 
 def read_parquet(name: str, filesystem: fs.FileSystem, paths: list[str]) -> Source:
-    """Return the data set from Parquet in the Hugging Face layout; a file's name says its split."""
+    """Return the data set from Parquet in the Hugging Face layout; the names of files or folders tell the split."""
     tables = {}
     for split in ("train", "test"):
         mine = [path for path in paths if PurePosixPath(path).name.startswith(split)]
@@ -241,11 +251,11 @@ def parse_parquet(filesystem: fs.FileSystem, path: str, origin: str) -> pa.Table
     except pa.ArrowException as error:
         raise RequestError(f"{origin} is no readable Parquet file: {error}.") from error
     files = table["img"].combine_chunks().flatten()[0]
-    images = np.empty((len(files), *SHAPE), np.uint8)
+    pixels = np.empty((len(files), *INFO.image_shape), np.uint8)
+    size = INFO.image_size
     for row, file in enumerate(files):
         try:
-            pixels = np.asarray(Image.open(io.BytesIO(file.as_py())).convert("RGB"))
-            images[row] = pixels.transpose(2, 0, 1)
+            pixels[row] = np.asarray(Image.open(io.BytesIO(file.as_py())).convert("RGB")).transpose(2, 0, 1)
         except (OSError, TypeError, ValueError) as error:
-            raise RequestError(f"{origin}: image {row} is no 32×32 picture: {error}.") from error
-    return to_table(images, table["fine_label"].to_numpy(), table["coarse_label"].to_numpy(), origin)
+            raise RequestError(f"{origin}: image {row} is no {size}×{size} picture: {error}.") from error
+    return to_table(pixels, table["fine_label"].to_numpy(), table["coarse_label"].to_numpy(), origin)

@@ -1,42 +1,46 @@
-"""Images that need no files: 100 classes that a CNN can learn and a linear model can't get fully right.
+"""Images that need no files: classes that a CNN can learn, and that a linear model can't fully tell apart.
 
-Each image is a grating under noise. Its direction and frequency are the superclass's (5 × 4), its colour the
-class's within it (5). The phase is random, so a class's average image is grey, and
-weights on single pixels learn little; a convolution finds the stripes wherever they lie.
+Each image is a noisy grating. The superclass decides its direction and frequency (5 × 4), the class within the
+superclass its color (5). The phase is random, so a class's average image is gray, and weights on single pixels learn
+little; a convolution finds the stripes wherever they are.
 """
 
 import numpy as np
 import pyarrow as pa
 
-from raycifar.data import CLASSES, SHAPE, SUPERCLASSES
+from raycifar.data import CIFAR100 as INFO
 from raycifar.data.tables import Source, to_table
 
-ANGLES = np.linspace(0, np.pi / 2, 5)  # a mirrored image must not be of another class
+ANGLES = np.linspace(0, np.pi / 2, 5)  # up to a right angle: a mirrored image must not be of another class
 CYCLES = np.array([2, 4, 7, 11])  # across the image
-COLOURS = np.array([(1, 1, 1), (1, -1, 0), (0, 1, -1), (1, 0, -1), (1, -2, 1)])
+COLORS = np.array([(1, 1, 1), (1, -1, 0), (0, 1, -1), (1, 0, -1), (1, -2, 1)])
 NOISE = 40  # standard deviation, of 255
-SYNTHETIC, SIZE = "synthetic", 50_000
-CHUNK = 10_000  # images made at a time, to keep the temporaries small
+SYNTHETIC, NUM_IMAGES = "synthetic", 50_000
+CHUNK = 10_000  # images made at a time, to keep the temporary arrays small
 
 
-def synthetic(train: int = SIZE, test: int = 10_000, seed: int = 0) -> Source:
-    """Return a data set of the layout, and by default of the size, of CIFAR-100, made from `seed` in seconds."""
+def synthetic(train: int = NUM_IMAGES, test: int = 10_000, seed: int = 0) -> Source:
+    """Return a data set in the layout of CIFAR-100, and by default of its size, made from `seed` in seconds.
+
+    Args:
+        train, test: numbers of images.
+    """
     train_rng, test_rng = np.random.default_rng(seed).spawn(2)
-    name = SYNTHETIC if train == SIZE else f"{SYNTHETIC}:{train}"
-    return Source(name, draw(train, train_rng), draw(test, test_rng))
+    name = SYNTHETIC if train == NUM_IMAGES else f"{SYNTHETIC}:{train}"
+    return Source(name, make_table(train, train_rng), make_table(test, test_rng), INFO)
 
 
-def draw(count: int, rng: np.random.Generator) -> pa.Table:
-    """Return `count` images, as many of each class as of any other."""
-    fine = rng.permutation(np.arange(count) % CLASSES)
-    images = np.concatenate([paint(part, rng) for part in np.array_split(fine, -(-count // CHUNK))])
-    return to_table(images, fine, fine // (CLASSES // SUPERCLASSES), "synthetic")
+def make_table(num_images: int, rng: np.random.Generator) -> pa.Table:
+    """Return images in random order, the same number of each class."""
+    fine = rng.permutation(np.arange(num_images) % INFO.num_classes)
+    chunks = np.array_split(fine, -(-num_images // CHUNK))
+    return to_table(np.concatenate([make_images(part, rng) for part in chunks]), fine, fine // len(COLORS), SYNTHETIC)
 
 
-def paint(fine: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the images (N, 3, 32, 32) uint8 of these classes."""
-    _, height, width = SHAPE
-    coarse, colour = np.divmod(fine, CLASSES // SUPERCLASSES)
+def make_images(fine: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return images (N, 3, H, W) uint8 of these classes (N,)."""
+    _, height, width = INFO.image_shape
+    coarse, color = np.divmod(fine, len(COLORS))
     angle = ANGLES[coarse % len(ANGLES)].astype(np.float32)
     cycles = CYCLES[coarse // len(ANGLES)].astype(np.float32)[:, None, None]
     y, x = np.mgrid[:height, :width].astype(np.float32) / width
@@ -44,6 +48,6 @@ def paint(fine: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     contrast = rng.uniform(30, 60, (len(fine), 1, 1)).astype(np.float32)
     across, down = (2 * np.pi * cycles * part(angle)[:, None, None] for part in (np.cos, np.sin))
     waves = contrast * np.sin(across * x + down * y + phase)
-    images = waves[:, None] * COLOURS[colour][:, :, None, None].astype(np.float32)
+    images = waves[:, None] * COLORS[color][:, :, None, None].astype(np.float32)
     images += NOISE * rng.standard_normal(images.shape, np.float32) + 128
     return images.clip(0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Arrow tables of images: made, checked, told apart, split."""
+"""Arrow tables of images: made, checked, converted and split."""
 
 import hashlib
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from raycifar.data import BYTES, CLASSES, SHAPE, SUPERCLASSES
+from raycifar.data import CIFAR100, DatasetInfo
 from raycifar.errors import RequestError
 
 
@@ -17,6 +17,7 @@ class Source:
     name: str
     train: pa.Table
     test: pa.Table
+    info: DatasetInfo = CIFAR100
 
     def fingerprint(self) -> str:
         """Return a digest of every image and label, equal for the same images in the same order."""
@@ -24,21 +25,26 @@ class Source:
         for table in (self.train, self.test):
             for column in ("image", "fine", "coarse"):
                 for chunk in table[column].chunks:
-                    digest.update(np.ascontiguousarray(to_numpy(chunk, column)).data)
+                    digest.update(np.ascontiguousarray(to_numpy(chunk, column, self.info)).data)
         return digest.hexdigest()
 
-    def superclasses(self) -> tuple[int, ...]:
-        """Return the superclass of each class, -1 for a class that no training image has."""
-        parents = np.full(CLASSES, -1)
-        parents[self.train["fine"].to_numpy()] = self.train["coarse"].to_numpy()
-        if not np.array_equal(parents[self.train["fine"].to_numpy()], self.train["coarse"].to_numpy()):
-            raise RequestError(f"{self.name}: images of one class stand under several superclasses.")
-        return tuple(int(parent) for parent in parents)
+    def superclass_of(self) -> tuple[int, ...]:
+        """Return the superclass of each class, -1 for a class without training images.
+
+        Raises:
+            RequestError: images of one class have different superclasses.
+        """
+        fine, coarse = (self.train[column].to_numpy() for column in ("fine", "coarse"))
+        superclasses = np.full(self.info.num_classes, -1)
+        superclasses[fine] = coarse
+        if not np.array_equal(superclasses[fine], coarse):
+            raise RequestError(f"{self.name}: images of one class have different superclasses.")
+        return tuple(superclasses.tolist())
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What a run trains on, chooses by and is scored on: `val` may be empty. All have an index column."""
+    """What a run is trained, validated and tested on: `val` may be empty. All have an index column."""
 
     train: pa.Table
     val: pa.Table
@@ -49,36 +55,42 @@ class Splits:
         return {name: table for name, table in vars(self).items() if len(table)}
 
 
-def to_table(images: np.ndarray, fine: np.ndarray, coarse: np.ndarray, origin: str) -> pa.Table:
-    """Return a table of `images` (N, 3, 32, 32) or (N, 3072) uint8 and their labels (N,).
+def to_table(
+    pixels: np.ndarray, fine: np.ndarray, coarse: np.ndarray, origin: str, info: DatasetInfo = CIFAR100
+) -> pa.Table:
+    """Return a table of images and their labels.
+
+    Args:
+        pixels: (N, 3, H, W) or (N, 3 * H * W) uint8. fine, coarse: (N,) integers.
+        origin: what the message of an error begins with.
 
     Raises:
-        RequestError: there are none, or a label is out of range; the message begins with `origin`.
+        RequestError: there is no image, or a label is out of range.
     """
-    if not len(images):
+    if not len(pixels):
         raise RequestError(f"{origin} holds no image.")
-    for name, labels, count in (("fine", fine, CLASSES), ("coarse", coarse, SUPERCLASSES)):
+    for name, labels, count in (("fine", fine, info.num_classes), ("coarse", coarse, info.num_superclasses)):
         if not 0 <= labels.min() <= labels.max() < count:
             row = int(np.flatnonzero((labels < 0) | (labels >= count))[0])
             raise RequestError(
                 f"{origin}: the {name} label of image {row} is {labels[row]}; CIFAR-100's go from 0 to {count - 1}."
             )
-    pixels = pa.py_buffer(np.ascontiguousarray(images, np.uint8))
+    buffer = pa.py_buffer(np.ascontiguousarray(pixels, np.uint8))
     return pa.table(
         {
-            "image": pa.FixedSizeBinaryArray.from_buffers(pa.binary(BYTES), len(images), [None, pixels]),
+            "image": pa.FixedSizeBinaryArray.from_buffers(pa.binary(info.image_bytes), len(pixels), [None, buffer]),
             "fine": pa.array(fine.astype(np.int64)),
             "coarse": pa.array(coarse.astype(np.int64)),
         }
     )
 
 
-def to_numpy(array: pa.Array, column: str) -> np.ndarray:
-    """Return a column without copying: (N, 3, 32, 32) uint8 for images, (N,) int64 for all others."""
+def to_numpy(array: pa.Array, column: str, info: DatasetInfo = CIFAR100) -> np.ndarray:
+    """Return a column without copying: (N, 3, H, W) uint8 for images, (N,) int64 for all others."""
     if column != "image":
         return array.to_numpy(zero_copy_only=False)
-    pixels = np.frombuffer(array.buffers()[1], np.uint8)
-    return pixels[array.offset * BYTES : (array.offset + len(array)) * BYTES].reshape(-1, *SHAPE)
+    first, last = (row * info.image_bytes for row in (array.offset, array.offset + len(array)))
+    return np.frombuffer(array.buffers()[1], np.uint8)[first:last].reshape(-1, *info.image_shape)
 
 
 def to_lists(rows: np.ndarray) -> pa.FixedSizeListArray:
@@ -97,46 +109,49 @@ def split(source: Source, val_size: int, limit: int | None, seed: int) -> Splits
     Args:
         val_size: training images held out, the same number of each class; 0 holds out none.
         limit: training images used, the same number of each class; None uses all that are left.
-        seed: which images are held out and used, and in which order the training images stand.
+        seed: decides which images are held out and used, and the order of the training images.
 
     Raises:
-        RequestError: the classes can't share `val_size` or `limit` equally.
+        RequestError: `val_size` or `limit` can't be met with the same number of each class.
     """
+    num_classes = source.info.num_classes
     fine = source.train["fine"].to_numpy()
-    smallest = int(np.bincount(fine, minlength=CLASSES).min())
+    counts = np.bincount(fine, minlength=num_classes)
+    smallest = int(counts.min())
     for option, size in (("--val-size", val_size), ("--limit", limit)):
-        if size is not None and size % CLASSES:
-            raise RequestError(f"{option} {size} can't be shared by {CLASSES} classes: take a multiple of {CLASSES}.")
-    if val_size < 0 or (val_size and val_size // CLASSES >= smallest):
+        if size is not None and size % num_classes:
+            raise RequestError(
+                f"{option} {size} can't be shared by {num_classes} classes: take a multiple of {num_classes}."
+            )
+    if val_size < 0 or (val_size and val_size // num_classes >= smallest):
         raise RequestError(
             f"--val-size {val_size} leaves nothing to train on: the smallest class has {smallest} training images."
         )
-    if limit is not None and not 0 < limit // CLASSES <= smallest - val_size // CLASSES:
+    if limit is not None and not 0 < limit // num_classes <= smallest - val_size // num_classes:
         raise RequestError(
-            f"--limit {limit} can't be met: {CLASSES * smallest - val_size} training images are left "
+            f"--limit {limit} can't be met: {num_classes * smallest - val_size} training images are left "
             f"when each class gives the same number and --val-size {val_size} are held out."
         )
 
     order = np.random.default_rng(seed).permutation(len(fine))
     by_class = order[np.argsort(fine[order], kind="stable")]
-    counts = np.bincount(fine, minlength=CLASSES)
-    place = np.arange(len(fine)) - np.repeat(np.cumsum(counts) - counts, counts)  # within the class
-    held_out = val_size // CLASSES
-    used = place >= held_out if limit is None else (place >= held_out) & (place < held_out + limit // CLASSES)
-    # Sources may be sorted by class: the training rows go back into the seeded order, so that any run of
-    # consecutive rows, so any worker's shard, is a random sample of all classes.
+    rank = np.arange(len(fine)) - np.repeat(np.cumsum(counts) - counts, counts)  # of each image in its class
+    held_out = val_size // num_classes
+    used = rank >= held_out if limit is None else (rank >= held_out) & (rank < held_out + limit // num_classes)
+    # Sources may be sorted by class. In the seeded order, any run of consecutive rows, and so any worker's shard, is a
+    # random sample of all classes.
     chosen = np.zeros(len(fine), bool)
     chosen[by_class[used]] = True
     return Splits(
-        train=take(source.train, order[chosen[order]]),
-        val=take(source.train, np.sort(by_class[place < held_out])),
-        test=take(source.test, np.arange(len(source.test))),
+        train=take(source.train, order[chosen[order]], source.info),
+        val=take(source.train, np.sort(by_class[rank < held_out]), source.info),
+        test=take(source.test, np.arange(len(source.test)), source.info),
     )
 
 
-def take(table: pa.Table, rows: np.ndarray) -> pa.Table:
-    """Return these rows, contiguous, with the row numbers as the column `index`."""
-    images = to_numpy(table["image"].combine_chunks(), "image")[rows]
-    pixels = pa.FixedSizeBinaryArray.from_buffers(pa.binary(BYTES), len(rows), [None, pa.py_buffer(images)])
+def take(table: pa.Table, rows: np.ndarray, info: DatasetInfo = CIFAR100) -> pa.Table:
+    """Return these rows, contiguous in memory, with their numbers as the column `index`."""
+    buffer = pa.py_buffer(to_numpy(table["image"].combine_chunks(), "image", info)[rows])
+    images = pa.FixedSizeBinaryArray.from_buffers(pa.binary(info.image_bytes), len(rows), [None, buffer])
     labels = {name: pa.array(table[name].to_numpy()[rows]) for name in ("fine", "coarse")}
-    return pa.table({"image": pixels, **labels, "index": pa.array(rows.astype(np.int64))})
+    return pa.table({"image": images, **labels, "index": pa.array(rows.astype(np.int64))})

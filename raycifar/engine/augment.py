@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raycifar.engine.image_ops import apply_operations, draw_operations
 from raycifar.models import CIFAR, Preprocessing
-from raycifar.recipes import Augmentation, Recipe
+from raycifar.models.recipe import Augmentation, Recipe
 
 PAD = 4  # pixels an image may be shifted, as in He et al. (2016)
 HOLE = 8  # side of cutout's square, DeVries and Taylor (2017) for CIFAR-100

@@ -9,7 +9,7 @@ from torch import nn
 
 from raycifar.engine.convolution import use_products
 from raycifar.engine.torch_internals import seed_cpu
-from raycifar.recipes import Precision
+from raycifar.models.recipe import Precision
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from raycifar.engine.cuda import map_on_streams
 from raycifar.engine.torch_internals import EagerAdamW, EagerOptimizer, fused_sgd_
-from raycifar.recipes import Recipe
+from raycifar.models.recipe import Recipe
 
 
 def build_optimizer(model: nn.Module, layers: Sequence[Sequence[str]], recipe: Recipe) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ from raycifar.engine.hardware import to_device
 from raycifar.engine.optimizers import build_optimizer
 from raycifar.engine.order import Segment
 from raycifar.models import Architecture
-from raycifar.recipes import Recipe, Stage
+from raycifar.models.recipe import Recipe, Stage
 from raycifar.storage.records import EpochRecord
 
 TENSORS, PROGRESS = "state.safetensors", "progress.json"

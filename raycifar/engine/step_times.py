@@ -17,13 +17,14 @@ import torch.distributed as dist
 
 from raycifar.data import CIFAR100
 from raycifar.data.shards import Shard
+from raycifar.data.synthetic import synthetic
 from raycifar.engine.cuda import WARM_UP
 from raycifar.engine.example_stats import ExampleStats
 from raycifar.engine.hardware import choose_precision, set_up
 from raycifar.engine.state import TrainingState
 from raycifar.engine.train_step import TrainStep
 from raycifar.models.initial_weights import InitialWeights, load_initial_weights
-from raycifar.recipes import Recipe
+from raycifar.models.recipe import Recipe
 
 
 def time_steps(
@@ -115,7 +116,7 @@ def main() -> None:
     milliseconds: dict[str, dict[str, dict[int, float]]] = {}
     for model in ("cnn",) if options.small else ("cnn", "vgg16", "resnet50"):
         recipe = Recipe()
-        initial = load_initial_weights(model, recipe)
+        initial = load_initial_weights(model, recipe, synthetic(1000, 100))
         with process_group_of_one(device):
             for exchange in (False, True):
                 times = time_steps(

@@ -9,7 +9,7 @@ from raycifar.engine.evaluate import predict
 from raycifar.engine.hardware import choose_precision, to_device
 from raycifar.errors import RequestError
 from raycifar.models import Architecture
-from raycifar.recipes import Precision
+from raycifar.models.recipe import Precision
 from raycifar.storage import weights as weights_file
 from raycifar.storage.files import locate
 from raycifar.storage.run_folder import MODEL

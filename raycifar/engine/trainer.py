@@ -38,7 +38,7 @@ from raycifar.engine.tensorboard import to_events
 from raycifar.engine.train_step import TrainStep
 from raycifar.errors import FailureKind
 from raycifar.models.initial_weights import InitialWeights
-from raycifar.recipes import Recipe
+from raycifar.models.recipe import Recipe
 from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import EVENTS, EXAMPLE_STATS, MODEL, PREDICTIONS, RUN, RunFolder
 from raycifar.storage.weights import to_file

@@ -1,8 +1,17 @@
-"""The architectures, by name. Adding one is a line here, and a module with three names:
+"""The architectures, by name. Each is a file here, which no other file names:
 
-    build       a function that returns the network
+    build       returns the network
     LAYERS      prefixes of its parameters' names for each layer, from the input to the head
-    IMAGENET    torchvision's name of its ImageNet weights, where there are any
+    RECIPES     how it is trained, by name: `scratch`, `transfer` and names of its own; the first is the model's own
+
+and, where there is something to say:
+
+    IMAGENET    torchvision's name of its ImageNet weights
+    PURPOSES    what the recipes with names of their own are for
+    initial_weights_from_images     weights that are made from the training images
+
+Options of its own are fields that it adds to `Recipe` in a subclass; `build` takes them by name. Every command imports
+every architecture, for its options and recipes: so PyTorch, which takes seconds, is imported where a network is built.
 
 `timm:NAME` is any of timm's: see `from_timm`.
 """
@@ -11,31 +20,39 @@ from __future__ import annotations
 
 import functools
 import importlib
-from dataclasses import asdict, dataclass
+import pkgutil
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from raycifar.data import CLASSES, MEAN, SIDE, STD
+from raycifar.data import CIFAR100
 from raycifar.errors import RequestError
+from raycifar.models.recipe import TRANSFER, Recipe, model_options
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
+    import numpy as np
     from torch import Tensor, nn
 
     from raycifar.models.from_timm import FromTimm
 
-NAMES = ("cnn", "vgg16", "resnet50")
+    # From a recipe and training images, (N, 3, H, W) float32, preprocessed, to weights by name.
+    WeightsMaker = Callable[[Recipe, np.ndarray], dict[str, np.ndarray]]
+
+NO_ARCHITECTURES = {"from_timm", "initial_weights", "layers", "recipe", "recipes"}  # the other files here
 TIMM = "timm:"
+TIMM_RECIPES = {"transfer": Recipe(**TRANSFER), "scratch": Recipe()}
+RENAMED = {"classes": "num_classes", "mirror": "tta_flip"}  # keys of earlier versions
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """From uint8 pixels to a network's input: scaled to `size` pixels a side, then (pixel / 255 - mean) / std."""
 
-    size: int = SIDE
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
+    size: int = CIFAR100.image_size
+    mean: tuple[float, ...] = CIFAR100.mean
+    std: tuple[float, ...] = CIFAR100.std
     interpolation: str = "bilinear"  # or bicubic
 
 
@@ -44,34 +61,36 @@ CIFAR = Preprocessing()
 
 @dataclass(frozen=True)
 class Architecture:
-    """What it takes to build a network, and to ask it: it travels with the weights.
+    """What it takes to build a network and to use it: it travels with the weights.
 
-    large_stem: the first layers are those of ImageNet's 224×224 pixels, not those of CIFAR's 32×32.
-    whiten: a first layer, not trained, makes the pixels of a patch uncorrelated; the CNN alone has it.
-    depth: convolutions in each block of the CNN.
-    mirror: the network answers, in evaluation mode, with the mean logits of an image and its mirror image.
+    large_stem: the first layers are those for ImageNet's 224×224 pixels, not those for CIFAR's 32×32.
+    tta_flip: in evaluation mode, the network returns the mean logits of an image and its mirror image.
+    options: the model's own, by name; those that aren't given have their defaults.
     """
 
     model: str
-    classes: int = CLASSES
+    num_classes: int = CIFAR100.num_classes
     large_stem: bool = False
     preprocessing: Preprocessing = CIFAR
-    whiten: bool = False
-    depth: int = 1
-    mirror: bool = False
+    tta_flip: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        defaults = model_options(recipe_type(self.model)())
+        object.__setattr__(self, "options", {**defaults, **self.options})
 
     def build(self, dropout: float = 0.0) -> nn.Module:
-        """Return the network, initialised from torch's default generator.
+        """Return the network, initialized from torch's default generator.
 
-        It maps float images (N, 3, H, W), preprocessed, to logits (N, classes).
+        It maps float images (N, 3, H, W), preprocessed, to logits (N, num_classes).
 
         Args:
             dropout: probability of zeroing a feature before a dense layer of the head.
         """
-        options = {"whiten": self.whiten, "depth": self.depth} if self.model == "cnn" else {}
-        network = find(self.model).build(self.classes, dropout, self.large_stem, self.preprocessing.size, **options)
-        if self.mirror:
-            look_twice(network)
+        family, size = find(self.model), self.preprocessing.size
+        network = family.build(self.num_classes, dropout, self.large_stem, size, **self.options)
+        if self.tta_flip:
+            add_tta_flip(network)
         return network
 
     def layers(self, network: nn.Module) -> list[list[str]]:
@@ -79,7 +98,7 @@ class Architecture:
         return find(self.model).layers(network)
 
     def heads(self, network: nn.Module) -> tuple[str, ...]:
-        """Return what the names of the parameters begin with whose shapes depend on the classes."""
+        """Return the prefixes of the parameters whose shapes depend on the classes."""
         return find(self.model).heads(network)
 
     def to_json(self) -> dict[str, Any]:
@@ -87,28 +106,26 @@ class Architecture:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Architecture:
-        lists = values["preprocessing"]
+        """Return the architecture of a weights file or a `run.json`, also of one that an earlier version wrote."""
+        values = {RENAMED.get(name, name): value for name, value in values.items()}
+        lists = values.pop("preprocessing")
         preprocessing = Preprocessing(**{**lists, "mean": tuple(lists["mean"]), "std": tuple(lists["std"])})
-        return cls(**{**values, "preprocessing": preprocessing})
+        common = {name: values[name] for name in ("model", "num_classes", "large_stem", "tta_flip") if name in values}
+        given = {**values, **values.get("options", {})}  # earlier versions wrote the options beside the rest
+        options = {name: given[name] for name in model_options(recipe_type(values["model"])()) if name in given}
+        return cls(**common, preprocessing=preprocessing, options=options)
 
 
 class Builtin:
-    """An architecture that is a module here."""
+    """An architecture that is a file here."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+        self.weights: str | None = getattr(module, "IMAGENET", None)
+        self.initial_weights_from_images: WeightsMaker | None = getattr(module, "initial_weights_from_images", None)
 
-    @property
-    def module(self) -> ModuleType:
-        """Imported when asked for: a worker that trains `cnn` has no need of torchvision, a name's check of torch."""
-        return importlib.import_module(f"raycifar.models.{self.name}")
-
-    @property
-    def weights(self) -> str | None:
-        return getattr(self.module, "IMAGENET", None)
-
-    def build(self, classes: int, dropout: float, large_stem: bool, size: int, **options: Any) -> nn.Module:
-        return self.module.build(classes, dropout, large_stem, **options)
+    def build(self, num_classes: int, dropout: float, large_stem: bool, size: int, **options: Any) -> nn.Module:
+        return self.module.build(num_classes, dropout, large_stem, **options)
 
     def rescale(self, tensors: Mapping[str, Tensor], size: int) -> Mapping[str, Tensor]:
         """Return published weights for images of another size: a convolution's are the same."""
@@ -122,7 +139,7 @@ class Builtin:
         return self.module.LAYERS[-1]
 
     def imagenet_preprocessing(self, size: int) -> Preprocessing:
-        """Return what ImageNet weights expect; where there are none, what CIFAR-100 does."""
+        """Return what ImageNet weights expect, or CIFAR-100's preprocessing where there are none."""
         if self.weights is None:
             return Preprocessing(size)
         from torchvision.models import get_weight
@@ -139,6 +156,11 @@ class Builtin:
         return get_weight(self.weights).get_state_dict(progress=False, check_hash=True, weights_only=True)
 
 
+def names() -> tuple[str, ...]:
+    """Return the names of the architectures that are files here."""
+    return tuple(sorted({module.name for module in pkgutil.iter_modules(__path__)} - NO_ARCHITECTURES))
+
+
 def find(name: str) -> Builtin | FromTimm:
     """Return where the architecture `name` comes from.
 
@@ -149,13 +171,29 @@ def find(name: str) -> Builtin | FromTimm:
         from raycifar.models.from_timm import FromTimm
 
         return FromTimm(name.removeprefix(TIMM))
-    if name not in NAMES:
-        raise RequestError(f"no model is named {name!r}: choose from {', '.join(NAMES)}, or timm:NAME.")
-    return Builtin(name)
+    return Builtin(import_architecture(name))
 
 
-def look_twice(network: nn.Module) -> None:
-    """Have a network answer, in evaluation mode, with the mean logits of an image and of its mirror image."""
+def import_architecture(name: str) -> ModuleType:
+    if name not in names():
+        raise RequestError(f"no model is named {name!r}: choose from {', '.join(names())}, or timm:NAME.")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def recipes_of(model: str) -> dict[str, Recipe]:
+    """Return a model's recipes by name; the first is its own, and `study` is the same for all models."""
+    # Without timm itself, which a report on such a run can do without.
+    own = TIMM_RECIPES if model.startswith(TIMM) else import_architecture(model).RECIPES
+    return {**own, "study": recipe_type(model)()}
+
+
+def recipe_type(model: str) -> type[Recipe]:
+    """Return the class of a model's recipes, which has the model's own options."""
+    return Recipe if model.startswith(TIMM) else type(next(iter(import_architecture(model).RECIPES.values())))
+
+
+def add_tta_flip(network: nn.Module) -> None:
+    """Make a network return, in evaluation mode, the mean logits of an image and its mirror image."""
     import torch
 
     def add_mirror_images(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -1,11 +1,18 @@
 """The study's own network: five convolution blocks, then two dense layers."""
 
+from __future__ import annotations
+
 from collections import OrderedDict
-from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor, nn
+
+from raycifar.models.recipe import TRANSFER, Recipe, option
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FILTERS = (64, 128, 256, 512, 512)
 PATCH = 27  # values of a patch of 3×3 pixels
@@ -13,47 +20,34 @@ SMALLEST_VARIANCE = 5e-4  # of a component; what varies less is noise
 LAYERS = (*((f"features.{k}.",) for k in range(len(FILTERS))), ("head.",))
 
 
-def convolution(inputs: int, outputs: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-    ]
+@dataclass(frozen=True)
+class CnnRecipe(Recipe):
+    """How the cnn is trained, and how it is built."""
+
+    whiten: bool = option(False, "a first layer, made from the images and not trained, that whitens 3x3 patches")
+    depth: int = option(1, "convolutions in each block; the study's has one")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.depth < 1:
+            raise ValueError(f"depth is {self.depth}: it must be at least 1")
 
 
-class Residual(nn.Module):
-    """Adds to its input what its layers make of it (He et al., 2016, arXiv:1512.03385)."""
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
+SPEEDRUN = CnnRecipe(
+    epochs=20, batch_size=500, optimizer="muon", lr=0.05, momentum=0.85, schedule="linear", warmup=0.15, ema=0.98,
+    label_smoothing=0.2, augment="cutout", cutmix=0.25, tta_flip=True, whiten=True, depth=2,
+)  # fmt: skip
+RECIPES = {"scratch": CnnRecipe(), "transfer": CnnRecipe(**TRANSFER), "speedrun": SPEEDRUN}
+PURPOSES = {"speedrun": "test top-1 of 0.75 in the least time"}
 
 
-def block(inputs: int, outputs: int, depth: int) -> nn.Sequential:
-    """Return a block: a convolution, `depth` - 1 more with shortcuts, and a pooling that halves the image.
-
-    Pooling before the ReLU, where nothing is between them, has the same outputs and gradients as pooling after it, and
-    leaves it a quarter of the work.
-    """
-    convolve, norm, relu = convolution(inputs, outputs)
-    if depth == 1:
-        return nn.Sequential(convolve, norm, nn.MaxPool2d(2), relu)
-    more = (Residual(convolution(outputs, outputs)) for _ in range(depth - 1))
-    return nn.Sequential(convolve, norm, relu, *more, nn.MaxPool2d(2))
-
-
-def build(classes: int, dropout: float, large_stem: bool, whiten: bool = False, depth: int = 1) -> nn.Module:
+def build(num_classes: int, dropout: float, large_stem: bool, whiten: bool, depth: int) -> nn.Module:
     """Return the network: 4.2 M parameters for 100 classes.
 
-    Five poolings leave a 1×1 map of 32×32 pixels; the average pool is for images that are scaled up.
-
-    Args:
-        whiten: put a fixed layer before the blocks that whitens patches of the image.
-        depth: convolutions in each block; the study's has one.
+    Five poolings reduce 32×32 pixels to a 1×1 map; the average pool is for images that are scaled up.
     """
+    from torch import nn
+
     channels = (PATCH if whiten else 3, *FILTERS)
     return nn.Sequential(
         OrderedDict(
@@ -66,19 +60,42 @@ def build(classes: int, dropout: float, large_stem: bool, whiten: bool = False, 
                 nn.Linear(FILTERS[-1], 512),
                 nn.ReLU(inplace=True),
                 nn.Dropout(dropout),
-                nn.Linear(512, classes),
+                nn.Linear(512, num_classes),
             ),
         )
     )
 
 
+def block(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
+    """Return a block: a convolution, `depth` - 1 more with shortcuts, and a pooling that halves the image.
+
+    A single convolution is pooled before its ReLU: outputs and gradients are those of pooling after it, and the ReLU
+    has a quarter of the work.
+    """
+    from torch import nn
+
+    from raycifar.models.layers import Residual, conv_bn_relu
+
+    convolution, norm, relu = conv_bn_relu(in_channels, out_channels)
+    if depth == 1:
+        return nn.Sequential(convolution, norm, nn.MaxPool2d(2), relu)
+    more = (Residual(conv_bn_relu(out_channels, out_channels)) for _ in range(depth - 1))
+    return nn.Sequential(convolution, norm, relu, *more, nn.MaxPool2d(2))
+
+
 def whitening() -> nn.Conv2d:
-    """Return the layer that whitens patches; its filters are computed, see `whitening_filters`, and never trained."""
+    """Return the layer that whitens patches; `whitening_filters` computes its weights, and they are never trained."""
+    from torch import nn
+
     return nn.Conv2d(3, PATCH, kernel_size=3, padding=1, bias=False).requires_grad_(False)
 
 
+def initial_weights_from_images(recipe: CnnRecipe, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    return {"whiten.weight": whitening_filters(pixels)} if recipe.whiten else {}
+
+
 def whitening_filters(pixels: np.ndarray) -> np.ndarray:
-    """Return filters (27, 3, 3, 3) float32 that make the values of a 3×3 patch uncorrelated, of variance one.
+    """Return filters (27, 3, 3, 3) float32 that make the values of a 3×3 patch uncorrelated, with a variance of one.
 
     They are the principal components of the patches, divided by their standard deviations, as in Jordan's
     airbench (2024, arXiv:2404.00498).

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -26,14 +26,15 @@ class FromTimm:
     """
 
     name: str
+    initial_weights_from_images: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if not timm.is_model(self.name.partition(".")[0]):
             near = ", ".join(timm.list_models(f"*{self.name[:6]}*")[:5]) or "see timm.list_models()"
             raise RequestError(f"timm has no model named {self.name!r}: {near}.")
 
-    def build(self, classes: int, dropout: float, large_stem: bool, size: int, **options: Any) -> nn.Module:
-        network: Any = timm.create_model(self.name, pretrained=False, num_classes=classes, drop_rate=dropout)
+    def build(self, num_classes: int, dropout: float, large_stem: bool, size: int, **options: Any) -> nn.Module:
+        network: Any = timm.create_model(self.name, pretrained=False, num_classes=num_classes, drop_rate=dropout)
         if has_fixed_size(network):
             network.set_input_size(img_size=(size, size))
         return network

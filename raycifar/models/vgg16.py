@@ -1,23 +1,33 @@
 """VGG-16 (Simonyan and Zisserman, 2015, arXiv:1409.1556), torchvision's, with batch norm."""
 
-from torch import nn
-from torchvision.models import vgg16_bn
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from raycifar.models.recipe import TRANSFER, Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
 
 IMAGENET = "VGG16_BN_Weights.IMAGENET1K_V1"
-# The five blocks between poolings; torchvision numbers convolutions, norms, activations and poolings in one row.
+# The five blocks between poolings; torchvision numbers convolutions, norms, activations and poolings in one sequence.
 BLOCKS = (range(6), range(7, 13), range(14, 23), range(24, 33), range(34, 43))
 LAYERS = (*(tuple(f"features.{k}." for k in block) for block in BLOCKS), ("classifier.",))
+RECIPES = {"scratch": Recipe(), "transfer": Recipe(**TRANSFER)}
 
 
-def build(classes: int, dropout: float, large_stem: bool) -> nn.Module:
+def build(num_classes: int, dropout: float, large_stem: bool) -> nn.Module:
     """Return the network: 15.0 M parameters for 100 classes.
 
-    Five poolings leave a 1×1 map of 32×32 pixels, so torchvision's 7×7 average pool and its head of
-    25,088 inputs give way to an average of all and a head of 512. Each pooling changes places with the ReLU before
-    it: outputs and gradients are the same, and it leaves the ReLU a quarter of the work. The convolutions' biases stay
-    as they are: batch norm takes any constant away, so their gradients are zero but for rounding.
+    Five poolings reduce 32×32 pixels to a 1×1 map, so a global average pool and a head of 512 features replace
+    torchvision's 7×7 average pool and its head of 25,088. Each max pool comes before the ReLU: outputs and gradients
+    are the same, and the ReLU has a quarter of the work. The convolutions' biases are not trained: batch norm subtracts
+    any constant, so their gradients are zero but for rounding.
     """
-    model = vgg16_bn(weights=None, num_classes=classes)
+    from torch import nn
+    from torchvision.models import vgg16_bn
+
+    model = vgg16_bn(weights=None, num_classes=num_classes)
     for k, layer in enumerate(model.features):
         if isinstance(layer, nn.Conv2d) and layer.bias is not None:
             layer.bias.requires_grad_(False)
@@ -29,6 +39,6 @@ def build(classes: int, dropout: float, large_stem: bool) -> nn.Module:
         nn.Linear(512, 512),
         nn.ReLU(inplace=True),
         nn.Dropout(dropout),
-        nn.Linear(512, classes),
+        nn.Linear(512, num_classes),
     )
     return model

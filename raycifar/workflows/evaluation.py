@@ -176,7 +176,7 @@ def score_predictions(logits: "Tensor", table: pa.Table, source: Source) -> tupl
     from raycifar.engine.evaluate import per_image, score, to_predictions_file
 
     labels, coarse = (torch.from_numpy(table[column].to_numpy().copy()) for column in ("fine", "coarse"))
-    superclass_of = source.superclasses()
+    superclass_of = source.superclass_of()
     scores = score(logits, labels, coarse, superclass_of)
     probabilities = logits.softmax(1)
     confidence, predicted = (values.numpy() for values in probabilities.max(1))

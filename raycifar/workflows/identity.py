@@ -11,6 +11,7 @@ from raycifar.data.sources import absolute_name
 from raycifar.data.tables import Source, Splits
 from raycifar.errors import RequestError
 from raycifar.models.initial_weights import InitialWeights
+from raycifar.models.recipes import recipe_from_json
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.workflows.requests import TrainingRequest
 
@@ -73,7 +74,8 @@ def earlier_result(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any
 
 
 def flatten(identity: dict[str, Any]) -> dict[str, Any]:
-    values = {**identity, **identity["recipe"], **identity["data"]}
+    recipe = recipe_from_json(identity["model"], identity["recipe"])  # with the fields of this version
+    values = {**identity, **asdict(recipe), **identity["data"]}
     return {name: value for name, value in values.items() if name not in FREE}
 
 

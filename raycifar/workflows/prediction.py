@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from raycifar.data import CIFAR100
-from raycifar.data.pictures import find, read, to_pixels
+from raycifar.data.pictures import find_images, read_image, to_pixels
 from raycifar.errors import RequestError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def read_images(images: Any) -> np.ndarray:
     if isinstance(images, list | tuple):
         if not images:
             raise RequestError("there is no image to ask about.")
-        return np.concatenate([read_image(image) for image in images])
+        return np.concatenate([as_pixels(image) for image in images])
     pixels = np.asarray(images.cpu() if hasattr(images, "cpu") else images)
     if pixels.ndim == 3:
         pixels = pixels[None]
@@ -93,14 +93,14 @@ def read_images(images: Any) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
-def read_image(image: Any) -> np.ndarray:
+def as_pixels(image: Any) -> np.ndarray:
     """Return one image, or the images of one path, as (n, 3, 32, 32) uint8."""
     if isinstance(image, Image.Image):
         return to_pixels(image)[None]
     if not isinstance(image, str) and not hasattr(image, "__fspath__"):
         return read_images(np.asarray(image.cpu() if hasattr(image, "cpu") else image))
     try:
-        return np.stack([read(filesystem, path) for _, filesystem, path in find(str(image))])
+        return np.stack([read_image(filesystem, path) for _, filesystem, path in find_images(str(image))])
     except (ValueError, OSError) as error:
         raise RequestError(f"{image} can't be read: {error}.") from error
 
@@ -114,13 +114,15 @@ def predict_files(network: str, places: Iterable[str], device: str = "auto") -> 
     Raises:
         RequestError: there is no such network, or no such file.
     """
-    files = [file for place in places for file in find(place)]  # before PyTorch is loaded: a typing error shows at once
+    files = [
+        file for place in places for file in find_images(place)
+    ]  # before PyTorch is loaded: a typing error shows at once
     model = Model(network, device)
     answers: list[dict[str, Any]] = []
     pixels = []
     for name, filesystem, path in files:
         try:
-            pixels.append(read(filesystem, path))
+            pixels.append(read_image(filesystem, path))
             answers.append({"image": name})
         except (ValueError, OSError) as error:
             answers.append({"image": name, "error": str(error)})

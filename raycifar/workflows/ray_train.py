@@ -69,7 +69,7 @@ def build_job(run: "PreparedRun") -> Job:
         recipe=request.recipe,
         seed=request.seed,
         info=CIFAR100,
-        superclass_of=inputs.source.superclasses(),
+        superclass_of=inputs.source.superclass_of(),
         num_train_images=len(inputs.splits.train),
         num_val_images=len(inputs.splits.val),
         num_test_images=len(inputs.splits.test) if request.test else 0,

@@ -5,13 +5,14 @@ import os
 import re
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal, Self, get_args
 
 from raycifar import models
 from raycifar.errors import RequestError
-from raycifar.recipes import NAMED, Recipe, recipe_for
+from raycifar.models.recipe import Recipe
+from raycifar.models.recipes import choose_recipe, recipe_fields, recipe_for
 
 WorkerCount = int | tuple[int, int] | None
 Device = Literal["auto", "gpu", "cpu"]
@@ -97,7 +98,7 @@ class TrainingRequest(Settings):
     def of(cls, model: str, **options: Any) -> Self:
         """Return the request that options stand for: `lr`, `epochs`, … are of the recipe; None is the model's own."""
         settings, recipe = sort_options(cls, options)
-        return cls(model, pick_recipe(model, **recipe), **settings)
+        return cls(model, choose_recipe(model, **recipe), **settings)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class ComparisonRequest(Settings):
             raise RequestError(f"--models {','.join(names)} names a model twice: --seeds takes several runs of it.")
         settings, recipe = sort_options(cls, options)
         fixed = frozenset(name for name, value in recipe.items() if value is not None)
-        return cls({name: pick_recipe(name, **recipe) for name in names}, fixed, **settings)
+        return cls({name: choose_recipe(name, **recipe) for name in names}, fixed, **settings)
 
     def training(self, model: str) -> TrainingRequest:
         """Return the request that this is for one of the models."""
@@ -164,37 +165,15 @@ def sort_options(kind: type[Settings], options: Mapping[str, Any]) -> tuple[dict
         RequestError: an option is neither; the message has the nearest name.
     """
     settings = {f.name for f in settings_of(kind)}
-    recipe = {f.name for f in fields(Recipe)} | {"recipe"}
+    recipe = recipe_fields().keys() | {"recipe"}
     for name in options:
         if name not in settings | recipe:
             near = "".join(f": is it {match!r}?" for match in difflib.get_close_matches(name, settings | recipe, 1))
             raise RequestError(f"there is no option {name!r}{near or '.'}")
     return (
         {name: value for name, value in options.items() if name in settings},
-        {name: value for name, value in options.items() if name in recipe},
+        {name: value for name, value in options.items() if name in recipe and value is not None},
     )
-
-
-def pick_recipe(model: str, *, recipe: str | None = None, **options: Any) -> Recipe:
-    """Return the recipe of that name, or the model's own, with the fields that are given; None is not given.
-
-    Raises:
-        RequestError: a value makes no sense.
-    """
-    if recipe and model not in NAMED.get(recipe, {}):
-        known = f"is for {', '.join(NAMED[recipe])}, not for {model}" if recipe in NAMED else "is not known"
-        raise RequestError(f"--recipe {recipe} {known}.")
-    given = {name: value for name, value in options.items() if value is not None}
-    for f in fields(Recipe):
-        if f.name in given:
-            given[f.name] = check_value(f.name, f.type, None, given[f.name])
-    base = recipe_for(model, given.get("pretrained"), recipe)
-    if epochs := given.get("epochs"):  # a short run, too, reaches both stages
-        base = replace(base, head_epochs=max(0, min(base.head_epochs, epochs - 1)))
-    try:
-        return replace(base, **given)
-    except ValueError as error:
-        raise RequestError(f"{error}.") from error
 
 
 def check_value(name: str, kind: Any, least: float | None, value: Any) -> Any:

@@ -1,13 +1,12 @@
-"""What a search varies, and where it looks next: Optuna's TPE as a function of the trials that are known.
+"""What a search varies, and what it tries next: Optuna's TPE as a function of the trials so far.
 
-Optuna keeps nothing between two questions. The trial that is asked for is drawn from a sampler seeded with
-its number, given all earlier trials; so a search that was killed goes on as if it had not been.
+Optuna keeps nothing between two questions. The next trial is drawn from a sampler that is seeded with its number and is
+told of all earlier trials, so a search that was killed continues as if it had not been.
 """
 
-import dataclasses
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,21 @@ from optuna.distributions import (
     IntDistribution,
 )
 
+from raycifar import models
 from raycifar.errors import RequestError
-from raycifar.recipes import Recipe
+from raycifar.models.recipe import Recipe, field_types
+from raycifar.models.recipes import models_with
 
 Space = dict[str, BaseDistribution]
 
 STARTUP_TRIALS = 5  # drawn at random before TPE (Bergstra et al., 2011) models what was good
-FIXED = {"epochs", "pretrained"}  # trials are compared by epochs, and begin with the same weights
+FIXED = {"epochs", "pretrained"}  # trials are compared by epoch, and begin with the same weights
 KEYS = {"min", "max", "log", "choices"}
 
 
 @dataclass(frozen=True)
 class PastTrial:
-    """What is known of a search trial: `status` is running, finished, stopped or failed; `history` its val_top1."""
+    """A search trial so far: `status` is running, finished, stopped or failed; `history` its val_top1 by epoch."""
 
     recipe: Recipe
     status: str
@@ -49,32 +50,34 @@ def default_space(recipe: Recipe) -> Space:
     }
 
 
-def read_space(file: str) -> Space:
+def read_space(file: str, model: str) -> Space:
     """Return the space of a TOML file: a table for each field of the recipe, with min and max, or choices.
 
+    The file may serve several models: options that only others have are left out.
+
     Raises:
-        RequestError: the file can't be read, or what it says makes no sense.
+        RequestError: the file can't be read, or is no space for the model.
     """
     try:
         tables = tomllib.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
         raise RequestError(f"--space {file} can't be read: {error}.") from error
-    fields = {field.name: field.type for field in dataclasses.fields(Recipe)}
+    kind = models.recipe_type(model)
+    types = {name: field_type for name, field_type in field_types(kind).items() if name not in FIXED}
     space: Space = {}
     for name, table in tables.items():
+        if name not in types and models_with(name):
+            continue
         try:
-            if name not in fields or name in FIXED:
-                raise ValueError(
-                    f"a search can't vary it: choose from {', '.join(f for f in fields if f not in FIXED)}"
-                )
-            space[name] = to_distribution(table, fields[name])
-            ends = list(table["choices"]) if "choices" in table else [table["min"], table["max"]]
-            for value in ends:
-                dataclasses.replace(Recipe(), **{name: value})
+            if name not in types:
+                raise ValueError(f"a search can't vary it: choose from {', '.join(types)}")
+            space[name] = to_distribution(table, types[name])
+            for value in table["choices"] if "choices" in table else (table["min"], table["max"]):
+                replace(kind(), **{name: value})
         except (ValueError, TypeError) as error:
             raise RequestError(f"--space {file}, [{name}]: {error}.") from error
     if not space:
-        raise RequestError(f"--space {file} names no field of the recipe.")
+        raise RequestError(f"--space {file} names no field of the recipe of {model}.")
     return space
 
 
@@ -97,8 +100,8 @@ def suggest(space: Space, base: Recipe, earlier: Sequence[PastTrial], seed: int)
     """Return the recipe to try next; the first is `base` itself, to be beaten.
 
     Args:
-        base: of the model; what is not in the space stays as it is there.
-        earlier: trials begun before this one, in their order.
+        base: the model's recipe; fields outside the space stay as they are there.
+        earlier: the trials begun before this one, in order.
     """
     if not earlier:
         return base
@@ -110,11 +113,11 @@ def suggest(space: Space, base: Recipe, earlier: Sequence[PastTrial], seed: int)
     for trial in earlier:
         if frozen := to_optuna(space, trial):
             study.add_trial(frozen)
-    return dataclasses.replace(base, **study.ask(space).params)
+    return replace(base, **study.ask(space).params)
 
 
 def to_optuna(space: Space, trial: PastTrial) -> optuna.trial.FrozenTrial | None:
-    """Return a trial in Optuna's words, or None for one outside the space, as the recipe itself may be."""
+    """Return a trial as Optuna's, or None if it lies outside the space, as the model's own recipe may."""
     params = {name: getattr(trial.recipe, name) for name in space}
     if not all(contains(space[name], value) for name, value in params.items()):
         return None
@@ -140,8 +143,8 @@ def contains(distribution: BaseDistribution, value: Any) -> bool:
     return distribution.low <= value <= distribution.high
 
 
-def describe(space: Space) -> dict[str, Any]:
-    """Return the space as JSON holds it."""
+def space_to_json(space: Space) -> dict[str, Any]:
+    """Return the space as it stands in `study.json`."""
     return {
         name: list(distribution.choices)
         if isinstance(distribution, CategoricalDistribution)

@@ -21,7 +21,8 @@ from raycifar.data.tables import Source, from_lists
 from raycifar.errors import RequestError, WorkError
 from raycifar.models import Architecture
 from raycifar.models.initial_weights import InitialWeights, load_initial_weights
-from raycifar.recipes import Recipe, changes, describe_changes
+from raycifar.models.recipe import changes, describe_changes
+from raycifar.models.recipes import recipe_from_json
 from raycifar.storage.run_folder import (
     COMPARISON,
     COMPARISON_TABLE,
@@ -94,7 +95,7 @@ def prepare(
     with screen.waiting(f"Reading {request.data}{and_weights(recipes.values())}"):
         first = request.training(next(iter(recipes)))
         source, splits = read_images(first)
-        starts = {model: load_initial_weights(model, recipe, source.train) for model, recipe in recipes.items()}
+        starts = {model: load_initial_weights(model, recipe, source) for model, recipe in recipes.items()}
     agreement = agree(folder, request, spaces, source, starts)
 
     with screen.waiting("Starting Ray"):
@@ -195,7 +196,7 @@ def build_spaces(request: ComparisonRequest) -> dict[str, Any]:
     from raycifar.workflows.search_space import default_space, read_space
 
     spaces = {
-        model: read_space(request.space) if request.space else default_space(recipe)
+        model: read_space(request.space, model) if request.space else default_space(recipe)
         for model, recipe in request.recipes.items()
     }
     spaces = {
@@ -221,7 +222,7 @@ def agree(
     Raises:
         RequestError: a comparison of that name was begun otherwise; the message names the differences.
     """
-    from raycifar.workflows.search_space import describe
+    from raycifar.workflows.search_space import space_to_json
 
     now: dict[str, Any] = {
         "data": source.fingerprint(),
@@ -231,11 +232,15 @@ def agree(
         now[model] = dataclasses.asdict(recipe)
         now[f"{model} weights"] = starts[model].fingerprint()
         if request.search:
-            now[f"{model} space"] = describe(spaces[model])
+            now[f"{model} space"] = space_to_json(spaces[model])
     earlier = folder.read_json(STUDY) or {}
     for key in now.keys() & earlier.keys():
         if earlier[key] != now[key]:
-            there, here = (Recipe(**value[key]) if key in request.recipes else None for value in (earlier, now))
+            there, here = (
+                recipe_from_json(key, value[key]) if key in request.recipes else None for value in (earlier, now)
+            )
+            if there and there == here:  # an earlier version has other fields
+                continue
             what = (
                 f"{key} {describe_changes(there, here)} there, {describe_changes(here, there)} here"
                 if there and here

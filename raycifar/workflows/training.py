@@ -18,7 +18,7 @@ from raycifar.data.sources import load
 from raycifar.data.tables import Source, Splits, split
 from raycifar.errors import WorkError, in_a_line
 from raycifar.models.initial_weights import load_initial_weights
-from raycifar.recipes import Recipe
+from raycifar.models.recipe import Recipe
 from raycifar.storage.run_folder import REPORT_PAGE, RESULT, RunFolder
 from raycifar.workflows.background import alongside
 from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, record, writing_first_file
@@ -170,7 +170,7 @@ def finish(run: PreparedRun, outcome: "Outcome") -> dict[str, Any]:
 
 def read_inputs(request: TrainingRequest) -> Inputs:
     source, splits = read_images(request)
-    return Inputs(source, splits, load_initial_weights(request.model, request.recipe, source.train))
+    return Inputs(source, splits, load_initial_weights(request.model, request.recipe, source))
 
 
 def read_images(request: TrainingRequest) -> tuple[Source, Splits]:

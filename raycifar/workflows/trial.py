@@ -6,7 +6,8 @@ from enum import StrEnum
 from typing import Any, Self
 
 from raycifar.cluster.status import StatusStore
-from raycifar.recipes import Recipe
+from raycifar.models.recipe import Recipe
+from raycifar.models.recipes import recipe_from_json
 
 
 class TrialStatus(StrEnum):
@@ -45,7 +46,7 @@ class Trial:
         return cls(
             **{
                 **values,
-                "recipe": Recipe(**values["recipe"]),
+                "recipe": recipe_from_json(values["model"], values["recipe"]),
                 "status": TrialStatus(values["status"]),
                 "status_store": StatusStore(**values["status_store"]),
             }

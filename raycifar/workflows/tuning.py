@@ -19,7 +19,8 @@ from raycifar.data.tables import Source, split
 from raycifar.errors import WorkError
 from raycifar.models import slug
 from raycifar.models.initial_weights import InitialWeights
-from raycifar.recipes import Recipe, describe_changes
+from raycifar.models.recipe import Recipe, describe_changes
+from raycifar.models.recipes import recipe_from_json
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.identity import Inputs
@@ -182,7 +183,7 @@ class StudySearcher(Searcher):
         run = self.study.run(self._search_trial(model, self.study.recipes[model])).read_json(RUN)
         if run is None:
             return None
-        trial = self._with_status(self._search_trial(model, Recipe(**run["recipe"])))
+        trial = self._with_status(self._search_trial(model, recipe_from_json(model, run["recipe"])))
         if trial.over:
             self.stopper.remember(trial, self.val_top1(trial))
         return trial

@@ -1,0 +1,181 @@
+"""How a model is trained: the hyperparameters, one frozen dataclass.
+
+Every field is an option of `raycifar train`. None depends on the number of workers: the batch size is global, and the
+learning rate is a function of epoch and step alone. A field that is added here has the default under which earlier runs
+were trained, so that their recipes stay what they were.
+"""
+
+import difflib
+import math
+import numbers
+from collections.abc import Iterable
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+from raycifar.data import CIFAR100
+
+Schedule = Literal["cosine", "linear", "step", "constant"]
+Augmentation = Literal["none", "flip", "crop", "cutout", "trivial", "rand"]
+Precision = Literal["auto", "bfloat16", "float32"]
+BatchNorm = Literal["train", "frozen"]
+Stage = Literal["head", "whole"]
+
+OPTIMIZERS = ("sgd", "adamw", "muon")
+LARGEST_IMAGE = 224  # pixels a side
+FRACTIONS = ("warmup", "label_smoothing", "momentum", "dropout", "ema")
+KINDS = {
+    bool: (bool, "true or false"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "a string"),
+}
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:  # noqa: A002 (click's own word)
+    """Return a field of a recipe; `choices` are for those whose type isn't a `Literal`."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained. An architecture with options of its own adds them in a subclass.
+
+    The defaults are the study's: one plain recipe for all models, from scratch.
+
+    Raises:
+        ValueError: a value makes no sense; the message names the field.
+    """
+
+    epochs: int = option(200, "passes over the training images")
+    batch_size: int = option(128, "images in a step, over all workers")
+    optimizer: str = option("sgd", "sgd (Nesterov momentum), adamw, or muon (of filters; sgd of the rest)", OPTIMIZERS)
+    lr: float = option(0.05, "peak learning rate")
+    momentum: float = option(0.9, "of sgd and muon; the first beta of adamw")
+    schedule: Schedule = option("cosine", "learning rate after warm-up; step divides by 5 at 30, 60 and 80 %")
+    warmup: float = option(0.2, "fraction of all steps over which the learning rate rises from 0")
+    weight_decay: float = option(5e-4, "of weights; none on norms and biases")
+    label_smoothing: float = option(0.1, "fraction of each label spread over all classes")
+    augment: Augmentation = option(
+        "crop",
+        "none; flip; crop (flip and 4-pixel shifts); cutout (crop and an 8x8 hole); trivial (crop and TrivialAugment, "
+        "Müller and Hutter, 2021); rand (crop and RandAugment, Cubuk et al., 2020)",
+    )
+    erasing: float = option(0.0, "probability that a rectangle of an image is erased (Zhong et al., 2020)")
+    mixup: float = option(0.0, "fraction of batches blended pairwise (Zhang et al., 2018)")
+    cutmix: float = option(0.0, "fraction of batches with patches exchanged (Yun et al., 2019)")
+    dropout: float = option(0.0, "fraction of features zeroed before each dense layer")
+    ema: float = option(0.0, "decay of a running average of the weights, which is then scored and kept; 0: none")
+    clip_norm: float = option(0.0, "largest gradient norm; 0: no limit")
+    precision: Precision = option("auto", "auto is bfloat16 where every worker's hardware gains by it, else float32")
+    tta_flip: bool = option(False, "score the mean of each image and its mirror image")
+    image_size: int = option(
+        CIFAR100.image_size, f"side to which images are scaled, {CIFAR100.image_size} to {LARGEST_IMAGE} pixels"
+    )
+    pretrained: str = option("none", "weights to begin with: imagenet, a file (PyTorch or safetensors), or none")
+    head_epochs: int = option(0, "first epochs, which train the head alone; the rest of the network is frozen")
+    layer_decay: float = option(1.0, "learning rate of each layer as a fraction of the next one's; 1: all the same")
+    batch_norm: BatchNorm = option("train", "running statistics: train, or frozen as they came")
+
+    def __post_init__(self) -> None:
+        types = field_types(type(self))
+        for f in fields(self):
+            check_type(f.name, getattr(self, f.name), types[f.name], choices(f, types[f.name]))
+        for names, allowed, wanted in (
+            (("epochs", "batch_size"), lambda v: v >= 1, "at least 1"),
+            (("lr", "weight_decay", "clip_norm"), lambda v: v >= 0, "0 or more"),
+            (("mixup", "cutmix", "erasing"), lambda v: 0 <= v <= 1, "a fraction from 0 to 1"),
+            (("layer_decay",), lambda v: 0 < v <= 1, "a fraction above 0, at most 1"),
+            (
+                ("image_size",),
+                lambda v: CIFAR100.image_size <= v <= LARGEST_IMAGE,
+                f"from {CIFAR100.image_size} to {LARGEST_IMAGE}",
+            ),
+            (("head_epochs",), lambda v: 0 <= v <= self.epochs, f"from 0 to the {self.epochs} epochs"),
+            (FRACTIONS, lambda v: 0 <= v < 1, "a fraction from 0 to below 1"),
+        ):
+            for name in names:
+                if not allowed(value := getattr(self, name)):
+                    raise ValueError(f"{name} is {value}: it must be {wanted}")
+        if self.mixup + self.cutmix > 1:
+            raise ValueError(
+                f"mixup {self.mixup} and cutmix {self.cutmix} are fractions of the same batches: at most 1 together"
+            )
+
+    def stage(self, epoch: int) -> Stage:
+        """Return what trains in `epoch` (from 1): the head alone, or the whole network."""
+        return "head" if min(epoch, self.epochs) <= self.head_epochs else "whole"
+
+    def learning_rate(self, epoch: int, step: int, steps: int) -> float:
+        """Return the head's learning rate; each stage has a warm-up and a schedule of its own.
+
+        Args:
+            epoch: from 1. step: of the epoch, from 0. steps: of an epoch.
+        """
+        first, last = (0, self.head_epochs) if self.stage(epoch) == "head" else (self.head_epochs, self.epochs)
+        at, total = (epoch - 1 - first) * steps + step, (last - first) * steps
+        warmup_steps = self.warmup * total
+        if at + 1 < warmup_steps:
+            return self.lr * (at + 1) / warmup_steps
+        done = (at - warmup_steps) / max(1.0, total - warmup_steps)
+        match self.schedule:
+            case "cosine":
+                return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
+            case "linear":
+                return self.lr * (1 - min(1.0, max(0.0, done)))
+            case "step":
+                return self.lr * 0.2 ** sum(at / total >= milestone for milestone in (0.3, 0.6, 0.8))
+            case _:
+                return self.lr
+
+
+TRANSFER: dict[str, Any] = {
+    "epochs": 20, "lr": 0.02, "warmup": 0.1, "weight_decay": 1e-4, "image_size": LARGEST_IMAGE,
+    "pretrained": "imagenet", "head_epochs": 2, "layer_decay": 0.7,
+}  # fmt: skip
+"""What is changed of a recipe for a network that begins with ImageNet weights."""
+
+
+def field_types(recipe_type: type[Recipe]) -> dict[str, Any]:
+    """Return the type of each field of a recipe, by name."""
+    hints = get_type_hints(recipe_type)
+    return {f.name: hints[f.name] for f in fields(recipe_type)}
+
+
+def choices(field: Field[Any], kind: Any) -> tuple[str, ...]:
+    """Return the values that a field of this type may have, or an empty tuple if it isn't a choice."""
+    return get_args(kind) or field.metadata["choices"]
+
+
+def check_type(name: str, value: Any, kind: Any, allowed: tuple[str, ...]) -> None:
+    if allowed:
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}: choose from {', '.join(allowed)}")
+        return
+    admitted, wanted = KINDS[kind]
+    if not isinstance(value, admitted) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name} is {value!r}: {wanted} is needed")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}: a finite number is needed")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return the one of `names` that is spelled most like `name`."""
+    return difflib.get_close_matches(name, list(names), n=1, cutoff=0)[0]
+
+
+def model_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields that the recipe's architecture adds: they say how the network is built."""
+    common = field_types(Recipe)
+    return {name: getattr(recipe, name) for name in field_types(type(recipe)) if name not in common}
+
+
+def changes(recipe: Recipe, base: Recipe) -> dict[str, Any]:
+    """Return the fields of `recipe` in which it differs from `base`, a recipe of the same model."""
+    values = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    return {name: value for name, value in values.items() if value != getattr(base, name)}
+
+
+def describe_changes(recipe: Recipe, base: Recipe) -> str:
+    """Return the fields in which `recipe` differs from `base` in words, or the empty string."""
+    pairs = changes(recipe, base).items()
+    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in pairs)

@@ -1,0 +1,161 @@
+"""The recipes there are: each model's, by name, those of TOML files and those of runs."""
+
+import json
+import tomllib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pyarrow import fs
+
+from raycifar import models
+from raycifar.errors import RequestError
+from raycifar.models.recipe import Recipe, field_types, nearest
+from raycifar.storage.files import locate
+from raycifar.storage.run_folder import RUN, RunFolder
+
+PURPOSES = {
+    "scratch": "best known from scratch",
+    "transfer": "best known from pre-trained weights",
+    "study": "plain, the same for all models",
+}
+RENAMED = {"mirror": "tta_flip"}  # fields of earlier versions
+
+
+@dataclass(frozen=True)
+class NamedRecipe:
+    """A recipe of a model; `own` says that the model is trained with it unless another is asked for."""
+
+    model: str
+    name: str
+    recipe: Recipe
+    purpose: str
+    own: bool
+
+
+def list_recipes(model: str) -> Iterator[NamedRecipe]:
+    """Yield the recipes of a model that is a file here, its own first."""
+    purposes = PURPOSES | getattr(models.import_architecture(model), "PURPOSES", {})
+    for k, (name, recipe) in enumerate(models.recipes_of(model).items()):
+        yield NamedRecipe(model, name, recipe, purposes[name], own=k == 0)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """Return a recipe as a TOML file, each field with what it means."""
+    lines = [f"{name} = {json.dumps(value)}" for name, value in asdict(recipe).items()]
+    width = max(map(len, lines))
+    helps = [field.metadata["help"] for field in recipe.__dataclass_fields__.values()]
+    return "\n".join(f"{line:{width}}  # {text}" for line, text in zip(lines, helps, strict=True))
+
+
+# Choosing one ---------------------------------------------------------------------------------------
+
+
+def recipe_for(model: str, pretrained: str | None = None) -> Recipe:
+    """Return a model's own recipe, or the one for the weights that it begins with."""
+    recipes = models.recipes_of(model)
+    if pretrained is None:
+        return next(iter(recipes.values()))
+    return replace(recipes["scratch" if pretrained == "none" else "transfer"], pretrained=pretrained)
+
+
+def choose_recipe(model: str, recipe: str | None = None, **values: Any) -> Recipe:
+    """Return the recipe to train a model with.
+
+    Args:
+        recipe: a name, a TOML file or a run's folder; None is the model's own.
+        values: of the fields that are to differ from it.
+
+    Raises:
+        RequestError: there is no such recipe, or a value makes no sense.
+    """
+    pretrained = values.get("pretrained")
+    base = find_recipe(model, recipe, pretrained) if recipe else recipe_for(model, pretrained)
+    try:
+        return change(model, base, values)
+    except ValueError as error:
+        raise RequestError(f"{error}.") from error
+
+
+def find_recipe(model: str, wanted: str, pretrained: str | None = None) -> Recipe:
+    """Return the recipe of a name, a TOML file or a run.
+
+    Args:
+        pretrained: the weights to begin with, if they are given apart from the recipe.
+
+    Raises:
+        RequestError: there is none, or it is another model's; the message begins with `--recipe`.
+    """
+    own = models.recipes_of(model)
+    if wanted in own:
+        return own[wanted]
+    if owners := [name for name in models.names() if wanted in models.recipes_of(name)]:
+        raise RequestError(f"--recipe {wanted} is for {', '.join(owners)}, not for {model}.")
+    filesystem, path = locate(wanted)
+    try:
+        if filesystem.get_file_info(path).type == fs.FileType.File:
+            with filesystem.open_input_stream(path) as stream:
+                return parse_toml(model, stream.read(), pretrained)
+        run = RunFolder.at(wanted).read_json(RUN)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--recipe {wanted}: {error}.") from error
+    if run is None:
+        raise RequestError(
+            f"--recipe {wanted} is neither a recipe of {model} ({', '.join(own)}), nor a TOML file, nor a run's folder."
+        )
+    if run["model"] != model:
+        raise RequestError(f"--recipe {wanted} is a run of {run['model']}, not of {model}.")
+    return recipe_from_json(model, run["recipe"])
+
+
+def parse_toml(model: str, content: bytes, pretrained: str | None = None) -> Recipe:
+    """Return the recipe of a TOML file: what it doesn't say is as in the model's own.
+
+    Raises:
+        ValueError: it isn't TOML, or a field or value makes no sense.
+    """
+    try:
+        values = tomllib.loads(content.decode())
+    except ValueError as error:
+        raise ValueError(f"it is not a TOML file: {error}") from error
+    return change(model, recipe_for(model, pretrained or values.get("pretrained")), values)
+
+
+def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
+    """Return a model's recipe with some fields changed; a short run, too, trains more than the head.
+
+    Raises:
+        ValueError: there is no such field, or its value makes no sense; the message names the field.
+    """
+    known = field_types(type(base))
+    for name in [name for name in values if name not in known]:
+        if owners := models_with(name):
+            raise ValueError(f"{name} is an option of {', '.join(owners)}, not of {model}")
+        raise ValueError(f"a recipe has no field {name!r}; the nearest is {nearest(name, known)!r}")
+    if isinstance(epochs := values.get("epochs"), int) and epochs < base.epochs:
+        values = {"head_epochs": max(0, min(base.head_epochs, epochs - 1)), **values}
+    return replace(base, **values)
+
+
+def recipe_fields() -> dict[str, type[Recipe]]:
+    """Return the fields of all models' recipes, each with the first class that has it; those of a model come last."""
+    found: dict[str, type[Recipe]] = {}
+    kinds: list[type[Recipe]] = [Recipe, *map(models.recipe_type, models.names())]
+    for kind in kinds:
+        for name in field_types(kind):
+            found.setdefault(name, kind)
+    return found
+
+
+def models_with(option: str) -> list[str]:
+    """Return the models that have an option of their own."""
+    if option in field_types(Recipe):
+        return []
+    return [name for name in models.names() if option in field_types(models.recipe_type(name))]
+
+
+def recipe_from_json(model: str, values: dict[str, Any]) -> Recipe:
+    """Return the recipe of a run's `run.json`, also of one that another version wrote."""
+    renamed = {RENAMED.get(name, name): value for name, value in values.items()}
+    kind = models.recipe_type(model)
+    return kind(**{name: renamed[name] for name in field_types(kind) if name in renamed})

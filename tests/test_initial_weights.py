@@ -1,0 +1,222 @@
+"""The weights that training begins with: read whole or refused in a sentence."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torchvision.models import ResNet50_Weights, resnet18, resnet50, vgg16_bn
+from torchvision.transforms import v2
+
+from raycifar import models
+from raycifar.data.sources import load
+from raycifar.data.synthetic import synthetic
+from raycifar.data.tables import to_numpy
+from raycifar.engine.augment import preprocess
+from raycifar.engine.state import TrainingState
+from raycifar.errors import RequestError
+from raycifar.models import Architecture, initial_weights
+from raycifar.models.cnn import SPEEDRUN, CnnRecipe, whitening_filters
+from raycifar.models.recipe import Recipe
+from raycifar.models.recipes import recipe_for
+from raycifar.storage.weights import to_file
+
+CPU = torch.device("cpu")
+
+
+def load_initial_weights(path, model="resnet50", **changes):
+    recipe = dataclasses.replace(recipe_for(model, str(path)), **changes)
+    return initial_weights.load_initial_weights(model, recipe, synthetic(100, 100))
+
+
+def state_of(start, recipe, seed=0):
+    return TrainingState(start.architecture, start.weights, recipe, seed, CPU)
+
+
+# From scratch ---------------------------------------------------------------------------------------
+
+
+def test_from_scratch_the_recipe_and_the_data_set_decide_the_architecture():
+    source = synthetic(100, 100)
+    source = dataclasses.replace(source, info=dataclasses.replace(source.info, mean=(0.1, 0.2, 0.3)))
+    start = initial_weights.load_initial_weights("vgg16", Recipe(image_size=64, tta_flip=True), source)
+    assert (start.weights, start.fingerprint()) == (None, None)
+    assert start.architecture.preprocessing == models.Preprocessing(64, (0.1, 0.2, 0.3))
+    assert (start.architecture.num_classes, start.architecture.tta_flip) == (100, True)
+
+
+def test_an_architecture_makes_weights_from_the_first_images():
+    source = synthetic(1200, 100)
+    start = initial_weights.load_initial_weights("cnn", SPEEDRUN, source)
+    pixels = to_numpy(source.train["image"].combine_chunks(), "image")[:1000].astype(np.float32) / 255
+    mean, std = (np.float32(values)[:, None, None] for values in (source.info.mean, source.info.std))
+    assert np.array_equal(start.weights["whiten.weight"], whitening_filters((pixels - mean) / std))
+    assert start.fingerprint() is None  # the images have one
+    assert initial_weights.load_initial_weights("cnn", CnnRecipe(depth=2), source).weights is None
+
+
+def test_options_cannot_change_a_network_whose_weights_are_there(tmp_path):
+    recipe = CnnRecipe(pretrained=str(tmp_path / "a.pth"), whiten=True, depth=2)
+    with pytest.raises(RequestError, match=r"^--whiten and --depth can't be chosen with --pretrained .*\.pth: "):
+        initial_weights.load_initial_weights("cnn", recipe, synthetic(100, 100))
+
+
+# From weights ---------------------------------------------------------------------------------------
+
+
+def test_the_first_batch_gives_the_features_of_torchvision_s_own_model(published_resnet50, resnet50_file, small):
+    images = to_numpy(load(small).train["image"].combine_chunks(), "image")[:8].copy()
+    published = ResNet50_Weights.IMAGENET1K_V2.transforms()
+    pipeline = v2.Compose(
+        [
+            v2.Resize((224, 224), interpolation=published.interpolation, antialias=published.antialias),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(published.mean, published.std),
+        ]
+    )
+    pictures = torch.stack([pipeline(Image.fromarray(image.transpose(1, 2, 0))) for image in images])
+    start = load_initial_weights(resnet50_file)
+    ours = state_of(start, recipe_for("resnet50", str(resnet50_file))).model.eval()
+    inputs = preprocess(torch.from_numpy(images), start.architecture.preprocessing)
+    assert (inputs - pictures).abs().max() < 1.01 / 255 / min(published.std)  # PIL rounds to whole pixels, twice
+    with torch.no_grad():
+        ours.fc, head = torch.nn.Identity(), ours.fc
+        features = ours(pictures)
+        expected = torch.nn.Sequential(*list(published_resnet50.children())[:-1])(pictures).flatten(1)
+        ours.fc = head
+    assert torch.allclose(features, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("saved", ["prefixed", "wrapped", "safetensors"])
+def test_other_ways_to_save_the_same_weights_are_read_alike(published_resnet50, resnet50_file, tmp_path, saved):
+    tensors, path = published_resnet50.state_dict(), tmp_path / "weights"
+    if saved == "safetensors":
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    else:
+        prefixed = {f"module.{name}": value for name, value in tensors.items()}
+        torch.save({"epoch": 90, "state_dict": prefixed} if saved == "wrapped" else prefixed, path)
+    assert load_initial_weights(path).fingerprint() == load_initial_weights(resnet50_file).fingerprint()
+
+
+def test_a_head_for_other_classes_is_dropped_and_one_for_the_same_is_kept(resnet50_file, tmp_path):
+    assert "fc.weight" not in load_initial_weights(resnet50_file).weights
+    torch.manual_seed(2)
+    hundred = resnet50(num_classes=100)
+    torch.save(hundred.state_dict(), tmp_path / "hundred.pth")
+    state = state_of(load_initial_weights(tmp_path / "hundred.pth"), recipe_for("resnet50", "x"))
+    assert torch.equal(state.model.fc.weight, hundred.fc.weight)
+
+
+def test_vgg16_takes_torchvision_s_features_and_a_head_of_its_own(tmp_path):
+    torch.manual_seed(3)
+    network = vgg16_bn(num_classes=10)
+    network.classifier = torch.nn.Linear(25088, 10)  # smaller to write
+    torch.save(network.state_dict(), tmp_path / "vgg.pth")
+    state = state_of(load_initial_weights(tmp_path / "vgg.pth", "vgg16"), recipe_for("vgg16", "x"))
+    assert torch.equal(state.model.features[40].weight, network.features[40].weight)
+
+
+def test_raycifar_s_own_weights_bring_their_stem_and_their_pixels(tmp_path):
+    architecture = Architecture("resnet50")
+    (tmp_path / "own.safetensors").write_bytes(to_file(architecture.build().state_dict(), architecture))
+    start = load_initial_weights(tmp_path / "own.safetensors", image_size=32)
+    assert start.architecture == architecture
+    assert "fc.weight" in start.weights
+    with pytest.raises(RequestError, match=r"holds the weights of a resnet50, not of a vgg16\.$"):
+        load_initial_weights(tmp_path / "own.safetensors", "vgg16")
+
+
+class Malicious:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch /tmp/raycifar-was-here",)
+
+
+def write_unusable(path, kind, whole):
+    match kind:
+        case "text":
+            path.write_text("these are no weights, " * 100)
+        case "malicious":
+            torch.save({"conv1.weight": torch.zeros(1), "payload": Malicious()}, path)
+        case "another model":
+            torch.save(resnet18().state_dict(), path)
+        case "truncated":
+            path.write_bytes(whole.read_bytes()[:1_000_000])
+        case "truncated safetensors":
+            save_file({"a": torch.zeros(1000)}, path)
+            path.write_bytes(path.read_bytes()[:500])
+        case "a list":
+            torch.save([torch.zeros(1)], path)
+        case "an optimizer":
+            torch.save({"lr": 0.1, "momentum": 0.9}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("text", "is no PyTorch or safetensors file, or a truncated one"),
+        ("malicious", r"is refused: its pickle asks for (posix|nt|os)\.system, which no state dict needs"),
+        ("another model", "doesn't fit resnet50: 165 missing: layer1.0.conv3.weight, .* and others; 23 of another"),
+        ("truncated", "is no PyTorch or safetensors file, or a truncated one"),
+        ("truncated safetensors", "no safetensors file, or a damaged one"),
+        ("a list", "holds a list, not a state dict"),
+        ("an optimizer", "holds a dictionary of float, not a state dict"),
+        ("nothing", "can't be read"),
+    ],
+)
+def test_what_holds_no_weights_of_the_model_is_refused_in_a_sentence(resnet50_file, tmp_path, kind, said):
+    with pytest.raises(RequestError, match=said) as refusal:
+        load_initial_weights(write_unusable(tmp_path / "weights", kind, resnet50_file))
+    assert "\n" not in refusal.value.message
+    assert refusal.value.message.count(". ") <= 1
+    assert len(refusal.value.message) < 500
+
+
+def test_weights_that_cannot_be_fetched_name_both_ways_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(ResNet50_Weights.IMAGENET1K_V2.value, "url", "http://127.0.0.1:9/resnet50-11ad3fa6.pth")
+    with pytest.raises(RequestError, match=r"can't be fetched \(.*\): give a weights file with --pretrained FILE, or"):
+        load_initial_weights("imagenet")
+    with pytest.raises(RequestError, match="there are no ImageNet weights of cnn"):
+        load_initial_weights("imagenet", "cnn")
+
+
+def test_weights_in_the_cache_are_used_and_checked(monkeypatch, tmp_path, published_resnet50):
+    """torchvision's own cache and digest, with a file of its layout in the place of the published one."""
+    import hashlib
+
+    content = tmp_path / "w"
+    torch.save(published_resnet50.state_dict(), content)
+    digest = hashlib.sha256(content.read_bytes()).hexdigest()[:8]
+    url = f"http://127.0.0.1:9/resnet50-{digest}.pth"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(ResNet50_Weights.IMAGENET1K_V2.value, "url", url)
+    cached = tmp_path / "hub/checkpoints" / url.rpartition("/")[2]
+    cached.parent.mkdir(parents=True)
+    content.rename(cached)
+    start = load_initial_weights("imagenet")
+    assert torch.equal(torch.tensor(start.weights["layer4.2.conv3.weight"]), published_resnet50.layer4[2].conv3.weight)
+
+
+# timm -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["timm:test_resnet", "timm:test_vit"])
+def test_timm_s_networks_are_read_for_images_of_another_size(tmp_path, name):
+    torch.manual_seed(4)
+    pixels = models.find(name).imagenet_preprocessing(160)
+    published = Architecture(name, num_classes=1000, preprocessing=pixels).build()
+    torch.save(published.state_dict(), tmp_path / "w.pth")
+    recipe = recipe_for(name, str(tmp_path / "w.pth"))
+    start = load_initial_weights(tmp_path / "w.pth", name, image_size=64)
+    state = state_of(start, recipe)
+    assert state.model.eval()(torch.randn(2, 3, 64, 64)).shape == (2, 100)
+    body = [n for n, v in published.state_dict().items() if not n.startswith(start.architecture.heads(published))]
+    same = [n for n in body if torch.equal(state.model.state_dict()[n], published.state_dict()[n])] if body else []
+    assert len(same) >= len(body) - 1  # a transformer's position embeddings are interpolated
+    assert set(state.layers[-1]) == {n for n, p in state.model.named_parameters() if p.requires_grad}
