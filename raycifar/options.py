@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from raycifar.errors import RequestError, StorageError, WorkError
-from raycifar.recipe_options import Model, pick_recipe, recipe_options  # noqa: F401 (until all import them from there)
 
 MOST_ELASTIC = 64  # workers; the images are cut wherever a shard of any of the numbers begins
 

@@ -5,20 +5,10 @@ from rich import box
 from rich.table import Table
 
 from raycifar import models
-from raycifar.models.recipe import (  # noqa: F401 (until every room imports them from there)
-    Augmentation,
-    Precision,
-    Recipe,
-    Stage,
-    changes,
-    describe_changes,
-)
-from raycifar.models.recipes import choose_recipe, list_recipes, recipe_for, to_toml  # noqa: F401
+from raycifar.models.recipes import choose_recipe, list_recipes, to_toml
 from raycifar.options import command
 from raycifar.recipe_options import Model, recipe_option
 from raycifar.terminal import Screen
-
-SCRATCH = Recipe()  # until every room says so
 
 
 @click.command()
