@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, RandAugment, TrivialAugmentWide
 from torchvision.transforms.autoaugment import _apply_op
 
-from raycifar.data import MEAN, STD
+from raycifar.data import CIFAR100
 from raycifar.engine.augment import ERASED_AREA, HOLE, PAD, augment, erase, mix, preprocess
 from raycifar.engine.image_ops import (
     GEOMETRY,
@@ -223,7 +223,7 @@ def test_without_erasing_nothing_is_drawn(images):
 def test_normalise_matches_torchvision(images):
     from torchvision.transforms import v2
 
-    reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(CIFAR100.mean, CIFAR100.std)])
     out = preprocess(images)
     assert torch.allclose(out, reference(images), atol=1e-5)
     assert out.is_contiguous(memory_format=torch.channels_last)
@@ -231,7 +231,7 @@ def test_normalise_matches_torchvision(images):
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mixed_targets_are_shares_of_two_classes(images, kind):
-    inputs, targets = mix(preprocess(images), torch.arange(64), Recipe(**{kind: 1.0}))
+    inputs, targets = mix(preprocess(images), torch.arange(64), Recipe(**{kind: 1.0}), 100)
     assert inputs.shape == images.shape
     assert targets.shape == (64, 100)
     assert torch.allclose(targets.sum(1), torch.ones(64))

@@ -13,7 +13,7 @@ from ray.train import ControllerError
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from raycifar.data import MEAN, STD
+from raycifar.data import CIFAR100
 from raycifar.errors import WorkError
 from raycifar.models.recipe import Recipe
 from raycifar.workflows.training import fit_trainer
@@ -56,7 +56,7 @@ def test_the_run_folder_holds_what_the_contract_names(trained):
 def test_the_weights_travel_with_what_it_takes_to_use_them(trained):
     with safe_open(trained / "model.safetensors", "pt") as file:
         about = json.loads(file.metadata()["raycifar"])
-    pixels = {"size": 32, "mean": list(MEAN), "std": list(STD), "interpolation": "bilinear"}
+    pixels = {"size": 32, "mean": list(CIFAR100.mean), "std": list(CIFAR100.std), "interpolation": "bilinear"}
     network = {"model": "cnn", "classes": 100, "large_stem": False}
     assert about == {**network, "whiten": False, "depth": 1, "mirror": False, "preprocessing": pixels}
     assert load_file(trained / "best.safetensors").keys() == load_file(trained / "model.safetensors").keys()

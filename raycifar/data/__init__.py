@@ -52,7 +52,3 @@ CIFAR100: Final = DatasetInfo(
     mean=(0.50708, 0.48655, 0.44092),
     std=(0.26733, 0.25644, 0.27615),
 )
-
-# Until every room takes them from the object.
-CLASSES, SUPERCLASSES, SIDE = CIFAR100.num_classes, CIFAR100.num_superclasses, CIFAR100.image_size
-SHAPE, BYTES, MEAN, STD = CIFAR100.image_shape, CIFAR100.image_bytes, CIFAR100.mean, CIFAR100.std

@@ -120,7 +120,7 @@ def resize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     return F.interpolate(pixels, (size, size), mode=preprocessing.interpolation, antialias=True)
 
 
-def mix(images: Tensor, targets: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def mix(images: Tensor, targets: Tensor, recipe: Recipe, num_classes: int) -> tuple[Tensor, Tensor]:
     """Blend some batches, by the recipe's shares, with torchvision's mixup or cutmix.
 
     Args:
@@ -135,7 +135,7 @@ def mix(images: Tensor, targets: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor
 
     draw = torch.rand(()).item()
     if draw < recipe.mixup:
-        return v2.MixUp(num_classes=100)(images, targets)
+        return v2.MixUp(num_classes=num_classes)(images, targets)
     if draw < recipe.mixup + recipe.cutmix:
-        return v2.CutMix(num_classes=100)(images, targets)
+        return v2.CutMix(num_classes=num_classes)(images, targets)
     return images, targets

@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from raycifar.data import SHAPE
 from raycifar.engine.hardware import set_up
 from raycifar.models import Architecture
 
@@ -45,13 +44,13 @@ class Pictures(Dataset):
     """Images as PIL opens them, through torchvision's transforms one by one."""
 
     def __init__(self, setting: Setting) -> None:
-        pixels = setting.architecture.preprocessing
+        pixels, image_size = setting.architecture.preprocessing, setting.images.shape[1]
         self.images, self.labels = setting.images, setting.labels
         self.transform = transforms.Compose(
             [
-                transforms.RandomCrop(SHAPE[1], padding=4),
+                transforms.RandomCrop(image_size, padding=4),
                 transforms.RandomHorizontalFlip(),
-                *([transforms.Resize(pixels.size)] if pixels.size != SHAPE[1] else []),
+                *([transforms.Resize(pixels.size)] if pixels.size != image_size else []),
                 transforms.ToTensor(),
                 transforms.Normalize(pixels.mean, pixels.std),
             ]

@@ -237,7 +237,7 @@ def stream(trainer: Trainer) -> Callable[[], None]:
         options = {"batch_size": batch_size, "local_shuffle_buffer_size": SHUFFLED_BATCHES * batch_size}
         for pixels, labels in shard.iter_torch_batches(**options, collate_fn=collate):
             inputs = trainer.train_step.augment_and_normalize(pixels.to(trainer.device))
-            step(*mix(inputs, labels.to(trainer.device), trainer.recipe))
+            step(*mix(inputs, labels.to(trainer.device), trainer.recipe, trainer.job.info.num_classes))
 
     return run
 

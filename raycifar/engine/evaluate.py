@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raycifar.data import SIDE
+from raycifar.data import CIFAR100
 from raycifar.data.tables import to_lists
 from raycifar.engine.augment import preprocess
 from raycifar.engine.distributed import all_reduce_sum
 from raycifar.models import CIFAR, Preprocessing
 
 # Pixels scored at a time: on a CPU 250 of CIFAR's images, so that a worker stays small; a GPU wants to be filled.
-PIXELS = {"cpu": 250 * SIDE**2, "cuda": 4000 * SIDE**2}
+PIXELS = {"cpu": 250 * CIFAR100.image_size**2, "cuda": 4000 * CIFAR100.image_size**2}
 BINS = 15  # of confidence, for the calibration error: Guo et al. (2017), arXiv:1706.04599
 
 

@@ -88,7 +88,7 @@ class TrainingState:
         model = architecture.build(recipe.dropout)
         # Ray's object store lends its arrays for reading only.
         model.load_state_dict({name: torch.tensor(value) for name, value in (weights or {}).items()}, strict=False)
-        self.recipe, self.layers = recipe, architecture.layers(model)
+        self.architecture, self.recipe, self.layers = architecture, recipe, architecture.layers(model)
         self.fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         self.model = to_device(model, device)
         broadcast(parameters_and_buffers(self.model))

@@ -40,6 +40,7 @@ class TrainStep:
     ) -> None:
         self.state, self.train_set, self.example_stats = state, train_set, example_stats
         self.recipe, self.preprocessing, self.autocast = state.recipe, preprocessing, autocast
+        self.num_classes = state.architecture.num_classes
         self.device = train_set.images.device
         self.parameters = [p for p in state.model.parameters() if p.requires_grad]
         self.exchange = GradientExchange(self.parameters) if exchange else None
@@ -69,7 +70,7 @@ class TrainStep:
         inputs = self.captured_inputs(rows)
         if self.device.type == "cuda":
             inputs = inputs.clone()  # the graph writes the next batch to the same place
-        return rows, *mix(inputs, self.train_set.labels[rows], self.recipe)
+        return rows, *mix(inputs, self.train_set.labels[rows], self.recipe, self.num_classes)
 
     def inputs_of(self, rows: Tensor) -> Tensor:
         return self.augment_and_normalize(self.train_set.images[rows])

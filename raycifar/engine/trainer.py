@@ -151,10 +151,10 @@ class Trainer:
             retain_malloc_pages()
         self.reporter.phase(Phase.LOADING_IMAGES)
         self.check_node()
-        self.train_set = load_shard("train", self.device)
+        self.train_set = load_shard("train", self.device, self.job.info)
         num_eval = math.ceil(len(self.train_set) * min(1, TRAIN_EVAL_IMAGES / self.job.num_train_images))
         self.train_eval_set = self.train_set.head(num_eval)
-        self.val_set = load_shard("val", self.device) if self.job.num_val_images else None
+        self.val_set = load_shard("val", self.device, self.job.info) if self.job.num_val_images else None
 
         self.reporter.phase(Phase.BUILDING_MODEL)
         self.dtype = choose_precision(self.recipe.precision, self.device)
@@ -380,7 +380,7 @@ class Trainer:
     def score_test_set(self) -> dict[str, float]:
         """Return the scores on the test set, and keep what is predicted of each image."""
         self.reporter.phase(Phase.SCORING_TEST)
-        test_set, num_images = load_shard("test", self.device), self.job.num_test_images
+        test_set, num_images = load_shard("test", self.device, self.job.info), self.job.num_test_images
         logits, scores = self.score(test_set)
         probabilities, labels = (self.gather(part, num_images) for part in (logits.softmax(1), test_set.labels))
         if self.rank == 0:
