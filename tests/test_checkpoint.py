@@ -47,7 +47,7 @@ def test_copies_are_of_the_moment_and_contiguous(device):
 
 def test_a_snapshot_is_of_its_moment_with_the_best_weights_beside_it(run, state):
     before = state.model.head[2].weight.detach().clone()
-    snapshot = Snapshot(state, Architecture("cnn"), best=True)
+    snapshot = Snapshot(state, best=True)
     with torch.no_grad():
         state.model.head[2].weight.zero_()
     snapshot.write(run, "checkpoint_1")
@@ -58,7 +58,7 @@ def test_a_snapshot_is_of_its_moment_with_the_best_weights_beside_it(run, state)
 def test_the_newest_few_are_kept_and_metrics_are_reported(run, state, reported):
     checkpointer = Checkpointer(run, in_process=True)
     for epoch in range(KEPT + 2):
-        checkpointer.save({"epoch": epoch}, Snapshot(state, Architecture("cnn")))
+        checkpointer.save({"epoch": epoch}, Snapshot(state))
     checkpointer.wait()
     assert len(run.checkpoint_names()) == KEPT
     assert [metrics["epoch"] for metrics in reported] == list(range(KEPT + 2))

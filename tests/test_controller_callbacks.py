@@ -11,7 +11,7 @@ from raycifar.engine.preemption import PreemptedError
 
 from raycifar.cluster import controller_callbacks as room
 from raycifar.cluster.controller_callbacks import FailureCounter, decisive
-from raycifar.cluster.status import FailureKind, Phase, StatusStore, WorkerStatus
+from raycifar.cluster.status import FailureCause, Phase, StatusStore, WorkerStatus
 from raycifar.errors import StorageError, WorkError
 
 FULL = StorageError.of("/runs/a", OSError(errno.ENOSPC, "No space left on device"))
@@ -43,7 +43,7 @@ def fail(counter, store, attempt, **errors):
 def test_failures_are_told_and_counted(store, alive):
     counter = FailureCounter(store, 1)
     fail(counter, store, 1, rank1=DIED)
-    assert [failure.kind for failure in store.failures()] == [FailureKind.WORKER]
+    assert [failure.kind for failure in store.failures()] == [FailureCause.WORKER]
     assert store.failures()[0].ranks == [1]
     assert store.worker().phase == Phase.STARTING
     with pytest.raises(WorkError, match="on worker 0, the loss"):
@@ -67,22 +67,22 @@ def test_a_failure_under_which_a_node_died_is_not_counted(store, alive):
 def test_a_preempted_run_goes_on_and_nothing_is_counted(store, alive):
     counter = FailureCounter(store, 0)
     fail(counter, store, 1, rank0=PreemptedError("in any words"), rank1=PreemptedError("in any words"))
-    assert [failure.kind for failure in store.failures()] == [FailureKind.PREEMPTED]
+    assert [failure.kind for failure in store.failures()] == [FailureCause.PREEMPTED]
     assert "the run goes on from a checkpoint made just now" in str(store.failures()[0])
 
 
 def test_a_disk_that_is_full_ends_the_run_at_once_and_a_storage_that_is_slow_does_not(store, alive):
     counter = FailureCounter(store, 3)
     fail(counter, store, 1, rank0=SLOW)
-    assert [failure.kind for failure in store.failures()] == [FailureKind.WORKER]
+    assert [failure.kind for failure in store.failures()] == [FailureCause.WORKER]
     with pytest.raises(WorkError, match="on worker 0, /runs/a can't be written: No space left on device"):
         fail(counter, store, 2, rank0=FULL)
 
 
 def test_what_a_worker_says_of_itself_comes_before_what_the_others_died_of():
-    assert decisive({0: DIED, 1: PreemptedError("x")})[:2] == (1, FailureKind.PREEMPTED)
-    assert decisive({0: DIED, 1: FULL, 2: PreemptedError("x")})[:2] == (1, FailureKind.STORAGE)
-    assert decisive({3: RuntimeError("y"), 2: DIED})[:2] == (2, FailureKind.WORKER)
+    assert decisive({0: DIED, 1: PreemptedError("x")})[:2] == (1, FailureCause.PREEMPTED)
+    assert decisive({0: DIED, 1: FULL, 2: PreemptedError("x")})[:2] == (1, FailureCause.STORAGE)
+    assert decisive({3: RuntimeError("y"), 2: DIED})[:2] == (2, FailureCause.WORKER)
 
 
 @pytest.mark.parametrize("error", [FULL, PreemptedError("x"), DIED])

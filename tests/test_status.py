@@ -6,7 +6,7 @@ import uuid
 import pytest
 
 from raycifar.cluster import status as room
-from raycifar.cluster.status import Failure, FailureKind, ModelFacts, Phase, StatusStore, StepStatus, WorkerStatus
+from raycifar.cluster.status import Failure, FailureCause, ModelFacts, Phase, StatusStore, StepStatus, WorkerStatus
 from raycifar.engine.ray_metrics import Gauges
 from raycifar.engine.reporter import Reporter
 from raycifar.storage.records import EpochRecord
@@ -38,7 +38,7 @@ def test_what_is_put_comes_back_the_same(store):
         model=ModelFacts(**MODEL),
         nodes=[None, "abc"],
     )
-    failures = [Failure(FailureKind.WORKER, "out of memory", [1]), Failure(FailureKind.DRIVER, "it died")]
+    failures = [Failure(FailureCause.WORKER, "out of memory", [1]), Failure(FailureCause.DRIVER, "it died")]
     assert store.worker() is None
     assert store.history() == []
     store.put_worker(status)

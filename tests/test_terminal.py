@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from raycifar import terminal as room
-from raycifar.cluster.status import Failure, FailureKind, ModelFacts, Phase, StatusStore, StepStatus, WorkerStatus
+from raycifar.cluster.status import Failure, FailureCause, ModelFacts, Phase, StatusStore, StepStatus, WorkerStatus
 from raycifar.models.recipes import recipe_for
 from raycifar.storage.records import EpochRecord
 from raycifar.terminal import Screen, alongside, trial_lines, trial_table
@@ -69,7 +69,7 @@ def test_each_epoch_notice_and_failure_is_said_once(store, monkeypatch, terminal
         store.put_history([record(1)])
 
     def fail():
-        store.add_failure(Failure(FailureKind.WORKER, "out of memory", [1]))
+        store.add_failure(Failure(FailureCause.WORKER, "out of memory", [1]))
         store.put_worker(WorkerStatus(attempt=1, notices=["Note."], model=MODEL))
 
     def go_on():
@@ -122,7 +122,7 @@ def test_a_trial_is_told_from_its_start_to_its_end(trial, store):
     assert trial_lines(trial) == []
     trial.status = TrialStatus.RUNNING
     store.put_waiting("waiting for 1 worker")
-    store.add_failure(Failure(FailureKind.DRIVER, "it died"))
+    store.add_failure(Failure(FailureCause.DRIVER, "it died"))
     store.put_worker(WorkerStatus(notices=["Continuing."]))
     store.put_history([record(1)])
     trial.status, trial.reason = TrialStatus.FAILED, "the disk is full."

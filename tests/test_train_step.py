@@ -16,7 +16,7 @@ from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
 from raycifar.engine.train_step import TrainStep
-from raycifar.models import CIFAR, Architecture
+from raycifar.models import Architecture
 from raycifar.models.recipe import Recipe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -36,7 +36,7 @@ def build(model="cnn", device=CPU, num_images=64, first=0, **recipe):
     state.train_mode()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
     stats = ExampleStats.blank(num_images, device)
-    return TrainStep(state, shard, stats, CIFAR, autocast, exchange=dist.is_initialized())
+    return TrainStep(state, shard, stats, autocast, exchange=dist.is_initialized())
 
 
 def batch(step, num_images=None):

@@ -10,7 +10,7 @@ import ray.train
 from ray import cloudpickle
 
 from raycifar.cluster import ray_internals
-from raycifar.cluster.status import Failure, FailureKind, Phase, StatusStore, WorkerStatus
+from raycifar.cluster.status import Failure, FailureCause, Phase, StatusStore, WorkerStatus
 from raycifar.engine.interruption import PreemptedError
 from raycifar.errors import StorageError, WorkError, in_a_line
 
@@ -38,9 +38,9 @@ class FailureCounter(ray.train.UserCallback):
         if status.attempt and (status.attempt, reason) == self.last:
             return  # Ray Train looks again and again while a node is on its way out
         self.last = status.attempt, reason
-        if kind != FailureKind.PREEMPTED:
+        if kind != FailureCause.PREEMPTED:
             self.nodes.append(status.nodes)
-            if kind == FailureKind.STORAGE or self.exceeded():
+            if kind == FailureCause.STORAGE or self.exceeded():
                 raise WorkError(f"on worker {rank}, {reason}")
         self.status_store.add_failure(Failure(kind, reason, sorted(worker_exceptions)))
         self.status_store.put_worker(replace(status, phase=Phase.STARTING, detail="", step=None))
@@ -58,23 +58,23 @@ class FailureCounter(ray.train.UserCallback):
         return sum(alive.issuperset(nodes) for nodes in self.nodes)
 
 
-def decisive(worker_exceptions: dict[int, Exception]) -> tuple[int, FailureKind, Exception]:
+def decisive(worker_exceptions: dict[int, Exception]) -> tuple[int, FailureCause, Exception]:
     """Return the rank, the kind and the error by which it is decided how a run goes on.
 
     What a worker reported about itself comes before what the others then died of.
     """
     failures = [(rank, *classify(error)) for rank, error in sorted(worker_exceptions.items())]
-    order = (FailureKind.STORAGE, FailureKind.PREEMPTED, FailureKind.WORKER)
+    order = (FailureCause.STORAGE, FailureCause.PREEMPTED, FailureCause.WORKER)
     return min(failures, key=lambda failure: order.index(failure[1]))
 
 
-def classify(error: Exception) -> tuple[FailureKind, Exception]:
+def classify(error: Exception) -> tuple[FailureCause, Exception]:
     """Return the kind of a worker's failure, and what the worker raised or died of."""
     cause = ray_internals.cause_of(error)
     if isinstance(cause, PreemptedError):
-        return FailureKind.PREEMPTED, cause
+        return FailureCause.PREEMPTED, cause
     permanent = isinstance(cause, StorageError) and cause.permanent
-    return FailureKind.STORAGE if permanent else FailureKind.WORKER, cause
+    return FailureCause.STORAGE if permanent else FailureCause.WORKER, cause
 
 
 class TiedToDriver(ray_internals.controller_callback_class()):  # type: ignore[misc]

@@ -30,7 +30,7 @@ class Phase(StrEnum):
     TIMING = "timing"
 
 
-class FailureKind(StrEnum):
+class FailureCause(StrEnum):
     PREEMPTED = "preempted"  # a node is being taken away; the workers saved and left
     STORAGE = "storage"  # a file can't be written, and trying again is in vain
     WORKER = "worker"  # anything else that ends a worker
@@ -103,18 +103,18 @@ class WorkerStatus(Message):
 class Failure(Message):
     """A failure after which the run goes on."""
 
-    kind: FailureKind
+    kind: FailureCause
     reason: str
     ranks: list[int] = field(default_factory=list)  # of the workers that failed
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        return super().from_json({**values, "kind": FailureKind(values["kind"])})
+        return super().from_json({**values, "kind": FailureCause(values["kind"])})
 
     def __str__(self) -> str:
-        if self.kind == FailureKind.PREEMPTED:
+        if self.kind == FailureCause.PREEMPTED:
             return "A node of this run is being taken away; the run goes on from a checkpoint made just now."
-        if self.kind == FailureKind.DRIVER:
+        if self.kind == FailureCause.DRIVER:
             return f"Its driver failed ({self.reason}); it is tried again."
         ranks = ", ".join(map(str, self.ranks))
         return f"Worker {ranks} failed ({self.reason}); the workers are restarted from the last checkpoint."

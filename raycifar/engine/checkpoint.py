@@ -12,7 +12,6 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor
 
 from raycifar.engine.state import PROGRESS, TENSORS, TrainingState
-from raycifar.models import Architecture
 from raycifar.storage.run_folder import BEST, KEPT, RunFolder
 from raycifar.storage.weights import to_file
 
@@ -41,8 +40,8 @@ class Snapshot:
         best: keep the weights that are scored, too: they are the best so far.
     """
 
-    def __init__(self, state: TrainingState, architecture: Architecture, *, best: bool = False) -> None:
-        self.architecture = architecture
+    def __init__(self, state: TrainingState, *, best: bool = False) -> None:
+        self.architecture = state.architecture
         self.state, self.progress = HostCopy(state.tensors()), state.progress.to_json()
         self.best_weights = HostCopy(state.scored.state_dict()) if best else None
 

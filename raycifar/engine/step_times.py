@@ -70,7 +70,6 @@ def build_step(
         state,
         Shard(pixels, labels, labels, torch.arange(batch_size, device=device)),
         ExampleStats.blank(batch_size, device),
-        initial.architecture.preprocessing,
         autocast,
         exchange=exchange,
     )

@@ -13,7 +13,6 @@ from raycifar.engine.example_stats import ExampleStats
 from raycifar.engine.loss import loss_and_counts
 from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
-from raycifar.models import Preprocessing
 
 
 class TrainStep:
@@ -24,7 +23,7 @@ class TrainStep:
 
     Args:
         train_set: the worker's own training images. example_stats: what is known of each of them, brought up to date.
-        preprocessing: of the pixels, for the network. autocast: the precision to compute in.
+        autocast: the precision to compute in.
         exchange: sum the gradients over the workers of the process group.
     """
 
@@ -33,14 +32,12 @@ class TrainStep:
         state: TrainingState,
         train_set: Shard,
         example_stats: ExampleStats,
-        preprocessing: Preprocessing,
         autocast: torch.autocast,
         *,
         exchange: bool,
     ) -> None:
         self.state, self.train_set, self.example_stats = state, train_set, example_stats
-        self.recipe, self.preprocessing, self.autocast = state.recipe, preprocessing, autocast
-        self.num_classes = state.architecture.num_classes
+        self.recipe, self.architecture, self.autocast = state.recipe, state.architecture, autocast
         self.device = train_set.images.device
         self.parameters = [p for p in state.model.parameters() if p.requires_grad]
         self.exchange = GradientExchange(self.parameters) if exchange else None
@@ -70,14 +67,16 @@ class TrainStep:
         inputs = self.captured_inputs(rows)
         if self.device.type == "cuda":
             inputs = inputs.clone()  # the graph writes the next batch to the same place
-        return rows, *mix(inputs, self.train_set.labels[rows], self.recipe, self.num_classes)
+        return rows, *mix(inputs, self.train_set.labels[rows], self.recipe, self.architecture.num_classes)
 
     def inputs_of(self, rows: Tensor) -> Tensor:
         return self.augment_and_normalize(self.train_set.images[rows])
 
     def augment_and_normalize(self, pixels: Tensor) -> Tensor:
         """Return inputs (n, 3, size, size) float32 of pixels (n, 3, H, W) uint8."""
-        return erase(preprocess(augment(pixels, self.recipe.augment), self.preprocessing), self.recipe.erasing)
+        return erase(
+            preprocess(augment(pixels, self.recipe.augment), self.architecture.preprocessing), self.recipe.erasing
+        )
 
     def close(self) -> None:
         """Let another step take over the network."""

@@ -261,14 +261,8 @@ class Trainer:
 
     def build_train_step(self) -> TrainStep:
         """Return the step of the stage under way: what is trained in it, and so what workers exchange, is its own."""
-        return TrainStep(
-            self.state,
-            self.train_set,
-            self.example_stats,
-            self.preprocessing,
-            self.autocast,
-            exchange=self.world_size > 1,
-        )
+        exchange = self.world_size > 1
+        return TrainStep(self.state, self.train_set, self.example_stats, self.autocast, exchange=exchange)
 
     def begin_example_stats(self) -> ExampleStats:
         """Return what is known of this worker's training images."""
@@ -422,7 +416,7 @@ class Trainer:
 
     def save(self, metrics: dict[str, Any], *, best: bool = False, wait: bool = False) -> None:
         """Leave a checkpoint, and the weights if they are the `best` so far; training goes on meanwhile."""
-        snapshot = Snapshot(self.state, self.architecture, best=best) if self.rank == 0 else None
+        snapshot = Snapshot(self.state, best=best) if self.rank == 0 else None
         self.checkpointer.save(metrics, snapshot, wait=wait)
 
     def gather(self, part: Tensor, num_rows: int | None = None) -> Tensor:

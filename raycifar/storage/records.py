@@ -62,12 +62,6 @@ class EpochRecord:
         """Return the row as it stands in `metrics.jsonl`: JSON has no NaN and no infinity."""
         return {f.name: finite(getattr(self, f.name)) for f in fields(self)}
 
-    def __getitem__(self, name: str) -> Any:  # until every room reads attributes
-        return getattr(self, name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return getattr(self, name, default)
-
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Return the record of a row, also of one that an earlier or a later version wrote."""

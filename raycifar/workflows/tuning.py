@@ -13,7 +13,7 @@ from ray.tune.search import Searcher
 from raycifar.cluster import ray_internals
 from raycifar.cluster.connection import environment
 from raycifar.cluster.sizing import Workers
-from raycifar.cluster.status import Failure, FailureKind
+from raycifar.cluster.status import Failure, FailureCause
 from raycifar.cluster.waiting import Waiting
 from raycifar.data.tables import Source, split
 from raycifar.errors import WorkError
@@ -268,7 +268,7 @@ class RetryNotices(ray_internals.progress_callback_class()):  # type: ignore[mis
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         store = Trial.from_config(trial.config).status_store
-        store.add_failure(Failure(FailureKind.DRIVER, store.reason() or "it died"))
+        store.add_failure(Failure(FailureCause.DRIVER, store.reason() or "it died"))
 
     def on_trial_complete(self, *args: Any, **kwargs: Any) -> None: ...
 
