@@ -1,4 +1,4 @@
-"""The ways in which work ends badly. Commands show each as one sentence; Python programs catch them."""
+"""Errors that raycifar raises. Commands print each as one sentence; Python programs catch them."""
 
 import errno
 from enum import StrEnum
@@ -16,11 +16,7 @@ class FailureKind(StrEnum):
 
 
 class RaycifarError(Exception):
-    """What raycifar raises on purpose; its message is a whole sentence, or several."""
-
-    @property
-    def message(self) -> str:
-        return str(self)
+    """An error that raycifar raises on purpose; its message is one or more whole sentences."""
 
 
 class RequestError(RaycifarError):
@@ -28,7 +24,7 @@ class RequestError(RaycifarError):
 
 
 class WorkError(RaycifarError):
-    """The work began and failed."""
+    """The work started and failed."""
 
 
 class StorageError(OSError):
@@ -37,20 +33,20 @@ class StorageError(OSError):
     PERMANENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
     @classmethod
-    def of(cls, place: str, cause: OSError) -> "StorageError":
-        return cls(cause.errno or 0, f"{place} can't be written: {cause.strerror or in_a_line(cause)}")
+    def of(cls, location: str, cause: OSError) -> "StorageError":
+        return cls(cause.errno or 0, f"{location} can't be written: {cause.strerror or in_a_line(cause)}")
 
     def __str__(self) -> str:
         return self.strerror or ""
 
     @property
     def permanent(self) -> bool:
-        """Whether trying again is in vain: a network may come back by itself, a full disk does not."""
+        """Whether a retry is bound to fail, as on a full disk; a network may come back."""
         return self.errno in self.PERMANENT
 
 
 def in_a_line(error: BaseException) -> str:
-    """Return what an error says in one line: of a text with a traceback the last, else the first."""
+    """Return an error's message in one line: the last line of a traceback, else the first line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     line = lines[-1 if any(line.startswith("Traceback") for line in lines) else 0]
     return line.removeprefix("raycifar.errors.StorageError: ").rstrip(".: ")

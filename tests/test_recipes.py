@@ -196,8 +196,8 @@ def test_options_that_are_given_change_the_recipe_and_a_short_run_reaches_both_s
 def test_a_file_that_is_no_recipe_is_refused_in_a_sentence(toml, text, says):
     with pytest.raises(RequestError, match=r"^--recipe ") as caught:
         choose_recipe("vgg16", toml(text))
-    assert says in caught.value.message
-    assert "\n" not in caught.value.message
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_is_no_recipe_of_the_model_is_refused_in_a_sentence(run, tmp_path):
@@ -213,7 +213,7 @@ def test_what_is_no_recipe_of_the_model_is_refused_in_a_sentence(run, tmp_path):
     ):
         with pytest.raises(RequestError) as caught:
             choose_recipe("vgg16", wanted)
-        assert says in caught.value.message
+        assert says in str(caught.value)
 
 
 # The commands ---------------------------------------------------------------------------------------

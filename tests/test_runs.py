@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(run, upload, damage, tmp_
     said = []
     assert next(run.sound_checkpoints(said.append)) == ("checkpoint_1", {"weights": b"good weights"})
     assert len(said) == 1
-    assert said[0].startswith("checkpoint_2 is passed over: ")
+    assert said[0].startswith("checkpoint_2 is skipped: ")
 
 
 @pytest.mark.parametrize(

@@ -110,4 +110,4 @@ def test_a_space_that_makes_no_sense_is_refused_in_a_sentence(tmp_path, text, sa
     file.write_text(text)
     with pytest.raises(RequestError, match="--space") as caught:
         read_space(str(file), "vgg16")
-    assert says in caught.value.message
+    assert says in str(caught.value)

@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(trained, stopped
     state = newest / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-1000])
     resumed = train(*ARGS, "--data", small, "--name", "a", "--checkpoint-steps", 4)
-    assert f"{newest.name} is passed over: state.safetensors is damaged" in resumed.stdout
+    assert f"{newest.name} is skipped: state.safetensors is damaged" in resumed.stdout
     assert f"({before.name})" in resumed.stdout
     assert weights(tmp_path / "runs/a") == weights(trained)
 

@@ -208,7 +208,7 @@ def parse_pickle(content: bytes, origin: str) -> pa.Table:
     try:
         raw = ArraysOnly(io.BytesIO(content), encoding="bytes").load()
     except RequestError as error:
-        raise RequestError(f"{origin} is refused: {error.message}.") from error
+        raise RequestError(f"{origin} is refused: {error}.") from error
     except Exception as error:  # of whatever kind a damaged pickle causes
         raise RequestError(f"{origin} is no readable pickle: {error}.") from error
     if not isinstance(raw, dict):

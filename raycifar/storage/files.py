@@ -1,4 +1,4 @@
-"""Where a path or URI leads: one way to reach local disks, object stores and web servers."""
+"""Access to paths and URIs: local disks, object stores and web servers."""
 
 import os
 import re
@@ -13,17 +13,16 @@ from raycifar.errors import RequestError
 URI = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
-def locate(place: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
-    """Return the file system that `place` is on, and its path there.
+def locate(location: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
+    """Return a location's file system, and its path there.
 
     Args:
-        place: a local path, absolute or relative, or a URI that pyarrow (file, s3, gs, hdfs, …) or
-            fsspec (http, hf, abfs, …) knows.
+        location: a local path, or a URI known to pyarrow (file, s3, gs, hdfs, …) or fsspec (http, hf, abfs, …).
 
     Raises:
-        RequestError: no file system is known for the URI, or its driver isn't installed.
+        RequestError: the URI's file system is unknown, can't be reached, or lacks its driver.
     """
-    text = os.fspath(place)
+    text = os.fspath(location)
     if not URI.match(text):
         return fs.LocalFileSystem(), str(Path(text).expanduser().resolve())
     try:
@@ -35,8 +34,20 @@ def locate(place: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
     try:
         remote, path = fsspec.core.url_to_fs(text)
     except (ImportError, ValueError) as error:
-        raise RequestError(f"{text} is on no file system known here: {error}.") from error
+        raise RequestError(f"{text} is on an unknown file system: {error}.") from error
     return fs.PyFileSystem(fs.FSSpecHandler(remote)), path
+
+
+def read_file(location: str | os.PathLike[str]) -> bytes:
+    """Return a file's content.
+
+    Raises:
+        RequestError: see `locate`.
+        OSError: the file can't be read.
+    """
+    filesystem, path = locate(location)
+    with filesystem.open_input_stream(path) as stream:
+        return stream.read()
 
 
 def is_local(filesystem: fs.FileSystem) -> bool:
@@ -44,7 +55,7 @@ def is_local(filesystem: fs.FileSystem) -> bool:
 
 
 def write_whole(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
-    """Write a file that is complete or absent: a rename on a disk, one upload in an object store."""
+    """Write a file so that it is complete or absent: by a rename on a disk, by one upload in an object store."""
     if not is_local(filesystem):
         with filesystem.open_output_stream(path) as stream:
             stream.write(content)

@@ -1,18 +1,18 @@
-"""The run folder, STORAGE/NAME/: the only room that knows its files.
+"""The run folder, STORAGE/NAME/, and its files.
 
-    run.json            what is trained, on what, by whom
+    run.json            the request: model, recipe, data, hardware and versions
     metrics.jsonl       a line for each finished epoch
-    result.json         how it ended, with the scores on the test set
+    result.json         the run's status, with the scores on the test set
     model.safetensors   the final weights
-    predictions.parquet the final network's answer for each test image
-    example_stats.parquet  how each training image fared over the epochs
-    report.*            what the curves show, and suspects.csv, the labels to be doubted
+    predictions.parquet the final network's predictions for each test image
+    example_stats.parquet  statistics of each training image over the epochs
+    report.*            what the curves show; suspects.csv ranks the labels that are probably wrong
     events.out.tfevents.raycifar  the history for TensorBoard
     best.safetensors    the weights of the epoch with the best validation top-1
     checkpoint_*        what a run resumes from; each has a manifest, written last, with a digest of each file
 
-Every file is complete or absent. A checkpoint without a manifest, or with a file that differs from it, was
-cut off in mid-upload or damaged since, and is passed over.
+Every file is complete or absent. A checkpoint that lacks its manifest, or differs from it, is incomplete or damaged,
+and is skipped.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ from pyarrow import fs
 
 from raycifar.errors import RequestError, StorageError
 from raycifar.storage.files import URI, is_local, locate, write_whole
-from raycifar.storage.records import EpochRecord, finite, from_lines, to_lines
+from raycifar.storage.records import EpochRecord, finite
 
 RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
 MODEL, BEST = "model.safetensors", "best.safetensors"
 PREDICTIONS, EXAMPLE_STATS = "predictions.parquet", "example_stats.parquet"
-OLD_EXAMPLE_STATS = "images.parquet"  # as earlier versions called them
+OLD_EXAMPLE_STATS = "images.parquet"  # their name in earlier versions
 EVALUATION, EVALUATION_PAGE = "evaluation.json", "evaluation.html"  # written by `evaluate`
 BENCH, BENCH_CHART = "bench.json", "bench.svg"  # written by `bench`
 REPORT_PAGE, REPORT, REPORT_TEXT, SUSPECTS = "report.html", "report.json", "report.md", "suspects.csv"
@@ -42,49 +42,49 @@ EVENTS = "events.out.tfevents.raycifar"
 MANIFEST = "manifest.json"
 STUDY, COMPARISON, COMPARISON_TABLE = "study.json", "comparison.json", "comparison.csv"  # of a comparison's folder
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
-KEPT = 3  # checkpoints; the newest may be damaged, and so may the one before
+KEPT = 3  # checkpoints: the newest two may be damaged
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder, there or to be made. `storage` is a local folder or a URI."""
+    """A run folder, which may not exist yet. `storage` is a local folder or a URI."""
 
     storage: str
     name: str
 
     @classmethod
-    def at(cls, place: str) -> "RunFolder":
-        """Return the run whose folder, or its URI, is `place`."""
-        if not URI.match(place):
-            folder = Path(place).expanduser().resolve()
+    def at(cls, location: str) -> "RunFolder":
+        """Return the run folder at a path or URI."""
+        if not URI.match(location):
+            folder = Path(location).expanduser().resolve()
             return cls(str(folder.parent), folder.name)
-        storage, _, name = place.rstrip("/").rpartition("/")
+        storage, _, name = location.rstrip("/").rpartition("/")
         return cls(storage, name)
 
     @cached_property
-    def _place(self) -> tuple[fs.FileSystem, str]:
+    def _location(self) -> tuple[fs.FileSystem, str]:
         filesystem, root = locate(self.storage)
         return filesystem, f"{root.rstrip('/')}/{self.name}"
 
     @property
     def filesystem(self) -> fs.FileSystem:
-        return self._place[0]
+        return self._location[0]
 
     @property
     def root(self) -> str:
         """The storage's path on `filesystem`."""
-        return self._place[1].rpartition("/")[0]
+        return self._location[1].rpartition("/")[0]
 
     @property
     def folder(self) -> str:
-        """The folder's path, or for remote storage its URI."""
-        return self._place[1] if is_local(self.filesystem) else f"{self.storage.rstrip('/')}/{self.name}"
+        """The folder's path, or its URI if the storage is remote."""
+        return self._location[1] if is_local(self.filesystem) else f"{self.storage.rstrip('/')}/{self.name}"
 
     # Files ------------------------------------------------------------------------------------------
 
     def read(self, file: str) -> bytes | None:
-        """Return a file's content, or None where there is none."""
-        filesystem, folder = self._place
+        """Return a file's content, or None if it doesn't exist."""
+        filesystem, folder = self._location
         try:
             with filesystem.open_input_stream(f"{folder}/{file}") as stream:
                 return stream.read()
@@ -95,17 +95,17 @@ class RunFolder:
         """Write a file, whole or not at all.
 
         Raises:
-            StorageError: it can't be written.
+            StorageError: the file can't be written.
         """
-        filesystem, folder = self._place
+        filesystem, folder = self._location
         try:
             write_whole(filesystem, f"{folder}/{file}", content)
         except OSError as error:
             raise StorageError.of(f"{self.folder}/{file}", error) from error
 
     def delete(self, file: str) -> None:
-        """Delete a file, if it is there."""
-        filesystem, folder = self._place
+        """Delete a file if it exists."""
+        filesystem, folder = self._location
         if self.read(file) is not None:
             filesystem.delete_file(f"{folder}/{file}")
 
@@ -119,30 +119,33 @@ class RunFolder:
 
     def history(self) -> list[EpochRecord]:
         """Return the records of the finished epochs, in order."""
-        return from_lines(self.read(METRICS) or b"")
+        return [EpochRecord.from_json(json.loads(line)) for line in (self.read(METRICS) or b"").splitlines()]
 
     def write_history(self, history: Iterable[EpochRecord]) -> None:
-        self.write(METRICS, to_lines(history))
+        self.write(METRICS, "".join(json.dumps(record.to_json()) + "\n" for record in history).encode())
+
+    def _subfolders(self) -> list[str]:
+        filesystem, folder = self._location
+        entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+        return sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
 
     def runs(self) -> list["RunFolder"]:
-        """Return the runs whose folders lie in this one, a comparison's, by name."""
-        filesystem, folder = self._place
-        entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-        names = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
-        return [run for name in names if (run := RunFolder(self.folder, name)).read(RUN) is not None]
+        """Return the runs inside this folder, which is a comparison's, sorted by name."""
+        runs = (RunFolder(self.folder, name) for name in self._subfolders())
+        return [run for run in runs if run.read(RUN) is not None]
 
     @contextmanager
     def marker(self) -> Iterator[str | None]:
-        """Leave an empty file where the folder is to be, for other machines to look for; None on a remote storage.
+        """Create an empty file beside the folder for other nodes to look for; yield its path, None if remote.
 
         Raises:
-            RequestError: nothing can be written there.
+            RequestError: the storage can't be written.
         """
         if not is_local(self.filesystem):
             yield None
             return
-        place = next(path for path in (Path(self.root), *Path(self.root).parents) if path.is_dir())
-        marker = place / f".raycifar-{uuid.uuid4().hex}"
+        existing = next(path for path in (Path(self.root), *Path(self.root).parents) if path.is_dir())
+        marker = existing / f".raycifar-{uuid.uuid4().hex}"
         try:
             marker.touch()
         except OSError as error:
@@ -156,7 +159,7 @@ class RunFolder:
 
     def write_checkpoint(self, files: Mapping[str, bytes], name: str) -> str:
         """Write the files of the checkpoint `name`, the manifest last, and return its path on the file system."""
-        filesystem, folder = self._place
+        filesystem, folder = self._location
         if is_local(filesystem):
             filesystem.create_dir(f"{folder}/{name}")
         for file, content in files.items():
@@ -166,24 +169,20 @@ class RunFolder:
 
     def checkpoint_names(self) -> list[str]:
         """Return the names of all checkpoints, the newest first; some may be damaged."""
-        filesystem, folder = self._place
-        entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-        names = (entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
-        return sorted((name for name in names if name.startswith("checkpoint_")), reverse=True)
+        return [name for name in reversed(self._subfolders()) if name.startswith("checkpoint_")]
 
     def read_checkpoint(self, name: str) -> dict[str, bytes]:
         """Return the checkpoint's files by name.
 
         Raises:
-            ValueError: it is incomplete or damaged; the message says which file.
+            ValueError: the checkpoint is incomplete or damaged; the message names the file.
         """
-        manifest = self.read(f"{name}/{MANIFEST}")
-        if manifest is None:
-            raise ValueError("it was not written to its end")
         try:
-            digests = json.loads(manifest)
+            digests = self.read_json(f"{name}/{MANIFEST}")
         except ValueError as error:
             raise ValueError(f"{MANIFEST} is damaged") from error
+        if digests is None:
+            raise ValueError("it is incomplete")
         contents = {}
         for file, expected in digests.items():
             content = self.read(f"{name}/{file}")
@@ -192,23 +191,23 @@ class RunFolder:
             contents[file] = content
         return contents
 
-    def sound_checkpoints(self, passed_over: Callable[[str], None]) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """Yield the checkpoints that can be read, the newest first; say which are passed over, and why."""
+    def sound_checkpoints(self, warn: Callable[[str], None]) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """Yield the checkpoints that can be read, the newest first; `warn` of each that is skipped."""
         for name in self.checkpoint_names():
             try:
                 yield name, self.read_checkpoint(name)
             except ValueError as error:
-                passed_over(f"{name} is passed over: {error}.")
+                warn(f"{name} is skipped: {error}.")
 
     def delete_checkpoints(self, names: list[str]) -> None:
-        filesystem, folder = self._place
+        filesystem, folder = self._location
         for name in names:
             filesystem.delete_dir(f"{folder}/{name}")
 
     def mend_snapshot(self) -> None:
-        """Drop Ray Train's list of checkpoints where it is damaged or names one that is gone.
+        """Delete Ray Train's list of checkpoints if it is damaged or names one that no longer exists.
 
-        Ray would refuse to start. Nothing is lost: a run resumes from the checkpoints themselves.
+        Ray Train refuses to start with such a list. A run resumes from the checkpoints themselves.
         """
         content = self.read(RAY_SNAPSHOT)
         if content is None:

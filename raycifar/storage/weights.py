@@ -1,4 +1,4 @@
-"""Weights files: safetensors, with what it takes to use them. Reading one runs no code."""
+"""Weights files: safetensors with their architecture. Reading one runs no code."""
 
 import json
 from collections.abc import Mapping
@@ -11,26 +11,26 @@ from torch import Tensor
 from raycifar.errors import RequestError
 from raycifar.models import Architecture
 
-KEY = "raycifar"  # one alone: safetensors writes several in an order that differs from one process to the next
+KEY = "raycifar"  # only one: safetensors writes several keys in an order that differs between processes
 
 
 def to_file(tensors: Mapping[str, Tensor], architecture: Architecture) -> bytes:
-    """Return the weights file of a network's state: equal weights, equal bytes."""
+    """Return the weights file of a state dict; equal weights give equal bytes."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(contiguous, metadata={KEY: json.dumps(architecture.to_json())})
 
 
 def from_file(content: bytes, origin: str) -> tuple[dict[str, Tensor], Architecture | None]:
-    """Return a safetensors file's tensors by name, and their architecture if raycifar wrote it.
+    """Return a safetensors file's tensors by name, and their architecture if raycifar wrote the file.
 
     Raises:
-        RequestError: it is no such file, or a damaged one; the message begins with `origin`.
+        RequestError: the file is damaged, or of another kind; the message begins with `origin`.
     """
     try:
         tensors = safetensors.torch.load(content)
-        # The header is JSON, after 8 bytes that say how long it is.
+        # The header is JSON, after 8 bytes that hold its length.
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         about: Any = header.get("__metadata__", {}).get(KEY)
         return tensors, Architecture.from_json(json.loads(about)) if about else None
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{origin} is no safetensors file, or a damaged one: {error}.") from error
+        raise RequestError(f"{origin} is not a safetensors file, or is damaged: {error}.") from error

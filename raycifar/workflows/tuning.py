@@ -293,7 +293,7 @@ def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Wor
     except WorkError as error:
         if (run.read_json(RESULT) or {}).get("status") == TrialStatus.FAILED:
             return  # it would fail again
-        store.put_reason(error.message)
+        store.put_reason(str(error))
         raise
     except Exception as error:
         store.put_reason(f"{type(error).__name__}: {error}")
