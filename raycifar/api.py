@@ -1,4 +1,4 @@
-"""raycifar from Python: in a notebook, a script, a thread, or a program that has started Ray itself.
+"""The Python API, for notebooks, scripts, and programs that have already started Ray.
 
     from raycifar.api import train, compare, open_run
 
@@ -6,14 +6,13 @@
     run.history                                # a DataFrame, a row for each epoch
     run.load().predict(["cat.jpg"]).classes
 
-Options have the names and the defaults of the commands' (`raycifar train --help`), with underscores. Ray is started
-where it is needed, and stopped again; a Ray that the caller has started is joined, and left running. One training goes
-on at a time in a process.
+Options have the commands' names and defaults (`raycifar train --help`), with underscores. Ray is started if needed and
+stopped afterwards; a Ray that the caller has started is joined and left running. A process runs one training at a time.
 """
 
 import html
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import cached_property
@@ -34,8 +33,6 @@ from raycifar.workflows.requests import ComparisonRequest, Settings, TrainingReq
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from raycifar.analysis.history import RunHistory
-
 __all__ = [
     "Comparison",
     "Model",
@@ -53,12 +50,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def with_options(kind: type[Settings]) -> Callable[[Function], Function]:
-    """Put a function's options into its signature and its docstring, as the commands have them in their help."""
+    """Add the commands' options to a function's signature and docstring."""
 
     def add(function: Function) -> Function:
         options = {f.name: (f.metadata["default"], f.type, f.metadata["help"]) for f in settings_of(kind)}
         recipe = {f.name: (None, f.type, f.metadata["help"]) for f in fields(Recipe)}
-        options |= {"recipe": (None, str, "A recipe to begin with, by name; what follows changes it."), **recipe}
+        options |= {"recipe": (None, str, "The base recipe's name; the options below change it."), **recipe}
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         more = [
@@ -73,12 +70,7 @@ def with_options(kind: type[Settings]) -> Callable[[Function], Function]:
     return add
 
 
-# A run ----------------------------------------------------------------------------------------------
-
-
-class Run:
-    """A run, finished or not, as its folder tells it; `folder` is its path or URI."""
-
+class _InFolder:
     def __init__(self, folder: RunFolder) -> None:
         self._files = folder
 
@@ -90,36 +82,43 @@ class Run:
     def folder(self) -> str:
         return self._files.folder
 
+
+# A run ----------------------------------------------------------------------------------------------
+
+
+class Run(_InFolder):
+    """A run, finished or not, read from its folder; `folder` is a path or URI."""
+
     @property
     def about(self) -> dict[str, Any]:
-        """What `run.json` holds: model, recipe, data, seed, hardware and versions."""
+        """The content of `run.json`: model, recipe, data, seed, hardware and versions."""
         return self._files.read_json(RUN)
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What `result.json` holds, or None while the run isn't over."""
+        """The content of `result.json`, or None until the run ends."""
         return self._files.read_json(RESULT)
 
     @property
     def test(self) -> dict[str, float] | None:
-        """The scores on the test set: images, loss, top1, top5, superclass_top1 and ece; None without any."""
+        """The scores on the test set: images, loss, top1, top5, superclass_top1 and ece; None if it isn't scored."""
         return (self.result or {}).get("test")
 
     @property
     def history(self) -> pd.DataFrame:
-        """A row for each finished epoch, by its number; the columns are those of `EpochRecord`."""
+        """A row for each finished epoch, indexed by epoch, with the columns of `EpochRecord`."""
         rows = [record.to_json() for record in self._files.history()]
         columns = None if rows else [f.name for f in fields(EpochRecord)]
         return pd.DataFrame(rows, columns=columns).set_index("epoch")
 
     @property
     def findings(self) -> list[dict[str, Any]]:
-        """What the curves show: kind, confidence, evidence and advice of each, what matters most first."""
+        """The findings from the curves, most important first: kind, confidence, evidence and advice of each."""
         return self._report["findings"]
 
     @property
     def state(self) -> str:
-        """How far the run has come, in a sentence."""
+        """The run's progress, in a sentence."""
         return self._report["state"]
 
     @property
@@ -133,13 +132,13 @@ class Run:
         return plot_history(reporting.read_files(self._files).history, self.name)
 
     def load(self, device: str = "auto") -> Model:
-        """Return the trained network, which predicts.
+        """Return the trained model.
 
         Args:
             device: auto, gpu or cpu.
 
         Raises:
-            RequestError: the run isn't finished, or there is no such device.
+            RequestError: the run isn't finished, or the device doesn't exist.
         """
         return Model(self.folder, device)
 
@@ -157,19 +156,20 @@ class Run:
             **{name: f"{self.test[name]:.4f}" for name in ("top1", "top5", "loss") if self.test},
             "folder": self.folder,
         }
-        return to_html(self.name, facts)
+        rows = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in facts.items())
+        return f"<b>{html.escape(self.name)}</b><table>{rows}</table>"
 
 
 @with_options(TrainingRequest)
 def train(model: str, *, progress: bool = True, **options: Any) -> Run:
-    """Train a model, data-parallel, on Ray Train; a finished run of the same name is only opened.
+    """Train a model, data-parallel, on Ray Train; if the run of that name is finished, only return it.
 
     An interrupted training (KeyboardInterrupt, as by a notebook's stop button) leaves a checkpoint, and the same call
-    with the same `name` goes on from there.
+    with the same `name` continues it.
 
     Args:
         model: cnn, vgg16, resnet50, or timm:NAME.
-        progress: show how it goes.
+        progress: print progress.
 
     Raises:
         RequestError: the request is wrong; nothing was started or written.
@@ -181,48 +181,37 @@ def train(model: str, *, progress: bool = True, **options: Any) -> Run:
     return Run(RunFolder(request.storage, request.name))
 
 
-def open_run(place: str | Path) -> Run:
-    """Return the run whose folder, or its URI, is `place`.
+def open_run(location: str | Path) -> Run:
+    """Return the run at a path or URI.
 
     Raises:
-        RequestError: it is none.
+        RequestError: the folder holds no run.
     """
-    folder = RunFolder.at(str(place))
+    folder = RunFolder.at(str(location))
     if folder.read_json(RUN) is None:
-        raise RequestError(f"{place} is no run's folder: it holds no {RUN}.")
+        raise RequestError(f"{location} is not a run's folder: it holds no {RUN}.")
     return Run(folder)
 
 
 # A comparison ---------------------------------------------------------------------------------------
 
 
-class Comparison:
-    """Models that were trained with several seeds, and compared; `folder` is its path or URI."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._files = folder
-
-    @property
-    def name(self) -> str:
-        return self._files.name
-
-    @property
-    def folder(self) -> str:
-        return self._files.folder
+class Comparison(_InFolder):
+    """A comparison of models over several seeds; `folder` is a path or URI."""
 
     @cached_property
     def result(self) -> dict[str, Any]:
-        """What `comparison.json` holds."""
+        """The content of `comparison.json`."""
         return self._files.read_json(COMPARISON)
 
     @property
     def models(self) -> pd.DataFrame:
-        """A row for each model: its mean scores with 95 % intervals over the seeds, and what it cost."""
+        """A row for each model: mean scores with 95 % intervals over the seeds, and costs."""
         return pd.DataFrame(study.to_rows(self.result)).set_index("model")
 
     @property
     def pairs(self) -> pd.DataFrame:
-        """A row for each pair of models: the difference of test top-1 of `a` and `b`, and the verdict on `a`."""
+        """A row for each pair of models: the difference in test top-1 between `a` and `b`, and the verdict on `a`."""
         columns = ["a", "b", "difference", "low", "high", "p_value", "p_holm", "verdict", "sentence"]
         return pd.DataFrame(self.result["pairs"], columns=columns)
 
@@ -232,31 +221,30 @@ class Comparison:
 
     @property
     def findings(self) -> list[dict[str, Any]]:
-        """What the runs of a model show together; what each shows is its own."""
+        """The findings about each model's runs together; those about a single run are the run's."""
         return reporting.read_comparison_report(self._files)["findings"]
 
     @property
     def sentences(self) -> list[str]:
-        """What the comparison says, in words."""
+        """The comparison's conclusions."""
         return study.sentences(self.result)
 
     def plot(self) -> "Figure":
-        """Return validation top-1 and training loss by epoch: the mean of each model's runs, and their range."""
+        """Return a figure of validation top-1 and training loss by epoch: mean and range of each model's runs."""
         from raycifar.analysis.charts import plot_comparison
 
-        return plot_comparison({name: self._histories(name) for name in self.result["models"]}, self.name)
-
-    def _histories(self, model: str) -> "list[RunHistory]":
-        names = self.result["models"][model]["runs"]
-        return [reporting.read_files(run._files).history for run in self.runs if run.name in names]
+        histories = {run.name: reporting.read_files(run._files).history for run in self.runs}
+        models = self.result["models"].items()
+        groups = {name: [histories[run] for run in model["runs"] if run in histories] for name, model in models}
+        return plot_comparison(groups, self.name)
 
     def __repr__(self) -> str:
         return f"Comparison({self.folder!r}): {' '.join(self.sentences)}"
 
     def _repr_html_(self) -> str:
         scores = self.models[["runs", "top1", "top1_low", "top1_high", "top5", "loss", "device_seconds"]]
-        said = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences)
-        return f"<b>{html.escape(self.name)}</b>{scores.to_html(float_format='%.4f', na_rep='')}{said}"
+        sentences = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences)
+        return f"<b>{html.escape(self.name)}</b>{scores.to_html(float_format='%.4f', na_rep='')}{sentences}"
 
 
 @with_options(ComparisonRequest)
@@ -267,41 +255,41 @@ def compare(
     progress: bool = True,
     **options: Any,
 ) -> Comparison:
-    """Train several models with several seeds, orchestrated by Ray Tune, and say which is better and how sure that is.
+    """Train several models with several seeds, orchestrated by Ray Tune, and compare them.
 
-    The same call with the same `name` continues one that was interrupted.
+    The same call with the same `name` continues an interrupted comparison.
 
     Args:
-        models: of cnn, vgg16, resnet50 and timm:NAME.
-        runs: finished runs to be compared instead, or their folders; nothing is trained.
-        progress: show how it goes.
+        models: any of cnn, vgg16, resnet50 and timm:NAME.
+        runs: finished runs to compare instead, or their folders; nothing is trained.
+        progress: print progress.
 
     Raises:
         RequestError: the request is wrong; nothing was started or written.
-        WorkError: trials failed; the others are compared, and `open_comparison` opens that.
+        WorkError: trials failed; the others are compared, and `open_comparison` opens the result.
     """
     names = models.split(",") if isinstance(models, str) else list(models)
-    places = [run.folder if isinstance(run, Run) else str(run) for run in runs]
-    if bool(names) == bool(places):
-        raise RequestError("either models to train, or finished runs: one of both is needed.")
+    folders = [run.folder if isinstance(run, Run) else str(run) for run in runs]
+    if bool(names) == bool(folders):
+        raise RequestError("give either models to train, or finished runs.")
     request, screen = ComparisonRequest.of(names, **options), Screen(quiet=not progress)
     with ExitStack() as connection, telling_how_to_continue(screen, request.name):
-        if places:
-            study.compare_runs(places, request, screen, show=lambda comparison: None)
+        if folders:
+            study.compare_runs(folders, request, screen, show=lambda comparison: None)
         else:
             study.train_and_compare(request, screen, connection, show=lambda comparison: None)
     return Comparison(RunFolder(request.storage, request.name))
 
 
-def open_comparison(place: str | Path) -> Comparison:
-    """Return the comparison whose folder, or its URI, is `place`.
+def open_comparison(location: str | Path) -> Comparison:
+    """Return the finished comparison at a path or URI.
 
     Raises:
-        RequestError: it is none, or has no result.
+        RequestError: the folder holds no finished comparison.
     """
-    folder = RunFolder.at(str(place))
+    folder = RunFolder.at(str(location))
     if folder.read_json(COMPARISON) is None:
-        raise RequestError(f"{place} is no finished comparison's folder: it holds no {COMPARISON}.")
+        raise RequestError(f"{location} is not a finished comparison's folder: it holds no {COMPARISON}.")
     return Comparison(folder)
 
 
@@ -315,8 +303,3 @@ def telling_how_to_continue(screen: Screen, name: str) -> Iterator[None]:
     except KeyboardInterrupt:
         screen.say(f"Interrupted. The same call with name={name!r} continues it.")
         raise
-
-
-def to_html(title: str, facts: Mapping[str, str]) -> str:
-    rows = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in facts.items())
-    return f"<b>{html.escape(title)}</b><table>{rows}</table>"

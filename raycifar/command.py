@@ -1,4 +1,4 @@
-"""How a command ends: what its work raises, and the signals it is sent, become exit codes and a sentence each."""
+"""Exit codes of commands: errors and signals become a code and a sentence each."""
 
 import functools
 import logging
@@ -14,17 +14,17 @@ import click
 
 from raycifar.errors import RequestError, StorageError, WorkError
 
-UNTIL_EXIT = ExitStack()  # holds the connection to Ray, which `leave` ends
+UNTIL_EXIT = ExitStack()  # holds the connection to Ray, which `leave` closes
 
 
 class Interrupted(BaseException):
-    """Ctrl-C, or a job that is stopped."""
+    """Ctrl-C or SIGTERM."""
 
 
 def command(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command its endings: 0 done, 1 failed, 2 wrong request, 130 interrupted; one sentence for each."""
+    """Make a function a command that exits with 0 (done), 1 (failed), 2 (wrong request) or 130 (interrupted)."""
 
-    @click.option("--debug", is_flag=True, help="Show tracebacks, and all that Ray says.")
+    @click.option("--debug", is_flag=True, help="Show tracebacks and Ray's log.")
     @functools.wraps(work)
     def with_endings(debug: bool, **options: Any) -> None:
         def interrupt(number: int, frame: Any) -> None:
@@ -59,26 +59,26 @@ def ending(error: Exception) -> tuple[int, str]:
             return 1, f"Error: {error}"
         case StorageError():
             return 1, f"Error: {error}."
-    return 1, f"Error: {type(error).__name__}: {error}. This is a defect; --debug shows where it arose."
+    return 1, f"Error: {type(error).__name__}: {error}. This is a bug; --debug shows the traceback."
 
 
 def leave(code: int, sentence: str | None = None, *, quiet: bool = False) -> None:
-    """Say how it ended, and end this process and what Ray has started for it, without waiting for a training thread.
+    """Print a sentence, and exit this process and its Ray without waiting for training threads.
 
     Args:
-        quiet: without what Ray says of all that it could not finish.
+        quiet: suppress Ray's messages about interrupted work.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if sentence:
         click.echo(sentence, err=True)
     if quiet:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Ray's own core writes to the descriptor
-    ray = sys.modules.get("ray")  # half imported, maybe, by another thread
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Ray's C++ core writes to the descriptor
+    ray = sys.modules.get("ray")  # perhaps half imported by another thread
     if ray and getattr(ray, "is_initialized", bool)():
         from raycifar.cluster import ray_internals
 
-        ray_internals.forbid_auto_init()  # else a thread that still works starts Ray anew
+        ray_internals.forbid_auto_init()  # a running thread would otherwise start Ray again
         ray.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

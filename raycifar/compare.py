@@ -1,4 +1,4 @@
-"""Train several models, seeds and settings, and say which is better: `raycifar compare --models cnn,vgg16`."""
+"""Train and compare several models: `raycifar compare --models cnn,vgg16`."""
 
 from typing import Any
 
@@ -22,14 +22,14 @@ from raycifar.workflows.requests import ComparisonRequest
 @recipe_options
 @command
 def main(debug: bool, runs: tuple[str, ...], names: str | None, **options: Any) -> None:
-    """Train several models and seeds, orchestrated by Ray Tune, and say which is better and how sure that is.
+    """Train several models and seeds, orchestrated by Ray Tune, and report which is better, with its uncertainty.
 
-    Given the folders of finished runs, compare those, and train nothing.
+    Given the folders of finished runs, compare these instead.
 
-    The options from --epochs on are the recipe's: what isn't given is each model's own.
+    The options from --epochs on change each model's recipe.
     """
     if bool(runs) == bool(names):
-        raise RequestError("either --models to train, or the folders of finished runs: one of both is needed.")
+        raise RequestError("give either --models to train, or the folders of finished runs.")
     request, screen = ComparisonRequest.of(names.split(",") if names else (), **options), Screen()
 
     def show(comparison: dict[str, Any]) -> None:

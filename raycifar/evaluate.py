@@ -22,8 +22,8 @@ from raycifar.workflows.evaluation import EvaluationRequest, evaluate
 def main(debug: bool, **options: object) -> None:
     """Score a trained network on a data set, as a Ray Data job.
 
-    RUN is the folder of a finished run, WEIGHTS a weights file that raycifar wrote. Writes evaluation.json, a
-    page of it, and with what was predicted of each image predictions.parquet.
+    RUN is the folder of a finished run, WEIGHTS a weights file that raycifar wrote. Writes evaluation.json, its page
+    evaluation.html, and predictions.parquet with the predictions for each image.
     """
     screen = Screen()
     found, folder = evaluate(EvaluationRequest(**options), screen, UNTIL_EXIT, debug=debug)  # type: ignore[arg-type]

@@ -12,18 +12,18 @@ from raycifar.workflows.exporting import SUFFIXES, export
 @click.argument("network", metavar="RUN|WEIGHTS")
 @click.option("--to", "kind", type=click.Choice(list(SUFFIXES)), required=True)
 @click.option("--out", help="File or URI to write.  [model and suffix, in the current folder]")
-@click.option("--data", help="Whose test images it is checked on.  [the run's own; else RAYCIFAR_DATA or cifar100]")
+@click.option("--data", help="Test images for the check.  [the run's; else RAYCIFAR_DATA or cifar100]")
 @command
 def main(debug: bool, network: str, kind: str, out: str | None, data: str | None) -> None:
     """Write a trained network for other programs, with the preprocessing of its images inside.
 
-    What is written maps images (n, 3, 32, 32) uint8, channels first, to logits (n, classes) float32. It is read
-    back, and must choose the same class as the network for 1,000 test images before it is kept.
+    The result maps images (n, 3, 32, 32) uint8, channels first, to logits (n, classes) float32. It is kept only if it
+    predicts the same classes as the network for 1,000 test images.
     """
     screen = Screen()
     done = export(network, kind, screen, out=out, data=data)
     screen.say(
-        f"{done.place}: {done.num_bytes / 1e6:.1f} MB. The same class for each of {done.num_images:,} test images; "
+        f"{done.file}: {done.num_bytes / 1e6:.1f} MB. The same class for each of {done.num_images:,} test images; "
         f"logits differ by at most {done.difference:.1g}."
     )
 

@@ -1,4 +1,4 @@
-"""The options that commands share, made of the dataclasses that say what can be asked for."""
+"""Command-line options, made from the fields of requests and recipes."""
 
 import types
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from raycifar.workflows.requests import Settings, WorkerCount, settings_of
 
 Command = Callable[..., Any]
 
-WIDE = {"show_default": True, "max_content_width": 110}  # how commands show their help
+WIDE = {"show_default": True, "max_content_width": 110}  # layout of the help
 
 
 def request_options(kind: type[Settings], *, without: Sequence[str] = ()) -> Callable[[Command], Command]:
@@ -28,12 +28,12 @@ def request_options(kind: type[Settings], *, without: Sequence[str] = ()) -> Cal
 
 
 recipe_option = click.option(
-    "--recipe", metavar="NAME|FILE|RUN", default=None, help="To begin with: see `raycifar recipes`.  [the model's own]"
+    "--recipe", metavar="NAME|FILE|RUN", default=None, help="Base recipe: see `raycifar recipes`.  [the model's]"
 )
 
 
 def recipe_options(command: Command) -> Command:
-    """Add `--recipe`, and an option for each field of any model's recipe; what isn't given is None."""
+    """Add `--recipe`, and an option for each field of any model's recipe, with the default None."""
     for name, kind in reversed(recipe_fields().items()):
         command = field_option(name, kind)(command)
     return recipe_option(command)
@@ -52,7 +52,7 @@ def field_option(name: str, kind: type[Recipe]) -> Callable[[Command], Command]:
 def to_option(field: Any, default: Any) -> Callable[[Command], Command]:
     name, kind = f"--{field.name.replace('_', '-')}", field.type
     if kind == WorkerCount:
-        kind = str  # taken apart with the rest of the request
+        kind = str  # parsed by the request
     elif isinstance(kind, types.UnionType):
         kind = get_args(kind)[0]
     if kind is bool and default is not False:

@@ -1,4 +1,4 @@
-"""Ask a trained network what images show: `python -m raycifar.predict results/cnn-a photos/`."""
+"""Predict the classes of images: `python -m raycifar.predict results/cnn-a photos/`."""
 
 import json
 
@@ -6,7 +6,7 @@ import click
 
 from raycifar.command import command
 from raycifar.errors import WorkError
-from raycifar.tables import answers_table
+from raycifar.tables import predictions_table
 from raycifar.terminal import Screen
 from raycifar.workflows.prediction import predict_files
 
@@ -18,16 +18,16 @@ from raycifar.workflows.prediction import predict_files
 @click.option("--device", type=click.Choice(["auto", "gpu", "cpu"]), default="auto")
 @command
 def main(debug: bool, network: str, images: tuple[str, ...], as_json: bool, device: str) -> None:
-    """Ask a trained network what images show: its five likeliest classes for each.
+    """Print the five likeliest classes of each image.
 
     RUN is the folder of a finished run, WEIGHTS a weights file that raycifar wrote. IMAGES are files, folders or
-    URIs, of any size and mode. An image that can't be read is named, the rest go on, and the exit code is 1.
+    URIs, of any size and mode. If an image can't be read, the others are still classified, and the exit code is 1.
     """
     answers = predict_files(network, images, device)
     if as_json:
         click.echo(json.dumps(answers, indent=2))
     else:
-        Screen().console.print(answers_table(answers))
+        Screen().console.print(predictions_table(answers))
     if broken := [f"{answer['image']}: {answer['error']}" for answer in answers if "error" in answer]:
         raise WorkError(f"{len(broken)} of {len(answers)} images can't be read: {'; '.join(broken)}.")
 

@@ -1,4 +1,4 @@
-"""The recipes there are, or one in full: `python -m raycifar.recipes vgg16`."""
+"""List the recipes, or print one in full: `python -m raycifar.recipes vgg16`."""
 
 import click
 
@@ -15,7 +15,7 @@ from raycifar.terminal import Screen
 @recipe_option
 @command
 def main(debug: bool, model: str | None, recipe: str | None) -> None:
-    """List the recipes, or show one of MODEL in full: as a TOML file, which --recipe takes."""
+    """List the recipes, or print one of MODEL's as a TOML file for --recipe."""
     screen = Screen()
     if model:
         screen.say(to_toml(choose_recipe(model, recipe)))

@@ -20,8 +20,8 @@ FILES = {"html": REPORT_PAGE, "md": REPORT_TEXT, "json": REPORT}
 def main(debug: bool, folder: str, kind: str, data: str | None, out: str | None) -> None:
     """Draw and explain a run, finished or not, or a comparison.
 
-    Writes report.html, one page that opens without a network, and report.json; of a run also suspects.csv, its
-    training images in the order in which their labels are to be doubted. With --format md or json: that alone.
+    Writes report.html, a page that opens offline, and report.json; for a run also suspects.csv, which ranks its
+    training images by how likely their labels are wrong. With --format md or json, writes only that.
     """
     screen, subject = Screen(), RunFolder.at(folder)
     where = RunFolder.at(out) if out else subject

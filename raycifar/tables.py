@@ -1,4 +1,4 @@
-"""Results as tables for a terminal."""
+"""Tables of results for a terminal."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ from raycifar.models.recipes import NamedRecipe
 
 
 def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
-    """Return what the models reached, and what they cost; both fit a terminal of 80 columns."""
+    """Return the models' scores and their costs; each table fits 80 columns."""
     budget = comparison["equal_device_seconds"]
     priced = any(model["cost"] is not None for model in comparison["models"].values())
     scores, costs = Table(box=box.SIMPLE_HEAD, pad_edge=False), Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -40,9 +40,9 @@ def interval(score: dict[str, Any]) -> str:
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
-    """Return the hardest and the easiest classes, and those that are most confused."""
+    """Return the hardest, the easiest and the most confused classes."""
     classes = sorted(evaluation["classes"], key=lambda row: row["recall"] or 0.0)
-    table = Table("hardest classes", "right", "easiest", "right", "most confused", "images", box=box.SIMPLE_HEAD)
+    table = Table("hardest classes", "recall", "easiest", "recall", "most confused", "images", box=box.SIMPLE_HEAD)
     for worst, best, pair in zip(classes[:10], classes[::-1][:10], evaluation["confused"][:10], strict=False):
         table.add_row(
             worst["class"],
@@ -55,13 +55,13 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
     return table
 
 
-def answers_table(answers: list[dict[str, Any]]) -> Table:
+def predictions_table(predictions: list[dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("image", "top 5"):
         table.add_column(heading, overflow="fold")
-    for answer in answers:
-        guesses = ", ".join(f"{guess['class']} {guess['probability']:.2f}" for guess in answer.get("top5", []))
-        table.add_row(answer["image"], guesses or f"can't be read: {answer['error']}")
+    for row in predictions:
+        classes = ", ".join(f"{likely['class']} {likely['probability']:.2f}" for likely in row.get("top5", []))
+        table.add_row(row["image"], classes or f"can't be read: {row['error']}")
     return table
 
 

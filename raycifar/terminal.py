@@ -1,4 +1,4 @@
-"""What a run says: a calm screen at a terminal, plain lines anywhere else."""
+"""Progress output: a live display in a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,14 +16,14 @@ from raycifar.storage.records import EpochRecord
 from raycifar.workflows.trial import Trial, TrialStatus
 
 POLL_SECONDS = 0.25
-LINE_SECONDS = 30  # between two lines about the same thing, where there is no terminal
+LINE_SECONDS = 30  # between two plain lines about the same step
 
 
 class Screen:
-    """Writes to standard output: lines that change at a terminal, plain lines elsewhere, as in a notebook.
+    """Writes to standard output: live in a terminal, plain lines elsewhere, as in a notebook.
 
     Args:
-        quiet: writes nothing.
+        quiet: write nothing.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -44,7 +44,7 @@ class Screen:
 
     @contextmanager
     def waiting(self, for_what: str) -> Iterator[None]:
-        """Say what is being waited for, while it is."""
+        """Show what the program waits for."""
         if self.console.is_terminal:
             with self.console.status(f"{for_what} …"):
                 yield
@@ -63,13 +63,13 @@ class Screen:
         """Show the run on `status_store` until it is no longer `running`.
 
         Args:
-            waiting: says what workers that have yet to start wait for.
-            refresh: called when an epoch is over.
+            waiting: returns what workers that haven't started wait for.
+            refresh: called after each epoch.
         """
         failures, epoch, attempt, notices, model = 0, 0, None, 0, None
         with self.line() as line:
             while True:
-                alive = running()  # asked first: what the status store holds after the end is still shown
+                alive = running()  # before the status is read, so that the last one is shown
                 told, status = status_store.failures(), status_store.worker() or WorkerStatus()
                 self.lines(map(str, told[failures:]))
                 failures = len(told)
@@ -94,7 +94,7 @@ class Screen:
     def follow_phase(
         self, status_store: StatusStore, running: Callable[[], bool], waiting: Callable[[], str | None]
     ) -> None:
-        """Say what is being done, by the status store, until it is no longer `running`."""
+        """Show the phase on `status_store` until the work is no longer `running`."""
         with self.line() as line:
             while running():
                 status = status_store.worker() or WorkerStatus()
@@ -103,7 +103,7 @@ class Screen:
 
     @contextmanager
     def line(self) -> Iterator["LiveLine | PlainLine"]:
-        """Give a line for what is under way: one that changes at a terminal, else one after the other."""
+        """Yield a progress display: a live bar in a terminal, plain lines elsewhere."""
         if not self.console.is_terminal:
             yield PlainLine(self.say)
             return
@@ -121,7 +121,7 @@ class Screen:
     def follow_trials(
         self, trials: Callable[[], Sequence[Trial]], running: Callable[[], bool], refresh: Callable[[], None]
     ) -> None:
-        """Show the trials of a comparison until it is no longer `running`; call `refresh` at every look."""
+        """Show the trials of a comparison until it is no longer `running`; call `refresh` at each update."""
         if self.console.is_terminal:
             with Live(console=self.console, transient=True, refresh_per_second=4) as live:
                 while running():
@@ -131,7 +131,7 @@ class Screen:
             self.console.print(trial_table(trials()))
             return
         said: dict[str, list[str]] = {trial.name: [] for trial in trials() if trial.over}
-        ended = set(said)  # before this command began
+        ended = set(said)  # before this command
         while True:
             alive = running()
             for trial in trials():
@@ -149,7 +149,7 @@ class Screen:
 
 
 class LiveLine:
-    """A progress bar for the epoch under way, or what is waited for."""
+    """A progress bar for the current epoch or phase."""
 
     def __init__(self, bar: Progress) -> None:
         self.bar = bar
@@ -171,7 +171,7 @@ class LiveLine:
 
 
 class PlainLine:
-    """A line when something new begins, and every half minute while it lasts."""
+    """A line for each new phase, and every half minute while it lasts."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
@@ -192,7 +192,7 @@ class PlainLine:
 
 
 def trial_lines(trial: Trial) -> list[str]:
-    """Return what there is to say of a trial so far, the oldest first."""
+    """Return the messages about a trial so far, the oldest first."""
     if trial.status == TrialStatus.WAITING:
         return []
     store = trial.status_store
@@ -207,7 +207,6 @@ def trial_lines(trial: Trial) -> list[str]:
 
 
 def trial_table(trials: Sequence[Trial]) -> Table:
-    """Return the trials as they stand."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("trial", "status", "epoch", "loss", "val top-1", "images/s", "time left"):
         table.add_column(heading, justify="left" if heading in ("trial", "status") else "right")
@@ -217,12 +216,12 @@ def trial_table(trials: Sequence[Trial]) -> Table:
 
 
 def trial_cells(trial: Trial) -> list[str]:
-    """Return how a trial stands: status, epoch, loss, validation top-1, images per second and time left."""
+    """Return a trial's status, epoch, loss, validation top-1, images per second and time left."""
     if trial.status == TrialStatus.WAITING:
         return [trial.status]
     store, epochs = trial.status_store, trial.recipe.epochs
     status, history = store.worker(), store.history()
-    if status is None:  # also of a trial that was over before this command began
+    if status is None:  # also for a trial that ended before this command
         return [trial.status if trial.over else store.waiting() or "starting"]
     step, newest = status.step, history[-1] if history else None
     loss = step.loss if step else newest and newest.train_loss
@@ -238,7 +237,7 @@ def trial_cells(trial: Trial) -> list[str]:
 
 
 def seconds_left(step: StepStatus, epochs: int) -> float:
-    """Return how long training takes to the end of so many epochs, validation aside, at the present speed."""
+    """Return the training time left to the end of `epochs`, without validation, at the current speed."""
     steps = (epochs - step.epoch + 1) * step.steps - step.step
     return steps * step.images_per_step / step.images_per_second
 
@@ -248,7 +247,7 @@ def step_metrics(step: StepStatus) -> str:
 
 
 def epoch_line(record: EpochRecord, epochs: int) -> str:
-    """Return the line that stays of a finished epoch."""
+    """Return the line of a finished epoch."""
     number = f"{record.epoch:>{len(str(epochs))}}/{epochs}"
     parts = [f"epoch {number}  loss {digits(record.train_loss)}  top-1 {digits(record.train_top1)}"]
     if record.val_top1 is not None:

@@ -20,7 +20,7 @@ from raycifar.workflows.requests import TrainingRequest
 def main(debug: bool, model: str, **options: Any) -> None:
     """Train one model, data-parallel, on Ray Train.
 
-    The options from --epochs on are the recipe's: what isn't given is the model's own, and is shown at the start.
+    The options from --epochs on change the model's recipe, which is shown at the start.
     """
     request, screen = TrainingRequest.of(model, **options), Screen()
     try:

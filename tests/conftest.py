@@ -23,7 +23,7 @@ from torchvision.models import resnet50
 
 from raycifar.data.sources import load
 from raycifar.data.synthetic import synthetic
-from raycifar.data.tables import to_numpy
+from raycifar.data.tables import to_images
 
 SMALL = {"train": 800, "test": 300}
 RUN = ("--model", "cnn", "--limit", 200, "--val-size", 100, "--epochs", 3, "--batch-size", 20)  # 10 steps an epoch
@@ -48,7 +48,7 @@ def small_arrays():
         fine = table["fine"].to_numpy()
         rows = np.concatenate([np.flatnonzero(fine == label)[: count // 100] for label in range(100)])
         rows = np.random.default_rng(0).permutation(rows)
-        images = to_numpy(table["image"].combine_chunks(), "image")[rows]
+        images = to_images(table["image"])[rows]
         arrays[split] = images, fine[rows], table["coarse"].to_numpy()[rows]
     return arrays
 

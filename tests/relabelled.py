@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from raycifar.data.sources import RECORD, load
-from raycifar.data.tables import to_numpy
+from raycifar.data.tables import to_images
 
 
 def relabel(source: str, destination: Path, share: float, seed: int) -> np.ndarray:
@@ -20,7 +20,7 @@ def relabel(source: str, destination: Path, share: float, seed: int) -> np.ndarr
         if split == "train":
             changed = np.sort(rng.choice(len(fine), int(share * len(fine)), replace=False))
             fine[changed] = (fine[changed] + rng.integers(1, 100, len(changed))) % 100
-        images = to_numpy(table["image"].combine_chunks(), "image").reshape(len(fine), -1)
+        images = to_images(table["image"]).reshape(len(fine), -1)
         records = np.concatenate([np.stack([parents[fine], fine], 1).astype(np.uint8), images], axis=1)
         assert records.shape[1] == RECORD
         (destination / f"{split}.bin").write_bytes(records.tobytes())

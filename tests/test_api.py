@@ -14,7 +14,7 @@ from PIL import Image
 
 from raycifar.api import compare, open_comparison, open_run
 from raycifar.data.sources import load
-from raycifar.data.tables import to_numpy
+from raycifar.data.tables import to_images
 from raycifar.errors import RequestError
 
 BEGIN = """
@@ -80,15 +80,15 @@ def test_a_run_that_has_just_begun_has_no_epochs_and_no_scores(trained, tmp_path
     assert "val_top1" in run.history
     run.plot()
     run._repr_html_()
-    with pytest.raises(RequestError, match="is not there"):
+    with pytest.raises(RequestError, match="does not exist"):
         run.load()
-    with pytest.raises(RequestError, match="is no run's folder"):
+    with pytest.raises(RequestError, match="is not a run's folder"):
         open_run(tmp_path)
 
 
 def test_images_of_any_kind_are_asked_about(trained, small, tmp_path):
     model = open_run(trained).load(device="cpu")
-    pixels = to_numpy(load(small).test["image"].combine_chunks(), "image")[:4].transpose(0, 2, 3, 1)
+    pixels = to_images(load(small).test["image"])[:4].transpose(0, 2, 3, 1)
     classes, probabilities = model.predict(pixels)
     assert len(classes) == 4
     assert set(classes) <= set(model.class_names)
@@ -111,7 +111,7 @@ def test_images_of_any_kind_are_asked_about(trained, small, tmp_path):
         (np.zeros((2, 3, 32, 32), np.uint8), r"uint8 of shape \(2, 3, 32, 32\)"),
         (np.zeros((2, 32, 32, 3), np.float32), "float32 of shape"),
         ([], "no image"),
-        ("nowhere.png", "nowhere.png is not there"),
+        ("nowhere.png", "nowhere.png does not exist"),
     ],
 )
 def test_what_is_no_image_is_refused(trained, images, says):
@@ -206,7 +206,7 @@ def test_a_comparison_of_finished_runs_has_its_tables_as_data_frames(trained, tm
     assert "cnn" in comparison._repr_html_()
     assert open_comparison(tmp_path / "c").sentences == comparison.sentences
     for wrong in ({}, {"models": ["cnn"], "runs": [trained]}):
-        with pytest.raises(RequestError, match="one of both is needed"):
+        with pytest.raises(RequestError, match="give either models"):
             compare(**wrong)
 
 

@@ -15,11 +15,11 @@ from raycifar.engine.image_ops import (
     TONE,
     apply_operations,
     blend,
-    draw_operations,
     equalize,
     magnitudes,
     operation,
     operations,
+    sample_operations,
     warp,
 )
 from raycifar.models.recipe import Recipe
@@ -125,7 +125,7 @@ def test_what_is_done_to_all_images_changes_those_alone_that_it_is_for(varied):
     """A GPU does everything to all images, a CPU does each thing to some."""
     torch.manual_seed(0)
     images = varied.repeat(40, 1, 1, 1)
-    drawn = draw_operations("trivial", images)
+    drawn = sample_operations("trivial", images)
     out = equalize(blend(warp(images, drawn[:, GEOMETRY]), drawn[:, TONE]), drawn[:, HISTOGRAM])
     assert torch.equal(out, apply_operations(images, drawn))
 
@@ -134,7 +134,7 @@ def test_what_is_done_to_all_images_changes_those_alone_that_it_is_for(varied):
 @pytest.mark.parametrize("policy", ["trivial", "rand"])
 def test_a_gpu_gives_what_a_cpu_gives_and_never_waits(varied, policy):
     images, device = varied.repeat(40, 1, 1, 1), torch.device("cuda")
-    drawn = draw_operations(policy, images)
+    drawn = sample_operations(policy, images)
     there = images.to(device), drawn.to(device)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -168,7 +168,7 @@ def test_a_policy_draws_from_torchvision_s_space(policy, space, levels):
 
 def test_operations_are_drawn_evenly(images):
     torch.manual_seed(0)
-    drawn = draw_operations("rand", images[:1].expand(2800, -1, -1, -1))
+    drawn = sample_operations("rand", images[:1].expand(2800, -1, -1, -1))
     found = [count.item() for count in drawn.unique(dim=0, return_counts=True)[1]]
     assert len(found) == 5 + 2 * 9
     assert sorted(found)[:18] == pytest.approx([100] * 18, abs=40)
@@ -180,7 +180,7 @@ def test_a_policy_follows_the_shifts(images, kind):
     torch.manual_seed(1)
     shifted = augment(images, "crop")
     for _ in range(1 + (kind == "rand")):
-        shifted = apply_operations(shifted, draw_operations(kind, shifted))
+        shifted = apply_operations(shifted, sample_operations(kind, shifted))
     torch.manual_seed(1)
     assert torch.equal(augment(images, kind), shifted)
 

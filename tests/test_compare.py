@@ -109,7 +109,7 @@ def test_runs_that_are_not_comparable_are_refused_with_the_reason(made_up, compa
     assert "vgg16-s0 differs from cnn-s0 in training images 5000 (not 45000), epochs 9 (not 2)" in refused
     failed = made_up("vgg16", 1, 0.6, status="failed")
     assert "can't be compared: it is failed" in compare(first, failed, code=2).stderr
-    assert "is no run's folder" in compare(first, tmp_path / "nothing", code=2).stderr
+    assert "is not a run's folder" in compare(first, tmp_path / "nothing", code=2).stderr
     assert "--models to train, or the folders" in compare(code=2).stderr
     assert not (tmp_path / "runs").exists()
 
@@ -171,7 +171,7 @@ def test_a_trial_that_fails_is_reported_and_the_others_go_on(compare, small, clu
     args = (*STUDY, "--epochs", 1, "--checkpoint-steps", 0, "--data", small, "--seeds", 2, "--name", "c")
     done = compare(*args, env=cluster, code=1)
     assert "cnn-s0: Its driver failed (" in done.stdout
-    assert "; it is tried again." in done.stdout
+    assert " and is restarted." in done.stdout
     assert "1 of 2 trials failed: cnn-s0: " in done.stderr
     comparison = json.loads((tmp_path / "runs/c/comparison.json").read_text())
     assert comparison["models"]["cnn"]["runs"] == ["cnn-s1"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raycifar.data import CIFAR100, DatasetInfo
-from raycifar.data.tables import Source, split, to_numpy, to_table
+from raycifar.data.tables import Source, split, to_images, to_table
 from raycifar.errors import RequestError
 from raycifar.models.initial_weights import load_initial_weights
 from raycifar.models.recipe import Recipe
@@ -33,9 +33,9 @@ def test_images_of_another_data_set_are_split_by_its_classes(source):
     splits = split(source, val_size=6, limit=9, seed=0)
     assert np.bincount(splits.val["fine"].to_numpy()).tolist() == [2, 2, 2]
     assert np.bincount(splits.train["fine"].to_numpy()).tolist() == [3, 3, 3]
-    assert to_numpy(splits.train["image"].combine_chunks(), "image", SMALL).shape == (9, 3, 16, 16)
+    assert to_images(splits.train["image"], SMALL).shape == (9, 3, 16, 16)
     assert source.superclass_of() == (0, 0, 1)
-    with pytest.raises(RequestError, match="--val-size 4 can't be shared by 3 classes"):
+    with pytest.raises(RequestError, match="--val-size 4 can't be divided among 3 classes"):
         split(source, val_size=4, limit=None, seed=0)
 
 

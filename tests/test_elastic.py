@@ -75,7 +75,7 @@ def test_a_node_that_is_announced_to_go_loses_nothing(nodes, tmp_path):
     done = command.finish(600)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "A node of this run is being taken away; the run goes on from a checkpoint made just now." in done.stdout
+    assert "A node of this run is being preempted; the run continues elsewhere from a new checkpoint." in done.stdout
     assert re.search(r"Continuing from epoch [2-6], step", done.stdout)
     assert [row["workers"] for row in check_history(tmp_path / "a", 6)][-1] == 1
 

@@ -10,7 +10,7 @@ from command import Command, finish
 from safetensors.torch import load_file
 
 from raycifar.data.sources import load
-from raycifar.data.tables import to_numpy
+from raycifar.data.tables import to_images
 from raycifar.engine.augment import preprocess
 from raycifar.models import Architecture
 from raycifar.storage.weights import to_file
@@ -47,7 +47,7 @@ def test_what_is_written_chooses_the_same_classes(network, small, tmp_path, kind
     done = Export(path, "--to", kind, "--out", out, "--data", small, storage=None).finish()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The same class for each of 300 test images" in done.stdout
-    images = to_numpy(load(small).test["image"].combine_chunks(), "image")[:64].copy()
+    images = to_images(load(small).test["image"])[:64].copy()
     with torch.inference_mode():
         expected = model(preprocess(torch.from_numpy(images))).numpy()
     match kind:

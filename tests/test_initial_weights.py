@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from raycifar import models
 from raycifar.data.sources import load
 from raycifar.data.synthetic import synthetic
-from raycifar.data.tables import to_numpy
+from raycifar.data.tables import to_images
 from raycifar.engine.augment import preprocess
 from raycifar.engine.state import TrainingState
 from raycifar.errors import RequestError
@@ -50,7 +50,7 @@ def test_from_scratch_the_recipe_and_the_data_set_decide_the_architecture():
 def test_an_architecture_makes_weights_from_the_first_images():
     source = synthetic(1200, 100)
     start = initial_weights.load_initial_weights("cnn", SPEEDRUN, source)
-    pixels = to_numpy(source.train["image"].combine_chunks(), "image")[:1000].astype(np.float32) / 255
+    pixels = to_images(source.train["image"])[:1000].astype(np.float32) / 255
     mean, std = (np.float32(values)[:, None, None] for values in (source.info.mean, source.info.std))
     assert np.array_equal(start.weights["whiten.weight"], whitening_filters((pixels - mean) / std))
     assert start.fingerprint() is None  # the images have one
@@ -59,7 +59,7 @@ def test_an_architecture_makes_weights_from_the_first_images():
 
 def test_options_cannot_change_a_network_whose_weights_are_there(tmp_path):
     recipe = CnnRecipe(pretrained=str(tmp_path / "a.pth"), whiten=True, depth=2)
-    with pytest.raises(RequestError, match=r"^--whiten and --depth can't be chosen with --pretrained .*\.pth: "):
+    with pytest.raises(RequestError, match=r"^--whiten and --depth can't be combined with --pretrained .*\.pth: "):
         initial_weights.load_initial_weights("cnn", recipe, synthetic(100, 100))
 
 
@@ -67,7 +67,7 @@ def test_options_cannot_change_a_network_whose_weights_are_there(tmp_path):
 
 
 def test_the_first_batch_gives_the_features_of_torchvision_s_own_model(published_resnet50, resnet50_file, small):
-    images = to_numpy(load(small).train["image"].combine_chunks(), "image")[:8].copy()
+    images = to_images(load(small).train["image"])[:8].copy()
     published = ResNet50_Weights.IMAGENET1K_V2.transforms()
     pipeline = v2.Compose(
         [
@@ -125,7 +125,7 @@ def test_raycifar_s_own_weights_bring_their_stem_and_their_pixels(tmp_path):
     start = load_initial_weights(tmp_path / "own.safetensors", image_size=32)
     assert start.architecture == architecture
     assert "fc.weight" in start.weights
-    with pytest.raises(RequestError, match=r"holds the weights of a resnet50, not of a vgg16\.$"):
+    with pytest.raises(RequestError, match=r"holds weights of resnet50, not of vgg16\.$"):
         load_initial_weights(tmp_path / "own.safetensors", "vgg16")
 
 
@@ -159,11 +159,11 @@ def write_unusable(path, kind, whole):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("text", "is no PyTorch or safetensors file, or a truncated one"),
+        ("text", "is not a PyTorch or safetensors file, or is truncated"),
         ("malicious", r"is refused: its pickle asks for (posix|nt|os)\.system, which no state dict needs"),
         ("another model", "doesn't fit resnet50: 165 missing: layer1.0.conv3.weight, .* and others; 23 of another"),
-        ("truncated", "is no PyTorch or safetensors file, or a truncated one"),
-        ("truncated safetensors", "no safetensors file, or a damaged one"),
+        ("truncated", "is not a PyTorch or safetensors file, or is truncated"),
+        ("truncated safetensors", "not a safetensors file, or is damaged"),
         ("a list", "holds a list, not a state dict"),
         ("an optimizer", "holds a dictionary of float, not a state dict"),
         ("nothing", "can't be read"),
@@ -180,7 +180,9 @@ def test_what_holds_no_weights_of_the_model_is_refused_in_a_sentence(resnet50_fi
 def test_weights_that_cannot_be_fetched_name_both_ways_out(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(ResNet50_Weights.IMAGENET1K_V2.value, "url", "http://127.0.0.1:9/resnet50-11ad3fa6.pth")
-    with pytest.raises(RequestError, match=r"can't be fetched \(.*\): give a weights file with --pretrained FILE, or"):
+    with pytest.raises(
+        RequestError, match=r"can't be downloaded \(.*\): give a weights file with --pretrained FILE, or"
+    ):
         load_initial_weights("imagenet")
     with pytest.raises(RequestError, match="there are no ImageNet weights of cnn"):
         load_initial_weights("imagenet", "cnn")

@@ -11,7 +11,7 @@ from histories import made_up
 from raycifar.analysis.mismatch import find_mismatch
 from raycifar.analysis.reports import RunFiles, report_run
 from raycifar.data.synthetic import synthetic
-from raycifar.data.tables import Source, to_lists, to_numpy, to_table
+from raycifar.data.tables import Source, to_images, to_lists, to_table
 
 
 def answered(labels, predicted):
@@ -73,7 +73,7 @@ def test_the_same_answer_for_all_is_told(honest):
 
 def test_images_that_are_prepared_otherwise_are_told():
     source = synthetic(200, 100)
-    dark = to_numpy(source.test["image"].combine_chunks(), "image") // 4
+    dark = to_images(source.test["image"]) // 4
     columns = [source.test[name].to_numpy() for name in ("fine", "coarse")]
     (finding,) = find_mismatch(scored(0.05), None, Source("dark", source.train, to_table(dark, *columns, "dark")))
     assert "The test images look different" in finding.evidence

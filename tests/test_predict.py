@@ -141,8 +141,8 @@ def test_what_is_no_network_is_refused_in_a_sentence(tmp_path, weights, photo):
     photo.save(tmp_path / "a.png")
     broken = tmp_path / "cut.safetensors"
     broken.write_bytes(weights.read_bytes()[:5000])
-    assert "no safetensors file, or a damaged one" in predict(broken, tmp_path / "a.png", code=2).stderr
-    assert "is not there" in predict(tmp_path / "nothing", tmp_path / "a.png", code=2).stderr
-    assert "nowhere.png is not there" in predict(weights, tmp_path / "nowhere.png", code=2).stderr
+    assert "not a safetensors file, or is damaged" in predict(broken, tmp_path / "a.png", code=2).stderr
+    assert "does not exist" in predict(tmp_path / "nothing", tmp_path / "a.png", code=2).stderr
+    assert "nowhere.png does not exist" in predict(weights, tmp_path / "nowhere.png", code=2).stderr
     shutil.copytree(tmp_path / "run", tmp_path / "empty", ignore=lambda *_: ["model.safetensors"])
-    assert "is not there" in predict(tmp_path / "empty", tmp_path / "a.png", code=2).stderr
+    assert "does not exist" in predict(tmp_path / "empty", tmp_path / "a.png", code=2).stderr

@@ -21,7 +21,7 @@ from PIL import Image
 
 from raycifar.data import sources
 from raycifar.data.synthetic import synthetic
-from raycifar.data.tables import to_numpy
+from raycifar.data.tables import to_images
 from raycifar.errors import RequestError
 
 
@@ -78,7 +78,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 def assert_same(source, arrays):
     for split, (images, fine, coarse) in arrays.items():
         table = getattr(source, split)
-        assert np.array_equal(to_numpy(table["image"].combine_chunks(), "image"), images)
+        assert np.array_equal(to_images(table["image"]), images)
         assert np.array_equal(table["fine"].to_numpy(), fine)
         assert np.array_equal(table["coarse"].to_numpy(), coarse)
 
@@ -136,7 +136,7 @@ def test_the_real_data_set(cifar):
     assert (len(source.train), len(source.test)) == (50_000, 10_000)
     assert np.bincount(source.train["fine"].to_numpy()).tolist() == [500] * 100
     assert sorted(np.bincount(source.superclass_of())) == [5] * 20
-    pixels = to_numpy(source.train["image"].combine_chunks(), "image")
+    pixels = to_images(source.train["image"])
     assert pixels.mean((0, 2, 3)) / 255 == pytest.approx([0.50708, 0.48655, 0.44092], abs=1e-4)
 
 
@@ -179,22 +179,22 @@ def bad_inputs(tmp_path, files, arrays):
     return {
         "a missing path": (tmp_path / "nowhere", "does not exist"),
         "a truncated archive": (tmp_path / "cut.tar.gz", "truncated"),
-        "no archive": (tmp_path / "noise.tar.gz", "no tar archive"),
+        "no archive": (tmp_path / "noise.tar.gz", "not a tar archive"),
         "an archive of another kind": (
             write_archive(tmp_path / "cifar10.tar.gz", {"data_batch_1.bin": b"x" * 3073}, "cifar-10"),
             "it holds data_batch_1.bin",
         ),
         "an escaping member": (
             write_archive(tmp_path / "escape.tar.gz", {**files, "../../evil": b"x"}, ""),
-            "points out of the archive's folder",
+            "points outside the archive's folder",
         ),
         "an absolute member": (
             write_archive(tmp_path / "absolute.tar.gz", {"/etc/evil": b"x", **files}, ""),
-            "points out of the archive's folder",
+            "points outside the archive's folder",
         ),
         "records of a wrong length": (
             write_archive(tmp_path / "length.tar.gz", {**files, "test.bin": files["test.bin"][:-1]}),
-            "no multiple of a CIFAR-100 record's 3,074",
+            "not a multiple of a CIFAR-100 record's 3,074",
         ),
         "a label out of range": (
             write_archive(tmp_path / "label.tar.gz", {**files, "train.bin": bytes(record)}),
@@ -214,7 +214,7 @@ def bad_inputs(tmp_path, files, arrays):
         ),
         "a pickle cut short": (
             write_folder(tmp_path / "short", {**pickles, "train": pickles["train"][:-100]}),
-            "no readable pickle",
+            "not a readable pickle",
         ),
         "Parquet without the columns": (
             write_folder(tmp_path / "columns", {**parquet, "train-0.parquet": no_columns.getvalue()}),
@@ -227,7 +227,7 @@ def bad_inputs(tmp_path, files, arrays):
         "one Parquet file": (tmp_path / "one.parquet", "one split"),
         "an empty split": (
             write_archive(tmp_path / "empty.tar.gz", {**files, "test.bin": b""}),
-            "test.bin holds no image",
+            "test.bin holds no images",
         ),
         "an empty folder": (write_folder(tmp_path / "void", {}), "it holds nothing"),
         "an unknown file system": ("nosuch://bucket/cifar", "on an unknown file system"),
@@ -262,11 +262,11 @@ def command(*args, env=None):
     ("args", "words"),
     [
         (["--data", "nowhere"], "nowhere does not exist"),
-        (["--val-size", "150"], "--val-size 150 can't be shared by 100 classes"),
+        (["--val-size", "150"], "--val-size 150 can't be divided among 100 classes"),
         (["--val-size", "800"], "leaves nothing to train on"),
-        (["--limit", "50", "--val-size", "100"], "--limit 50 can't be shared by 100 classes"),
-        (["--limit", "800", "--val-size", "100"], "700 training images are left"),
-        (["--limit", "0", "--val-size", "100"], "--limit 0 can't be met"),
+        (["--limit", "50", "--val-size", "100"], "--limit 50 can't be divided among 100 classes"),
+        (["--limit", "800", "--val-size", "100"], "700 training images remain"),
+        (["--limit", "0", "--val-size", "100"], "--limit 0 is not possible"),
         (["--epochs", "0"], "epochs is 0"),
         (["--name", "../up"], "'../up' is no folder's name"),
     ],
@@ -319,7 +319,7 @@ def test_a_server_that_fails_once_is_asked_again(tmp_path, cache, small_files):
 
 def test_another_archive_than_the_official_one_is_refused_and_not_kept(tmp_path, cache, small_files):
     write_archive(tmp_path / "a.tar.gz", small_files)
-    with serving(tmp_path, Quiet) as url, pytest.raises(RequestError, match="another md5"):
+    with serving(tmp_path, Quiet) as url, pytest.raises(RequestError, match="its md5 differs"):
         sources.fetch(f"{url}/a.tar.gz", "0" * 32)
     assert list(cache.iterdir()) == []
 
@@ -353,7 +353,7 @@ def test_a_linear_model_does_not_get_synthetic_images_right():
     source = synthetic(20_000, 2_000)
 
     def arrays(table):
-        pixels = to_numpy(table["image"].combine_chunks(), "image").reshape(len(table), -1)
+        pixels = to_images(table["image"]).reshape(len(table), -1)
         return pixels / 255 - 0.5, table["fine"].to_numpy()
 
     (x, y), (x_test, y_test) = arrays(source.train), arrays(source.test)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from raycifar.data.synthetic import synthetic
-from raycifar.data.tables import split, to_numpy
+from raycifar.data.tables import split, to_images
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,10 @@ def test_each_class_gives_the_same_number_and_no_image_is_in_two_splits(source):
 
 def test_a_row_s_index_leads_back_to_its_image(source):
     splits = split(source, val_size=500, limit=None, seed=3)
-    originals = to_numpy(source.train["image"].combine_chunks(), "image")
+    originals = to_images(source.train["image"])
     for table in (splits.train, splits.val):
         rows = table["index"].to_numpy()
-        assert np.array_equal(to_numpy(table["image"].combine_chunks(), "image"), originals[rows])
+        assert np.array_equal(to_images(table["image"]), originals[rows])
         assert np.array_equal(table["fine"].to_numpy(), source.train["fine"].to_numpy()[rows])
     assert splits.test.drop(["index"]).equals(source.test)
 

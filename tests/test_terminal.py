@@ -130,7 +130,7 @@ def test_a_trial_is_told_from_its_start_to_its_end(trial, store):
     assert lines[:4] == [
         "running lr 0.2",
         "waiting for 1 worker",
-        "Its driver failed (it died); it is tried again.",
+        "Its driver failed (it died) and is restarted.",
         "Continuing.",
     ]
     assert lines[4].startswith("epoch   1/")

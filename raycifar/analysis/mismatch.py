@@ -12,7 +12,7 @@ from raycifar.analysis.classification import confusion
 from raycifar.analysis.findings import COARSE, SURE, Finding, points, standard_error
 from raycifar.analysis.history import RunHistory
 from raycifar.data import DatasetInfo
-from raycifar.data.tables import Source, to_numpy
+from raycifar.data.tables import Source, to_images
 
 SIGMAS = 5.0  # the network was not chosen by either set, but test images may be a little harder: Recht et al. (2019)
 RESTORED = 0.5  # fraction of the validation accuracy that a matching of labels must restore to explain the difference
@@ -81,10 +81,7 @@ def explain_by_answers(predictions: bytes | None, val_top1: float, test_top1: fl
 def explain_by_pixels(source: Source | None) -> Explanation:
     if source is None:
         return "", "", {}
-    train, test = (
-        to_numpy(table["image"].slice(0, SAMPLE).combine_chunks(), "image") / 255.0
-        for table in (source.train, source.test)
-    )
+    train, test = (to_images(table["image"].slice(0, SAMPLE)) / 255.0 for table in (source.train, source.test))
     means, stds = ([float(f(images)) for images in (train, test)] for f in (np.mean, np.std))
     if abs(means[0] - means[1]) < 0.05 and 0.8 < stds[1] / max(stds[0], 1e-9) < 1.25:
         return "", "", {}

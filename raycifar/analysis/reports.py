@@ -20,7 +20,7 @@ from raycifar.analysis.mismatch import find_mismatch
 from raycifar.analysis.page import render
 from raycifar.analysis.suspects import Suspects, rank_suspects
 from raycifar.data import DatasetInfo
-from raycifar.data.tables import Source, from_lists, to_numpy
+from raycifar.data.tables import Source, from_lists, to_images
 from raycifar.models.recipe import changes
 
 GALLERY = 24  # images of the most suspect labels
@@ -185,7 +185,7 @@ def plain(class_name: str) -> str:
 
 def picture(table: pa.Table, row: int) -> str:
     """Return an image of the data set as a data URI."""
-    pixels = to_numpy(table["image"].slice(row, 1).combine_chunks(), "image")[0]
+    pixels = to_images(table["image"].slice(row, 1))[0]
     stream = io.BytesIO()
     Image.fromarray(pixels.transpose(1, 2, 0)).save(stream, "PNG")
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

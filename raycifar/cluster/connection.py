@@ -1,4 +1,4 @@
-"""Joining Ray, or starting it, and leaving it as it was."""
+"""Joining or starting Ray, and leaving it as it was."""
 
 import logging
 import os
@@ -21,18 +21,17 @@ CONNECT_SECONDS = 10
 
 @contextmanager
 def connected(*, debug: bool, dashboard: bool = False) -> Iterator[None]:
-    """Be connected to Ray: the caller's, else a cluster (RAY_ADDRESS, or `ray start` on this machine), else a new one.
+    """Use the caller's Ray, else a cluster (RAY_ADDRESS, or `ray start` on this machine), else start a new Ray.
 
-    The caller's Ray keeps running. What was joined or started here is left at the end, and what was changed in this
-    process is as it was before.
+    The caller's Ray keeps running; any other is left at the end. Changes to this process are undone.
 
     Args:
         debug: let Ray log to this process's output.
-        dashboard: run one in a Ray that is started here. It takes time, but Ray Train cleans up after a training
-            driver that died only where there is one.
+        dashboard: start a new Ray with its dashboard. It takes time, but Ray Train needs it to clean up after a
+            training driver that died.
 
     Raises:
-        WorkError: the cluster refuses, or can't be reached.
+        WorkError: the cluster can't be reached or joined.
     """
     with ExitStack() as undo:
         undo.enter_context(quiet(debug=debug))
@@ -50,39 +49,37 @@ def connect(undo: ExitStack, *, debug: bool, dashboard: bool) -> None:
     if not address and not ray_internals.is_part_of_cluster():
         init(address="local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **options)
         return
-    shown = os.environ.get("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard then shows the run
-    undo.enter_context(environment(RAY_TRAIN_ENABLE_STATE_TRACKING=shown))
+    tracking = os.environ.get("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard to show the run
+    undo.enter_context(environment(RAY_TRAIN_ENABLE_STATE_TRACKING=tracking))
     where = f"{address} (RAY_ADDRESS)" if address else "this machine"
     try:
-        if address and (match := re.fullmatch(r"([^/]+):(\d+)", address)):  # Ray itself would try for ten minutes
+        if address and (match := re.fullmatch(r"([^/]+):(\d+)", address)):  # Ray would try for ten minutes
             socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=CONNECT_SECONDS).close()
         init(address="auto", **options)
     except (OSError, ray.exceptions.AuthenticationError) as error:  # Ray's ConnectionError is an OSError
         if "authentication token" in "".join(traceback.format_exception(error)).lower():
             raise WorkError(
                 f"the Ray cluster at {where} asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
-                "RAY_AUTH_TOKEN_PATH to the cluster's own."
+                "RAY_AUTH_TOKEN_PATH to the cluster's token."
             ) from error
         raise WorkError(f"the Ray cluster at {where} can't be reached: {error}.") from error
-    except RuntimeError as error:  # other versions of Ray or Python
+    except RuntimeError as error:  # versions of Ray or Python differ
         reason = " ".join(str(error).split())
         raise WorkError(f"the Ray cluster at {where} can't be joined: {reason.rstrip('.')}.") from error
 
 
 def init(**options: Any) -> None:
-    """Call `ray.init`, and keep this process's own answer to SIGTERM: Ray's writes a stack and aborts."""
-    if threading.current_thread() is not threading.main_thread():  # then Ray sets none
-        ray.init(**options)
-        return
-    answer = signal.getsignal(signal.SIGTERM)
+    """Call `ray.init`, and keep this process's handler of SIGTERM: Ray's prints a stack trace and aborts."""
+    handler = signal.getsignal(signal.SIGTERM)
     ray.init(**options)
-    signal.signal(signal.SIGTERM, answer)
+    if threading.current_thread() is threading.main_thread():  # in other threads, Ray sets no handler
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
 def quiet(*, debug: bool) -> Iterator[None]:
-    """Leave what Ray logs in this process to its log files."""
-    wanted = {} if debug else {"ray": logging.ERROR, "ray.tune": logging.CRITICAL}  # a failed trial is ours to report
+    """Keep Ray's log messages out of this process's output."""
+    wanted = {} if debug else {"ray": logging.ERROR, "ray.tune": logging.CRITICAL}  # raycifar reports failed trials
     before = {name: logging.getLogger(name).level for name in wanted}
     for name, level in wanted.items():
         logging.getLogger(name).setLevel(level)
@@ -95,7 +92,7 @@ def quiet(*, debug: bool) -> Iterator[None]:
 
 @contextmanager
 def environment(**values: str) -> Iterator[None]:
-    """Set environment variables for a while."""
+    """Set environment variables temporarily."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,4 +1,4 @@
-"""What raycifar adds to Ray Train's controller, the process that starts and watches the workers."""
+"""Callbacks for Ray Train's controller, the process that starts and monitors the workers."""
 
 import os
 import time
@@ -14,29 +14,29 @@ from raycifar.cluster.status import Failure, FailureCause, Phase, StatusStore, W
 from raycifar.engine.interruption import PreemptedError
 from raycifar.errors import StorageError, WorkError, in_a_line
 
-LOOK_SECONDS = 0.05  # between two looks for a node's death
-NODE_DEATH_SECONDS = 15  # from a node's death until Ray knows of it
-DRIVER_DEATH_SECONDS = 1  # from a driver's death until its job is over
+LOOK_SECONDS = 0.05  # between two checks for a node's death
+NODE_DEATH_SECONDS = 15  # until Ray notices a node's death
+DRIVER_DEATH_SECONDS = 1  # until a dead driver's job ends
 
 
 class FailureCounter(ray.train.UserCallback):
-    """Counts how often workers failed, tells the driver, and ends the run where trying again is in vain.
+    """Counts the workers' failures, reports them to the driver, and ends the run if a retry is bound to fail.
 
-    A failure counts against `max_failures` unless a node went away under the workers: on a cluster of spot nodes that
-    is the order of the day. Ray Train itself excuses only what was announced.
+    A failure counts against `max_failures` unless it comes from the loss of a node, which is normal on spot nodes. Ray
+    Train makes this exception only for announced preemptions.
     """
 
     def __init__(self, status_store: StatusStore, max_failures: int) -> None:
         self.status_store, self.max_failures = status_store, max_failures
-        self.nodes: list[list[str | None]] = []  # those under each failure
+        self.nodes: list[list[str | None]] = []  # of the workers at each failure
         self.last: tuple[int | None, str] | None = None
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        time.sleep(DRIVER_DEATH_SECONDS)  # it may have taken its workers along: see `TiedToDriver`
+        time.sleep(DRIVER_DEATH_SECONDS)  # a dead driver ends its workers: see `TiedToDriver`
         rank, kind, error = decisive(worker_exceptions)
         reason, status = in_a_line(error), self.status_store.worker() or WorkerStatus()
         if status.attempt and (status.attempt, reason) == self.last:
-            return  # Ray Train looks again and again while a node is on its way out
+            return  # while a node is being removed, Ray Train reports the same failure repeatedly
         self.last = status.attempt, reason
         if kind != FailureCause.PREEMPTED:
             self.nodes.append(status.nodes)
@@ -46,22 +46,22 @@ class FailureCounter(ray.train.UserCallback):
         self.status_store.put_worker(replace(status, phase=Phase.STARTING, detail="", step=None))
 
     def exceeded(self) -> bool:
-        """Return whether there were too many failures; a node's death is known later than its workers'."""
+        """Return whether there were too many failures; Ray notices a node's death later than its workers'."""
         deadline = time.monotonic() + NODE_DEATH_SECONDS
         while (exceeded := self.count() > self.max_failures) and time.monotonic() < deadline:
             time.sleep(LOOK_SECONDS)
         return exceeded
 
     def count(self) -> int:
-        """Return the number of failures under which no node has died."""
+        """Return the number of failures during which no node died."""
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         return sum(alive.issuperset(nodes) for nodes in self.nodes)
 
 
 def decisive(worker_exceptions: dict[int, Exception]) -> tuple[int, FailureCause, Exception]:
-    """Return the rank, the kind and the error by which it is decided how a run goes on.
+    """Return the rank, cause and error of the failure that decides how the run continues.
 
-    What a worker reported about itself comes before what the others then died of.
+    A worker's own report takes precedence over the errors that it causes on others.
     """
     failures = [(rank, *classify(error)) for rank, error in sorted(worker_exceptions.items())]
     order = (FailureCause.STORAGE, FailureCause.PREEMPTED, FailureCause.WORKER)
@@ -69,7 +69,7 @@ def decisive(worker_exceptions: dict[int, Exception]) -> tuple[int, FailureCause
 
 
 def classify(error: Exception) -> tuple[FailureCause, Exception]:
-    """Return the kind of a worker's failure, and what the worker raised or died of."""
+    """Return the cause of a worker's failure, and its error."""
     cause = ray_internals.cause_of(error)
     if isinstance(cause, PreemptedError):
         return FailureCause.PREEMPTED, cause
@@ -78,15 +78,14 @@ def classify(error: Exception) -> tuple[FailureCause, Exception]:
 
 
 class TiedToDriver(ray_internals.controller_callback_class()):  # type: ignore[misc]
-    """Lets its driver end Ray Train's controller, and ends it where the driver is gone.
+    """Lets the driver end Ray Train's controller, and ends the controller once the driver is gone.
 
-    When a driver ends, Ray gives back what its job has reserved or asked for, and ends the job's processes one by
-    one. A controller that learns of the first before its own turn comes would ask anew, for the workers that it has
-    lost or was still waiting for, and nobody would ever free that.
+    When a driver ends, Ray first releases its job's reservations, and then ends the job's processes one by one. A
+    controller that notices the first would reserve resources again, which nothing would ever release.
     """
 
     def __init__(self, key: str) -> None:
-        self.key = key  # by which the driver finds the controller
+        self.key = key  # under which the driver finds the controller
 
     def after_controller_start(self, train_run_context: Any) -> None:
         context = ray.get_runtime_context()

@@ -1,4 +1,4 @@
-"""What the nodes of a run must have in common. Workers import this: it stays small."""
+"""Checks that a run's nodes are compatible. Workers import this module, so it stays small."""
 
 import platform
 from importlib import metadata
@@ -10,12 +10,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raycifar.cluster.sizing import Workers, placeable
 from raycifar.errors import RequestError, in_a_line
 
-NODE_SECONDS = 60  # for every node to answer a question
+NODE_SECONDS = 60  # for all nodes to answer
 MUST_AGREE = ("python", "ray", "torch", "raycifar")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that a run's results depend on."""
+    """Return the versions of Python and of the packages that results depend on."""
     packages = ("raycifar", "ray", "torch", "torchvision", "numpy")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 
@@ -24,7 +24,7 @@ def objection(file: str | None, expected: dict[str, str]) -> str | None:
     """Return why this node can't take part in a run, or None.
 
     Args:
-        file: path of a file that the driver has written where the run is to be.
+        file: path of a file that the driver has written to the run's storage.
         expected: the driver's `versions`.
     """
     own = versions()
@@ -37,10 +37,10 @@ def objection(file: str | None, expected: dict[str, str]) -> str | None:
 
 
 def check_nodes(workers: Workers, file: str | None) -> None:
-    """Ask each other node that could hold a worker whether it can take part.
+    """Check that each other node which could hold a worker can take part.
 
     Raises:
-        RequestError: one can't; the message says which, why, and what to do.
+        RequestError: a node can't take part; the message says why.
     """
     here = ray.get_runtime_context().get_node_id()
     asked = {

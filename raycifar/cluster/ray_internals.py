@@ -1,7 +1,7 @@
-"""Ray's private parts, all that raycifar uses of them: a function for each, which says what public way is missing.
+"""All uses of Ray's private interfaces: one function for each, which says why the public ones don't suffice.
 
-`tests/test_ray_internals.py` checks each against the Ray that is installed. What a function needs beyond
-`import ray` is imported inside it: workers need the key-value store alone.
+`tests/test_ray_internals.py` checks each against the installed Ray. Functions import what they need beyond
+`import ray`, because workers use only the key-value store.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 def kv_put(key: str, value: bytes) -> None:
     """Set a key for every process of the cluster.
 
-    The public way to share a value is an actor: one more process to start, and to find again.
+    The public way is an actor: another process to start and to find.
     """
     from ray.experimental import internal_kv
 
@@ -36,10 +36,9 @@ def kv_get(key: str) -> bytes | None:
 
 
 def is_part_of_cluster() -> bool:
-    """Return whether `ray start` has made this machine a part of a cluster that is up.
+    """Return whether `ray start` has made this machine part of a running cluster.
 
-    `ray.init(address="auto")`, the public way, would also join the Ray that another program runs for itself, and
-    die with it.
+    `ray.init(address="auto")`, the public way, would also join another program's own Ray, and die with it.
     """
     from ray._private import services
 
@@ -51,7 +50,7 @@ def is_part_of_cluster() -> bool:
 def without_error_echo() -> Iterator[None]:
     """Keep Ray from printing cluster errors, such as a lost node's last log, to this process's output.
 
-    `ray.init(log_to_driver=False)` silences the workers' output, but not these.
+    `ray.init(log_to_driver=False)` silences only the workers' output.
     """
     from ray._private import worker
 
@@ -64,9 +63,9 @@ def without_error_echo() -> Iterator[None]:
 
 
 def forbid_auto_init() -> None:
-    """Keep threads that still work, as this process ends, from starting Ray anew.
+    """Keep running threads from starting Ray again while this process ends.
 
-    Ray's calls start it where it isn't running; RAY_ENABLE_AUTO_CONNECT=0 is read only when Ray is imported.
+    Ray's calls start it if it isn't running; RAY_ENABLE_AUTO_CONNECT=0 is read only when Ray is imported.
     """
     from ray._private import auto_init_hook
 
@@ -77,10 +76,10 @@ def forbid_auto_init() -> None:
 
 
 def cluster_status() -> Any:
-    """Return the nodes, with what is free on each, and those that the autoscaler is about to add.
+    """Return the nodes, with the free resources of each, and those that the autoscaler is adding.
 
-    `ray.available_resources` knows only the sum over nodes, and `ray.util.state` asks the dashboard, which a Ray
-    started by a program need not have.
+    `ray.available_resources` returns only the sum over nodes, and `ray.util.state` asks the dashboard, which may not
+    run.
 
     Returns:
         Ray's `ClusterStatus`: `active_nodes`, `idle_nodes`, `pending_nodes`, `pending_launches`.
@@ -91,9 +90,9 @@ def cluster_status() -> Any:
 
 
 def is_infeasible(group: PlacementGroup) -> bool:
-    """Return whether the autoscaler has said that it can never make room for a placement group.
+    """Return whether the autoscaler has reported that a placement group is infeasible.
 
-    `get_cluster_status` leaves what is infeasible out (a TODO in its schema).
+    `get_cluster_status` omits this (a TODO in its schema).
     """
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
@@ -103,13 +102,10 @@ def is_infeasible(group: PlacementGroup) -> bool:
 
 
 def autoscaler_config() -> dict[str, Any] | None:
-    """Return the configuration that the autoscaler on this machine was started with; empty where it has none.
+    """Return the configuration of the autoscaler on this machine; empty if it has none, None without an autoscaler.
 
-    Nothing public tells which nodes an autoscaler may add. It is read from the file named on the command line of
-    Ray's monitor process, on the head, where jobs run.
-
-    Returns:
-        None where there is no such process.
+    No public interface returns the nodes that an autoscaler may add. The file is named on the command line of Ray's
+    monitor process, on the head node, where jobs run.
     """
     import psutil
     import yaml
@@ -130,7 +126,7 @@ def autoscaler_config() -> dict[str, Any] | None:
 def is_job_over() -> bool:
     """Return whether the driver of this process's job has ended.
 
-    `ray.util.state.list_jobs` asks the dashboard, which a Ray started by a program need not have.
+    `ray.util.state.list_jobs` asks the dashboard, which may not run.
     """
     from ray._private.state import jobs
 
@@ -139,9 +135,9 @@ def is_job_over() -> bool:
 
 
 def controller_callback_class() -> type:
-    """Return the base class of callbacks that hear when Ray Train's controller starts, and starts workers.
+    """Return the base class of callbacks for the start of Ray Train's controller and of its workers.
 
-    `ray.train.UserCallback` hears only of reports and exceptions.
+    `ray.train.UserCallback` is called only for reports and exceptions.
     """
     from ray.train.v2._internal.execution.callback import ControllerCallback
 
@@ -149,10 +145,9 @@ def controller_callback_class() -> type:
 
 
 def cause_of(error: Exception) -> Exception:
-    """Return what a worker raised, or died of, without what Ray Train wraps it in on the way to a callback.
+    """Return a worker's own error, without the wrappers that Ray Train passes to a callback.
 
-    What the training function raised arrives as it is; the death of a worker in a `WorkerHealthCheckFailedError`,
-    which is not exported.
+    A worker's death arrives in a `WorkerHealthCheckFailedError`, which isn't exported.
     """
     from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 
@@ -162,10 +157,10 @@ def cause_of(error: Exception) -> Exception:
 
 
 def placement_groups_of(actor_id: str) -> list[PlacementGroup]:
-    """Return what an actor has reserved or asked for.
+    """Return the placement groups that an actor has created.
 
-    `placement_group_table`, the public way, doesn't say whose a group is; Ray keeps an actor's groups after its
-    death, as long as its job lasts.
+    `placement_group_table`, the public way, doesn't return the creators; Ray keeps a dead actor's groups until its job
+    ends.
     """
     from ray._private.state import state
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData
@@ -180,9 +175,9 @@ def placement_groups_of(actor_id: str) -> list[PlacementGroup]:
 
 
 def progress_callback_class() -> type:
-    """Return the class by whose subclasses Ray Tune's own printing of trials is replaced.
+    """Return the base class of callbacks that replace Ray Tune's printing of trials.
 
-    Ray Tune adds one that prints, even with `verbose=0`, unless it is given one of this class, which isn't exported.
+    Without such a callback, Ray Tune adds one that prints, even with `verbose=0`. The class isn't exported.
     """
     from ray.tune.progress_reporter import TrialProgressCallback
 

@@ -1,7 +1,7 @@
-"""How a run stands: what its workers, Ray Train's controller and its driver tell each other while it is under way.
+"""A run's status, which its workers, Ray Train's controller and the driver exchange.
 
-In a cluster it is kept in Ray's own key-value store, which takes no process and reaches over nodes; without one, in
-this process.
+In a cluster the status is kept in Ray's key-value store, which needs no extra process and is reachable from all nodes;
+otherwise in this process.
 """
 
 import json
@@ -17,9 +17,9 @@ _here: dict[str, bytes] = {}
 
 
 class Phase(StrEnum):
-    """What a run is doing, in the words that are shown."""
+    """What a run is doing, as displayed."""
 
-    STARTING = "starting the workers"  # until a worker tells of another
+    STARTING = "starting the workers"  # until a worker reports another phase
     LOADING_IMAGES = "loading images"
     BUILDING_MODEL = "building the model"
     TRAINING = "training"
@@ -31,14 +31,14 @@ class Phase(StrEnum):
 
 
 class FailureCause(StrEnum):
-    PREEMPTED = "preempted"  # a node is being taken away; the workers saved and left
-    STORAGE = "storage"  # a file can't be written, and trying again is in vain
-    WORKER = "worker"  # anything else that ends a worker
-    DRIVER = "driver"  # the process of a trial that waits for its workers
+    PREEMPTED = "preempted"  # a node is being preempted; the workers saved a checkpoint
+    STORAGE = "storage"  # a file can't be written, and a retry is bound to fail
+    WORKER = "worker"  # any other failure of a worker
+    DRIVER = "driver"  # of a trial: its process failed
 
 
 class Message:
-    """A dataclass that is stored as JSON; keys that it doesn't know are ignored."""
+    """A dataclass that is stored as JSON; unknown keys are ignored."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)  # type: ignore[call-overload]
@@ -50,10 +50,10 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class StepStatus(Message):
-    """The epoch under way, up to a step."""
+    """The current epoch's progress."""
 
     epoch: int  # from 1
-    step: int  # steps taken
+    step: int  # completed steps
     steps: int  # in an epoch
     lr: float
     loss: float  # mean over the epoch so far
@@ -64,7 +64,7 @@ class StepStatus(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts(Message):
-    """What trains on what."""
+    """Facts about the network and its hardware."""
 
     parameters: int
     device: str
@@ -74,9 +74,9 @@ class ModelFacts(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerStatus(Message):
-    """What the first worker tells; how the epochs went is told apart, as it is longer and changes rarely."""
+    """The first worker's status. The history is stored separately, as it is longer and changes rarely."""
 
-    attempt: int | None = None  # its process: a restarted run has another
+    attempt: int | None = None  # process ID, which a restart changes
     phase: Phase = Phase.STARTING
     detail: str = ""  # of the phase
     notices: list[str] = field(default_factory=list)
@@ -101,7 +101,7 @@ class WorkerStatus(Message):
 
 @dataclass(frozen=True)
 class Failure(Message):
-    """A failure after which the run goes on."""
+    """A failure after which the run continues."""
 
     kind: FailureCause
     reason: str
@@ -113,21 +113,21 @@ class Failure(Message):
 
     def __str__(self) -> str:
         if self.kind == FailureCause.PREEMPTED:
-            return "A node of this run is being taken away; the run goes on from a checkpoint made just now."
+            return "A node of this run is being preempted; the run continues elsewhere from a new checkpoint."
         if self.kind == FailureCause.DRIVER:
-            return f"Its driver failed ({self.reason}); it is tried again."
+            return f"Its driver failed ({self.reason}) and is restarted."
         ranks = ", ".join(map(str, self.ranks))
         return f"Worker {ranks} failed ({self.reason}); the workers are restarted from the last checkpoint."
 
 
 @dataclass(frozen=True)
 class StatusStore:
-    """The status of one invocation of one run; `key` is unique to it."""
+    """The status of one execution of a run; `key` is unique to it."""
 
     key: str
 
     def worker(self) -> WorkerStatus | None:
-        """Return what the first worker told last, or None before it has."""
+        """Return the first worker's last status, or None if there is none yet."""
         values = self._get("worker")
         return None if values is None else WorkerStatus.from_json(values)
 
@@ -149,21 +149,21 @@ class StatusStore:
         self._put("failures", [*(self._get("failures") or []), failure.to_json()])
 
     def verdict(self, epoch: int) -> bool | None:
-        """Return whether the trial stops after an epoch, or None before that is known."""
+        """Return whether the trial stops after an epoch, or None if that is not decided yet."""
         return self._get(f"stop after {epoch}")
 
     def put_verdict(self, epoch: int, *, stop: bool) -> None:
         self._put(f"stop after {epoch}", stop)
 
     def waiting(self) -> str | None:
-        """Return what the workers of a trial last waited for."""
+        """Return what the workers of a trial wait for."""
         return self._get("waiting")
 
     def put_waiting(self, text: str) -> None:
         self._put("waiting", text)
 
     def reason(self) -> str | None:
-        """Return why a trial's driver failed last."""
+        """Return why a trial's driver failed."""
         return self._get("reason")
 
     def put_reason(self, reason: str) -> None:

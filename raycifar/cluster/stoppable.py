@@ -1,4 +1,4 @@
-"""A run of Ray Train that its own process can end."""
+"""A Ray Train trainer that can be aborted."""
 
 import threading
 import uuid
@@ -19,13 +19,13 @@ LOOK_SECONDS = 0.1
 
 
 class AbortedError(Exception):
-    """`StoppableTrainer.abort` ended the run."""
+    """The run was aborted by `StoppableTrainer.abort`."""
 
 
 class StoppableTrainer(TorchTrainer):
-    """Ray Train's trainer, whose `fit` another thread can end, and whose controller ends with this process.
+    """A TorchTrainer whose `fit` another thread can abort, and whose controller ends with this process.
 
-    Ray Train's own way to end a run is a handler of SIGINT, for scripts whose main thread waits in `fit`.
+    Ray Train itself aborts a run only on SIGINT, in a script whose main thread waits in `fit`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -39,7 +39,7 @@ class StoppableTrainer(TorchTrainer):
         return self.scaling_config.num_workers == 0
 
     def fit(self) -> Result:
-        """Train, as Ray Train does.
+        """Train.
 
         Raises:
             AbortedError: `abort` was called.
@@ -48,7 +48,7 @@ class StoppableTrainer(TorchTrainer):
             raise AbortedError
         self.ended.clear()
         if not self.in_process:
-            ray_internals.kv_put(self.key, b"")  # a controller of an earlier call is gone
+            ray_internals.kv_put(self.key, b"")  # forget an earlier call's controller
         try:
             return super().fit()
         except RayActorError as error:
@@ -59,9 +59,9 @@ class StoppableTrainer(TorchTrainer):
             self.ended.set()
 
     def abort(self) -> None:
-        """End a `fit` that another thread waits for, and its workers, within seconds; what it reserved is free again.
+        """Abort another thread's `fit` within seconds, end its workers, and release its resources.
 
-        A run in this process, without workers, can't be ended: `StatusStore.request_stop` asks it to stop.
+        A run without workers, in this process, can't be aborted: `StatusStore.request_stop` asks it to stop.
         """
         self.aborted.set()
         while not self.in_process and not self.ended.wait(LOOK_SECONDS):
@@ -69,9 +69,9 @@ class StoppableTrainer(TorchTrainer):
                 self.end(*cloudpickle.loads(announced))
 
     def end(self, controller_id: str, controller: Any) -> None:
-        """End a controller and what it has started."""
+        """End a controller and its workers."""
         controller.abort.remote()
-        if not self.ended.wait(GRACE_SECONDS):  # while it waits for room, it does not hear that
+        if not self.ended.wait(GRACE_SECONDS):  # a controller that waits for resources doesn't react
             ray.kill(controller)
             self.ended.wait(GRACE_SECONDS)
         for group in ray_internals.placement_groups_of(controller_id):

@@ -1,4 +1,4 @@
-"""What workers wait for: nodes that are to come, CPUs and GPUs that others use."""
+"""Waiting for the workers' resources: for nodes to start, or for CPUs and GPUs to be free."""
 
 import math
 import time
@@ -13,37 +13,37 @@ from raycifar.errors import WorkError
 
 
 class Waiting:
-    """Says what the workers of a run wait for; gives up after so many seconds."""
+    """Returns what the workers of a run wait for; gives up after `seconds`."""
 
     def __init__(self, workers: Workers, seconds: float) -> None:
         self.workers, self.seconds = workers, seconds
-        self.began = self.looked = -math.inf
+        self.started = self.checked = -math.inf
         self.text: str | None = None
 
     def __call__(self) -> str | None:
-        """Return what is waited for, or None where there is room; to be called while no worker has begun.
+        """Return what the workers wait for, or None if there is room; call this while no worker has started.
 
         Raises:
-            WorkError: it has been waited for too long.
+            WorkError: there was no room for too long.
         """
         now = time.monotonic()
-        if now - self.looked < LOOK_SECONDS:
+        if now - self.checked < LOOK_SECONDS:
             return self.text
-        if now - self.looked > 10 * LOOK_SECONDS:
-            self.began = now  # workers ran in between
-        self.looked, self.text = now, lacking(self.workers)
+        if now - self.checked > 10 * LOOK_SECONDS:
+            self.started = now  # workers ran in between
+        self.checked, self.text = now, lacking(self.workers)
         if self.text is None:
-            self.began = now
-        elif now - self.began > self.seconds:
+            self.started = now
+        elif now - self.started > self.seconds:
             raise WorkError(f"after {self.seconds:g} s (--wait) there was still no room: {self.text}.")
         return self.text
 
 
 def make_room(workers: Workers, show: Callable[[str], None], seconds: float) -> None:
-    """Wait until there is room for the workers, and `show` what is waited for; the autoscaler adds what is missing.
+    """Wait until there is room for the workers, which the autoscaler may add, and `show` what they wait for.
 
     Raises:
-        WorkError: it has been waited for too long.
+        WorkError: there was no room for too long.
     """
     waiting = Waiting(workers, seconds)
     group = placement_group([workers.resources] * workers.count)
@@ -55,7 +55,7 @@ def make_room(workers: Workers, show: Callable[[str], None], seconds: float) -> 
 
 
 def lacking(workers: Workers) -> str | None:
-    """Return what the workers wait for, or None where there is room for as many as are needed."""
+    """Return what the workers wait for, or None if there is room for as many as are needed."""
     if workers.count == 0 or reserved():
         return None
     status = ray_internals.cluster_status()
@@ -64,18 +64,18 @@ def lacking(workers: Workers) -> str | None:
     if fit >= workers.needed:
         return None
     nodes = alive_nodes()
-    there = placeable(nodes, workers.resources)
-    used = f", {there - fit} in use" if there > fit else ""
+    capacity = placeable(nodes, workers.resources)
+    used = f", {capacity - fit} in use" if capacity > fit else ""
     coming = len(status.pending_nodes) + sum(launch.count for launch in status.pending_launches)
     arriving = f"; {coming} node{'s' * (coming > 1)} on the way" if coming else ""
     return (
         f"waiting for {workers.needed} worker{'s' * (workers.needed > 1)} of {describe(workers.resources)}: "
-        f"room for {there}{used}, on {len(nodes)} node{'s' * (len(nodes) > 1)}{arriving}"
+        f"room for {capacity}{used}, on {len(nodes)} node{'s' * (len(nodes) > 1)}{arriving}"
     )
 
 
 def reserved() -> bool:
-    """Return whether this job's workers have their room, and have only to start."""
+    """Return whether this job's workers have their resources, and only need to start."""
     job = ray.get_runtime_context().get_job_id()  # a placement group's identifier ends with its job's
     return any(
         group["state"] == "CREATED" and group["placement_group_id"].endswith(job)

@@ -1,6 +1,6 @@
-"""Images: where they come from, how they are split, and how they reach a worker's device.
+"""Images: sources, splits, and the way to a worker's device.
 
-The whole package holds images as Arrow tables of three columns, four once they are split:
+Images are held in Arrow tables of three columns, and a fourth once they are split:
 
     image   fixed-size binary: uint8 pixels, channels first
     fine    int64, the class, from 0
@@ -16,9 +16,9 @@ from raycifar.data.names import COARSE, FINE
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a data set: it travels with the images.
+    """Facts about a data set, which travel with its images.
 
-    image_size: pixels a side. mean, std: of the training images, per channel, for pixels from 0 to 1.
+    image_size: pixels per side. mean, std: of the training images, per channel, for pixels from 0 to 1.
     """
 
     class_names: tuple[str, ...]

@@ -5,7 +5,7 @@ import click
 from raycifar.command import command
 from raycifar.data.sources import fetch, load
 from raycifar.terminal import Screen
-from raycifar.workflows.datasets import describe_source, write_parquet
+from raycifar.workflows.datasets import summarize, write_parquet
 
 data_option = click.option(
     "--data", envvar="RAYCIFAR_DATA", default="cifar100", show_default=True, help="cifar100, synthetic, a path or URI."
@@ -20,7 +20,7 @@ def main() -> None:
 @main.command("fetch")
 @command
 def fetch_archive(debug: bool) -> None:
-    """Fetch CIFAR-100 into the cache, once, and say where it is."""
+    """Download CIFAR-100 into the cache, unless it is there, and print its path."""
     Screen().say(str(fetch()))
 
 
@@ -28,11 +28,11 @@ def fetch_archive(debug: bool) -> None:
 @data_option
 @command
 def describe(debug: bool, data: str) -> None:
-    """Read a data set whole, check it, and say what it holds."""
+    """Read and check a data set, and summarize it."""
     screen = Screen()
     with screen.waiting(f"Reading {data}"):
         source = load(data)
-        facts = describe_source(source)
+        facts = summarize(source)
     screen.facts(source.name, facts)
 
 
@@ -41,9 +41,9 @@ def describe(debug: bool, data: str) -> None:
 @data_option
 @command
 def prepare(debug: bool, destination: str, data: str) -> None:
-    """Write a data set as Parquet to DESTINATION, a folder or a URI, for --data to read on any machine.
+    """Write a data set as Parquet to DESTINATION, a folder or URI that --data can read.
 
-    The layout is that of the Hugging Face hub: img.bytes (PNG), fine_label, coarse_label.
+    The layout is the Hugging Face hub's: img.bytes (PNG), fine_label, coarse_label.
     """
     screen = Screen()
     with screen.waiting(f"Reading {data}"):

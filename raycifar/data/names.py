@@ -1,4 +1,4 @@
-"""What the classes of CIFAR-100 are called, in the order of their labels."""
+"""The names of CIFAR-100's classes, in the order of their labels."""
 
 from typing import Final
 
@@ -13,8 +13,6 @@ FINE: Final = tuple(
     television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
     """.split()
 )
-"""Of the 100 classes."""
-
 COARSE: Final = tuple(
     """
     aquatic_mammals fish flowers food_containers fruit_and_vegetables household_electrical_devices
@@ -23,4 +21,3 @@ COARSE: Final = tuple(
     vehicles_1 vehicles_2
     """.split()
 )
-"""Of the 20 superclasses."""

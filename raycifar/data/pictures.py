@@ -1,4 +1,4 @@
-"""From image files of any size and mode to the pixels of a data set's images."""
+"""Image files: from any size and mode to the pixels of a data set's images, and back to PNG."""
 
 import io
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def find_images(location: str) -> Iterator[tuple[str, fs.FileSystem, str]]:
         location: a local path or a URI.
 
     Raises:
-        RequestError: there is no file.
+        RequestError: there are no files.
     """
     filesystem, path = locate(location)
     kind = filesystem.get_file_info(path).type
@@ -27,14 +27,14 @@ def find_images(location: str) -> Iterator[tuple[str, fs.FileSystem, str]]:
         yield location, filesystem, path
         return
     if kind == fs.FileType.NotFound:
-        raise RequestError(f"{location} is not there.")
+        raise RequestError(f"{location} does not exist.")
     files = [
         entry.path
         for entry in filesystem.get_file_info(fs.FileSelector(path, recursive=True))
         if entry.type == fs.FileType.File and not entry.base_name.startswith(".")
     ]
     if not files:
-        raise RequestError(f"{location} holds no file.")
+        raise RequestError(f"{location} holds no files.")
     for file in sorted(files):
         inside = file.removeprefix(path).lstrip("/")
         named = URI.match(location) or is_local(filesystem)
@@ -42,10 +42,10 @@ def find_images(location: str) -> Iterator[tuple[str, fs.FileSystem, str]]:
 
 
 def read_image(filesystem: fs.FileSystem, path: str, info: DatasetInfo = CIFAR100) -> np.ndarray:
-    """Return the image of a file as (3, H, W) uint8, of the size of the data set's; see `to_pixels`.
+    """Return an image file as (3, H, W) uint8, of the data set's size; see `to_pixels`.
 
     Raises:
-        ValueError: it is broken, or no image; the message says why.
+        ValueError: the file is damaged, or not an image.
     """
     with filesystem.open_input_stream(path) as stream:
         content = stream.read()
@@ -56,20 +56,27 @@ def read_image(filesystem: fs.FileSystem, path: str, info: DatasetInfo = CIFAR10
             image.load()
             return to_pixels(image, info)
     except Image.UnidentifiedImageError as error:
-        raise ValueError("it is no image of a known format") from error
+        raise ValueError("it is not an image of a known format") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(str(error).rstrip(".") or type(error).__name__) from error
 
 
 def to_pixels(image: Image.Image, info: DatasetInfo = CIFAR100) -> np.ndarray:
-    """Return an image of any size and mode as (3, H, W) uint8, of the size of the data set's.
+    """Return an image of any size and mode as (3, H, W) uint8, of the data set's size.
 
-    It is turned as its EXIF data says, put on white where it is transparent, scaled until its shorter side fits, and
-    cropped to its center.
+    The image is rotated by its EXIF orientation, put on white where it is transparent, scaled until its shorter side
+    fits, and cropped to its center.
     """
     size = (info.image_size, info.image_size)
     upright = to_rgb(ImageOps.exif_transpose(image))
     return np.asarray(ImageOps.fit(upright, size, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+
+
+def to_png(pixels: np.ndarray) -> bytes:
+    """Return pixels (3, H, W) uint8 as a PNG file."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(stream, "PNG")
+    return stream.getvalue()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

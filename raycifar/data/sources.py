@@ -1,7 +1,7 @@
-"""Finding and reading CIFAR-100, in any of its layouts.
+"""Reading CIFAR-100 in any of its layouts.
 
-The content of a path or URI tells its layout. Nothing is unpacked to disk, and a pickle may name no class except
-NumPy's arrays.
+The layout of a path or URI is detected from its content. Nothing is unpacked to disk, and a pickle may name no class
+but NumPy's arrays.
 """
 
 import io
@@ -32,32 +32,30 @@ from raycifar.storage.files import URI, locate
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
 MD5 = "03b5dce01913d631647c71ecec9e9cb8"
 
-CHUNK = 2**24  # bytes to decompress at a time, so that other threads seldom wait
+CHUNK = 2**24  # bytes to decompress at a time, so that other threads rarely wait
 RECORD = 2 + INFO.image_bytes  # coarse label, fine label, pixels
-WANTED = (
+LAYOUTS = (
     "CIFAR-100 is read as the official binary archive or its folder, as cifar-100-python (archive or folder), "
     "or as a folder of Parquet files with the columns img.bytes, fine_label and coarse_label"
 )
-
 SYNTHETIC_SIZE = re.compile(rf"{SYNTHETIC}:(\d+)")
-
-Read = Callable[[str], bytes]  # from a file's base name to its content
 
 
 def load(name: str, seed: int = 0) -> Source:
     """Return the data set that `--data` names: cifar100, synthetic, a path or a URI.
 
     Raises:
-        RequestError: it can't be had, or it isn't CIFAR-100; the message says why and what to do.
+        RequestError: the data set can't be read, or isn't CIFAR-100.
     """
     if name == SYNTHETIC:
         return synthetic(seed=seed)
     if match := SYNTHETIC_SIZE.fullmatch(name):
         if not (count := int(match[1])) or count % INFO.num_classes:
-            raise RequestError(f"{name}: take a multiple of {INFO.num_classes}, for as many images of each class.")
+            raise RequestError(
+                f"{name}: the number must be a multiple of {INFO.num_classes}, for equally many images of each class."
+            )
         return synthetic(count, seed=seed)
-    place = fetch() if name == "cifar100" else name
-    filesystem, path = locate(place)
+    filesystem, path = locate(fetch() if name == "cifar100" else name)
     try:
         kind = filesystem.get_file_info(path).type
         if kind == fs.FileType.NotFound:
@@ -70,32 +68,29 @@ def load(name: str, seed: int = 0) -> Source:
 
 
 def absolute_name(name: str) -> str:
-    """Return what names the same data set in any folder: of a local path the absolute one."""
+    """Return a name that is valid in any working directory: local paths become absolute."""
     if name == "cifar100" or name == SYNTHETIC or SYNTHETIC_SIZE.fullmatch(name) or URI.match(name):
         return name
     return str(Path(name).expanduser().resolve())
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("RAYCIFAR_CACHE") or platformdirs.user_cache_path("raycifar"))
-
-
 def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
-    """Return the archive's path in the cache; it is downloaded once, checked and renamed into place.
+    """Return the archive's path in the cache; the archive is downloaded once, checked and renamed into place.
 
     Raises:
-        RequestError: it can't be downloaded; the message says why and what to do.
+        RequestError: the download failed.
     """
-    folder, file = cache_folder(), PurePosixPath(url).name
+    folder = Path(os.environ.get("RAYCIFAR_CACHE") or platformdirs.user_cache_path("raycifar"))
+    file = PurePosixPath(url).name
     base = url.removesuffix(file)
     store = pooch.create(path=folder, base_url=base, registry={file: f"md5:{md5}"}, retry_if_failed=2)
     pooch.get_logger().setLevel("ERROR")
     try:
         return Path(store.fetch(file, downloader=pooch.HTTPDownloader(progressbar=progress, timeout=30)))
     except (requests.RequestException, OSError, ValueError) as error:
-        reason = "what it sent has another md5" if isinstance(error, ValueError) else type(error).__name__
+        reason = "its md5 differs" if isinstance(error, ValueError) else type(error).__name__
         raise RequestError(
-            f"CIFAR-100 can't be fetched from {url} ({reason}): give a copy with --data PATH or "
+            f"CIFAR-100 can't be downloaded from {url} ({reason}): give a copy with --data PATH or "
             "RAYCIFAR_DATA=PATH, or use --data synthetic."
         ) from error
 
@@ -104,7 +99,7 @@ def read_file(name: str, filesystem: fs.FileSystem, path: str) -> Source:
     with filesystem.open_input_file(path) as file:
         head = file.read(512)
     if head[:4] == b"PAR1":
-        raise RequestError(f"{name} is one Parquet file, so one split: give the folder with the train and test files.")
+        raise RequestError(f"{name} is a single Parquet file, so one split: give the folder of train and test files.")
     with filesystem.open_input_stream(path, compression=None) as stream:
         contents = read_archive(name, stream)
     return read_layout(name, contents.get, set(contents))
@@ -114,7 +109,7 @@ def read_archive(name: str, stream: io.IOBase) -> dict[str, bytes]:
     """Return the archive's files by base name, read in one pass and never unpacked.
 
     Raises:
-        RequestError: it is no tar archive, is truncated, or has a member that points out of its folder.
+        RequestError: the archive is not a tar, is truncated, or has a member outside its folder.
     """
     contents = {}
     try:
@@ -123,7 +118,7 @@ def read_archive(name: str, stream: io.IOBase) -> dict[str, bytes]:
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
                     raise RequestError(
-                        f"{name} is refused: its member {member.name!r} points out of the archive's folder."
+                        f"{name} is refused: its member {member.name!r} points outside the archive's folder."
                     )
                 if member.isfile() and (content := archive.extractfile(member)):
                     contents[path.name] = content.read()
@@ -134,7 +129,7 @@ def read_archive(name: str, stream: io.IOBase) -> dict[str, bytes]:
     except tarfile.ReadError as error:
         if contents or "unexpected end" in str(error):
             raise RequestError(f"{name} is truncated or damaged ({error}): fetch it again.") from error
-        raise RequestError(f"{name} is no tar archive. {WANTED}.") from error
+        raise RequestError(f"{name} is not a tar archive. {LAYOUTS}.") from error
     return contents
 
 
@@ -153,30 +148,26 @@ def read_folder(name: str, filesystem: fs.FileSystem, path: str) -> Source:
 
 
 def read_layout(name: str, read: Callable[[str], bytes | None], names: set[str]) -> Source:
-    """Return the data set from files in the binary or the Python layout; their names tell which it is."""
-    if {"train.bin", "test.bin"} <= names:
-        parse = parse_records
-        files = {"train": "train.bin", "test": "test.bin"}
-    elif {"train", "test"} <= names:
-        parse = parse_pickle
-        files = {"train": "train", "test": "test"}
-    else:
-        shown = ", ".join(sorted(names)[:5]) or "nothing"
-        raise RequestError(f"{name} is not CIFAR-100: it holds {shown}. {WANTED}.")
-    tables = {split: parse(read(file) or b"", f"{name}: {file}") for split, file in files.items()}
-    return Source(name, **tables)
+    """Return the data set from files in the binary or the Python layout, told apart by their names."""
+    for suffix, parse in ((".bin", parse_records), ("", parse_pickle)):
+        files = {split: f"{split}{suffix}" for split in ("train", "test")}
+        if names.issuperset(files.values()):
+            tables = {split: parse(read(file) or b"", f"{name}: {file}") for split, file in files.items()}
+            return Source(name, **tables)
+    found = ", ".join(sorted(names)[:5]) or "nothing"
+    raise RequestError(f"{name} is not CIFAR-100: it holds {found}. {LAYOUTS}.")
 
 
 def parse_records(content: bytes, origin: str) -> pa.Table:
     """Return the records of the official binary layout: coarse label, fine label, pixels."""
     if len(content) % RECORD:
-        raise RequestError(f"{origin} has {len(content):,} bytes, no multiple of a CIFAR-100 record's {RECORD:,}.")
+        raise RequestError(f"{origin} has {len(content):,} bytes, not a multiple of a CIFAR-100 record's {RECORD:,}.")
     records = np.frombuffer(content, np.uint8).reshape(-1, RECORD)
     return to_table(records[:, 2:], records[:, 1], records[:, 0], origin)
 
 
 class ArraysOnly(pickle.Unpickler):
-    """Unpickles what cifar-100-python is made of, builtin containers and NumPy's arrays, and nothing else."""
+    """Unpickles builtin containers and NumPy's arrays, which cifar-100-python consists of, and nothing else."""
 
     ADMITTED = frozenset(
         (module, name)
@@ -191,7 +182,7 @@ class ArraysOnly(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):  # how protocol 2 spells bytes
+        if (module, name) == ("_codecs", "encode"):  # bytes in protocol 2
             return lambda text, encoding: (
                 text.encode("latin1") if encoding == "latin1" else self.refuse("_codecs", name)
             )
@@ -204,13 +195,13 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def parse_pickle(content: bytes, origin: str) -> pa.Table:
-    """Return the images of a file of cifar-100-python, without letting the pickle run anything."""
+    """Return the images of a cifar-100-python file; the pickle can't run code."""
     try:
         raw = ArraysOnly(io.BytesIO(content), encoding="bytes").load()
     except RequestError as error:
         raise RequestError(f"{origin} is refused: {error}.") from error
-    except Exception as error:  # of whatever kind a damaged pickle causes
-        raise RequestError(f"{origin} is no readable pickle: {error}.") from error
+    except Exception as error:  # a damaged pickle may cause any
+        raise RequestError(f"{origin} is not a readable pickle: {error}.") from error
     if not isinstance(raw, dict):
         raise RequestError(f"{origin} holds a {type(raw).__name__}, not the dictionary of cifar-100-python.")
     fields = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in raw.items()}
@@ -218,7 +209,7 @@ def parse_pickle(content: bytes, origin: str) -> pa.Table:
         pixels = np.asarray(fields["data"])
         fine, coarse = (np.asarray(fields[key], np.int64) for key in ("fine_labels", "coarse_labels"))
     except (KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"{origin} is not of cifar-100-python: {error!s} is missing or unusable.") from error
+        raise RequestError(f"{origin} is not from cifar-100-python: {error!s} is missing or unusable.") from error
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != INFO.image_bytes:
         raise RequestError(
             f"{origin}: the images are {pixels.dtype} of shape {pixels.shape}, not uint8 (N, {INFO.image_bytes})."
@@ -229,13 +220,13 @@ def parse_pickle(content: bytes, origin: str) -> pa.Table:
 
 
 def read_parquet(name: str, filesystem: fs.FileSystem, paths: list[str]) -> Source:
-    """Return the data set from Parquet in the Hugging Face layout; the names of files or folders tell the split."""
+    """Return the data set from Parquet in the Hugging Face layout, whose splits are told apart by file or folder."""
     tables = {}
     for split in ("train", "test"):
         mine = [path for path in paths if PurePosixPath(path).name.startswith(split)]
         mine = mine or [path for path in paths if split in PurePosixPath(path).parts]
         if not mine:
-            raise RequestError(f"{name} has no Parquet file whose name begins with {split!r}, so no {split} split.")
+            raise RequestError(f"{name} has no {split} split: no Parquet file's name begins with {split!r}.")
         parts = [parse_parquet(filesystem, path, f"{name}: {PurePosixPath(path).name}") for path in mine]
         tables[split] = pa.concat_tables(parts)
     return Source(name, **tables)
@@ -246,16 +237,16 @@ def parse_parquet(filesystem: fs.FileSystem, path: str, origin: str) -> pa.Table
         with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream) as parquet:
             missing = {"img", "fine_label", "coarse_label"} - set(parquet.schema_arrow.names)
             if missing:
-                raise RequestError(f"{origin} lacks the columns {', '.join(sorted(missing))}. {WANTED}.")
+                raise RequestError(f"{origin} lacks the columns {', '.join(sorted(missing))}. {LAYOUTS}.")
             table = parquet.read(["img.bytes", "fine_label", "coarse_label"])
     except pa.ArrowException as error:
-        raise RequestError(f"{origin} is no readable Parquet file: {error}.") from error
+        raise RequestError(f"{origin} is not a readable Parquet file: {error}.") from error
     files = table["img"].combine_chunks().flatten()[0]
     pixels = np.empty((len(files), *INFO.image_shape), np.uint8)
-    size = INFO.image_size
     for row, file in enumerate(files):
         try:
             pixels[row] = np.asarray(Image.open(io.BytesIO(file.as_py())).convert("RGB")).transpose(2, 0, 1)
         except (OSError, TypeError, ValueError) as error:
-            raise RequestError(f"{origin}: image {row} is no {size}×{size} picture: {error}.") from error
+            size = f"{INFO.image_size}×{INFO.image_size}"
+            raise RequestError(f"{origin}: image {row} is not a {size} image: {error}.") from error
     return to_table(pixels, table["fine_label"].to_numpy(), table["coarse_label"].to_numpy(), origin)

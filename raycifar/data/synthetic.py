@@ -1,8 +1,8 @@
-"""Images that need no files: classes that a CNN can learn, and that a linear model can't fully tell apart.
+"""Synthetic images: classes that a CNN can learn, and that a linear model can't fully separate.
 
-Each image is a noisy grating. The superclass decides its direction and frequency (5 × 4), the class within the
-superclass its color (5). The phase is random, so a class's average image is gray, and weights on single pixels learn
-little; a convolution finds the stripes wherever they are.
+Each image is a noisy grating. Its superclass sets direction and frequency (5 × 4), its class within the superclass the
+color (5). The phase is random, so the mean image of a class is gray, and weights on single pixels learn little; a
+convolution finds the stripes anywhere.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ import pyarrow as pa
 from raycifar.data import CIFAR100 as INFO
 from raycifar.data.tables import Source, to_table
 
-ANGLES = np.linspace(0, np.pi / 2, 5)  # up to a right angle: a mirrored image must not be of another class
+ANGLES = np.linspace(0, np.pi / 2, 5)  # up to 90°: a flipped image must not belong to another class
 CYCLES = np.array([2, 4, 7, 11])  # across the image
 COLORS = np.array([(1, 1, 1), (1, -1, 0), (0, 1, -1), (1, 0, -1), (1, -2, 1)])
 NOISE = 40  # standard deviation, of 255
@@ -20,7 +20,7 @@ CHUNK = 10_000  # images made at a time, to keep the temporary arrays small
 
 
 def synthetic(train: int = NUM_IMAGES, test: int = 10_000, seed: int = 0) -> Source:
-    """Return a data set in the layout of CIFAR-100, and by default of its size, made from `seed` in seconds.
+    """Return a data set in CIFAR-100's layout, and by default of its size.
 
     Args:
         train, test: numbers of images.
@@ -31,7 +31,7 @@ def synthetic(train: int = NUM_IMAGES, test: int = 10_000, seed: int = 0) -> Sou
 
 
 def make_table(num_images: int, rng: np.random.Generator) -> pa.Table:
-    """Return images in random order, the same number of each class."""
+    """Return images in random order, equally many of each class."""
     fine = rng.permutation(np.arange(num_images) % INFO.num_classes)
     chunks = np.array_split(fine, -(-num_images // CHUNK))
     return to_table(np.concatenate([make_images(part, rng) for part in chunks]), fine, fine // len(COLORS), SYNTHETIC)

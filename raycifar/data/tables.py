@@ -1,10 +1,11 @@
-"""Arrow tables of images: made, checked, converted and split."""
+"""Arrow tables of images: checking, converting and splitting them."""
 
 import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from raycifar.data import CIFAR100, DatasetInfo
 from raycifar.errors import RequestError
@@ -12,7 +13,7 @@ from raycifar.errors import RequestError
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as it was found: `train` and `test` have the columns image, fine and coarse."""
+    """A data set: `train` and `test` have the columns image, fine and coarse."""
 
     name: str
     train: pa.Table
@@ -20,12 +21,13 @@ class Source:
     info: DatasetInfo = CIFAR100
 
     def fingerprint(self) -> str:
-        """Return a digest of every image and label, equal for the same images in the same order."""
+        """Return a digest of all images and labels, in their order."""
         digest = hashlib.blake2b(digest_size=16)
         for table in (self.train, self.test):
-            for column in ("image", "fine", "coarse"):
-                for chunk in table[column].chunks:
-                    digest.update(np.ascontiguousarray(to_numpy(chunk, column, self.info)).data)
+            for chunk in table["image"].chunks:
+                digest.update(to_images(chunk, self.info).data)
+            for column in ("fine", "coarse"):
+                digest.update(table[column].to_numpy().data)
         return digest.hexdigest()
 
     def superclass_of(self) -> tuple[int, ...]:
@@ -44,7 +46,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Splits:
-    """What a run is trained, validated and tested on: `val` may be empty. All have an index column."""
+    """The images that a run trains, validates and tests on, with an index column; `val` may be empty."""
 
     train: pa.Table
     val: pa.Table
@@ -62,18 +64,18 @@ def to_table(
 
     Args:
         pixels: (N, 3, H, W) or (N, 3 * H * W) uint8. fine, coarse: (N,) integers.
-        origin: what the message of an error begins with.
+        origin: the start of an error's message.
 
     Raises:
-        RequestError: there is no image, or a label is out of range.
+        RequestError: there are no images, or a label is out of range.
     """
     if not len(pixels):
-        raise RequestError(f"{origin} holds no image.")
+        raise RequestError(f"{origin} holds no images.")
     for name, labels, count in (("fine", fine, info.num_classes), ("coarse", coarse, info.num_superclasses)):
         if not 0 <= labels.min() <= labels.max() < count:
             row = int(np.flatnonzero((labels < 0) | (labels >= count))[0])
             raise RequestError(
-                f"{origin}: the {name} label of image {row} is {labels[row]}; CIFAR-100's go from 0 to {count - 1}."
+                f"{origin}: the {name} label of image {row} is {labels[row]}; CIFAR-100's range from 0 to {count - 1}."
             )
     buffer = pa.py_buffer(np.ascontiguousarray(pixels, np.uint8))
     return pa.table(
@@ -85,34 +87,40 @@ def to_table(
     )
 
 
-def to_numpy(array: pa.Array, column: str, info: DatasetInfo = CIFAR100) -> np.ndarray:
-    """Return a column without copying: (N, 3, H, W) uint8 for images, (N,) int64 for all others."""
-    if column != "image":
-        return array.to_numpy(zero_copy_only=False)
+def to_images(column: pa.Array | pa.ChunkedArray, info: DatasetInfo = CIFAR100) -> np.ndarray:
+    """Return a column of images as (N, 3, H, W) uint8; a single chunk is not copied."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     first, last = (row * info.image_bytes for row in (array.offset, array.offset + len(array)))
     return np.frombuffer(array.buffers()[1], np.uint8)[first:last].reshape(-1, *info.image_shape)
 
 
+def to_parquet(table: pa.Table) -> bytes:
+    """Return the content of a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
 def to_lists(rows: np.ndarray) -> pa.FixedSizeListArray:
-    """Return the rows of (n, k) as a column."""
+    """Return rows (n, k) as a column of lists."""
     return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
 
 
 def from_lists(column: pa.ChunkedArray) -> np.ndarray:
-    """Return a column of `to_lists` as (n, k)."""
+    """Return a column of lists as (n, k)."""
     return column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
 
 
 def split(source: Source, val_size: int, limit: int | None, seed: int) -> Splits:
-    """Return the splits of a run: validation images never come from the test set.
+    """Return the splits of a run: validation images come from the training set, never from the test set.
 
     Args:
-        val_size: training images held out, the same number of each class; 0 holds out none.
-        limit: training images used, the same number of each class; None uses all that are left.
-        seed: decides which images are held out and used, and the order of the training images.
+        val_size: training images held out, equally many of each class; 0 holds out none.
+        limit: training images used, equally many of each class; None uses all that remain.
+        seed: selects the images that are held out and used, and the order of the training images.
 
     Raises:
-        RequestError: `val_size` or `limit` can't be met with the same number of each class.
+        RequestError: there are too few images, or `val_size` or `limit` is not a multiple of the number of classes.
     """
     num_classes = source.info.num_classes
     fine = source.train["fine"].to_numpy()
@@ -121,7 +129,7 @@ def split(source: Source, val_size: int, limit: int | None, seed: int) -> Splits
     for option, size in (("--val-size", val_size), ("--limit", limit)):
         if size is not None and size % num_classes:
             raise RequestError(
-                f"{option} {size} can't be shared by {num_classes} classes: take a multiple of {num_classes}."
+                f"{option} {size} can't be divided among {num_classes} classes: give a multiple of {num_classes}."
             )
     if val_size < 0 or (val_size and val_size // num_classes >= smallest):
         raise RequestError(
@@ -129,8 +137,8 @@ def split(source: Source, val_size: int, limit: int | None, seed: int) -> Splits
         )
     if limit is not None and not 0 < limit // num_classes <= smallest - val_size // num_classes:
         raise RequestError(
-            f"--limit {limit} can't be met: {num_classes * smallest - val_size} training images are left "
-            f"when each class gives the same number and --val-size {val_size} are held out."
+            f"--limit {limit} is not possible: with --val-size {val_size} and equally many images of each class, "
+            f"{num_classes * smallest - val_size} training images remain."
         )
 
     order = np.random.default_rng(seed).permutation(len(fine))
@@ -138,8 +146,8 @@ def split(source: Source, val_size: int, limit: int | None, seed: int) -> Splits
     rank = np.arange(len(fine)) - np.repeat(np.cumsum(counts) - counts, counts)  # of each image in its class
     held_out = val_size // num_classes
     used = rank >= held_out if limit is None else (rank >= held_out) & (rank < held_out + limit // num_classes)
-    # Sources may be sorted by class. In the seeded order, any run of consecutive rows, and so any worker's shard, is a
-    # random sample of all classes.
+    # Sources may be sorted by class. In the seeded order, consecutive rows, and so each worker's shard, are a random
+    # sample of all classes.
     chosen = np.zeros(len(fine), bool)
     chosen[by_class[used]] = True
     return Splits(
@@ -150,8 +158,8 @@ def split(source: Source, val_size: int, limit: int | None, seed: int) -> Splits
 
 
 def take(table: pa.Table, rows: np.ndarray, info: DatasetInfo = CIFAR100) -> pa.Table:
-    """Return these rows, contiguous in memory, with their numbers as the column `index`."""
-    buffer = pa.py_buffer(to_numpy(table["image"].combine_chunks(), "image", info)[rows])
+    """Return rows of a table, contiguous in memory, with their numbers as the column `index`."""
+    buffer = pa.py_buffer(to_images(table["image"], info)[rows])
     images = pa.FixedSizeBinaryArray.from_buffers(pa.binary(info.image_bytes), len(rows), [None, buffer])
     labels = {name: pa.array(table[name].to_numpy()[rows]) for name in ("fine", "coarse")}
     return pa.table({"image": images, **labels, "index": pa.array(rows.astype(np.int64))})

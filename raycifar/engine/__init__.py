@@ -1,1 +1,1 @@
-"""How one worker trains: the loop, and what it stands on."""
+"""Training on one worker: the loop and its parts."""

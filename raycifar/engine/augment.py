@@ -1,9 +1,8 @@
 """From uint8 images on the device to the network's input, a whole batch at a time.
 
-torchvision's transforms.v2 draw one set of random numbers for a whole batch; flips, shifts, holes and policies are
-wanted for each image, so they are tensor operations here. Where one draw for the batch is right, as for
-mixup and cutmix, torchvision's are used. All random numbers come from torch's default generators, which are seeded
-anew in each step, and nothing waits for a GPU.
+torchvision's transforms.v2 sample one set of random numbers per batch. Flips, shifts, holes and policies must differ
+between images, so they are tensor operations here; mixup and cutmix, which need one sample per batch, are its own.
+All random numbers come from torch's default generators, which are reseeded in each step. Nothing waits for a GPU.
 """
 
 import functools
@@ -13,24 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raycifar.engine.image_ops import apply_operations, draw_operations
+from raycifar.engine.image_ops import apply_operations, sample_operations
 from raycifar.models import CIFAR, Preprocessing
 from raycifar.models.recipe import Augmentation, Recipe
 
 PAD = 4  # pixels an image may be shifted, as in He et al. (2016)
 HOLE = 8  # side of cutout's square, DeVries and Taylor (2017) for CIFAR-100
-RAND_OPERATIONS = 2  # that RandAugment applies to each image
-ERASED_AREA = (0.02, 0.33)  # least and largest fraction of an image that random erasing blanks, as in torchvision
-ERASED_ASPECT = (0.3, 3.3)  # least and largest height of what is blanked, in widths
+RAND_OPERATIONS = 2  # of RandAugment for each image
+ERASED_AREA = (0.02, 0.33)  # range of the erased fraction of an image, as in torchvision
+ERASED_ASPECT = (0.3, 3.3)  # range of the erased rectangle's height over its width
 
 
 def augment(images: Tensor, kind: Augmentation) -> Tensor:
-    """Return `images` (N, 3, H, W) uint8, each flipped, shifted and changed on its own.
+    """Return `images` (N, 3, H, W) uint8, each augmented independently.
 
     Args:
-        kind: none. flip: half of the images. crop: and shifted by up to 4 pixels, He et al. (2016). With crop,
-            cutout: and a hole cut, DeVries and Taylor (2017); trivial: and one operation of TrivialAugment's wide
-            space, Müller and Hutter (2021); rand: and two operations of RandAugment, Cubuk et al. (2020).
+        kind: none; flip half of the images; crop: flip, and shift by up to 4 pixels (He et al., 2016); cutout: crop,
+            and cut a hole (DeVries and Taylor, 2017); trivial: crop, and one operation of TrivialAugment's wide space
+            (Müller and Hutter, 2021); rand: crop, and two operations of RandAugment (Cubuk et al., 2020).
     """
     if kind == "none":
         return images
@@ -42,15 +41,15 @@ def augment(images: Tensor, kind: Augmentation) -> Tensor:
         case "cutout":
             return cut_hole(images)
         case "trivial":
-            return apply_operations(images, draw_operations(kind, images))
+            return apply_operations(images, sample_operations(kind, images))
         case "rand":
             for _ in range(RAND_OPERATIONS):
-                images = apply_operations(images, draw_operations(kind, images))
+                images = apply_operations(images, sample_operations(kind, images))
     return images
 
 
 def shift(images: Tensor, flipped: Tensor) -> Tensor:
-    """Return each image shifted by up to PAD pixels into black, and mirrored where `flipped`: one gather."""
+    """Return each image shifted by up to PAD pixels, padded with black, and flipped where `flipped`, by one gather."""
     count, channels, height, width = images.shape
     device = images.device
     y, x = torch.randint(0, 2 * PAD + 1, (2, count), device=device)
@@ -70,9 +69,9 @@ def cut_hole(images: Tensor) -> Tensor:
 
 
 def erase(inputs: Tensor, probability: float) -> Tensor:
-    """Return `inputs` (N, 3, H, W) float, a rectangle of some blanked with 0, the mean color: Zhong et al. (2020).
+    """Return `inputs` (N, 3, H, W) float, with a rectangle of some set to 0, the mean color (Zhong et al., 2020).
 
-    torchvision draws again where a rectangle is as high or wide as its image; here it's made a pixel smaller than that.
+    A rectangle as high or wide as the image is made a pixel smaller, where torchvision samples another.
     """
     if not probability:
         return inputs
@@ -88,15 +87,15 @@ def erase(inputs: Tensor, probability: float) -> Tensor:
 
 
 def blank(images: Tensor, y: Tensor, x: Tensor, rows: Tensor | int, columns: Tensor | int) -> Tensor:
-    """Return images (N, 3, H, W) with 0 in a rectangle of each; its corner and its size in pixels are (N, 1)."""
-    below, right = (torch.arange(size, device=images.device) for size in images.shape[-2:])
-    below, right = below - y, right - x
-    vertical, horizontal = (below >= 0) & (below < rows), (right >= 0) & (right < columns)
+    """Return images (N, 3, H, W) with a rectangle of each set to 0; its corner and size, in pixels, are (N, 1)."""
+    row, column = (torch.arange(size, device=images.device) for size in images.shape[-2:])
+    row, column = row - y, column - x
+    vertical, horizontal = (row >= 0) & (row < rows), (column >= 0) & (column < columns)
     return images * ~(vertical[:, None, :, None] & horizontal[:, None, None, :])
 
 
 def preprocess(images: Tensor, preprocessing: Preprocessing = CIFAR) -> Tensor:
-    """Return the network's input, (N, 3, size, size) float32, channels last, of `images` (N, 3, H, W) uint8."""
+    """Return the network's input (N, 3, size, size) float32, channels last, from `images` (N, 3, H, W) uint8."""
     mean, factor = normalization(preprocessing, images.device)
     pixels = resize(images.float(), preprocessing)
     return ((pixels - mean) * factor).contiguous(memory_format=torch.channels_last)
@@ -104,15 +103,15 @@ def preprocess(images: Tensor, preprocessing: Preprocessing = CIFAR) -> Tensor:
 
 @functools.cache
 def normalization(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return what is subtracted from pixels from 0 to 255, and what they are then multiplied by, (3, 1, 1) each."""
+    """Return the mean to subtract from pixels (0 to 255), and the factor to multiply by, (3, 1, 1) each."""
     mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (preprocessing.mean, preprocessing.std))
     return mean.to(device), (1 / std).to(device)
 
 
 def resize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Return float pixels (N, 3, H, W) scaled to (N, 3, size, size), as PIL does: so ImageNet weights were trained.
+    """Return float pixels (N, 3, H, W) scaled to (N, 3, size, size) as by PIL, as for ImageNet weights.
 
-    Without `antialias`, torch's bicubic curve is another one than PIL's, even where images are scaled up.
+    Without `antialias`, torch's bicubic curve differs from PIL's, even for upscaling.
     """
     size = preprocessing.size
     if pixels.shape[-2:] == (size, size):
@@ -121,21 +120,21 @@ def resize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def mix(images: Tensor, targets: Tensor, recipe: Recipe, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Blend some batches, by the recipe's shares, with torchvision's mixup or cutmix.
+    """Apply torchvision's mixup or cutmix to the recipe's fractions of batches.
 
     Args:
         images: (N, 3, H, W) float. targets: (N,) int64.
 
     Returns:
-        The images, and the targets: (N,) int64 as they were, or (N, classes) float shares.
+        The images, and the targets: (N,) int64 unchanged, or (N, classes) float probabilities.
     """
     if not recipe.mixup + recipe.cutmix:
         return images, targets
-    from torchvision.transforms import v2  # 1 s of import that only these recipes pay
+    from torchvision.transforms import v2  # takes 1 s, which other recipes save
 
-    draw = torch.rand(()).item()
-    if draw < recipe.mixup:
+    sample = torch.rand(()).item()
+    if sample < recipe.mixup:
         return v2.MixUp(num_classes=num_classes)(images, targets)
-    if draw < recipe.mixup + recipe.cutmix:
+    if sample < recipe.mixup + recipe.cutmix:
         return v2.CutMix(num_classes=num_classes)(images, targets)
     return images, targets

@@ -1,6 +1,6 @@
-"""The common way to train on CIFAR-100, to compare with: PIL, DataLoader, float32, memory as it is managed by default.
+"""The common way to train on CIFAR-100, as a baseline: PIL, DataLoader, float32, default memory management.
 
-It has a process of its own beside each worker, for what a worker sets of its memory holds for all of its process.
+It runs in a separate process beside each worker, because a worker's malloc settings hold for its whole process.
 """
 
 import os
@@ -26,7 +26,7 @@ from raycifar.models import Architecture
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on what."""
+    """What the process trains on."""
 
     architecture: Architecture
     dropout: float
@@ -37,11 +37,11 @@ class Setting:
     threads: int
     rank: int
     world_size: int
-    address: str | None  # where the processes meet, if there are several
+    address: str | None  # of the rendezvous, if there are several workers
 
 
-class Pictures(Dataset):
-    """Images as PIL opens them, through torchvision's transforms one by one."""
+class PilImages(Dataset):
+    """Images that pass through torchvision's transforms one by one."""
 
     def __init__(self, setting: Setting) -> None:
         pixels, image_size = setting.architecture.preprocessing, setting.images.shape[1]
@@ -64,7 +64,7 @@ class Pictures(Dataset):
 
 
 class Training:
-    """What the process keeps from epoch to epoch."""
+    """The process's network, optimizer and data loader."""
 
     def __init__(self, setting: Setting) -> None:
         self.device = setting.device
@@ -72,7 +72,7 @@ class Training:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.loader = DataLoader(
-            Pictures(setting),
+            PilImages(setting),
             batch_size=setting.batch_size,
             shuffle=True,
             num_workers=min(4, setting.threads),
@@ -101,7 +101,7 @@ training: Training
 
 
 def start(setting: Setting) -> None:
-    """Make the process ready to train; it lasts as long as the one that asked for it."""
+    """Set up training in a process that ends with its parent."""
     global training
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=end_after, args=(parent_process(),), daemon=True).start()

@@ -1,4 +1,4 @@
-"""Checkpoints: taken between two steps, written while training goes on."""
+"""Checkpoints: taken between two steps, written while training continues."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
@@ -15,11 +15,11 @@ from raycifar.engine.state import PROGRESS, TENSORS, TrainingState
 from raycifar.storage.run_folder import BEST, KEPT, RunFolder
 from raycifar.storage.weights import to_file
 
-MAX_PENDING = 2  # checkpoints being written: a storage that is slower than training is waited for
+MAX_PENDING = 2  # checkpoints being written; training waits for a slower storage
 
 
 class HostCopy:
-    """Contiguous copies of tensors in the host's memory. A GPU makes them while it computes: nothing waits."""
+    """Contiguous copies of tensors in host memory. A GPU makes them while it computes."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.copies = {name: t.contiguous().to("cpu", non_blocking=True, copy=True) for name, t in tensors.items()}
@@ -34,10 +34,10 @@ class HostCopy:
 
 
 class Snapshot:
-    """The state at one moment, to be written later by another thread.
+    """A copy of the training state, to be written by another thread.
 
     Args:
-        best: keep the weights that are scored, too: they are the best so far.
+        best: also copy the scored weights, which are the best so far.
     """
 
     def __init__(self, state: TrainingState, *, best: bool = False) -> None:
@@ -46,7 +46,7 @@ class Snapshot:
         self.best_weights = HostCopy(state.scored.state_dict()) if best else None
 
     def write(self, run: RunFolder, name: str) -> str:
-        """Write the best weights, if there are any, then the checkpoint; return its path on the run's file system."""
+        """Write the best weights, if any, then the checkpoint; return its path on the run's file system."""
         if self.best_weights:
             run.write(BEST, to_file(self.best_weights.wait(), self.architecture))
         files = {TENSORS: safetensors.torch.save(self.state.wait()), PROGRESS: self.progress}
@@ -56,8 +56,8 @@ class Snapshot:
 class Checkpointer:
     """Saves snapshots without waiting for the storage.
 
-    With workers, Ray Train uploads in its own thread, keeps the last few and knows them after a restart.
-    Without (`--workers 0`), Ray Train's report keeps nothing, so a thread here does the same.
+    With workers, Ray Train uploads in its own thread, and keeps the last few checkpoints. Without (`--workers 0`),
+    Ray Train's report keeps nothing, so a thread here does the same.
     """
 
     def __init__(self, run: RunFolder, *, in_process: bool) -> None:
@@ -67,12 +67,12 @@ class Checkpointer:
         self.room = Semaphore(MAX_PENDING)
 
     def save(self, metrics: dict[str, Any], snapshot: Snapshot | None, *, wait: bool = False) -> None:
-        """Report metrics and a checkpoint; all workers call it together, and one of them has a snapshot.
+        """Report metrics and a checkpoint; all workers call it together, and only one has a snapshot.
 
         Args:
-            wait: until it is stored.
+            wait: return only once the checkpoint is stored.
         """
-        mode = CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC  # SYNC waits to be looked at
+        mode = CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC
         if snapshot is None:
             ray.train.report(metrics, checkpoint_upload_mode=mode)
             return
@@ -88,14 +88,14 @@ class Checkpointer:
         else:
             ray.train.report(
                 metrics,
-                Checkpoint(self.run.name, self.run.filesystem),  # Ray asks for one before there is any
+                Checkpoint(self.run.name, self.run.filesystem),  # Ray requires one before the upload
                 checkpoint_upload_mode=mode,
                 checkpoint_upload_fn=lambda _, name: self._store(snapshot, name),
                 delete_local_checkpoint_after_upload=False,
             )
 
     def wait(self) -> None:
-        """Wait for what is still being written, and raise what went wrong, as the next `save` would."""
+        """Wait for pending checkpoints, and raise any error, as the next `save` would."""
         while self.pending:
             self.pending.pop(0).result()
 

@@ -1,7 +1,7 @@
-"""The same convolutions, faster on a CPU where the image has become small.
+"""Faster convolutions of small images on a CPU.
 
-oneDNN's loops are made for long rows of pixels. At 2×2 and 4×4 pixels, with 512 channels, matrix products take a third
-of the time, and half of it for the weights' gradient.
+oneDNN's loops are optimized for long rows of pixels. At 2×2 and 4×4 pixels with 512 channels, matrix products take a
+third of the time, and half of it for the weights' gradient.
 """
 
 from typing import Any
@@ -19,19 +19,19 @@ PLAIN = {
     "dilation": (1, 1),
     "groups": 1,
 }
-SMALL = 4  # pixels a side
+SMALL = 4  # pixels per side
 PIXELS = ((0, 0), (0, 1), (1, 0), (1, 1))  # rows and columns of an image of 2×2
 
 
 def use_products(model: nn.Module) -> None:
-    """Have the model's 3×3 convolutions work by matrix products on small images; its weights stay as they are."""
+    """Make the model's 3×3 convolutions use matrix products on small images; its weights don't change."""
     for module in model.modules():
         if type(module) is nn.Conv2d and all(getattr(module, name) == value for name, value in PLAIN.items()):
             module.__class__ = Convolution
 
 
 class Convolution(nn.Conv2d):
-    """A 3×3 convolution, padded by one pixel."""
+    """A 3×3 convolution padded by one pixel."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's own word)
         if input.shape[-2:] == (2, 2):
@@ -42,9 +42,9 @@ class Convolution(nn.Conv2d):
 
 
 class Dense(torch.autograd.Function):
-    """A convolution of 2×2 pixels, as the dense layer that it is: each output pixel sees every input pixel.
+    """A convolution of 2×2 pixels as a dense layer: each output pixel depends on every input pixel.
 
-    A convolution multiplies the padding too, 20 of 36 products in vain.
+    A convolution multiplies padding in 20 of its 36 products.
     """
 
     @staticmethod
@@ -81,7 +81,7 @@ class Dense(torch.autograd.Function):
 class Shifts(torch.autograd.Function):
     """A convolution whose weights' gradient is nine matrix products, one for each pixel of a filter.
 
-    Each is of the outputs' gradients with the images shifted by that pixel, where both are inside.
+    Each multiplies the outputs' gradients by the images shifted by that pixel, where both are inside.
     """
 
     @staticmethod
@@ -111,7 +111,7 @@ class Shifts(torch.autograd.Function):
 
 
 def shifts(size: int) -> list[tuple[slice, slice]]:
-    """Return, for each row of a filter, which of `size` rows of an image it sees, and from which outputs."""
+    """Return, for each row of a filter, the rows of an image (of `size` rows) that it reads, and for which outputs."""
     every = slice(0, size)
     return [(slice(0, size - 1), slice(1, size)), (every, every), (slice(1, size), slice(0, size - 1))]
 
@@ -121,5 +121,5 @@ def of_bias(ctx: Any, gradient: Tensor) -> Tensor | None:
 
 
 def precise(gradient: Tensor) -> torch.dtype:
-    """Return the type in which what is summed is kept, the weights' own: float32 for bfloat16."""
+    """Return the type of sums, which is the weights': float32 for bfloat16."""
     return torch.promote_types(gradient.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""What a network that doesn't learn looks like from inside: units that are silent, gradients that vanish or explode."""
+"""A look inside a network that doesn't learn: dead ReLUs, and gradients that vanish or explode."""
 
 from typing import Any
 
@@ -7,18 +7,18 @@ from torch import Tensor, nn
 
 
 def examine(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Return the signals of one batch, in evaluation mode and float32; the network and its gradients stay as they are.
+    """Return diagnostics of one batch, in evaluation mode and float32; the network and its gradients don't change.
 
     Args:
         inputs: (n, 3, H, W) float32, preprocessed. labels: (n,) int64.
 
     Returns:
-        dead_relus: the share of ReLU channels that are 0 for every image and place, in each ReLU by name;
-        gradient_norms: of the loss by the weights of each layer that trains, by name, from the input to the head.
+        dead_relus: by layer name, the fraction of a ReLU's channels that are 0 for all images and positions;
+        gradient_norms: by name, of each trained layer's weights, from the input to the head.
     """
     dead: dict[str, float] = {}
 
-    def look(name: str) -> Any:
+    def record(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             active = output.detach().flatten(2).amax((0, 2)) if output.ndim > 2 else output.detach().amax(0)
             dead[name] = (active <= 0).float().mean().item()
@@ -26,7 +26,7 @@ def examine(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Any]:
         return hook
 
     relus = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ReLU)]
-    hooks = [module.register_forward_hook(look(name)) for name, module in relus]
+    hooks = [module.register_forward_hook(record(name)) for name, module in relus]
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

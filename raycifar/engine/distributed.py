@@ -1,4 +1,4 @@
-"""What workers exchange: gradients in each step, and sums and rows between steps."""
+"""Communication between workers: gradients in each step, and sums and rows between steps."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -8,19 +8,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-BUCKET_BYTES = 25 * 2**20  # of gradients that travel together: DistributedDataParallel's own size
-LAST_BUCKET_BYTES = 2**20  # of those that are ready first
+BUCKET_BYTES = 25 * 2**20  # of gradients sent together, as in DistributedDataParallel
+LAST_BUCKET_BYTES = 2**20  # of the last layers' gradients, which are ready first
 
 
 class GradientExchange:
-    """Sums gradients over workers, bucket by bucket, while the backward pass goes on.
+    """Sums gradients over workers, bucket by bucket, during the backward pass.
 
-    It does what DistributedDataParallel does (Li et al., 2020, arXiv:2006.15704), with three differences. On GPUs it is
-    captured in the step's CUDA graph as it stands. Its buckets never change, so a run that is resumed adds in the same
-    order as one that was never stopped. And it doesn't import PyTorch's compiler, which takes seconds of a start.
+    It works like DistributedDataParallel (Li et al., 2020, arXiv:2006.15704), with three differences: a CUDA graph can
+    capture it; its buckets never change, so a resumed run adds in the same order as an uninterrupted one; and it
+    doesn't import PyTorch's compiler, which takes seconds.
 
     Args:
-        parameters: what is trained, in the order in which the network uses it; the same on each worker.
+        parameters: the trained parameters, in the order of the forward pass; the same on each worker.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -31,7 +31,7 @@ class GradientExchange:
         self.num_sent = 0
 
     def close(self) -> None:
-        """Leave the parameters alone from now on."""
+        """Remove the hooks from the parameters."""
         for hook in self.hooks:
             hook.remove()
 
@@ -48,10 +48,10 @@ class GradientExchange:
         self.num_sent += 1
 
     def wait(self) -> None:
-        """Wait until each gradient is the sum over all workers; to be called after the backward pass."""
+        """Wait until each gradient is the sum over all workers; call this after the backward pass."""
         if not self.enabled:
             return
-        while self.num_sent < len(self.buckets):  # what isn't used in this step has no gradient
+        while self.num_sent < len(self.buckets):  # unused parameters have no gradient, and leave buckets incomplete
             self._send()
         for bucket in self.buckets:
             bucket.receive()
@@ -59,7 +59,7 @@ class GradientExchange:
 
 
 class Bucket:
-    """Gradients that travel together, in one piece of memory."""
+    """Gradients that are sent together, from contiguous memory."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = parameters
@@ -96,7 +96,7 @@ class Bucket:
 
 
 def group_by_size(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Return the parameters in groups of at most BUCKET_BYTES, or of one; the first group is a small one."""
+    """Return the parameters in groups of at most BUCKET_BYTES, or of one parameter; the first group is smaller."""
     groups: list[list[nn.Parameter]] = [[]]
     for parameter in parameters:
         limit = BUCKET_BYTES if len(groups) > 1 else LAST_BUCKET_BYTES
@@ -107,7 +107,7 @@ def group_by_size(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Give all workers the first worker's tensors, in place."""
+    """Copy the first worker's tensors to all workers, in place."""
     if dist.is_initialized():
         with torch.no_grad():
             for tensor in tensors:
@@ -115,7 +115,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def all_reduce_sum(*tensors: Tensor) -> None:
-    """Add each tensor up over all workers, in place."""
+    """Sum each tensor over all workers, in place."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -140,7 +140,7 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 @torch.no_grad()
 def all_gather_rows(part: Tensor, num_rows: int, first: int) -> Tensor:
-    """Return the rows of all workers, (num_rows, …): `part` holds this worker's, from row `first` on."""
+    """Return the rows of all workers, (num_rows, …); `part` holds this worker's, which start at row `first`."""
     whole = part.new_zeros((num_rows, *part.shape[1:]))
     whole[first : first + len(part)] = part
     all_reduce_sum(whole)

@@ -1,4 +1,4 @@
-"""What is counted of an epoch: by each worker on its device, and over all workers when it is collected."""
+"""Metrics of an epoch: counted by each worker on its device, and summed over workers now and then."""
 
 import time
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from torch import Tensor
 from raycifar.engine.distributed import all_reduce_sum
 from raycifar.engine.loss import check_finite
 
-STEP_METRICS = ("num_images", "loss", "num_correct", "grad_norm")  # the first three of this worker's images
+STEP_METRICS = ("num_images", "loss", "num_correct", "grad_norm")  # the first three are of this worker's images
 COUNTS = slice(0, 3)
 GRAD_NORM = 3
 
 
 @dataclass
 class EpochTotals:
-    """Sums over the steps of the epoch under way that are done, over all workers.
+    """Sums over all workers and the current epoch's completed steps.
 
     loss: natural-log cross-entropy, summed over images. grad_norm: of each step's gradient, summed over steps.
     grad_norm_max_step: from 0. seconds: of training.
@@ -33,7 +33,7 @@ class EpochTotals:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "EpochTotals":
-        """Return the totals of a checkpoint's `progress.json`, also of one that an earlier version wrote."""
+        """Return the totals in a checkpoint's `progress.json`, whichever version wrote it."""
         if "totals" in values:
             return cls(**values["totals"])
         (num_images, loss, num_correct), (norm, norm_max, step) = values["sums"], values["norms"]
@@ -41,11 +41,11 @@ class EpochTotals:
 
 
 class EpochMeter:
-    """Keeps the metrics of each step on the device, so that nothing waits for it until they are collected.
+    """Keeps each step's metrics on the device, so that nothing waits until they are collected.
 
     Args:
-        epoch: from 1. num_steps: of the epoch. first_step: the one that training begins or goes on with, from 0.
-        totals: of the steps before it; they are brought up to date in place.
+        epoch: from 1. num_steps: of the epoch. first_step: the first step to train, from 0.
+        totals: of earlier steps; updated in place.
     """
 
     def __init__(self, epoch: int, num_steps: int, first_step: int, totals: EpochTotals, device: torch.device) -> None:
@@ -57,7 +57,7 @@ class EpochMeter:
         self.seconds_before = totals.seconds
 
     def record(self, step: int, metrics: Tensor) -> None:
-        """Keep a step's metrics, (4,) float64: see `STEP_METRICS`."""
+        """Store a step's metrics, (4,) float64: see `STEP_METRICS`."""
         self.metrics[step] = metrics
 
     def check_finite(self) -> None:
@@ -65,7 +65,7 @@ class EpochMeter:
         check_finite(self.metrics[:, GRAD_NORM], self.epoch)
 
     def collect(self) -> None:
-        """Add what all workers have counted since the last time to the totals; all workers call it together."""
+        """Add the metrics since the last call to the totals; all workers call it together."""
         self.check_finite()
         totals, norms = self.totals, self.metrics[:, GRAD_NORM]
         totals.seconds = self.seconds_before + time.perf_counter() - self.began
@@ -79,7 +79,7 @@ class EpochMeter:
         self.metrics.zero_()
 
     def running(self, steps_done: int) -> dict[str, float]:
-        """Return this worker's view of the epoch so far: loss and top1, and steps per second since it began."""
+        """Return this worker's estimate of the epoch's loss and top1, and steps per second."""
         counts = self.metrics[:, COUNTS].sum(0).tolist()
         num_images, loss, num_correct = (
             getattr(self.totals, name) + value for name, value in zip(STEP_METRICS[COUNTS], counts, strict=True)

@@ -1,21 +1,20 @@
-"""Scores of a whole split: each image counted exactly once, whatever the number of workers."""
+"""Scores of a whole split; each image counts once, whatever the number of workers."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raycifar.data import CIFAR100
-from raycifar.data.tables import to_lists
+from raycifar.data.tables import to_lists, to_parquet
 from raycifar.engine.augment import preprocess
 from raycifar.engine.distributed import all_reduce_sum
 from raycifar.models import CIFAR, Preprocessing
 
-# Pixels scored at a time: on a CPU 250 of CIFAR's images, so that a worker stays small; a GPU wants to be filled.
+# Pixels scored at a time: few on a CPU, to save memory; many on a GPU, to keep it busy.
 PIXELS = {"cpu": 250 * CIFAR100.image_size**2, "cuda": 4000 * CIFAR100.image_size**2}
 BINS = 15  # of confidence, for the calibration error: Guo et al. (2017), arXiv:1706.04599
 
@@ -30,9 +29,9 @@ def predict(
     """Return the logits (n, classes) float32 of `images` (n, 3, H, W) uint8, on the model's device.
 
     Args:
-        model: it is left in evaluation mode.
+        model: stays in evaluation mode.
         autocast: the precision to compute in.
-        preprocessing: of the pixels that the model was trained with.
+        preprocessing: the model's.
     """
     model.eval()
     count = max(1, PIXELS[images.device.type] // preprocessing.size**2)
@@ -45,10 +44,7 @@ def predict(
 
 @torch.inference_mode()
 def per_image(logits: Tensor, labels: Tensor, coarse: Tensor, superclass_of: Sequence[int]) -> dict[str, Tensor]:
-    """Return what each image adds to the scores: loss, top1, top5 and superclass_top1, (n,) each.
-
-    The arguments are those of `score`.
-    """
+    """Return each image's loss, top1, top5 and superclass_top1, (n,) each; the arguments are those of `score`."""
     ranked = logits.topk(5).indices
     correct = ranked == labels[:, None]
     return {
@@ -69,8 +65,8 @@ def score(logits: Tensor, labels: Tensor, coarse: Tensor, superclass_of: Sequenc
         superclass_of: the superclass of each class.
 
     Returns:
-        images, loss (natural-log cross-entropy), top1, top5, superclass_top1 (the predicted class's
-        superclass is right), ece (expected calibration error over 15 bins of equal width).
+        images, loss (natural-log cross-entropy), top1, top5, superclass_top1 (of the predicted classes' superclasses),
+        ece (expected calibration error over 15 bins of equal width).
     """
     device = logits.device
     counted = per_image(logits, labels, coarse, superclass_of)
@@ -106,6 +102,4 @@ def to_predictions_file(probabilities: Tensor, labels: Tensor) -> bytes:
             "probabilities": to_lists(probabilities.cpu().numpy()),
         }
     )
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
+    return to_parquet(table)

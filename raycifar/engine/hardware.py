@@ -1,4 +1,4 @@
-"""What a worker computes on: its threads, its precision, and the workers beside it."""
+"""A worker's hardware: threads, memory, random numbers and precision."""
 
 import ctypes
 from contextlib import suppress
@@ -15,7 +15,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def set_up(device: torch.device, threads: int) -> None:
-    """Use so many CPU threads, and on a GPU the fastest algorithms found by trial."""
+    """Set the number of CPU threads, and have a GPU benchmark its algorithms."""
     torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -23,15 +23,15 @@ def set_up(device: torch.device, threads: int) -> None:
 
 
 def retain_malloc_pages() -> None:
-    """Have glibc keep the memory of large tensors for the next step; new pages take 13 to 22 % of one (AMD Zen 5)."""
-    with suppress(AttributeError, OSError):  # another C library
+    """Make glibc keep large tensors' memory for the next step; new pages take 13 to 22 % of a step (AMD Zen 5)."""
+    with suppress(AttributeError, OSError):  # other C libraries have no mallopt
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def to_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """Return the network on the device, in the layout and with the convolutions that are fastest there."""
+    """Return the network on the device, with the memory layout and convolutions that are fastest there."""
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if device.type == "cpu":
         use_products(network)
@@ -39,14 +39,14 @@ def to_device(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def seed(value: int, device: torch.device) -> None:
-    """Seed what a step draws from, on the CPU and on the device."""
+    """Seed the generators of the CPU and the device."""
     seed_cpu(value)
     if device.type == "cuda":
         torch.cuda.manual_seed(value)
 
 
 def choose_precision(wanted: Precision, device: torch.device) -> torch.dtype:
-    """Return the type to multiply in; `auto` is bfloat16 if every worker's hardware gains by it, else float32."""
+    """Return the type of products; `auto` is bfloat16 if it is faster on every worker, else float32."""
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bfloat16" else torch.float32
     able = torch.tensor(float(gains_by_bfloat16(device)), device=device)
@@ -58,8 +58,8 @@ def choose_precision(wanted: Precision, device: torch.device) -> torch.dtype:
 def gains_by_bfloat16(device: torch.device) -> bool:
     """Return whether the hardware multiplies faster in bfloat16 than in float32.
 
-    Where AVX-512 alone has it, and no matrix unit, AMD's processors (Zen 4) double their rate; Intel's are slower
-    than in float32 (0.80 to 0.95 of its rate with `vgg16` and `cnn`).
+    With AVX-512 but no matrix unit, AMD's processors (Zen 4) are twice as fast, while Intel's reach 0.80 to 0.95 of
+    float32's rate (`vgg16` and `cnn`).
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

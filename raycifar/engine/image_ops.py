@@ -1,10 +1,10 @@
-"""The operations of TrivialAugment and RandAugment, for a whole batch, each image with its own operation and strength.
+"""The operations of TrivialAugment and RandAugment on a whole batch, each image with its own operation and strength.
 
-torchvision's policies draw one operation for all images of a call, and so do Kornia's, which draw only the strengths
-for each image. Called for each image they would launch a thousand kernels a batch, and a GPU would wait for each draw.
-So all operations are one formula here: an operation is a row of its coefficients, and a batch takes the same few tensor
-operations whatever was drawn. No shape depends on a tensor's content, so a GPU never waits. The results are those of
-torchvision.transforms for uint8 tensors, with nearest interpolation and black outside, value for value.
+torchvision's policies sample one operation for all images of a call, and so do Kornia's, which sample only strengths
+per image. Called for each image, they would launch a thousand kernels per batch, and a GPU would wait for each sample.
+Here all operations are one formula: an operation is a row of coefficients, and every batch takes the same few tensor
+operations. No shape depends on a tensor's content, so a GPU never waits. The results equal those of
+torchvision.transforms for uint8 tensors with nearest interpolation and black fill, value for value.
 """
 
 import functools
@@ -18,15 +18,15 @@ from torch import Tensor
 Policy = Literal["trivial", "rand"]
 
 LEVELS = 31  # strengths of each operation, as in both papers
-RAND_LEVEL = 9  # the one that RandAugment takes, torchvision's default
-MARGIN = 2  # black pixels around an image, read for what is outside; even, so that ties round to the same pixel
+RAND_LEVEL = 9  # RandAugment's strength, torchvision's default
+MARGIN = 2  # black pixels around an image; even, so that ties round to the same pixel
 
 
 class Operation(NamedTuple):
-    """The coefficients of one operation; the defaults change nothing.
+    """The coefficients of one operation; the defaults are the identity.
 
     The pixel at (x, y) from the image's center comes from (xx, yx) * x + (xy, yy) * y + (x0, y0). Its value becomes
-    ratio * value + rest * another value: its gray, the image's mean gray, that of the blurred image, or 0.
+    ratio * value + rest * other, where other is its gray, the image's mean gray, the blurred image's value, or 0.
     """
 
     xx: float = 1.0
@@ -37,21 +37,21 @@ class Operation(NamedTuple):
     y0: float = 0.0
     ratio: float = 1.0
     rest: float = 0.0  # 1 - ratio
-    gray: float = 0.0  # 1: blend with it; so the next two
+    gray: float = 0.0  # 1: blend with it, as for the next two
     mean: float = 0.0
     blurred: float = 0.0
-    stretch: float = 0.0  # 1: each channel from 0 to 255
-    threshold: float = math.inf  # from which values are inverted
+    stretch: float = 0.0  # 1: stretch each channel to the range from 0 to 255
+    threshold: float = math.inf  # larger or equal values are inverted
     mask: float = 255.0  # of a value's bits
-    equalize: float = 0.0  # 1: each channel's values spread evenly
+    equalize: float = 0.0  # 1: equalize each channel's histogram
 
 
 IDENTITY = Operation()
-GEOMETRY, TONE, HISTOGRAM = slice(0, 6), slice(6, 14), slice(14, 15)  # coefficients that belong together
+GEOMETRY, TONE, HISTOGRAM = slice(0, 6), slice(6, 14), slice(14, 15)  # groups of coefficients
 
 
 def operation(name: str, magnitude: float, height: int, width: int) -> Operation:
-    """Return an operation by its name and magnitude in torchvision, for images of a size in pixels."""
+    """Return the operation with a name and magnitude of torchvision's, for images of a size in pixels."""
     match name:
         case "ShearX":
             return Operation(xy=magnitude, x0=magnitude * height / 2)
@@ -85,7 +85,7 @@ def operation(name: str, magnitude: float, height: int, width: int) -> Operation
 
 
 def magnitudes(policy: Policy, height: int, width: int) -> dict[str, list[float]]:
-    """Return the equally likely magnitudes of each of a policy's operations."""
+    """Return the equally likely magnitudes of a policy's operations, by name."""
     if policy == "trivial":
         shear, shift_x, shift_y, degrees, blend, bits = 0.99, 32.0, 32.0, 135.0, 0.99, 6
         chosen = slice(None)
@@ -107,7 +107,7 @@ def magnitudes(policy: Policy, height: int, width: int) -> dict[str, list[float]
 
 @functools.cache
 def operations(policy: Policy, height: int, width: int, device: torch.device) -> Tensor:
-    """Return a policy's equally likely operations, (operations, coefficients) float32, copied to the device once."""
+    """Return a policy's equally likely operations, (operations, coefficients) float32, cached on the device."""
     space = magnitudes(policy, height, width)
     rows = math.lcm(*map(len, space.values()))
     table = [
@@ -119,8 +119,8 @@ def operations(policy: Policy, height: int, width: int, device: torch.device) ->
     return torch.tensor(table).to(device, non_blocking=True)
 
 
-def draw_operations(policy: Policy, images: Tensor) -> Tensor:
-    """Return the coefficients of an operation for each image, (N, coefficients), from torch's default generator."""
+def sample_operations(policy: Policy, images: Tensor) -> Tensor:
+    """Return a random operation for each image, (N, coefficients), from torch's default generator."""
     table = operations(policy, *images.shape[-2:], images.device)
     return table[torch.randint(len(table), (len(images),), device=images.device)]
 
@@ -131,7 +131,7 @@ def apply_operations(images: Tensor, coefficients: Tensor) -> Tensor:
         some = coefficients[:, own]
         if images.device.type == "cuda":
             images = change(images, some)
-        else:  # only the images that it changes: a CPU needn't wait to know them
+        else:  # on a CPU, selecting the images that change takes no synchronization
             rows = (some != torch.tensor(IDENTITY[own])).any(1).nonzero()[:, 0]
             images = images.index_copy(0, rows, change(images[rows], some[rows]))
     return images
@@ -139,7 +139,7 @@ def apply_operations(images: Tensor, coefficients: Tensor) -> Tensor:
 
 @functools.cache
 def grid(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return pixels' x (W,) and y (H, 1) from an image's center, and the center (2, 1, 1) within a margin."""
+    """Return the pixels' x (W,) and y (H, 1) from the image's center, and the padded image's center (2, 1, 1)."""
     center = torch.tensor([(width - 1) / 2, (height - 1) / 2])
     x, y = torch.arange(width) - center[0], torch.arange(height)[:, None] - center[1]
     x, y, center = (each.to(device, non_blocking=True) for each in (x, y, center[:, None, None] + MARGIN))
@@ -147,11 +147,11 @@ def grid(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor,
 
 
 def warp(images: Tensor, geometry: Tensor) -> Tensor:
-    """Return each image moved by the nearest pixel; what comes from outside is black."""
+    """Return each image transformed with nearest interpolation and black fill."""
     count, channels, height, width = images.shape
     x, y, center = grid(height, width, images.device)
     along_x, along_y, offset = geometry.view(count, 3, 2, 1, 1).unbind(1)
-    # Products and sums of their own round alike everywhere; fused ones would decide ties otherwise on a GPU.
+    # Separate products and sums round alike everywhere; fused ones would break ties differently on a GPU.
     columns, rows = (along_x * x).add(along_y * y).add_(offset + center).round_().unbind(1)
     columns, rows = columns.clamp_(MARGIN - 1, width + MARGIN), rows.clamp_(MARGIN - 1, height + MARGIN)
     pixels = columns.add(rows, alpha=width + 2 * MARGIN).long().view(count, 1, height * width)
@@ -178,7 +178,7 @@ def blend(images: Tensor, tone: Tensor) -> Tensor:
 
 
 def blur(pixels: Tensor) -> Tensor:
-    """Return means of 3x3 pixels in which the center counts five times; the outermost pixels stay as they are."""
+    """Return means of 3x3 pixels, with the center weighted five times; the outermost pixels are unchanged."""
     three = (pixels[..., :-2, :] + pixels[..., 1:-1, :]).add_(pixels[..., 2:, :])
     blurred = pixels.clone()
     inner = blurred[..., 1:-1, 1:-1]
@@ -187,7 +187,7 @@ def blur(pixels: Tensor) -> Tensor:
 
 
 def equalize(images: Tensor, chosen: Tensor) -> Tensor:
-    """Return the chosen images with each channel's values spread evenly from 0 to 255, as PIL does it."""
+    """Return the chosen images with each channel's histogram equalized, as by PIL."""
     values = images.flatten(2).long()
     counts = torch.zeros(*values.shape[:2], 256, dtype=torch.int32, device=images.device)
     counts.scatter_(2, values, 1, reduce="add")

@@ -1,4 +1,4 @@
-"""Why a run is left between two steps: a node is about to be taken away, or its driver asks it to stop."""
+"""Interruptions of a run between two steps: a node is preempted, or the driver asks the run to stop."""
 
 import time
 from enum import StrEnum
@@ -8,28 +8,28 @@ import ray.train.collective
 
 from raycifar.engine.reporter import Reporter
 
-LOOK_SECONDS = 2  # between two looks; clouds announce that they take a spot node 30 to 120 s before
+CHECK_SECONDS = 2  # between two checks; clouds announce preemptions 30 to 120 s ahead
 
 
 class Interruption(StrEnum):
-    """What a run is left for."""
+    """Why a run is interrupted."""
 
-    PREEMPTION = "a node is being taken away"
-    STOP = "the run is to stop"
+    PREEMPTION = "a node is being preempted"
+    STOP = "the run was asked to stop"
 
 
 class PreemptedError(Exception):
-    """Ends a worker whose run is to go on elsewhere; Ray Train doesn't count it as a failure."""
+    """Ends a worker whose run continues elsewhere; it doesn't count as a failure."""
 
     def __init__(self) -> None:
-        super().__init__("a node of this run is being taken away")
+        super().__init__("a node of this run is being preempted")
 
 
 class InterruptionWatch:
-    """Looks for a reason to leave from time to time; all workers look after the same step, as they have to.
+    """Checks for interruptions from time to time, on all workers after the same step.
 
     Args:
-        in_process: training is in the driver's own process, which no cloud takes away.
+        in_process: training runs in the driver's process, which isn't preempted.
     """
 
     def __init__(self, reporter: Reporter, *, in_process: bool) -> None:
@@ -38,7 +38,7 @@ class InterruptionWatch:
         self.began = time.perf_counter()
 
     def look(self) -> Interruption | None:
-        """Return why to leave the run now, or None; to be called after each step, on each worker."""
+        """Return why the run is interrupted now, or None; each worker calls this after each step."""
         if self.in_process:
             return Interruption.STOP if self.reporter.stop_requested() else None
         self.num_steps += 1
@@ -46,7 +46,7 @@ class InterruptionWatch:
             return None
         rate = self.num_steps / (time.perf_counter() - self.began)
         rate, stop = ray.train.collective.broadcast_from_rank_zero((rate, self.reporter.stop_requested()))
-        self.next_look += max(1, round(rate * LOOK_SECONDS))
+        self.next_look += max(1, round(rate * CHECK_SECONDS))
         if stop:
             return Interruption.STOP
         return Interruption.PREEMPTION if ray.train.get_preemption_info() is not None else None

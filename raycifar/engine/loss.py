@@ -1,15 +1,15 @@
-"""The loss, what the history counts of it, and the check that it stays finite."""
+"""The loss, the counts for the history, and the check that gradients are finite."""
 
 import torch
 from torch import Tensor
 
 from raycifar.errors import FailureKind
 
-CHECK_STEPS = {"cpu": 1, "cuda": 200}  # between two looks whether the loss is still finite; a GPU is waited for then
+CHECK_STEPS = {"cpu": 1, "cuda": 200}  # between two checks that gradients are finite, which wait for a GPU
 
 
 class StopTrainingError(Exception):
-    """Training can't go on, and would fail again if it were tried again."""
+    """Training can't continue, and a retry would fail again."""
 
     def __init__(self, reason: str, kind: FailureKind) -> None:
         super().__init__(reason)
@@ -17,15 +17,16 @@ class StopTrainingError(Exception):
 
 
 def loss_and_counts(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Return the summed loss, and what the history counts.
+    """Return the summed loss, and the counts for the history.
 
     Args:
         logits: (n, classes) float32.
-        targets: (n,) int64 classes, or (n, classes) float shares.
-        smoothing: share of each label spread over all classes, in the loss alone.
+        targets: (n,) int64 classes, or (n, classes) float probabilities.
+        smoothing: fraction of each label spread over all classes, in the loss only.
 
     Returns:
-        The loss to minimize, summed over the images; and (3,) float64: their number, cross-entropy and correct answers.
+        The loss to minimize, summed over the images; and (3,) float64: the number of images, their summed
+        cross-entropy, and how many are classified correctly.
     """
     log_probabilities = logits.log_softmax(1)
     if targets.ndim == 1:
@@ -43,15 +44,15 @@ def loss_and_counts(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[
 
 
 def check_finite(norms: Tensor, epoch: int) -> None:
-    """See that all gradients of an epoch were finite, as they are not when the loss isn't.
+    """Check that all gradients of an epoch are finite; they aren't if the loss isn't.
 
-    Gradients are averaged over workers before they are measured, so that all workers find the same step.
+    Gradients are averaged over workers before they are measured, so all workers find the same step.
 
     Args:
         norms: (steps,) of the gradients, 0 for a step not taken yet.
 
     Raises:
-        StopTrainingError: the message names the first step whose gradients are not.
+        StopTrainingError: a gradient is not finite; the message names the first such step.
     """
     bad = (~norms.isfinite()).nonzero()
     if len(bad):

@@ -1,4 +1,4 @@
-"""A network that has been trained, from a run's folder or a weights file, ready to be asked."""
+"""A trained network, from a run's folder or a weights file."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,13 @@ from raycifar.errors import RequestError
 from raycifar.models import Architecture
 from raycifar.models.recipe import Precision
 from raycifar.storage import weights as weights_file
-from raycifar.storage.files import locate
+from raycifar.storage.files import read_file
 from raycifar.storage.run_folder import MODEL
 
 
 @dataclass(frozen=True)
 class Weights:
-    """An architecture, and the tensors of a network of it by name."""
+    """An architecture, and its weights by name."""
 
     architecture: Architecture
     tensors: dict[str, Tensor]
@@ -26,24 +26,24 @@ class Weights:
         """Return the network.
 
         Raises:
-            RequestError: the tensors are not those of the architecture.
+            RequestError: the weights don't fit the architecture.
         """
         network = self.architecture.build()
         try:
             network.load_state_dict(self.tensors)
         except RuntimeError as error:
-            raise RequestError(f"these are not the weights of a {self.architecture.model}: {error}") from error
+            raise RequestError(f"the weights don't fit {self.architecture.model}: {error}") from error
         return network
 
 
 class Trained:
-    """A network that answers, on a device.
+    """A trained network on a device.
 
     Args:
-        weights: of the network. device: auto, gpu or cpu. precision: to compute in.
+        device: auto, gpu or cpu. precision: to compute in.
 
     Raises:
-        RequestError: the weights are not those of the model, or there is no such device.
+        RequestError: the weights don't fit their architecture, or there is no such device.
     """
 
     def __init__(self, weights: Weights, device: str = "auto", precision: Precision = "auto") -> None:
@@ -56,29 +56,26 @@ class Trained:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return (n, classes) float32, on the CPU, of `images` (n, 3, 32, 32) uint8."""
+        """Return the logits (n, classes) float32, on the CPU, of `images` (n, 3, 32, 32) uint8."""
         preprocessing = self.weights.architecture.preprocessing
         return predict(self.network, images.to(self.device), self.autocast, preprocessing).cpu()
 
 
-def read_weights(place: str) -> Weights:
-    """Return the final weights of a run's folder, or a weights file that raycifar wrote.
+def read_weights(location: str) -> Weights:
+    """Return the final weights of a run's folder, or those of a weights file that raycifar wrote.
 
     Args:
-        place: a path or URI.
+        location: a path or URI.
 
     Raises:
-        RequestError: there is none, or it isn't raycifar's; the message says what it is.
+        RequestError: the file doesn't exist, or was written by another program.
     """
-    filesystem, path = locate(place)
-    if not path.endswith(".safetensors"):
-        place, path = f"{place.rstrip('/')}/{MODEL}", f"{path}/{MODEL}"
+    file = location if location.endswith(".safetensors") else f"{location.rstrip('/')}/{MODEL}"
     try:
-        with filesystem.open_input_stream(path) as stream:
-            content = stream.read()
+        content = read_file(file)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise RequestError(f"{place} is not there: give the folder of a finished run, or a weights file.") from error
-    tensors, architecture = weights_file.from_file(content, place)
+        raise RequestError(f"{file} does not exist: give the folder of a finished run, or a weights file.") from error
+    tensors, architecture = weights_file.from_file(content, file)
     if architecture is None:
-        raise RequestError(f"{place} doesn't say which model's weights it holds: it was not written by raycifar.")
+        raise RequestError(f"{file} was not written by raycifar: it doesn't name the model of its weights.")
     return Weights(architecture, tensors)

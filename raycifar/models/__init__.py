@@ -1,19 +1,19 @@
-"""The architectures, by name. Each is a file here, which no other file names:
+"""The architectures, by name. Each is a file in this folder, with
 
-    build       returns the network
-    LAYERS      prefixes of its parameters' names for each layer, from the input to the head
-    RECIPES     how it is trained, by name: `scratch`, `transfer` and names of its own; the first is the model's own
+    build       a function that returns the network
+    LAYERS      prefixes of the parameters' names for each layer, from the input to the head
+    RECIPES     by name: `scratch`, `transfer` and any others; the first is the default
 
-and, where there is something to say:
+and optionally
 
-    IMAGENET    torchvision's name of its ImageNet weights
-    PURPOSES    what the recipes with names of their own are for
-    initial_weights_from_images     weights that are made from the training images
+    IMAGENET    torchvision's name for the ImageNet weights
+    PURPOSES    the purposes of recipes other than `scratch` and `transfer`
+    initial_weights_from_images     a function that computes weights from training images
 
-Options of its own are fields that it adds to `Recipe` in a subclass; `build` takes them by name. Every command imports
-every architecture, for its options and recipes: so PyTorch, which takes seconds, is imported where a network is built.
+An architecture's options are fields of a subclass of `Recipe`; `build` takes them by name. Every command imports all
+architectures, so they import PyTorch, which takes seconds, only when they build a network.
 
-`timm:NAME` is any of timm's: see `from_timm`.
+`timm:NAME` is any of timm's architectures: see `from_timm`.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ CIFAR = Preprocessing()
 
 @dataclass(frozen=True)
 class Architecture:
-    """What it takes to build a network and to use it: it travels with the weights.
+    """How to build and use a network, which travels with its weights.
 
-    large_stem: the first layers are those for ImageNet's 224×224 pixels, not those for CIFAR's 32×32.
-    tta_flip: in evaluation mode, the network returns the mean logits of an image and its mirror image.
-    options: the model's own, by name; those that aren't given have their defaults.
+    large_stem: the first layers are made for ImageNet's 224×224 pixels, not for CIFAR's 32×32.
+    tta_flip: in evaluation mode, the network returns the mean logits of an image and its horizontal flip.
+    options: the architecture's options by name; missing ones take their defaults.
     """
 
     model: str
@@ -80,9 +80,9 @@ class Architecture:
         object.__setattr__(self, "options", {**defaults, **self.options})
 
     def build(self, dropout: float = 0.0) -> nn.Module:
-        """Return the network, initialized from torch's default generator.
+        """Return the network, initialized by torch's default generator.
 
-        It maps float images (N, 3, H, W), preprocessed, to logits (N, num_classes).
+        The network maps preprocessed images (N, 3, H, W) float to logits (N, num_classes).
 
         Args:
             dropout: probability of zeroing a feature before a dense layer of the head.
@@ -94,11 +94,11 @@ class Architecture:
         return network
 
     def layers(self, network: nn.Module) -> list[list[str]]:
-        """Return the names of the network's parameters, layer by layer: from the input to the head."""
+        """Return the parameters' names by layer, from the input to the head."""
         return find(self.model).layers(network)
 
     def heads(self, network: nn.Module) -> tuple[str, ...]:
-        """Return the prefixes of the parameters whose shapes depend on the classes."""
+        """Return the prefixes of the parameters whose shapes depend on the number of classes."""
         return find(self.model).heads(network)
 
     def to_json(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class Architecture:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Architecture:
-        """Return the architecture of a weights file or a `run.json`, also of one that an earlier version wrote."""
+        """Return the architecture of a weights file or a `run.json`, whichever version wrote it."""
         values = {RENAMED.get(name, name): value for name, value in values.items()}
         lists = values.pop("preprocessing")
         preprocessing = Preprocessing(**{**lists, "mean": tuple(lists["mean"]), "std": tuple(lists["std"])})
@@ -117,7 +117,7 @@ class Architecture:
 
 
 class Builtin:
-    """An architecture that is a file here."""
+    """An architecture of this folder."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
@@ -128,7 +128,7 @@ class Builtin:
         return self.module.build(num_classes, dropout, large_stem, **options)
 
     def rescale(self, tensors: Mapping[str, Tensor], size: int) -> Mapping[str, Tensor]:
-        """Return published weights for images of another size: a convolution's are the same."""
+        """Return published weights for images of another size; a convolution's stay the same."""
         return tensors
 
     def layers(self, network: nn.Module) -> list[list[str]]:
@@ -139,7 +139,7 @@ class Builtin:
         return self.module.LAYERS[-1]
 
     def imagenet_preprocessing(self, size: int) -> Preprocessing:
-        """Return what ImageNet weights expect, or CIFAR-100's preprocessing where there are none."""
+        """Return the ImageNet weights' preprocessing, or CIFAR-100's if there are none."""
         if self.weights is None:
             return Preprocessing(size)
         from torchvision.models import get_weight
@@ -148,7 +148,7 @@ class Builtin:
         return Preprocessing(size, tuple(pixels.mean), tuple(pixels.std), pixels.interpolation.value)
 
     def imagenet_weights(self) -> dict[str, Tensor] | None:
-        """Return their state dict, fetched once into torchvision's cache, or None where there are none."""
+        """Return the state dict, downloaded once into torchvision's cache, or None if there is none."""
         if self.weights is None:
             return None
         from torchvision.models import get_weight
@@ -157,15 +157,15 @@ class Builtin:
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of the architectures that are files here."""
+    """Return the names of this folder's architectures."""
     return tuple(sorted({module.name for module in pkgutil.iter_modules(__path__)} - NO_ARCHITECTURES))
 
 
 def find(name: str) -> Builtin | FromTimm:
-    """Return where the architecture `name` comes from.
+    """Return the architecture `name`.
 
     Raises:
-        RequestError: there is no such architecture; the message names those that there are.
+        RequestError: no architecture has that name.
     """
     if name.startswith(TIMM):
         from raycifar.models.from_timm import FromTimm
@@ -181,33 +181,33 @@ def import_architecture(name: str) -> ModuleType:
 
 
 def recipes_of(model: str) -> dict[str, Recipe]:
-    """Return a model's recipes by name; the first is its own, and `study` is the same for all models."""
-    # Without timm itself, which a report on such a run can do without.
+    """Return a model's recipes by name; the first is the default, and `study` is the same for all models."""
+    # This doesn't import timm, which a report on such a run doesn't need.
     own = TIMM_RECIPES if model.startswith(TIMM) else import_architecture(model).RECIPES
     return {**own, "study": recipe_type(model)()}
 
 
 def recipe_type(model: str) -> type[Recipe]:
-    """Return the class of a model's recipes, which has the model's own options."""
+    """Return the class of a model's recipes, which has the model's options."""
     return Recipe if model.startswith(TIMM) else type(next(iter(import_architecture(model).RECIPES.values())))
 
 
 def add_tta_flip(network: nn.Module) -> None:
-    """Make a network return, in evaluation mode, the mean logits of an image and its mirror image."""
+    """Make a network return, in evaluation mode, the mean logits of an image and its horizontal flip."""
     import torch
 
-    def add_mirror_images(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    def append_flipped(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return inputs if module.training else (torch.cat([inputs[0], inputs[0].flip(3)]),)
 
     def average(module: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
         return logits if module.training else logits.unflatten(0, (2, -1)).mean(0)
 
-    network.register_forward_pre_hook(add_mirror_images)
+    network.register_forward_pre_hook(append_flipped)
     network.register_forward_hook(average)
 
 
 def slug(name: str) -> str:
-    """Return an architecture's name as part of a file's."""
+    """Return an architecture's name in a form that file names can contain."""
     return name.replace(":", "-").replace("/", "-")
 
 

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 FILTERS = (64, 128, 256, 512, 512)
 PATCH = 27  # values of a patch of 3×3 pixels
-SMALLEST_VARIANCE = 5e-4  # of a component; what varies less is noise
+SMALLEST_VARIANCE = 5e-4  # of a component; less is noise
 LAYERS = (*((f"features.{k}.",) for k in range(len(FILTERS))), ("head.",))
 
 
 @dataclass(frozen=True)
 class CnnRecipe(Recipe):
-    """How the cnn is trained, and how it is built."""
+    """How the cnn is trained and built."""
 
-    whiten: bool = option(False, "a first layer, made from the images and not trained, that whitens 3x3 patches")
-    depth: int = option(1, "convolutions in each block; the study's has one")
+    whiten: bool = option(False, "a first layer, computed from the images and not trained, that whitens 3x3 patches")
+    depth: int = option(1, "convolutions in each block")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,10 +67,10 @@ def build(num_classes: int, dropout: float, large_stem: bool, whiten: bool, dept
 
 
 def block(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
-    """Return a block: a convolution, `depth` - 1 more with shortcuts, and a pooling that halves the image.
+    """Return a block: a convolution, `depth` - 1 residual ones, and a pooling that halves the image.
 
-    A single convolution is pooled before its ReLU: outputs and gradients are those of pooling after it, and the ReLU
-    has a quarter of the work.
+    A single convolution is pooled before its ReLU: the outputs and gradients are the same, and the ReLU has a quarter
+    of the work.
     """
     from torch import nn
 
@@ -84,7 +84,7 @@ def block(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
 
 
 def whitening() -> nn.Conv2d:
-    """Return the layer that whitens patches; `whitening_filters` computes its weights, and they are never trained."""
+    """Return the layer that whitens patches; its weights come from `whitening_filters` and are not trained."""
     from torch import nn
 
     return nn.Conv2d(3, PATCH, kernel_size=3, padding=1, bias=False).requires_grad_(False)
@@ -95,10 +95,10 @@ def initial_weights_from_images(recipe: CnnRecipe, pixels: np.ndarray) -> dict[s
 
 
 def whitening_filters(pixels: np.ndarray) -> np.ndarray:
-    """Return filters (27, 3, 3, 3) float32 that make the values of a 3×3 patch uncorrelated, with a variance of one.
+    """Return filters (27, 3, 3, 3) float32 that make a 3×3 patch's values uncorrelated, with unit variance.
 
-    They are the principal components of the patches, divided by their standard deviations, as in Jordan's
-    airbench (2024, arXiv:2404.00498).
+    They are the patches' principal components divided by their standard deviations, as in airbench (Jordan, 2024,
+    arXiv:2404.00498).
 
     Args:
         pixels: (N, 3, H, W) float32, preprocessed.

@@ -19,10 +19,10 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class FromTimm:
-    """An architecture of timm's; its methods are those of `models.Builtin`.
+    """One of timm's architectures, with the interface of `models.Builtin`.
 
     Raises:
-        RequestError: timm has none of that name.
+        RequestError: timm has no such model.
     """
 
     name: str
@@ -68,5 +68,5 @@ class FromTimm:
 
 
 def has_fixed_size(network: Any) -> bool:
-    """Return whether the network takes images of one size alone, as transformers do."""
+    """Return whether the network takes images of a single size, as transformers do."""
     return bool(network.pretrained_cfg.get("fixed_input_size"))

@@ -1,8 +1,8 @@
 """How a model is trained: the hyperparameters, one frozen dataclass.
 
 Every field is an option of `raycifar train`. None depends on the number of workers: the batch size is global, and the
-learning rate is a function of epoch and step alone. A field that is added here has the default under which earlier runs
-were trained, so that their recipes stay what they were.
+learning rate is a function of epoch and step alone. The default of a new field must reproduce earlier runs, whose
+recipes lack it.
 """
 
 import difflib
@@ -21,7 +21,7 @@ BatchNorm = Literal["train", "frozen"]
 Stage = Literal["head", "whole"]
 
 OPTIMIZERS = ("sgd", "adamw", "muon")
-LARGEST_IMAGE = 224  # pixels a side
+LARGEST_IMAGE = 224  # pixels per side
 FRACTIONS = ("warmup", "label_smoothing", "momentum", "dropout", "ema")
 KINDS = {
     bool: (bool, "true or false"),
@@ -32,18 +32,18 @@ KINDS = {
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:  # noqa: A002 (click's own word)
-    """Return a field of a recipe; `choices` are for those whose type isn't a `Literal`."""
+    """Return a field of a recipe; `choices` are for a type that isn't a `Literal`."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained. An architecture with options of its own adds them in a subclass.
+    """How a model is trained. An architecture adds its options in a subclass.
 
-    The defaults are the study's: one plain recipe for all models, from scratch.
+    The defaults are those of the recipe `study`: plain, from scratch, the same for all models.
 
     Raises:
-        ValueError: a value makes no sense; the message names the field.
+        ValueError: a value is not allowed; the message names the field.
     """
 
     epochs: int = option(200, "passes over the training images")
@@ -67,14 +67,14 @@ class Recipe:
     ema: float = option(0.0, "decay of a running average of the weights, which is then scored and kept; 0: none")
     clip_norm: float = option(0.0, "largest gradient norm; 0: no limit")
     precision: Precision = option("auto", "auto is bfloat16 where every worker's hardware gains by it, else float32")
-    tta_flip: bool = option(False, "score the mean of each image and its mirror image")
+    tta_flip: bool = option(False, "score the mean of each image and its horizontal flip")
     image_size: int = option(
         CIFAR100.image_size, f"side to which images are scaled, {CIFAR100.image_size} to {LARGEST_IMAGE} pixels"
     )
-    pretrained: str = option("none", "weights to begin with: imagenet, a file (PyTorch or safetensors), or none")
-    head_epochs: int = option(0, "first epochs, which train the head alone; the rest of the network is frozen")
-    layer_decay: float = option(1.0, "learning rate of each layer as a fraction of the next one's; 1: all the same")
-    batch_norm: BatchNorm = option("train", "running statistics: train, or frozen as they came")
+    pretrained: str = option("none", "first weights: imagenet, a file (PyTorch or safetensors), or none")
+    head_epochs: int = option(0, "first epochs, which train only the head; the rest of the network is frozen")
+    layer_decay: float = option(1.0, "learning rate of each layer as a fraction of the next one's; 1: all equal")
+    batch_norm: BatchNorm = option("train", "running statistics: train, or frozen")
 
     def __post_init__(self) -> None:
         types = field_types(type(self))
@@ -98,18 +98,18 @@ class Recipe:
                     raise ValueError(f"{name} is {value}: it must be {wanted}")
         if self.mixup + self.cutmix > 1:
             raise ValueError(
-                f"mixup {self.mixup} and cutmix {self.cutmix} are fractions of the same batches: at most 1 together"
+                f"mixup {self.mixup} and cutmix {self.cutmix} are fractions of the batches: their sum must be at most 1"
             )
 
     def stage(self, epoch: int) -> Stage:
-        """Return what trains in `epoch` (from 1): the head alone, or the whole network."""
+        """Return what `epoch` (from 1) trains: the head, or the whole network."""
         return "head" if min(epoch, self.epochs) <= self.head_epochs else "whole"
 
     def learning_rate(self, epoch: int, step: int, steps: int) -> float:
-        """Return the head's learning rate; each stage has a warm-up and a schedule of its own.
+        """Return the head's learning rate; each stage has its own warm-up and schedule.
 
         Args:
-            epoch: from 1. step: of the epoch, from 0. steps: of an epoch.
+            epoch: from 1. step: in the epoch, from 0. steps: per epoch.
         """
         first, last = (0, self.head_epochs) if self.stage(epoch) == "head" else (self.head_epochs, self.epochs)
         at, total = (epoch - 1 - first) * steps + step, (last - first) * steps
@@ -132,17 +132,17 @@ TRANSFER: dict[str, Any] = {
     "epochs": 20, "lr": 0.02, "warmup": 0.1, "weight_decay": 1e-4, "image_size": LARGEST_IMAGE,
     "pretrained": "imagenet", "head_epochs": 2, "layer_decay": 0.7,
 }  # fmt: skip
-"""What is changed of a recipe for a network that begins with ImageNet weights."""
+"""How a recipe that starts from ImageNet weights differs from the default."""
 
 
 def field_types(recipe_type: type[Recipe]) -> dict[str, Any]:
-    """Return the type of each field of a recipe, by name."""
+    """Return the types of a recipe's fields, by name."""
     hints = get_type_hints(recipe_type)
     return {f.name: hints[f.name] for f in fields(recipe_type)}
 
 
 def choices(field: Field[Any], kind: Any) -> tuple[str, ...]:
-    """Return the values that a field of this type may have, or an empty tuple if it isn't a choice."""
+    """Return the values that a field may have, or an empty tuple if any value of its type is allowed."""
     return get_args(kind) or field.metadata["choices"]
 
 
@@ -159,23 +159,23 @@ def check_type(name: str, value: Any, kind: Any, allowed: tuple[str, ...]) -> No
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return the one of `names` that is spelled most like `name`."""
+    """Return the most similar of `names`."""
     return difflib.get_close_matches(name, list(names), n=1, cutoff=0)[0]
 
 
 def model_options(recipe: Recipe) -> dict[str, Any]:
-    """Return the fields that the recipe's architecture adds: they say how the network is built."""
+    """Return the fields that the architecture adds, which determine how the network is built."""
     common = field_types(Recipe)
     return {name: getattr(recipe, name) for name in field_types(type(recipe)) if name not in common}
 
 
 def changes(recipe: Recipe, base: Recipe) -> dict[str, Any]:
-    """Return the fields of `recipe` in which it differs from `base`, a recipe of the same model."""
+    """Return the fields in which `recipe` differs from `base`, a recipe of the same model."""
     values = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
     return {name: value for name, value in values.items() if value != getattr(base, name)}
 
 
 def describe_changes(recipe: Recipe, base: Recipe) -> str:
-    """Return the fields in which `recipe` differs from `base` in words, or the empty string."""
+    """Return in words how `recipe` differs from `base`, or the empty string."""
     pairs = changes(recipe, base).items()
     return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in pairs)

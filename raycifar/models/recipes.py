@@ -1,4 +1,4 @@
-"""The recipes there are: each model's, by name, those of TOML files and those of runs."""
+"""Choosing a recipe: a model's, by name, that of a TOML file or that of a run."""
 
 import json
 import tomllib
@@ -16,7 +16,7 @@ from raycifar.storage.run_folder import RUN, RunFolder
 
 PURPOSES = {
     "scratch": "best known from scratch",
-    "transfer": "best known from pre-trained weights",
+    "transfer": "best known from pretrained weights",
     "study": "plain, the same for all models",
 }
 RENAMED = {"mirror": "tta_flip"}  # fields of earlier versions
@@ -24,7 +24,7 @@ RENAMED = {"mirror": "tta_flip"}  # fields of earlier versions
 
 @dataclass(frozen=True)
 class NamedRecipe:
-    """A recipe of a model; `own` says that the model is trained with it unless another is asked for."""
+    """A model's recipe; `own` marks its default."""
 
     model: str
     name: str
@@ -34,14 +34,14 @@ class NamedRecipe:
 
 
 def list_recipes(model: str) -> Iterator[NamedRecipe]:
-    """Yield the recipes of a model that is a file here, its own first."""
+    """Yield a model's recipes, its default first."""
     purposes = PURPOSES | getattr(models.import_architecture(model), "PURPOSES", {})
     for k, (name, recipe) in enumerate(models.recipes_of(model).items()):
         yield NamedRecipe(model, name, recipe, purposes[name], own=k == 0)
 
 
 def to_toml(recipe: Recipe) -> str:
-    """Return a recipe as a TOML file, each field with what it means."""
+    """Return a recipe as a TOML file, with a comment for each field."""
     lines = [f"{name} = {json.dumps(value)}" for name, value in asdict(recipe).items()]
     width = max(map(len, lines))
     helps = [field.metadata["help"] for field in recipe.__dataclass_fields__.values()]
@@ -52,7 +52,7 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def recipe_for(model: str, pretrained: str | None = None) -> Recipe:
-    """Return a model's own recipe, or the one for the weights that it begins with."""
+    """Return a model's default recipe, or if `pretrained` is given, the default for these weights."""
     recipes = models.recipes_of(model)
     if pretrained is None:
         return next(iter(recipes.values()))
@@ -63,11 +63,11 @@ def choose_recipe(model: str, recipe: str | None = None, **values: Any) -> Recip
     """Return the recipe to train a model with.
 
     Args:
-        recipe: a name, a TOML file or a run's folder; None is the model's own.
-        values: of the fields that are to differ from it.
+        recipe: a name, a TOML file or a run's folder; None is the model's default.
+        values: fields to change.
 
     Raises:
-        RequestError: there is no such recipe, or a value makes no sense.
+        RequestError: there is no such recipe, or a value is not allowed.
     """
     pretrained = values.get("pretrained")
     base = find_recipe(model, recipe, pretrained) if recipe else recipe_for(model, pretrained)
@@ -81,10 +81,10 @@ def find_recipe(model: str, wanted: str, pretrained: str | None = None) -> Recip
     """Return the recipe of a name, a TOML file or a run.
 
     Args:
-        pretrained: the weights to begin with, if they are given apart from the recipe.
+        pretrained: the first weights, if they are given in addition to the recipe.
 
     Raises:
-        RequestError: there is none, or it is another model's; the message begins with `--recipe`.
+        RequestError: there is no such recipe, or it belongs to another model.
     """
     own = models.recipes_of(model)
     if wanted in own:
@@ -109,10 +109,10 @@ def find_recipe(model: str, wanted: str, pretrained: str | None = None) -> Recip
 
 
 def parse_toml(model: str, content: bytes, pretrained: str | None = None) -> Recipe:
-    """Return the recipe of a TOML file: what it doesn't say is as in the model's own.
+    """Return the recipe of a TOML file; fields that it lacks are as in the model's default.
 
     Raises:
-        ValueError: it isn't TOML, or a field or value makes no sense.
+        ValueError: the content isn't TOML, or a field or value is not allowed.
     """
     try:
         values = tomllib.loads(content.decode())
@@ -122,10 +122,10 @@ def parse_toml(model: str, content: bytes, pretrained: str | None = None) -> Rec
 
 
 def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
-    """Return a model's recipe with some fields changed; a short run, too, trains more than the head.
+    """Return a model's recipe with some fields changed; fewer epochs still leave one for the whole network.
 
     Raises:
-        ValueError: there is no such field, or its value makes no sense; the message names the field.
+        ValueError: there is no such field, or its value is not allowed; the message names the field.
     """
     known = field_types(type(base))
     for name in [name for name in values if name not in known]:
@@ -138,7 +138,7 @@ def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
 
 
 def recipe_fields() -> dict[str, type[Recipe]]:
-    """Return the fields of all models' recipes, each with the first class that has it; those of a model come last."""
+    """Return the fields of all models' recipes, each with its class; the models' options come last."""
     found: dict[str, type[Recipe]] = {}
     kinds: list[type[Recipe]] = [Recipe, *map(models.recipe_type, models.names())]
     for kind in kinds:
@@ -148,14 +148,14 @@ def recipe_fields() -> dict[str, type[Recipe]]:
 
 
 def models_with(option: str) -> list[str]:
-    """Return the models that have an option of their own."""
+    """Return the models that have an option which others lack."""
     if option in field_types(Recipe):
         return []
     return [name for name in models.names() if option in field_types(models.recipe_type(name))]
 
 
 def recipe_from_json(model: str, values: dict[str, Any]) -> Recipe:
-    """Return the recipe of a run's `run.json`, also of one that another version wrote."""
+    """Return the recipe in a `run.json`, whichever version wrote it."""
     renamed = {RENAMED.get(name, name): value for name, value in values.items()}
     kind = models.recipe_type(model)
     return kind(**{name: renamed[name] for name in field_types(kind) if name in renamed})

@@ -1,49 +1,46 @@
-"""A data set described, and written as Parquet."""
+"""Summarizing a data set, and writing it as Parquet."""
 
 import hashlib
-import io
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
 
 from raycifar.data import CIFAR100
+from raycifar.data.pictures import to_png
 from raycifar.data.sources import load
-from raycifar.data.tables import Source, to_numpy
+from raycifar.data.tables import Source, to_images, to_parquet
 from raycifar.errors import RequestError
 from raycifar.storage.files import locate, write_whole
 
 
-def describe_source(source: Source) -> dict[str, str]:
-    """Return what a data set holds, in words."""
-    pixels = to_numpy(source.train["image"].combine_chunks(), "image") / np.float32(255)
+def summarize(source: Source) -> dict[str, str]:
+    """Return facts about a data set, in words."""
+    pixels = to_images(source.train["image"]) / np.float32(255)
     colors = zip(("red", "green", "blue"), pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)), strict=True)
     spread = " ".join(f"{name} {mean:.4f} ± {std:.4f}" for name, mean, std in colors)
     return {
         "fingerprint": source.fingerprint(),
         "training images": count(source.train),
         "test images": count(source.test),
-        "pixels": f"{spread} of the training images, from 0 to 1",
-        "repeated": repeated(source),
+        "pixels": f"{spread} in the training images, from 0 to 1",
+        "duplicates": count_duplicates(source),
     }
 
 
 def write_parquet(source: Source, destination: str) -> None:
-    """Write a data set to a folder or URI, in the layout of the Hugging Face hub, and read it back.
+    """Write a data set to a folder or URI, in the Hugging Face hub's layout, and read it back.
 
     Raises:
-        RequestError: it can't be written there, or something else lies in that folder.
+        RequestError: the folder can't be written, or holds other data.
     """
     filesystem, path = locate(destination)
     try:
         for split in ("train", "test"):
-            write_whole(filesystem, f"{path}/{split}.parquet", to_parquet(getattr(source, split)))
+            write_whole(filesystem, f"{path}/{split}.parquet", to_parquet(to_hub_layout(getattr(source, split))))
     except OSError as error:
         raise RequestError(f"{destination} can't be written: {error}.") from error
     if load(destination).fingerprint() != source.fingerprint():
-        raise RequestError(f"{destination} doesn't hold what was written: is something else in that folder?")
+        raise RequestError(f"{destination} doesn't hold what was written: give an empty folder.")
 
 
 def count(table: pa.Table) -> str:
@@ -53,26 +50,19 @@ def count(table: pa.Table) -> str:
     return f"{len(table):,}, {spread} of each of {classes}"
 
 
-def repeated(source: Source) -> str:
-    """Say how many images are equal, pixel by pixel, to another."""
-    seen: dict[str, dict[str, Any]] = {}
-    for split in ("train", "test"):
-        images = to_numpy(getattr(source, split)["image"].combine_chunks(), "image")
-        digests = [hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest() for image in images]
-        seen[split] = {"all": digests, "distinct": set(digests)}
-    both = sum(digest in seen["train"]["distinct"] for digest in seen["test"]["all"])
-    within = len(seen["train"]["all"]) - len(seen["train"]["distinct"])
+def count_duplicates(source: Source) -> str:
+    """Return how many images are equal, pixel by pixel, to another."""
+    train, test = (
+        [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in to_images(table["image"])]
+        for table in (source.train, source.test)
+    )
+    distinct = set(train)
+    both = sum(digest in distinct for digest in test)
+    within = len(train) - len(distinct)
     return f"{within} training images repeat another; {both} test images are also among the training images"
 
 
-def to_parquet(table: pa.Table) -> bytes:
-    encoded = []
-    for image in to_numpy(table["image"].combine_chunks(), "image"):
-        stream = io.BytesIO()
-        Image.fromarray(image.transpose(1, 2, 0)).save(stream, "PNG")
-        encoded.append({"bytes": stream.getvalue(), "path": None})
+def to_hub_layout(table: pa.Table) -> pa.Table:
+    files = [{"bytes": to_png(image), "path": None} for image in to_images(table["image"])]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    columns = {"img": pa.array(encoded, kind), "fine_label": table["fine"], "coarse_label": table["coarse"]}
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink)
-    return sink.getvalue().to_pybytes()
+    return pa.table({"img": pa.array(files, kind), "fine_label": table["fine"], "coarse_label": table["coarse"]})

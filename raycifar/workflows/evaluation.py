@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from raycifar.analysis.classification import by_class, confused_pairs, confusion, intervals, reliability
 from raycifar.data import CIFAR100
-from raycifar.data.tables import Source, from_lists, take, to_lists, to_numpy
+from raycifar.data.tables import Source, from_lists, take, to_images, to_lists
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PREDICTIONS, RUN, RunFolder
 from raycifar.workflows.reporting import load_images
 
@@ -106,7 +106,7 @@ class Scorer:
         """Return, for a batch with columns image and index, index and logits."""
         import torch
 
-        images = torch.from_numpy(to_numpy(batch["image"].combine_chunks(), "image").copy())
+        images = torch.from_numpy(to_images(batch["image"]).copy())
         logits = self.trained.logits(images).numpy()
         return pa.table({"index": batch["index"], "logits": to_lists(logits)})
 

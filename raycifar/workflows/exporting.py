@@ -1,4 +1,4 @@
-"""Writing a trained network for other programs, with the preprocessing of its images inside."""
+"""Exporting a trained network for other programs, with its preprocessing."""
 
 import io
 import json
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raycifar.data import CIFAR100
-from raycifar.data.tables import to_numpy
+from raycifar.data.tables import to_images
 from raycifar.errors import RequestError, WorkError
 from raycifar.models import slug
 from raycifar.storage.files import locate, write_whole
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from raycifar.engine.trained_model import Weights
     from raycifar.terminal import Screen
 
-CHECKED = 1000  # images on which what was written must answer as the network does
+CHECKED = 1000  # images for which the exported file must predict the network's classes
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written: its place, its size, and how far its logits are from the network's on `num_images`."""
+    """An exported file, its size, and the largest difference of its logits from the network's on `num_images`."""
 
-    place: str
+    file: str
     num_bytes: int
     num_images: int
     difference: float
@@ -39,15 +39,15 @@ class Export:
 def export(network: str, kind: str, screen: "Screen", *, out: str | None = None, data: str | None = None) -> Export:
     """Write a network as `kind`: onnx, torchscript or safetensors.
 
-    What is written maps images (n, 3, 32, 32) uint8, channels first, to logits (n, classes) float32.
+    The result maps images (n, 3, 32, 32) uint8, channels first, to logits (n, classes) float32.
 
     Args:
         network: a run's folder, or a weights file. out: the file, or URI.
-        data: whose test images it is checked on, by default those of the run.
+        data: test images for the check, by default the run's.
 
     Raises:
-        RequestError: there is no such network, there are no such images, or a package is missing.
-        WorkError: what was made of it chooses other classes than the network; nothing was written.
+        RequestError: the network or the images don't exist, or a package is missing.
+        WorkError: the result predicts other classes than the network; nothing was written.
     """
     run = None if network.endswith(".safetensors") else RunFolder.at(network).read_json(RUN)
     with screen.waiting("Loading PyTorch"):
@@ -57,11 +57,11 @@ def export(network: str, kind: str, screen: "Screen", *, out: str | None = None,
 
         trained = Trained(read_weights(network), "cpu", "float32")
     with screen.waiting("Reading the images"):
-        images = to_numpy(load_images(run, data).test["image"].combine_chunks().slice(0, CHECKED), "image")
+        images = to_images(load_images(run, data).test["image"].slice(0, CHECKED))
     expected = trained.logits(torch.from_numpy(images.copy())).numpy()
     whole = with_preprocessing(trained.weights)
     convert, ask = FORMATS[kind]
-    with screen.waiting(f"Writing {kind}"), warnings.catch_warnings(action="ignore"):  # what is written is checked
+    with screen.waiting(f"Writing {kind}"), warnings.catch_warnings(action="ignore"):  # the result is checked
         try:
             content = convert(whole)
             found = ask(content, images, whole)
@@ -71,8 +71,8 @@ def export(network: str, kind: str, screen: "Screen", *, out: str | None = None,
     largest = float(np.abs(found - expected).max())
     if differing:
         raise WorkError(
-            f"what {kind} makes of the network chooses another class for {differing} of {len(images)} images (logits "
-            f"differ by up to {largest:.2g}): nothing was written."
+            f"as {kind}, the network predicts another class for {differing} of {len(images)} images (logits differ by "
+            f"up to {largest:.2g}): nothing was written."
         )
     out = out or f"{slug(trained.weights.architecture.model)}{SUFFIXES[kind]}"
     write_whole(*locate(out), content)
@@ -80,7 +80,7 @@ def export(network: str, kind: str, screen: "Screen", *, out: str | None = None,
 
 
 def with_preprocessing(weights: "Weights") -> "nn.Module":
-    """Return a network from (n, 3, 32, 32) uint8 to logits."""
+    """Return a network that maps (n, 3, 32, 32) uint8 to logits."""
     import torch
     from torch import Tensor, nn
 
@@ -104,7 +104,7 @@ def with_preprocessing(weights: "Weights") -> "nn.Module":
 
 
 def to_onnx(whole: "nn.Module") -> bytes:
-    import onnx  # noqa: F401 (a missing package is named before the export begins)
+    import onnx  # noqa: F401 (fails before the export if the package is missing)
     import torch
 
     program = torch.onnx.export(

@@ -1,4 +1,4 @@
-"""Asking a trained network what images show."""
+"""Predicting the classes of images with a trained network."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,28 +17,28 @@ TOP = 5
 
 
 class Predictions(NamedTuple):
-    """What a network says of n images: the likeliest class of each, and (n, classes) float32 probabilities."""
+    """The likeliest class of each of n images, and (n, classes) float32 probabilities."""
 
     classes: list[str]
     probabilities: np.ndarray
 
 
 class Model:
-    """A trained network that answers, in float32.
+    """A trained network, in float32.
 
     Args:
-        place: a run's folder, or a weights file. device: auto, gpu or cpu.
+        location: a run's folder, or a weights file. device: auto, gpu or cpu.
 
     Raises:
-        RequestError: there are no such weights, or there is no such device.
+        RequestError: the weights or the device don't exist.
     """
 
-    def __init__(self, place: str, device: str = "auto") -> None:
+    def __init__(self, location: str, device: str = "auto") -> None:
         from raycifar.engine.trained_model import Trained, read_weights
 
-        self.place = place
+        self.location = location
         self.class_names = CIFAR100.class_names
-        self.trained = Trained(read_weights(place), device, "float32")
+        self.trained = Trained(read_weights(location), device, "float32")
 
     @property
     def weights(self) -> "Weights":
@@ -47,39 +47,39 @@ class Model:
 
     @property
     def network(self) -> Any:
-        """The `torch.nn.Module`, in evaluation mode: from preprocessed images to logits."""
+        """The `torch.nn.Module` that maps preprocessed images to logits, in evaluation mode."""
         return self.trained.network
 
     def predict(self, images: Any) -> Predictions:
-        """Return what images show.
+        """Return the predictions for images.
 
         Args:
             images: a PIL image, a path or URI, or a list of these, of any size and mode; or an array or tensor
                 (n, 32, 32, 3) or (32, 32, 3) uint8.
 
         Raises:
-            RequestError: they are something else, or can't be read.
+            RequestError: an image can't be read, or has another type.
         """
-        probabilities = self.ask(read_images(images))
+        probabilities = self.probabilities(read_images(images))
         return Predictions([self.class_names[label] for label in probabilities.argmax(1)], probabilities)
 
-    def ask(self, pixels: np.ndarray) -> np.ndarray:
+    def probabilities(self, pixels: np.ndarray) -> np.ndarray:
         """Return (n, classes) float32 probabilities of `pixels` (n, 3, 32, 32) uint8."""
         import torch
 
         return self.trained.logits(torch.from_numpy(pixels)).softmax(1).numpy()
 
     def __repr__(self) -> str:
-        return f"Model({self.weights.architecture.model!r}, from {self.place!r}, on {self.trained.device})"
+        return f"Model({self.weights.architecture.model!r}, from {self.location!r}, on {self.trained.device})"
 
 
 def read_images(images: Any) -> np.ndarray:
-    """Return images of any kind as (n, 3, 32, 32) uint8; see `Model.predict`."""
+    """Return images of any type as (n, 3, 32, 32) uint8; see `Model.predict`."""
     if isinstance(images, (str, Image.Image)) or hasattr(images, "__fspath__"):
         images = [images]
     if isinstance(images, list | tuple):
         if not images:
-            raise RequestError("there is no image to ask about.")
+            raise RequestError("the list of images is empty: give at least one.")
         return np.concatenate([as_pixels(image) for image in images])
     pixels = np.asarray(images.cpu() if hasattr(images, "cpu") else images)
     if pixels.ndim == 3:
@@ -87,14 +87,14 @@ def read_images(images: Any) -> np.ndarray:
     side, channels = CIFAR100.image_size, CIFAR100.image_shape[0]
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (side, side, channels):
         raise RequestError(
-            f"the images are {pixels.dtype} of shape {pixels.shape}: uint8 of shape (n, {side}, {side}, {channels}), "
-            "PIL images or paths are needed."
+            f"the images are {pixels.dtype} of shape {pixels.shape}: give uint8 of shape (n, {side}, {side}, "
+            f"{channels}), PIL images or paths."
         )
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
 def as_pixels(image: Any) -> np.ndarray:
-    """Return one image, or the images of one path, as (n, 3, 32, 32) uint8."""
+    """Return an image, or a path's images, as (n, 3, 32, 32) uint8."""
     if isinstance(image, Image.Image):
         return to_pixels(image)[None]
     if not isinstance(image, str) and not hasattr(image, "__fspath__"):
@@ -105,36 +105,34 @@ def as_pixels(image: Any) -> np.ndarray:
         raise RequestError(f"{image} can't be read: {error}.") from error
 
 
-def predict_files(network: str, places: Iterable[str], device: str = "auto") -> list[dict[str, Any]]:
-    """Return `{image, top5: [{class, probability}]}` for each image file, or `{image, error}` for one that is broken.
+def predict_files(network: str, locations: Iterable[str], device: str = "auto") -> list[dict[str, Any]]:
+    """Return `{image, top5: [{class, probability}]}` for each image file, or `{image, error}` if it can't be read.
 
     Args:
-        network: a run's folder, or a weights file. places: files, folders or URIs.
+        network: a run's folder, or a weights file. locations: files, folders or URIs.
 
     Raises:
-        RequestError: there is no such network, or no such file.
+        RequestError: the network or a file doesn't exist.
     """
-    files = [
-        file for place in places for file in find_images(place)
-    ]  # before PyTorch is loaded: a typing error shows at once
+    files = [file for location in locations for file in find_images(location)]  # a typo fails before PyTorch loads
     model = Model(network, device)
-    answers: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     pixels = []
     for name, filesystem, path in files:
         try:
             pixels.append(read_image(filesystem, path))
-            answers.append({"image": name})
+            rows.append({"image": name})
         except (ValueError, OSError) as error:
-            answers.append({"image": name, "error": str(error)})
+            rows.append({"image": name, "error": str(error)})
     if pixels:
-        probabilities = iter(model.ask(np.stack(pixels)))
-        for answer in answers:
-            if "error" not in answer:
-                answer["top5"] = likeliest(next(probabilities), model.class_names)
-    return answers
+        probabilities = iter(model.probabilities(np.stack(pixels)))
+        for row in rows:
+            if "error" not in row:
+                row["top5"] = likeliest(next(probabilities), model.class_names)
+    return rows
 
 
 def likeliest(probabilities: np.ndarray, class_names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return the classes with the highest probabilities (classes,), the highest first."""
+    """Return the five classes with the highest probabilities (classes,), highest first."""
     order = np.argsort(-probabilities, kind="stable")[:TOP]
     return [{"class": class_names[label], "probability": float(probabilities[label])} for label in order]

@@ -307,7 +307,7 @@ def read_run(path: str) -> Finished:
     run = RunFolder.at(path)
     about, result, predictions = run.read_json(RUN), run.read_json(RESULT), run.read(PREDICTIONS)
     if about is None:
-        raise RequestError(f"{path} is no run's folder: it holds no {RUN}.")
+        raise RequestError(f"{path} is not a run's folder: it holds no {RUN}.")
     if not result or result["status"] != "finished":
         state = result["status"] if result else "not finished"
         raise RequestError(f"{path} can't be compared: it is {state}.")
