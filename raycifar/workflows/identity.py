@@ -100,7 +100,7 @@ def record(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any]
     )
 
 
-def overview(identity: dict[str, Any], workers: "Workers", folder: str) -> dict[str, str]:
+def overview(identity: dict[str, Any], workers: object, folder: str) -> dict[str, str]:
     recipe, data = identity["recipe"], identity["data"]
     return {
         "model": f"{identity['model']}, seed {identity['seed']}",
