@@ -6,7 +6,8 @@ import pytest
 
 from raycifar import api, compare, train
 from raycifar.errors import RequestError
-from raycifar.models.recipe import TRANSFER, Recipe
+from raycifar.models.cnn import CnnRecipe
+from raycifar.models.recipe import TRANSFER
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest, parse_workers, to_arguments
 
 
@@ -14,7 +15,7 @@ def test_a_model_alone_is_a_request(monkeypatch):
     for name in ("RAYCIFAR_DATA", "RAYCIFAR_STORAGE"):
         monkeypatch.delenv(name, raising=False)
     request = TrainingRequest("cnn")
-    assert request.recipe == Recipe()
+    assert request.recipe == CnnRecipe()
     assert (request.data, request.storage, request.workers) == ("cifar100", "results", None)
     assert request.name.startswith("cnn-s0-")
     assert TrainingRequest("resnet50").recipe == TRANSFER
@@ -26,7 +27,7 @@ def test_a_model_alone_is_a_request(monkeypatch):
 def test_python_has_the_options_of_the_command_with_its_defaults(function, command):
     here = {name: p.default for name, p in inspect.signature(function).parameters.items()}
     there = {p.name: p.default for p in command.params}
-    assert here.keys() - {"progress", "models", "model"} == there.keys() - {"debug", "help", "names", "model"}
+    assert here.keys() - {"progress", "models", "model"} == there.keys() - {"debug", "dry_run", "help", "names", "model"}
     shared = here.keys() & there.keys() - {"model", "runs"}
     assert {name: here[name] for name in shared} == {name: there[name] for name in shared}
     assert all(f"    {name}: " in function.__doc__ for name in shared)
@@ -46,7 +47,7 @@ def test_python_has_the_options_of_the_command_with_its_defaults(function, comma
         ({"limit": 2.5}, "limit is 2.5: a whole number is needed"),
         ({"cpus_per_worker": 0}, "--cpus-per-worker 0"),
         ({"name": "../up"}, "'../up' is no folder's name"),
-        ({"recipe": "fast"}, "--recipe fast is not known"),
+        ({"recipe": "fast"}, "--recipe fast is neither a recipe of cnn"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_refused_with_its_value(options, says):
@@ -75,9 +76,11 @@ def test_workers_that_make_no_sense_are_refused(given):
 
 
 def test_a_command_asks_for_the_same_as_the_request_it_is_made_of():
-    request = TrainingRequest("cnn", Recipe(epochs=3, lr=0.07, mirror=True), workers=(1, 4), report=False, wait=7.5)
+    request = TrainingRequest(
+        "cnn", CnnRecipe(epochs=3, lr=0.07, tta_flip=True), workers=(1, 4), report=False, wait=7.5
+    )
     asked = train.main.make_context("train", to_arguments(request)).params
-    options = {name: value for name, value in asked.items() if name not in ("model", "debug")}
+    options = {name: value for name, value in asked.items() if name not in ("model", "debug", "dry_run")}
     assert TrainingRequest.of(asked["model"], **options) == request
 
 

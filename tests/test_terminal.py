@@ -33,7 +33,7 @@ def store():
 
 @pytest.fixture
 def trial(store):
-    recipe = recipe_for("cnn", None, None)
+    recipe = recipe_for("cnn")
     return Trial("cnn-s0", "cnn", 0, recipe, search=False, setting="lr 0.2", status_store=store)
 
 

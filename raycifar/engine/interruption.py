@@ -21,8 +21,8 @@ class Interruption(StrEnum):
 class PreemptedError(Exception):
     """Ends a worker whose run is to go on elsewhere; Ray Train doesn't count it as a failure."""
 
-    def __init__(self) -> None:
-        super().__init__("a node of this run is being taken away")
+    def __init__(self, reason: str = "a node of this run is being taken away") -> None:  # given when it is unpickled
+        super().__init__(reason)
 
 
 class InterruptionWatch:
