@@ -7,7 +7,7 @@ import pytest
 from raycifar import api, compare, train
 from raycifar.errors import RequestError
 from raycifar.models.cnn import CnnRecipe
-from raycifar.models.recipe import TRANSFER
+from raycifar.models.recipe import TRANSFER, Recipe
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest, parse_workers, to_arguments
 
 
@@ -18,7 +18,7 @@ def test_a_model_alone_is_a_request(monkeypatch):
     assert request.recipe == CnnRecipe()
     assert (request.data, request.storage, request.workers) == ("cifar100", "results", None)
     assert request.name.startswith("cnn-s0-")
-    assert TrainingRequest("resnet50").recipe == TRANSFER
+    assert TrainingRequest("resnet50").recipe == Recipe(**TRANSFER)
     monkeypatch.setenv("RAYCIFAR_DATA", "/somewhere")
     assert TrainingRequest("cnn").data == "/somewhere"
 
@@ -27,7 +27,13 @@ def test_a_model_alone_is_a_request(monkeypatch):
 def test_python_has_the_options_of_the_command_with_its_defaults(function, command):
     here = {name: p.default for name, p in inspect.signature(function).parameters.items()}
     there = {p.name: p.default for p in command.params}
-    assert here.keys() - {"progress", "models", "model"} == there.keys() - {"debug", "dry_run", "help", "names", "model"}
+    assert here.keys() - {"progress", "models", "model"} == there.keys() - {
+        "debug",
+        "dry_run",
+        "help",
+        "names",
+        "model",
+    }
     shared = here.keys() & there.keys() - {"model", "runs"}
     assert {name: here[name] for name in shared} == {name: there[name] for name in shared}
     assert all(f"    {name}: " in function.__doc__ for name in shared)
