@@ -44,6 +44,10 @@ class Reporter:
             if history:
                 self.gauges.show(vars(history[-1]))
 
+    def timings(self, rates: dict[str, list[float]]) -> None:
+        if self.leader:
+            self.status_store.put_timings(rates)
+
     def verdict(self, epoch: int) -> bool:
         """Wait until the search has said whether the run stops after `epoch`."""
         self.phase(Phase.COMPARING)
