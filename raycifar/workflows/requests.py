@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, get_args
 from raycifar import models
 from raycifar.errors import RequestError
 from raycifar.models.recipe import Recipe
-from raycifar.models.recipes import choose_recipe, recipe_fields, recipe_for
+from raycifar.models.recipes import choose_recipe, recipe_fields, recipe_for, recipe_from_json
 
 WorkerCount = int | tuple[int, int] | None
 Device = Literal["auto", "gpu", "cpu"]
@@ -90,7 +90,8 @@ class TrainingRequest(Settings):
     def __post_init__(self) -> None:
         models.find(self.model)
         name = self.name or f"{models.slug(self.model)}-s{self.seed}-{datetime.now():%Y%m%d-%H%M%S}"
-        self.settle(recipe=self.recipe or recipe_for(self.model), name=name, workers=parse_workers(self.workers))
+        recipe = recipe_from_json(self.model, vars(self.recipe)) if self.recipe else recipe_for(self.model)
+        self.settle(recipe=recipe, name=name, workers=parse_workers(self.workers))
         super().__post_init__()
         check_name(name)
 
