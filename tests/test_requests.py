@@ -1,6 +1,7 @@
 """What can be asked for: the same options, with the same defaults, from a command and from Python."""
 
 import inspect
+import math
 
 import pytest
 
@@ -52,6 +53,13 @@ def test_python_has_the_options_of_the_command_with_its_defaults(function, comma
         ({"seed": -1}, "seed is -1: it must be at least 0"),
         ({"limit": 2.5}, "limit is 2.5: a whole number is needed"),
         ({"cpus_per_worker": 0}, "--cpus-per-worker 0"),
+        ({"gpus_per_worker": 0}, "--gpus-per-worker 0: it must be a share of a GPU, above 0"),
+        ({"gpus_per_worker": 1.5}, "--gpus-per-worker 1.5: it must be"),
+        ({"gpus_per_worker": math.nan}, "--gpus-per-worker nan: it must be"),
+        ({"gpus_per_worker": 0.5, "device": "cpu"}, "--gpus-per-worker 0.5 is for workers on GPUs"),
+        ({"gpus_per_worker": 0.5, "workers": 0}, "leave it out, or --workers 0"),
+        ({"gpus_per_worker": 0.5, "workers": "1:4"}, "an elastic run takes whole GPUs"),
+        ({"accelerator": "H100", "device": "cpu"}, "--accelerator H100 is for workers on GPUs"),
         ({"name": "../up"}, "'../up' is no folder's name"),
         ({"recipe": "fast"}, "--recipe fast is neither a recipe of cnn"),
     ],
@@ -91,9 +99,10 @@ def test_a_command_asks_for_the_same_as_the_request_it_is_made_of():
 
 
 def test_a_comparison_gives_each_model_its_own_recipe_and_hands_on_the_rest():
-    request = ComparisonRequest.of(["cnn", "resnet50"], epochs=4, limit=500, max_failures=1)
+    request = ComparisonRequest.of(["cnn", "resnet50"], epochs=4, limit=500, max_failures=1, gpus_per_worker=0.25)
     assert request.recipes["cnn"].pretrained == "none"
     assert request.recipes["resnet50"].pretrained == "imagenet"
     assert request.fixed == {"epochs"}
     trial = request.training("cnn")
     assert (trial.limit, trial.max_failures, trial.recipe.epochs, trial.checkpoint_steps) == (500, 1, 4, 200)
+    assert trial.gpus_per_worker == 0.25

@@ -211,8 +211,7 @@ class BareStep:
     def __init__(self, trainer: Trainer, *, exchange: bool) -> None:
         self.state, self.autocast = trainer.state, trainer.autocast
         self.exchange, self.exchanges = trainer.train_step.exchange, exchange
-        capturable = not exchange or trainer.train_step.capturable
-        self.captured = cuda_graphed(self.take, trainer.device, capturable=capturable)
+        self.captured = cuda_graphed(self.take, trainer.device, trainer.train_step.obstacle if exchange else None)
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> None:
         if self.exchange:
@@ -268,7 +267,7 @@ def update_example_stats(trainer: Trainer) -> Callable[[], None]:
         stats.update(rows, logits[: len(rows)], trainer.train_set.labels[rows])
         return stats.values
 
-    captured = cuda_graphed(update, trainer.device, capturable=True)
+    captured = cuda_graphed(update, trainer.device)
 
     def run() -> None:
         for batch in epoch_batches(trainer):

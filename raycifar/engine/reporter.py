@@ -28,7 +28,9 @@ class Reporter:
         self._put(phase=phase, detail=detail)
 
     def notice(self, sentence: str) -> None:
-        self._put(notices=[*self.status.notices, sentence])
+        """Say a sentence, once."""
+        if sentence not in self.status.notices:
+            self._put(notices=[*self.status.notices, sentence])
 
     def about(self, model: ModelFacts) -> None:
         self._put(model=model)
