@@ -232,11 +232,11 @@ def bars(rows: Sequence[tuple[str, float, float, float]], limit: float, xlabel: 
         return to_svg(figure, description)
 
 
-def scaling(predicted: dict[int, float], measured: dict[int, tuple[float, float, float]], description: str) -> str:
+def scaling(predicted: dict[int, float], measured: dict[int, tuple[float, float]], description: str) -> str:
     """Return rates by number of workers, beside as many times the first, and what was measured.
 
     Args:
-        measured: median, low and high of each.
+        measured: the slowest and the fastest of each.
     """
     with rc_context(STYLE):
         figure, axes = new_axes(6.0, 3.2)
@@ -244,9 +244,8 @@ def scaling(predicted: dict[int, float], measured: dict[int, tuple[float, float,
         axes.plot(counts, rates, "o-", color=BLUE, linewidth=1.8, label="predicted")
         ideal = [rates[0] * count / counts[0] for count in counts]
         axes.plot(counts, ideal, color=ORANGE, linewidth=1.5, linestyle="--", label="in proportion")
-        medians, lows, highs = (np.array(column) for column in zip(*measured.values(), strict=True))
-        errors = [medians - lows, highs - medians]
-        axes.errorbar(list(measured), medians, errors, fmt="s", color=GREEN, capsize=2, label="measured")
+        lows, highs = (np.array(column) for column in zip(*measured.values(), strict=True))
+        axes.errorbar(list(measured), highs, [highs - lows, 0 * highs], fmt="s", color=GREEN, label="measured")
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, list(map(str, counts)))
         axes.xaxis.set_minor_formatter(NullFormatter())

@@ -1,9 +1,8 @@
 """How long a step takes, by the number of images in it, and how long its exchange of gradients."""
 
 import socket
-import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,96 +17,94 @@ from raycifar.engine.bench import clock, time_step, train_epoch, use_fewer_image
 from raycifar.engine.cuda import WARM_UP
 from raycifar.engine.distributed import BUCKET_BYTES, all_gather_objects, group_by_size
 from raycifar.engine.example_stats import ExampleStats
-from raycifar.engine.hardware import choose_precision, set_up
+from raycifar.engine.hardware import choose_precision
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
 from raycifar.engine.train_step import TrainStep
 from raycifar.engine.trainer import Job, Trainer
 
-ROUNDS = 3  # of everything that is timed
-EXCHANGES = 20  # in a round
+EXCHANGES = 10  # of a size that are timed in a round
 
 
 @dataclass(frozen=True)
 class StepTimesJob:
-    """What is timed: steps of so many images on each worker, then epochs of all workers, in about so many seconds."""
+    """What is timed: steps of so many images on each worker, and epochs of all workers, in about so many seconds."""
 
     job: Job
     batch_sizes: tuple[int, ...]
+    rounds: int
     seconds: float
 
 
 def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Time steps, exchanges and epochs; Ray Train calls it on each worker.
+    """Time steps, epochs and exchanges, in turn; Ray Train calls it on each worker.
 
     Args:
         config: `job`, a `StepTimesJob`.
 
     Returns:
+        Of several rounds the fastest, for other work on a machine can only slow it:
         `alone`: seconds of a step without an exchange, by its images; of several workers the slowest's, while the
-        others take theirs. `exchanging`, of one worker: the same with an exchange of one rank. `buckets`: bytes of
-        gradients that travel together. `link`, of several workers: seconds of a hop and bytes per second between
-        two. `rates`: images per second of epochs as `train` runs them, over all workers.
+        others take theirs. `exchanging`, of one worker: the same with an exchange of one rank.
+        `buckets`: bytes of gradients that travel together.
+        `link`, of several workers: seconds of a hop, and bytes per second between two.
+        `rates`: images per second of epochs as `train` runs them, over all workers, of each round.
     """
     timed: StepTimesJob = config["job"]
     trainer = Trainer(timed.job)
     trainer.set_up()
     trainer.describe()
-    world_size = trainer.world_size
-    trainer.reporter.phase(Phase.TIMING, f"{world_size} worker{'s' * (world_size > 1)}")
-    parts = len(timed.batch_sizes) * (1 + (world_size == 1)) + 1
-    each = timed.seconds / parts / (ROUNDS + 1)
-
-    def steps(*, exchange: bool) -> dict[int, float]:
-        times = time_steps(timed.job, trainer.device, timed.batch_sizes, exchange=exchange, seconds=each)
-        own = {size: statistics.median(values) for size, values in times.items()}
-        everyone = all_gather_objects(own)
-        return {size: max(worker[size] for worker in everyone) for size in own}
-
-    trained = [p for p in trainer.state.model.parameters() if p.requires_grad]
-    measured: dict[str, Any] = {
-        "alone": steps(exchange=False),
-        "buckets": [sum(p.nbytes for p in group) for group in group_by_size(trained[::-1])],
-    }
-    if world_size == 1:
-        with nullcontext() if dist.is_initialized() else process_group_of_one(trainer.device):
-            measured["exchanging"] = steps(exchange=True)
-    else:
-        measured["link"] = measure_link(trainer.device)
-    use_fewer_images(trainer, int(each / time_step(trainer)))
-    train_epoch(trainer)
-    rates = measured["rates"] = []
-    for _ in range(ROUNDS):
-        began = clock(trainer)
+    alone, world_size = trainer.world_size == 1, trainer.world_size
+    trainer.reporter.phase(Phase.TIMING, f"{world_size} worker{'s' * (not alone)}, up to {timed.seconds:.0f} s")
+    with nullcontext() if dist.is_initialized() else process_group_of_one(trainer.device):
+        ways = {"alone": False, "exchanging": True} if alone else {"alone": False}
+        seconds = timed.seconds / (len(timed.batch_sizes) * len(ways) + 1) / (timed.rounds + 1)
+        steps = {
+            (way, size): Repeated(build_step(timed.job, trainer.device, size, exchange=exchange), seconds)
+            for way, exchange in ways.items()
+            for size in timed.batch_sizes
+        }
+        use_fewer_images(trainer, int(seconds / time_step(trainer)))
         train_epoch(trainer)
-        rates.append(trainer.job.num_train_images / (clock(trainer) - began))
-    return measured
+        times: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
+        rates, links = [], []
+        for _ in range(timed.rounds):  # in turn: a machine that slows down slows all
+            for key, step in steps.items():
+                times[key].append(max(all_gather_objects(step.time())))
+            began = clock(trainer)
+            train_epoch(trainer)
+            rates.append(trainer.job.num_train_images / (clock(trainer) - began))
+            if not alone:
+                links.append(measure_link(trainer.device))
+    trained = [p for p in trainer.state.model.parameters() if p.requires_grad]
+    return {
+        **{way: {size: min(times[way, size]) for size in timed.batch_sizes} for way in ways},
+        "buckets": [sum(p.nbytes for p in group) for group in group_by_size(trained[::-1])],
+        "link": None if alone else (min(seconds for seconds, _ in links), max(rate for _, rate in links)),
+        "rates": rates,
+    }
 
 
-def time_steps(
-    job: Job, device: torch.device, batch_sizes: Sequence[int], *, exchange: bool, seconds: float
-) -> dict[int, list[float]]:
-    """Return the seconds of a step, for each number of images, a figure for each round.
+class Repeated:
+    """A step that is taken as often as fits into so many seconds."""
 
-    A step is that of training, with its images prepared, and captured on a GPU. The batch sizes take turns, so that a
-    machine that slows down slows all.
+    def __init__(self, step: TrainStep, seconds: float) -> None:
+        self.step, self.repeats = step, WARM_UP + 2 if step.device.type == "cuda" else 1
+        self.time()  # loads libraries, captures
+        self.repeats = 1
+        self.repeats = max(1, round(seconds / self.time()))
 
-    Args:
-        exchange: sum the gradients too, over the process group. seconds: that a round takes for each batch size, about.
-    """
-    set_up(device, job.threads)
-    steps = {size: build_step(job, device, size, exchange=exchange) for size in batch_sizes}
-    first = WARM_UP + 2 if device.type == "cuda" else 1
-    repeats = {}
-    for size, step in steps.items():
-        time_one(step, first)
-        repeats[size] = max(1, round(seconds / time_one(step, 1)))
-    times: dict[int, list[float]] = {size: [] for size in batch_sizes}
-    for _ in range(ROUNDS):
-        for size, step in steps.items():
-            times[size].append(time_one(step, repeats[size]))
-    return times
+    def time(self) -> float:
+        """Return the seconds of a step, the mean of some in a row."""
+        num_images = len(self.step.train_set)
+        batch = Batch(0, np.arange(num_images), num_images)
+        synchronize(self.step.device)
+        began = time.perf_counter()
+        for _ in range(self.repeats):
+            self.step(batch)
+        synchronize(self.step.device)
+        return (time.perf_counter() - began) / self.repeats
 
 
 def build_step(job: Job, device: torch.device, batch_size: int, *, exchange: bool) -> TrainStep:
@@ -125,18 +122,6 @@ def build_step(job: Job, device: torch.device, batch_size: int, *, exchange: boo
     return TrainStep(state, train_set, ExampleStats.blank(batch_size, device), autocast, exchange=exchange)
 
 
-def time_one(step: TrainStep, repeats: int) -> float:
-    """Return the seconds of a step, the mean of some in a row."""
-    num_images = len(step.train_set)
-    batch = Batch(0, np.arange(num_images), num_images)
-    synchronize(step.device)
-    began = time.perf_counter()
-    for _ in range(repeats):
-        step(batch)
-    synchronize(step.device)
-    return (time.perf_counter() - began) / repeats
-
-
 def measure_link(device: torch.device) -> tuple[float, float]:
     """Return the seconds of a hop between two workers and the bytes per second, from a small and a large all-reduce.
 
@@ -144,23 +129,18 @@ def measure_link(device: torch.device) -> tuple[float, float]:
     """
     hops = 2 * (dist.get_world_size() - 1)
     small, large = (time_all_reduce(num_bytes, device) for num_bytes in (4, BUCKET_BYTES))
-    latency, bandwidth = small / hops, hops / dist.get_world_size() * BUCKET_BYTES / max(large - small, 1e-9)
-    return tuple(all_gather_objects((latency, bandwidth))[0])  # all workers' are the same time
+    return small / hops, hops / dist.get_world_size() * BUCKET_BYTES / max(large - small, 1e-9)
 
 
 def time_all_reduce(num_bytes: int, device: torch.device) -> float:
-    """Return the seconds of an all-reduce, the median of some rounds."""
-    tensor, times = torch.zeros(num_bytes // 4, device=device), []
-    for number in range(ROUNDS + 1):
-        dist.barrier()
-        synchronize(device)
-        began = time.perf_counter()
-        for _ in range(EXCHANGES):
-            dist.all_reduce(tensor)
-        synchronize(device)
-        if number:  # the first one connects the workers
-            times.append((time.perf_counter() - began) / EXCHANGES)
-    return statistics.median(times)
+    tensor = torch.zeros(num_bytes // 4, device=device)
+    dist.all_reduce(tensor)
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(EXCHANGES):
+        dist.all_reduce(tensor)
+    synchronize(device)
+    return (time.perf_counter() - began) / EXCHANGES
 
 
 def synchronize(device: torch.device) -> None:

@@ -43,7 +43,7 @@ HELP = {
 }
 LONGEST = 290  # seconds that a bench takes: all of it in five minutes
 WORKERS_START = 15  # of them that worker processes take to start
-SHORTEST, MOST_FOR_STEPS = 5, 30  # seconds in which the steps of a number of workers are timed
+SECONDS_OF_ROUND = 4  # in which steps of a number of workers are timed, at most
 FEW_WORKERS = 3  # are run on CPUs, however few these are
 POLL_SECONDS = 0.02  # between two looks whether a run has begun
 
@@ -101,7 +101,7 @@ def bench(
             )
             time_stages(run, rounds, against, screen, clock.part(), found)
             if place:
-                time_plan(run, counts, place, interconnect, price_per_hour, screen, clock.part(), found)
+                time_plan(run, counts, place, interconnect, price_per_hour, rounds, screen, clock.part(), found)
         if startup:
             connection.close()  # this process's Ray would take its share of the cores
             found["startup"] = time_startup(request, rounds, screen, clock.part())
@@ -158,6 +158,7 @@ def time_plan(
     place: Place,
     interconnect: str | None,
     price_per_hour: float | None,
+    rounds: int,
     screen: "Screen",
     seconds: float,
     found: dict[str, Any],
@@ -171,13 +172,14 @@ def time_plan(
     ends = time.monotonic() + seconds
     for number, count in enumerate(to_run):
         left = (ends - time.monotonic()) / (len(to_run) - number) - (WORKERS_START if run.workers.count else 0)
-        if number > 1 and left < SHORTEST:
+        if number > 1 and left < SECONDS_OF_ROUND:
             break
         sizes = tuple(planning.sizes_to_time(counts, count, place, request.recipe.batch_size))
         timed = dataclasses.replace(request, name=f"plan-{count}", workers=run.workers.count and count)
         workers = size(count, request.device, request.cpus_per_worker) if run.workers.count else run.workers
         few = prepare(timed, type(screen)(quiet=True), inputs=run.inputs, workers=workers)
-        job_of = partial(StepTimesJob, batch_sizes=sizes, seconds=min(MOST_FOR_STEPS, max(SHORTEST, left)))
+        seconds = min(SECONDS_OF_ROUND * rounds, max(SECONDS_OF_ROUND, left))
+        job_of = partial(StepTimesJob, batch_sizes=sizes, rounds=rounds, seconds=seconds)
         screen.say(f"Timing steps on {workers}, {number + 1} of {len(to_run)}")
         measured[count] = Measured(**do(few, step_times_loop_per_worker, job_of, screen))
         plan = Plan(request.recipe, counts, num_images, place, measured, interconnect)
@@ -370,6 +372,6 @@ def draw_plan(bench: dict[str, Any]) -> str:
 
     plan = bench["plan"]
     predicted = {count: figures["images_per_second"] for count, figures in plan["workers"].items()}
-    measured = {check["workers"]: (check["measured"], check["low"], check["high"]) for check in plan["checked"]}
+    measured = {check["workers"]: (check["low"], check["measured"]) for check in plan["checked"]}
     description = "; ".join(f"{count} workers: {rate:,.0f} images per second" for count, rate in predicted.items())
     return scaling(predicted, measured, f"{bench['model']}. {description}.")
