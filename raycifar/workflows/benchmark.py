@@ -176,7 +176,8 @@ def time_plan(
             break
         sizes = tuple(planning.sizes_to_time(counts, count, place, request.recipe.batch_size))
         timed = dataclasses.replace(request, name=f"plan-{count}", workers=run.workers.count and count)
-        workers = size(count, request.device, request.cpus_per_worker) if run.workers.count else run.workers
+        asked = (count, request.device, request.cpus_per_worker, request.gpus_per_worker, request.accelerator)
+        workers = size(*asked) if run.workers.count else run.workers
         few = prepare(timed, type(screen)(quiet=True), inputs=run.inputs, workers=workers)
         seconds = min(SECONDS_OF_ROUND * rounds, max(SECONDS_OF_ROUND, left))
         job_of = partial(StepTimesJob, batch_sizes=sizes, rounds=rounds, seconds=seconds)
