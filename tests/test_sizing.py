@@ -1,18 +1,30 @@
 """How many workers fit on GPUs, whole and shared, of any kind and of one; Ray only says that there are some."""
 
+import time
+from contextlib import ExitStack
+
 import pytest
 import ray
+import torch.distributed as dist
 from command import Command, finish
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from raycifar.cluster import sizing
 from raycifar.cluster.sizing import Workers, describe, placeable, size, size_trials
 from raycifar.errors import RequestError
+from raycifar.terminal import Screen
+from raycifar.workflows.requests import TrainingRequest
+from raycifar.workflows.training import fit, prepare
 
 A100 = {"CPU": 16.0, "GPU": 2.0, "accelerator_type:A100": 1.0}
 L4 = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:L4": 1.0}
 HEAD = {"CPU": 2.0}
 CNN = ("--model", "cnn", "--data", "synthetic", "--limit", 200, "--val-size", 100, "--epochs", 1, "--no-report")
+
+
+def wait_while(running):
+    while running():
+        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -106,5 +118,17 @@ def test_ray_places_shares_and_kinds_as_they_are_counted(nodes, tmp_path):
             group = placement_group([workers.resources] * count)
             assert group.wait(5) == fits
             remove_placement_group(group)
+
+        request = TrainingRequest.of(
+            "cnn", data="synthetic", limit=200, val_size=100, workers=2, gpus_per_worker=0.5, accelerator="A100",
+            storage=str(tmp_path), name="a",
+        )  # fmt: skip
+        run = prepare(request, Screen(quiet=True), ExitStack())
+
+        def loop(config):  # the GPU is there in name only
+            return dist.get_backend(), ray.get_gpu_ids()
+
+        assert fit(run, wait_while, lambda job: (loop, {})) == ("gloo", [0])
+        assert run.folder.read_json("run.json")["gpus_per_worker"] == 0.5
     finally:
         ray.shutdown()
