@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measures what only a GPU can show: the tests that need one, step times, the common script beside ours, and the full
-# recipes. Each result is appended to a JSON Lines file as soon as it is there. Called again, the script does what is
+# Measures what only a GPU can show: the tests that need one, step times and how many workers pay, the common
+# script beside ours, and the full recipes. Each result is appended to a JSON Lines file as soon as it is there. Called again, the script does what is
 # missing; a training that was cut off goes on from its last checkpoint.
 #
 #   jobs/measure_gpu.sh 60                 stop before 60 minutes are over
@@ -14,8 +14,11 @@ cd "$(dirname "$0")/.."
 mkdir -p "$runs"
 deadline=$((SECONDS + minutes * 60))
 python=${PYTHON:-python3}
-[ -n "${SMALL:-}" ] && few=(--limit 200 --val-size 100 --epochs 1) || few=()
-[ -n "${SMALL:-}" ] && size=(--limit 200 --val-size 100 --rounds 1) || size=(--limit 5000 --rounds 3)
+few=() size=(--limit 5000 --rounds 3) tests=(tests/test_{cuda,train_step,checkpoint,torch_internals}.py)
+if [ -n "${SMALL:-}" ]; then
+    few=(--limit 100 --val-size 100 --epochs 1 --batch-size 20)
+    size=(--limit 100 --val-size 100 --rounds 1 --batch-size 20) tests=(tests/test_cuda.py)
+fi
 
 # measure NAME SECONDS RESULT COMMAND...: run a command, unless it was run or would take too long, and keep what it made.
 measure() {
@@ -54,15 +57,13 @@ train() { # train NAME SECONDS OPTION...
 
 bench() { # bench MODEL SECONDS
     measure "bench-$1" "$2" "$runs/bench-$1/bench.json" "$python" -m raycifar.bench --model "$1" --workers 0 \
-        --pretrained none --against dataloader --out "$runs/bench-$1" "${size[@]}"
+        --pretrained none --against dataloader --plan 1,2,4,8 --interconnect nvlink --out "$runs/bench-$1" "${size[@]}"
 }
 
-measure tests 150 "" "$python" -m pytest -q -rs -p no:cacheprovider tests/test_cuda.py tests/test_train_step.py \
-    tests/test_checkpoint.py tests/test_torch_internals.py
-measure steps 90 "$runs/steps.json" "$python" -m raycifar.engine.step_times --out "$runs/steps.json" ${SMALL:+--small}
-bench vgg16 60
-bench cnn 60
-bench resnet50 90
+measure tests 150 "" "$python" -m pytest -q -rs -p no:cacheprovider "${tests[@]}"
+bench vgg16 90
+bench cnn 90
+bench resnet50 120
 train vgg16 240 --model vgg16
 train cnn 120 --model cnn
 train resnet50 1000 --model resnet50 --pretrained none

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pandas as pd
 
 from raycifar.errors import RequestError, WorkError
-from raycifar.models.recipe import Recipe
+from raycifar.models.recipe import field_types
+from raycifar.models.recipes import recipe_fields
 from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
@@ -54,8 +55,12 @@ def with_options(kind: type[Settings]) -> Callable[[Function], Function]:
 
     def add(function: Function) -> Function:
         options = {f.name: (f.metadata["default"], f.type, f.metadata["help"]) for f in settings_of(kind)}
-        recipe = {f.name: (None, f.type, f.metadata["help"]) for f in fields(Recipe)}
-        options |= {"recipe": (None, str, "The base recipe's name; the options below change it."), **recipe}
+        recipe = {
+            name: (None, field_types(recipe_type)[name], recipe_type.__dataclass_fields__[name].metadata["help"])
+            for name, recipe_type in recipe_fields().items()
+        }
+        base = "The base recipe: a name, a TOML file or a run's folder; the options below change it."
+        options |= {"recipe": (None, str, base), **recipe}
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         more = [

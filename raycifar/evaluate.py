@@ -3,11 +3,12 @@
 import click
 
 from raycifar.command import UNTIL_EXIT, command
-from raycifar.options import WIDE
+from raycifar.options import WIDE, request_options
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PREDICTIONS
 from raycifar.tables import evaluation_table
 from raycifar.terminal import Screen
 from raycifar.workflows.evaluation import EvaluationRequest, evaluate
+from raycifar.workflows.requests import WorkerSettings
 
 
 @click.command(context_settings=WIDE)
@@ -15,8 +16,7 @@ from raycifar.workflows.evaluation import EvaluationRequest, evaluate
 @click.option("--data", help="cifar100, synthetic, path, URI.  [the run's own; else RAYCIFAR_DATA or cifar100]")
 @click.option("--split", type=click.Choice(["test", "train"]), default="test")
 @click.option("--workers", "count", type=click.IntRange(min=0), help="0: this process.  [one for each GPU, else 1]")
-@click.option("--device", type=click.Choice(["auto", "gpu", "cpu"]), default="auto")
-@click.option("--cpus-per-worker", type=click.FloatRange(min=0, min_open=True), help="CPUs, so threads.  [fair share]")
+@request_options(WorkerSettings)
 @click.option("--out", help="Folder or URI to write to.  [the run's, for its own test set; else evaluation]")
 @command
 def main(debug: bool, **options: object) -> None:

@@ -8,14 +8,14 @@ import click
 
 from raycifar.models.recipe import Recipe, choices, field_types
 from raycifar.models.recipes import models_with, recipe_fields
-from raycifar.workflows.requests import Settings, WorkerCount, settings_of
+from raycifar.workflows.requests import WorkerCount, WorkerSettings, settings_of
 
 Command = Callable[..., Any]
 
 WIDE = {"show_default": True, "max_content_width": 110}  # layout of the help
 
 
-def request_options(kind: type[Settings], *, without: Sequence[str] = ()) -> Callable[[Command], Command]:
+def request_options(kind: type[WorkerSettings], *, without: Sequence[str] = ()) -> Callable[[Command], Command]:
     """Add an option for each setting of `kind`, with its default."""
 
     def add(command: Command) -> Command:

@@ -82,6 +82,23 @@ def bench_table(bench: dict[str, Any], stages: dict[str, str]) -> Table:
     return table
 
 
+def plan_table(workers: dict[int, dict[str, Any]]) -> Table:
+    """Return what each number of workers would take."""
+    priced = any(figures["cost"] is not None for figures in workers.values())
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("workers", "images/s", "hours", "device-hours", *["cost"] * priced):
+        table.add_column(heading, justify="right")
+    for count, figures in workers.items():
+        table.add_row(
+            str(count),
+            f"{figures['images_per_second']:,.0f}",
+            f"{figures['seconds'] / 3600:,.3g}",
+            f"{figures['device_hours']:,.3g}",
+            *([f"{figures['cost']:,.4g}"] if priced else []),
+        )
+    return table
+
+
 def recipes_table(recipes: Iterable[NamedRecipe]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("model", "recipe", "epochs", "for"):

@@ -8,21 +8,25 @@ from raycifar import models
 from raycifar.command import UNTIL_EXIT, Interrupted, command
 from raycifar.options import WIDE, recipe_options, request_options
 from raycifar.terminal import Screen
-from raycifar.workflows import training
+from raycifar.workflows import preview, training
 from raycifar.workflows.requests import TrainingRequest
 
 
 @click.command(context_settings=WIDE)
 @click.option("--model", required=True, help=f"{', '.join(models.names())}, or timm:NAME.")
+@click.option("--dry-run", is_flag=True, help="Show what would be trained, on what and for how long; start nothing.")
 @request_options(TrainingRequest)
 @recipe_options
 @command
-def main(debug: bool, model: str, **options: Any) -> None:
+def main(debug: bool, model: str, dry_run: bool, **options: Any) -> None:
     """Train one model, data-parallel, on Ray Train.
 
     The options from --epochs on change the model's recipe, which is shown at the start.
     """
     request, screen = TrainingRequest.of(model, **options), Screen()
+    if dry_run:
+        preview.preview(request, screen, UNTIL_EXIT, debug=debug)
+        return
     try:
         training.train(request, screen, UNTIL_EXIT, debug=debug)
     except Interrupted:

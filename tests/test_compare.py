@@ -97,7 +97,7 @@ def test_one_model_with_two_recipes_is_two_and_little_is_not_told_apart(made_up,
     folders = [made_up("cnn", 0, 0.60), made_up("cnn", 1, 0.60, recipe={"lr": 0.4})]
     done = compare(*folders, "--name", "c")
     assert "cnn lr=0.05 and cnn lr=0.4 can't be told apart" in done.stdout
-    assert "With one run of a model" in done.stdout
+    assert "With a single run of a model" in done.stdout
     (pair,) = json.loads((tmp_path / "runs/c/comparison.json").read_text())["pairs"]
     assert pair["verdict"] == "undecided"
 

@@ -7,11 +7,11 @@ import uuid
 import pytest
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from raycifar.engine.preemption import PreemptedError
 
 from raycifar.cluster import controller_callbacks as room
 from raycifar.cluster.controller_callbacks import FailureCounter, decisive
 from raycifar.cluster.status import FailureCause, Phase, StatusStore, WorkerStatus
+from raycifar.engine.interruption import PreemptedError
 from raycifar.errors import StorageError, WorkError
 
 FULL = StorageError.of("/runs/a", OSError(errno.ENOSPC, "No space left on device"))
@@ -66,7 +66,7 @@ def test_a_failure_under_which_a_node_died_is_not_counted(store, alive):
 
 def test_a_preempted_run_goes_on_and_nothing_is_counted(store, alive):
     counter = FailureCounter(store, 0)
-    fail(counter, store, 1, rank0=PreemptedError("in any words"), rank1=PreemptedError("in any words"))
+    fail(counter, store, 1, rank0=PreemptedError(), rank1=PreemptedError("in any words"))
     assert [failure.kind for failure in store.failures()] == [FailureCause.PREEMPTED]
     assert "the run goes on from a checkpoint made just now" in str(store.failures()[0])
 
@@ -80,11 +80,11 @@ def test_a_disk_that_is_full_ends_the_run_at_once_and_a_storage_that_is_slow_doe
 
 
 def test_what_a_worker_says_of_itself_comes_before_what_the_others_died_of():
-    assert decisive({0: DIED, 1: PreemptedError("x")})[:2] == (1, FailureCause.PREEMPTED)
-    assert decisive({0: DIED, 1: FULL, 2: PreemptedError("x")})[:2] == (1, FailureCause.STORAGE)
+    assert decisive({0: DIED, 1: PreemptedError()})[:2] == (1, FailureCause.PREEMPTED)
+    assert decisive({0: DIED, 1: FULL, 2: PreemptedError()})[:2] == (1, FailureCause.STORAGE)
     assert decisive({3: RuntimeError("y"), 2: DIED})[:2] == (2, FailureCause.WORKER)
 
 
-@pytest.mark.parametrize("error", [FULL, PreemptedError("x"), DIED])
+@pytest.mark.parametrize("error", [FULL, PreemptedError(), DIED])
 def test_the_kind_survives_the_way_from_the_worker(error):
     assert room.classify(pickle.loads(pickle.dumps(error)))[0] == room.classify(error)[0]

@@ -1,9 +1,15 @@
 """What keeps a GPU busy; without one, everything stays as it is."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from raycifar.engine import cuda
 from raycifar.engine.cuda import (
+    TOO_LARGE,
+    WAITS,
     WARM_UP,
     CudaGraphRunner,
     Prefetcher,
@@ -22,8 +28,10 @@ def test_where_there_is_nothing_to_gain_a_function_stays_as_it_is():
     def function(x):
         return x
 
-    assert cuda_graphed(function, CPU, capturable=True) is function
-    assert cuda_graphed(function, CUDA, capturable=False) is function
+    assert cuda_graphed(function, CPU) is function
+    said = []
+    assert cuda_graphed(function, CUDA, "it can't", said.append) is function
+    assert said == ["it can't"]
     assert prefetched(function, CPU) is function
     side, order = SideStream(CPU), []
     with side.beside():
@@ -31,6 +39,49 @@ def test_where_there_is_nothing_to_gain_a_function_stays_as_it_is():
     order.append("after")
     side.join()
     assert order == ["beside", "after"]
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch):
+    """Pretend that there is a GPU with 100 bytes of memory, on which a replay does nothing."""
+
+    def begin(share=1.0, allocated=10, waits=False):
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, value in {
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "graph_pool_handle": lambda: None,
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+            "graph": lambda graph, **options: contextlib.nullcontext(),
+            "max_memory_allocated": lambda: allocated,
+            "mem_get_info": lambda: (0, 100),
+            "get_per_process_memory_fraction": lambda: share,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(cuda, "waits_for_gpu", lambda function: (function(), waits))
+
+    return begin
+
+
+@pytest.mark.parametrize(
+    ("gpu", "why"),
+    [
+        ({}, []),
+        ({"share": 0.5}, []),
+        ({"share": 0.25}, [TOO_LARGE]),  # 10 bytes of 25
+        ({"allocated": 40}, [TOO_LARGE]),
+        ({"waits": True}, [WAITS]),
+    ],
+)
+def test_what_can_not_be_captured_goes_on_as_it_is_and_says_why_once(pretend_gpu, gpu, why):
+    pretend_gpu(**gpu)
+    calls, said = [], []
+    take = cuda_graphed(lambda x: calls.append(x) or x, CUDA, explain=said.append)
+    for number in range(STEPS):
+        assert take(torch.ones(3)).tolist() == [1] * 3
+        assert len(calls) == (number + 1 if why else min(number + 1, WARM_UP + 1))  # the last one is the capture
+    assert said == why
 
 
 @pytest.mark.parametrize("device", [CPU, pytest.param(CUDA, marks=needs_gpu)], ids=str)

@@ -148,7 +148,7 @@ def test_options_that_are_not_given_have_their_defaults():
 
 
 def test_to_know_the_models_and_their_options_takes_no_pytorch():
-    code = "import sys; from raycifar.recipe_options import option_fields; assert 'depth' in option_fields()"
+    code = "import sys; from raycifar.models.recipes import recipe_fields; assert 'depth' in recipe_fields()"
     code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

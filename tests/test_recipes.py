@@ -5,7 +5,6 @@ import json
 
 import pytest
 from command import Command, finish
-from raycifar.recipe_options import pick_recipe
 
 from raycifar import models
 from raycifar.errors import RequestError
@@ -175,9 +174,10 @@ def test_a_recipe_that_an_earlier_version_wrote_is_read(model, run):
 
 
 def test_options_that_are_given_change_the_recipe_and_a_short_run_reaches_both_stages():
-    options = {"recipe": None, "epochs": 2, "lr": 0.3, "whiten": None, "data": "cifar100"}
-    assert pick_recipe("resnet50", options) == Recipe(**{**TRANSFER, "epochs": 2, "lr": 0.3, "head_epochs": 1})
-    assert pick_recipe("cnn", {"recipe": "speedrun", "depth": 1}) == dataclasses.replace(SPEEDRUN, depth=1)
+    assert choose_recipe("resnet50", epochs=2, lr=0.3) == Recipe(
+        **{**TRANSFER, "epochs": 2, "lr": 0.3, "head_epochs": 1}
+    )
+    assert choose_recipe("cnn", "speedrun", depth=1) == dataclasses.replace(SPEEDRUN, depth=1)
 
 
 @pytest.mark.parametrize(

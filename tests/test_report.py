@@ -150,7 +150,9 @@ def test_a_run_in_any_state_is_reported_as_what_it_is(trained, report, small, tm
 def test_what_is_known_of_each_image_is_read_under_its_old_name_too(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "a")
     (tmp_path / "a/example_stats.parquet").rename(tmp_path / "a/images.parquet")
-    assert read_files(RunFolder.at(str(tmp_path / "a"))).images == (trained / "example_stats.parquet").read_bytes()
+    assert (
+        read_files(RunFolder.at(str(tmp_path / "a"))).example_stats == (trained / "example_stats.parquet").read_bytes()
+    )
 
 
 def test_what_is_under_way_is_drawn_anew_in_at_most_a_hundredth_of_the_time(monkeypatch):

@@ -1,11 +1,13 @@
 """What can be asked for: the same options, with the same defaults, from a command and from Python."""
 
 import inspect
+import math
 
 import pytest
 
 from raycifar import api, compare, train
 from raycifar.errors import RequestError
+from raycifar.models.cnn import CnnRecipe
 from raycifar.models.recipe import TRANSFER, Recipe
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest, parse_workers, to_arguments
 
@@ -14,10 +16,10 @@ def test_a_model_alone_is_a_request(monkeypatch):
     for name in ("RAYCIFAR_DATA", "RAYCIFAR_STORAGE"):
         monkeypatch.delenv(name, raising=False)
     request = TrainingRequest("cnn")
-    assert request.recipe == Recipe()
+    assert request.recipe == CnnRecipe()
     assert (request.data, request.storage, request.workers) == ("cifar100", "results", None)
     assert request.name.startswith("cnn-s0-")
-    assert TrainingRequest("resnet50").recipe == TRANSFER
+    assert TrainingRequest("resnet50").recipe == Recipe(**TRANSFER)
     monkeypatch.setenv("RAYCIFAR_DATA", "/somewhere")
     assert TrainingRequest("cnn").data == "/somewhere"
 
@@ -26,7 +28,13 @@ def test_a_model_alone_is_a_request(monkeypatch):
 def test_python_has_the_options_of_the_command_with_its_defaults(function, command):
     here = {name: p.default for name, p in inspect.signature(function).parameters.items()}
     there = {p.name: p.default for p in command.params}
-    assert here.keys() - {"progress", "models", "model"} == there.keys() - {"debug", "help", "names", "model"}
+    assert here.keys() - {"progress", "models", "model"} == there.keys() - {
+        "debug",
+        "dry_run",
+        "help",
+        "names",
+        "model",
+    }
     shared = here.keys() & there.keys() - {"model", "runs"}
     assert {name: here[name] for name in shared} == {name: there[name] for name in shared}
     assert all(f"    {name}: " in function.__doc__ for name in shared)
@@ -45,8 +53,15 @@ def test_python_has_the_options_of_the_command_with_its_defaults(function, comma
         ({"seed": -1}, "seed is -1: it must be at least 0"),
         ({"limit": 2.5}, "limit is 2.5: a whole number is needed"),
         ({"cpus_per_worker": 0}, "--cpus-per-worker 0"),
+        ({"gpus_per_worker": 0}, "--gpus-per-worker 0: it must be a share of a GPU, above 0"),
+        ({"gpus_per_worker": 1.5}, "--gpus-per-worker 1.5: it must be"),
+        ({"gpus_per_worker": math.nan}, "--gpus-per-worker nan: it must be"),
+        ({"gpus_per_worker": 0.5, "device": "cpu"}, "--gpus-per-worker 0.5 is for workers on GPUs"),
+        ({"gpus_per_worker": 0.5, "workers": 0}, "leave it out, or --workers 0"),
+        ({"gpus_per_worker": 0.5, "workers": "1:4"}, "an elastic run takes whole GPUs"),
+        ({"accelerator": "H100", "device": "cpu"}, "--accelerator H100 is for workers on GPUs"),
         ({"name": "../up"}, "'../up' is no folder's name"),
-        ({"recipe": "fast"}, "--recipe fast is not known"),
+        ({"recipe": "fast"}, "--recipe fast is neither a recipe of cnn"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_refused_with_its_value(options, says):
@@ -75,16 +90,19 @@ def test_workers_that_make_no_sense_are_refused(given):
 
 
 def test_a_command_asks_for_the_same_as_the_request_it_is_made_of():
-    request = TrainingRequest("cnn", Recipe(epochs=3, lr=0.07, mirror=True), workers=(1, 4), report=False, wait=7.5)
+    request = TrainingRequest(
+        "cnn", CnnRecipe(epochs=3, lr=0.07, tta_flip=True), workers=(1, 4), report=False, wait=7.5
+    )
     asked = train.main.make_context("train", to_arguments(request)).params
-    options = {name: value for name, value in asked.items() if name not in ("model", "debug")}
+    options = {name: value for name, value in asked.items() if name not in ("model", "debug", "dry_run")}
     assert TrainingRequest.of(asked["model"], **options) == request
 
 
 def test_a_comparison_gives_each_model_its_own_recipe_and_hands_on_the_rest():
-    request = ComparisonRequest.of(["cnn", "resnet50"], epochs=4, limit=500, max_failures=1)
+    request = ComparisonRequest.of(["cnn", "resnet50"], epochs=4, limit=500, max_failures=1, gpus_per_worker=0.25)
     assert request.recipes["cnn"].pretrained == "none"
     assert request.recipes["resnet50"].pretrained == "imagenet"
     assert request.fixed == {"epochs"}
     trial = request.training("cnn")
     assert (trial.limit, trial.max_failures, trial.recipe.epochs, trial.checkpoint_steps) == (500, 1, 4, 200)
+    assert trial.gpus_per_worker == 0.25

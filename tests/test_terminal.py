@@ -4,6 +4,7 @@ import io
 import re
 import threading
 import uuid
+from threading import Thread
 
 import pytest
 from rich.console import Console
@@ -12,7 +13,8 @@ from raycifar import terminal as room
 from raycifar.cluster.status import Failure, FailureCause, ModelFacts, Phase, StatusStore, StepStatus, WorkerStatus
 from raycifar.models.recipes import recipe_for
 from raycifar.storage.records import EpochRecord
-from raycifar.terminal import Screen, alongside, trial_lines, trial_table
+from raycifar.terminal import Screen, trial_lines, trial_table
+from raycifar.workflows.background import alongside
 from raycifar.workflows.trial import Trial, TrialStatus
 
 STEP = StepStatus(epoch=2, step=5, steps=10, lr=0.1, loss=2.5, top1=0.25, images_per_step=100.0, images_per_second=50.0)
@@ -31,7 +33,7 @@ def store():
 
 @pytest.fixture
 def trial(store):
-    recipe = recipe_for("cnn", None, None)
+    recipe = recipe_for("cnn")
     return Trial("cnn-s0", "cnn", 0, recipe, search=False, setting="lr 0.2", status_store=store)
 
 
@@ -178,7 +180,9 @@ def test_a_run_can_be_followed_from_any_thread(store, terminal):
     outcome = []
 
     def work():
-        outcome.append(alongside(lambda: 7, lambda running: made.follow_phase(store, running, lambda: None)))
+        outcome.append(
+            alongside(lambda: 7, lambda running: made.follow_phase(store, running, lambda: None), Thread.join)
+        )
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -188,4 +192,4 @@ def test_a_run_can_be_followed_from_any_thread(store, terminal):
 
 def test_what_the_work_raises_is_raised():
     with pytest.raises(ZeroDivisionError):
-        alongside(lambda: 1 / 0, lambda running: None)
+        alongside(lambda: 1 / 0, lambda running: None, Thread.join)

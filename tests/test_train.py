@@ -57,8 +57,8 @@ def test_the_weights_travel_with_what_it_takes_to_use_them(trained):
     with safe_open(trained / "model.safetensors", "pt") as file:
         about = json.loads(file.metadata()["raycifar"])
     pixels = {"size": 32, "mean": list(CIFAR100.mean), "std": list(CIFAR100.std), "interpolation": "bilinear"}
-    network = {"model": "cnn", "classes": 100, "large_stem": False}
-    assert about == {**network, "whiten": False, "depth": 1, "mirror": False, "preprocessing": pixels}
+    network = {"model": "cnn", "num_classes": 100, "large_stem": False, "tta_flip": False}
+    assert about == {**network, "options": {"whiten": False, "depth": 1}, "preprocessing": pixels}
     assert load_file(trained / "best.safetensors").keys() == load_file(trained / "model.safetensors").keys()
 
 

@@ -8,12 +8,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from test_distributed import free_port, on_workers
 
+from raycifar.cluster.status import StatusStore
 from raycifar.data.shards import Shard
-from raycifar.engine.cuda import WARM_UP
+from raycifar.engine import train_step
+from raycifar.engine.cuda import WARM_UP, cuda_graphed
 from raycifar.engine.example_stats import LOSS, SEEN, ExampleStats
 from raycifar.engine.hardware import seed
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch
+from raycifar.engine.ray_metrics import Gauges
+from raycifar.engine.reporter import Reporter
 from raycifar.engine.state import TrainingState
 from raycifar.engine.train_step import TrainStep
 from raycifar.models import Architecture
@@ -24,7 +28,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 PLAIN = {"augment": "none", "precision": "float32"}
 
 
-def build(model="cnn", device=CPU, num_images=64, first=0, **recipe):
+def build(model="cnn", device=CPU, num_images=64, first=0, notice=print, **recipe):
     """Return the step of a network that begins with the weights of seed 0, on random images."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=generator)
@@ -36,7 +40,7 @@ def build(model="cnn", device=CPU, num_images=64, first=0, **recipe):
     state.train_mode()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
     stats = ExampleStats.blank(num_images, device)
-    return TrainStep(state, shard, stats, autocast, exchange=dist.is_initialized())
+    return TrainStep(state, shard, stats, autocast, exchange=dist.is_initialized(), notice=notice)
 
 
 def batch(step, num_images=None):
@@ -112,6 +116,23 @@ class Trains:
         dist.all_reduce(together)
         if rank == 0:
             torch.save(together / world_size, self.file)
+
+
+def test_workers_that_share_a_gpu_say_once_that_their_steps_are_not_captured(monkeypatch):
+    def on_a_gpu(function, device, obstacle=None, explain=print):
+        return cuda_graphed(function, CUDA if obstacle else device, obstacle, explain)
+
+    monkeypatch.setattr(train_step, "cuda_graphed", on_a_gpu)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    try:
+        reporter = Reporter(StatusStore("shared"), Gauges("a", "cnn"), leader=True)
+        for _ in range(2):  # each stage of fine-tuning has a step of its own
+            assert build(notice=reporter.notice).captured_update.__name__ == "update"
+    finally:
+        dist.destroy_process_group()
+    (notice,) = reporter.status.notices
+    assert notice.startswith("Steps are not captured as CUDA graphs")
+    assert "over gloo, which is slow, and right." in notice
 
 
 @pytest.fixture

@@ -232,6 +232,30 @@ def bars(rows: Sequence[tuple[str, float, float, float]], limit: float, xlabel: 
         return to_svg(figure, description)
 
 
+def scaling(predicted: dict[int, float], measured: dict[int, tuple[float, float]], description: str) -> str:
+    """Return rates by number of workers, beside as many times the first, and what was measured.
+
+    Args:
+        measured: the slowest and the fastest of each.
+    """
+    with rc_context(STYLE):
+        figure, axes = new_axes(6.0, 3.2)
+        counts, rates = list(predicted), list(predicted.values())
+        axes.plot(counts, rates, "o-", color=BLUE, linewidth=1.8, label="predicted")
+        ideal = [rates[0] * count / counts[0] for count in counts]
+        axes.plot(counts, ideal, color=ORANGE, linewidth=1.5, linestyle="--", label="in proportion")
+        lows, highs = (np.array(column) for column in zip(*measured.values(), strict=True))
+        axes.errorbar(list(measured), highs, [highs - lows, 0 * highs], fmt="s", color=GREEN, label="measured")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, list(map(str, counts)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        axes.set(xlabel="workers", ylabel="images per second")
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="best")
+        return to_svg(figure, description)
+
+
 def differences(pairs: Sequence[dict[str, Any]], description: str) -> str:
     """Return the difference of each pair of models with its interval, in points: of the 20 largest at most."""
     pairs = sorted(pairs, key=lambda pair: -abs(pair["difference"]))[:MOST_ROWS]

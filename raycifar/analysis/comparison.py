@@ -31,8 +31,9 @@ class Finished:
 
     @property
     def seconds(self) -> list[float]:
-        """Device-seconds from the start to the end of each epoch: a worker has one device."""
-        return list(itertools.accumulate(record.seconds * record.workers for record in self.history))
+        """Device-seconds from the start to the end of each epoch: a worker has one device, or a share of a GPU."""
+        share = self.run.get("gpus_per_worker", 1)
+        return list(itertools.accumulate(record.seconds * record.workers * share for record in self.history))
 
 
 def conditions(run: dict[str, Any]) -> dict[str, Any]:

@@ -567,7 +567,7 @@ def improving(history: RunHistory, epochs: list[int], slope: float, interval: st
 
 
 def healthy(history: RunHistory, found: Sequence[Finding]) -> Finding:
-    last, losses = history.records[-1], history.column("train_loss")
+    losses, val_losses, val_top1 = (history.column(name) for name in ("train_loss", "val_loss", "val_top1"))
     if not history.num_val:
         evidence = (
             f"The training loss falls from {np.fmax.reduce(losses):.3f} to {losses[-1]:.3f}. No images are held out "
@@ -575,8 +575,8 @@ def healthy(history: RunHistory, found: Sequence[Finding]) -> Finding:
         )
     else:
         evidence = (
-            f"Training and validation loss fall together, to {losses[-1]:.3f} and {last.val_loss:.3f}, without a "
-            f"jump or a reversal. Validation accuracy is {last.val_top1:.3f}"
+            f"Training and validation loss fall together, to {losses[-1]:.3f} and {val_losses[-1]:.3f}, without a "
+            f"jump or a reversal. Validation accuracy is {val_top1[-1]:.3f}"
         )
         gap = float(generalization_gap(history)[0][-1])
         if math.isfinite(gap):

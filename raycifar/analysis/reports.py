@@ -18,6 +18,7 @@ from raycifar.analysis.findings import FIT, diagnose, fit, listed, seed_variance
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.mismatch import find_mismatch
 from raycifar.analysis.page import render
+from raycifar.analysis.results import results_table
 from raycifar.analysis.suspects import Suspects, rank_suspects
 from raycifar.data import DatasetInfo
 from raycifar.data.tables import Source, from_lists, to_images
@@ -214,6 +215,7 @@ def report_comparison(name: str, runs: Sequence[RunFiles], comparison: dict[str,
         "findings": [finding.to_json() for finding in found],
         "paragraph": " ".join([state, *sentences, *(finding.evidence for finding in found)]),
         "sentences": sentences,
+        "results": results_table(comparison, [run.history for run in runs]) if comparison else None,
         "runs": [{key: report[key] for key in ("name", "state", "headline", "findings")} for report in reports],
         "next": next_comparison(runs, comparison),
     }
@@ -286,6 +288,7 @@ def last_mean(values: np.ndarray) -> float:
 def to_markdown(report: dict[str, Any]) -> str:
     """Return a report as Markdown, without its charts."""
     lines = [f"# {report['name']}", "", report["state"], "", report["paragraph"], ""]
+    lines += [report["results"], ""] if report.get("results") else []
     lines += ["## Findings", ""] * bool(report["findings"])
     for finding in report["findings"]:
         lines += [f"- **{finding['kind']}** ({finding['confidence']:.2f}): {finding['evidence']} *{finding['advice']}*"]

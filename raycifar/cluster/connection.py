@@ -35,22 +35,22 @@ def connected(*, debug: bool, dashboard: bool = False) -> Iterator[None]:
     """
     with ExitStack() as undo:
         undo.enter_context(quiet(debug=debug))
+        undo.callback(restore_environment, dict(os.environ))
         if not ray.is_initialized():
             if not debug:
                 undo.enter_context(ray_internals.without_error_echo())
             undo.callback(ray.shutdown)
-            connect(undo, debug=debug, dashboard=dashboard)
+            connect(debug=debug, dashboard=dashboard)
         yield
 
 
-def connect(undo: ExitStack, *, debug: bool, dashboard: bool) -> None:
+def connect(*, debug: bool, dashboard: bool) -> None:
     options = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     if not address and not ray_internals.is_part_of_cluster():
         init(address="local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **options)
         return
-    tracking = os.environ.get("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard to show the run
-    undo.enter_context(environment(RAY_TRAIN_ENABLE_STATE_TRACKING=tracking))
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard to show the run
     where = f"{address} (RAY_ADDRESS)" if address else "this machine"
     try:
         if address and (match := re.fullmatch(r"([^/]+):(\d+)", address)):  # Ray would try for ten minutes
@@ -88,6 +88,16 @@ def quiet(*, debug: bool) -> Iterator[None]:
     finally:
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
+
+
+def restore_environment(before: dict[str, str]) -> None:
+    """Give the variables that Ray sets in its caller's process their former values."""
+    for name in os.environ.keys() | before.keys():
+        if name.startswith("RAY_") or name == "PYTHONBREAKPOINT":
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                os.environ.pop(name, None)
 
 
 @contextmanager

@@ -16,6 +16,8 @@ SMALLEST_SHARE = 0.25  # of a CPU; below, Ray's own processes starve and time ou
 MOST_NODES = 1000  # of one type that an autoscaler may add, where it sets no limit
 LOOK_SECONDS = 1  # between two looks at what is free
 VERDICT_SECONDS = 30  # for the autoscaler to say whether it can help
+ACCELERATOR = "accelerator_type:"  # and its name: the resource by which Ray tells kinds of GPUs apart
+ACCELERATOR_AMOUNT = 0.001  # of the one that a node has: Ray's own choice where an accelerator is asked for
 
 Resources = dict[str, float]
 
@@ -25,9 +27,19 @@ class Workers:
     """What is asked of the cluster. A `count` of 0 is training in this process."""
 
     count: int
-    use_gpu: bool
     cpus: float  # of each worker
+    gpus: float = 0  # of each worker: a share of one GPU; 0 computes on the CPU
+    accelerator: str | None = None  # the kind of GPU, in Ray's words; None takes any
     least: int | None = None  # of an elastic run, which takes up to `count`
+
+    @property
+    def use_gpu(self) -> bool:
+        return self.gpus > 0
+
+    @property
+    def share_gpus(self) -> bool:
+        """Whether two workers may be on one GPU."""
+        return self.count > 1 and 0 < self.gpus <= 0.5
 
     @property
     def needed(self) -> int:
@@ -41,7 +53,12 @@ class Workers:
     @property
     def resources(self) -> Resources:
         """Return what each worker reserves, in Ray's words."""
-        return {"CPU": self.cpus, **({"GPU": 1} if self.use_gpu else {})}
+        resources = {"CPU": self.cpus}
+        if self.gpus:
+            resources["GPU"] = self.gpus
+        if self.accelerator:
+            resources[ACCELERATOR + self.accelerator] = ACCELERATOR_AMOUNT
+        return resources
 
     def __str__(self) -> str:
         if self.count == 0:
@@ -51,7 +68,10 @@ class Workers:
 
 
 def describe(resources: Resources) -> str:
-    return ", ".join(f"{amount:g} {name}{'s' * (amount != 1)}" for name, amount in resources.items())
+    return ", ".join(
+        name.removeprefix(ACCELERATOR) if name.startswith(ACCELERATOR) else f"{amount:g} {name}{'s' * (amount != 1)}"
+        for name, amount in resources.items()
+    )
 
 
 def in_process(device: str, cpus: float | None) -> Workers:
@@ -60,47 +80,63 @@ def in_process(device: str, cpus: float | None) -> Workers:
 
     if device == "gpu" and not torch.cuda.is_available():
         raise RequestError("--device gpu: this machine has no GPU that PyTorch can use.")
-    return Workers(0, device != "cpu" and torch.cuda.is_available(), cpus or torch.get_num_threads())
+    use_gpu = device != "cpu" and torch.cuda.is_available()
+    return Workers(0, cpus or torch.get_num_threads(), gpus=int(use_gpu))
 
 
-def size(wanted: int | tuple[int, int] | None, device: str, cpus: float | None) -> Workers:
+def size(
+    wanted: int | tuple[int, int] | None, device: str, cpus: float | None, gpus: float, accelerator: str | None
+) -> Workers:
     """Return the sizing of a run on the connected cluster, counting the nodes that its autoscaler may add.
 
     Args:
-        wanted: number of workers, or its least and most; None takes one for each GPU that is there, or one.
+        wanted: number of workers, or its least and most; None takes one for each GPU that is there, or one. Of workers
+            that may share a GPU it takes one, too: Ray would pack them on as few GPUs as hold them.
         device: auto, gpu or cpu.
         cpus: CPUs of each worker; None takes 4 on GPUs, else an equal share of what the nodes have.
+        gpus: of each worker, above 0, at most 1; a share is of one GPU, and asks for a GPU as `device` gpu does.
+        accelerator: the kind of GPU, such as H100, which asks for a GPU too; None takes any.
 
     Raises:
         RequestError: the cluster can never hold that; the message names the most that fit.
     """
-    there, groups = alive_nodes(), growth()
-    nodes = there + [resources for resources, extra in groups or () for _ in range(extra)]
-    use_gpu = device == "gpu" or (device == "auto" and any(node.get("GPU", 0) >= 1 for node in nodes))
+    alive, groups = alive_nodes(), growth()
+    everything = alive + [resources for resources, extra in groups or () for _ in range(extra)]
+    there, nodes = (with_accelerator(some, accelerator) for some in (alive, everything))
+    any_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
+    if device == "cpu" or (device == "auto" and gpus == 1 and not accelerator and not any_gpu):
+        gpus = 0
     least, count = wanted if isinstance(wanted, tuple) else (None, wanted)
-    count = count or (max(1, sum(int(node.get("GPU", 0)) for node in there)) if use_gpu else 1)
-    workers = Workers(count, use_gpu, cpus or share(nodes, count, use_gpu=use_gpu), least)
-    most = placeable(nodes, workers.resources)
-    if most >= workers.needed:
+    count = count or (max(1, sum(int(node.get("GPU", 0)) for node in there)) if gpus > 0.5 else 1)
+    gpus = floor_to_unit(gpus)
+    workers = Workers(count, cpus or share(nodes, count, gpus), gpus, accelerator, least)
+    if placeable(nodes, workers.resources) >= workers.needed:
         return workers
     if groups is None and autoscaler_can([workers.resources] * workers.needed):
         return workers
+    has = "can have" if groups else "has"
+    if accelerator and not nodes:
+        kinds = sorted({name.removeprefix(ACCELERATOR) for node in everything for name in node if ACCELERATOR in name})
+        raise RequestError(
+            f"--accelerator {accelerator}: this cluster {has} {', '.join(kinds) or 'no GPU whose kind Ray knows'}."
+        )
+    less = "--workers, --cpus-per-worker or --gpus-per-worker" if gpus else "--workers or --cpus-per-worker"
     raise RequestError(
         f"{workers.needed} worker{'s' * (workers.needed > 1)} of {describe(workers.resources)} each can't be placed: "
-        f"this cluster {'can have' if groups else 'has'} {total(nodes)}, room for at most {most} of them. "
-        f"Ask for fewer --workers or --cpus-per-worker{', or --device cpu' if use_gpu else ''}."
+        f"this cluster {has} {total(nodes)}, room for at most {placeable(nodes, workers.resources)} of them. Ask for "
+        f"less of {less}{', or --device cpu' if gpus else ''}."
     )
 
 
-def share(nodes: Sequence[Resources], count: int, *, use_gpu: bool) -> float:
-    """Return the CPUs of each of `count` workers.
+def share(nodes: Sequence[Resources], count: int, gpus: float) -> float:
+    """Return the CPUs of each of `count` workers that take so many GPUs.
 
     Raises:
         RequestError: there are too few for so many.
     """
-    if use_gpu:
-        ratios = [int(node.get("CPU", 0) / node["GPU"]) for node in nodes if node.get("GPU", 0) >= 1]
-        return max(1, min([GPU_WORKER_CPUS, *ratios]))
+    if gpus:
+        ratios = [node.get("CPU", 0) / placeable([node], {"GPU": gpus}) for node in nodes if node.get("GPU", 0) >= 1]
+        return max(SMALLEST_SHARE, whole_or_part(min([GPU_WORKER_CPUS, *ratios])))
     free = [usable_cpus(node.get("CPU", 0)) for node in nodes]
     each = largest_share(free, count)
     if each < SMALLEST_SHARE:
@@ -109,28 +145,45 @@ def share(nodes: Sequence[Resources], count: int, *, use_gpu: bool) -> float:
     return each
 
 
-def size_trials(count: int | None, device: str, cpus: float | None, trials: int) -> tuple[Workers, int]:
+def size_trials(
+    count: int, device: str, cpus: float | None, gpus: float, accelerator: str | None, trials: int
+) -> tuple[Workers, int]:
     """Return the sizing of each of several runs, and how many of them the cluster holds at once.
 
-    By default a run takes one GPU, or on CPUs as much of a node as keeps every node busy.
+    By default a run on CPUs takes as much of a node as keeps every node busy.
+
+    Args:
+        count: workers of each run. device, cpus, gpus, accelerator: as `size` takes them. trials: how many runs.
     """
     nodes = alive_nodes() + [resources for resources, extra in growth() or () for _ in range(extra)]
-    count = count or 1
     if not cpus and (device == "cpu" or not any(node.get("GPU") for node in nodes)):
         free = [usable_cpus(node.get("CPU", 0)) for node in nodes]
         cpus = largest_share(free, count * max(1, min(trials, sum(amount > 0 for amount in free)))) or None
-    workers = size(count, device, cpus)
+    workers = size(count, device, cpus, gpus, accelerator)
     return workers, max(1, placeable(nodes, workers.resources) // count)
 
 
 def placeable(nodes: Iterable[Resources], each: Resources) -> int:
-    """Return how many workers that take `each` fit on the nodes."""
-    return sum(int(min(node.get(name, 0) / amount for name, amount in each.items()) + 1e-9) for node in nodes)
+    """Return how many workers that take `each` fit on the nodes; a share of a GPU is of one of them."""
+    return sum(min(holds(node.get(name, 0), amount, name) for name, amount in each.items()) for node in nodes)
+
+
+def holds(available: float, amount: float, name: str) -> int:
+    """Return how many times a node that has so much of a resource can give that amount."""
+    if name == "GPU" and amount < 1:
+        rest = available % 1
+        return int(available) * int(1 / amount + 1e-9) + int(rest / amount + 1e-9)
+    return int(available / amount + 1e-9)
 
 
 def total(nodes: Iterable[Resources]) -> str:
     nodes = list(nodes)
     return describe({name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")})
+
+
+def with_accelerator(nodes: Iterable[Resources], accelerator: str | None) -> list[Resources]:
+    """Return the nodes that have that kind of GPU; None is any, and none."""
+    return [node for node in nodes if not accelerator or ACCELERATOR + accelerator in node]
 
 
 def alive_nodes() -> list[Resources]:
@@ -151,6 +204,7 @@ def growth() -> list[tuple[Resources, int]] | None:
     groups = []
     for name, kind in config["available_node_types"].items():
         resources = {key: float(kind["resources"].get(key, 0)) for key in ("CPU", "GPU")}
+        resources |= {key: amount for key, amount in kind["resources"].items() if key.startswith(ACCELERATOR)}
         like_it = sum(all(node.get(key, 0) == amount for key, amount in resources.items()) for node in there)
         most = kind.get("max_workers", config.get("max_workers", MOST_NODES))
         if name != config.get("head_node_type", "ray.head.default"):
@@ -185,5 +239,14 @@ def largest_share(free: list[float], count: int) -> float:
     """Return the most CPUs that `count` workers can each have, of nodes with so many free."""
     shares = sorted({cpus / k for cpus in free if cpus for k in range(1, count + 1)}, reverse=True)
     fitting = (share for share in shares if sum(int(cpus / share + 1e-9) for cpus in free) >= count)
-    share = next(fitting, 0.0)
-    return float(int(share)) if share >= 1 else math.floor(share * 1e4) / 1e4
+    return whole_or_part(next(fitting, 0.0))
+
+
+def whole_or_part(cpus: float) -> float:
+    """Return so many CPUs as a whole number, or less than one in Ray's unit."""
+    return float(int(cpus)) if cpus >= 1 else floor_to_unit(cpus)
+
+
+def floor_to_unit(amount: float) -> float:
+    """Return so much of a resource in Ray's unit, 0.0001, which Ray itself rounds to: six sixths would be too many."""
+    return math.floor(amount * 1e4 + 1e-6) / 1e4

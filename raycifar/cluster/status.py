@@ -155,6 +155,13 @@ class StatusStore:
     def put_verdict(self, epoch: int, *, stop: bool) -> None:
         self._put(f"stop after {epoch}", stop)
 
+    def timings(self) -> dict[str, list[float]]:
+        """Return what `bench` has timed so far: a figure for each round, by stage."""
+        return self._get("timings") or {}
+
+    def put_timings(self, rates: dict[str, list[float]]) -> None:
+        self._put("timings", rates)
+
     def waiting(self) -> str | None:
         """Return what the workers of a trial wait for."""
         return self._get("waiting")

@@ -1,81 +1,111 @@
 """Where a step's time goes: the same work with less and more of what surrounds it, in turn, several times over."""
 
+import itertools
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 import ray.train
-import ray.train.collective
 import ray.util
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor
 
 from raycifar.cluster.status import Phase
+from raycifar.data.shards import Shard, bounds
 from raycifar.engine import baseline_dataloader
 from raycifar.engine.augment import mix
-from raycifar.engine.cuda import cuda_graphed
+from raycifar.engine.cuda import WARM_UP, cuda_graphed
 from raycifar.engine.example_stats import describe_rise
 from raycifar.engine.optimizers import set_learning_rate
-from raycifar.engine.order import Batch, EpochOrder
+from raycifar.engine.order import Batch, EpochOrder, steps_per_epoch
 from raycifar.engine.state import Progress
 from raycifar.engine.trainer import Job, Trainer
 
 SHUFFLED_BATCHES = 10  # batches in the local shuffle buffer of Ray's documented ingest
+FEWEST_STEPS = 4  # of a stage, unless even two rounds of them take too long
+BACKWARD = 3  # a step takes about three times as long as a forward pass
+SLOWER = {"dataloader": 3, "stream": 1}  # epochs of ours that one of theirs takes, about; known once it is timed
 
 
 @dataclass(frozen=True)
 class BenchmarkJob:
-    """What is timed: `rounds` of each stage, and the `baselines` to compare with."""
+    """What is timed: at most `rounds` of each stage, and the `baselines` to compare with, in about so many seconds."""
 
     job: Job
     rounds: int
     baselines: tuple[str, ...]
+    seconds: float
 
 
-def bench_loop_per_worker(config: dict[str, Any]) -> dict[str, list[float]]:
+def bench_loop_per_worker(config: dict[str, Any]) -> None:
     """Time every stage; Ray Train calls it on each worker.
+
+    After each round the status store has the images per second over all workers, by stage, a figure for each round.
 
     Args:
         config: `job`, a `BenchmarkJob`.
-
-    Returns:
-        Images per second over all workers, by stage, a figure for each round.
     """
     benchmark: BenchmarkJob = config["job"]
+    began = time.perf_counter()
     trainer = Trainer(benchmark.job)
     trainer.set_up()
     trainer.describe()
+    trainer.reporter.phase(Phase.WARMING_UP, "one step")
+    left = benchmark.seconds - (time.perf_counter() - began)
+    step_seconds, work = time_step(trainer), work_of_round(trainer, benchmark.baselines)
+    num_steps = choose_steps(left, benchmark.rounds, work * step_seconds, trainer.steps_per_epoch)
+    use_fewer_images(trainer, num_steps)
+    stages = build_stages(trainer, benchmark.baselines)
+    round_seconds = work * step_seconds * trainer.steps_per_epoch
+    trainer.reporter.phase(
+        Phase.WARMING_UP,
+        f"then up to {benchmark.rounds} rounds of {trainer.job.num_train_images:,} images: "
+        f"about {min(benchmark.seconds, round_seconds * (benchmark.rounds + 1)):.0f} s",
+    )
+    round_seconds = time_round(trainer, stages, {})  # compiles, fills caches, starts processes
+    rates: dict[str, list[float]] = {}
+    for number in range(1, benchmark.rounds + 1):
+        left = benchmark.seconds - (time.perf_counter() - began)
+        rounds = max(1, min(benchmark.rounds, number - 1 + broadcast_from_rank_zero(int(left / round_seconds))))
+        if number > rounds:
+            break
+        to_come = (rounds - number + 1) * round_seconds
+        trainer.reporter.phase(Phase.TIMING, f"round {number} of {rounds}, about {to_come:.0f} s left")
+        round_seconds = time_round(trainer, stages, rates)
+        trainer.reporter.timings(rates)
+
+
+def build_stages(trainer: Trainer, baselines: Sequence[str]) -> dict[str, Callable[[], None]]:
     stages: dict[str, Callable[[], None]] = {"bare": bare_steps(trainer)}
     if trainer.world_size > 1:
         stages["gradients"] = bare_steps(trainer, exchange=True)
-    stages |= {
+    return stages | {
         "images": bare_steps(trainer, exchange=True, images=True),
         "train": lambda: train_epoch(trainer),
         "epoch": lambda: train_epoch(trainer, finish=True),
         "following": update_example_stats(trainer),
         "checkpoint": lambda: save_checkpoint(trainer),
-        **{name: BASELINES[name](trainer) for name in benchmark.baselines},
+        **{name: BASELINES[name](trainer) for name in baselines},
     }
-    trainer.reporter.phase(Phase.WARMING_UP)
-    for stage in stages.values():
-        stage()  # compiles, fills caches, starts processes
-    seconds: dict[str, list[float]] = {name: [] for name in stages}
-    for number in range(benchmark.rounds):
-        trainer.reporter.phase(Phase.TIMING, f"round {number + 1} of {benchmark.rounds}")
-        for name, stage in stages.items():
-            began = clock(trainer)
-            stage()
-            seconds[name].append(clock(trainer) - began)
-            trainer.checkpointer.wait()  # what is still being written is not the next stage's
-    num_images = benchmark.job.num_train_images
-    return {name: [num_images / took for took in values] for name, values in seconds.items()}
+
+
+def time_round(trainer: Trainer, stages: dict[str, Callable[[], None]], rates: dict[str, list[float]]) -> float:
+    """Add each stage's images per second to `rates`, and return the seconds of all."""
+    first = clock(trainer)
+    for name, stage in stages.items():
+        began = clock(trainer)
+        stage()
+        rates.setdefault(name, []).append(trainer.job.num_train_images / (clock(trainer) - began))
+        trainer.checkpointer.wait()  # what is still being written is not the next stage's
+    return clock(trainer) - first
 
 
 def clock(trainer: Trainer) -> float:
@@ -85,6 +115,69 @@ def clock(trainer: Trainer) -> float:
     if dist.is_initialized():
         dist.barrier()
     return time.perf_counter()
+
+
+# How much is timed -----------------------------------------------------------------------------------
+
+
+def time_step(trainer: Trainer) -> float:
+    """Return the seconds of a step of training, the same on all workers."""
+    set_learning_rate(trainer.state.optimizer, 1e-6)
+    trainer.state.train_mode()
+    batch = next(epoch_batches(trainer))
+    for _ in range(WARM_UP + 2 if trainer.device.type == "cuda" else 1):
+        trainer.train_step(batch)
+    began = clock(trainer)
+    trainer.train_step(batch)
+    return broadcast_from_rank_zero(clock(trainer) - began)
+
+
+def work_of_round(trainer: Trainer, baselines: Sequence[str]) -> float:
+    """Return how many epochs of training a round takes as long as, about."""
+    scored = trainer.job.num_val_images + len(trainer.train_eval_set) * trainer.world_size
+    stages = 4 + (trainer.world_size > 1) + scored / trainer.job.num_train_images / BACKWARD
+    return stages + sum(SLOWER[name] for name in baselines)
+
+
+def choose_steps(seconds: float, rounds: int, seconds_of_step: float, most: int) -> int:
+    """Return the steps of each stage with which all rounds, and one to warm up, end in so many seconds.
+
+    Few steps say little: where there is no time for FEWEST_STEPS, there are fewer rounds.
+
+    Args:
+        seconds_of_step: of all stages together.
+    """
+    steps = int(seconds / seconds_of_step / (rounds + 1))
+    return min(most, max(1, steps, min(FEWEST_STEPS, int(seconds / seconds_of_step / 2))))
+
+
+def use_fewer_images(trainer: Trainer, num_steps: int) -> None:
+    """Go on with so many steps an epoch, and with the same part of the images that are scored."""
+    before, world_size = trainer.job.num_train_images, trainer.world_size
+    num_images = max(1, num_steps) * trainer.recipe.batch_size
+    if num_images > before - world_size:
+        return
+
+    def fewer(rows: int) -> int:
+        return max(world_size, rows * num_images // before)
+
+    def shorten(shard: Shard, rows: int) -> Shard:
+        first, last = bounds(rows, world_size)[trainer.rank :][:2]
+        return shard.head(last - first)
+
+    num_val_images = fewer(trainer.job.num_val_images) if trainer.val_set else 0
+    trainer.job = replace(trainer.job, num_train_images=num_images, num_val_images=num_val_images)
+    trainer.steps_per_epoch = steps_per_epoch(num_images, trainer.recipe.batch_size)
+    trainer.train_set = shorten(trainer.train_set, num_images)
+    trainer.train_eval_set = trainer.train_eval_set.head(max(1, len(trainer.train_eval_set) * num_images // before))
+    trainer.val_set = shorten(trainer.val_set, num_val_images) if trainer.val_set else None
+    trainer.index, trainer.labels = (
+        trainer.gather(part) for part in (trainer.train_set.index, trainer.train_set.labels)
+    )
+    trainer.state.example_stats = None
+    trainer.example_stats = trainer.begin_example_stats()
+    trainer.train_step.close()
+    trainer.train_step = trainer.build_train_step()
 
 
 # raycifar's own stages -------------------------------------------------------------------------------
@@ -118,8 +211,7 @@ class BareStep:
     def __init__(self, trainer: Trainer, *, exchange: bool) -> None:
         self.state, self.autocast = trainer.state, trainer.autocast
         self.exchange, self.exchanges = trainer.train_step.exchange, exchange
-        capturable = not exchange or trainer.train_step.capturable
-        self.captured = cuda_graphed(self.take, trainer.device, capturable=capturable)
+        self.captured = cuda_graphed(self.take, trainer.device, trainer.train_step.obstacle if exchange else None)
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> None:
         if self.exchange:
@@ -175,7 +267,7 @@ def update_example_stats(trainer: Trainer) -> Callable[[], None]:
         stats.update(rows, logits[: len(rows)], trainer.train_set.labels[rows])
         return stats.values
 
-    captured = cuda_graphed(update, trainer.device, capturable=True)
+    captured = cuda_graphed(update, trainer.device)
 
     def run() -> None:
         for batch in epoch_batches(trainer):
@@ -209,7 +301,7 @@ def dataloader(trainer: Trainer) -> Callable[[], None]:
         threads=trainer.job.threads,
         rank=trainer.rank,
         world_size=trainer.world_size,
-        address=ray.train.collective.broadcast_from_rank_zero(address),
+        address=broadcast_from_rank_zero(address),
     )
     process = ProcessPoolExecutor(1, get_context("spawn"), initializer=baseline_dataloader.start, initargs=(setting,))
     return lambda: process.submit(baseline_dataloader.train_epoch).result()
@@ -235,7 +327,8 @@ def stream(trainer: Trainer) -> Callable[[], None]:
     def run() -> None:
         trainer.state.train_mode()
         options = {"batch_size": batch_size, "local_shuffle_buffer_size": SHUFFLED_BATCHES * batch_size}
-        for pixels, labels in shard.iter_torch_batches(**options, collate_fn=collate):
+        batches = shard.iter_torch_batches(**options, collate_fn=collate)
+        for pixels, labels in itertools.islice(batches, trainer.steps_per_epoch):
             inputs = trainer.train_step.augment_and_normalize(pixels.to(trainer.device))
             step(*mix(inputs, labels.to(trainer.device), trainer.recipe, trainer.job.info.num_classes))
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from raycifar.engine.torch_internals import waits_for_gpu
 
 WARM_UP = 3  # calls before a graph is captured: libraries are loaded in them, and algorithms chosen
-MEMORY = 1 / 3  # share of a GPU's that a step may need, to be captured: it then needs as much again
+MEMORY = 1 / 3  # of the process's share of a GPU that a step may need, to be captured: it then needs as much again
 AHEAD = 3  # batches prepared before their step's turn, at most: each takes memory
 LANES = 4  # streams that take turns
+WAITS = "something in it waits for the GPU"
+TOO_LARGE = "it needs more than a third of this process's GPU memory, and capturing it as much again"
 
 
 class CudaGraphRunner:
@@ -26,10 +28,11 @@ class CudaGraphRunner:
 
     Args:
         function: of tensors and numbers; it returns a tensor, which the next call may overwrite.
+        explain: told why, where the function goes on as it is.
     """
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Tensor], explain: Callable[[str], None] = lambda why: None) -> None:
+        self.function, self.explain = function, explain
         self.calls: Counter[tuple[Any, ...]] = Counter()
         self.captured: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
@@ -39,7 +42,10 @@ class CudaGraphRunner:
         key = tuple((a.shape, a.dtype) if torch.is_tensor(a) else a for a in arguments)
         self.calls[key] += 1
         if self.possible and self.calls[key] == WARM_UP:
-            output, self.possible = self._try(arguments)
+            output, obstacle = self._try(arguments)
+            if obstacle:
+                self.possible = False
+                self.explain(obstacle)
             return output
         if not self.possible or self.calls[key] < WARM_UP:
             return self._call(arguments)
@@ -60,10 +66,13 @@ class CudaGraphRunner:
         here.wait_stream(self.stream)
         return output
 
-    def _try(self, arguments: tuple[Any, ...]) -> tuple[Tensor, bool]:
-        """Call the function, and return whether it can be captured too."""
+    def _try(self, arguments: tuple[Any, ...]) -> tuple[Tensor, str | None]:
+        """Call the function, and return with its output why it can't be captured, or None."""
         output, waits = waits_for_gpu(lambda: self._call(arguments))
-        return output, not waits and torch.cuda.max_memory_allocated() < MEMORY * torch.cuda.mem_get_info()[1]
+        mine = torch.cuda.get_per_process_memory_fraction() * torch.cuda.mem_get_info()[1]
+        if waits:
+            return output, WAITS
+        return output, None if torch.cuda.max_memory_allocated() < MEMORY * mine else TOO_LARGE
 
     def _capture(self, arguments: tuple[Any, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
         """Record what the function launches, without doing it; return that, where it reads, and what it writes."""
@@ -75,9 +84,23 @@ class CudaGraphRunner:
         return graph, [a for a in own if torch.is_tensor(a)], output
 
 
-def cuda_graphed(function: Callable[..., Tensor], device: torch.device, *, capturable: bool) -> Callable[..., Tensor]:
-    """Return the function, replayed on a GPU; on a CPU, or where it isn't `capturable`, it stays as it is."""
-    return CudaGraphRunner(function) if device.type == "cuda" and capturable else function
+def cuda_graphed(
+    function: Callable[..., Tensor],
+    device: torch.device,
+    obstacle: str | None = None,
+    explain: Callable[[str], None] = lambda why: None,
+) -> Callable[..., Tensor]:
+    """Return the function, replayed on a GPU; on a CPU, or where there is an obstacle, it stays as it is.
+
+    Args:
+        explain: told the obstacle, this one or what `CudaGraphRunner` finds.
+    """
+    if device.type != "cuda":
+        return function
+    if obstacle:
+        explain(obstacle)
+        return function
+    return CudaGraphRunner(function, explain)
 
 
 class Prefetcher:

@@ -22,6 +22,15 @@ def set_up(device: torch.device, threads: int) -> None:
         torch.set_float32_matmul_precision("high")
 
 
+def limit_gpu_memory(gpus: float) -> None:
+    """Take no more than this share of the current GPU's memory: who wants more fails, and not the neighbors.
+
+    What CUDA itself takes, some hundred MB for each process, isn't counted.
+    """
+    if 0 < gpus < 1:
+        torch.cuda.set_per_process_memory_fraction(gpus)
+
+
 def retain_malloc_pages() -> None:
     """Make glibc keep large tensors' memory for the next step; new pages take 13 to 22 % of a step (AMD Zen 5)."""
     with suppress(AttributeError, OSError):  # other C libraries have no mallopt

@@ -21,8 +21,8 @@ class Interruption(StrEnum):
 class PreemptedError(Exception):
     """Ends a worker whose run continues elsewhere; it doesn't count as a failure."""
 
-    def __init__(self) -> None:
-        super().__init__("a node of this run is being preempted")
+    def __init__(self, reason: str = "a node of this run is being preempted") -> None:  # given when it is unpickled
+        super().__init__(reason)
 
 
 class InterruptionWatch:

@@ -28,7 +28,9 @@ class Reporter:
         self._put(phase=phase, detail=detail)
 
     def notice(self, sentence: str) -> None:
-        self._put(notices=[*self.status.notices, sentence])
+        """Say a sentence, once."""
+        if sentence not in self.status.notices:
+            self._put(notices=[*self.status.notices, sentence])
 
     def about(self, model: ModelFacts) -> None:
         self._put(model=model)
@@ -43,6 +45,10 @@ class Reporter:
             self._put(step=None)
             if history:
                 self.gauges.show(vars(history[-1]))
+
+    def timings(self, rates: dict[str, list[float]]) -> None:
+        if self.leader:
+            self.status_store.put_timings(rates)
 
     def verdict(self, epoch: int) -> bool:
         """Wait until the search has said whether the run stops after `epoch`."""

@@ -1,90 +1,146 @@
-"""How long a step takes, by the number of images in it, with and without an exchange of gradients.
+"""How long a step takes, by the number of images in it, and how long its exchange of gradients."""
 
-`python -m raycifar.engine.step_times --out steps.json` measures the three models on this machine's GPU, or its CPU.
-"""
-
-import argparse
-import json
 import socket
-import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from raycifar.data import CIFAR100
+from raycifar.cluster.status import Phase
 from raycifar.data.shards import Shard
-from raycifar.data.synthetic import synthetic
+from raycifar.engine.bench import clock, time_step, train_epoch, use_fewer_images
 from raycifar.engine.cuda import WARM_UP
+from raycifar.engine.distributed import BUCKET_BYTES, all_gather_objects, group_by_size
 from raycifar.engine.example_stats import ExampleStats
-from raycifar.engine.hardware import choose_precision, set_up
+from raycifar.engine.hardware import choose_precision
+from raycifar.engine.optimizers import set_learning_rate
+from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
 from raycifar.engine.train_step import TrainStep
-from raycifar.models.initial_weights import InitialWeights, load_initial_weights
-from raycifar.models.recipe import Recipe
+from raycifar.engine.trainer import Job, Trainer
+
+EXCHANGES = 10  # of a size that are timed in a round
 
 
-def time_steps(
-    initial: InitialWeights,
-    recipe: Recipe,
-    device: torch.device,
-    threads: int,
-    batch_sizes: Sequence[int],
-    *,
-    exchange: bool,
-    seconds: float = 1.0,
-    rounds: int = 5,
-) -> dict[int, list[float]]:
-    """Return the seconds of a step, for each number of images, a figure for each round.
+@dataclass(frozen=True)
+class StepTimesJob:
+    """What is timed: steps of so many images on each worker, and epochs of all workers, in about so many seconds."""
 
-    A step is that of training, captured on a GPU, on random images that are there. The batch sizes take turns, so that
-    a machine that slows down slows all.
+    job: Job
+    batch_sizes: tuple[int, ...]
+    rounds: int
+    seconds: float
+
+
+def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Time steps, epochs and exchanges, in turn; Ray Train calls it on each worker.
 
     Args:
-        exchange: sum the gradients too, over the one rank of a process group that must be there: what it costs beside
-            the network between workers. seconds: that a round takes for each batch size, about.
+        config: `job`, a `StepTimesJob`.
+
+    Returns:
+        Of several rounds the fastest, for other work on a machine can only slow it:
+        `alone`: seconds of a step without an exchange, by its images; of several workers the slowest's, while the
+        others take theirs. `exchanging`, of one worker: the same with an exchange of one rank.
+        `buckets`: bytes of gradients that travel together.
+        `link`, of several workers: seconds of a hop, and bytes per second between two.
+        `rates`: images per second of epochs as `train` runs them, over all workers, of each round.
     """
-    set_up(device, threads)
-    steps = {size: build_step(initial, recipe, device, size, exchange=exchange) for size in batch_sizes}
-    repeats = {size: max(1, round(seconds / time_one(step, WARM_UP + 2, device))) for size, step in steps.items()}
-    times: dict[int, list[float]] = {size: [] for size in batch_sizes}
-    for _ in range(rounds):
-        for size, step in steps.items():
-            times[size].append(time_one(step, repeats[size], device))
-    return times
+    timed: StepTimesJob = config["job"]
+    trainer = Trainer(timed.job)
+    trainer.set_up()
+    trainer.describe()
+    alone, world_size = trainer.world_size == 1, trainer.world_size
+    trainer.reporter.phase(Phase.TIMING, f"{world_size} worker{'s' * (not alone)}, up to {timed.seconds:.0f} s")
+    with nullcontext() if dist.is_initialized() else process_group_of_one(trainer.device):
+        ways = {"alone": False, "exchanging": True} if alone else {"alone": False}
+        seconds = timed.seconds / (len(timed.batch_sizes) * len(ways) + 1) / (timed.rounds + 1)
+        steps = {
+            (way, size): Repeated(build_step(timed.job, trainer.device, size, exchange=exchange), seconds)
+            for way, exchange in ways.items()
+            for size in timed.batch_sizes
+        }
+        use_fewer_images(trainer, int(seconds / time_step(trainer)))
+        train_epoch(trainer)
+        times: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
+        rates, links = [], []
+        for _ in range(timed.rounds):  # in turn: a machine that slows down slows all
+            for key, step in steps.items():
+                times[key].append(max(all_gather_objects(step.time())))
+            began = clock(trainer)
+            train_epoch(trainer)
+            rates.append(trainer.job.num_train_images / (clock(trainer) - began))
+            if not alone:
+                links.append(measure_link(trainer.device))
+    trained = [p for p in trainer.state.model.parameters() if p.requires_grad]
+    return {
+        **{way: {size: min(times[way, size]) for size in timed.batch_sizes} for way in ways},
+        "buckets": [sum(p.nbytes for p in group) for group in group_by_size(trained[::-1])],
+        "link": None if alone else (min(seconds for seconds, _ in links), max(rate for _, rate in links)),
+        "rates": rates,
+    }
 
 
-def build_step(
-    initial: InitialWeights, recipe: Recipe, device: torch.device, batch_size: int, *, exchange: bool
-) -> TrainStep:
-    dtype = choose_precision(recipe.precision, device)
+class Repeated:
+    """A step that is taken as often as fits into so many seconds."""
+
+    def __init__(self, step: TrainStep, seconds: float) -> None:
+        self.step, self.repeats = step, WARM_UP + 2 if step.device.type == "cuda" else 1
+        self.time()  # loads libraries, captures
+        self.repeats = 1
+        self.repeats = max(1, round(seconds / self.time()))
+
+    def time(self) -> float:
+        """Return the seconds of a step, the mean of some in a row."""
+        num_images = len(self.step.train_set)
+        batch = Batch(0, np.arange(num_images), num_images)
+        synchronize(self.step.device)
+        began = time.perf_counter()
+        for _ in range(self.repeats):
+            self.step(batch)
+        synchronize(self.step.device)
+        return (time.perf_counter() - began) / self.repeats
+
+
+def build_step(job: Job, device: torch.device, batch_size: int, *, exchange: bool) -> TrainStep:
+    """Return a step of random images."""
+    dtype = choose_precision(job.recipe.precision, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    pixels = torch.randint(0, 256, (batch_size, *CIFAR100.image_shape), dtype=torch.uint8, device=device)
-    labels = torch.randint(0, CIFAR100.num_classes, (batch_size,), device=device)
-    state = TrainingState(initial.architecture, initial.weights, recipe, 0, device)
+    pixels = torch.randint(0, 256, (batch_size, *job.info.image_shape), dtype=torch.uint8, device=device)
+    labels = torch.randint(0, job.info.num_classes, (batch_size,), device=device)
+    state = TrainingState(job.initial.architecture, job.initial.weights, job.recipe, job.seed, device)
+    set_learning_rate(state.optimizer, 1e-6)  # random images teach nothing
     state.train_mode()
-    return TrainStep(
-        state,
-        Shard(pixels, labels, labels, torch.arange(batch_size, device=device)),
-        ExampleStats.blank(batch_size, device),
-        autocast,
-        exchange=exchange,
-    )
+    if job.compile:
+        state.model.compile()
+    train_set = Shard(pixels, labels, labels, torch.arange(batch_size, device=device))
+    return TrainStep(state, train_set, ExampleStats.blank(batch_size, device), autocast, exchange=exchange)
 
 
-def time_one(step: TrainStep, repeats: int, device: torch.device) -> float:
-    """Return the seconds of a step, the mean of some in a row."""
-    batch = step.prepare_batch(torch.arange(len(step.train_set)).numpy())
-    num_images = len(step.train_set)
+def measure_link(device: torch.device) -> tuple[float, float]:
+    """Return the seconds of a hop between two workers and the bytes per second, from a small and a large all-reduce.
+
+    Each worker of n sends 2 (n - 1) times, 1/n of the bytes, around a ring (Patarasuk and Yuan, 2009).
+    """
+    hops = 2 * (dist.get_world_size() - 1)
+    small, large = (time_all_reduce(num_bytes, device) for num_bytes in (4, BUCKET_BYTES))
+    return small / hops, hops / dist.get_world_size() * BUCKET_BYTES / max(large - small, 1e-9)
+
+
+def time_all_reduce(num_bytes: int, device: torch.device) -> float:
+    tensor = torch.zeros(num_bytes // 4, device=device)
+    dist.all_reduce(tensor)
     synchronize(device)
     began = time.perf_counter()
-    for _ in range(repeats):
-        step.captured_update(*batch, num_images, num_images)
+    for _ in range(EXCHANGES):
+        dist.all_reduce(tensor)
     synchronize(device)
-    return (time.perf_counter() - began) / repeats
+    return (time.perf_counter() - began) / EXCHANGES
 
 
 def synchronize(device: torch.device) -> None:
@@ -103,30 +159,3 @@ def process_group_of_one(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", required=True, help="file to write")
-    parser.add_argument("--small", action="store_true", help="as little as can be, to see that it works")
-    options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch_sizes, rounds = ([16], 1) if options.small else ([128, 64, 32, 16], 5)
-    milliseconds: dict[str, dict[str, dict[int, float]]] = {}
-    for model in ("cnn",) if options.small else ("cnn", "vgg16", "resnet50"):
-        recipe = Recipe()
-        initial = load_initial_weights(model, recipe, synthetic(1000, 100))
-        with process_group_of_one(device):
-            for exchange in (False, True):
-                times = time_steps(
-                    initial, recipe, device, torch.get_num_threads(), batch_sizes,
-                    exchange=exchange, seconds=0.2, rounds=rounds,
-                )  # fmt: skip
-                medians = {size: 1000 * statistics.median(values) for size, values in times.items()}
-                milliseconds.setdefault(model, {})["with exchange" if exchange else "alone"] = medians
-        print(model, milliseconds[model], flush=True)
-    Path(options.out).write_text(json.dumps({"rounds": rounds, "milliseconds": milliseconds}))
-
-
-if __name__ == "__main__":
-    main()

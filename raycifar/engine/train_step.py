@@ -1,5 +1,7 @@
 """One optimizer step, from the rows of a batch to new weights."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -14,6 +16,9 @@ from raycifar.engine.loss import loss_and_counts
 from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
 
+UNCAPTURED = "Steps are not captured as CUDA graphs, and their kernels launched one by one"
+SHARED_GPU = "workers that may share a GPU exchange gradients over gloo, which is slow, and right"
+
 
 class TrainStep:
     """A worker's optimizer step; the network, its optimizer and its running average are those of `state`.
@@ -25,6 +30,7 @@ class TrainStep:
         train_set: the worker's own training images. example_stats: what is known of each of them, brought up to date.
         autocast: the precision to compute in.
         exchange: sum the gradients over the workers of the process group.
+        notice: told in a sentence why, where `update` isn't captured on a GPU.
     """
 
     def __init__(
@@ -35,6 +41,7 @@ class TrainStep:
         autocast: torch.autocast,
         *,
         exchange: bool,
+        notice: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self.state, self.train_set, self.example_stats = state, train_set, example_stats
         self.recipe, self.architecture, self.autocast = state.recipe, state.architecture, autocast
@@ -43,9 +50,11 @@ class TrainStep:
         self.exchange = GradientExchange(self.parameters) if exchange else None
         self.side_stream = SideStream(self.device)
         self.prepare = prefetched(self.prepare_batch, self.device)
-        self.captured_inputs = cuda_graphed(self.inputs_of, self.device, capturable=True)
-        self.capturable = self.exchange is None or dist.get_backend() == "nccl"
-        self.captured_update = cuda_graphed(self.update, self.device, capturable=self.capturable)
+        self.captured_inputs = cuda_graphed(self.inputs_of, self.device)
+        self.obstacle = SHARED_GPU if self.exchange and dist.get_backend() == "gloo" else None
+        self.captured_update = cuda_graphed(
+            self.update, self.device, self.obstacle, lambda why: notice(f"{UNCAPTURED}: {why}.")
+        )
 
     def __call__(self, batch: Batch) -> Tensor:
         """Take the step, and return its metrics, (4,) float64: see `EpochMeter`."""

@@ -26,7 +26,7 @@ from raycifar.engine.distributed import all_gather_objects, all_gather_rows
 from raycifar.engine.epoch_meter import EpochMeter
 from raycifar.engine.evaluate import per_image, predict, score, to_predictions_file
 from raycifar.engine.example_stats import ExampleStats, describe_rise, to_example_stats_file
-from raycifar.engine.hardware import choose_precision, retain_malloc_pages, seed, set_up
+from raycifar.engine.hardware import choose_precision, limit_gpu_memory, retain_malloc_pages, seed, set_up
 from raycifar.engine.interruption import Interruption, InterruptionWatch, PreemptedError
 from raycifar.engine.loss import CHECK_STEPS, StopTrainingError
 from raycifar.engine.optimizers import set_learning_rate
@@ -52,8 +52,8 @@ WARNED_EPOCHS = 3  # first epochs after which a network that doesn't learn is re
 class Job:
     """What the driver asks of the workers.
 
-    num_val_images, num_test_images: 0 leaves that split alone. threads: of each worker. in_process: without worker
-    actors. versions: the driver's. checkpoint_steps: between two checkpoints; 0: at the end of each epoch alone.
+    num_val_images, num_test_images: 0 leaves that split alone. gpus, threads: of each worker. in_process: without
+    worker actors. versions: the driver's. checkpoint_steps: between two checkpoints; 0: at the end of each epoch alone.
     rungs: epochs after which the driver says whether to stop.
     """
 
@@ -67,7 +67,7 @@ class Job:
     num_train_images: int
     num_val_images: int
     num_test_images: int
-    use_gpu: bool
+    gpus: float
     threads: int
     in_process: bool
     versions: dict[str, str]
@@ -122,7 +122,7 @@ class Trainer:
         context = ray.train.get_context()
         self.job, self.recipe, self.run = job, job.recipe, job.run
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
+        self.device = ray.train.torch.get_device() if job.gpus else torch.device("cpu")
         self.architecture = job.initial.architecture
         self.preprocessing = self.architecture.preprocessing
         self.steps_per_epoch = steps_per_epoch(job.num_train_images, job.recipe.batch_size)
@@ -147,6 +147,7 @@ class Trainer:
     def set_up(self) -> None:
         """Bring the images to the device, and the network to where training begins or goes on."""
         set_up(self.device, self.job.threads)
+        limit_gpu_memory(self.job.gpus)
         if self.device.type == "cpu":
             retain_malloc_pages()
         self.reporter.phase(Phase.LOADING_IMAGES)
@@ -262,7 +263,14 @@ class Trainer:
     def build_train_step(self) -> TrainStep:
         """Return the step of the stage under way: what is trained in it, and so what workers exchange, is its own."""
         exchange = self.world_size > 1
-        return TrainStep(self.state, self.train_set, self.example_stats, self.autocast, exchange=exchange)
+        return TrainStep(
+            self.state,
+            self.train_set,
+            self.example_stats,
+            self.autocast,
+            exchange=exchange,
+            notice=self.reporter.notice,
+        )
 
     def begin_example_stats(self) -> ExampleStats:
         """Return what is known of this worker's training images."""

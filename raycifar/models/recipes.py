@@ -132,6 +132,7 @@ def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
         if owners := models_with(name):
             raise ValueError(f"{name} is an option of {', '.join(owners)}, not of {model}")
         raise ValueError(f"a recipe has no field {name!r}; the nearest is {nearest(name, known)!r}")
+    values = {name: float(v) if known[name] is float and type(v) is int else v for name, v in values.items()}
     if isinstance(epochs := values.get("epochs"), int) and epochs < base.epochs:
         values = {"head_epochs": max(0, min(base.head_epochs, epochs - 1)), **values}
     return replace(base, **values)

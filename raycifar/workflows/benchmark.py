@@ -7,18 +7,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raycifar.errors import RequestError, WorkError
-from raycifar.storage.run_folder import BENCH, BENCH_CHART, RUN, RunFolder
+from raycifar.storage.run_folder import BENCH, BENCH_CHART, PLAN_CHART, RUN, RunFolder
+from raycifar.workflows import planning
+from raycifar.workflows.planning import INTERCONNECTS, Measured, Place, Plan
 from raycifar.workflows.requests import TrainingRequest, to_arguments
 from raycifar.workflows.training import fit, prepare
 
 if TYPE_CHECKING:
+    from raycifar.engine.trainer import Job
     from raycifar.terminal import Screen
+    from raycifar.workflows.training import PreparedRun
 
 WAYS = ("dataloader", "stream")
 STAGES = {
@@ -36,6 +41,10 @@ HELP = {
     "train": "a larger --batch-size would help: what is done for each step weighs less",
     "epoch": "fewer validation images (--val-size) would help",
 }
+LONGEST = 290  # seconds that a bench takes: all of it in five minutes
+WORKERS_START = 15  # of them that worker processes take to start
+SECONDS_OF_ROUND = 4  # in which steps of a number of workers are timed, at most
+FEW_WORKERS = 3  # are run on CPUs, however few these are
 POLL_SECONDS = 0.02  # between two looks whether a run has begun
 
 
@@ -43,19 +52,28 @@ def bench(
     request: TrainingRequest,
     screen: "Screen",
     connection: ExitStack,
+    show: Callable[[dict[str, Any]], None],
     *,
     rounds: int,
     against: Sequence[str] = (),
     startup: bool = False,
+    plan: str | None = None,
+    interconnect: str | None = None,
+    price_per_hour: float | None = None,
     out: str = "bench",
     debug: bool = False,
-) -> dict[str, Any]:
-    """Time a model's training, write `bench.json` and its chart, and return the first.
+) -> None:
+    """Time a model's training, for at most five minutes; write `bench.json` and its charts, and show the first.
+
+    What was timed is written and shown, too, where an error or Ctrl-C ends the rest.
 
     Args:
-        connection: enters the connection to Ray.
-        rounds: how often each stage is timed. against: ways of others to time, too.
-        startup: time the way to the first step, too. out: a folder or URI.
+        connection: enters the connection to Ray. show: called at the end.
+        rounds: how often each stage is timed, at most. against: ways of others to time, too.
+        startup: time the way to the first step, too.
+        plan: numbers of workers of which to say what they would take, such as `1,2,4`. interconnect: what lies between
+            them, rather than what is measured. price_per_hour: of one device.
+        out: a folder or URI.
 
     Raises:
         RequestError: the request is wrong; nothing was started.
@@ -66,54 +84,166 @@ def bench(
         raise RequestError("--against stream streams to workers: give --workers 1 or more.")
     if isinstance(request.workers, tuple):
         raise RequestError("an elastic run can't be timed: give --workers one number.")
-    rates = time_stages(request, rounds, against, screen, connection, debug=debug)
-    found = {"model": request.model, "recipe": dataclasses.asdict(request.recipe), **summarise(rates, against)}
-    if startup:
-        connection.close()  # this process's Ray would take its share of the cores
-        found["startup"] = time_startup(request, rounds, screen)
+    if plan is None and (interconnect or price_per_hour is not None):
+        raise RequestError("--interconnect and --price-per-hour are for a plan: give --plan, such as --plan 1,2,4,8.")
+    counts = planning.parse_plan(plan, request.recipe) if plan is not None else []
+    if 0 < request.recipe.head_epochs < request.recipe.epochs:
+        request = dataclasses.replace(request, recipe=dataclasses.replace(request.recipe, head_epochs=0))
+    found: dict[str, Any] = {}
+    clock = Clock(1 + bool(counts) + startup)
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # interrupted, workers still write
+            timed = dataclasses.replace(request, name="bench", storage=folder, checkpoint_steps=0, test=False)
+            run = prepare(timed, screen, connection, debug=debug)
+            place = find_place(run, counts, interconnect) if counts else None
+            screen.say(
+                f"This takes at most about {LONGEST / 60:.0f} minutes; Ctrl-C ends it, and what is timed is shown."
+            )
+            time_stages(run, rounds, against, screen, clock.part(), found)
+            if place:
+                time_plan(run, counts, place, interconnect, price_per_hour, rounds, screen, clock.part(), found)
+        if startup:
+            connection.close()  # this process's Ray would take its share of the cores
+            found["startup"] = time_startup(request, rounds, screen, clock.part())
+    finally:
+        if found:
+            keep({"model": request.model, "recipe": dataclasses.asdict(request.recipe), **found}, out, show)
+
+
+def keep(found: dict[str, Any], out: str, show: Callable[[dict[str, Any]], None]) -> None:
     folder = RunFolder.at(out)
     folder.write_json(BENCH, found)
-    folder.write(BENCH_CHART, draw(found).encode())
-    return found
+    if "stages" in found:
+        folder.write(BENCH_CHART, draw(found).encode())
+    if len(found.get("plan", {}).get("workers", {})) > 1:
+        folder.write(PLAN_CHART, draw_plan(found).encode())
+    show(found)
+
+
+class Clock:
+    """Shares LONGEST seconds out among the parts of a bench."""
+
+    def __init__(self, parts: int) -> None:
+        self.parts, self.ends = parts, time.monotonic() + LONGEST
+
+    def part(self) -> float:
+        """Return the seconds of the next part: an equal share of what is left."""
+        self.parts -= 1
+        return max(0.0, self.ends - time.monotonic()) / (self.parts + 1)
 
 
 # Timing ----------------------------------------------------------------------------------------------
 
 
 def time_stages(
-    request: TrainingRequest,
+    run: "PreparedRun", rounds: int, against: Sequence[str], screen: "Screen", seconds: float, found: dict[str, Any]
+) -> None:
+    """Add to `found` what came of the stages, as far as whole rounds were timed."""
+    from raycifar.engine.bench import BenchmarkJob, bench_loop_per_worker
+
+    num_images = len(run.inputs.splits.train)
+    screen.say(f"{run.request.model} on {run.workers}, {num_images:,} images and {rounds} rounds at most")
+    seconds -= WORKERS_START if run.workers.count else 0
+    job_of = partial(BenchmarkJob, rounds=rounds, baselines=tuple(against), seconds=seconds)
+    try:
+        do(run, bench_loop_per_worker, job_of, screen)
+    finally:
+        if rates := run.status_store.timings():
+            found.update(summarise(rates, against))
+
+
+def time_plan(
+    run: "PreparedRun",
+    counts: Sequence[int],
+    place: Place,
+    interconnect: str | None,
+    price_per_hour: float | None,
     rounds: int,
-    against: Sequence[str],
     screen: "Screen",
-    connection: ExitStack,
-    *,
-    debug: bool,
-) -> dict[str, list[float]]:
-    """Return images per second of each stage, a figure for each round."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # interrupted, workers still write
-        timed = dataclasses.replace(request, name="bench", storage=folder, checkpoint_steps=0, test=False)
-        run = prepare(timed, screen, connection, debug=debug)
-        from raycifar.cluster.waiting import Waiting
-        from raycifar.engine.bench import BenchmarkJob, bench_loop_per_worker
+    seconds: float,
+    found: dict[str, Any],
+) -> None:
+    """Add to `found` what each number of workers would take, from what is measured with those that fit here."""
+    from raycifar.cluster.sizing import size
+    from raycifar.engine.step_times import StepTimesJob, step_times_loop_per_worker
 
-        screen.say(f"{request.model} on {run.workers}, {len(run.inputs.splits.train):,} images, {rounds} rounds")
-        return fit(
-            run,
-            lambda running: screen.follow_phase(run.status_store, running, Waiting(run.workers, request.wait)),
-            lambda job: (bench_loop_per_worker, {"job": BenchmarkJob(job, rounds, tuple(against))}),
+    request, measured, to_run = run.request, {}, planning.runs(counts, place)
+    num_images = len(run.inputs.source.train) - request.val_size
+    ends = time.monotonic() + seconds
+    for number, count in enumerate(to_run):
+        left = (ends - time.monotonic()) / (len(to_run) - number) - (WORKERS_START if run.workers.count else 0)
+        if number > 1 and left < SECONDS_OF_ROUND:
+            break
+        sizes = tuple(planning.sizes_to_time(counts, count, place, request.recipe.batch_size))
+        timed = dataclasses.replace(request, name=f"plan-{count}", workers=run.workers.count and count)
+        asked = (count, request.device, request.cpus_per_worker, request.gpus_per_worker, request.accelerator)
+        workers = size(*asked) if run.workers.count else run.workers
+        few = prepare(timed, type(screen)(quiet=True), inputs=run.inputs, workers=workers)
+        seconds = min(SECONDS_OF_ROUND * rounds, max(SECONDS_OF_ROUND, left))
+        job_of = partial(StepTimesJob, batch_sizes=sizes, rounds=rounds, seconds=seconds)
+        screen.say(f"Timing steps on {workers}, {number + 1} of {len(to_run)}")
+        measured[count] = Measured(**do(few, step_times_loop_per_worker, job_of, screen))
+        plan = Plan(request.recipe, counts, num_images, place, measured, interconnect)
+        found["plan"] = planning.summarize(plan, price_per_hour)
+
+
+def do(run: "PreparedRun", loop: Callable[..., Any], job_of: Callable[["Job"], Any], screen: "Screen") -> Any:
+    """Have the workers do this, and return what the first one returned."""
+    from raycifar.cluster.waiting import Waiting
+
+    waiting = Waiting(run.workers, run.request.wait)
+    return fit(
+        run,
+        lambda running: screen.follow_phase(run.status_store, running, waiting),
+        lambda job: (loop, {"job": job_of(job)}),
+    )
+
+
+def find_place(run: "PreparedRun", counts: Sequence[int], interconnect: str | None) -> Place:
+    """Return what the workers of a plan would run on.
+
+    Raises:
+        RequestError: what lies between workers can't be measured, and isn't given.
+    """
+    from raycifar.cluster.sizing import alive_nodes, placeable, usable_cpus
+
+    use_gpu = run.workers.use_gpu
+    if interconnect:
+        return Place(use_gpu, shared=False, most=1)
+    nodes = alive_nodes() if run.workers.count else []
+    cpus = [usable_cpus(node["CPU"]) for node in nodes if node.get("CPU")]
+    shared = len(cpus) == 1 and not use_gpu
+    if use_gpu:
+        most = placeable(nodes, {"GPU": 1})
+    elif shared:
+        each = run.request.cpus_per_worker
+        most = int(cpus[0] / each) if each else max(FEW_WORKERS, int(cpus[0]))
+    else:
+        most = len(cpus)
+    if most < min(2, counts[-1]):
+        raise RequestError(
+            "one worker alone can be run here, so what lies between several can't be measured: give --interconnect "
+            f"{', '.join(INTERCONNECTS)}."
         )
+    return Place(use_gpu, shared, max(1, most))
 
 
-def time_startup(request: TrainingRequest, rounds: int, screen: "Screen") -> dict[str, Any]:
-    """Return the seconds from a command to its first optimizer step, and those of the least that Ray takes."""
+def time_startup(request: TrainingRequest, rounds: int, screen: "Screen", seconds: float) -> dict[str, Any]:
+    """Return the seconds from a command to its first optimizer step, and those of the least that Ray takes.
+
+    It is timed as many rounds as fit into so many seconds, once at least.
+    """
     workers = request.workers if isinstance(request.workers, int) else 1
-    seconds: dict[str, list[float]] = {"first_step_seconds": [], "floor_seconds": []}
+    took: dict[str, list[float]] = {"first_step_seconds": [], "floor_seconds": []}
+    ends = time.monotonic() + seconds
     for number in range(rounds):
+        if number and time.monotonic() + sum(values[-1] for values in took.values()) > ends:
+            break
         with screen.waiting(f"Timing the start, {number + 1} of {rounds}"):
-            seconds["first_step_seconds"].append(time_first_step(dataclasses.replace(request, workers=workers)))
-            seconds["floor_seconds"].append(time_floor(workers))
-    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
-    return {name: spread(values) for name, values in seconds.items()} | {"ratio": spread(ratios)}
+            took["first_step_seconds"].append(time_first_step(dataclasses.replace(request, workers=workers)))
+            took["floor_seconds"].append(time_floor(workers))
+    ratios = [a / b for a, b in zip(*took.values(), strict=True)]
+    return {name: spread(values) for name, values in took.items()} | {"ratio": spread(ratios)}
 
 
 def time_first_step(request: TrainingRequest) -> float:
@@ -235,3 +365,14 @@ def draw(bench: dict[str, Any]) -> str:
     bare = bench["bare_images_per_second"]
     rows = [(name, rate["median"], rate["low"], rate["high"]) for name, rate in rates.items()]
     return bars(rows, bare, "images per second", f"{bench['model']}. {description}.")
+
+
+def draw_plan(bench: dict[str, Any]) -> str:
+    """Return the chart of images per second by number of workers."""
+    from raycifar.analysis.charts import scaling
+
+    plan = bench["plan"]
+    predicted = {count: figures["images_per_second"] for count, figures in plan["workers"].items()}
+    measured = {check["workers"]: (check["low"], check["measured"]) for check in plan["checked"]}
+    description = "; ".join(f"{count} workers: {rate:,.0f} images per second" for count, rate in predicted.items())
+    return scaling(predicted, measured, f"{bench['model']}. {description}.")

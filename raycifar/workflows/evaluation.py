@@ -12,6 +12,7 @@ from raycifar.data import CIFAR100
 from raycifar.data.tables import Source, from_lists, take, to_images, to_lists
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PREDICTIONS, RUN, RunFolder
 from raycifar.workflows.reporting import load_images
+from raycifar.workflows.requests import WorkerSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,7 @@ BLOCK = 1000  # images in a block of Ray Data, and asked of a network at once
 
 
 @dataclass(frozen=True)
-class EvaluationRequest:
+class EvaluationRequest(WorkerSettings):
     """What is to be scored, and how.
 
     network: a run's folder, or a weights file. data: of other images than the run's own. count: of workers; 0 takes
@@ -36,9 +37,12 @@ class EvaluationRequest:
     data: str | None = None
     split: str = "test"
     count: int | None = None
-    device: str = "auto"
-    cpus_per_worker: float | None = None
     out: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.count == 0:
+            self.check_no_gpu_is_chosen("--workers 0")
 
 
 def evaluate(
@@ -91,16 +95,18 @@ class Scorer:
 
     weights: "Weights"
     precision: Any
-    device: str
+    gpus: float
     threads: int
 
     def __post_init__(self) -> None:
         import torch
 
+        from raycifar.engine.hardware import limit_gpu_memory
         from raycifar.engine.trained_model import Trained
 
         torch.set_num_threads(self.threads)
-        self.trained = Trained(self.weights, self.device, self.precision)
+        limit_gpu_memory(self.gpus)
+        self.trained = Trained(self.weights, "gpu" if self.gpus else "cpu", self.precision)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return, for a batch with columns image and index, index and logits."""
@@ -134,13 +140,15 @@ def ask(
     else:
         with screen.waiting("Starting Ray"):
             connection.enter_context(connected(debug=debug))
-            workers = sizing.size(request.count, request.device, request.cpus_per_worker)
+            workers = sizing.size(
+                request.count, request.device, request.cpus_per_worker, request.gpus_per_worker, request.accelerator
+            )
         with screen.line() as line:
             make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
     scorer = {
         "weights": weights,
         "precision": precision,
-        "device": "gpu" if workers.use_gpu else "cpu",
+        "gpus": workers.gpus,
         "threads": workers.threads,
     }
     parts = [table.slice(start, BLOCK) for start in range(0, len(table), BLOCK)]
@@ -161,7 +169,8 @@ def run_job(parts: list[pa.Table], scorer: dict[str, Any], workers: "Workers") -
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=workers.count),
         num_cpus=workers.cpus,
-        num_gpus=1 if workers.use_gpu else None,
+        num_gpus=workers.gpus or None,
+        accelerator_type=workers.accelerator,
     )
     return list(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
 

@@ -93,6 +93,7 @@ def record(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any]
             "workers": workers.count,
             **({} if workers.least is None else {"least_workers": workers.least}),
             "cpus_per_worker": workers.cpus,
+            **({"gpus_per_worker": workers.gpus} if workers.use_gpu else {}),
             "device": "gpu" if workers.use_gpu else "cpu",
             "created": (folder.read_json(RUN) or {}).get("created", now),
             "versions": versions(),
@@ -100,7 +101,7 @@ def record(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any]
     )
 
 
-def overview(identity: dict[str, Any], workers: "Workers", folder: str) -> dict[str, str]:
+def overview(identity: dict[str, Any], workers: object, folder: str) -> dict[str, str]:
     recipe, data = identity["recipe"], identity["data"]
     return {
         "model": f"{identity['model']}, seed {identity['seed']}",

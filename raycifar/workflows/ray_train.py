@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig
 
 from raycifar.cluster.controller_callbacks import FailureCounter
 from raycifar.cluster.nodes import versions
@@ -48,6 +49,8 @@ def build_trainer(run: "PreparedRun", work: Work | None = None) -> StoppableTrai
             resources_per_worker=workers.resources,
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
+        # NCCL takes no two workers on one GPU; None is Ray Train's choice.
+        torch_config=TorchConfig(backend="gloo" if workers.share_gpus else None),
         run_config=RunConfig(
             name=folder.name,
             storage_path=folder.root,
@@ -73,7 +76,7 @@ def build_job(run: "PreparedRun") -> Job:
         num_train_images=len(inputs.splits.train),
         num_val_images=len(inputs.splits.val),
         num_test_images=len(inputs.splits.test) if request.test else 0,
-        use_gpu=run.workers.use_gpu,
+        gpus=run.workers.gpus,
         threads=run.workers.threads,
         in_process=run.workers.count == 0,
         versions=versions(),

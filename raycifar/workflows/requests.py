@@ -12,11 +12,12 @@ from typing import Any, Literal, Self, get_args
 from raycifar import models
 from raycifar.errors import RequestError
 from raycifar.models.recipe import Recipe
-from raycifar.models.recipes import choose_recipe, recipe_fields, recipe_for
+from raycifar.models.recipes import choose_recipe, recipe_fields, recipe_for, recipe_from_json
 
 WorkerCount = int | tuple[int, int] | None
 Device = Literal["auto", "gpu", "cpu"]
 
+SMALLEST_GPU_SHARE = 0.0001  # Ray's unit
 MAX_ELASTIC_WORKERS = 64  # the images are cut wherever a shard of any of the numbers begins
 
 
@@ -40,32 +41,55 @@ def setting(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class WorkerSettings:
+    """What each worker computes on."""
+
+    device: Device = setting("auto", "GPUs where there are any, or one kind alone.")
+    cpus_per_worker: float | None = setting(None, "CPUs, so threads.  [fair share]")
+    gpus_per_worker: float = setting(1.0, "A share of a GPU, above 0, at most 1.")
+    accelerator: str | None = setting(None, "The kind of GPU, such as H100.  [any]")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if f.metadata:
+                check_value(f.name, f.type, f.metadata["least"], getattr(self, f.name))
+        if self.cpus_per_worker is not None and not self.cpus_per_worker > 0:
+            raise RequestError(f"--cpus-per-worker {self.cpus_per_worker}: it must be above 0.")
+        if not SMALLEST_GPU_SHARE <= self.gpus_per_worker <= 1:
+            raise RequestError(
+                f"--gpus-per-worker {self.gpus_per_worker:g}: it must be a share of a GPU, above 0 "
+                f"({SMALLEST_GPU_SHARE} at least) and at most 1."
+            )
+        if self.device == "cpu":
+            self.check_no_gpu_is_chosen("--device cpu")
+
+    def check_no_gpu_is_chosen(self, where: str) -> None:
+        for chosen, option in (
+            (self.gpus_per_worker != 1, f"--gpus-per-worker {self.gpus_per_worker:g}"),
+            (self.accelerator, f"--accelerator {self.accelerator}"),
+        ):
+            if chosen:
+                raise RequestError(f"{option} is for workers on GPUs: leave it out, or {where}.")
+
+    def settle(self, **values: Any) -> None:
+        """Settle a default that depends on other values."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(WorkerSettings):
     """What training one model and comparing several have in common."""
 
     seed: int = setting(0, "Of the split, the first weights and every epoch; the first of several.", least=0)
     data: str = setting("cifar100", "cifar100, synthetic, path, URI.", env="RAYCIFAR_DATA")
     val_size: int = setting(5000, "Training images held out, as many of each class.")
     limit: int | None = setting(None, "Use only so many training images, as many of each class.")
-    device: Device = setting("auto", "GPUs where there are any, or one kind alone.")
-    cpus_per_worker: float | None = setting(None, "CPUs, so threads.  [fair share]")
     storage: str = setting("results", "Where runs are kept: a folder or a URI.", env="RAYCIFAR_STORAGE")
     max_failures: int = setting(3, "Restarts after a worker died.", least=0)
     wait: float = setting(1800, "Seconds for nodes to come or to be free.", least=0)
     report: bool = setting(True, "Draw and explain the curves, also while it runs.")
     compile: bool = setting(False, "Compile the model with torch.compile.")
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            if f.metadata:
-                check_value(f.name, f.type, f.metadata["least"], getattr(self, f.name))
-        if self.cpus_per_worker is not None and self.cpus_per_worker <= 0:
-            raise RequestError(f"--cpus-per-worker {self.cpus_per_worker}: it must be above 0.")
-
-    def settle(self, **values: Any) -> None:
-        """Settle a default that depends on other values."""
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -90,8 +114,16 @@ class TrainingRequest(Settings):
     def __post_init__(self) -> None:
         models.find(self.model)
         name = self.name or f"{models.slug(self.model)}-s{self.seed}-{datetime.now():%Y%m%d-%H%M%S}"
-        self.settle(recipe=self.recipe or recipe_for(self.model), name=name, workers=parse_workers(self.workers))
+        recipe = recipe_from_json(self.model, vars(self.recipe)) if self.recipe else recipe_for(self.model)
+        self.settle(recipe=recipe, name=name, workers=parse_workers(self.workers))
         super().__post_init__()
+        if self.workers == 0:
+            self.check_no_gpu_is_chosen("--workers 0")
+        if isinstance(self.workers, tuple) and self.gpus_per_worker < 1:  # Ray Train would miscount the shares
+            raise RequestError(
+                f"--gpus-per-worker {self.gpus_per_worker:g}: an elastic run takes whole GPUs; leave it out, or give "
+                "--workers one number."
+            )
         check_name(name)
 
     @classmethod
@@ -152,7 +184,7 @@ class ComparisonRequest(Settings):
 # From options to values -----------------------------------------------------------------------------
 
 
-def settings_of(kind: type[Settings]) -> list[Any]:
+def settings_of(kind: type[WorkerSettings]) -> list[Any]:
     """Return the fields that are options, those of the kind itself first."""
     shared = {f.name for f in fields(Settings)}
     return sorted((f for f in fields(kind) if f.metadata), key=lambda f: f.name in shared and f.name != "seed")

@@ -106,7 +106,8 @@ def prepare(
 
         connection.enter_context(connected(debug=debug, dashboard=True))
         trials = len(recipes) * (request.search + request.seeds)
-        workers, fit = sizing.size_trials(request.workers, request.device, request.cpus_per_worker, trials)
+        each = (request.device, request.cpus_per_worker, request.gpus_per_worker, request.accelerator)
+        workers, fit = sizing.size_trials(request.workers, *each, trials)
         most = request.max_trials or fit
         with folder.marker() as file:
             check_nodes(workers, file)

@@ -198,7 +198,9 @@ def allocate_workers(request: TrainingRequest, folder: RunFolder, connection: Ex
         connection.enter_context(quiet(debug=debug))
         return sizing.in_process(request.device, request.cpus_per_worker)
     connection.enter_context(connected(debug=debug))
-    workers = sizing.size(request.workers, request.device, request.cpus_per_worker)
+    workers = sizing.size(
+        request.workers, request.device, request.cpus_per_worker, request.gpus_per_worker, request.accelerator
+    )
     check_batch_size(request.recipe, workers.count)
     with folder.marker() as file:
         check_nodes(workers, file)

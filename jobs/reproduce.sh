@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Trains the table of results: each model with each seed, on whatever Ray cluster there is, else on this machine. Prints
+# the table as Markdown, and leaves it in report.md of the comparison's folder. Started again, it goes on where it was.
+#
+#   jobs/reproduce.sh                          cnn, vgg16 and ResNet-50 from scratch, three seeds each, all epochs
+#   MODELS=cnn SEEDS=1 EPOCHS=5 jobs/reproduce.sh --limit 5000
+#
+# NAME               of the comparison; the same name continues it
+# RAYCIFAR_STORAGE   where it is kept: s3://bucket/runs, or a folder that all nodes share
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+name=${NAME:-reproduce} storage=${RAYCIFAR_STORAGE:-results} python=${PYTHON:-python3}
+"$python" -m raycifar.compare --models "${MODELS:-cnn,vgg16,resnet50}" --seeds "${SEEDS:-3}" --pretrained none \
+    ${EPOCHS:+--epochs "$EPOCHS"} --name "$name" --storage "$storage" "$@"
+"$python" -m raycifar.report "$storage/$name" --format md
+"$python" -c 'import sys; from raycifar.storage.run_folder import *
+print(RunFolder.at(sys.argv[1]).read(REPORT_TEXT).decode())' "$storage/$name"

@@ -1,0 +1,30 @@
+"""`--dry-run`: the whole plan, and nothing else."""
+
+import pytest
+from command import Command, finish
+from conftest import RUN
+
+
+def test_the_plan_is_shown_and_nothing_is_written_or_started(small, tmp_path):
+    out = finish(Command(*RUN, "--data", small, "--dry-run", "--name", "a", storage=tmp_path / "runs")).stdout
+    for words in ("cnn, seed 0", "200 training, 100 validation, 300 test", "in a Ray that is started", "epochs 3"):
+        assert words in out
+    assert "10 in each epoch" in out
+    assert "on this machine's CPU" in out or "raycifar bench measures it" in out
+    assert "Nothing was started." in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_finished_run_is_named_as_such_and_another_recipe_refused(trained, small):
+    args = (*RUN, "--data", small, "--name", "a", "--workers", 0, "--dry-run")
+    assert "nothing would be trained" in finish(Command(*args, storage=trained.parent)).stdout
+    assert (
+        "is another run: lr 0.05 there, 0.3 here"
+        in finish(Command(*args, "--lr", 0.3, storage=trained.parent), code=2).stderr
+    )
+
+
+@pytest.mark.parametrize("option", [("--val-size", 7), ("--recipe", "nothing.toml"), ("--depth", 0)])
+def test_a_wrong_request_is_refused_as_without_it(small, tmp_path, option):
+    args = (*RUN, "--data", small, *option, "--dry-run", "--workers", 0)
+    assert finish(Command(*args, storage=tmp_path), code=2).stderr.startswith("Error: ")
