@@ -131,6 +131,7 @@ class TrainingRequest(Settings):
     @classmethod
     def of(cls, model: str, **options: Any) -> Self:
         """Return the request that options stand for: `lr`, `epochs`, … are of the recipe; None is the model's own."""
+        models.find(model)
         settings, recipe = sort_options(cls, options)
         return cls(model, choose_recipe(model, **recipe), **settings)
 
