@@ -17,7 +17,7 @@ import psutil
 import pytest
 import ray
 import torch
-from command import Command, finish
+from command import Command, finish, reset_auth_token_state
 from cpus import free_cpus, who_has_them
 from ray.cluster_utils import Cluster
 from torchvision.models import resnet50
@@ -200,6 +200,7 @@ def end_ray(token: Path) -> None:
 @pytest.fixture(scope="module")
 def local_ray():
     """A Ray of one CPU, without a dashboard, in this process."""
+    reset_auth_token_state()  # which other tests have set
     ray.init(
         address="local",
         num_cpus=1,

@@ -30,7 +30,7 @@ def score(mean, half=None):
 def test_a_row_has_what_it_takes_to_reproduce_it():
     scores = {"top1": score(0.7, 0.01), "top5": score(0.9), "loss": score(1.1)}
     comparison = {"models": {"cnn": {"runs": ["cnn-s0"], "seeds": [0, 1, 2], **scores}}}
-    *_, row = results_table(comparison, [history("cnn-s0", 0)]).splitlines()
+    *_, row = results_table(comparison, {"cnn-s0": history("cnn-s0", 0)}).splitlines()
     assert row == (
         "| cnn | 3 | 0.7000 ± 0.0100 | 0.9000 | 1.1000 | 2 | 2-thread CPU | 60 | "
         "`raycifar train --model cnn --epochs 2`, seeds 0, 1, 2 |"

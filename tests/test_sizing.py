@@ -123,7 +123,8 @@ def test_ray_places_shares_and_kinds_as_they_are_counted(nodes, tmp_path):
             "cnn", data="synthetic", limit=200, val_size=100, workers=2, gpus_per_worker=0.5, accelerator="A100",
             storage=str(tmp_path), name="a",
         )  # fmt: skip
-        run = prepare(request, Screen(quiet=True), ExitStack())
+        connection = ExitStack()
+        run = prepare(request, Screen(quiet=True), connection)
 
         def loop(config):  # the GPU is there in name only
             return dist.get_backend(), ray.get_gpu_ids()

@@ -215,7 +215,7 @@ def report_comparison(name: str, runs: Sequence[RunFiles], comparison: dict[str,
         "findings": [finding.to_json() for finding in found],
         "paragraph": " ".join([state, *sentences, *(finding.evidence for finding in found)]),
         "sentences": sentences,
-        "results": results_table(comparison, [run.history for run in runs]) if comparison else None,
+        "results": results_table(comparison, {run.name: run.history for run in runs}) if comparison else None,
         "runs": [{key: report[key] for key in ("name", "state", "headline", "findings")} for report in reports],
         "next": next_comparison(runs, comparison),
     }

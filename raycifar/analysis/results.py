@@ -1,6 +1,6 @@
 """The results of a comparison as a table in Markdown, with what it takes to reproduce each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from raycifar.analysis.history import RunHistory
@@ -9,16 +9,15 @@ from raycifar.analysis.prose import to_command
 HEADINGS = ("model", "n", "test top-1", "top-5", "loss", "epochs", "hardware", "seconds", "command")
 
 
-def results_table(comparison: dict[str, Any], histories: Sequence[RunHistory]) -> str:
+def results_table(comparison: dict[str, Any], histories: Mapping[str, RunHistory]) -> str:
     """Return a row for each model: means over its seeds, with 95% intervals where there are several.
 
     Args:
-        comparison: the content of `comparison.json`. histories: of its runs.
+        comparison: the content of `comparison.json`. histories: of its runs, by name.
     """
-    by_name = {history.run["name"]: history for history in histories}
     rows = [HEADINGS, ["---"] * len(HEADINGS)]
     for name, model in comparison["models"].items():
-        history = by_name[model["runs"][0]]
+        history = histories[model["runs"][0]]
         scores = [interval(model[score]) for score in ("top1", "top5", "loss")]
         command = f"`{to_command(history.run, 'train', history.recipe)}`"
         seeds = f", seeds {', '.join(map(str, model['seeds']))}"
