@@ -110,7 +110,7 @@ def test_images_of_any_kind_are_asked_about(trained, small, tmp_path):
     [
         (np.zeros((2, 3, 32, 32), np.uint8), r"uint8 of shape \(2, 3, 32, 32\)"),
         (np.zeros((2, 32, 32, 3), np.float32), "float32 of shape"),
-        ([], "no image"),
+        ([], "list of images is empty"),
         ("nowhere.png", "nowhere.png does not exist"),
     ],
 )
@@ -150,7 +150,7 @@ print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
         weights = tmp_path / "runs" / name / "model.safetensors"
         assert weights.read_bytes() == (trained / "model.safetensors").read_bytes()
     assert "refused: there is no option 'epoch': is it 'epochs'?" in after
-    assert "refused: --val-size 7 can't be shared" in after
+    assert "refused: --val-size 7 can't be divided" in after
     assert "is another run: lr 0.05 there, 0.3 here" in after
     assert "failed: the loss is no longer finite" in after
     assert after.endswith("True\n")
