@@ -8,7 +8,7 @@ from raycifar import models
 from raycifar.command import UNTIL_EXIT, Interrupted, command
 from raycifar.options import WIDE, recipe_options, request_options
 from raycifar.terminal import Screen
-from raycifar.workflows import preview, training
+from raycifar.workflows import training
 from raycifar.workflows.requests import TrainingRequest
 
 
@@ -25,6 +25,8 @@ def main(debug: bool, model: str, dry_run: bool, **options: Any) -> None:
     """
     request, screen = TrainingRequest.of(model, **options), Screen()
     if dry_run:
+        from raycifar.workflows import preview  # and with it PyTorch, which training imports while it reads
+
         preview.preview(request, screen, UNTIL_EXIT, debug=debug)
         return
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import ray
 import torch
 from command import Command, finish
 from cpus import free_cpus, who_has_them
@@ -194,6 +195,21 @@ def end_ray(token: Path) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(its, timeout=10)
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    """A Ray of one CPU, without a dashboard, in this process."""
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _node_ip_address="127.0.0.1",
+    )
+    yield
+    ray.shutdown()
 
 
 class Nodes:

@@ -165,7 +165,7 @@ def test_a_prediction_for_two_workers_is_held_against_what_two_make(cluster, sma
 @pytest.mark.slow
 def test_the_script_for_a_gpu_does_what_is_missing_and_then_nothing(small, tmp_path):
     environment = {**os.environ, "SMALL": "1", "PYTHON": sys.executable, "RAYCIFAR_DATA": small}
-    command = [ROOT / "jobs/measure_gpu.sh", "5", tmp_path / "gpu.jsonl"]
+    command = [ROOT / "jobs/measure_gpu.sh", "60", tmp_path / "gpu.jsonl"]
 
     def call():
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=True)

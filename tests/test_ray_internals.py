@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import ray
 from ray.train import UserCallback
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -16,21 +15,6 @@ from raycifar.cluster import ray_internals
 
 PRIVATE = r"ray\._private|ray\._raylet|ray\.core\.generated|internal_kv|train\.v2|tune\.progress_reporter|monitor\.py"
 PRIVATE += r"|ray\.autoscaler|print_to_stdstream|auto_init_hook"
-
-
-@pytest.fixture(scope="module")
-def one_ray():
-    """A Ray of one CPU, without a dashboard, in this process."""
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _node_ip_address="127.0.0.1",
-    )
-    yield
-    ray.shutdown()
 
 
 def test_no_other_file_of_the_package_uses_a_private_part_of_ray():
@@ -52,14 +36,14 @@ def test_workers_do_not_import_what_commands_need():
     assert {"yaml", "click", "psutil", "rich", "ray.tune"} & (set(loaded) - set(before)) == set()
 
 
-def test_the_key_value_store(one_ray):
+def test_the_key_value_store(local_ray):
     assert ray_internals.kv_get("raycifar/test") is None
     ray_internals.kv_put("raycifar/test", b"1")
     ray_internals.kv_put("raycifar/test", b"2")
     assert ray_internals.kv_get("raycifar/test") == b"2", "Ray's key-value store no longer overwrites"
 
 
-def test_a_ray_of_this_process_is_not_one_that_ray_start_has_begun(one_ray):
+def test_a_ray_of_this_process_is_not_one_that_ray_start_has_begun(local_ray):
     from ray._private import services
 
     addresses = services.find_gcs_addresses()
@@ -93,7 +77,7 @@ def test_ray_is_not_started_by_a_thread_that_goes_on(monkeypatch):
         assert not ray.is_initialized(), "Ray starts by itself although it is told not to"
 
 
-def test_the_cluster_s_nodes_have_their_free_resources_and_nothing_is_on_the_way(one_ray):
+def test_the_cluster_s_nodes_have_their_free_resources_and_nothing_is_on_the_way(local_ray):
     status = ray_internals.cluster_status()
     (node,) = [*status.active_nodes, *status.idle_nodes]
     assert node.available_resources()["CPU"] == 1
@@ -101,7 +85,7 @@ def test_the_cluster_s_nodes_have_their_free_resources_and_nothing_is_on_the_way
     assert sum(launch.count for launch in status.pending_launches) == 0
 
 
-def test_without_an_autoscaler_nothing_is_infeasible(one_ray):
+def test_without_an_autoscaler_nothing_is_infeasible(local_ray):
     group = placement_group([{"CPU": 64}])
     try:
         assert ray_internals.is_infeasible(group) is False
@@ -112,7 +96,7 @@ def test_without_an_autoscaler_nothing_is_infeasible(one_ray):
     assert "infeasible_gang_resource_requests" in AutoscalingState.DESCRIPTOR.fields_by_name
 
 
-def test_the_autoscaler_s_configuration_is_read_where_ray_starts_it(one_ray, tmp_path, monkeypatch):
+def test_the_autoscaler_s_configuration_is_read_where_ray_starts_it(local_ray, tmp_path, monkeypatch):
     """The real monitor has none; one that has is made up, as Ray's services would start it."""
     import psutil
     from ray._private import services
@@ -130,7 +114,7 @@ def test_the_autoscaler_s_configuration_is_read_where_ray_starts_it(one_ray, tmp
     assert ray_internals.autoscaler_config() == {"max_workers": 3}
 
 
-def test_the_job_of_a_driver_that_lives_is_not_over(one_ray):
+def test_the_job_of_a_driver_that_lives_is_not_over(local_ray):
     assert ray_internals.is_job_over() is False
     from ray._private.state import jobs
 
@@ -153,7 +137,7 @@ def test_what_a_worker_raised_or_died_of_is_found():
     assert ray_internals.cause_of(UserExceptionWithTraceback(cause, "Traceback …")) is cause
 
 
-def test_an_actor_s_placement_groups_are_known_also_after_its_death(one_ray):
+def test_an_actor_s_placement_groups_are_known_also_after_its_death(local_ray):
     @ray.remote(num_cpus=0)
     class Holder:
         def reserve(self):

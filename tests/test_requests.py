@@ -44,6 +44,7 @@ def test_python_has_the_options_of_the_command_with_its_defaults(function, comma
     ("options", "says"),
     [
         ({"epoch": 3}, "no option 'epoch': is it 'epochs'"),
+        ({"recipe": 5}, "the recipe is 5: give a name, a TOML file or a run's folder"),
         ({"rungs": (1,)}, "no option 'rungs'"),
         ({"epochs": "3"}, "epochs is '3': a whole number is needed"),
         ({"epochs": True}, "epochs is True: a whole number is needed"),
@@ -57,7 +58,7 @@ def test_python_has_the_options_of_the_command_with_its_defaults(function, comma
         ({"gpus_per_worker": 1.5}, "--gpus-per-worker 1.5: it must be"),
         ({"gpus_per_worker": math.nan}, "--gpus-per-worker nan: it must be"),
         ({"gpus_per_worker": 0.5, "device": "cpu"}, "--gpus-per-worker 0.5 is for workers on GPUs"),
-        ({"gpus_per_worker": 0.5, "workers": 0}, "leave it out, or --workers 0"),
+        ({"gpus_per_worker": 0.5, "workers": 0}, "leave one of them out"),
         ({"gpus_per_worker": 0.5, "workers": "1:4"}, "an elastic run takes whole GPUs"),
         ({"accelerator": "H100", "device": "cpu"}, "--accelerator H100 is for workers on GPUs"),
         ({"name": "../up"}, "'../up' is no folder's name"),
@@ -106,3 +107,15 @@ def test_a_comparison_gives_each_model_its_own_recipe_and_hands_on_the_rest():
     trial = request.training("cnn")
     assert (trial.limit, trial.max_failures, trial.recipe.epochs, trial.checkpoint_steps) == (500, 1, 4, 200)
     assert trial.gpus_per_worker == 0.25
+
+
+@pytest.mark.parametrize("model", [None, 3, ["cnn"]])
+def test_what_is_no_name_of_a_model_is_refused(model):
+    with pytest.raises(RequestError, match="is not the name of a model"):
+        TrainingRequest.of(model)
+    with pytest.raises(RequestError, match="is not the name of a model"):
+        ComparisonRequest.of(["cnn", model])
+
+
+def test_a_path_is_as_good_as_its_text(tmp_path):
+    assert TrainingRequest.of("cnn", storage=tmp_path, data=tmp_path / "d").storage == str(tmp_path)

@@ -14,20 +14,6 @@ from raycifar.cluster.connection import connected
 from raycifar.cluster.stoppable import AbortedError, StoppableTrainer
 
 
-@pytest.fixture(scope="module")
-def own_ray():
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _node_ip_address="127.0.0.1",
-    )
-    yield
-    ray.shutdown()
-
-
 def endless():
     """Return a training function without end; it travels to the workers whole, as they don't know this file."""
 
@@ -71,7 +57,7 @@ def reserved():
     return [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
 
 
-def test_a_run_that_trains_is_ended(own_ray, tmp_path):
+def test_a_run_that_trains_is_ended(local_ray, tmp_path):
     run = Fit(tmp_path)
     wait_until(lambda: run.file.exists() or run.outcome, 60, "training")
     assert not run.outcome
@@ -80,7 +66,7 @@ def test_a_run_that_trains_is_ended(own_ray, tmp_path):
     assert reserved() == []
 
 
-def test_a_run_that_waits_for_room_is_ended(own_ray, tmp_path):
+def test_a_run_that_waits_for_room_is_ended(local_ray, tmp_path):
     held = placement_group([{"CPU": 1}])
     ray.get(held.ready())
     run = Fit(tmp_path)
@@ -92,7 +78,7 @@ def test_a_run_that_waits_for_room_is_ended(own_ray, tmp_path):
     assert not run.file.exists()
 
 
-def test_a_run_that_is_ended_before_it_begins_does_not_begin(own_ray, tmp_path):
+def test_a_run_that_is_ended_before_it_begins_does_not_begin(local_ray, tmp_path):
     trainer = StoppableTrainer(endless(), run_config=RunConfig(storage_path=str(tmp_path)))
     trainer.ended.set()
     trainer.abort()
@@ -100,7 +86,7 @@ def test_a_run_that_is_ended_before_it_begins_does_not_begin(own_ray, tmp_path):
         trainer.fit()
 
 
-def test_the_caller_s_ray_is_joined_and_left_as_it_was(own_ray):
+def test_the_caller_s_ray_is_joined_and_left_as_it_was(local_ray):
     job = ray.get_runtime_context().get_job_id()
     with connected(debug=False):
         assert ray.get_runtime_context().get_job_id() == job

@@ -300,6 +300,6 @@ assert train(request, Screen(), ExitStack())["status"] == "finished"
 assert "test" not in train(request, Screen(), ExitStack())
 """
     done = finish(Program(tmp_path / "program.py", code, small))
-    assert "Trained 1 epochs" in done.stdout
+    assert "Trained 1 epoch in" in done.stdout
     assert "Test, " not in done.stdout
     assert "nothing is trained again" in done.stdout

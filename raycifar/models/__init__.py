@@ -167,6 +167,8 @@ def find(name: str) -> Builtin | FromTimm:
     Raises:
         RequestError: no architecture has that name.
     """
+    if not isinstance(name, str):
+        raise RequestError(f"{name!r} is not the name of a model: choose from {', '.join(names())}, or timm:NAME.")
     if name.startswith(TIMM):
         from raycifar.models.from_timm import FromTimm
 

@@ -38,7 +38,7 @@ SPEEDRUN = CnnRecipe(
     label_smoothing=0.2, augment="cutout", cutmix=0.25, tta_flip=True, whiten=True, depth=2,
 )  # fmt: skip
 RECIPES = {"scratch": CnnRecipe(), "transfer": CnnRecipe(**TRANSFER), "speedrun": SPEEDRUN}
-PURPOSES = {"speedrun": "test top-1 of 0.75 in the least time"}
+PURPOSES = {"speedrun": "test top-1 of 0.75 in the least time", "transfer": "from a weights file, --pretrained FILE"}
 
 
 def build(num_classes: int, dropout: float, large_stem: bool, whiten: bool, depth: int) -> nn.Module:

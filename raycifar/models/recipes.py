@@ -1,6 +1,7 @@
 """Choosing a recipe: a model's, by name, that of a TOML file or that of a run."""
 
 import json
+import os
 import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -86,7 +87,9 @@ def find_recipe(model: str, wanted: str, pretrained: str | None = None) -> Recip
     Raises:
         RequestError: there is no such recipe, or it belongs to another model.
     """
-    own = models.recipes_of(model)
+    if not isinstance(wanted, str | os.PathLike):
+        raise RequestError(f"the recipe is {wanted!r}: give a name, a TOML file or a run's folder.")
+    wanted, own = os.fspath(wanted), models.recipes_of(model)
     if wanted in own:
         return own[wanted]
     if owners := [name for name in models.names() if wanted in models.recipes_of(name)]:

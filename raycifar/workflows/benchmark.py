@@ -87,6 +87,11 @@ def bench(
     if plan is None and (interconnect or price_per_hour is not None):
         raise RequestError("--interconnect and --price-per-hour are for a plan: give --plan, such as --plan 1,2,4,8.")
     counts = planning.parse_plan(plan, request.recipe) if plan is not None else []
+    if counts and counts[-1] > 1 and request.workers == 0 and interconnect is None:
+        raise RequestError(
+            "--workers 0 has no workers between which a plan could measure the network: give --interconnect "
+            f"{', '.join(INTERCONNECTS)}, or --workers 2."
+        )
     if 0 < request.recipe.head_epochs < request.recipe.epochs:
         request = dataclasses.replace(request, recipe=dataclasses.replace(request.recipe, head_epochs=0))
     found: dict[str, Any] = {}

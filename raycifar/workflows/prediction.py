@@ -90,6 +90,8 @@ def read_images(images: Any) -> np.ndarray:
             f"the images are {pixels.dtype} of shape {pixels.shape}: give uint8 of shape (n, {side}, {side}, "
             f"{channels}), PIL images or paths."
         )
+    if not len(pixels):
+        raise RequestError("the array holds no image: give at least one.")
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 

@@ -69,7 +69,9 @@ class WorkerSettings:
             (self.accelerator, f"--accelerator {self.accelerator}"),
         ):
             if chosen:
-                raise RequestError(f"{option} is for workers on GPUs: leave it out, or {where}.")
+                raise RequestError(
+                    f"{option} is for workers on GPUs, which {where} has none of: leave one of them out."
+                )
 
     def settle(self, **values: Any) -> None:
         """Settle a default that depends on other values."""
@@ -129,6 +131,7 @@ class TrainingRequest(Settings):
     @classmethod
     def of(cls, model: str, **options: Any) -> Self:
         """Return the request that options stand for: `lr`, `epochs`, … are of the recipe; None is the model's own."""
+        models.find(model)
         settings, recipe = sort_options(cls, options)
         return cls(model, choose_recipe(model, **recipe), **settings)
 
@@ -166,7 +169,7 @@ class ComparisonRequest(Settings):
     @classmethod
     def of(cls, names: Iterable[str], **options: Any) -> Self:
         """Return the request that options stand for, with each model's own recipe for what isn't given."""
-        names = [name.strip() for name in names]
+        names = [name.strip() if isinstance(name, str) else name for name in names or ()]
         for name in names:
             models.find(name)
         if len(set(names)) < len(names):
@@ -203,9 +206,13 @@ def sort_options(kind: type[Settings], options: Mapping[str, Any]) -> tuple[dict
             near = "".join(f": is it {match!r}?" for match in difflib.get_close_matches(name, settings | recipe, 1))
             raise RequestError(f"there is no option {name!r}{near or '.'}")
     return (
-        {name: value for name, value in options.items() if name in settings},
+        {name: path_to_text(value) for name, value in options.items() if name in settings},
         {name: value for name, value in options.items() if name in recipe and value is not None},
     )
+
+
+def path_to_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def check_value(name: str, kind: Any, least: float | None, value: Any) -> Any:

@@ -265,7 +265,7 @@ def summary(run: PreparedRun, result: dict[str, Any]) -> list[str]:
             lines.append("These are synthetic images: the accuracy says nothing about CIFAR-100.")
     best = f"; best validation at epoch {result['best_epoch']}" if result["best_epoch"] else ""
     lines.append(
-        f"Trained {result['epochs']} epochs in {result['train_seconds']:.0f} s, "
+        f"Trained {result['epochs']} epoch{'s' * (result['epochs'] > 1)} in {result['train_seconds']:.0f} s, "
         f"{result['images_per_second']:,.0f} images/s{best}"
     )
     return [*lines, f"Run folder: {run.folder.folder}"]
