@@ -68,7 +68,7 @@ def test_a_preempted_run_goes_on_and_nothing_is_counted(store, alive):
     counter = FailureCounter(store, 0)
     fail(counter, store, 1, rank0=PreemptedError(), rank1=PreemptedError("in any words"))
     assert [failure.kind for failure in store.failures()] == [FailureCause.PREEMPTED]
-    assert "the run goes on from a checkpoint made just now" in str(store.failures()[0])
+    assert "the run continues elsewhere from a new checkpoint" in str(store.failures()[0])
 
 
 def test_a_disk_that_is_full_ends_the_run_at_once_and_a_storage_that_is_slow_does_not(store, alive):
