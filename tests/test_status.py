@@ -102,5 +102,5 @@ def test_the_store_is_asked_for_a_stop_twice_a_second_at_most(store, reporter, m
     assert len(looks) <= 2
     monkeypatch.undo()
     store.request_stop()
-    reporter.looked = 0.0
+    reporter.checked = 0.0
     assert reporter.stop_requested()

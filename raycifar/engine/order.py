@@ -1,11 +1,10 @@
-"""Which images make up which step: a pure function, so that a run resumes where it stood.
+"""The images of each step, as a pure function, so that a run resumes exactly where it stopped.
 
-An epoch shows every image of every worker's shard once, in a fixed number of batches as equal in size as
-they can be (127 or 128 images where 45,000 are cut into 352), so no image is dropped at an epoch's end and
-no batch is a tiny remainder.
+An epoch visits each image of each worker's shard once, in a fixed number of batches of nearly equal size (127 or 128
+images if 45,000 make 352 batches), so no image is dropped, and no batch is a tiny remainder.
 
-Where the number of workers changes in mid-epoch, the shards are cut anew. The images that the workers of
-before have shown are known from the same function, and the ones of now deal out what is left.
+If the number of workers changes during an epoch, the shards are cut anew. The function gives the images that the
+former workers have visited, and the current ones divide the rest.
 """
 
 from collections.abc import Iterator, Sequence
@@ -61,15 +60,15 @@ class EpochOrder:
     num_steps: int
 
     def batches(self, segments: Sequence[Segment], world_size: int, rank: int) -> Iterator[Batch]:
-        """Yield what is left of the epoch for one worker.
+        """Yield one worker's remaining batches of the epoch.
 
         Args:
-            segments: what has been trained of the epoch; empty at its beginning.
+            segments: the epoch's completed steps.
         """
         past = list(segments)
         current = past.pop() if past and past[-1].world_size == world_size else Segment(world_size, 0)
         unseen = np.ones(self.num_images, bool)
-        first_step = 0  # of the segment at hand
+        first_step = 0  # of the current segment
         for part, segment in enumerate(past):
             for rows in self._deal(part, unseen, segment.world_size):
                 unseen[rows[: len(rows) * segment.steps // (self.num_steps - first_step)]] = False
@@ -84,7 +83,7 @@ class EpochOrder:
                 yield Batch(first_step + k, mine[start:end], sum(cut[k + 1] - cut[k] for cut in cuts))
 
     def _deal(self, part: int, unseen: np.ndarray, world_size: int) -> list[np.ndarray]:
-        """Return the unseen rows of each worker's shard, each in the order in which it shows them."""
+        """Return the unseen rows of each worker's shard, in that worker's order."""
         return [
             np.random.default_rng([self.seed, self.epoch, part, world_size, rank]).permutation(
                 start + np.flatnonzero(unseen[start:end])

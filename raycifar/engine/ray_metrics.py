@@ -1,4 +1,4 @@
-"""A run's figures as Ray's own metrics: on the dashboard, and for Prometheus at every node's metrics port."""
+"""A run's metrics for Ray's dashboard, and for Prometheus at each node's metrics port."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from ray.util.metrics import Gauge
 
 from raycifar.cluster.status import in_a_cluster
 
-FIGURES = {
-    "epoch": "The epoch under way, from 1.",
-    "loss": "Training loss of the epoch under way so far, natural-log cross-entropy.",
-    "top1": "Training accuracy of the epoch under way so far, a fraction.",
+METRICS = {
+    "epoch": "The current epoch, from 1.",
+    "loss": "Training loss of the current epoch, natural-log cross-entropy.",
+    "top1": "Training accuracy of the current epoch, a fraction.",
     "images_per_second": "Training images per second, over all workers.",
     "lr": "Learning rate.",
     "val_loss": "Validation loss of the last epoch.",
@@ -18,18 +18,18 @@ FIGURES = {
 
 
 class Gauges:
-    """Shows the figures of one run; without a cluster there is nobody to show them to."""
+    """The gauges of one run; there are none outside a cluster."""
 
     def __init__(self, run: str, model: str) -> None:
         self.tags = {"run": run, "model": model}
         tags = tuple(self.tags)
         self.gauges = {
             name: Gauge(f"raycifar_{name}", description=text, tag_keys=tags)
-            for name, text in FIGURES.items()
+            for name, text in METRICS.items()
             if in_a_cluster()
         }
 
-    def show(self, figures: dict[str, Any]) -> None:
+    def set(self, metrics: dict[str, Any]) -> None:
         for name, gauge in self.gauges.items():
-            if (value := figures.get(name)) is not None:
+            if (value := metrics.get(name)) is not None:
                 gauge.set(value, self.tags)

@@ -1,4 +1,4 @@
-"""What the workers tell the driver while a run is under way."""
+"""Reports from the workers to the driver during a run."""
 
 import os
 import time
@@ -10,18 +10,18 @@ from raycifar.cluster.status import ModelFacts, Phase, StatusStore, StepStatus, 
 from raycifar.engine.ray_metrics import Gauges
 from raycifar.storage.records import EpochRecord
 
-SHOW_SECONDS = 0.5  # between two looks at a step's metrics
-STOP_SECONDS = 0.5  # between two looks for a request to stop
-VERDICT_SECONDS = 0.05  # between two looks for a verdict
+STEP_SECONDS = 0.5  # between two reports of a step
+STOP_SECONDS = 0.5  # between two checks for a request to stop
+VERDICT_SECONDS = 0.05  # between two checks for a verdict
 
 
 class Reporter:
-    """Tells the driver, by the status store, how the run stands; only the first worker, the leader, speaks."""
+    """Reports the run's status to the driver through the status store; only the first worker, the leader, reports."""
 
     def __init__(self, status_store: StatusStore, gauges: Gauges, *, leader: bool) -> None:
         self.status_store, self.gauges, self.leader = status_store, gauges, leader
         self.status = WorkerStatus(attempt=os.getpid())
-        self.shown = self.looked = 0.0
+        self.reported = self.checked = 0.0
         self.stop = False
 
     def phase(self, phase: Phase, detail: str = "") -> None:
@@ -39,19 +39,19 @@ class Reporter:
         self._put(nodes=ids)
 
     def epoch(self, history: Sequence[EpochRecord]) -> None:
-        """Tell the records of all finished epochs."""
+        """Report the records of all finished epochs."""
         if self.leader:
             self.status_store.put_history(history)
             self._put(step=None)
             if history:
-                self.gauges.show(vars(history[-1]))
+                self.gauges.set(vars(history[-1]))
 
     def timings(self, rates: dict[str, list[float]]) -> None:
         if self.leader:
             self.status_store.put_timings(rates)
 
     def verdict(self, epoch: int) -> bool:
-        """Wait until the search has said whether the run stops after `epoch`."""
+        """Wait for the search's decision, and return whether the run stops after `epoch`."""
         self.phase(Phase.COMPARING)
         while (stop := self.status_store.verdict(epoch)) is None:
             time.sleep(VERDICT_SECONDS)
@@ -59,22 +59,22 @@ class Reporter:
         return stop
 
     def stop_requested(self) -> bool:
-        """Return whether the driver has asked the run to stop; the leader alone looks, twice a second at most."""
+        """Return whether the driver has asked the run to stop; only the leader checks, at most twice a second."""
         now = time.perf_counter()
-        if self.leader and not self.stop and now - self.looked >= STOP_SECONDS:
-            self.looked = now
+        if self.leader and not self.stop and now - self.checked >= STOP_SECONDS:
+            self.checked = now
             self.stop = self.status_store.stop_requested()
         return self.stop
 
     def due(self) -> bool:
-        """Return whether it is time to show a step again."""
-        return self.leader and time.perf_counter() - self.shown >= SHOW_SECONDS
+        """Return whether it is time to report a step."""
+        return self.leader and time.perf_counter() - self.reported >= STEP_SECONDS
 
     def step(self, **values: Any) -> None:
-        """Tell how the epoch under way stands: the fields of `StepStatus`."""
-        self.shown = time.perf_counter()
+        """Report the current epoch's progress: the fields of `StepStatus`."""
+        self.reported = time.perf_counter()
         self._put(step=StepStatus(**values))
-        self.gauges.show(values)
+        self.gauges.set(values)
 
     def _put(self, **changes: Any) -> None:
         self.status = replace(self.status, **changes)

@@ -1,6 +1,6 @@
-"""All that a run is made of between two steps, and its way from a checkpoint.
+"""A run's complete state between two steps, and its form in a checkpoint.
 
-Tensors travel as safetensors, the rest as JSON: reading a checkpoint runs no code.
+Tensors are saved as safetensors, the rest as JSON: reading a checkpoint runs no code.
 """
 
 import itertools
@@ -30,10 +30,10 @@ PER_EXAMPLE = {"example_stats": "images", "val_correct": "val_right"}  # and wha
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """A run's progress.
 
-    epoch: the one under way, from 1. segments: its steps done, by number of workers. totals: what they counted.
-    restarts: in it. history: of the epochs before it.
+    epoch: the current one, from 1. segments: its completed steps, by number of workers. totals: their metrics.
+    restarts: during the epoch. history: of earlier epochs.
     """
 
     epoch: int = 1
@@ -44,12 +44,12 @@ class Progress:
 
     @property
     def step(self) -> int:
-        """Steps done of the epoch under way."""
+        """The current epoch's completed steps."""
         return sum(segment.steps for segment in self.segments)
 
     @property
     def best(self) -> EpochRecord | None:
-        """The epoch with the highest validation top-1, the first of equals; None where nothing is validated."""
+        """The first epoch with the highest validation top-1; None without validation."""
         validated = [record for record in self.history if record.val_top1 is not None]
         return max(validated, key=lambda record: record.val_top1, default=None)  # type: ignore[arg-type, return-value]
 
@@ -69,11 +69,11 @@ class Progress:
 
 
 class TrainingState:
-    """A model, its optimizer, its running average, its progress, and what is known of single images.
+    """A model, its optimizer, its running average, its progress, and statistics of each image.
 
     Args:
-        seed: of what `weights` doesn't hold, the same on every worker.
-        weights: to begin with, by name; None draws all.
+        seed: of the weights that `weights` lacks, the same on every worker.
+        weights: the first weights, by name; None initializes all by the seed.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class TrainingState:
     ) -> None:
         torch.manual_seed(seed)
         model = architecture.build(recipe.dropout)
-        # Ray's object store lends its arrays for reading only.
+        # Arrays in Ray's object store are read-only.
         model.load_state_dict({name: torch.tensor(value) for name, value in (weights or {}).items()}, strict=False)
         self.architecture, self.recipe, self.layers = architecture, recipe, architecture.layers(model)
         self.fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -100,10 +100,10 @@ class TrainingState:
         self.enter_stage()
 
     def enter_stage(self) -> bool:
-        """Begin the stage of the epoch under way, if it isn't begun; return whether it was another before.
+        """Enter the current epoch's stage; return whether that changes the stage.
 
-        A stage has an optimizer of its own. What it leaves frozen has no gradient, so no place in the optimizer
-        and no part in what workers exchange.
+        Each stage has its own optimizer. Frozen parameters have no gradient, so the optimizer doesn't hold them, and
+        workers don't exchange them.
         """
         if self.stage == (stage := self.recipe.stage(self.progress.epoch)):
             return False
@@ -115,7 +115,7 @@ class TrainingState:
         return True
 
     def train_mode(self) -> None:
-        """Put the network into training mode; batch norm of what is frozen keeps the statistics that it has."""
+        """Put the network into training mode; frozen layers' batch norm keeps its statistics."""
         self.model.train()
         if self.stage == "head" or self.recipe.batch_norm == "frozen":
             for module in self.model.modules():
@@ -124,11 +124,11 @@ class TrainingState:
 
     @property
     def scored(self) -> nn.Module:
-        """The network that is scored and kept: the running average where there is one."""
+        """The network that is scored and saved: the running average if there is one."""
         return self.average.module if self.average else self.model
 
     def average_buffers(self) -> None:
-        """Replace batch norm's running statistics, which are each worker's own, by their mean over workers."""
+        """Replace batch norm's running statistics, which differ between workers, by their mean."""
         networks = [self.model, self.average] if self.average else [self.model]
         buffers = itertools.chain.from_iterable(network.buffers() for network in networks)
         all_reduce_mean(*filter(torch.is_floating_point, buffers))
@@ -149,17 +149,17 @@ class TrainingState:
             index, slot = key.split(".", 1)
             saved["state"].setdefault(int(index), {})[slot] = value
         self.optimizer.load_state_dict(saved)
-        # In the memory layout they had: the optimizer's arithmetic then takes the same path, bit for bit.
+        # With the same memory layout, the optimizer's arithmetic stays the same, bit for bit.
         for parameter, slots in self.optimizer.state.items():
             for slot, value in slots.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     slots[slot] = torch.empty_like(parameter).copy_(value)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors of the state by name; they are the state's own, and change with it.
+        """Return all tensors of the state by name; they are not copied, and change with it.
 
         Raises:
-            TypeError: the optimizer keeps something else, which a checkpoint would lose.
+            TypeError: the optimizer's state contains other values, which a checkpoint would lose.
         """
         tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
         if self.average:
@@ -169,17 +169,17 @@ class TrainingState:
             for slot, value in slots.items():
                 if not torch.is_tensor(value):
                     name = type(self.optimizer).__name__
-                    raise TypeError(f"{name} keeps {slot} as {type(value).__name__}; a checkpoint takes tensors alone.")
+                    raise TypeError(f"{name} keeps {slot} as {type(value).__name__}; a checkpoint takes only tensors.")
                 tensors[f"optimizer.{index}.{slot}"] = value
         return tensors
 
 
 class Average(AveragedModel):
-    """A running average of a network's weights and buffers, whose horizon grows with the steps taken, up to `decay`'s.
+    """A running average of a network's weights and buffers, whose decay increases with the number of steps.
 
-    A fixed decay would keep the random first weights in a short run's average. The number of updates bounds it to
-    (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage. PyTorch's own way to do that counts on the
-    device: a GPU would be waited for in each step.
+    With a fixed decay, the average of a short run would keep much of the random first weights. After n updates the
+    decay is at most (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage. PyTorch's implementation counts
+    on the device, which would wait for a GPU in each step.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -22,7 +22,7 @@ SCALARS = {
 
 
 def to_events(history: Sequence[EpochRecord]) -> bytes:
-    """Return the content of an event file with each epoch once, at the time when it ended."""
+    """Return the content of an event file with each epoch once, at the time of its end."""
     from tensorboardX import SummaryWriter
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What PyTorch has no public interface for: each use has its reason, and a test that fails when PyTorch changes."""
+"""Uses of PyTorch's private interfaces, each with its reason, and a test that fails when PyTorch changes."""
 
 import inspect
 import warnings
@@ -13,8 +13,8 @@ from torch.optim.sgd import sgd
 class EagerOptimizer(torch.optim.Optimizer):
     """An optimizer whose methods are never compiled.
 
-    PyTorch wraps these methods so that torch.compile leaves them alone, and the wrappers import the compiler when they
-    are first called: 1.1 of the 6 seconds of a start without workers (AMD Zen 5). There is no switch for it.
+    PyTorch wraps these methods so that torch.compile skips them, and the wrappers import the compiler on their first
+    call: 1.1 of the 6 seconds that a start without workers takes (AMD Zen 5). This can't be switched off.
     """
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
@@ -32,13 +32,13 @@ class EagerAdamW(EagerOptimizer, torch.optim.AdamW):
 def fused_sgd_(parameters: list[Tensor], gradients: list[Tensor], momenta: list[Tensor], **options: Any) -> None:
     """Take a step of SGD, in place, with PyTorch's fused kernel.
 
-    torch.optim.SGD takes parameters alone, not views of them in another order of dimensions.
+    torch.optim.SGD takes only parameters, not permuted views of them.
     """
     sgd(parameters, gradients, [*momenta], fused=True, **options)
 
 
 def seed_cpu(value: int) -> None:
-    """Seed the generator of the CPU alone: torch.manual_seed takes 0.1 ms, for devices that aren't there."""
+    """Seed the CPU's generator only: torch.manual_seed takes 0.1 ms for devices that don't exist."""
     torch.default_generator.manual_seed(value)
 
 

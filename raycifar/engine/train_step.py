@@ -71,7 +71,7 @@ class TrainStep:
             batch_rows: (n,) int64, rows of this worker's training images.
         """
         rows = torch.from_numpy(batch_rows).to(self.device, non_blocking=True)
-        if len(rows) < 2:  # when workers come or go a share can run out: batch norm needs two, the loss ignores them
+        if len(rows) < 2:  # an elastic worker can run out of images; batch norm needs two, which the loss ignores
             rows = torch.cat([rows, torch.arange(2, device=self.device)])
         inputs = self.captured_inputs(rows)
         if self.device.type == "cuda":

@@ -80,14 +80,14 @@ class Ending(StrEnum):
     """How training ends."""
 
     FINISHED = "finished"
-    STOPPED = "stopped"  # by a search, for other trials do better
-    INTERRUPTED = "interrupted"  # at the request of the program that started it
+    STOPPED = "stopped"  # by a search, because other trials are better
+    INTERRUPTED = "interrupted"  # by the driver
     FAILED = "failed"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the training function returns: how training ends, and what it reached.
+    """The training function's result.
 
     test: the scores on the test set. best_epoch: the one with the highest validation top-1.
     """
@@ -145,7 +145,7 @@ class Trainer:
     # From images and weights to a trained network -----------------------------------------------------
 
     def set_up(self) -> None:
-        """Bring the images to the device, and the network to where training begins or goes on."""
+        """Load the images, and build or resume the network."""
         set_up(self.device, self.job.threads)
         limit_gpu_memory(self.job.gpus)
         if self.device.type == "cpu":
@@ -181,7 +181,7 @@ class Trainer:
         return self.outcome(Ending.FINISHED, test=self.finish())
 
     def train_epoch(self) -> Interruption | None:
-        """Take the steps that are left of the epoch under way, or until the run is interrupted."""
+        """Take the current epoch's remaining steps, or until the run is interrupted."""
         progress = self.state.progress
         self.state.train_mode()
         self.meter = EpochMeter(progress.epoch, self.steps_per_epoch, progress.step, progress.totals, self.device)
@@ -202,7 +202,7 @@ class Trainer:
         return None
 
     def finish_epoch(self) -> None:
-        """Score the network, record the epoch, and leave a checkpoint from which the next epoch begins."""
+        """Score the network, record the epoch, and save a checkpoint."""
         began = time.perf_counter()
         self.state.average_buffers()
         record = self.diagnose(self.score_epoch())
@@ -219,7 +219,7 @@ class Trainer:
         self.save(record.to_json(), best=self.state.progress.best is record)
 
     def finish(self) -> dict[str, Any] | None:
-        """Score the test set, write the final weights and what is known of each image, and return the scores."""
+        """Score the test set, write the final weights and the images' statistics, and return the scores."""
         scores = self.score_test_set() if self.job.num_test_images else None
         if self.rank == 0:
             self.run.write(MODEL, to_file(self.state.scored.state_dict(), self.architecture))
@@ -228,7 +228,7 @@ class Trainer:
         return scores
 
     def outcome(self, ending: Ending, test: dict[str, Any] | None = None) -> Outcome:
-        """Return what training comes to, once the last checkpoint is stored."""
+        """Return the outcome, once the last checkpoint is stored."""
         self.checkpointer.wait()
         progress = self.state.progress
         return Outcome(ending, progress.history, progress.best.epoch if progress.best else None, test)
@@ -236,7 +236,7 @@ class Trainer:
     # Setting up ---------------------------------------------------------------------------------------
 
     def check_node(self) -> None:
-        """Stop, all workers together, if one is on a node that can't take part: it may have come after the start."""
+        """Stop all workers if one's node can't take part; nodes may join after the driver's check."""
         sees_run = self.run.read(RUN) is not None
         objections = all_gather_objects(objection(None if sees_run else f"{self.run.folder}/{RUN}", self.job.versions))
         if reason := next(filter(None, objections), None):
@@ -245,7 +245,7 @@ class Trainer:
         self.reporter.nodes(all_gather_objects(node))
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint that can be read, on all workers the same."""
+        """Resume all workers from the newest checkpoint that can be read."""
         found = next(self.run.sound_checkpoints(self.reporter.notice), None) if self.rank == 0 else None
         name = ray.train.collective.broadcast_from_rank_zero(found and found[0])
         if name is None:
@@ -261,7 +261,7 @@ class Trainer:
             self.run.write_history(progress.history)
 
     def build_train_step(self) -> TrainStep:
-        """Return the step of the stage under way: what is trained in it, and so what workers exchange, is its own."""
+        """Return the current stage's step: each stage trains, and so exchanges, other parameters."""
         exchange = self.world_size > 1
         return TrainStep(
             self.state,
@@ -273,7 +273,7 @@ class Trainer:
         )
 
     def begin_example_stats(self) -> ExampleStats:
-        """Return what is known of this worker's training images."""
+        """Return the statistics of this worker's training images."""
         if self.state.example_stats is None:
             return ExampleStats.blank(len(self.train_set), self.device)
         first = bounds(self.job.num_train_images, self.world_size)[self.rank]
@@ -294,15 +294,15 @@ class Trainer:
     # Within an epoch ----------------------------------------------------------------------------------
 
     def remaining_batches(self) -> Iterator[Batch]:
-        """Return what is left of the epoch under way for this worker."""
+        """Return this worker's remaining batches of the current epoch."""
         order = EpochOrder(self.job.seed, self.state.progress.epoch, self.job.num_train_images, self.steps_per_epoch)
         return order.batches(self.state.progress.segments, self.world_size, self.rank)
 
     def save_in_mid_epoch(self) -> Interruption | None:
-        """Leave a checkpoint if one is due or the run is interrupted; return STOP if it is to end here.
+        """Save a checkpoint if one is due or the run is interrupted; return STOP if the run ends here.
 
         Raises:
-            PreemptedError: a node is being taken away; the run goes on elsewhere.
+            PreemptedError: a node is being preempted; the run continues elsewhere.
         """
         step = self.state.progress.step
         interruption = self.interruptions.look()
@@ -319,7 +319,7 @@ class Trainer:
         return interruption
 
     def collect(self) -> None:
-        """Bring the totals of the epoch and the statistics of all images up to date."""
+        """Update the epoch's totals and the statistics of all images."""
         self.meter.collect()
         self.state.example_stats = self.gather(self.example_stats.values)
 
@@ -341,7 +341,7 @@ class Trainer:
     # Between epochs -----------------------------------------------------------------------------------
 
     def score_epoch(self) -> EpochRecord:
-        """Return the record of the epoch whose training is over; its `seconds` are those of training alone."""
+        """Return the record of the trained epoch; its `seconds` don't include scoring yet."""
         progress, totals = self.state.progress, self.state.progress.totals
         train_eval = self.score(self.train_eval_set)[1]
         return EpochRecord(
@@ -367,7 +367,7 @@ class Trainer:
         )
 
     def validate(self, shard: Shard) -> dict[str, Any]:
-        """Return the validation's part of an epoch's record, and remember which images are classified correctly."""
+        """Return the validation metrics of an epoch's record, and keep which images are classified correctly."""
         logits, scores = self.score(shard)
         counted = per_image(logits, shard.labels, shard.coarse, self.job.superclass_of)
         losses, correct = (self.gather(counted[name].float(), self.job.num_val_images) for name in ("loss", "top1"))
@@ -380,7 +380,7 @@ class Trainer:
         }
 
     def score_test_set(self) -> dict[str, float]:
-        """Return the scores on the test set, and keep what is predicted of each image."""
+        """Return the scores on the test set, and write the predictions."""
         self.reporter.phase(Phase.SCORING_TEST)
         test_set, num_images = load_shard("test", self.device, self.job.info), self.job.num_test_images
         logits, scores = self.score(test_set)
@@ -395,7 +395,7 @@ class Trainer:
         return logits, score(logits, shard.labels, shard.coarse, self.job.superclass_of)
 
     def diagnose(self, record: EpochRecord) -> EpochRecord:
-        """Return the record with a look inside, if the network isn't learning; warn of it in the first epochs."""
+        """Return the record with diagnostics if the network isn't learning; warn of that in the first epochs."""
         num_steps = record.epoch * self.steps_per_epoch
         num_images = int(self.state.progress.totals.num_images)
         warning = collapse(record, num_images, num_steps, self.job.info.num_classes)
@@ -408,7 +408,7 @@ class Trainer:
         return replace(record, diagnostics=examine(self.state.model, inputs, some.labels))
 
     def end_example_stats(self) -> dict[str, Any] | None:
-        """Begin the next epoch of the images' statistics, and return how this one's losses rise."""
+        """Start a new epoch of the images' statistics, and return the rise of this one's losses."""
         assert self.state.example_stats is not None
         rise = describe_rise(self.state.example_stats, self.index)
         for stats in (self.example_stats, ExampleStats(self.state.example_stats)):
@@ -416,18 +416,18 @@ class Trainer:
         return rise
 
     def told_to_stop(self) -> bool:
-        """Return, after an epoch at which trials of a search are compared, whether this one ends here."""
+        """Return whether the search stops this trial after the last epoch; all workers call it together."""
         epoch = self.state.progress.epoch - 1
         if epoch not in self.job.rungs:
             return False
         return ray.train.collective.broadcast_from_rank_zero(self.reporter.verdict(epoch) if self.rank == 0 else None)
 
     def save(self, metrics: dict[str, Any], *, best: bool = False, wait: bool = False) -> None:
-        """Leave a checkpoint, and the weights if they are the `best` so far; training goes on meanwhile."""
+        """Save a checkpoint, and the weights if they are the `best` so far, while training continues."""
         snapshot = Snapshot(self.state, best=best) if self.rank == 0 else None
         self.checkpointer.save(metrics, snapshot, wait=wait)
 
     def gather(self, part: Tensor, num_rows: int | None = None) -> Tensor:
-        """Return the rows of all workers' shards, of a split of so many images; by default the training set's."""
+        """Return the rows of all workers' shards of a split with `num_rows` images; None is the training set."""
         num_rows = num_rows or self.job.num_train_images
         return all_gather_rows(part, num_rows, bounds(num_rows, self.world_size)[self.rank])

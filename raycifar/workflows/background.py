@@ -1,4 +1,4 @@
-"""Work in a thread of its own, while the caller's shows how it goes and hears Ctrl-C."""
+"""Work in a thread, while the caller's thread shows progress and handles Ctrl-C."""
 
 from collections.abc import Callable
 from threading import Thread
@@ -8,11 +8,11 @@ T = TypeVar("T")
 
 
 def alongside(work: Callable[[], T], follow: Callable[[Callable[[], bool]], None], stop: Callable[[Thread], None]) -> T:
-    """Do `work` in a thread while this one runs `follow`; return or raise as the work does.
+    """Run `work` in a thread and `follow` in this one; return or raise as `work` does.
 
     Args:
-        follow: called with a function that tells whether the work goes on; returns when it doesn't.
-        stop: called with the thread on KeyboardInterrupt; ends the work, as far as it can.
+        follow: called with a function that returns whether the work is running; returns when it isn't.
+        stop: called with the thread on KeyboardInterrupt, to end the work.
     """
     outcome: dict[str, Any] = {}
 

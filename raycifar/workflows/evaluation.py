@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from raycifar.terminal import Screen
 
 WAIT_SECONDS = 1800  # for workers to find room
-BLOCK = 1000  # images in a block of Ray Data, and asked of a network at once
+BLOCK = 1000  # images in a block of Ray Data, which are scored together
 
 
 @dataclass(frozen=True)
 class EvaluationRequest(WorkerSettings):
-    """What is to be scored, and how.
+    """What to score, and how.
 
     network: a run's folder, or a weights file. data: of other images than the run's own. count: of workers; 0 takes
     this process. out: the folder to write to.
@@ -175,11 +175,11 @@ def run_job(parts: list[pa.Table], scorer: dict[str, Any], workers: "Workers") -
     return list(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
-# What came of it ------------------------------------------------------------------------------------
+# Results --------------------------------------------------------------------------------------------
 
 
 def score_predictions(logits: "Tensor", table: pa.Table, source: Source) -> tuple[dict[str, Any], bytes]:
-    """Return what `evaluation.json` holds, and the predictions file."""
+    """Return the content of `evaluation.json`, and the predictions file."""
     import torch
 
     from raycifar.engine.evaluate import per_image, score, to_predictions_file

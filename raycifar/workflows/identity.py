@@ -1,4 +1,4 @@
-"""What makes a run the run that it is: written to `run.json` at its start, and compared when it is resumed."""
+"""A run's identity: written to `run.json` at the start, and compared when the run is resumed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ FREE = ("name", "source", "pretrained", "recipe", "data", "architecture")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run begins with: images, how they are split, and the first weights."""
+    """A run's data set, its splits, and the first weights."""
 
     source: Source
     splits: Splits
@@ -34,7 +34,7 @@ class Inputs:
 
 
 def identify(request: TrainingRequest, inputs: Inputs) -> dict[str, Any]:
-    """Return what decides the weights: a run of the same name must agree in it to be resumed."""
+    """Return everything that determines the weights, which must be the same for a run to be resumed."""
     source = inputs.source
     return {
         "name": request.name,
@@ -55,10 +55,10 @@ def identify(request: TrainingRequest, inputs: Inputs) -> dict[str, Any]:
 
 
 def earlier_result(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the result of the run that the folder holds, or None where there is something left to train.
+    """Return the result of the folder's run, or None if it isn't finished.
 
     Raises:
-        RequestError: the folder holds another run; the message names the differences.
+        RequestError: the folder holds another run; the message lists the differences.
     """
     earlier = folder.read_json(RUN)
     if earlier is None:
@@ -80,7 +80,7 @@ def flatten(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def record(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any], workers: "Workers") -> None:
-    """Write `run.json`; of a run that is resumed, the day it was begun stays, and a failure is forgotten."""
+    """Write `run.json` and delete the result of a failed attempt; a resumed run keeps its creation time."""
     from raycifar.cluster.nodes import versions
 
     folder.delete(RESULT)
@@ -115,7 +115,7 @@ def overview(identity: dict[str, Any], workers: object, folder: str) -> dict[str
 
 @contextmanager
 def writing_first_file(folder: RunFolder, screen: "Screen") -> Iterator[None]:
-    """Say if the folder is temporary, and refuse one that can't be written."""
+    """Warn if the folder is temporary, and turn a failure to write into a `RequestError`."""
     if "runtime_resources" in Path(folder.folder).parts:  # where Ray unpacks a job's --working-dir
         screen.say("Note: this job's folder is temporary, and the run in it: give --storage a full path or a URI.")
     try:

@@ -1,4 +1,4 @@
-"""The report of a run or a comparison, finished or not: read, drawn and written, also while it is under way."""
+"""Writing the report of a run or a comparison, also while it runs."""
 
 import logging
 import os
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from raycifar.analysis.reports import RunFiles
     from raycifar.terminal import Screen
 
-FRACTION = 0.01  # of a run's time that drawing it may take while it runs
-FIRST_GUESS = 3.0  # seconds that drawing takes, before it has been measured
+FRACTION = 0.01  # of a run's time that its reports may take
+FIRST_GUESS = 3.0  # seconds for a report, before the first is timed
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +38,14 @@ log = logging.getLogger(__name__)
 def report(
     folder: RunFolder, screen: "Screen", *, data: str | None = None, out: RunFolder | None = None, kind: str = "html"
 ) -> dict[str, Any]:
-    """Write the report of a run or a comparison, and return what `report.json` holds.
+    """Write the report of a run or a comparison, and return the content of `report.json`.
 
     Args:
-        data: where the images may be, for pictures. out: the folder to write to, by default its own.
+        data: where the page's images may be found. out: the folder to write to, by default `folder`.
         kind: html, md or json.
 
     Raises:
-        RequestError: the folder holds neither.
+        RequestError: the folder holds neither a run nor a comparison.
     """
     if folder.read_json(COMPARISON) is not None or folder.read_json(STUDY) is not None:
         return write_comparison(folder, out, kind)
@@ -65,13 +65,13 @@ def report(
 
 
 def load_images(run: dict[str, Any] | None, data: str | None) -> Source:
-    """Return the images that `data` names, else those that a run was trained on, else the default's.
+    """Return the data set that `data` names, else that of a run, else the default.
 
     Args:
-        run: what `run.json` holds, or None where there is no run.
+        run: the content of `run.json`, or None without a run.
 
     Raises:
-        RequestError: they can't be had.
+        RequestError: the images can't be read.
     """
     if data or run is None:
         return load(data or os.environ.get("RAYCIFAR_DATA") or "cifar100")
@@ -81,10 +81,10 @@ def load_images(run: dict[str, Any] | None, data: str | None) -> Source:
 
 
 def find_images(run: dict[str, Any], data: str | None = None) -> Source | None:
-    """Return the images that a run was trained on, or None where they aren't at hand."""
-    for place in dict.fromkeys(filter(None, (run["data"]["source"], data, os.environ.get("RAYCIFAR_DATA")))):
+    """Return a run's images, or None if they can't be found."""
+    for location in dict.fromkeys(filter(None, (run["data"]["source"], data, os.environ.get("RAYCIFAR_DATA")))):
         try:
-            source = load(place)
+            source = load(location)
         except RequestError:
             continue
         if source.fingerprint() == run["data"]["fingerprint"]:
@@ -96,7 +96,7 @@ def find_images(run: dict[str, Any], data: str | None = None) -> Source | None:
 
 
 def read_files(folder: RunFolder) -> "RunFiles":
-    """Return what a run's folder holds, as `analysis.reports` reads it."""
+    """Return the files of a run that its report is based on."""
     from raycifar.analysis.history import RunHistory
     from raycifar.analysis.reports import RunFiles
 
@@ -106,14 +106,14 @@ def read_files(folder: RunFolder) -> "RunFiles":
 
 
 def read_report(folder: RunFolder) -> dict[str, Any]:
-    """Return what `report.json` holds of a run, as its files are now."""
+    """Return a run's current report."""
     from raycifar.analysis.reports import report_run
 
     return finite(report_run(read_files(folder)))
 
 
 def read_comparison_report(folder: RunFolder) -> dict[str, Any]:
-    """Return what `report.json` holds of a comparison, as its files are now."""
+    """Return a comparison's current report."""
     from raycifar.analysis.reports import report_comparison
 
     comparison = folder.read_json(COMPARISON)
@@ -124,10 +124,10 @@ def read_comparison_report(folder: RunFolder) -> dict[str, Any]:
 def write_run(
     folder: RunFolder, source: Source | None, out: RunFolder | None = None, kind: str = "html"
 ) -> dict[str, Any]:
-    """Write the report of a run, and return what `report.json` holds.
+    """Write the report of a run, and return the content of `report.json`.
 
     Args:
-        source: the images, for pictures. out: the folder to write to, by default the run's own.
+        source: the data set whose images the page shows. out: the folder to write to, by default the run's.
     """
     from raycifar.analysis.reports import report_run, run_page
     from raycifar.analysis.suspects import rank_suspects
@@ -143,7 +143,7 @@ def write_run(
 
 
 def write_comparison(folder: RunFolder, out: RunFolder | None = None, kind: str = "html") -> dict[str, Any]:
-    """Write the report of a comparison, finished or not, and return what `report.json` holds."""
+    """Write the report of a comparison, finished or not, and return the content of `report.json`."""
     from raycifar.analysis.reports import comparison_page, report_comparison
 
     out, comparison = out or folder, folder.read_json(COMPARISON)
@@ -166,42 +166,38 @@ def write_content(content: dict[str, Any], out: RunFolder, kind: str) -> None:
 
 
 def find_runs(folder: RunFolder, comparison: dict[str, Any] | None) -> list[RunFolder]:
-    """Return the runs that a comparison names, or while it has no result, those in its folder but for a search's."""
+    """Return a comparison's runs; until it has a result, those in its folder that are not search trials."""
     inside = {run.name: run for run in folder.runs()}
     if not comparison:
-        return [run for run in inside.values() if not is_search(run)]
+        # Earlier versions mark a search trial only by its name.
+        return [run for run in inside.values() if not run.read_json(RUN).get("search", "-search-" in run.name)]
     named = [pair for m in comparison["models"].values() for pair in zip(m["runs"], m["folders"], strict=True)]
-    runs = [inside.get(name) or RunFolder.at(place) for name, place in named]
+    runs = [inside.get(name) or RunFolder.at(folder) for name, folder in named]
     return [run for run in runs if run.read_json(RUN) is not None]
-
-
-def is_search(folder: RunFolder) -> bool:
-    """Return whether a run is a trial of a search; the first versions told it by the name alone."""
-    return folder.read_json(RUN).get("search", "-search-" in folder.name)
 
 
 # While it runs --------------------------------------------------------------------------------------
 
 
 class Refresher:
-    """Draws the report of what is under way, at most so often that it takes a hundredth of the time."""
+    """Writes the report of running work, so often that it takes at most 1 % of the time."""
 
     def __init__(self, write: Callable[[], Any]) -> None:
         self.write, self.took, self.last = write, FIRST_GUESS, time.monotonic()
 
     def __call__(self) -> None:
-        begun = time.monotonic()
-        if begun - self.last < self.took / FRACTION:
+        started = time.monotonic()
+        if started - self.last < self.took / FRACTION:
             return
         explain(self.write)
         self.last = time.monotonic()
-        self.took = self.last - begun
+        self.took = self.last - started
 
 
 def explain(write: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the report that `write` makes; one that fails doesn't fail the run that it is about, and is logged."""
+    """Return the report that `write` returns; a failure is logged, and doesn't fail the run."""
     try:
         return write()
     except Exception as error:
-        log.debug("The report could not be made.", exc_info=True)
-        return {"headline": f"the report could not be made ({type(error).__name__}: {error})"}
+        log.debug("The report failed.", exc_info=True)
+        return {"headline": f"the report failed ({type(error).__name__}: {error})"}

@@ -1,7 +1,7 @@
-"""What a search varies, and what it tries next: Optuna's TPE as a function of the trials so far.
+"""Search spaces, and the next trial of a search: Optuna's TPE as a function of the trials so far.
 
-Optuna keeps nothing between two questions. The next trial is drawn from a sampler that is seeded with its number and is
-told of all earlier trials, so a search that was killed continues as if it had not been.
+Optuna keeps no state. Each trial comes from a new sampler that is seeded with the trial's number and given all earlier
+trials, so a killed search continues as if it hadn't been interrupted.
 """
 
 import tomllib
@@ -25,14 +25,14 @@ from raycifar.models.recipes import models_with
 
 Space = dict[str, BaseDistribution]
 
-STARTUP_TRIALS = 5  # drawn at random before TPE (Bergstra et al., 2011) models what was good
-FIXED = {"epochs", "pretrained"}  # trials are compared by epoch, and begin with the same weights
+STARTUP_TRIALS = 5  # random trials before TPE (Bergstra et al., 2011)
+FIXED = {"epochs", "pretrained"}  # trials are compared by epoch, and start from the same weights
 KEYS = {"min", "max", "log", "choices"}
 
 
 @dataclass(frozen=True)
 class PastTrial:
-    """A search trial so far: `status` is running, finished, stopped or failed; `history` its val_top1 by epoch."""
+    """A search trial so far: its `status` (running, finished, stopped or failed), and its val_top1 by epoch."""
 
     recipe: Recipe
     status: str
@@ -40,7 +40,7 @@ class PastTrial:
 
 
 def default_space(recipe: Recipe) -> Space:
-    """Return the space around a model's recipe."""
+    """Return the default search space around a model's recipe."""
     return {
         "lr": FloatDistribution(recipe.lr / 8, recipe.lr * 8, log=True),
         "weight_decay": FloatDistribution(1e-5, 5e-3, log=True),
@@ -51,12 +51,12 @@ def default_space(recipe: Recipe) -> Space:
 
 
 def read_space(file: str, model: str) -> Space:
-    """Return the space of a TOML file: a table for each field of the recipe, with min and max, or choices.
+    """Return the search space of a TOML file: a table for each field of the recipe, with min and max, or choices.
 
-    The file may serve several models: options that only others have are left out.
+    Options that only other models have are ignored, so a file can serve several models.
 
     Raises:
-        RequestError: the file can't be read, or is no space for the model.
+        RequestError: the file can't be read, or isn't a search space for the model.
     """
     try:
         tables = tomllib.loads(Path(file).read_text())
@@ -97,11 +97,11 @@ def to_distribution(table: Any, kind: Any) -> BaseDistribution:
 
 
 def suggest(space: Space, base: Recipe, earlier: Sequence[PastTrial], seed: int) -> Recipe:
-    """Return the recipe to try next; the first is `base` itself, to be beaten.
+    """Return the next trial's recipe; the first trial is `base` itself.
 
     Args:
-        base: the model's recipe; fields outside the space stay as they are there.
-        earlier: the trials begun before this one, in order.
+        base: the model's recipe, from which fields outside the space are taken.
+        earlier: all earlier trials, in order.
     """
     if not earlier:
         return base
@@ -117,7 +117,7 @@ def suggest(space: Space, base: Recipe, earlier: Sequence[PastTrial], seed: int)
 
 
 def to_optuna(space: Space, trial: PastTrial) -> optuna.trial.FrozenTrial | None:
-    """Return a trial as Optuna's, or None if it lies outside the space, as the model's own recipe may."""
+    """Return a trial in Optuna's form, or None if it lies outside the space, as the model's default recipe may."""
     params = {name: getattr(trial.recipe, name) for name in space}
     if not all(contains(space[name], value) for name, value in params.items()):
         return None
@@ -144,7 +144,7 @@ def contains(distribution: BaseDistribution, value: Any) -> bool:
 
 
 def space_to_json(space: Space) -> dict[str, Any]:
-    """Return the space as it stands in `study.json`."""
+    """Return the search space for `study.json`."""
     return {
         name: list(distribution.choices)
         if isinstance(distribution, CategoricalDistribution)

@@ -1,4 +1,4 @@
-"""Comparing models, from the request to the comparison: prepare, run, finish."""
+"""Training and comparing models: prepare, run, finish."""
 
 # Ray and PyTorch take seconds to import: see `training`.
 
@@ -51,7 +51,7 @@ SCORES = ("top1", "top5", "loss")
 
 @dataclass(frozen=True)
 class PreparedComparison:
-    """A comparison that can begin."""
+    """A comparison that is ready to start."""
 
     request: ComparisonRequest
     folder: RunFolder
@@ -64,15 +64,15 @@ class PreparedComparison:
 def train_and_compare(
     request: ComparisonRequest, screen: "Screen", connection: ExitStack, show: Show, *, debug: bool = False
 ) -> None:
-    """Train every model with every seed, compare them, and draw the report.
+    """Train each model with each seed, compare them, and write the report.
 
     Args:
-        connection: enters the connection to Ray.
-        show: called with the content of `comparison.json`, unless no trial finished.
+        connection: holds the connection to Ray.
+        show: called with the content of `comparison.json` if any trial finished.
 
     Raises:
         RequestError: the request is wrong; nothing was started or written.
-        WorkError: some of the trials failed; the others are compared.
+        WorkError: trials failed; the others are compared.
     """
     prepared = prepare(request, screen, connection, debug=debug)
     run(prepared, screen)
@@ -85,7 +85,7 @@ def train_and_compare(
 def prepare(
     request: ComparisonRequest, screen: "Screen", connection: ExitStack, *, debug: bool = False
 ) -> PreparedComparison:
-    """Read and check what the trials begin with, connect to Ray, size them to it, and write `study.json`.
+    """Load the trials' inputs, connect to Ray, choose the workers, and write `study.json`.
 
     Raises:
         RequestError: the request is wrong; nothing was started or written.
@@ -125,7 +125,7 @@ def prepare(
     with writing_first_file(folder, screen):
         folder.write_json(STUDY, agreement)
 
-    # The costliest first: what is left at the end then fills the cluster best.
+    # The costliest models come first, so that short trials fill the cluster at the end.
     cost = {model: models.flops(start.architecture) for model, start in starts.items()}.__getitem__
     ordered = {model: recipes[model] for model in sorted(recipes, key=cost, reverse=True)}
     seeds = list(range(request.seed, request.seed + request.seeds))
@@ -135,9 +135,9 @@ def prepare(
 
 
 def run(prepared: PreparedComparison, screen: "Screen") -> None:
-    """Run the trials that are not over, and show them; how each ended is then in the searcher.
+    """Run the remaining trials and show their progress; the searcher then has their status.
 
-    KeyboardInterrupt stops those that are under way, which leave checkpoints, and is raised again.
+    KeyboardInterrupt stops running trials, which leave checkpoints, and is raised again.
     """
     from raycifar.workflows.tuning import orchestrate
 
@@ -160,10 +160,10 @@ def run(prepared: PreparedComparison, screen: "Screen") -> None:
 
 
 def finish(prepared: PreparedComparison, screen: "Screen", show: Show) -> None:
-    """Compare the runs that finished, write and show the comparison, and draw the reports.
+    """Compare the finished runs, write and show the comparison, and write the reports.
 
     Raises:
-        WorkError: trials failed; the message names them, and why.
+        WorkError: trials failed; the message lists them with their reasons.
     """
     request, searcher, folder = prepared.request, prepared.searcher, prepared.folder
     finals = [trial for trials in searcher.finals.values() for trial in trials]
@@ -189,11 +189,11 @@ def finish(prepared: PreparedComparison, screen: "Screen", show: Show) -> None:
         )
 
 
-# What they take -------------------------------------------------------------------------------------
+# Preparation ----------------------------------------------------------------------------------------
 
 
 def build_spaces(request: ComparisonRequest) -> dict[str, Any]:
-    """Return each model's search space; what is given as an option is not searched."""
+    """Return each model's search space, without fields that are given as options."""
     from raycifar.workflows.search_space import default_space, read_space
 
     spaces = {
@@ -216,12 +216,10 @@ def agree(
     source: Source,
     starts: Mapping[str, InitialWeights],
 ) -> dict[str, Any]:
-    """Return what must be the same for a comparison of the same name to be continued.
-
-    More models or seeds may be asked for: what has been trained for it is still right.
+    """Return everything that must be the same for a comparison to be continued; models and seeds may be added.
 
     Raises:
-        RequestError: a comparison of that name was begun otherwise; the message names the differences.
+        RequestError: the comparison of that name differs; the message names the difference.
     """
     from raycifar.workflows.search_space import space_to_json
 
@@ -252,7 +250,7 @@ def agree(
 
 
 def describe_search(searcher: "StudySearcher", model: str) -> dict[str, Any]:
-    """Return how the search for a model's recipe went, and what came of it."""
+    """Return the trials of the search for a model's recipe, and its result."""
     trials = []
     base = searcher.study.recipes[model]
     for trial in searcher.searches[model]:
@@ -287,23 +285,23 @@ def describe_search(searcher: "StudySearcher", model: str) -> dict[str, Any]:
 # The result -----------------------------------------------------------------------------------------
 
 
-def compare_runs(places: Iterable[str], request: ComparisonRequest, screen: "Screen", show: Show) -> None:
-    """Compare finished runs, by their folders or URIs; write and show the comparison, and draw its report.
+def compare_runs(locations: Iterable[str], request: ComparisonRequest, screen: "Screen", show: Show) -> None:
+    """Compare finished runs, given by paths or URIs; write and show the comparison, and write its report.
 
     Raises:
-        RequestError: one is no finished run, or they can't be compared.
+        RequestError: a run isn't finished, or the runs can't be compared.
     """
     folder = RunFolder(request.storage, request.name)
-    show(conclude([read_run(place) for place in places], folder, request.price_per_hour, {}))
+    show(conclude([read_run(location) for location in locations], folder, request.price_per_hour, {}))
     if request.report:
         show_report(folder, screen)
 
 
 def read_run(path: str) -> Finished:
-    """Return a finished run by its folder, or URI.
+    """Return the finished run at a path or URI.
 
     Raises:
-        RequestError: it is none, or wasn't finished.
+        RequestError: the folder holds no run, or the run isn't finished.
     """
     run = RunFolder.at(path)
     about, result, predictions = run.read_json(RUN), run.read_json(RESULT), run.read(PREDICTIONS)
@@ -313,19 +311,19 @@ def read_run(path: str) -> Finished:
         state = result["status"] if result else "not finished"
         raise RequestError(f"{path} can't be compared: it is {state}.")
     if predictions is None or "test" not in result:
-        raise RequestError(f"{path} can't be compared: it has no {PREDICTIONS}, so its test images aren't known.")
+        raise RequestError(f"{path} can't be compared: it has no {PREDICTIONS}; train it with the test set.")
     table = pq.read_table(pa.BufferReader(predictions), columns=["label", "top5"])
-    right = from_lists(table["top5"])[:, 0] == table["label"].to_numpy()
-    return Finished(run.name, run.folder, about, run.history(), result, right)
+    correct = from_lists(table["top5"])[:, 0] == table["label"].to_numpy()
+    return Finished(run.name, run.folder, about, run.history(), result, correct)
 
 
 def conclude(
     finished: list[Finished], folder: RunFolder, price_per_hour: float | None, more: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Compare the runs, write the comparison and return it.
+    """Compare the runs, and write and return the comparison.
 
     Raises:
-        RequestError: they can't be compared.
+        RequestError: the runs can't be compared.
     """
     if reasons := not_comparable(finished):
         raise RequestError(f"these runs can't be compared: {'; '.join(reasons)}.")
@@ -347,7 +345,7 @@ def show_report(folder: RunFolder, screen: "Screen") -> None:
 
 
 def sentences(comparison: Mapping[str, Any]) -> list[str]:
-    """Return what a comparison says in words."""
+    """Return a comparison's conclusions in words."""
     lines = []
     if any(model["top1"]["n"] == 1 for model in comparison["models"].values()):
         lines.append("An interval needs several seeds.")
@@ -359,7 +357,7 @@ def sentences(comparison: Mapping[str, Any]) -> list[str]:
 
 
 def to_rows(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each model: what it reached, with 95 % intervals, and what it cost."""
+    """Return a row for each model: its scores with 95 % intervals, and its costs."""
     rows = []
     for name, model in comparison["models"].items():
         row = {"model": name, "runs": model["top1"]["n"]}

@@ -3,7 +3,7 @@
 `raycifar train`, the trials of a comparison, `raycifar bench` and `raycifar.api` all take these three steps.
 """
 
-# Ray and PyTorch take seconds to import: what needs them is imported below, once there is something to read.
+# Ray and PyTorch take seconds to import, so functions import what needs them.
 
 import uuid
 from collections.abc import Callable, Iterable
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that can begin; with a `result` it is finished, and takes neither workers nor status store."""
+    """A run that is ready to start; one with a `result` is finished, and has no workers or status store."""
 
     request: TrainingRequest
     folder: RunFolder
@@ -45,17 +45,17 @@ class PreparedRun:
     workers: "Workers" = None  # type: ignore[assignment]
     status_store: StatusStore = None  # type: ignore[assignment]
     result: dict[str, Any] | None = None
-    debug: bool = False  # let Ray say all that it has to say
+    debug: bool = False  # show Ray's log
 
 
 def train(request: TrainingRequest, screen: "Screen", connection: ExitStack, *, debug: bool = False) -> dict[str, Any]:
-    """Train, score and save a run, and show it; a finished run of the same name is only shown.
+    """Train, score and save a run; if the run of that name is finished, only print its result.
 
     Args:
-        connection: enters the connection to Ray, which ends when whoever gave it closes it.
+        connection: holds the connection to Ray until the caller closes it.
 
     Returns:
-        The content of the run's `result.json`.
+        The content of `result.json`.
 
     Raises:
         RequestError: the request is wrong; nothing was started or written.
@@ -89,11 +89,11 @@ def prepare(
     status_store: StatusStore | None = None,
     debug: bool = False,
 ) -> PreparedRun:
-    """Read and check what a run begins with, connect to Ray, size the workers to it, and write `run.json`.
+    """Load a run's inputs, connect to Ray, choose the workers, and write `run.json`.
 
     Args:
-        connection: enters the connection to Ray; not needed where the workers are known.
-        inputs, workers, status_store: where there are such already, as for a comparison's trials.
+        connection: holds the connection to Ray; not needed if `workers` are given.
+        inputs, workers, status_store: given for a comparison's trials, else created here.
 
     Raises:
         RequestError: the request is wrong; nothing was started or written.
@@ -115,12 +115,12 @@ def prepare(
 
 
 def fit(run: PreparedRun, follow: Callable[[Callable[[], bool]], None], work: "Work | None" = None) -> Any:
-    """Train while `follow` shows it, and return what the first worker's training function returned.
+    """Train while `follow` shows progress, and return the result of the first worker's training function.
 
     KeyboardInterrupt stops the run, which leaves a checkpoint, and is raised again.
 
     Args:
-        work: what the workers do instead of training, and its configuration, given the `Job`.
+        work: returns, given the `Job`, another function for the workers, and its configuration.
 
     Raises:
         WorkError: training failed.
@@ -139,10 +139,10 @@ def fit(run: PreparedRun, follow: Callable[[Callable[[], bool]], None], work: "W
 
 
 def finish(run: PreparedRun, outcome: "Outcome") -> dict[str, Any]:
-    """Write `result.json` and return it; a run that was interrupted has none.
+    """Write `result.json` and return its content; an interrupted run has no such file.
 
     Raises:
-        WorkError: training stopped by itself; the result says why.
+        WorkError: training failed; the result contains the reason.
     """
     history, folder = outcome.history, run.folder
     result: dict[str, Any] = {"status": outcome.ending, "epochs": len(history)}
@@ -165,7 +165,7 @@ def finish(run: PreparedRun, outcome: "Outcome") -> dict[str, Any]:
     return result
 
 
-# What they take -------------------------------------------------------------------------------------
+# Preparation ----------------------------------------------------------------------------------------
 
 
 def read_inputs(request: TrainingRequest) -> Inputs:
@@ -174,7 +174,7 @@ def read_inputs(request: TrainingRequest) -> Inputs:
 
 
 def read_images(request: TrainingRequest) -> tuple[Source, Splits]:
-    """Return the images and their splits; a thread imports PyTorch and Ray Train meanwhile."""
+    """Return the images and their splits, while a thread imports PyTorch and Ray Train."""
     importing = Thread(target=import_module, args=("ray.train.torch",))
     importing.start()
     source = load(request.data)
@@ -184,8 +184,8 @@ def read_images(request: TrainingRequest) -> tuple[Source, Splits]:
 
 
 def and_weights(recipes: Iterable[Recipe]) -> str:
-    places = sorted({recipe.pretrained for recipe in recipes} - {"none"})
-    return f" and weights ({', '.join(places)})" if places else ""
+    weights = sorted({recipe.pretrained for recipe in recipes} - {"none"})
+    return f" and weights ({', '.join(weights)})" if weights else ""
 
 
 def allocate_workers(request: TrainingRequest, folder: RunFolder, connection: ExitStack, *, debug: bool) -> "Workers":
@@ -213,11 +213,11 @@ def fit_trainer(
     stop: Callable[[Thread], None],
     max_failures: int,
 ) -> Any:
-    """Run the trainer in a thread while `follow` shows the run.
+    """Run the trainer in a thread while `follow` shows progress.
 
     Args:
-        max_failures: how often the trainer is run again after a worker that died as Ray Train launched the training
-            function on it: Ray Train takes that for a failure of its own, and gives up.
+        max_failures: retries after a worker died while Ray Train started the training function on it, which Ray Train
+            takes for a failure of its controller.
     """
     from ray.exceptions import RayActorError
     from ray.train import ControllerError
@@ -235,17 +235,17 @@ def fit_trainer(
     except WorkError:
         raise
     except Exception as error:
-        cause = getattr(error, "controller_failure", error)  # what `FailureCounter` raised, which names the worker
+        cause = getattr(error, "controller_failure", error)  # raised by `FailureCounter`, which names the worker
         raise WorkError(
             f"training failed: {in_a_line(cause)}. The same command continues from the last checkpoint."
         ) from error
 
 
-# What is shown --------------------------------------------------------------------------------------
+# Progress and results -------------------------------------------------------------------------------
 
 
 def following(run: PreparedRun, screen: "Screen") -> Callable[[Callable[[], bool]], None]:
-    """Return what shows the run, and draws its report from time to time, until it is over."""
+    """Return a function that shows progress, and updates the report from time to time, until the run ends."""
     from raycifar.cluster.waiting import Waiting
 
     waiting = Waiting(run.workers, run.request.wait)
@@ -254,7 +254,7 @@ def following(run: PreparedRun, screen: "Screen") -> Callable[[Callable[[], bool
 
 
 def summary(run: PreparedRun, result: dict[str, Any]) -> list[str]:
-    """Return what is said of a finished run."""
+    """Return the lines to print for a finished run."""
     lines = []
     if test := result.get("test"):
         lines.append(

@@ -1,4 +1,4 @@
-"""One trial of a comparison, and how it stands."""
+"""A trial of a comparison, and its status."""
 
 import uuid
 from dataclasses import asdict, dataclass, field
@@ -14,13 +14,13 @@ class TrialStatus(StrEnum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
-    STOPPED = "stopped"  # by ASHA, as others of its model were better
+    STOPPED = "stopped"  # by ASHA, because other trials of the model were better
     FAILED = "failed"
 
 
 @dataclass
 class Trial:
-    """A model, a seed and a recipe to be trained."""
+    """A model, seed and recipe to train."""
 
     name: str
     model: str

@@ -1,4 +1,4 @@
-"""The trials of a comparison, orchestrated by Ray Tune: each trains as `raycifar train` does, in a run folder."""
+"""The trials of a comparison, orchestrated by Ray Tune; each trains like `raycifar train`, in a run folder."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,17 +29,16 @@ from raycifar.workflows.search_space import PastTrial, Space, suggest
 from raycifar.workflows.training import finish, fit, prepare
 from raycifar.workflows.trial import Trial, TrialStatus
 
-POLL_SECONDS = 0.25  # between two looks at a trial
-REDUCTION = 3  # ASHA (Li et al., 2020) goes on with one trial of so many at each rung
+POLL_SECONDS = 0.25  # between two checks of a trial
+REDUCTION = 3  # ASHA (Li et al., 2020) continues one of so many trials at each rung
 RETRIES = 1  # of a trial whose driver failed; Ray Train replaces workers that died
-# Where a trial's driver runs: on the head, which spot prices don't take away. It reserves no CPU, so that
-# workers that hold every CPU can't starve it.
+# A trial's driver runs on the head, which isn't preempted, and reserves no CPU, because workers may hold them all.
 DRIVER = {"node:__internal_head__": 0.001}
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared. Each trial's request is `base` with its own model, seed, recipe and name."""
+    """What to compare. A trial's request is `base` with the trial's model, seed, recipe and name."""
 
     base: TrainingRequest
     folder: str
@@ -67,16 +66,16 @@ class Study:
 
 
 def rungs(epochs: int) -> tuple[int, ...]:
-    """Return the epochs after which ASHA compares the trials of a search, each of so many epochs."""
+    """Return the epochs after which ASHA compares a search's trials of `epochs` epochs."""
     least = max(1, epochs // REDUCTION**2)
     return tuple(rung for k in range(epochs) if (rung := least * REDUCTION**k) < epochs)
 
 
 class StudySearcher(Searcher):
-    """Tells Ray Tune what to try next, and knows how each trial stands.
+    """Gives Ray Tune the next trial, and tracks the status of all trials.
 
-    What an earlier driver, interrupted or killed, has done is read from the run folders: a finished trial is not run
-    again, and one that was under way is run with the recipe it had, so that it resumes.
+    The run folders hold the work of an earlier, interrupted driver: a finished trial is not repeated, and an unfinished
+    one resumes with the recipe that it had.
     """
 
     def __init__(self, study: Study, most_at_once: int, stopper: "AshaByModel") -> None:
@@ -93,12 +92,12 @@ class StudySearcher(Searcher):
         return [trial for group in (self.searches, self.finals) for trials in group.values() for trial in trials]
 
     def stop(self) -> None:
-        """Begin no other trial, and ask those that are under way to leave a checkpoint and end."""
+        """Start no more trials, and ask running ones to leave a checkpoint and end."""
         self.stopped = True
         for trial in list(self.running.values()):
             trial.status_store.request_stop()
 
-    # Ray Tune asks ---------------------------------------------------------------------------------
+    # Ray Tune's interface --------------------------------------------------------------------------
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
@@ -127,12 +126,12 @@ class StudySearcher(Searcher):
         self._advance()
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing is Ray Tune's to keep: the run folders hold all that is known."""
+        """Save nothing: the run folders hold all state."""
 
     def restore(self, checkpoint_path: str) -> None:
         """See `save`."""
 
-    # What follows from what is known ---------------------------------------------------------------
+    # Planning trials -------------------------------------------------------------------------------
 
     def _advance(self) -> None:
         """Add the final runs of each model whose best recipe is known."""
@@ -177,7 +176,7 @@ class StudySearcher(Searcher):
         return Trial(name, model, self.study.seeds[0], recipe, search=True, setting=setting)
 
     def _restored(self, model: str) -> Trial | None:
-        """Return the model's next search trial if it was begun before."""
+        """Return the model's next search trial if an earlier driver started it."""
         if len(self.searches[model]) == self.study.searches:
             return None
         run = self.study.run(self._search_trial(model, self.study.recipes[model])).read_json(RUN)
@@ -198,8 +197,8 @@ class StudySearcher(Searcher):
 class AshaByModel(FIFOScheduler):
     """Stops search trials that fall behind others of their model; final runs are never stopped.
 
-    Ray Tune ends a trial by ending its driver, before Ray Train has ended its workers. So a trial that ASHA would
-    stop is told so, by its status store, and ends by itself.
+    Ray Tune stops a trial by killing its driver before Ray Train can end the workers. So ASHA's decisions go to the
+    trial's status store, and the trial ends by itself.
     """
 
     def __init__(self, epochs: Mapping[str, int]) -> None:
@@ -219,7 +218,7 @@ class AshaByModel(FIFOScheduler):
         }
 
     def remember(self, trial: Trial, val_top1: Sequence[float]) -> None:
-        """Take a trial into account that was over before this driver began."""
+        """Add a trial that ended under an earlier driver."""
         if stopper := self.stoppers.get(trial.model):
             past = SimpleNamespace(trial_id=trial.name)
             stopper.on_trial_add(None, past)
@@ -241,10 +240,10 @@ class AshaByModel(FIFOScheduler):
 
 
 def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: Workers) -> None:
-    """Run all trials of the study; how each ended is then known to the searcher."""
+    """Run all trials of the study; the searcher then has their status."""
     trainable = tune.with_parameters(run_trial, study=study, source=source, workers=workers)
-    place = RunFolder(study.folder, "tune")
-    # Loggers would write what the run folders hold already; the new output prints even when told to be quiet.
+    folder = RunFolder(study.folder, "tune")
+    # Ray Tune's loggers would repeat the run folders' content, and its new output prints even with verbose=0.
     with environment(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0"):
         tune.Tuner(
             tune.with_resources(trainable, tune.PlacementGroupFactory([DRIVER])),
@@ -252,19 +251,19 @@ def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: 
                 search_alg=searcher, scheduler=searcher.stopper, num_samples=-1, trial_dirname_creator=directory
             ),
             run_config=tune.RunConfig(
-                name=place.name,
-                storage_path=place.root,
-                storage_filesystem=place.filesystem,
+                name=folder.name,
+                storage_path=folder.root,
+                storage_filesystem=folder.filesystem,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
                 callbacks=[RetryNotices()],
                 verbose=0,
             ),
         ).fit()
-    place.filesystem.delete_dir(place.folder)
+    folder.filesystem.delete_dir(folder.folder)
 
 
 class RetryNotices(ray_internals.progress_callback_class()):  # type: ignore[misc]
-    """Tells, by a trial's status store, that it is tried again; prints nothing, as Ray Tune's own callback would."""
+    """Records a trial's retry in its status store; prints nothing, unlike Ray Tune's default callback."""
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         store = Trial.from_config(trial.config).status_store
@@ -280,7 +279,7 @@ def directory(tune_trial: Any) -> str:
 
 
 def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Workers) -> None:
-    """Train one trial, in a process that Ray Tune has started; raise what Ray Tune should retry."""
+    """Train a trial in a process started by Ray Tune; errors are for Ray Tune to retry."""
     trial = Trial.from_config(config)
     request, run, store = study.request(trial), study.run(trial), trial.status_store
     try:
@@ -292,7 +291,7 @@ def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Wor
             finish(prepared, fit(prepared, lambda running: report_epochs(trial, running, waiting)))
     except WorkError as error:
         if (run.read_json(RESULT) or {}).get("status") == TrialStatus.FAILED:
-            return  # it would fail again
+            return  # a retry would fail again
         store.put_reason(str(error))
         raise
     except Exception as error:
@@ -301,10 +300,10 @@ def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Wor
 
 
 def report_epochs(trial: Trial, running: Callable[[], bool], waiting: Callable[[], str | None]) -> None:
-    """Report a search trial to Ray Tune at each rung, those before it was resumed included.
+    """Report a search trial to Ray Tune at each rung, including rungs before it was resumed.
 
     Args:
-        waiting: says what workers that have yet to start wait for.
+        waiting: returns what workers that haven't started wait for.
     """
     reported, store = 0, trial.status_store
     while running():
