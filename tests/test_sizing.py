@@ -96,6 +96,7 @@ def test_workers_that_may_share_a_gpu_are_told_from_others():
     assert not Workers(2, 4).share_gpus
 
 
+@pytest.mark.slow  # by itself: in a process that has used another Ray, the second one doesn't start its controller
 def test_ray_places_shares_and_kinds_as_they_are_counted(nodes, tmp_path):
     two = nodes(8, num_gpus=2, resources={"accelerator_type:A100": 1})
     for options, says in (

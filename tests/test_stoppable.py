@@ -57,6 +57,7 @@ def reserved():
     return [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
 
 
+@pytest.mark.slow  # under `uv run`, whose environment Ray copies for each worker of this process
 def test_a_run_that_trains_is_ended(local_ray, tmp_path):
     run = Fit(tmp_path)
     wait_until(lambda: run.file.exists() or run.outcome, 60, "training")
