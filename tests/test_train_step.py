@@ -178,7 +178,7 @@ def test_captured_inputs_are_those_of_a_launched_preparation(augment):
     step = build(device=CUDA, augment=augment, erasing=0.5)
     rows = batch(step).rows
     drawn = []
-    for number in range(WARM_UP + 6):
+    for number in range(WARM_UP + 7):
         seed(number // 2, CUDA)  # the last ones, replayed, in pairs
         drawn.append(step.prepare(rows)[1])
     assert step.captured_inputs.captured
