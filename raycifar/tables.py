@@ -11,6 +11,8 @@ from raycifar.models.recipes import NamedRecipe
 
 def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
     """Return the models' scores and their costs; each table fits 80 columns."""
+    from raycifar.analysis.results import interval  # and with it SciPy, which --help can do without
+
     budget = comparison["equal_device_seconds"]
     priced = any(model["cost"] is not None for model in comparison["models"].values())
     scores, costs = Table(box=box.SIMPLE_HEAD, pad_edge=False), Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -31,12 +33,6 @@ def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
             "no epoch" if model["at_equal_time"] is None else f"{model['at_equal_time']:.4f}",
         )
     return [scores, costs]
-
-
-def interval(score: dict[str, Any]) -> str:
-    if score["low"] is None:
-        return f"{score['mean']:.4f}"
-    return f"{score['mean']:.4f} ± {score['high'] - score['mean']:.4f}"
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> Table:

@@ -92,7 +92,7 @@ def cluster_status() -> Any:
 def is_infeasible(group: PlacementGroup) -> bool:
     """Return whether the autoscaler has reported that a placement group is infeasible.
 
-    `get_cluster_status` omits this (a TODO in its schema).
+    `get_cluster_status` omits this: its schema has no field for it.
     """
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
