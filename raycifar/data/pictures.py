@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import mimetypes
 import warnings
-from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -27,33 +29,57 @@ ORIENTATIONS = {
 }
 
 
-def find_images(location: str) -> Iterator[tuple[str, fs.FileSystem, str]]:
-    """Yield name, file system and path of an image file, or of each file in a folder and its subfolders.
+class ImageFile(NamedTuple):
+    """An image file: its name as the user knows it, and where it is."""
+
+    name: str
+    filesystem: fs.FileSystem
+    path: str
+
+    def is_image(self) -> bool:
+        """Return whether the file claims to be an image, by its suffix or else by its content."""
+        if kind := mimetypes.guess_type(self.path)[0]:
+            return kind.startswith("image/")
+        try:
+            with self.filesystem.open_input_file(self.path) as file, Image.open(file, formats=FORMATS):
+                return True
+        except Image.DecompressionBombError:
+            return True
+        except Exception:  # a damaged file may cause any
+            return False
+
+
+def find_images(location: str) -> tuple[list[ImageFile], int]:
+    """Return an image file, or those in a folder and its subfolders, and the number of other files, not hidden ones.
+
+    In a folder, an image is what has an image's suffix, or another unknown one and an image's content.
 
     Args:
         location: a local path or a URI.
 
     Raises:
-        RequestError: there are no files.
+        RequestError: there are no image files.
     """
     filesystem, path = locate(location)
     kind = filesystem.get_file_info(path).type
-    if kind == fs.FileType.File:
-        yield location, filesystem, path
-        return
     if kind == fs.FileType.NotFound:
         raise RequestError(f"{location} does not exist.")
-    files = [
-        entry.path
-        for entry in filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-        if entry.type == fs.FileType.File and not entry.base_name.startswith(".")
-    ]
-    if not files:
-        raise RequestError(f"{location} holds no files.")
-    for file in sorted(files):
-        inside = file.removeprefix(path).lstrip("/")
-        named = URI.match(location) or is_local(filesystem)
-        yield f"{location.rstrip('/')}/{inside}" if named else file, filesystem, file
+    if kind != fs.FileType.Directory:
+        return [ImageFile(location, filesystem, path)], 0
+    named = URI.match(location) or is_local(filesystem)
+    found, others = [], 0
+    for entry in sorted(filesystem.get_file_info(fs.FileSelector(path, recursive=True)), key=lambda entry: entry.path):
+        inside = entry.path.removeprefix(path).lstrip("/")
+        if entry.type != fs.FileType.File or any(part.startswith(".") for part in PurePosixPath(inside).parts):
+            continue
+        file = ImageFile(f"{location.rstrip('/')}/{inside}" if named else entry.path, filesystem, entry.path)
+        if file.is_image():
+            found.append(file)
+        else:
+            others += 1
+    if not found:
+        raise RequestError(f"{location} holds no images" + f", but {others} other files" * (others > 0) + ".")
+    return found, others
 
 
 def read_image(filesystem: fs.FileSystem, path: str, info: DatasetInfo = CIFAR100) -> np.ndarray:
