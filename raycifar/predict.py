@@ -21,7 +21,8 @@ def main(debug: bool, network: str, images: tuple[str, ...], as_json: bool, devi
     """Print the five likeliest classes of each image.
 
     RUN is the folder of a finished run, WEIGHTS a weights file that raycifar wrote. IMAGES are files, folders or
-    URIs, of any size and mode; a folder's other files are passed over. If an image can't be read, the others are still classified, and the exit code is 1.
+    URIs, of any size and mode; hidden files, and what is no image, are passed over in a folder. If an image can't be
+    read, the others are still classified, and the exit code is 1.
     """
     answers, others = predict_files(network, images, device)
     if as_json:

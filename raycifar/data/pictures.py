@@ -13,11 +13,11 @@ from pyarrow import fs
 
 from raycifar.data import CIFAR100, DatasetInfo
 from raycifar.errors import RequestError
-from raycifar.storage.files import URI, is_local, locate
+from raycifar.storage.files import URI, is_local, list_files, locate, open_file
 
 # Read by libraries. Pillow's other formats are rare, and one of them, EPS, starts a program: Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-LARGEST_FILE = 2**28  # bytes
+MOST_BYTES = 2**28  # of an image file
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,7 +41,7 @@ class ImageFile(NamedTuple):
         if kind := mimetypes.guess_type(self.path)[0]:
             return kind.startswith("image/")
         try:
-            with self.filesystem.open_input_file(self.path) as file, Image.open(file, formats=FORMATS):
+            with open_file(self.filesystem, self.path) as file, Image.open(file, formats=FORMATS):
                 return True
         except Image.DecompressionBombError:
             return True
@@ -68,13 +68,13 @@ def find_images(location: str) -> tuple[list[ImageFile], int]:
         return [ImageFile(location, filesystem, path)], 0
     named = URI.match(location) or is_local(filesystem)
     found, others = [], 0
-    for entry in sorted(filesystem.get_file_info(fs.FileSelector(path, recursive=True)), key=lambda entry: entry.path):
-        inside = entry.path.removeprefix(path).lstrip("/")
-        if entry.type != fs.FileType.File or any(part.startswith(".") for part in PurePosixPath(inside).parts):
+    for file in sorted(list_files(filesystem, path)):
+        inside = file.removeprefix(path).lstrip("/")
+        if any(part.startswith(".") for part in PurePosixPath(inside).parts):
             continue
-        file = ImageFile(f"{location.rstrip('/')}/{inside}" if named else entry.path, filesystem, entry.path)
-        if file.is_image():
-            found.append(file)
+        image = ImageFile(f"{location.rstrip('/')}/{inside}" if named else file, filesystem, file)
+        if image.is_image():
+            found.append(image)
         else:
             others += 1
     if not found:
@@ -86,14 +86,11 @@ def read_image(filesystem: fs.FileSystem, path: str, info: DatasetInfo = CIFAR10
     """Return an image file as (3, H, W) uint8, of the data set's size; see `to_pixels`.
 
     Raises:
-        ValueError: the file is too large, damaged, or not an image.
-        OSError: the file can't be read.
+        ValueError: the file is damaged, or not an image.
+        OSError: the file can't be read, or is too large.
     """
-    with filesystem.open_input_stream(path) as stream:
-        content = stream.read(LARGEST_FILE + 1)
-    if len(content) > LARGEST_FILE:
-        raise ValueError(f"the file has more than {LARGEST_FILE:,} bytes")
-    return to_pixels(decode(content), info)
+    with open_file(filesystem, path, most_bytes=MOST_BYTES) as file:
+        return to_pixels(decode(file.read()), info)
 
 
 def decode(content: bytes, size: tuple[int, int] | None = None) -> Image.Image:

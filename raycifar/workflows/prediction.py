@@ -133,7 +133,7 @@ def predict_files(
             pixels.append(read_image(file.filesystem, file.path))
             rows.append({"image": file.name})
         except (ValueError, OSError) as error:
-            rows.append({"image": file.name, "error": str(error)})
+            rows.append({"image": file.name, "error": getattr(error, "strerror", None) or str(error)})
     if pixels:
         probabilities = iter(model.probabilities(np.stack(pixels)))
         for row in rows:
