@@ -25,8 +25,8 @@ LINE_SECONDS = 30  # between two plain lines about the same step
 class PlainConsole(Console):
     """Shows all text as it is: no markup, no emoji codes, no control characters are obeyed."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        super().__init__(markup=False, emoji=False, highlight=False, quiet=quiet, force_jupyter=False)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, force_jupyter=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(shown(text), **options)
@@ -171,7 +171,7 @@ class LiveLine:
 
     def show(self, doing: str, step: StepStatus | None) -> None:
         if step is None:
-            self.bar.update(self.task, description=doing, total=None, completed=0, metrics="")
+            self.bar.update(self.task, description=shown(doing), total=None, completed=0, metrics="")
             self.epoch = 0
             return
         if step.epoch != self.epoch:

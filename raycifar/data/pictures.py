@@ -78,7 +78,9 @@ def find_images(location: str) -> tuple[list[ImageFile], int]:
         else:
             others += 1
     if not found:
-        raise RequestError(f"{location} holds no images" + f", but {others} other files" * (others > 0) + ".")
+        raise RequestError(
+            f"{location} holds no images" + f", but {others} other file{'s' * (others > 1)}" * (others > 0) + "."
+        )
     return found, others
 
 
@@ -105,11 +107,12 @@ def decode(content: bytes, size: tuple[int, int] | None = None) -> Image.Image:
     if not content:
         raise ValueError("the file is empty")
     try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+        with warnings.catch_warnings(action="ignore"):
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content), formats=FORMATS)
-        if size and image.size != size:
-            raise ValueError(f"it has {image.width}×{image.height} pixels, not {size[0]}×{size[1]}")
-        image.load()
+            if size and image.size != size:
+                raise ValueError(f"it has {image.width}×{image.height} pixels, not {size[0]}×{size[1]}")
+            image.load()
     except Image.UnidentifiedImageError as error:
         raise ValueError("it is not an image of a known format") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -142,7 +145,7 @@ def to_png(pixels: np.ndarray) -> bytes:
 def upright(image: Image.Image) -> Image.Image:
     """Return the image rotated by its EXIF orientation; no other tag is read."""
     orientation = None
-    with contextlib.suppress(Exception):  # damaged EXIF data may cause any
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # damaged EXIF data may cause any
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     turn = ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
     return image if turn is None else image.transpose(turn)

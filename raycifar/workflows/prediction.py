@@ -110,9 +110,7 @@ def as_pixels(image: Any) -> np.ndarray:
         raise RequestError(f"{image} can't be read: {error}.") from error
 
 
-def predict_files(
-    network: str, locations: Iterable[str], device: str = "auto"
-) -> tuple[list[dict[str, Any]], int]:
+def predict_files(network: str, locations: Iterable[str], device: str = "auto") -> tuple[list[dict[str, Any]], int]:
     """Return `{image, top5: [{class, probability}]}` for each image file, or `{image, error}` if it can't be read.
 
     Args:
