@@ -1,7 +1,10 @@
 """Errors that raycifar raises. Commands print each as one sentence; Python programs catch them."""
 
 import errno
+from collections.abc import Sequence
 from enum import StrEnum
+
+MOST_NAMES = 3  # in a sentence
 
 
 class FailureKind(StrEnum):
@@ -50,6 +53,10 @@ def in_a_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     line = lines[-1 if any(line.startswith("Traceback") for line in lines) else 0]
     return line.removeprefix("raycifar.errors.StorageError: ").rstrip(".: ")
+
+
+def first_few(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMES]) + " and others" * (len(names) > MOST_NAMES)
 
 
 def shown(text: str) -> str:

@@ -61,7 +61,7 @@ def evaluate(
     """
     run = None if request.network.endswith(".safetensors") else RunFolder.at(request.network).read_json(RUN)
     with screen.waiting("Loading PyTorch"):
-        from raycifar.engine.trained_model import read_weights
+        from raycifar.engine.trained_model import check_finite, read_weights
 
         weights = read_weights(request.network)
     with screen.waiting("Reading the images"):
@@ -70,6 +70,7 @@ def evaluate(
     table = take(images, np.arange(len(images)))
     precision = (run or {}).get("precision", "auto")  # that of the run: its scores come out the same
     logits = ask(table, weights, precision, request, screen, connection, debug=debug)
+    check_finite(logits, request.network)
 
     scores, predictions = score_predictions(logits, table, source)
     evaluation = {"network": request.network, "data": source.name, "split": request.split, **scores}

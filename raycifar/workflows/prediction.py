@@ -67,7 +67,9 @@ class Model:
         """Return (n, classes) float32 probabilities of `pixels` (n, 3, 32, 32) uint8."""
         import torch
 
-        return self.trained.logits(torch.from_numpy(pixels)).softmax(1).numpy()
+        from raycifar.engine.trained_model import check_finite
+
+        return check_finite(self.trained.logits(torch.from_numpy(pixels)), self.location).softmax(1).numpy()
 
     def __repr__(self) -> str:
         return f"Model({self.weights.architecture.model!r}, from {self.location!r}, on {self.trained.device})"
