@@ -11,13 +11,12 @@ Three stages, each dearer than the last and for fewer pairs:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-NEAR, SIMILAR = 0.82, 0.72  # least similarity
+NEAR, SIMILAR = 0.82, 0.72  # least similarity: from `NEAR`, nearly all pairs are one photograph
 CANDIDATES = 8  # of each image, among those that follow it
 ALIKE_AT_FIRST, ALIKE_AT_HALF = 0.7, 0.6  # least similarity in the first two stages
 FREQUENCIES = 6  # in each direction
@@ -28,31 +27,18 @@ FAINT = 0.02  # strength of edges, for pixels from 0 to 1; below, they are mostl
 CHUNK = 1024
 
 
-class Kind(StrEnum):
-    EXACT = "exact"  # equal pixels, or mirrored ones
-    NEAR = "near"  # one photograph
-    SIMILAR = "similar"
-
-
 @dataclass(frozen=True)
 class Pairs:
     """Pairs of images, the most alike first.
 
     first, second: (n,) int64, rows of the images; first < second. similarity: (n,) float32, from `SIMILAR` to 1.
-    exact: (n,) bool.
+    exact: (n,) bool, equal pixels, or mirrored ones.
     """
 
     first: Tensor
     second: Tensor
     similarity: Tensor
     exact: Tensor
-
-    def kinds(self) -> list[Kind]:
-        near = self.similarity >= NEAR
-        return [
-            Kind.EXACT if same else Kind.NEAR if alike else Kind.SIMILAR
-            for same, alike in zip(self.exact.tolist(), near.tolist(), strict=True)
-        ]
 
 
 @torch.inference_mode()
@@ -67,21 +53,21 @@ def find_pairs(images: Tensor, progress: Callable[[float], None] = lambda _: Non
     """
     even, odd = map(torch.cat, zip(*map(low_frequencies, images.split(CHUNK)), strict=True))
     gray = torch.cat([to_gray(part) for part in images.split(CHUNK)])
-    coarse, half, full = [], Edges(images.shape[-1], step=2), Edges(images.shape[-1], step=1)
+    stages = [(Edges(images.shape[-1], step=2), ALIKE_AT_HALF), (Edges(images.shape[-1], step=1), SIMILAR)]
     found = []
-    total = len(images) ** 2
     for start in range(0, len(images), CHUNK):
         first, second = candidates(even, odd, start)
-        for edges, least in ((half, ALIKE_AT_HALF), (full, SIMILAR)):
+        for edges, least in stages:
             similarity = edges.similarity(gray, first, second)
             keep = similarity >= least
             first, second, similarity = first[keep], second[keep], similarity[keep]
         found.append((first, second, similarity))
-        progress(1 - (max(0, len(images) - start - CHUNK)) ** 2 / total)
+        progress(1 - (1 - min(1, (start + CHUNK) / len(images))) ** 2)  # later chunks have fewer images after them
     first, second, similarity = map(torch.cat, zip(*found, strict=True))
     a, b = images[first], images[second]
     exact = (a == b).flatten(1).all(1) | (a == b.flip(-1)).flatten(1).all(1)
-    order = (similarity + exact).argsort(descending=True, stable=True)
+    similarity = similarity.masked_fill(exact, 1)
+    order = similarity.argsort(descending=True, stable=True)
     return Pairs(first[order], second[order], similarity[order], exact[order])
 
 
