@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from raycifar.errors import RequestError
@@ -68,7 +69,8 @@ class FromTimm:
         return [*filter(None, body), [name for name, _ in network.named_parameters() if name.startswith(heads)]]
 
     def imagenet_preprocessing(self, size: int) -> Preprocessing:
-        pixels = resolve_model_data_config(timm.create_model(self.name, pretrained=False))
+        with torch.device("meta"):
+            pixels = resolve_model_data_config(timm.create_model(self.name, pretrained=False))
         return Preprocessing(size, tuple(pixels["mean"]), tuple(pixels["std"]), pixels["interpolation"])
 
     def imagenet_weights(self) -> dict[str, Tensor]:

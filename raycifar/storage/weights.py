@@ -29,7 +29,11 @@ def from_file(content: bytes, origin: str) -> tuple[dict[str, Tensor], Architect
         RequestError: the file is damaged, or of another kind; the message begins with `origin`.
     """
     try:
-        tensors = safetensors.torch.load(content)
+        tensors = dict(sorted(safetensors.torch.load(content).items()))  # whose order is another in each process
+    except safetensors.SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing: ")
+        raise RequestError(f"{origin} is not a safetensors file, or is damaged: {reason}.") from error
+    try:
         if len(tensors) > MOST_TENSORS:
             raise ValueError(f"it holds {len(tensors):,} tensors, more than any network has")
         # The header is JSON, after 8 bytes that hold its length.
@@ -38,10 +42,10 @@ def from_file(content: bytes, origin: str) -> tuple[dict[str, Tensor], Architect
         architecture = Architecture.from_json(json.loads(about)) if about else None
         if architecture:
             check_fit(tensors, architecture)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RequestError(f"{origin} is not a safetensors file, or is damaged: {error}.") from error
-    except RequestError as error:
-        raise RequestError(f"{origin} can't be used: {error}") from error
+    except KeyError as error:
+        raise RequestError(f"{origin} is refused: its description lacks {error}.") from error
+    except (RequestError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise RequestError(f"{origin} is refused: {str(error).rstrip('.')}.") from error
     return tensors, architecture
 
 
@@ -53,9 +57,9 @@ def check_fit(tensors: Mapping[str, Tensor], architecture: Architecture) -> None
     """
     for name, value in {"num_classes": architecture.num_classes, **architecture.options}.items():
         if value > max(len(tensors), *(tensor.shape[0] for tensor in tensors.values() if tensor.ndim)):
-            raise ValueError(f"its {name} is {value:,}, which its tensors are too few or too small for")
+            raise ValueError(f"its {name} is {value:,}, for which its tensors are too few or too small")
     if differences := compare(tensors, architecture.outline().state_dict()):
-        raise ValueError(f"it doesn't hold the weights of {architecture.model}: {differences}")
+        raise ValueError(f"these are not the weights of {architecture.model}: {differences}")
     check_finite(tensors)
 
 

@@ -109,7 +109,7 @@ def as_pixels(image: Any) -> np.ndarray:
     try:
         return np.stack([read_image(file.filesystem, file.path) for file in find_images(str(image))[0]])
     except (ValueError, OSError) as error:
-        raise RequestError(f"{image} can't be read: {error}.") from error
+        raise RequestError(f"{image} can't be read: {reason(error)}.") from error
 
 
 def predict_files(network: str, locations: Iterable[str], device: str = "auto") -> tuple[list[dict[str, Any]], int]:
@@ -133,13 +133,17 @@ def predict_files(network: str, locations: Iterable[str], device: str = "auto") 
             pixels.append(read_image(file.filesystem, file.path))
             rows.append({"image": file.name})
         except (ValueError, OSError) as error:
-            rows.append({"image": file.name, "error": getattr(error, "strerror", None) or str(error)})
+            rows.append({"image": file.name, "error": reason(error)})
     if pixels:
         probabilities = iter(model.probabilities(np.stack(pixels)))
         for row in rows:
             if "error" not in row:
                 row["top5"] = likeliest(next(probabilities), model.class_names)
     return rows, sum(others for _, others in found)
+
+
+def reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def likeliest(probabilities: np.ndarray, class_names: tuple[str, ...]) -> list[dict[str, Any]]:
