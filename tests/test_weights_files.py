@@ -8,10 +8,12 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict, defaultdict
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import resnet50, vgg16_bn
@@ -26,7 +28,10 @@ from raycifar.models.recipes import choose_recipe
 from raycifar.storage.pickles import MOST_STEPS
 from raycifar.storage.torch_files import read_state_dict
 from raycifar.storage.weights import to_file
-from raycifar.workflows.prediction import Model
+from raycifar.terminal import Screen
+from raycifar.workflows.evaluation import EvaluationRequest, evaluate
+from raycifar.workflows.exporting import export
+from raycifar.workflows.prediction import predict_files
 from raycifar.workflows.requests import TrainingRequest
 
 SMALL = "timm:test_resnet"
@@ -435,13 +440,45 @@ def test_weights_that_are_not_finite_are_refused(cnn_file, weights, tmp_path, va
         load(tmp_path / "w.pth")
 
 
+def ask_in_each_way(network, folder):
+    """Yield a function for each of `predict`, `evaluate` and `export`."""
+    out, screen = str(folder / "out"), Screen(quiet=True)
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    request = EvaluationRequest(device="cpu", network=network, data="synthetic:100", count=0, out=out)
+    yield lambda: predict_files(network, [str(folder / "a.png")], "cpu")
+    yield lambda: evaluate(request, screen, ExitStack())
+    yield lambda: export(network, "safetensors", screen, out=out, data="synthetic:100")
+
+
 def test_answers_that_are_not_finite_are_refused(cnn_file, tmp_path):
     """Each weight is a number, and their products are too large to be one."""
     tensors = load_file(cnn_file)
     tensors["head.2.weight"][:] = tensors["head.5.weight"][:] = 3e38
     (tmp_path / "w.safetensors").write_bytes(to_file(tensors, Architecture("cnn")))
-    with pytest.raises(WorkError, match="gives answers that aren't finite numbers"):
-        Model(str(tmp_path / "w.safetensors"), "cpu").predict(np.zeros((1, 32, 32, 3), np.uint8))
+    for ask in ask_in_each_way(str(tmp_path / "w.safetensors"), tmp_path):
+        with pytest.raises(WorkError, match=r"w\.safetensors gives answers that aren't finite numbers"):
+            ask()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("state", ["missing", "cut", "folder", "fifo", "of other classes"])
+def test_a_run_whose_weights_are_missing_or_damaged_is_refused(cnn_file, tmp_path, state):
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run/model.safetensors"
+    match state:
+        case "cut":
+            path.write_bytes(cnn_file.read_bytes()[:-1])
+        case "folder":
+            path.mkdir()
+        case "fifo":
+            os.mkfifo(path)
+        case "of other classes":
+            other = Architecture("cnn", num_classes=10)
+            path.write_bytes(to_file(other.build().state_dict(), other))
+    for ask in ask_in_each_way(str(tmp_path / "run"), tmp_path):
+        with pytest.raises(RequestError, match=r"run/model\.safetensors (does not exist|is not|can't be|tells 10 cla)"):
+            ask()
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_raycifar_writes_is_read(cnn_file):

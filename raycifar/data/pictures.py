@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import mimetypes
 import warnings
 from pathlib import PurePosixPath
@@ -14,6 +15,8 @@ from pyarrow import fs
 from raycifar.data import CIFAR100, DatasetInfo
 from raycifar.errors import RequestError
 from raycifar.storage.files import URI, is_local, list_files, locate, open_file
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it says of damaged files is in their errors
 
 # Read by libraries. Pillow's other formats are rare, and one of them, EPS, starts a program: Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")

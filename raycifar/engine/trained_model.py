@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from raycifar.data import CIFAR100
 from raycifar.engine.evaluate import predict
 from raycifar.engine.hardware import choose_precision, to_device
 from raycifar.errors import RequestError, WorkError
@@ -73,6 +74,8 @@ def read_weights(location: str) -> Weights:
     tensors, architecture = weights_file.from_file(content, file)
     if architecture is None:
         raise RequestError(f"{file} was not written by raycifar: it doesn't name the model of its weights.")
+    if architecture.num_classes != CIFAR100.num_classes:
+        raise RequestError(f"{file} tells {architecture.num_classes} classes apart, not CIFAR-100's.")
     return Weights(architecture, tensors)
 
 
