@@ -17,7 +17,7 @@ from raycifar.errors import RequestError, StorageError, WorkError
 UNTIL_EXIT = ExitStack()  # holds the connection to Ray, which `leave` closes
 
 
-class Interrupted(BaseException):
+class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM."""
 
 

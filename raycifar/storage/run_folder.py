@@ -87,6 +87,22 @@ class RunFolder:
         """The folder's path, or its URI if the storage is remote."""
         return self._location[1] if is_local(self.filesystem) else f"{self.storage.rstrip('/')}/{self.name}"
 
+    @property
+    def is_remote(self) -> bool:
+        return not is_local(self.filesystem)
+
+    @property
+    def comparison(self) -> "RunFolder | None":
+        """The comparison that this folder lies in, if any."""
+        if self.is_remote and "/" not in self.root.strip("/"):
+            return None  # a bucket
+        around = RunFolder.at(self.storage)
+        return None if around.read(STUDY) is None else around
+
+    def path(self, file: str = "") -> str:
+        """Return the path of a file, or of the folder, on `filesystem`."""
+        return f"{self._location[1]}/{file}".rstrip("/")
+
     # Files ------------------------------------------------------------------------------------------
 
     def read(self, file: str) -> bytes | None:
@@ -133,10 +149,17 @@ class RunFolder:
     def write_history(self, history: Iterable[EpochRecord]) -> None:
         self.write(METRICS, "".join(json.dumps(record.to_json()) + "\n" for record in history).encode())
 
+    def files(self, prefix: str) -> list[str]:
+        """Return the names of the files that begin with `prefix`, sorted."""
+        return [name for name in self._entries(fs.FileType.File) if name.startswith(prefix)]
+
     def _subfolders(self) -> list[str]:
+        return self._entries(fs.FileType.Directory)
+
+    def _entries(self, kind: fs.FileType) -> list[str]:
         filesystem, folder = self._location
         entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-        return sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
+        return sorted(entry.base_name for entry in entries if entry.type == kind)
 
     def runs(self) -> list["RunFolder"]:
         """Return the runs inside this folder, which is a comparison's, sorted by name."""

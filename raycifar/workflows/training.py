@@ -19,6 +19,7 @@ from raycifar.data.tables import Source, Splits, split
 from raycifar.errors import WorkError, in_a_line
 from raycifar.models.initial_weights import load_initial_weights
 from raycifar.models.recipe import Recipe
+from raycifar.storage.lock import locked
 from raycifar.storage.run_folder import REPORT_PAGE, RESULT, RunFolder
 from raycifar.workflows.background import alongside
 from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, record, writing_first_file
@@ -61,19 +62,20 @@ def train(request: TrainingRequest, screen: "Screen", connection: ExitStack, *, 
         RequestError: the request is wrong; nothing was started or written.
         WorkError: training failed; the run folder keeps what was reached.
     """
-    run = prepare(request, screen, connection, debug=debug)
-    if run.result:
-        screen.say(f"{run.folder.folder} is finished; nothing is trained again.")
-        screen.lines(summary(run, run.result))
-        return run.result
-    try:
-        result = finish(run, fit(run, following(run, screen)))
-    except WorkError:
+    with ExitStack() as lock:
+        run = prepare(request, screen, connection, lock=lock, debug=debug)
+        if run.result:
+            screen.say(f"{run.folder.folder} is finished; nothing is trained again.")
+            screen.lines(summary(run, run.result))
+            return run.result
+        try:
+            result = finish(run, fit(run, following(run, screen)))
+        except WorkError:
+            show_report(run, screen)
+            raise
+        screen.lines(summary(run, result))
         show_report(run, screen)
-        raise
-    screen.lines(summary(run, result))
-    show_report(run, screen)
-    return result
+        return result
 
 
 # The three steps ------------------------------------------------------------------------------------
@@ -84,32 +86,37 @@ def prepare(
     screen: "Screen",
     connection: ExitStack | None = None,
     *,
+    lock: ExitStack | None = None,
+    folder: RunFolder | None = None,
     inputs: Inputs | None = None,
     workers: "Workers | None" = None,
     status_store: StatusStore | None = None,
     debug: bool = False,
 ) -> PreparedRun:
-    """Load a run's inputs, connect to Ray, choose the workers, and write `run.json`.
+    """Load a run's inputs, lock its folder, connect to Ray, choose the workers, and write `run.json`.
 
     Args:
         connection: holds the connection to Ray; not needed if `workers` are given.
-        inputs, workers, status_store: given for a comparison's trials, else created here.
+        lock: holds the folder's lock; not needed if the folder is locked, or nobody else's.
+        folder, inputs, workers, status_store: given for a comparison's trials, else created here.
 
     Raises:
         RequestError: the request is wrong; nothing was started or written.
         WorkError: the cluster can't be reached.
     """
-    folder = RunFolder(request.storage, request.name)
+    folder = folder or RunFolder(request.storage, request.name)
     with screen.waiting(f"Reading {request.data}{and_weights([request.recipe])}"):
         inputs = inputs or read_inputs(request)
     identity = identify(request, inputs)
     if result := earlier_result(folder, identity):
         return PreparedRun(request, folder, inputs, result=result)
+    if lock:
+        with writing_first_file(folder, screen):
+            folder = lock.enter_context(locked(folder, screen.say, also=filter(None, [folder.comparison])))
     with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
         workers = workers or allocate_workers(request, folder, connection or ExitStack(), debug=debug)
     screen.facts(request.name, overview(identity, workers, folder.folder))
-    with writing_first_file(folder, screen):
-        record(folder, request, identity, workers)
+    record(folder, request, identity, workers)
     status_store = status_store or StatusStore(uuid.uuid4().hex)
     return PreparedRun(request, folder, inputs, workers, status_store, debug=debug)
 
