@@ -19,6 +19,14 @@ POLL_SECONDS = 0.25
 LINE_SECONDS = 30  # between two plain lines about the same step
 
 
+class Output(Console):
+    """Standard output; BrokenPipeError once nobody reads it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        raise
+
+
 class Screen:
     """Writes to standard output: live in a terminal, plain lines elsewhere, as in a notebook.
 
@@ -27,7 +35,7 @@ class Screen:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(highlight=False, quiet=quiet, force_jupyter=False)
+        self.console = Output(highlight=False, quiet=quiet, force_jupyter=False)
         self.console.soft_wrap = not self.console.is_terminal
 
     def say(self, text: str = "") -> None:

@@ -12,7 +12,7 @@ def alongside(work: Callable[[], T], follow: Callable[[Callable[[], bool]], None
 
     Args:
         follow: called with a function that returns whether the work is running; returns when it isn't.
-        stop: called with the thread on KeyboardInterrupt, to end the work.
+        stop: called with the thread to end the work, if `follow` raises, as KeyboardInterrupt.
     """
     outcome: dict[str, Any] = {}
 
@@ -26,7 +26,7 @@ def alongside(work: Callable[[], T], follow: Callable[[Callable[[], bool]], None
     thread.start()
     try:
         follow(thread.is_alive)
-    except KeyboardInterrupt:
+    except BaseException:
         stop(thread)
         raise
     if error := outcome.get("error"):

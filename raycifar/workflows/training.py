@@ -13,7 +13,7 @@ from importlib import import_module
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from raycifar.cluster.status import StatusStore
+from raycifar.cluster.status import Phase, StatusStore, WorkerStatus
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, Splits, split
 from raycifar.errors import WorkError, in_a_line
@@ -124,7 +124,7 @@ def prepare(
 def fit(run: PreparedRun, follow: Callable[[Callable[[], bool]], None], work: "Work | None" = None) -> Any:
     """Train while `follow` shows progress, and return the result of the first worker's training function.
 
-    KeyboardInterrupt stops the run, which leaves a checkpoint, and is raised again.
+    What `follow` raises, as KeyboardInterrupt, stops the run, which leaves a checkpoint, and is raised again.
 
     Args:
         work: returns, given the `Job`, another function for the workers, and its configuration.
@@ -138,7 +138,9 @@ def fit(run: PreparedRun, follow: Callable[[Callable[[], bool]], None], work: "W
 
     def stop(thread: Thread) -> None:
         run.status_store.request_stop()
-        thread.join(STOP_SECONDS)
+        status = run.status_store.worker() or WorkerStatus()
+        if status.phase == Phase.TRAINING and not work:
+            thread.join(STOP_SECONDS)
         if thread.is_alive():
             trainer.abort()
 
