@@ -40,7 +40,7 @@ def test_the_second_is_refused_by_name_and_the_folder_is_free_again_at_the_end(r
         assert len(claims([run])) == 1
     with locked(run, pytest.fail):
         pass
-    assert run.files("") == []
+    assert run.file_names() == []
 
 
 def test_of_many_that_begin_at_once_one_holds_the_lock(run):

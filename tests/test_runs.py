@@ -112,3 +112,10 @@ def test_a_folder_is_named_by_what_it_is_called_not_by_how_it_was_reached(run, m
     for place in (".", "../a", "../a/", run.folder):
         assert RunFolder.at(place) == run
     assert RunFolder.at("s3://bucket/runs/a/") == RunFolder("s3://bucket/runs", "a")
+
+
+def test_what_killed_processes_left_is_deleted(run, tmp_path):
+    for left in (".0123456789abcdef.part", ".metrics.jsonl.part", ".validate_storage_marker"):
+        (tmp_path / "runs/a" / left).touch()
+    run.delete_leftovers()
+    assert run.file_names() == ["run.json"]

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import ray
@@ -35,13 +35,13 @@ from raycifar.engine.order import Batch, EpochOrder, advance, step_seed, steps_p
 from raycifar.engine.ray_metrics import Gauges
 from raycifar.engine.reporter import Reporter
 from raycifar.engine.state import Progress, TrainingState
-from raycifar.engine.tensorboard import to_events
+from raycifar.engine.tensorboard import EventLog
 from raycifar.engine.train_step import TrainStep
 from raycifar.errors import FailureKind
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
 from raycifar.storage.records import EpochRecord
-from raycifar.storage.run_folder import EVENTS, EXAMPLE_STATS, MODEL, PREDICTIONS, RUN, RunFolder
+from raycifar.storage.run_folder import EXAMPLE_STATS, MODEL, PREDICTIONS, RUN, RunFolder
 from raycifar.storage.weights import to_file
 
 TRAIN_EVAL_IMAGES = 1000  # training images scored as validation images are, after each epoch
@@ -202,6 +202,10 @@ class Trainer:
         self.collect()
         return None
 
+    @cached_property
+    def event_log(self) -> EventLog:
+        return EventLog(self.run)
+
     def finish_epoch(self) -> None:
         """Score the network, record the epoch, and save a checkpoint."""
         began = time.perf_counter()
@@ -219,7 +223,7 @@ class Trainer:
     def show(self, history: Sequence[EpochRecord]) -> None:
         """Write and report the finished epochs, whose checkpoint is stored."""
         self.run.write_history(history)
-        self.run.write(EVENTS, to_events(history))
+        self.event_log.write(history)
         self.reporter.history(history)
 
     def finish(self) -> dict[str, Any] | None:

@@ -163,7 +163,7 @@ def renew(folder: RunFolder, claim: Claim, ended: Event) -> None:
 
 
 def claims(places: Iterable[RunFolder]) -> list[tuple[RunFolder, Claim]]:
-    found = [(place, read(place, file)) for place in places for file in place.files(CLAIM)]
+    found = [(place, read(place, file)) for place in places for file in place.file_names() if file.startswith(CLAIM)]
     return [(place, claim) for place, claim in found if claim]
 
 

@@ -7,7 +7,7 @@
     predictions.parquet the final network's predictions for each test image
     example_stats.parquet  statistics of each training image over the epochs
     report.*            what the curves show; suspects.csv ranks the labels that are probably wrong
-    events.out.tfevents.raycifar  the history for TensorBoard
+    events.out.tfevents.raycifar*  the history for TensorBoard
     best.safetensors    the weights of the epoch with the best validation top-1
     checkpoint_EPOCH_STEP  what a run resumes from; each has a manifest, written last, with a digest of each file
     .lock-*             the claim of the process that trains the run: see `lock`
@@ -31,7 +31,7 @@ from typing import Any
 from pyarrow import fs
 
 from raycifar.errors import RequestError, StorageError
-from raycifar.storage.files import URI, is_local, locate, write_whole
+from raycifar.storage.files import URI, append_to, is_local, locate, open_file, write_whole
 from raycifar.storage.records import EpochRecord, finite
 
 RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
@@ -109,8 +109,8 @@ class RunFolder:
         """Return a file's content, or None if it doesn't exist."""
         filesystem, folder = self._location
         try:
-            with filesystem.open_input_stream(f"{folder}/{file}") as stream:
-                return stream.read()
+            with open_file(filesystem, f"{folder}/{file}", inside=folder) as opened:
+                return opened.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -120,11 +120,27 @@ class RunFolder:
         Raises:
             StorageError: the file can't be written, or another process has taken over the run.
         """
-        filesystem, folder = self._location
+        with self._writing(file):
+            write_whole(self.filesystem, self.path(file), content)
+
+    def append(self, file: str, content: bytes, added: bytes) -> None:
+        """Append to a file that begins with `content`: in place on a disk, by a longer file in an object store.
+
+        Raises:
+            StorageError: see `write`.
+        """
+        if self.is_remote:
+            self.write(file, content + added)
+            return
+        with self._writing(file):
+            append_to(Path(self.path(file)), len(content), added)
+
+    @contextmanager
+    def _writing(self, file: str) -> Iterator[None]:
         try:
-            if self.claim and filesystem.get_file_info(self.claim).type == fs.FileType.NotFound:
+            if self.claim and self.filesystem.get_file_info(self.claim).type == fs.FileType.NotFound:
                 raise PermissionError(errno.EPERM, "another process has taken over this run")
-            write_whole(filesystem, f"{folder}/{file}", content)
+            yield
         except OSError as error:
             raise StorageError.of(f"{self.folder}/{file}", error) from error
 
@@ -133,6 +149,12 @@ class RunFolder:
         filesystem, folder = self._location
         if self.read(file) is not None:
             filesystem.delete_file(f"{folder}/{file}")
+
+    def delete_leftovers(self) -> None:
+        """Delete what killed processes have left: files that they were writing, and those of Ray Train."""
+        for file in self.file_names():
+            if file in RAY_FILES or re.fullmatch(r"\..*\.part", file):
+                self.delete(file)
 
     def read_json(self, file: str) -> Any:
         content = self.read(file)
@@ -149,17 +171,14 @@ class RunFolder:
     def write_history(self, history: Iterable[EpochRecord]) -> None:
         self.write(METRICS, "".join(json.dumps(record.to_json()) + "\n" for record in history).encode())
 
-    def files(self, prefix: str) -> list[str]:
-        """Return the names of the files that begin with `prefix`, sorted."""
-        return [name for name in self._entries(fs.FileType.File) if name.startswith(prefix)]
-
-    def _subfolders(self) -> list[str]:
-        return self._entries(fs.FileType.Directory)
-
-    def _entries(self, kind: fs.FileType) -> list[str]:
+    def file_names(self, kind: fs.FileType = fs.FileType.File) -> list[str]:
+        """Return the names of the files, or of the folders, directly in this one, sorted."""
         filesystem, folder = self._location
         entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
         return sorted(entry.base_name for entry in entries if entry.type == kind)
+
+    def _subfolders(self) -> list[str]:
+        return self.file_names(fs.FileType.Directory)
 
     def runs(self) -> list["RunFolder"]:
         """Return the runs inside this folder, which is a comparison's, sorted by name."""

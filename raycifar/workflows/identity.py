@@ -12,7 +12,7 @@ from raycifar.data.tables import Source, Splits
 from raycifar.errors import RequestError
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipes import recipe_from_json
-from raycifar.storage.run_folder import RAY_FILES, RESULT, RUN, RunFolder
+from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.workflows.requests import TrainingRequest
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def record(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any]
     """Write `run.json`, and delete what failed attempts left; a resumed run keeps its creation time."""
     from raycifar.cluster.nodes import versions
 
-    for file in (RESULT, *RAY_FILES):
-        folder.delete(file)
+    folder.delete_leftovers()
+    folder.delete(RESULT)
     now = f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}"
     folder.write_json(
         RUN,
