@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from raycifar.errors import RequestError, StorageError, WorkError
+from raycifar.errors import RayDiedError, RequestError, StorageError, WorkError
 
 CLOSED_OUTPUT = 128 + 13  # as of a program that SIGPIPE ends
 UNTIL_EXIT = ExitStack()  # holds the connection to Ray, which `leave` closes
@@ -54,6 +54,8 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
             leave(0)
         except Interrupted as interrupted:
             leave(130, str(interrupted), getattr(interrupted, "__notes__", []), quiet=not debug)
+        except RayDiedError as error:
+            leave(*ending(error), quiet=not debug)
         except BrokenPipeError:
             leave(CLOSED_OUTPUT)
         except Exception as error:

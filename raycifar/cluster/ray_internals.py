@@ -32,6 +32,40 @@ def kv_get(key: str) -> bytes | None:
     return internal_kv._internal_kv_get(key)
 
 
+# Ray's own processes --------------------------------------------------------------------------------
+
+
+def control_processes() -> dict[str, tuple[str, int]]:
+    """Return the host and port of each process of Ray that this process can't do without, by name.
+
+    When one dies, Ray itself ends this process after a minute, in its own words.
+    """
+    context = ray.get_runtime_context()
+    host, _, port = context.gcs_address.rpartition(":")
+    here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    return {
+        "control service (GCS)": (host.strip("[]"), int(port)),
+        "process on this node (raylet)": (here["NodeManagerAddress"], here["NodeManagerPort"]),
+    }
+
+
+def memory_used() -> float:
+    """Return the share of this node's or container's memory that is in use, as Ray's memory monitor counts it."""
+    from ray._common.utils import get_system_memory
+    from ray._private.utils import get_used_memory
+
+    return get_used_memory() / get_system_memory()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether Ray's memory monitor ended a process; for an actor, only Ray's wording says so."""
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    return isinstance(error, OutOfMemoryError) or (
+        isinstance(error, RayActorError) and "due to the node running low on memory" in str(error)
+    )
+
+
 # Joining and leaving -------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from importlib import import_module
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from raycifar.cluster.status import Phase, StatusStore, WorkerStatus
+from raycifar.cluster.status import Failure, FailureCause, Phase, StatusStore, WorkerStatus
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, Splits, split
 from raycifar.errors import WorkError, in_a_line
@@ -132,6 +132,8 @@ def fit(run: PreparedRun, follow: Callable[[Callable[[], bool]], None], work: "W
     Raises:
         WorkError: training failed.
     """
+    from raycifar.cluster import ray_internals
+    from raycifar.cluster.controller_callbacks import go_on_after
     from raycifar.workflows.ray_train import build_trainer
 
     trainer = build_trainer(run, work)
@@ -144,7 +146,13 @@ def fit(run: PreparedRun, follow: Callable[[Callable[[], bool]], None], work: "W
         if thread.is_alive():
             trainer.abort()
 
-    return fit_trainer(trainer, follow, stop, run.request.max_failures)
+    def go_on(error: Exception) -> None:
+        kind = FailureCause.MEMORY if ray_internals.is_out_of_memory(error) else FailureCause.CONTROLLER
+        failure = Failure(kind, in_a_line(error))
+        reason = f"Ray Train's controller died: {failure.reason}"
+        go_on_after(failure, reason, run.status_store, run.request.max_failures)
+
+    return fit_trainer(trainer, follow, stop, go_on)
 
 
 def finish(run: PreparedRun, outcome: "Outcome") -> dict[str, Any]:
@@ -220,34 +228,33 @@ def fit_trainer(
     trainer: "StoppableTrainer",
     follow: Callable[[Callable[[], bool]], None],
     stop: Callable[[Thread], None],
-    max_failures: int,
+    go_on_after: Callable[[Exception], None],
 ) -> Any:
     """Run the trainer in a thread while `follow` shows progress.
 
     Args:
-        max_failures: retries after a worker died while Ray Train started the training function on it, which Ray Train
-            takes for a failure of its controller.
+        go_on_after: called when Ray Train's controller died, with its error; raises if it is not to be started again.
     """
-    from ray.exceptions import RayActorError
-    from ray.train import ControllerError
+    from ray.exceptions import OutOfMemoryError, RayActorError
 
-    def attempt(left: int) -> Any:
-        try:
-            return trainer.fit().return_value
-        except ControllerError as error:
-            if not left or not isinstance(error.controller_failure, RayActorError):
-                raise
-            return attempt(left - 1)
+    def attempt() -> Any:
+        while True:
+            try:
+                return trainer.fit().return_value
+            except Exception as error:
+                # What a callback in the controller raises, and a worker's death while Ray Train starts it, is wrapped.
+                cause = getattr(error, "controller_failure", error)
+                if isinstance(cause, RayActorError | OutOfMemoryError):
+                    try:
+                        go_on_after(cause)
+                        continue
+                    except WorkError as end:
+                        cause = end
+                raise WorkError(
+                    f"training failed: {in_a_line(cause)}. The same command continues from the last checkpoint."
+                ) from error
 
-    try:
-        return alongside(lambda: attempt(max_failures), follow, stop)
-    except WorkError:
-        raise
-    except Exception as error:
-        cause = getattr(error, "controller_failure", error)  # raised by `FailureCounter`, which names the worker
-        raise WorkError(
-            f"training failed: {in_a_line(cause)}. The same command continues from the last checkpoint."
-        ) from error
+    return alongside(attempt, follow, stop)
 
 
 # Progress and results -------------------------------------------------------------------------------
