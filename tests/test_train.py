@@ -268,17 +268,24 @@ class Fallible:
 
 def test_a_worker_that_dies_as_it_is_launched_ends_no_run():
     def fit(*failures, most):
-        return fit_trainer(Fallible(*failures), follow, pytest.fail, most)
+        return fit_trainer(Fallible(*failures), follow, print, lambda error: go_on_after(seen, error, most))
+
+    def go_on_after(seen, error, most):
+        seen.append(error)
+        if len(seen) > most:
+            raise WorkError("too often")
 
     def follow(running):
         while running():
             time.sleep(0.01)
 
+    seen = []
     assert fit(RayActorError(), RayActorError(), most=2) == {"history": []}
-    with pytest.raises(WorkError, match="continues from the last checkpoint"):
-        fit(RayActorError(), most=0)
+    assert len(seen) == 2
+    with pytest.raises(WorkError, match=r"too often\. The same command continues from the last checkpoint"):
+        fit(RayActorError(), most=2)
     with pytest.raises(WorkError, match="on worker 1, out of memory"):
-        fit(RuntimeError("on worker 1, out of memory"), most=2)
+        fit(RuntimeError("on worker 1, out of memory"), most=9)
 
 
 # As a library ---------------------------------------------------------------------------------------

@@ -197,16 +197,18 @@ class StatusStore:
         content = json.dumps(value).encode()
         if in_a_cluster():
             from raycifar.cluster import ray_internals
+            from raycifar.cluster.watch import answered
 
-            ray_internals.kv_put(f"raycifar/{self.key}/{topic}", content)
+            answered(lambda: ray_internals.kv_put(f"raycifar/{self.key}/{topic}", content))
         else:
             _here[f"{self.key}/{topic}"] = content
 
     def _get(self, topic: str) -> Any:
         if in_a_cluster():
             from raycifar.cluster import ray_internals
+            from raycifar.cluster.watch import answered
 
-            content = ray_internals.kv_get(f"raycifar/{self.key}/{topic}")
+            content = answered(lambda: ray_internals.kv_get(f"raycifar/{self.key}/{topic}"))
         else:
             content = _here.get(f"{self.key}/{topic}")
         return None if content is None else json.loads(content)
