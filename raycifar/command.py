@@ -6,19 +6,33 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import click
 
-from raycifar.errors import RequestError, StorageError, WorkError, shown
+from raycifar.errors import RayDiedError, RequestError, StorageError, WorkError, shown
 
+CLOSED_OUTPUT = 128 + 13  # as of a program that SIGPIPE ends
 UNTIL_EXIT = ExitStack()  # holds the connection to Ray, which `leave` closes
 
 
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM; its notes are printed after the sentence."""
+
+
+@contextmanager
+def resumable(name: str) -> Iterator[None]:
+    """Say how to continue work that is interrupted, also by whoever reads its output and stops reading."""
+    how = f"To continue, give the same command with --name {name}"
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise Interrupted(f"Interrupted: nobody reads the output. {how}") from error
+    except Interrupted as interrupted:
+        interrupted.add_note(how)
+        raise
 
 
 def command(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,7 +42,7 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(work)
     def with_endings(debug: bool, **options: Any) -> None:
         def interrupt(number: int, frame: Any) -> None:
-            raise Interrupted
+            raise Interrupted("Interrupted.")
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, interrupt)
@@ -38,8 +52,12 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
         try:
             work(debug=debug, **options)
             leave(0)
-        except Interrupted:
-            leave(130, "Interrupted.", quiet=not debug)
+        except Interrupted as interrupted:
+            leave(130, str(interrupted), getattr(interrupted, "__notes__", []), quiet=not debug)
+        except RayDiedError as error:
+            leave(*ending(error), quiet=not debug)
+        except BrokenPipeError:
+            leave(CLOSED_OUTPUT)
         except Exception as error:
             if debug:
                 traceback.print_exception(error)
@@ -62,16 +80,20 @@ def ending(error: Exception) -> tuple[int, str]:
     return 1, f"Error: {type(error).__name__}: {error}. This is a bug; --debug shows the traceback."
 
 
-def leave(code: int, sentence: str | None = None, *, quiet: bool = False) -> None:
+def leave(code: int, sentence: str | None = None, more: Iterable[str] = (), *, quiet: bool = False) -> None:
     """Print a sentence, and exit this process and its Ray without waiting for training threads.
 
     Args:
+        more: lines to print to the output.
         quiet: suppress Ray's messages about interrupted work.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    if sentence:
-        click.echo(shown(sentence), err=True)
+    with suppress(BrokenPipeError):
+        if sentence:
+            click.echo(shown(sentence), err=True)
+        for line in more:
+            click.echo(shown(line))
     if quiet:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Ray's C++ core writes to the descriptor
     ray = sys.modules.get("ray")  # perhaps half imported by another thread
@@ -80,6 +102,7 @@ def leave(code: int, sentence: str | None = None, *, quiet: bool = False) -> Non
 
         ray_internals.forbid_auto_init()  # a running thread would otherwise start Ray again
         ray.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(BrokenPipeError):
+            stream.flush()
     os._exit(code)

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from raycifar import models
-from raycifar.command import UNTIL_EXIT, Interrupted, command
+from raycifar.command import UNTIL_EXIT, command, resumable
 from raycifar.errors import RequestError
 from raycifar.options import WIDE, recipe_options, request_options
 from raycifar.storage.run_folder import RunFolder
@@ -38,14 +38,11 @@ def main(debug: bool, runs: tuple[str, ...], names: str | None, **options: Any) 
         screen.lines(study.sentences(comparison))
         screen.say(f"Comparison: {RunFolder(request.storage, request.name).folder}")
 
-    try:
-        if runs:
-            study.compare_runs(runs, request, screen, show)
-        else:
-            study.train_and_compare(request, screen, UNTIL_EXIT, show, debug=debug)
-    except Interrupted:
-        screen.say(f"To continue, give the same command with --name {request.name}")
-        raise
+    if runs:
+        study.compare_runs(runs, request, screen, show)
+        return
+    with resumable(request.name):
+        study.train_and_compare(request, screen, UNTIL_EXIT, show, debug=debug)
 
 
 if __name__ == "__main__":

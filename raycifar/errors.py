@@ -30,6 +30,10 @@ class WorkError(RaycifarError):
     """The work started and failed."""
 
 
+class RayDiedError(WorkError):
+    """A process of Ray that everything depends on has died."""
+
+
 class StorageError(OSError):
     """A file of a run can't be written."""
 

@@ -23,13 +23,21 @@ LINE_SECONDS = 30  # between two plain lines about the same step
 
 
 class PlainConsole(Console):
-    """Shows all text as it is: no markup, no emoji codes, no control characters are obeyed."""
+    """Shows all text as it is: no markup, no emoji codes, no control characters are obeyed.
+
+    Raises:
+        BrokenPipeError: nobody reads the output any more.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, force_jupyter=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(shown(text), **options)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        raise
 
 
 class Screen:

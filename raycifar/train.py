@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from raycifar import models
-from raycifar.command import UNTIL_EXIT, Interrupted, command
+from raycifar.command import UNTIL_EXIT, command, resumable
 from raycifar.options import WIDE, recipe_options, request_options
 from raycifar.terminal import Screen
 from raycifar.workflows import training
@@ -29,11 +29,8 @@ def main(debug: bool, model: str, dry_run: bool, **options: Any) -> None:
 
         preview.preview(request, screen, UNTIL_EXIT, debug=debug)
         return
-    try:
+    with resumable(request.name):
         training.train(request, screen, UNTIL_EXIT, debug=debug)
-    except Interrupted:
-        screen.say(f"To continue, give the same command with --name {request.name}")
-        raise
 
 
 if __name__ == "__main__":

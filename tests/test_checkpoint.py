@@ -11,7 +11,7 @@ from raycifar.engine.checkpoint import MAX_PENDING, Checkpointer, HostCopy, Snap
 from raycifar.engine.state import TENSORS, TrainingState
 from raycifar.models import Architecture
 from raycifar.models.recipe import Recipe
-from raycifar.storage.run_folder import BEST, KEPT, RunFolder
+from raycifar.storage.run_folder import BEST, KEPT, RunFolder, checkpoint_name
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that PyTorch can use")
@@ -50,18 +50,27 @@ def test_a_snapshot_is_of_its_moment_with_the_best_weights_beside_it(run, state)
     snapshot = Snapshot(state, best=True)
     with torch.no_grad():
         state.model.head[2].weight.zero_()
-    snapshot.write(run, "checkpoint_1")
+    snapshot.write(run)
     assert torch.equal(load(run.read(BEST))["head.2.weight"], before)
-    assert torch.equal(load(run.read_checkpoint("checkpoint_1")[TENSORS])["model.head.2.weight"], before)
+    (name,) = run.checkpoint_names()
+    assert torch.equal(load(run.read_checkpoint(name)[TENSORS])["model.head.2.weight"], before)
 
 
-def test_the_newest_few_are_kept_and_metrics_are_reported(run, state, reported):
-    checkpointer = Checkpointer(run, in_process=True)
+def test_those_trained_furthest_are_kept_and_metrics_are_reported(run, state, reported):
+    checkpointer = Checkpointer(run)
     for epoch in range(KEPT + 2):
+        state.progress.epoch = epoch
         checkpointer.save({"epoch": epoch}, Snapshot(state))
     checkpointer.wait()
-    assert len(run.checkpoint_names()) == KEPT
+    assert run.checkpoint_names() == [checkpoint_name(epoch, 0) for epoch in reversed(range(2, KEPT + 2))]
     assert [metrics["epoch"] for metrics in reported] == list(range(KEPT + 2))
+
+
+def test_an_epoch_is_shown_once_its_checkpoint_is_stored(run, state, reported):
+    seen = []
+    checkpointer = Checkpointer(run)
+    checkpointer.save({}, Snapshot(state), stored=lambda: seen.extend(run.sound_checkpoints(pytest.fail)), wait=True)
+    assert [name for name, _ in seen] == run.checkpoint_names()
 
 
 class Stuck:
@@ -70,15 +79,14 @@ class Stuck:
     def __init__(self, error=None):
         self.go, self.error = threading.Event(), error
 
-    def write(self, run, name):
+    def write(self, run):
         self.go.wait(10)
         if self.error:
             raise self.error
-        return run.folder
 
 
 def test_training_waits_for_a_storage_that_is_slower_only_when_enough_is_under_way(run, reported):
-    checkpointer = Checkpointer(run, in_process=True)
+    checkpointer = Checkpointer(run)
     slow = [Stuck() for _ in range(MAX_PENDING + 1)]
     for snapshot in slow[:MAX_PENDING]:
         checkpointer.save({}, snapshot)
@@ -94,7 +102,7 @@ def test_training_waits_for_a_storage_that_is_slower_only_when_enough_is_under_w
 
 
 def test_what_goes_wrong_is_raised_by_the_next_save(run, reported):
-    checkpointer = Checkpointer(run, in_process=True)
+    checkpointer = Checkpointer(run)
     full = Stuck(OSError("No space left on device"))
     full.go.set()
     with pytest.raises(OSError, match="No space left"):

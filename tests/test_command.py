@@ -6,7 +6,7 @@ import sys
 import click
 import pytest
 
-from raycifar.command import ending
+from raycifar.command import CLOSED_OUTPUT, ending
 from raycifar.errors import RequestError, StorageError, WorkError
 
 
@@ -43,3 +43,12 @@ def test_the_library_has_no_need_of_click_and_workers_none_of_the_terminal():
     program = "import sys; sys.modules['click'] = None; import raycifar.workflows.{0}"
     for name in ("training", "study", "reporting", "evaluation", "exporting", "benchmark", "prediction", "datasets"):
         subprocess.run([sys.executable, "-c", program.format(name)], check=True)
+
+
+def test_a_command_whose_output_nobody_reads_ends_without_a_word():
+    command = subprocess.Popen(
+        [sys.executable, "-m", "raycifar.recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    command.stdout.close()
+    assert command.stderr.read() == b""
+    assert command.wait() == CLOSED_OUTPUT

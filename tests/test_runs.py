@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from raycifar.storage.records import EpochRecord
-from raycifar.storage.run_folder import RAY_SNAPSHOT, RunFolder
+from raycifar.storage.run_folder import RunFolder, checkpoint_name
 
 
 @pytest.fixture
@@ -55,18 +55,35 @@ except OSError as error:
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == b"before"
 
 
-def test_the_newest_checkpoint_comes_first(run, upload):
-    upload("checkpoint_1", weights=b"one")
-    upload("checkpoint_2", weights=b"two")
-    assert [name for name, _ in run.sound_checkpoints(pytest.fail)] == ["checkpoint_2", "checkpoint_1"]
-    assert run.read_checkpoint("checkpoint_2") == {"weights": b"two"}
+def test_the_checkpoint_that_was_trained_furthest_comes_first(run, upload):
+    """Those of earlier versions are named by the time of day where they were written."""
+
+    def old(name, epoch, *steps):
+        progress = {"epoch": epoch, "segments": [{"workers": 1, "steps": count} for count in steps]}
+        upload(name, **{"progress.json": json.dumps(progress).encode()})
+
+    old("checkpoint_2026-05-01_12-00-00.000000", 3)
+    old("checkpoint_2026-05-01_21-00-00.000000", 2, 4, 4)
+    old("checkpoint_2026-05-01_05-00-00.000000", 12)
+    for position in ((2, 9), (2, 11), (10, 0)):
+        upload(checkpoint_name(*position), weights=b"")
+    upload("checkpoint_2026-05-02_00-00-00.000000", weights=b"without progress")
+    assert [name for name, _ in run.sound_checkpoints(pytest.fail)] == [
+        "checkpoint_2026-05-01_05-00-00.000000",
+        "checkpoint_0010_000000",
+        "checkpoint_2026-05-01_12-00-00.000000",
+        "checkpoint_0002_000011",
+        "checkpoint_0002_000009",
+        "checkpoint_2026-05-01_21-00-00.000000",
+        "checkpoint_2026-05-02_00-00-00.000000",
+    ]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no manifest", "half a manifest"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(run, upload, damage, tmp_path):
-    upload("checkpoint_1", weights=b"good weights")
-    upload("checkpoint_2", weights=b"fine weights")
-    folder = tmp_path / "runs/a/checkpoint_2"
+    upload("checkpoint_0001_000000", weights=b"good weights")
+    upload("checkpoint_0001_000002", weights=b"fine weights")
+    folder = tmp_path / "runs/a/checkpoint_0001_000002"
     match damage:
         case "truncate":
             (folder / "weights").write_bytes(b"fine we")
@@ -79,25 +96,9 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(run, upload, damage, tmp_
         case _:
             (folder / "manifest.json").write_bytes(b'{"weights": "12')
     said = []
-    assert next(run.sound_checkpoints(said.append)) == ("checkpoint_1", {"weights": b"good weights"})
+    assert next(run.sound_checkpoints(said.append)) == ("checkpoint_0001_000000", {"weights": b"good weights"})
     assert len(said) == 1
-    assert said[0].startswith("checkpoint_2 is skipped: ")
-
-
-@pytest.mark.parametrize(
-    "content", [b"{", b"[]", json.dumps({"checkpoint_results": [{"checkpoint_dir_name": "gone"}]})]
-)
-def test_a_list_of_checkpoints_that_ray_would_stumble_over_is_dropped(run, content):
-    run.write(RAY_SNAPSHOT, content if isinstance(content, bytes) else content.encode())
-    run.mend_snapshot()
-    assert run.read(RAY_SNAPSHOT) is None
-
-
-def test_a_sound_list_of_checkpoints_is_kept(run, upload):
-    upload("checkpoint_1", weights=b"x")
-    run.write_json(RAY_SNAPSHOT, {"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_1"}]})
-    run.mend_snapshot()
-    assert run.read(RAY_SNAPSHOT) is not None
+    assert said[0].startswith("checkpoint_0001_000002 is skipped: ")
 
 
 def test_json_has_no_number_that_is_not_finite(run):
@@ -111,3 +112,10 @@ def test_a_folder_is_named_by_what_it_is_called_not_by_how_it_was_reached(run, m
     for place in (".", "../a", "../a/", run.folder):
         assert RunFolder.at(place) == run
     assert RunFolder.at("s3://bucket/runs/a/") == RunFolder("s3://bucket/runs", "a")
+
+
+def test_what_killed_processes_left_is_deleted(run, tmp_path):
+    for left in (".0123456789abcdef.part", ".metrics.jsonl.part", ".validate_storage_marker"):
+        (tmp_path / "runs/a" / left).touch()
+    run.delete_leftovers()
+    assert run.file_names() == ["run.json"]

@@ -6,10 +6,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from raycifar.engine.state import PROGRESS, TENSORS, Progress, TrainingState
+from raycifar.engine.state import TENSORS, Progress, TrainingState
 from raycifar.models import Architecture
 from raycifar.models.recipe import Recipe
 from raycifar.storage.records import EpochRecord
+from raycifar.storage.run_folder import PROGRESS
 
 CPU = torch.device("cpu")
 

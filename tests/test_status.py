@@ -78,7 +78,8 @@ def test_the_reporter_tells_all_that_it_was_told_so_far(store, reporter):
     assert told.doing == "training"
     assert told.step == StepStatus(**STEP)
     assert told.model == ModelFacts(**MODEL)
-    reporter.epoch([EpochRecord(**RECORD)])
+    reporter.end_epoch()
+    reporter.history([EpochRecord(**RECORD)])
     assert store.worker().step is None
     assert store.history() == [EpochRecord(**RECORD)]
 
@@ -86,10 +87,9 @@ def test_the_reporter_tells_all_that_it_was_told_so_far(store, reporter):
 def test_only_the_leader_speaks_and_looks(store):
     other = Reporter(store, Gauges("a", "cnn"), leader=False)
     other.phase(Phase.TRAINING)
-    other.epoch([EpochRecord(**RECORD)])
+    other.end_epoch()
     store.request_stop()
     assert store.worker() is None
-    assert store.history() == []
     assert not other.due()
     assert not other.stop_requested()
 

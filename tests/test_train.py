@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -106,9 +108,9 @@ def test_lines_are_plain_where_there_is_no_terminal(train, small):
 # Stopped and started again --------------------------------------------------------------------------
 
 
-def stop_in_epoch_2(small, storage, number, *args):
+def stop_in_epoch_2(small, storage, number, *args, env=None):
     """Start the run, and send it a signal in the middle of epoch 2, after a checkpoint there."""
-    command = Command(*ARGS, "--data", small, "--name", "a", "--checkpoint-steps", 4, *args, storage=storage)
+    command = Command(*ARGS, "--data", small, "--name", "a", "--checkpoint-steps", 4, *args, storage=storage, env=env)
     folder = storage / "a"
 
     def in_epoch_2():
@@ -194,6 +196,49 @@ def test_a_run_killed_before_its_scores_were_written_only_scores(trained, train,
     assert history(tmp_path / "runs/a") == history(trained)
 
 
+def test_checkpoints_of_a_clock_that_went_back_are_ordered_by_what_was_trained(trained, train, small, tmp_path):
+    """Earlier versions named them by the local time."""
+    shutil.copytree(trained, tmp_path / "runs/a")
+    for file in ("result.json", "model.safetensors"):
+        (tmp_path / "runs/a" / file).unlink()
+    for hour, checkpoint in enumerate(checkpoints(tmp_path / "runs/a")):
+        checkpoint.rename(checkpoint.with_name(f"checkpoint_2026-10-25_0{hour}-30-00.000000"))
+    resumed = train(*ARGS, "--data", small, "--name", "a")
+    assert "Continuing from after epoch 3 (checkpoint_2026-10-25_00-30-00.000000)" in resumed.stdout
+    assert weights(tmp_path / "runs/a") == weights(trained)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_another_time_zone(trained, train, small, tmp_path):
+    stop_in_epoch_2(small, tmp_path / "runs", signal.SIGKILL, env={"TZ": "Asia/Tokyo"})
+    stop_in_epoch_2(small, tmp_path / "runs", signal.SIGKILL, "--epochs", 3, env={"TZ": "America/Los_Angeles"})
+    train(*ARGS, "--data", small, "--name", "a", "--checkpoint-steps", 4, env={"TZ": "UTC"})
+    assert weights(tmp_path / "runs/a") == weights(trained)
+
+
+def test_the_same_command_at_the_same_time_is_refused(trained, train, small, tmp_path):
+    first = Command(*ARGS, "--data", small, "--name", "a", storage=tmp_path / "runs")
+    wait_until(lambda: list(tmp_path.glob("runs/a/.lock-*")), what="the lock")
+    refused = train(*ARGS, "--data", small, "--name", "a", code=2)
+    assert f"{tmp_path}/runs/a is being trained by process {first.process.pid} on " in refused.stderr
+    finish(first)
+    assert weights(tmp_path / "runs/a") == weights(trained)
+    assert not list(tmp_path.glob("runs/a/.*"))
+
+
+def test_a_run_whose_output_is_closed_stops_at_a_checkpoint_and_says_so(small, tmp_path):
+    command = [sys.executable, "-m", "raycifar.train", *ARGS, "--data", small, "--name", "a", "--storage", tmp_path]
+    run = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not run.stdout.readline().startswith("epoch 1/3"):
+        pass
+    run.stdout.close()
+    said = run.stderr.read()
+    assert said == "Interrupted: nobody reads the output. To continue, give the same command with --name a\n"
+    assert run.wait() == 130
+    assert len(history(tmp_path / "a")) < 3
+    assert len(checkpoints(tmp_path / "a")) >= len(history(tmp_path / "a"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
@@ -268,17 +313,24 @@ class Fallible:
 
 def test_a_worker_that_dies_as_it_is_launched_ends_no_run():
     def fit(*failures, most):
-        return fit_trainer(Fallible(*failures), follow, pytest.fail, most)
+        return fit_trainer(Fallible(*failures), follow, print, lambda error: go_on_after(seen, error, most))
+
+    def go_on_after(seen, error, most):
+        seen.append(error)
+        if len(seen) > most:
+            raise WorkError("too often")
 
     def follow(running):
         while running():
             time.sleep(0.01)
 
+    seen = []
     assert fit(RayActorError(), RayActorError(), most=2) == {"history": []}
-    with pytest.raises(WorkError, match="continues from the last checkpoint"):
-        fit(RayActorError(), most=0)
+    assert len(seen) == 2
+    with pytest.raises(WorkError, match=r"too often\. The same command continues from the last checkpoint"):
+        fit(RayActorError(), most=2)
     with pytest.raises(WorkError, match="on worker 1, out of memory"):
-        fit(RuntimeError("on worker 1, out of memory"), most=2)
+        fit(RuntimeError("on worker 1, out of memory"), most=9)
 
 
 # As a library ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from raycifar.errors import StorageError, WorkError, in_a_line
 LOOK_SECONDS = 0.05  # between two checks for a node's death
 NODE_DEATH_SECONDS = 15  # until Ray notices a node's death
 DRIVER_DEATH_SECONDS = 1  # until a dead driver's job ends
+MEMORY_SECONDS = 600  # for memory that ran short to be free again
+FREE_AGAIN = 0.85  # of the memory in use; Ray ends processes at 0.95
 
 
 class FailureCounter(ray.train.UserCallback):
@@ -28,7 +31,6 @@ class FailureCounter(ray.train.UserCallback):
 
     def __init__(self, status_store: StatusStore, max_failures: int) -> None:
         self.status_store, self.max_failures = status_store, max_failures
-        self.nodes: list[list[str | None]] = []  # of the workers at each failure
         self.last: tuple[int | None, str] | None = None
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
@@ -38,24 +40,45 @@ class FailureCounter(ray.train.UserCallback):
         if status.attempt and (status.attempt, reason) == self.last:
             return  # while a node is being removed, Ray Train reports the same failure repeatedly
         self.last = status.attempt, reason
-        if kind != FailureCause.PREEMPTED:
-            self.nodes.append(status.nodes)
-            if kind == FailureCause.STORAGE or self.exceeded():
-                raise WorkError(f"on worker {rank}, {reason}")
-        self.status_store.add_failure(Failure(kind, reason, sorted(worker_exceptions)))
-        self.status_store.put_worker(replace(status, phase=Phase.STARTING, detail="", step=None))
+        failure = Failure(kind, reason, sorted(worker_exceptions), status.nodes)
+        go_on_after(failure, f"on worker {rank}, {reason}", self.status_store, self.max_failures)
 
-    def exceeded(self) -> bool:
-        """Return whether there were too many failures; Ray notices a node's death later than its workers'."""
-        deadline = time.monotonic() + NODE_DEATH_SECONDS
-        while (exceeded := self.count() > self.max_failures) and time.monotonic() < deadline:
-            time.sleep(LOOK_SECONDS)
-        return exceeded
 
-    def count(self) -> int:
-        """Return the number of failures during which no node died."""
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        return sum(alive.issuperset(nodes) for nodes in self.nodes)
+def go_on_after(failure: Failure, reason: str, status_store: StatusStore, max_failures: int) -> None:
+    """Report a failure to the driver, and wait until memory is free if it ran short.
+
+    Raises:
+        WorkError: the failure is permanent, or there were too many; the message has the `reason`.
+    """
+    failures = [*status_store.failures(), failure]
+    if failure.kind == FailureCause.STORAGE or (
+        failure.kind != FailureCause.PREEMPTED and too_many(failures, max_failures)
+    ):
+        if failure.kind == FailureCause.MEMORY:
+            reason = "a node's memory ran short, and Ray ended the workers: fewer workers or more memory help"
+        raise WorkError(reason)
+    status_store.add_failure(failure)
+    status = replace(status_store.worker() or WorkerStatus(), phase=Phase.STARTING, detail="", step=None)
+    if failure.kind == FailureCause.MEMORY:
+        deadline = time.monotonic() + MEMORY_SECONDS
+        while (used := ray_internals.memory_used()) > FREE_AGAIN and time.monotonic() < deadline:
+            status_store.put_worker(replace(status, detail=f"once memory is free: {used:.0%} is in use"))
+            time.sleep(1)
+    status_store.put_worker(status)
+
+
+def too_many(failures: Sequence[Failure], max_failures: int) -> bool:
+    """Return whether there were too many failures; Ray notices a node's death later than its workers'."""
+    deadline = time.monotonic() + NODE_DEATH_SECONDS
+    while (exceeded := count(failures) > max_failures) and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+    return exceeded
+
+
+def count(failures: Iterable[Failure]) -> int:
+    """Return the number of failures during which no node died or was preempted."""
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return sum(alive.issuperset(failure.nodes) for failure in failures if failure.kind != FailureCause.PREEMPTED)
 
 
 def decisive(worker_exceptions: dict[int, Exception]) -> tuple[int, FailureCause, Exception]:
@@ -64,7 +87,7 @@ def decisive(worker_exceptions: dict[int, Exception]) -> tuple[int, FailureCause
     A worker's own report takes precedence over the errors that it causes on others.
     """
     failures = [(rank, *classify(error)) for rank, error in sorted(worker_exceptions.items())]
-    order = (FailureCause.STORAGE, FailureCause.PREEMPTED, FailureCause.WORKER)
+    order = (FailureCause.STORAGE, FailureCause.PREEMPTED, FailureCause.MEMORY, FailureCause.WORKER)
     return min(failures, key=lambda failure: order.index(failure[1]))
 
 
@@ -73,6 +96,8 @@ def classify(error: Exception) -> tuple[FailureCause, Exception]:
     cause = ray_internals.cause_of(error)
     if isinstance(cause, PreemptedError):
         return FailureCause.PREEMPTED, cause
+    if ray_internals.is_out_of_memory(cause):
+        return FailureCause.MEMORY, cause
     permanent = isinstance(cause, StorageError) and cause.permanent
     return FailureCause.STORAGE if permanent else FailureCause.WORKER, cause
 

@@ -12,24 +12,63 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
+KV_SECONDS = 2  # for an answer of the key-value store
+
 # The key-value store -------------------------------------------------------------------------------
 
 
 def kv_put(key: str, value: bytes) -> None:
-    """Set a key for every process of the cluster.
+    """Set a key for every process of the cluster; `ray.exceptions.RpcError` if Ray's control service doesn't answer.
 
     The public way is an actor: another process to start and to find.
     """
     from ray.experimental import internal_kv
 
-    internal_kv._internal_kv_put(key, value, overwrite=True)
+    internal_kv.internal_kv_get_gcs_client().internal_kv_put(key.encode(), value, True, None, KV_SECONDS)
 
 
 def kv_get(key: str) -> bytes | None:
     """Return the value of a key, or None; see `kv_put`."""
     from ray.experimental import internal_kv
 
-    return internal_kv._internal_kv_get(key)
+    return internal_kv.internal_kv_get_gcs_client().internal_kv_get(key.encode(), None, KV_SECONDS)
+
+
+# Ray's own processes --------------------------------------------------------------------------------
+
+
+def control_processes() -> dict[str, tuple[str, int]]:
+    """Return the host and port of each process of Ray that this process can't do without, by name.
+
+    When one dies, Ray itself ends this process after a minute, in its own words.
+    """
+    node_id = ray.get_runtime_context().get_node_id()
+    here = next(node for node in ray.nodes() if node["NodeID"] == node_id)
+    raylet = "process on this node (raylet)", (here["NodeManagerAddress"], here["NodeManagerPort"])
+    return dict([control_service(), raylet])
+
+
+def control_service() -> tuple[str, tuple[str, int]]:
+    """Return the name of the process that knows the cluster's state, and its host and port."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    return "control service (GCS)", (host.strip("[]"), int(port))
+
+
+def memory_used() -> float:
+    """Return the share of this node's or container's memory that is in use, as Ray's memory monitor counts it."""
+    from ray._common.utils import get_system_memory
+    from ray._private.utils import get_used_memory
+
+    return get_used_memory() / get_system_memory()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether Ray's memory monitor ended a process; for an actor, only Ray's wording says so."""
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    return isinstance(error, OutOfMemoryError) or (
+        isinstance(error, RayActorError) and "due to the node running low on memory" in str(error)
+    )
 
 
 # Joining and leaving -------------------------------------------------------------------------------

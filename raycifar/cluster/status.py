@@ -33,7 +33,9 @@ class Phase(StrEnum):
 class FailureCause(StrEnum):
     PREEMPTED = "preempted"  # a node is being preempted; the workers saved a checkpoint
     STORAGE = "storage"  # a file can't be written, and a retry is bound to fail
+    MEMORY = "memory"  # Ray ended processes because a node's memory ran short
     WORKER = "worker"  # any other failure of a worker
+    CONTROLLER = "controller"  # Ray Train's own process died
     DRIVER = "driver"  # of a trial: its process failed
 
 
@@ -101,11 +103,15 @@ class WorkerStatus(Message):
 
 @dataclass(frozen=True)
 class Failure(Message):
-    """A failure after which the run continues."""
+    """A failure after which the run continues.
+
+    ranks: of the workers that failed. nodes: of all workers.
+    """
 
     kind: FailureCause
     reason: str
-    ranks: list[int] = field(default_factory=list)  # of the workers that failed
+    ranks: list[int] = field(default_factory=list)
+    nodes: list[str | None] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -116,6 +122,10 @@ class Failure(Message):
             return "A node of this run is being preempted; the run continues elsewhere from a new checkpoint."
         if self.kind == FailureCause.DRIVER:
             return f"Its driver failed ({self.reason}) and is restarted."
+        if self.kind == FailureCause.MEMORY:
+            return "Memory ran short, and Ray ended the workers; they are restarted from the last checkpoint."
+        if self.kind == FailureCause.CONTROLLER:
+            return "Ray Train's controller died; it and the workers are restarted from the last checkpoint."
         ranks = ", ".join(map(str, self.ranks))
         return f"Worker {ranks} failed ({self.reason}); the workers are restarted from the last checkpoint."
 
@@ -187,16 +197,18 @@ class StatusStore:
         content = json.dumps(value).encode()
         if in_a_cluster():
             from raycifar.cluster import ray_internals
+            from raycifar.cluster.watch import answered
 
-            ray_internals.kv_put(f"raycifar/{self.key}/{topic}", content)
+            answered(lambda: ray_internals.kv_put(f"raycifar/{self.key}/{topic}", content))
         else:
             _here[f"{self.key}/{topic}"] = content
 
     def _get(self, topic: str) -> Any:
         if in_a_cluster():
             from raycifar.cluster import ray_internals
+            from raycifar.cluster.watch import answered
 
-            content = ray_internals.kv_get(f"raycifar/{self.key}/{topic}")
+            content = answered(lambda: ray_internals.kv_get(f"raycifar/{self.key}/{topic}"))
         else:
             content = _here.get(f"{self.key}/{topic}")
         return None if content is None else json.loads(content)

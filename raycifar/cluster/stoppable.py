@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 from ray.train import Result
 from ray.train.torch import TorchTrainer
 from ray.util.placement_group import remove_placement_group
@@ -51,9 +51,10 @@ class StoppableTrainer(TorchTrainer):
             ray_internals.kv_put(self.key, b"")  # forget an earlier call's controller
         try:
             return super().fit()
-        except RayActorError as error:
+        except RayError as error:
             if self.aborted.is_set():
                 raise AbortedError from error
+            self.release()
             raise
         finally:
             self.ended.set()
@@ -66,13 +67,15 @@ class StoppableTrainer(TorchTrainer):
         self.aborted.set()
         while not self.in_process and not self.ended.wait(LOOK_SECONDS):
             if announced := ray_internals.kv_get(self.key):
-                self.end(*cloudpickle.loads(announced))
+                _, controller = cloudpickle.loads(announced)
+                controller.abort.remote()
+                if not self.ended.wait(GRACE_SECONDS):  # a controller that waits for resources doesn't react
+                    ray.kill(controller)
+                    self.ended.wait(GRACE_SECONDS)
+                self.release()
 
-    def end(self, controller_id: str, controller: Any) -> None:
-        """End a controller and its workers."""
-        controller.abort.remote()
-        if not self.ended.wait(GRACE_SECONDS):  # a controller that waits for resources doesn't react
-            ray.kill(controller)
-            self.ended.wait(GRACE_SECONDS)
-        for group in ray_internals.placement_groups_of(controller_id):
-            remove_placement_group(group)
+    def release(self) -> None:
+        """Release the resources of a controller that has ended, and end workers that are left."""
+        if announced := ray_internals.kv_get(self.key):
+            for group in ray_internals.placement_groups_of(cloudpickle.loads(announced)[0]):
+                remove_placement_group(group)

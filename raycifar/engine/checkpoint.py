@@ -1,18 +1,17 @@
 """Checkpoints: taken between two steps, written while training continues."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import datetime
 from threading import Semaphore
 from typing import Any
 
 import ray.train
 import safetensors.torch
 import torch
-from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor
 
-from raycifar.engine.state import PROGRESS, TENSORS, TrainingState
-from raycifar.storage.run_folder import BEST, KEPT, RunFolder
+from raycifar.engine.state import TENSORS, TrainingState
+from raycifar.storage.run_folder import BEST, KEPT, PROGRESS, RunFolder, checkpoint_name
 from raycifar.storage.weights import to_file
 
 MAX_PENDING = 2  # checkpoints being written; training waits for a slower storage
@@ -42,68 +41,64 @@ class Snapshot:
 
     def __init__(self, state: TrainingState, *, best: bool = False) -> None:
         self.architecture = state.architecture
+        self.name = checkpoint_name(state.progress.epoch, state.progress.step)
         self.state, self.progress = HostCopy(state.tensors()), state.progress.to_json()
         self.best_weights = HostCopy(state.scored.state_dict()) if best else None
 
-    def write(self, run: RunFolder, name: str) -> str:
-        """Write the best weights, if any, then the checkpoint; return its path on the run's file system."""
+    def write(self, run: RunFolder) -> None:
+        """Write the best weights, if any, then the checkpoint."""
         if self.best_weights:
             run.write(BEST, to_file(self.best_weights.wait(), self.architecture))
         files = {TENSORS: safetensors.torch.save(self.state.wait()), PROGRESS: self.progress}
-        return run.write_checkpoint(files, name)
+        run.write_checkpoint(files, self.name)
 
 
 class Checkpointer:
-    """Saves snapshots without waiting for the storage.
+    """Writes snapshots while training continues, and keeps the last few checkpoints.
 
-    With workers, Ray Train uploads in its own thread, and keeps the last few checkpoints. Without (`--workers 0`),
-    Ray Train's report keeps nothing, so a thread here does the same.
+    Ray Train is told the metrics alone: it would order and delete checkpoints by when they were reported, and forgets
+    those of earlier attempts.
     """
 
-    def __init__(self, run: RunFolder, *, in_process: bool) -> None:
+    def __init__(self, run: RunFolder) -> None:
         self.run = run
-        self.uploads = ThreadPoolExecutor(max_workers=1) if in_process else None
-        self.pending: list[Future[Checkpoint]] = []
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.pending: list[Future[None]] = []
         self.room = Semaphore(MAX_PENDING)
 
-    def save(self, metrics: dict[str, Any], snapshot: Snapshot | None, *, wait: bool = False) -> None:
-        """Report metrics and a checkpoint; all workers call it together, and only one has a snapshot.
+    def save(
+        self,
+        metrics: dict[str, Any],
+        snapshot: Snapshot | None,
+        *,
+        stored: Callable[[], None] = lambda: None,
+        wait: bool = False,
+    ) -> None:
+        """Report metrics, and save a checkpoint; all workers call it together, and only one has a snapshot.
 
         Args:
-            wait: return only once the checkpoint is stored.
+            stored: called by another thread once the checkpoint is stored.
+            wait: return only then.
         """
-        mode = CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC
+        ray.train.report(metrics)
         if snapshot is None:
-            ray.train.report(metrics, checkpoint_upload_mode=mode)
             return
         self.room.acquire()
-        if self.uploads:
-            name = f"checkpoint_{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"
-            while self.pending and self.pending[0].done():
-                self.pending.pop(0).result()
-            self.pending.append(self.uploads.submit(self._store, snapshot, name))
-            ray.train.report(metrics)
-            if wait:
-                self.wait()
-        else:
-            ray.train.report(
-                metrics,
-                Checkpoint(self.run.name, self.run.filesystem),  # Ray requires one before the upload
-                checkpoint_upload_mode=mode,
-                checkpoint_upload_fn=lambda _, name: self._store(snapshot, name),
-                delete_local_checkpoint_after_upload=False,
-            )
+        while self.pending and self.pending[0].done():
+            self.pending.pop(0).result()
+        self.pending.append(self.thread.submit(self._store, snapshot, stored))
+        if wait:
+            self.wait()
 
     def wait(self) -> None:
         """Wait for pending checkpoints, and raise any error, as the next `save` would."""
         while self.pending:
             self.pending.pop(0).result()
 
-    def _store(self, snapshot: Snapshot, name: str) -> Checkpoint:
+    def _store(self, snapshot: Snapshot, stored: Callable[[], None]) -> None:
         try:
-            path = snapshot.write(self.run, name)
-            if self.uploads:
-                self.run.delete_checkpoints(self.run.checkpoint_names()[KEPT:])
-            return Checkpoint(path, self.run.filesystem)
+            snapshot.write(self.run)
+            stored()
+            self.run.delete_checkpoints(self.run.checkpoint_names()[KEPT:])
         finally:
             self.room.release()

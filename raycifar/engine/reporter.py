@@ -38,13 +38,15 @@ class Reporter:
     def nodes(self, ids: list[str | None]) -> None:
         self._put(nodes=ids)
 
-    def epoch(self, history: Sequence[EpochRecord]) -> None:
-        """Report the records of all finished epochs."""
-        if self.leader:
-            self.status_store.put_history(history)
-            self._put(step=None)
-            if history:
-                self.gauges.set(vars(history[-1]))
+    def end_epoch(self) -> None:
+        """Report that no step is being taken."""
+        self._put(step=None)
+
+    def history(self, history: Sequence[EpochRecord]) -> None:
+        """Report the records of all finished epochs; the leader calls it, in any thread."""
+        self.status_store.put_history(history)
+        if history:
+            self.gauges.set(vars(history[-1]))
 
     def timings(self, rates: dict[str, list[float]]) -> None:
         if self.leader:

@@ -23,8 +23,9 @@ from raycifar.engine.order import Segment
 from raycifar.models import Architecture
 from raycifar.models.recipe import Recipe, Stage
 from raycifar.storage.records import EpochRecord
+from raycifar.storage.run_folder import PROGRESS
 
-TENSORS, PROGRESS = "state.safetensors", "progress.json"
+TENSORS = "state.safetensors"
 PER_EXAMPLE = {"example_stats": "images", "val_correct": "val_right"}  # and what earlier versions called them
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import ray
@@ -128,7 +128,7 @@ class Trainer:
         self.preprocessing = self.architecture.preprocessing
         self.steps_per_epoch = steps_per_epoch(job.num_train_images, job.recipe.batch_size)
         self.reporter = Reporter(job.status_store, Gauges(job.run.name, self.architecture.model), leader=self.rank == 0)
-        self.checkpointer = Checkpointer(job.run, in_process=job.in_process)
+        self.checkpointer = Checkpointer(job.run)
         self.interruptions = InterruptionWatch(self.reporter, in_process=job.in_process)
         # Set by `set_up`, once there are images and a network.
         self.train_set: Shard
@@ -213,15 +213,18 @@ class Trainer:
         record = self.diagnose(self.score_epoch())
         record = replace(record, seconds=record.training_seconds + time.perf_counter() - began)
         self.state.progress = Progress(record.epoch + 1, history=[*self.state.progress.history, record])
-        history = self.state.progress.history
-        if self.rank == 0:
-            self.run.write_history(history)
-            self.event_log.write(history)
-        self.reporter.epoch(history)
+        self.reporter.end_epoch()
         if self.state.enter_stage():
             self.train_step.close()
             self.train_step = self.build_train_step()
-        self.save(record.to_json(), best=self.state.progress.best is record)
+        show = partial(self.show, self.state.progress.history)
+        self.save(record.to_json(), best=self.state.progress.best is record, stored=show)
+
+    def show(self, history: Sequence[EpochRecord]) -> None:
+        """Write and report the finished epochs, whose checkpoint is stored."""
+        self.run.write_history(history)
+        self.event_log.write(history)
+        self.reporter.history(history)
 
     def finish(self) -> dict[str, Any] | None:
         """Score the test set, write the final weights and the images' statistics, and return the scores."""
@@ -251,7 +254,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Resume all workers from the newest checkpoint that can be read."""
-        found = next(self.run.sound_checkpoints(self.reporter.notice), None) if self.rank == 0 else None
+        found = self.newest_checkpoint() if self.rank == 0 else None
         name = ray.train.collective.broadcast_from_rank_zero(found and found[0])
         if name is None:
             return
@@ -261,9 +264,15 @@ class Trainer:
         step = f"epoch {progress.epoch}, step {progress.step}" if progress.step else f"after epoch {progress.epoch - 1}"
         workers = f", with {self.world_size} workers" if self.world_size > 1 else ""
         self.reporter.notice(f"Continuing from {step} ({name}){workers}.")
-        self.reporter.epoch(progress.history)
         if self.rank == 0:
-            self.run.write_history(progress.history)
+            self.show(progress.history)
+
+    def newest_checkpoint(self) -> tuple[str, dict[str, bytes]] | None:
+        """Return the checkpoint to resume from, and delete those that are skipped: new ones will pass them."""
+        skipped = self.run.checkpoint_names()
+        found = next(self.run.sound_checkpoints(self.reporter.notice), None)
+        self.run.delete_checkpoints(skipped[: skipped.index(found[0])] if found else skipped)
+        return found
 
     def build_train_step(self) -> TrainStep:
         """Return the current stage's step: each stage trains, and so exchanges, other parameters."""
@@ -427,10 +436,10 @@ class Trainer:
             return False
         return ray.train.collective.broadcast_from_rank_zero(self.reporter.verdict(epoch) if self.rank == 0 else None)
 
-    def save(self, metrics: dict[str, Any], *, best: bool = False, wait: bool = False) -> None:
-        """Save a checkpoint, and the weights if they are the `best` so far, while training continues."""
+    def save(self, metrics: dict[str, Any], *, best: bool = False, **options: Any) -> None:
+        """Save a checkpoint, and the weights if they are the `best` so far; see `Checkpointer.save`."""
         snapshot = Snapshot(self.state, best=best) if self.rank == 0 else None
-        self.checkpointer.save(metrics, snapshot, wait=wait)
+        self.checkpointer.save(metrics, snapshot, **options)
 
     def gather(self, part: Tensor, num_rows: int | None = None) -> Tensor:
         """Return the rows of all workers' shards of a split with `num_rows` images; None is the training set."""

@@ -9,14 +9,17 @@
     report.*            what the curves show; suspects.csv ranks the labels that are probably wrong
     events.out.tfevents.raycifar*  the history for TensorBoard
     best.safetensors    the weights of the epoch with the best validation top-1
-    checkpoint_*        what a run resumes from; each has a manifest, written last, with a digest of each file
+    checkpoint_EPOCH_STEP  what a run resumes from; each has a manifest, written last, with a digest of each file
+    .lock-*             the claim of the process that trains the run: see `lock`
 
 Every file is complete or absent. A checkpoint that lacks its manifest, or differs from it, is incomplete or damaged,
 and is skipped.
 """
 
+import errno
 import hashlib
 import json
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,18 +42,22 @@ EVALUATION, EVALUATION_PAGE = "evaluation.json", "evaluation.html"  # written by
 BENCH, BENCH_CHART, PLAN_CHART = "bench.json", "bench.svg", "plan.svg"  # written by `bench`
 REPORT_PAGE, REPORT, REPORT_TEXT, SUSPECTS = "report.html", "report.json", "report.md", "suspects.csv"
 EVENTS = "events.out.tfevents.raycifar"
-MANIFEST = "manifest.json"
+MANIFEST, PROGRESS = "manifest.json", "progress.json"  # of a checkpoint
 STUDY, COMPARISON, COMPARISON_TABLE = "study.json", "comparison.json", "comparison.csv"  # of a comparison's folder
-RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+RAY_FILES = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")  # Ray Train's, left by earlier versions
 KEPT = 3  # checkpoints: the newest two may be damaged
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder, which may not exist yet. `storage` is a local folder or a URI."""
+    """A run folder, which may not exist yet.
+
+    storage: a local folder or a URI. claim: a file's path on its file system; once it is gone, nothing more is written.
+    """
 
     storage: str
     name: str
+    claim: str | None = None
 
     @classmethod
     def at(cls, location: str) -> "RunFolder":
@@ -80,6 +87,22 @@ class RunFolder:
         """The folder's path, or its URI if the storage is remote."""
         return self._location[1] if is_local(self.filesystem) else f"{self.storage.rstrip('/')}/{self.name}"
 
+    @property
+    def is_remote(self) -> bool:
+        return not is_local(self.filesystem)
+
+    @property
+    def comparison(self) -> "RunFolder | None":
+        """The comparison that this folder lies in, if any."""
+        if self.is_remote and "/" not in self.root.strip("/"):
+            return None  # a bucket
+        around = RunFolder.at(self.storage)
+        return None if around.read(STUDY) is None else around
+
+    def path(self, file: str = "") -> str:
+        """Return the path of a file, or of the folder, on `filesystem`."""
+        return f"{self._location[1]}/{file}".rstrip("/")
+
     # Files ------------------------------------------------------------------------------------------
 
     def read(self, file: str) -> bytes | None:
@@ -95,26 +118,29 @@ class RunFolder:
         """Write a file, whole or not at all.
 
         Raises:
-            StorageError: the file can't be written.
+            StorageError: the file can't be written, or another process has taken over the run.
         """
-        filesystem, folder = self._location
-        try:
-            write_whole(filesystem, f"{folder}/{file}", content)
-        except OSError as error:
-            raise StorageError.of(f"{self.folder}/{file}", error) from error
+        with self._writing(file):
+            write_whole(self.filesystem, self.path(file), content)
 
     def append(self, file: str, content: bytes, added: bytes) -> None:
         """Append to a file that begins with `content`: in place on a disk, by a longer file in an object store.
 
         Raises:
-            StorageError: the file can't be written.
+            StorageError: see `write`.
         """
-        filesystem, folder = self._location
-        if not is_local(filesystem):
+        if self.is_remote:
             self.write(file, content + added)
             return
+        with self._writing(file):
+            append_to(Path(self.path(file)), len(content), added)
+
+    @contextmanager
+    def _writing(self, file: str) -> Iterator[None]:
         try:
-            append_to(Path(folder) / file, len(content), added)
+            if self.claim and self.filesystem.get_file_info(self.claim).type == fs.FileType.NotFound:
+                raise PermissionError(errno.EPERM, "another process has taken over this run")
+            yield
         except OSError as error:
             raise StorageError.of(f"{self.folder}/{file}", error) from error
 
@@ -123,6 +149,12 @@ class RunFolder:
         filesystem, folder = self._location
         if self.read(file) is not None:
             filesystem.delete_file(f"{folder}/{file}")
+
+    def delete_leftovers(self) -> None:
+        """Delete what killed processes have left: files that they were writing, and those of Ray Train."""
+        for file in self.file_names():
+            if file in RAY_FILES or re.fullmatch(r"\..*\.part", file):
+                self.delete(file)
 
     def read_json(self, file: str) -> Any:
         content = self.read(file)
@@ -176,19 +208,32 @@ class RunFolder:
 
     # Checkpoints ------------------------------------------------------------------------------------
 
-    def write_checkpoint(self, files: Mapping[str, bytes], name: str) -> str:
-        """Write the files of the checkpoint `name`, the manifest last, and return its path on the file system."""
+    def write_checkpoint(self, files: Mapping[str, bytes], name: str) -> None:
+        """Write the files of the checkpoint `name`, the manifest last."""
         filesystem, folder = self._location
         if is_local(filesystem):
             filesystem.create_dir(f"{folder}/{name}")
         for file, content in files.items():
             self.write(f"{name}/{file}", content)
         self.write_json(f"{name}/{MANIFEST}", {file: digest(content) for file, content in files.items()})
-        return f"{folder}/{name}"
 
     def checkpoint_names(self) -> list[str]:
-        """Return the names of all checkpoints, the newest first; some may be damaged."""
-        return [name for name in reversed(self._subfolders()) if name.startswith("checkpoint_")]
+        """Return the names of all checkpoints, the one that has been trained furthest first; some may be damaged."""
+        names = (name for name in self._subfolders() if name.startswith("checkpoint_"))
+        return sorted(names, key=lambda name: (self._position(name), name), reverse=True)
+
+    def _position(self, checkpoint: str) -> tuple[int, int]:
+        """Return a checkpoint's epoch and step; earlier versions named it by the local time, which goes back and forth.
+
+        One that doesn't tell comes last.
+        """
+        if match := re.fullmatch(r"checkpoint_(\d+)_(\d+)", checkpoint):
+            return int(match[1]), int(match[2])
+        try:
+            progress = self.read_json(f"{checkpoint}/{PROGRESS}")
+            return progress["epoch"], sum(segment["steps"] for segment in progress["segments"])
+        except (ValueError, KeyError, TypeError):
+            return 0, 0
 
     def read_checkpoint(self, name: str) -> dict[str, bytes]:
         """Return the checkpoint's files by name.
@@ -223,20 +268,10 @@ class RunFolder:
         for name in names:
             filesystem.delete_dir(f"{folder}/{name}")
 
-    def mend_snapshot(self) -> None:
-        """Delete Ray Train's list of checkpoints if it is damaged or names one that no longer exists.
 
-        Ray Train refuses to start with such a list. A run resumes from the checkpoints themselves.
-        """
-        content = self.read(RAY_SNAPSHOT)
-        if content is None:
-            return
-        try:
-            listed = {entry["checkpoint_dir_name"] for entry in json.loads(content)["checkpoint_results"]}
-        except (ValueError, KeyError, TypeError):
-            listed = None
-        if listed is None or not listed <= set(self.checkpoint_names()):
-            self.delete(RAY_SNAPSHOT)
+def checkpoint_name(epoch: int, step: int) -> str:
+    """Return the name of the checkpoint after `step` steps of an epoch, from 1."""
+    return f"checkpoint_{epoch:04}_{step:06}"
 
 
 def digest(content: bytes) -> str:

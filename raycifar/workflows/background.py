@@ -4,6 +4,9 @@ from collections.abc import Callable
 from threading import Thread
 from typing import Any, TypeVar
 
+from raycifar.cluster.status import in_a_cluster
+from raycifar.errors import RayDiedError
+
 T = TypeVar("T")
 
 
@@ -12,7 +15,10 @@ def alongside(work: Callable[[], T], follow: Callable[[Callable[[], bool]], None
 
     Args:
         follow: called with a function that returns whether the work is running; returns when it isn't.
-        stop: called with the thread on KeyboardInterrupt, to end the work.
+        stop: called with the thread to end the work, if `follow` raises, as KeyboardInterrupt.
+
+    Raises:
+        RayDiedError: Ray has died, so that the work can't end.
     """
     outcome: dict[str, Any] = {}
 
@@ -25,10 +31,27 @@ def alongside(work: Callable[[], T], follow: Callable[[Callable[[], bool]], None
     thread = Thread(target=do, daemon=True)
     thread.start()
     try:
-        follow(thread.is_alive)
-    except KeyboardInterrupt:
+        follow(watched(thread.is_alive))
+    except RayDiedError:
+        raise
+    except BaseException:
         stop(thread)
         raise
     if error := outcome.get("error"):
         raise error
     return outcome["returned"]
+
+
+def watched(running: Callable[[], bool]) -> Callable[[], bool]:
+    """Return `running`, which also raises once Ray has died."""
+    if not in_a_cluster():
+        return running
+    from raycifar.cluster.watch import RayWatch
+
+    watch = RayWatch()
+
+    def look() -> bool:
+        watch.look()
+        return running()
+
+    return look

@@ -80,9 +80,10 @@ def flatten(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def record(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any], workers: "Workers") -> None:
-    """Write `run.json` and delete the result of a failed attempt; a resumed run keeps its creation time."""
+    """Write `run.json`, and delete what failed attempts left; a resumed run keeps its creation time."""
     from raycifar.cluster.nodes import versions
 
+    folder.delete_leftovers()
     folder.delete(RESULT)
     now = f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}"
     folder.write_json(

@@ -4,7 +4,9 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+import fsspec
+from pyarrow import fs
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
 from raycifar.cluster.controller_callbacks import FailureCounter
@@ -13,7 +15,6 @@ from raycifar.cluster.stoppable import StoppableTrainer
 from raycifar.data import CIFAR100
 from raycifar.data.shards import ExactShards, to_datasets
 from raycifar.engine.trainer import Job, train_loop_per_worker
-from raycifar.storage.run_folder import KEPT
 
 if TYPE_CHECKING:
     from raycifar.workflows.training import PreparedRun
@@ -35,7 +36,6 @@ def build_trainer(run: "PreparedRun", work: Work | None = None) -> StoppableTrai
     if workers.least is not None:  # a node that has just died is still counted for a while: look again
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     tables = {name: table for name, table in splits.tables().items() if name != "test" or run.request.test}
-    folder.mend_snapshot()
     job = build_job(run)
     loop, config = work(job) if work else (train_loop_per_worker, {"job": job})
     return StoppableTrainer(
@@ -53,9 +53,9 @@ def build_trainer(run: "PreparedRun", work: Work | None = None) -> StoppableTrai
         torch_config=TorchConfig(backend="gloo" if workers.share_gpus else None),
         run_config=RunConfig(
             name=folder.name,
-            storage_path=folder.root,
-            storage_filesystem=folder.filesystem,
-            checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
+            # Ray Train stores nothing: what it writes to see whether it could goes to this process's memory.
+            storage_path="/raycifar",
+            storage_filesystem=fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem("memory"))),
             failure_config=FailureConfig(max_failures=-1),  # our callback counts
             callbacks=[FailureCounter(run.status_store, run.request.max_failures)],
             logging_config=LoggingConfig("INFO" if run.debug else "ERROR"),

@@ -115,7 +115,7 @@ class TrainingRequest(Settings):
 
     def __post_init__(self) -> None:
         models.find(self.model)
-        name = self.name or f"{models.slug(self.model)}-s{self.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+        name = self.name or f"{models.slug(self.model)}-s{self.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         recipe = recipe_from_json(self.model, vars(self.recipe)) if self.recipe else recipe_for(self.model)
         self.settle(recipe=recipe, name=name, workers=parse_workers(self.workers))
         super().__post_init__()
@@ -158,7 +158,7 @@ class ComparisonRequest(Settings):
     checkpoint_steps: int = setting(200, "0: at the end of each epoch alone.", least=0)
 
     def __post_init__(self) -> None:
-        self.settle(name=self.name or f"compare-{datetime.now():%Y%m%d-%H%M%S}")
+        self.settle(name=self.name or f"compare-{datetime.now():%Y%m%d-%H%M%S-%f}")
         super().__post_init__()
         check_name(self.name)
         if self.search and not self.val_size:

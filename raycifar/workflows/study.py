@@ -20,6 +20,7 @@ from raycifar.models import Architecture
 from raycifar.models.initial_weights import InitialWeights, load_initial_weights
 from raycifar.models.recipe import changes, describe_changes
 from raycifar.models.recipes import recipe_from_json
+from raycifar.storage.lock import locked
 from raycifar.storage.parquet import read_parquet
 from raycifar.storage.run_folder import (
     COMPARISON,
@@ -72,18 +73,23 @@ def train_and_compare(
         RequestError: the request is wrong; nothing was started or written.
         WorkError: trials failed; the others are compared.
     """
-    prepared = prepare(request, screen, connection, debug=debug)
-    run(prepared, screen)
-    finish(prepared, screen, show)
+    with ExitStack() as lock:
+        prepared = prepare(request, screen, connection, lock, debug=debug)
+        run(prepared, screen)
+        finish(prepared, screen, show)
 
 
 # The three steps ------------------------------------------------------------------------------------
 
 
 def prepare(
-    request: ComparisonRequest, screen: "Screen", connection: ExitStack, *, debug: bool = False
+    request: ComparisonRequest, screen: "Screen", connection: ExitStack, lock: ExitStack, *, debug: bool = False
 ) -> PreparedComparison:
-    """Load the trials' inputs, connect to Ray, choose the workers, and write `study.json`.
+    """Load the trials' inputs, lock the folder, connect to Ray, choose the workers, and write `study.json`.
+
+    Args:
+        connection: holds the connection to Ray.
+        lock: holds the lock of the folder and of all runs in it.
 
     Raises:
         RequestError: the request is wrong; nothing was started or written.
@@ -96,6 +102,8 @@ def prepare(
         starts = {model: load_initial_weights(model, recipe, source) for model, recipe in recipes.items()}
     screen.lines(note for start in starts.values() for note in start.notes)
     agreement = agree(folder, request, spaces, source, starts)
+    with writing_first_file(folder, screen):
+        folder = lock.enter_context(locked(folder, screen.say, also=folder.runs()))
 
     with screen.waiting("Starting Ray"):
         from raycifar.cluster import sizing
@@ -121,14 +129,14 @@ def prepare(
             "folder": folder.folder,
         },
     )
-    with writing_first_file(folder, screen):
-        folder.write_json(STUDY, agreement)
+    folder.delete_leftovers()
+    folder.write_json(STUDY, agreement)
 
     # The costliest models come first, so that short trials fill the cluster at the end.
     cost = {model: models.flops(start.architecture) for model, start in starts.items()}.__getitem__
     ordered = {model: recipes[model] for model in sorted(recipes, key=cost, reverse=True)}
     seeds = list(range(request.seed, request.seed + request.seeds))
-    study = Study(first, folder.folder, ordered, starts, seeds, request.search, spaces)
+    study = Study(first, folder, ordered, starts, seeds, request.search, spaces)
     searcher = StudySearcher(study, most, AshaByModel({model: recipe.epochs for model, recipe in ordered.items()}))
     return PreparedComparison(request, folder, source, study, searcher, workers)
 

@@ -13,12 +13,13 @@ from importlib import import_module
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from raycifar.cluster.status import StatusStore
+from raycifar.cluster.status import Failure, FailureCause, Phase, StatusStore, WorkerStatus
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, Splits, split
 from raycifar.errors import WorkError, in_a_line
 from raycifar.models.initial_weights import load_initial_weights
 from raycifar.models.recipe import Recipe
+from raycifar.storage.lock import locked
 from raycifar.storage.run_folder import REPORT_PAGE, RESULT, RunFolder
 from raycifar.workflows.background import alongside
 from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, record, writing_first_file
@@ -61,19 +62,20 @@ def train(request: TrainingRequest, screen: "Screen", connection: ExitStack, *, 
         RequestError: the request is wrong; nothing was started or written.
         WorkError: training failed; the run folder keeps what was reached.
     """
-    run = prepare(request, screen, connection, debug=debug)
-    if run.result:
-        screen.say(f"{run.folder.folder} is finished; nothing is trained again.")
-        screen.lines(summary(run, run.result))
-        return run.result
-    try:
-        result = finish(run, fit(run, following(run, screen)))
-    except WorkError:
+    with ExitStack() as lock:
+        run = prepare(request, screen, connection, lock=lock, debug=debug)
+        if run.result:
+            screen.say(f"{run.folder.folder} is finished; nothing is trained again.")
+            screen.lines(summary(run, run.result))
+            return run.result
+        try:
+            result = finish(run, fit(run, following(run, screen)))
+        except WorkError:
+            show_report(run, screen)
+            raise
+        screen.lines(summary(run, result))
         show_report(run, screen)
-        raise
-    screen.lines(summary(run, result))
-    show_report(run, screen)
-    return result
+        return result
 
 
 # The three steps ------------------------------------------------------------------------------------
@@ -84,22 +86,25 @@ def prepare(
     screen: "Screen",
     connection: ExitStack | None = None,
     *,
+    lock: ExitStack | None = None,
+    folder: RunFolder | None = None,
     inputs: Inputs | None = None,
     workers: "Workers | None" = None,
     status_store: StatusStore | None = None,
     debug: bool = False,
 ) -> PreparedRun:
-    """Load a run's inputs, connect to Ray, choose the workers, and write `run.json`.
+    """Load a run's inputs, lock its folder, connect to Ray, choose the workers, and write `run.json`.
 
     Args:
         connection: holds the connection to Ray; not needed if `workers` are given.
-        inputs, workers, status_store: given for a comparison's trials, else created here.
+        lock: holds the folder's lock; not needed if the folder is locked, or nobody else's.
+        folder, inputs, workers, status_store: given for a comparison's trials, else created here.
 
     Raises:
         RequestError: the request is wrong; nothing was started or written.
         WorkError: the cluster can't be reached.
     """
-    folder = RunFolder(request.storage, request.name)
+    folder = folder or RunFolder(request.storage, request.name)
     with screen.waiting(f"Reading {request.data}{and_weights([request.recipe])}"):
         loaded = inputs or read_inputs(request)
     if not inputs:
@@ -107,11 +112,13 @@ def prepare(
     identity = identify(request, loaded)
     if result := earlier_result(folder, identity):
         return PreparedRun(request, folder, loaded, result=result)
+    if lock:
+        with writing_first_file(folder, screen):
+            folder = lock.enter_context(locked(folder, screen.say, also=filter(None, [folder.comparison])))
     with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
         workers = workers or allocate_workers(request, folder, connection or ExitStack(), debug=debug)
     screen.facts(request.name, overview(identity, workers, folder.folder))
-    with writing_first_file(folder, screen):
-        record(folder, request, identity, workers)
+    record(folder, request, identity, workers)
     status_store = status_store or StatusStore(uuid.uuid4().hex)
     return PreparedRun(request, folder, loaded, workers, status_store, debug=debug)
 
@@ -119,7 +126,7 @@ def prepare(
 def fit(run: PreparedRun, follow: Callable[[Callable[[], bool]], None], work: "Work | None" = None) -> Any:
     """Train while `follow` shows progress, and return the result of the first worker's training function.
 
-    KeyboardInterrupt stops the run, which leaves a checkpoint, and is raised again.
+    What `follow` raises, as KeyboardInterrupt, stops the run, which leaves a checkpoint, and is raised again.
 
     Args:
         work: returns, given the `Job`, another function for the workers, and its configuration.
@@ -127,17 +134,27 @@ def fit(run: PreparedRun, follow: Callable[[Callable[[], bool]], None], work: "W
     Raises:
         WorkError: training failed.
     """
+    from raycifar.cluster import ray_internals
+    from raycifar.cluster.controller_callbacks import go_on_after
     from raycifar.workflows.ray_train import build_trainer
 
     trainer = build_trainer(run, work)
 
     def stop(thread: Thread) -> None:
         run.status_store.request_stop()
-        thread.join(STOP_SECONDS)
+        status = run.status_store.worker() or WorkerStatus()
+        if status.phase == Phase.TRAINING and not work:
+            thread.join(STOP_SECONDS)
         if thread.is_alive():
             trainer.abort()
 
-    return fit_trainer(trainer, follow, stop, run.request.max_failures)
+    def go_on(error: Exception) -> None:
+        kind = FailureCause.MEMORY if ray_internals.is_out_of_memory(error) else FailureCause.CONTROLLER
+        failure = Failure(kind, in_a_line(error))
+        reason = f"Ray Train's controller died: {failure.reason}"
+        go_on_after(failure, reason, run.status_store, run.request.max_failures)
+
+    return fit_trainer(trainer, follow, stop, go_on)
 
 
 def finish(run: PreparedRun, outcome: "Outcome") -> dict[str, Any]:
@@ -213,34 +230,33 @@ def fit_trainer(
     trainer: "StoppableTrainer",
     follow: Callable[[Callable[[], bool]], None],
     stop: Callable[[Thread], None],
-    max_failures: int,
+    go_on_after: Callable[[Exception], None],
 ) -> Any:
     """Run the trainer in a thread while `follow` shows progress.
 
     Args:
-        max_failures: retries after a worker died while Ray Train started the training function on it, which Ray Train
-            takes for a failure of its controller.
+        go_on_after: called when Ray Train's controller died, with its error; raises if it is not to be started again.
     """
-    from ray.exceptions import RayActorError
-    from ray.train import ControllerError
+    from ray.exceptions import OutOfMemoryError, RayActorError
 
-    def attempt(left: int) -> Any:
-        try:
-            return trainer.fit().return_value
-        except ControllerError as error:
-            if not left or not isinstance(error.controller_failure, RayActorError):
-                raise
-            return attempt(left - 1)
+    def attempt() -> Any:
+        while True:
+            try:
+                return trainer.fit().return_value
+            except Exception as error:
+                # What a callback in the controller raises, and a worker's death while Ray Train starts it, is wrapped.
+                cause = getattr(error, "controller_failure", error)
+                if isinstance(cause, RayActorError | OutOfMemoryError):
+                    try:
+                        go_on_after(cause)
+                        continue
+                    except WorkError as end:
+                        cause = end
+                raise WorkError(
+                    f"training failed: {in_a_line(cause)}. The same command continues from the last checkpoint."
+                ) from error
 
-    try:
-        return alongside(lambda: attempt(max_failures), follow, stop)
-    except WorkError:
-        raise
-    except Exception as error:
-        cause = getattr(error, "controller_failure", error)  # raised by `FailureCounter`, which names the worker
-        raise WorkError(
-            f"training failed: {in_a_line(cause)}. The same command continues from the last checkpoint."
-        ) from error
+    return alongside(attempt, follow, stop)
 
 
 # Progress and results -------------------------------------------------------------------------------

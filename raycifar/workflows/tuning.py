@@ -41,7 +41,7 @@ class Study:
     """What to compare. A trial's request is `base` with the trial's model, seed, recipe and name."""
 
     base: TrainingRequest
-    folder: str
+    folder: RunFolder
     recipes: Mapping[str, Recipe]  # by model, in the order of the trials
     starts: Mapping[str, InitialWeights]
     seeds: Sequence[int]
@@ -49,12 +49,12 @@ class Study:
     spaces: Mapping[str, Space]
 
     def run(self, trial: Trial) -> RunFolder:
-        return RunFolder(self.folder, trial.name)
+        return RunFolder(self.folder.folder, trial.name, self.folder.claim)
 
     def request(self, trial: Trial) -> TrainingRequest:
         return replace(
             self.base,
-            storage=self.folder,
+            storage=self.folder.folder,
             name=trial.name,
             model=trial.model,
             seed=trial.seed,
@@ -242,7 +242,7 @@ class AshaByModel(FIFOScheduler):
 def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: Workers) -> None:
     """Run all trials of the study; the searcher then has their status."""
     trainable = tune.with_parameters(run_trial, study=study, source=source, workers=workers)
-    folder = RunFolder(study.folder, "tune")
+    folder = RunFolder(study.folder.folder, "tune")
     # Ray Tune's loggers would repeat the run folders' content, and its new output prints even with verbose=0.
     with environment(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0"):
         tune.Tuner(
@@ -285,7 +285,7 @@ def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Wor
     try:
         splits = split(source, request.val_size, request.limit, request.seed)
         inputs = Inputs(source, splits, study.starts[trial.model])
-        prepared = prepare(request, Screen(quiet=True), inputs=inputs, workers=workers, status_store=store)
+        prepared = prepare(request, Screen(quiet=True), folder=run, inputs=inputs, workers=workers, status_store=store)
         waiting = Waiting(workers, request.wait)
         if not prepared.result:
             finish(prepared, fit(prepared, lambda running: report_epochs(trial, running, waiting)))
