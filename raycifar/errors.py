@@ -1,7 +1,11 @@
 """Errors that raycifar raises. Commands print each as one sentence; Python programs catch them."""
 
 import errno
+import functools
+import logging
 from enum import StrEnum
+
+log = logging.getLogger(__name__)
 
 
 class FailureKind(StrEnum):
@@ -21,6 +25,10 @@ class RaycifarError(Exception):
 
 class RequestError(RaycifarError):
     """The request is wrong, and nothing was started or written."""
+
+
+class DamagedFileError(RequestError):
+    """A file of a run can't be read, or doesn't hold what it should."""
 
 
 class WorkError(RaycifarError):
@@ -50,3 +58,9 @@ def in_a_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     line = lines[-1 if any(line.startswith("Traceback") for line in lines) else 0]
     return line.removeprefix("raycifar.errors.StorageError: ").rstrip(".: ")
+
+
+@functools.cache
+def notice(sentence: str) -> None:
+    """Tell the user something, once in a process, on standard error."""
+    log.warning("Note: %s", sentence)

@@ -12,7 +12,7 @@ from raycifar.models import Architecture
 from raycifar.models.recipe import Precision
 from raycifar.storage import weights as weights_file
 from raycifar.storage.files import read_file
-from raycifar.storage.run_folder import MODEL
+from raycifar.storage.run_folder import MODEL, RunFolder
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,15 @@ def read_weights(location: str) -> Weights:
         location: a path or URI.
 
     Raises:
-        RequestError: the file doesn't exist, or was written by another program.
+        RequestError: the file doesn't exist, was written by another program, or has changed since the run ended.
     """
     file = location if location.endswith(".safetensors") else f"{location.rstrip('/')}/{MODEL}"
     try:
         content = read_file(file)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RequestError(f"{file} does not exist: give the folder of a finished run, or a weights file.") from error
+    folder, _, name = file.rpartition("/")
+    RunFolder.at(folder or ".").check_digest(name, content)
     tensors, architecture = weights_file.from_file(content, file)
     if architecture is None:
         raise RequestError(f"{file} was not written by raycifar: it doesn't name the model of its weights.")

@@ -36,7 +36,7 @@ from raycifar.engine.reporter import Reporter
 from raycifar.engine.state import Progress, TrainingState
 from raycifar.engine.tensorboard import to_events
 from raycifar.engine.train_step import TrainStep
-from raycifar.errors import FailureKind
+from raycifar.errors import FailureKind, notice
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
 from raycifar.storage.records import EpochRecord
@@ -112,7 +112,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> Outcome:
         return trainer.train()
     except StopTrainingError as stop:
         trainer.checkpointer.wait()
-        return Outcome(Ending.FAILED, trainer.run.history(), failure=stop.kind, reason=str(stop))
+        return Outcome(Ending.FAILED, trainer.run.history(notice), failure=stop.kind, reason=str(stop))
 
 
 class Trainer:

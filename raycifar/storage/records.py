@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal, NotRequired, Self
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from pydantic_core import from_json
-from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
+from typing_extensions import TypedDict, is_typeddict  # pydantic wants this one before Python 3.12
+
+from raycifar.data import CIFAR100
 
 LARGEST = 3.5e38  # the largest float32, nearly
 Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
@@ -21,6 +23,7 @@ Flag = Annotated[bool, Field(strict=True)]
 Real = Annotated[float, Field(strict=True, ge=-LARGEST, le=LARGEST)]
 Amount = Annotated[float, Field(strict=True, ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+Image = Annotated[str, Field(max_length=2**14, pattern=r"^[A-Za-z0-9+/]+=*$")]
 keeping_unknown_fields = with_config(ConfigDict(extra="allow"))
 
 # Names that earlier versions gave to columns.
@@ -133,7 +136,7 @@ class RunFile(TypedDict, total=False):
     versions: dict[str, str | None]
     parameters: Count
     threads: Count
-    precision: str
+    precision: Literal["auto", "bfloat16", "float32"]
     training_began: Real
 
 
@@ -226,6 +229,24 @@ class ComparisonFile(TypedDict):
     failed: NotRequired[list[dict[str, Any]]]
 
 
+@keeping_unknown_fields
+class Pixels(TypedDict):
+    """Of a split's images, from 0 to 1."""
+
+    mean: Fraction
+    std: Fraction
+
+
+@keeping_unknown_fields
+class PicturesFile(TypedDict):
+    """`pictures.json`: what a report shows of the data set. The images are PNG files in base64, by row."""
+
+    train: dict[str, Image]
+    test: dict[str, Image]
+    superclass_of: list[Annotated[int, Field(strict=True, ge=-1, lt=CIFAR100.num_superclasses)]]
+    pixels: dict[Literal["train", "test"], Pixels]
+
+
 # Reading --------------------------------------------------------------------------------------------
 
 
@@ -254,12 +275,14 @@ def parse(content: bytes) -> Any:
     Raises:
         ValueError: it is no JSON, or nested too deeply.
     """
+    if not content.strip():
+        raise ValueError("it is empty")
     return finite(from_json(content))
 
 
-def unknown_fields(kind: Any, value: Mapping[str, Any]) -> list[str]:
+def unknown_fields(kind: Any, value: Mapping[str, Any]) -> set[str]:
     """Return the fields of a document that this version doesn't know."""
-    return sorted(value.keys() - kind.__annotations__.keys())
+    return value.keys() - kind.__annotations__.keys() if is_typeddict(kind) else set()
 
 
 def finite(value: Any) -> Any:
