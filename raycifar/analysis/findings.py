@@ -17,7 +17,7 @@ from raycifar.analysis.collapse import MIN_STEPS, collapse
 from raycifar.analysis.departures import LOOSE, departures
 from raycifar.analysis.history import RunHistory, thinned
 from raycifar.errors import FailureKind
-from raycifar.storage.records import EpochRecord, finite
+from raycifar.storage.records import Diagnostics, EpochRecord, finite
 
 SIGMAS = 3.0  # a difference of so many standard errors is taken as real: Shewhart (1931), p = 0.0027
 SURE = 0.99  # no finding is surer than that
@@ -205,7 +205,7 @@ def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     return [Finding("collapse", SURE, evidence.strip(), advice, epochs, metrics)]
 
 
-def explain_collapse(diagnostics: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
+def explain_collapse(diagnostics: Diagnostics | None) -> tuple[str, dict[str, Any]]:
     """Return a sentence with the cause of a collapse, where one batch shows it, and its metrics."""
     if not diagnostics:
         return "", {}
@@ -348,8 +348,8 @@ def explain_spike(history: RunHistory, k: int) -> tuple[str, dict[str, Any]]:
         step = (record.grad_norm_max_step or 0) + 1
         causes.append(f"a gradient norm of {norms[k]:.2f} (usually {usual:.2f}) at step {step}")
         metrics["gradient_norm_ratio"] = norms[k] / usual
-    rise = record.rise or {}
-    if rise.get("fraction", 0) > CONCENTRATED:
+    rise = record.rise
+    if rise and rise["fraction"] > CONCENTRATED:
         causes.append(f"a few hard images: 1% of them cause {rise['fraction']:.0%} of the rise in training loss")
         metrics["example_indices"] = rise["indices"]
     if not causes:

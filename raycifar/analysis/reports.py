@@ -22,7 +22,7 @@ from raycifar.analysis.suspects import rank_suspects
 from raycifar.data import DatasetInfo
 from raycifar.data.tables import Source, from_lists, to_images
 from raycifar.models.recipe import changes
-from raycifar.storage.records import PicturesFile
+from raycifar.storage.records import PicturesFile, Pixels
 
 GALLERY = 24  # images of the most suspect labels
 PAIRS, EXAMPLES = 6, 4  # pairs of classes shown, and pictures of each direction
@@ -222,7 +222,7 @@ def choose_pictures(files: RunFiles, source: Source) -> PicturesFile:
     }
 
 
-def measured(table: pa.Table) -> dict[str, float]:
+def measured(table: pa.Table) -> Pixels:
     pixels = to_images(table["image"].slice(0, SAMPLE)) / 255.0
     return {"mean": float(pixels.mean()), "std": float(pixels.std())}
 

@@ -210,8 +210,8 @@ class RunFolder:
             for line in io.BytesIO(content):
                 if len(records) == MOST_LINES:
                     raise ValueError(f"no more than {MOST_LINES:,} epochs are read")
-                values = parse(line) if len(line) <= LONGEST_LINE else None
-                record = EpochRecord.from_json(checked(dict, values))
+                values = checked(dict, parse(line) if len(line) <= LONGEST_LINE else None)
+                record = EpochRecord.from_json(values)
                 if record.epoch != len(records) + 1:
                     raise ValueError(f"epoch {record.epoch} follows epoch {len(records)}")
                 records.append(record)

@@ -2,13 +2,13 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a formula begins with
 
 
-def to_csv(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def to_csv(headings: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     """Return a CSV file. Text that begins like a formula is preceded by an apostrophe, as in a spreadsheet."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -126,14 +126,16 @@ def read_files(folder: RunFolder) -> "RunFiles":
         raise DamagedFileError(f"{folder.folder} holds no {RUN}.")
     records = read(lambda file: folder.history(notes.append), METRICS) or []
     result = read(read_json, RESULT)
-    tables = [read(folder.read_table, file) for file in (PREDICTIONS, EXAMPLE_STATS)]
+    predictions, example_stats = (read(folder.read_table, file) for file in (PREDICTIONS, EXAMPLE_STATS))
     pictures = read(read_json, PICTURES)
     notes += [
         f"{folder.folder}/{file} is missing." for file in folder.lost(METRICS, RESULT, PREDICTIONS, EXAMPLE_STATS)
     ]
     if result and result["status"] == "finished" and len(records) < result.get("epochs", 0):
         notes.append(f"{len(records)} of {result['epochs']} epochs are recorded.")
-    return RunFiles(folder.name, RunHistory(run, records, result), *tables, pictures, folder.storage, notes)
+    return RunFiles(
+        folder.name, RunHistory(run, records, result), predictions, example_stats, pictures, folder.storage, notes
+    )
 
 
 def read_report(folder: RunFolder) -> dict[str, Any]:
