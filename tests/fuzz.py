@@ -71,7 +71,7 @@ class Door:
 
 @dataclass(frozen=True)
 class Subject:
-    """Make two runs, a comparison, a data set in each layout and some pictures; return what is damaged."""
+    """What is damaged: the files `damaged` of a folder, read by `doors`; if `sealed`, a change must be noticed."""
 
     folder: Path
     damaged: tuple[str, ...]

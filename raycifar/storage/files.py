@@ -79,14 +79,14 @@ def open_file(
     return file
 
 
-def open_regular(path: str, flags: int) -> int:
+def open_regular(path: str, flags: int, mode: int = 0o777) -> int:
     """Return a descriptor of a regular file; a fifo without a writer would otherwise be waited for."""
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode):
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), mode)
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
         return descriptor
     os.close(descriptor)
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(kind):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     raise OSError(errno.EINVAL, "it is a device, a pipe or a socket, not a file", path)
 
@@ -114,3 +114,15 @@ def write_whole(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def append_to(path: Path, length: int, added: bytes) -> None:
+    """Append to a file on a disk, of which the first `length` bytes are kept; never through a link."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    with open(path, "r+b", opener=lambda name, _: open_regular(name, flags, 0o666)) as file:
+        file.truncate(length)
+        file.seek(length)
+        file.write(added)
+        file.flush()
+        os.fsync(file.fileno())

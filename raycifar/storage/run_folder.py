@@ -7,7 +7,7 @@
     predictions.parquet the final network's predictions for each test image
     example_stats.parquet  statistics of each training image over the epochs
     report.*            what the curves show; suspects.csv ranks the labels that are probably wrong
-    events.out.tfevents.raycifar  the history for TensorBoard
+    events.out.tfevents.raycifar*  the history for TensorBoard
     best.safetensors    the weights of the epoch with the best validation top-1
     pictures.json       the few images that the report shows
     checkpoint_*        what a run resumes from; each has a manifest, written last, with a digest of each file
@@ -34,7 +34,7 @@ from pyarrow import fs
 
 from raycifar.data import CIFAR100
 from raycifar.errors import DamagedFileError, RequestError, StorageError, in_a_line, notice
-from raycifar.storage.files import MOST_BYTES, URI, is_local, locate, open_file, write_whole
+from raycifar.storage.files import MOST_BYTES, URI, append_to, is_local, locate, open_file, write_whole
 from raycifar.storage.parquet import read_parquet
 from raycifar.storage.records import (
     RENAMED,
@@ -151,6 +151,21 @@ class RunFolder:
         except OSError as error:
             raise StorageError.of(f"{self.folder}/{file}", error) from error
 
+    def append(self, file: str, content: bytes, added: bytes) -> None:
+        """Append to a file that begins with `content`: in place on a disk, by a longer file in an object store.
+
+        Raises:
+            StorageError: the file can't be written.
+        """
+        filesystem, folder = self._location
+        if not is_local(filesystem):
+            self.write(file, content + added)
+            return
+        try:
+            append_to(Path(folder) / file, len(content), added)
+        except OSError as error:
+            raise StorageError.of(f"{self.folder}/{file}", error) from error
+
     def delete(self, file: str) -> None:
         """Delete a file if it exists."""
         filesystem, folder = self._location
@@ -246,11 +261,15 @@ class RunFolder:
     def write_history(self, history: Iterable[EpochRecord]) -> None:
         self.write(METRICS, "".join(json.dumps(record.to_json()) + "\n" for record in history).encode())
 
-    def _subfolders(self) -> list[str]:
+    def file_names(self, kind: fs.FileType = fs.FileType.File) -> list[str]:
+        """Return the names of the files, or of the folders, directly in this one, sorted; links are left out."""
         filesystem, folder = self._location
         entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-        names = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
+        names = sorted(entry.base_name for entry in entries if entry.type == kind)
         return [name for name in names if not is_local(filesystem) or not Path(folder, name).is_symlink()]
+
+    def _subfolders(self) -> list[str]:
+        return self.file_names(fs.FileType.Directory)
 
     def runs(self) -> list["RunFolder"]:
         """Return the runs inside this folder, which is a comparison's, sorted by name."""
