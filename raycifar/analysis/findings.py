@@ -266,7 +266,8 @@ def learning_rate(history: RunHistory, found: Sequence[Finding]) -> list[Finding
         )
         return [Finding("learning-rate-low", 0.95, evidence, advice, [], {"ratio": ratio})]
     losses = history.column("train_loss")
-    rises = [k + 2 for k, step in enumerate(np.diff(losses)) if step > SIGMAS * spread_of_changes(losses)]
+    usual = SIGMAS * spread_of_changes(losses)
+    rises = [k + 2 for k, step in enumerate(np.diff(losses)) if step > usual]
     unstable = has(found, "collapse", "divergence") or len(rises) >= max(2, len(losses) // 4)
     if unstable and ratio >= OFF:
         evidence = (

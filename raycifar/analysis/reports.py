@@ -27,6 +27,7 @@ from raycifar.storage.records import PicturesFile, Pixels
 GALLERY = 24  # images of the most suspect labels
 PAIRS, EXAMPLES = 6, 4  # pairs of classes shown, and pictures of each direction
 ROWS = 300  # epochs in a page's table
+PNG = "data:image/png;base64,"
 SAMPLE = 2000  # images of each split whose pixels are measured
 
 
@@ -227,6 +228,11 @@ def measured(table: pa.Table) -> Pixels:
     return {"mean": float(pixels.mean()), "std": float(pixels.std())}
 
 
+def picture(table: pa.Table, row: int) -> str:
+    """Return an image of the data set as a data URI."""
+    return PNG + to_png(table, row)
+
+
 def to_png(table: pa.Table, row: int) -> str:
     pixels = to_images(table["image"].slice(row, 1))[0]
     stream = io.BytesIO()
@@ -237,9 +243,7 @@ def to_png(table: pa.Table, row: int) -> str:
 def shown_of(pictures: PicturesFile | None, split: str, rows: Sequence[tuple[int, str]]) -> list[dict[str, str]]:
     """Return those of the images that are there, as data URIs with their words."""
     there: dict[str, str] = pictures[split] if pictures else {}  # type: ignore[literal-required]
-    return [
-        {"uri": f"data:image/png;base64,{there[str(row)]}", "words": words} for row, words in rows if str(row) in there
-    ]
+    return [{"uri": PNG + there[str(row)], "words": words} for row, words in rows if str(row) in there]
 
 
 # A comparison ---------------------------------------------------------------------------------------

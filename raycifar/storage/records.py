@@ -270,14 +270,14 @@ def checked(kind: Any, value: Any) -> Any:
 
 
 def parse(content: bytes) -> Any:
-    """Return the value of a JSON text, with None for each number that isn't finite.
+    """Return the value of a JSON text.
 
     Raises:
         ValueError: it is no JSON, or nested too deeply.
     """
     if not content.strip():
         raise ValueError("it is empty")
-    return finite(from_json(content))
+    return from_json(content)
 
 
 def unknown_fields(kind: Any, value: Mapping[str, Any]) -> set[str]:

@@ -195,7 +195,7 @@ class RunFolder:
             return None
         kind = DOCUMENTS.get(PurePath(file).name, Any)
         try:
-            value = checked(kind, parse(content))
+            value = checked(kind, finite(parse(content)))
         except ValueError as error:
             raise self._damaged(file, error) from error
         if file in DOCUMENTS and file != MANIFEST:
