@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from raycifar.cli import main
+from raycifar.cli import COMMANDS, main
 from raycifar.data.synthetic import synthetic
 from raycifar.data.tables import to_images
 from raycifar.workflows.datasets import write_parquet
@@ -129,7 +129,7 @@ def make_subjects(root: Path) -> list[Subject]:
     inside = tuple(f"{checkpoint.name}/{file.name}" for file in checkpoint.iterdir())
     return [
         Subject(alone, files, run),
-        Subject(alone, files, run, sealed=False, without=("manifest.json",)),
+        Subject(alone, files[:-1], run, sealed=False, without=("manifest.json",)),
         Subject(root / "runs/a", inside, (run[3],), without=("result.json", "manifest.json")),
         Subject(compared, of_comparison, run[:2]),
         Subject(root / "weights", ("w.safetensors",), (network[0],)),
@@ -288,7 +288,8 @@ def fuzz(root: Path, seconds: float, seed: int, most: int | None = None) -> tupl
 
 
 if __name__ == "__main__":
-    # As a worker of the commands would: what they import is imported once.
+    for name in COMMANDS:  # once, and not in each process
+        main.get_command(None, name)
 
     import raycifar.analysis.reports
     import raycifar.engine.trainer

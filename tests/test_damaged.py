@@ -286,10 +286,9 @@ def test_no_name_or_sentence_becomes_html(evil_comparison):
 
 def test_no_name_or_sentence_becomes_markdown(evil_comparison):
     text = to_markdown(report_comparison(EVIL, *evil_comparison, notes=[EVIL]))
-    assert "<script" not in "".join(line for line in text.splitlines() if not line.startswith(" " * 6))  # code
-    assert "[a](" not in text.replace("\\[a\\](", "")
-    assert not [line for line in text.splitlines() if line.startswith("# $x$")]
-    rows = [line for line in text.splitlines() if line.startswith("|")]
+    lines = [line for line in text.splitlines() if not line.startswith(" " * 6)]  # without code
+    assert not [line for line in lines if "<script" in line or "[a](" in line or line.startswith("# $x$")]
+    rows = [line for line in lines if line.startswith("|")]
     assert {row.replace("\\|", "").count("|") for row in rows} == {10}
 
 

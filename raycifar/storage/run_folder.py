@@ -321,7 +321,7 @@ class RunFolder:
         Raises:
             DamagedFileError: it has changed.
         """
-        if self._digests().get(file, digest(content)) != digest(content):
+        if self._has_changed(file, content):
             raise self._damaged(file, f"it has changed since {MANIFEST} was written")
 
     def _digests(self) -> dict[str, str]:
@@ -331,11 +331,13 @@ class RunFolder:
             notice(f"{error} Whether other files have changed can't be told.")
             return {}
 
+    def _has_changed(self, file: str, content: bytes) -> bool:
+        found = digest(content)
+        return self._digests().get(file, found) != found
+
     def _warn_of_change(self, file: str, content: bytes, warn: Callable[[str], None]) -> None:
-        try:
-            self.check_digest(file, content)
-        except DamagedFileError as error:
-            warn(f"{error} What it says may be wrong.")
+        if self._has_changed(file, content):
+            warn(f"{self.folder}/{file} has changed since {MANIFEST} was written: what it says may be wrong.")
 
     def _warn_of_fields(self, file: str, unknown: Iterable[str], warn: Callable[[str], None]) -> None:
         if fields := ", ".join(sorted(unknown)):
