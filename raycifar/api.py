@@ -151,14 +151,13 @@ class Run(_InFolder):
         return f"Run({self.folder!r}): {self.state}"
 
     def _repr_html_(self) -> str:
-        report = self._report
-        about = self.about
+        report, about, test = self._report, self.about, self.test or {}
         facts = {
             "model": f"{about['model']}, seed {about['seed']}",
             "data": about["data"]["source"],
             "state": report["state"],
             "curves": report["headline"],
-            **{name: f"{self.test[name]:.4f}" for name in ("top1", "top5", "loss") if self.test},
+            **{name: f"{test[name]:.4f}" for name in ("top1", "top5", "loss") if test.get(name) is not None},
             "folder": self.folder,
         }
         rows = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in facts.items())

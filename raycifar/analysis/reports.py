@@ -112,7 +112,7 @@ def test_intervals(history: RunHistory) -> dict[str, float]:
     """Return half of the 95% interval of each test accuracy, over the choice of test images."""
     test = (history.result or {}).get("test")
     names = ("top1", "top5", "superclass_top1")
-    return {name: 1.96 * standard_error(test[name], test["images"]) for name in names} if test else {}
+    return {name: 1.96 * standard_error(test[name], test["images"]) for name in names if name in test} if test else {}
 
 
 def details(history: RunHistory) -> dict[str, str]:

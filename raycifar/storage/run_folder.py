@@ -403,7 +403,7 @@ class RunFolder:
         if content is None:
             return
         try:
-            listed = {entry["checkpoint_dir_name"] for entry in json.loads(content)["checkpoint_results"]}
+            listed = {entry["checkpoint_dir_name"] for entry in parse(content)["checkpoint_results"]}
         except (ValueError, KeyError, TypeError):
             listed = None
         if listed is None or not listed <= set(self.checkpoint_names()):
