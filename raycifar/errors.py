@@ -3,7 +3,10 @@
 import errno
 import functools
 import logging
+from collections.abc import Sequence
 from enum import StrEnum
+
+MOST_NAMES = 3  # in a sentence
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +63,16 @@ def in_a_line(error: BaseException) -> str:
     return line.removeprefix("raycifar.errors.StorageError: ").rstrip(".: ")
 
 
+def first_few(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMES]) + " and others" * (len(names) > MOST_NAMES)
+
+
+def shown(text: str) -> str:
+    """Return text with its control characters, which a terminal would obey, as escapes; line ends stay."""
+    return "".join(c if c.isprintable() or c in "\n\N{NO-BREAK SPACE}" else ascii(c)[1:-1] for c in text)
+
+
 @functools.cache
 def notice(sentence: str) -> None:
     """Tell the user something, once in a process, on standard error."""
-    log.warning("Note: %s", sentence)
+    log.warning("Note: %s", shown(sentence))

@@ -341,3 +341,11 @@ def test_the_findings_of_a_long_history_take_seconds_and_little_memory(run):
 def test_a_record_is_read_as_it_was_written():
     record = made_up(epochs=1).records[0]
     assert EpochRecord.from_json(record.to_json()) == record
+
+
+def test_a_weights_file_notices_a_byte_that_has_changed(trained, tmp_path):
+    content = bytearray((trained / "model.safetensors").read_bytes())
+    content[-1000] ^= 1
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(RequestError, match="it has changed since it was written"):
+        read_weights(str(tmp_path / "w.safetensors"))

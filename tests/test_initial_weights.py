@@ -129,19 +129,10 @@ def test_raycifar_s_own_weights_bring_their_stem_and_their_pixels(tmp_path):
         load_initial_weights(tmp_path / "own.safetensors", "vgg16")
 
 
-class Malicious:
-    def __reduce__(self):
-        import os
-
-        return os.system, ("touch /tmp/raycifar-was-here",)
-
-
 def write_unusable(path, kind, whole):
     match kind:
         case "text":
             path.write_text("these are no weights, " * 100)
-        case "malicious":
-            torch.save({"conv1.weight": torch.zeros(1), "payload": Malicious()}, path)
         case "another model":
             torch.save(resnet18().state_dict(), path)
         case "truncated":
@@ -159,10 +150,9 @@ def write_unusable(path, kind, whole):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("text", "is not a PyTorch or safetensors file, or is truncated"),
-        ("malicious", r"is refused: its pickle asks for (posix|nt|os)\.system, which no state dict needs"),
+        ("text", "is not a PyTorch or safetensors file, or is damaged"),
         ("another model", "doesn't fit resnet50: 165 missing: layer1.0.conv3.weight, .* and others; 23 of another"),
-        ("truncated", "is not a PyTorch or safetensors file, or is truncated"),
+        ("truncated", "is not a PyTorch or safetensors file, or is damaged"),
         ("truncated safetensors", "not a safetensors file, or is damaged"),
         ("a list", "holds a list, not a state dict"),
         ("an optimizer", "holds a dictionary of float, not a state dict"),

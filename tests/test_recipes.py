@@ -104,7 +104,7 @@ def test_the_study_s_resnet_50_begins_with_imagenet_weights_and_the_others_with_
     assert recipe_for("vgg16") == recipe_for("resnet50", "none") == Recipe()
     assert recipe_for("cnn") == CnnRecipe()
     assert recipe_for("resnet50") == recipe_for("timm:test_vit") == Recipe(**TRANSFER)
-    assert recipe_for("vgg16", "a.pth") == Recipe(**{**TRANSFER, "pretrained": "a.pth"})
+    assert recipe_for("vgg16", "a.pth") == Recipe(**{**TRANSFER, "pretrained": "a.pth", "image_size": 0})
 
 
 @pytest.mark.parametrize("model", models.names())

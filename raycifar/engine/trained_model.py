@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from raycifar.engine.evaluate import predict
 from raycifar.engine.hardware import choose_precision, to_device
-from raycifar.errors import RequestError
+from raycifar.errors import RequestError, WorkError
 from raycifar.models import Architecture
 from raycifar.models.recipe import Precision
 from raycifar.storage import weights as weights_file
@@ -17,22 +17,15 @@ from raycifar.storage.run_folder import MODEL, RunFolder
 
 @dataclass(frozen=True)
 class Weights:
-    """An architecture, and its weights by name."""
+    """An architecture, and its weights by name, which fit it."""
 
     architecture: Architecture
     tensors: dict[str, Tensor]
 
     def build(self) -> nn.Module:
-        """Return the network.
-
-        Raises:
-            RequestError: the weights don't fit the architecture.
-        """
+        """Return the network."""
         network = self.architecture.build()
-        try:
-            network.load_state_dict(self.tensors)
-        except RuntimeError as error:
-            raise RequestError(f"the weights don't fit {self.architecture.model}: {error}") from error
+        network.load_state_dict(self.tensors)
         return network
 
 
@@ -43,7 +36,7 @@ class Trained:
         device: auto, gpu or cpu. precision: to compute in.
 
     Raises:
-        RequestError: the weights don't fit their architecture, or there is no such device.
+        RequestError: there is no such device.
     """
 
     def __init__(self, weights: Weights, device: str = "auto", precision: Precision = "auto") -> None:
@@ -68,16 +61,29 @@ def read_weights(location: str) -> Weights:
         location: a path or URI.
 
     Raises:
-        RequestError: the file doesn't exist, was written by another program, or has changed since the run ended.
+        RequestError: the file doesn't exist, is damaged, or was written by another program.
     """
     file = location if location.endswith(".safetensors") else f"{location.rstrip('/')}/{MODEL}"
     try:
         content = read_file(file)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RequestError(f"{file} does not exist: give the folder of a finished run, or a weights file.") from error
+    except OSError as error:
+        raise RequestError(f"{file} can't be read: {error.strerror or error}.") from error
     folder, _, name = file.rpartition("/")
     RunFolder.at(folder or ".").check_digest(name, content)
     tensors, architecture = weights_file.from_file(content, file)
     if architecture is None:
         raise RequestError(f"{file} was not written by raycifar: it doesn't name the model of its weights.")
     return Weights(architecture, tensors)
+
+
+def check_finite(logits: Tensor, network: str) -> Tensor:
+    """Return the logits.
+
+    Raises:
+        WorkError: some are no finite numbers, as those of damaged weights.
+    """
+    if not torch.isfinite(logits).all():
+        raise WorkError(f"{network} gives answers that aren't finite numbers: its weights are damaged.")
+    return logits

@@ -9,6 +9,8 @@ and optionally
     IMAGENET    torchvision's name for the ImageNet weights
     PURPOSES    the purposes of recipes other than `scratch` and `transfer`
     initial_weights_from_images     a function that computes weights from training images
+    is_for_small_images             a function that tells from the shapes of weights, by name, whether they were trained
+                                    on CIFAR's image size rather than ImageNet's
 
 An architecture's options are fields of a subclass of `Recipe`; `build` takes them by name. Every command imports all
 architectures, so they import PyTorch, which takes seconds, only when they build a network.
@@ -26,11 +28,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from raycifar.data import CIFAR100
-from raycifar.errors import RequestError
-from raycifar.models.recipe import TRANSFER, Recipe, model_options
+from raycifar.errors import RequestError, in_a_line
+from raycifar.models.recipe import LARGEST_IMAGE, TRANSFER, Recipe, check_type, model_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     from torch import Tensor, nn
@@ -39,10 +41,13 @@ if TYPE_CHECKING:
 
     # From a recipe and training images, (N, 3, H, W) float32, preprocessed, to weights by name.
     WeightsMaker = Callable[[Recipe, np.ndarray], dict[str, np.ndarray]]
+    ShapesTest = Callable[[Mapping[str, Sequence[int]]], bool]
 
 NO_ARCHITECTURES = {"from_timm", "initial_weights", "layers", "recipe", "recipes"}  # the other files here
 TIMM = "timm:"
 TIMM_RECIPES = {"transfer": Recipe(**TRANSFER), "scratch": Recipe()}
+INTERPOLATIONS = ("bilinear", "bicubic")
+MOST_PIXELS = 1024  # per side
 RENAMED = {"classes": "num_classes", "mirror": "tta_flip"}  # keys of earlier versions
 
 
@@ -54,6 +59,23 @@ class Preprocessing:
     mean: tuple[float, ...] = CIFAR100.mean
     std: tuple[float, ...] = CIFAR100.std
     interpolation: str = "bilinear"  # or bicubic
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Preprocessing:
+        """Return what a weights file or a `run.json` holds.
+
+        Raises:
+            ValueError: it can't be used.
+        """
+        mean, std = (tuple(values[name]) for name in ("mean", "std"))
+        channels = [*zip(mean, std, strict=True)]
+        for value in (*mean, *std):
+            check_type("mean or std", value, float, ())
+        check_type("size", values["size"], int, ())
+        check_type("interpolation", values["interpolation"], str, INTERPOLATIONS)
+        if not 0 < values["size"] <= MOST_PIXELS or len(channels) != len(CIFAR100.mean) or min(std) <= 0:
+            raise ValueError(f"its preprocessing is {values}")
+        return cls(values["size"], mean, std, values["interpolation"])
 
 
 CIFAR = Preprocessing()
@@ -76,8 +98,11 @@ class Architecture:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        defaults = model_options(recipe_type(self.model)())
-        object.__setattr__(self, "options", {**defaults, **self.options})
+        for name, kind in (("num_classes", int), ("large_stem", bool), ("tta_flip", bool)):
+            check_type(name, getattr(self, name), kind, ())
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes is {self.num_classes}: it must be at least 1")
+        object.__setattr__(self, "options", model_options(recipe_type(self.model)(**self.options)))
 
     def build(self, dropout: float = 0.0) -> nn.Module:
         """Return the network, initialized by torch's default generator.
@@ -93,6 +118,31 @@ class Architecture:
             add_tta_flip(network)
         return network
 
+    def outline(self) -> nn.Module:
+        """Return the network without memory, whose parameters have shapes alone; nothing is initialized."""
+        import torch
+
+        with torch.device("meta"):
+            return self.build()
+
+    def check_size(self) -> None:
+        """Check that the network can take images of its size; nothing is computed.
+
+        Raises:
+            RequestError: it can't.
+        """
+        import torch
+
+        size = self.preprocessing.size
+        try:
+            with torch.inference_mode():
+                self.outline().eval()(torch.empty(1, 3, size, size, device="meta"))
+        except Exception as error:  # networks may raise any
+            raise RequestError(
+                f"{self.model} can't take images of {size} pixels ({in_a_line(error)}): give another --image-size, up "
+                f"to {LARGEST_IMAGE}, or another model."
+            ) from error
+
     def layers(self, network: nn.Module) -> list[list[str]]:
         """Return the parameters' names by layer, from the input to the head."""
         return find(self.model).layers(network)
@@ -106,10 +156,15 @@ class Architecture:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Architecture:
-        """Return the architecture of a weights file or a `run.json`, whichever version wrote it."""
+        """Return the architecture of a weights file or a `run.json`, whichever version wrote it.
+
+        Raises:
+            RequestError: there is no such model.
+            ValueError, KeyError, TypeError: the values are not those of an architecture.
+        """
         values = {RENAMED.get(name, name): value for name, value in values.items()}
-        lists = values.pop("preprocessing")
-        preprocessing = Preprocessing(**{**lists, "mean": tuple(lists["mean"]), "std": tuple(lists["std"])})
+        check_type("model", values["model"], str, ())
+        preprocessing = Preprocessing.from_json(values.pop("preprocessing"))
         common = {name: values[name] for name in ("model", "num_classes", "large_stem", "tta_flip") if name in values}
         given = {**values, **values.get("options", {})}  # earlier versions wrote the options beside the rest
         options = {name: given[name] for name in model_options(recipe_type(values["model"])()) if name in given}
@@ -123,6 +178,7 @@ class Builtin:
         self.module = module
         self.weights: str | None = getattr(module, "IMAGENET", None)
         self.initial_weights_from_images: WeightsMaker | None = getattr(module, "initial_weights_from_images", None)
+        self.is_for_small_images: ShapesTest = getattr(module, "is_for_small_images", lambda shapes: False)
 
     def build(self, num_classes: int, dropout: float, large_stem: bool, size: int, **options: Any) -> nn.Module:
         return self.module.build(num_classes, dropout, large_stem, **options)

@@ -12,6 +12,8 @@ import numpy as np
 from raycifar.models.recipe import TRANSFER, Recipe, option
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import nn
 
 FILTERS = (64, 128, 256, 512, 512)
@@ -92,6 +94,11 @@ def whitening() -> nn.Conv2d:
 
 def initial_weights_from_images(recipe: CnnRecipe, pixels: np.ndarray) -> dict[str, np.ndarray]:
     return {"whiten.weight": whitening_filters(pixels)} if recipe.whiten else {}
+
+
+def is_for_small_images(shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Return that there are no ImageNet weights."""
+    return True
 
 
 def whitening_filters(pixels: np.ndarray) -> np.ndarray:

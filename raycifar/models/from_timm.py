@@ -1,6 +1,6 @@
 """Any of timm's architectures: github.com/huggingface/pytorch-image-models."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,16 +22,24 @@ class FromTimm:
     """One of timm's architectures, with the interface of `models.Builtin`.
 
     Raises:
-        RequestError: timm has no such model.
+        RequestError: timm has no such model, or no such weights of it.
     """
 
     name: str
     initial_weights_from_images: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        if not timm.is_model(self.name.partition(".")[0]):
+        architecture, _, tag = self.name.partition(".")
+        if not timm.is_model(architecture):
             near = ", ".join(timm.list_models(f"*{self.name[:6]}*")[:5]) or "see timm.list_models()"
             raise RequestError(f"timm has no model named {self.name!r}: {near}.")
+        known = timm.list_models(f"{architecture}.*", include_tags=True)
+        if tag and self.name not in known:
+            names = ", ".join(name for name in known if name != architecture) or "it has none"
+            raise RequestError(f"timm has no weights {tag!r} of {architecture}: {names}.")
+
+    def is_for_small_images(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        return False
 
     def build(self, num_classes: int, dropout: float, large_stem: bool, size: int, **options: Any) -> nn.Module:
         network: Any = timm.create_model(self.name, pretrained=False, num_classes=num_classes, drop_rate=dropout)
@@ -68,5 +76,5 @@ class FromTimm:
 
 
 def has_fixed_size(network: Any) -> bool:
-    """Return whether the network takes images of a single size, as transformers do."""
-    return bool(network.pretrained_cfg.get("fixed_input_size"))
+    """Return whether the network takes images of a single size, which can be set, as transformers do."""
+    return bool(network.pretrained_cfg.get("fixed_input_size")) and hasattr(network, "set_input_size")

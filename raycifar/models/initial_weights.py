@@ -4,9 +4,8 @@ The driver reads the weights once. Ray's object store brings them to each node, 
 """
 
 import hashlib
-import io
-import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,15 +14,13 @@ import pyarrow as pa
 
 from raycifar import models
 from raycifar.data.tables import Source, to_images
-from raycifar.errors import RequestError
+from raycifar.errors import RequestError, first_few
 from raycifar.models import Architecture, Preprocessing
-from raycifar.models.recipe import Recipe, model_options
+from raycifar.models.recipe import LARGEST_IMAGE, Recipe, model_options
 from raycifar.storage.files import read_file
 
 NUM_IMAGES = 1000  # training images from which an architecture may compute weights
-MOST_NAMES = 3  # parameters in an error
-STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")  # under which training scripts save a state dict
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of DistributedDataParallel, torch.compile, Lightning
 
 
 @dataclass(frozen=True)
@@ -32,11 +29,17 @@ class InitialWeights:
 
     weights: without a head for other classes; None if the seed initializes all.
     from_images: the weights are computed from the training images.
+    notes: sentences on what was left out of a file, and what was chosen by it.
     """
 
     architecture: Architecture
     weights: Mapping[str, np.ndarray] | None = None
     from_images: bool = False
+    notes: tuple[str, ...] = ()
+
+    def resolve(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with the image size that was chosen by the weights."""
+        return replace(recipe, image_size=self.architecture.preprocessing.size)
 
     def fingerprint(self) -> str | None:
         """Return a digest of the weights; None if they follow from seed and images."""
@@ -53,25 +56,51 @@ def load_initial_weights(model: str, recipe: Recipe, source: Source) -> InitialW
     """Return a model's architecture and first weights.
 
     Raises:
-        RequestError: the weights can't be loaded, or don't fit the model.
+        RequestError: the weights can't be loaded, or don't fit the model, or the images don't.
     """
-    info = source.info
-    if recipe.pretrained == "none":
-        preprocessing = Preprocessing(recipe.image_size, info.mean, info.std)
-        options = model_options(recipe)
-        architecture = Architecture(model, info.num_classes, False, preprocessing, recipe.tta_flip, options)
-        weights = compute_weights(model, recipe, source.train, preprocessing)
-        return InitialWeights(architecture, weights or None, from_images=True)
+    start = (from_scratch if recipe.pretrained == "none" else from_weights)(model, recipe, source)
+    start.architecture.check_size()
+    return start
+
+
+def from_scratch(model: str, recipe: Recipe, source: Source) -> InitialWeights:
+    preprocessing = cifar_preprocessing(recipe, source)
+    options = model_options(recipe)
+    architecture = Architecture(model, source.info.num_classes, False, preprocessing, recipe.tta_flip, options)
+    weights = compute_weights(model, recipe, source.train, preprocessing)
+    return InitialWeights(architecture, weights or None, from_images=True)
+
+
+def from_weights(model: str, recipe: Recipe, source: Source) -> InitialWeights:
     check_no_options(model, recipe)
-    preprocessing = models.find(model).imagenet_preprocessing(recipe.image_size)
-    architecture = Architecture(model, info.num_classes, True, preprocessing, recipe.tta_flip)
-    if recipe.pretrained == "imagenet":
+    family, origin = models.find(model), recipe.pretrained
+    preprocessing = family.imagenet_preprocessing(recipe.image_size or LARGEST_IMAGE)
+    architecture = Architecture(model, source.info.num_classes, True, preprocessing, recipe.tta_flip)
+    notes = []
+    if origin == "imagenet":
         tensors = fetch_imagenet_weights(model)
     else:
-        tensors, saved = read_state_dict(recipe.pretrained)
+        found, others, saved = read_tensors(origin)
+        prefix = find_prefix(found, architecture.outline().state_dict().keys(), origin)
+        tensors = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+        others += [name for name in found if not name.startswith(prefix)]
+        if others:
+            notes.append(f"Of {origin}, what is no part of {model} is left out: {first_few(others)}.")
         if saved:
-            architecture = adopt_architecture(saved, architecture, recipe.pretrained)
-    return InitialWeights(architecture, select_weights(tensors, architecture, recipe.pretrained))
+            architecture = adopt_architecture(saved, architecture, recipe)
+        elif family.is_for_small_images({name: value.shape for name, value in tensors.items()}):
+            preprocessing = cifar_preprocessing(recipe, source)
+            architecture = replace(architecture, large_stem=False, preprocessing=preprocessing)
+            notes.append(
+                f"{origin} is from small images: here, too, they have {preprocessing.size} pixels a side, and are "
+                "normalized by this data set's mean and standard deviation."
+            )
+    weights, left_out = select_weights(tensors, architecture, origin)
+    return InitialWeights(architecture, weights, notes=(*notes, *left_out))
+
+
+def cifar_preprocessing(recipe: Recipe, source: Source) -> Preprocessing:
+    return Preprocessing(recipe.image_size or source.info.image_size, source.info.mean, source.info.std)
 
 
 def compute_weights(
@@ -109,100 +138,95 @@ def fetch_imagenet_weights(model: str) -> Mapping[str, Any]:
     return tensors
 
 
-def adopt_architecture(saved: Architecture, wanted: Architecture, file: str) -> Architecture:
-    """Return the architecture of weights that raycifar saved, adapted to this run's images and classes."""
-    if saved.model != wanted.model:
-        raise RequestError(f"--pretrained {file} holds weights of {saved.model}, not of {wanted.model}.")
-    preprocessing = replace(saved.preprocessing, size=wanted.preprocessing.size)
-    return replace(saved, num_classes=wanted.num_classes, preprocessing=preprocessing, tta_flip=wanted.tta_flip)
+# Fitting a file's weights to the model --------------------------------------------------------------
 
 
-def select_weights(tensors: Mapping[str, Any], architecture: Architecture, origin: str) -> dict[str, np.ndarray]:
-    """Return the tensors as arrays, without a head of another size.
+def read_tensors(file: str) -> tuple[dict[str, Any], list[str], Architecture | None]:
+    """Return the tensors of a PyTorch or safetensors file.
 
-    Raises:
-        RequestError: names or shapes don't fit; the message lists the first few.
-    """
-    tensors = models.find(architecture.model).rescale(tensors, architecture.preprocessing.size)
-    network = architecture.build()
-    heads = architecture.heads(network)
-    expected = {name: list(value.shape) for name, value in network.state_dict().items()}
-    found = {name: list(value.shape) for name, value in tensors.items()}
-    body = {name for name in expected.keys() | found.keys() if not name.startswith(heads)}
-    problems = {
-        # Early versions didn't save batch norm's num_batches_tracked, which is never used.
-        "missing": [n for n in expected if n in body - found.keys() and not n.endswith("num_batches_tracked")],
-        "unknown": [n for n in found if n in body - expected.keys()],
-        "of another shape": [
-            f"{n} {found[n]} instead of {expected[n]}"
-            for n in expected
-            if n in body & found.keys() and found[n] != expected[n]
-        ],
-    }
-    if any(problems.values()):
-        clauses = [f"{len(names)} {what}: {first_few(names)}" for what, names in problems.items() if names]
-        raise RequestError(f"--pretrained {origin} doesn't fit {architecture.model}: {'; '.join(clauses)}.")
-    same_head = all(found.get(name) == shape for name, shape in expected.items() if name.startswith(heads))
-    kept = [name for name in expected if name in found and (name in body or same_head)]
-    floats = {name: tensors[name].float() if tensors[name].is_floating_point() else tensors[name] for name in kept}
-    return {name: tensor.contiguous().numpy() for name, tensor in floats.items()}
+    The format is detected from the content.
 
-
-def first_few(names: list[str]) -> str:
-    return ", ".join(names[:MOST_NAMES]) + " and others" * (len(names) > MOST_NAMES)
-
-
-# Files ----------------------------------------------------------------------------------------------
-
-
-def read_state_dict(file: str) -> tuple[dict[str, Any], Architecture | None]:
-    """Return the tensors of a PyTorch or safetensors file by name, and their architecture if raycifar saved it.
-
-    The format is detected from the content. A pickle may build tensors and containers, and nothing else.
+    Returns:
+        The tensors by name, the names of what else is among them, and the architecture if raycifar saved it.
 
     Raises:
         RequestError: the file can't be read, or holds no state dict.
     """
+    origin = f"--pretrained {file}"
     try:
         content = read_file(file)
     except OSError as error:
-        raise RequestError(f"--pretrained {file} can't be read: {error}.") from error
+        raise RequestError(f"{origin} can't be read: {error.strerror or error}.") from error
     if content[8:9] == b"{":
         from raycifar.storage import weights  # imports PyTorch, which takes seconds
 
-        return weights.from_file(content, f"--pretrained {file}")
-    return extract_state_dict(read_pickle(content, file), file), None
+        tensors, architecture = weights.from_file(content, origin)
+        return tensors, [], architecture
+    from raycifar.storage.torch_files import read_state_dict
+
+    return *read_state_dict(content, file), None
 
 
-def read_pickle(content: bytes, file: str) -> Any:
-    import torch
+def find_prefix(tensors: Iterable[str], names: Iterable[str], origin: str) -> str:
+    """Return what the wrappers of a network put before its `names`; most `tensors` have it.
 
+    Raises:
+        RequestError: there are two such networks.
+    """
+    known = set(names)
+    counts: Counter[str] = Counter()
+    for tensor in tensors:
+        prefix, name = "", tensor
+        while name not in known and (wrapper := next(filter(name.startswith, WRAPPER_PREFIXES), None)):
+            prefix, name = prefix + wrapper, name.removeprefix(wrapper)
+        counts[prefix] += name in known
+    ranked = counts.most_common(2)
+    if len(ranked) == 2 and ranked[0][1] == ranked[1][1] > 0:
+        raise RequestError(
+            f"--pretrained {origin} holds two networks, {ranked[0][0]}* and {ranked[1][0]}*: save one in a file."
+        )
+    return ranked[0][0] if ranked else ""
+
+
+def adopt_architecture(saved: Architecture, wanted: Architecture, recipe: Recipe) -> Architecture:
+    """Return the architecture of weights that raycifar saved, adapted to this run's images and classes."""
+    if saved.model != wanted.model:
+        raise RequestError(f"--pretrained {recipe.pretrained} holds weights of {saved.model}, not of {wanted.model}.")
+    preprocessing = replace(saved.preprocessing, size=recipe.image_size or saved.preprocessing.size)
+    return replace(saved, num_classes=wanted.num_classes, preprocessing=preprocessing, tta_flip=wanted.tta_flip)
+
+
+def select_weights(
+    tensors: Mapping[str, Any], architecture: Architecture, origin: str
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Return the tensors as arrays, without a head that isn't the model's, and a note if it is left out.
+
+    Raises:
+        RequestError: names or shapes don't fit, or numbers aren't finite; the message lists the first few.
+    """
+    from raycifar.storage.weights import check_finite, compare
+
+    tensors = models.find(architecture.model).rescale(tensors, architecture.preprocessing.size)
+    network = architecture.outline()
+    wanted, heads = network.state_dict(), architecture.heads(network)
+    body, head, wanted_body, wanted_head = (
+        {name: value for name, value in values.items() if name.startswith(heads) == of_head}
+        for values in (tensors, wanted)
+        for of_head in (False, True)
+    )
+    if differences := compare(body, wanted_body):
+        raise RequestError(f"--pretrained {origin} doesn't fit {architecture.model}: {differences}.")
+    notes = []
+    if not compare(head, wanted_head):
+        body |= head
+    elif head:
+        num_classes = list(head.values())[-1].shape[0]
+        other_classes = head.keys() == wanted_head.keys() and num_classes != architecture.num_classes
+        reason = f"is for {num_classes:,} classes" if other_classes else "has other layers"
+        notes.append(f"The head of {origin} is left out: it {reason}.")
+    floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in body.items()}
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file may cause any
-        if asked := re.search(r"GLOBAL (\S+)", str(error)):
-            raise RequestError(
-                f"--pretrained {file} is refused: its pickle asks for {asked[1]}, which no state dict needs."
-            ) from error
-        raise RequestError(f"--pretrained {file} is not a PyTorch or safetensors file, or is truncated.") from error
-
-
-def extract_state_dict(content: Any, file: str) -> dict[str, Any]:
-    """Return the state dict inside a training script's checkpoint, without the prefixes of wrapped models."""
-    import torch
-
-    for key in STATE_DICT_KEYS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not content or not all(torch.is_tensor(value) for value in content.values()):
-        raise RequestError(f"--pretrained {file} holds {kind_of(content)}, not a state dict of tensors by name.")
-    for prefix in WRAPPER_PREFIXES:
-        if all(str(name).startswith(prefix) for name in content):
-            content = {name.removeprefix(prefix): value for name, value in content.items()}
-    return {str(name): value for name, value in content.items()}
-
-
-def kind_of(content: Any) -> str:
-    if not isinstance(content, dict):
-        return f"a {type(content).__name__}"
-    return f"a dictionary of {', '.join(sorted({type(value).__name__ for value in content.values()})) or 'nothing'}"
+        check_finite(floats)
+    except ValueError as error:
+        raise RequestError(f"--pretrained {origin} is refused: {error}.") from error
+    return {name: floats[name].contiguous().numpy() for name in wanted if name in floats}, notes

@@ -69,7 +69,8 @@ class Recipe:
     precision: Precision = option("auto", "auto is bfloat16 where every worker's hardware gains by it, else float32")
     tta_flip: bool = option(False, "score the mean of each image and its horizontal flip")
     image_size: int = option(
-        CIFAR100.image_size, f"side to which images are scaled, {CIFAR100.image_size} to {LARGEST_IMAGE} pixels"
+        CIFAR100.image_size,
+        f"side to which images are scaled, {CIFAR100.image_size} to {LARGEST_IMAGE} pixels; 0: that of the weights",
     )
     pretrained: str = option("none", "first weights: imagenet, a file (PyTorch or safetensors), or none")
     head_epochs: int = option(0, "first epochs, which train only the head; the rest of the network is frozen")
@@ -87,7 +88,7 @@ class Recipe:
             (("layer_decay",), lambda v: 0 < v <= 1, "a fraction above 0, at most 1"),
             (
                 ("image_size",),
-                lambda v: CIFAR100.image_size <= v <= LARGEST_IMAGE,
+                lambda v: CIFAR100.image_size <= v <= LARGEST_IMAGE or v == 0,
                 f"from {CIFAR100.image_size} to {LARGEST_IMAGE}",
             ),
             (("head_epochs",), lambda v: 0 <= v <= self.epochs, f"from 0 to the {self.epochs} epochs"),

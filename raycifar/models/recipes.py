@@ -57,7 +57,8 @@ def recipe_for(model: str, pretrained: str | None = None) -> Recipe:
     recipes = models.recipes_of(model)
     if pretrained is None:
         return next(iter(recipes.values()))
-    return replace(recipes["scratch" if pretrained == "none" else "transfer"], pretrained=pretrained)
+    base = recipes["scratch" if pretrained == "none" else "transfer"]
+    return change(model, base, {"pretrained": pretrained})
 
 
 def choose_recipe(model: str, recipe: str | None = None, **values: Any) -> Recipe:
@@ -128,6 +129,8 @@ def parse_toml(model: str, content: bytes, pretrained: str | None = None) -> Rec
 def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
     """Return a model's recipe with some fields changed; fewer epochs still leave one for the whole network.
 
+    The image size of a recipe for ImageNet weights gives way to that of a weights file.
+
     Raises:
         ValueError: there is no such field, or its value is not allowed; the message names the field.
     """
@@ -139,6 +142,8 @@ def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
     values = {name: float(v) if known[name] is float and type(v) is int else v for name, v in values.items()}
     if isinstance(epochs := values.get("epochs"), int) and epochs < base.epochs:
         values = {"head_epochs": max(0, min(base.head_epochs, epochs - 1)), **values}
+    if base.pretrained == "imagenet" and values.get("pretrained", "none") not in ("imagenet", "none"):
+        values = {"image_size": 0, **values}
     return replace(base, **values)
 
 

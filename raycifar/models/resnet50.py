@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from raycifar.models.recipe import TRANSFER, Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import nn
 
 IMAGENET = "ResNet50_Weights.IMAGENET1K_V2"
@@ -32,3 +34,8 @@ def build(num_classes: int, dropout: float, large_stem: bool) -> nn.Module:
     model.avgpool = nn.Sequential(model.avgpool, nn.Dropout(dropout))
     model.fc = nn.Linear(model.fc.in_features, num_classes)
     return model
+
+
+def is_for_small_images(shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Return whether the first convolution is 3×3; ImageNet's is 7×7."""
+    return list(shapes.get("conv1.weight", ()))[2:] == [3, 3]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from raycifar.models.recipe import TRANSFER, Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import nn
 
 IMAGENET = "VGG16_BN_Weights.IMAGENET1K_V1"
@@ -42,3 +44,9 @@ def build(num_classes: int, dropout: float, large_stem: bool) -> nn.Module:
         nn.Linear(512, num_classes),
     )
     return model
+
+
+def is_for_small_images(shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Return whether the head takes the 512 features of a 1×1 map; that of ImageNet's weights takes 7×7 as many."""
+    heads = (shape for name, shape in shapes.items() if name.startswith(LAYERS[-1]) and len(shape) == 2)
+    return next(heads, [0, 0])[1] == 512

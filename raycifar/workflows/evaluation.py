@@ -62,7 +62,7 @@ def evaluate(
     """
     run = None if request.network.endswith(".safetensors") else read_run(RunFolder.at(request.network))
     with screen.waiting("Loading PyTorch"):
-        from raycifar.engine.trained_model import read_weights
+        from raycifar.engine.trained_model import check_finite, read_weights
 
         weights = read_weights(request.network)
     with screen.waiting("Reading the images"):
@@ -71,6 +71,7 @@ def evaluate(
     table = take(images, np.arange(len(images)))
     precision = (run or {}).get("precision", "auto")  # that of the run: its scores come out the same
     logits = ask(table, weights, precision, request, screen, connection, debug=debug)
+    check_finite(logits, request.network)
 
     scores, predictions = score_predictions(logits, table, source)
     evaluation = {"network": request.network, "data": source.name, "split": request.split, **scores}

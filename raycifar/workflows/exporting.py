@@ -54,12 +54,12 @@ def export(network: str, kind: str, screen: "Screen", *, out: str | None = None,
     with screen.waiting("Loading PyTorch"):
         import torch
 
-        from raycifar.engine.trained_model import Trained, read_weights
+        from raycifar.engine.trained_model import Trained, check_finite, read_weights
 
         trained = Trained(read_weights(network), "cpu", "float32")
     with screen.waiting("Reading the images"):
         images = to_images(load_images(run, data).test["image"].slice(0, CHECKED))
-    expected = trained.logits(torch.from_numpy(images.copy())).numpy()
+    expected = check_finite(trained.logits(torch.from_numpy(images.copy())), network).numpy()
     whole = with_preprocessing(trained.weights)
     convert, ask = FORMATS[kind]
     with screen.waiting(f"Writing {kind}"), warnings.catch_warnings(action="ignore"):  # the result is checked

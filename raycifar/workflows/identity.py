@@ -39,7 +39,7 @@ def identify(request: TrainingRequest, inputs: Inputs) -> dict[str, Any]:
     return {
         "name": request.name,
         "model": request.model,
-        "recipe": asdict(request.recipe),
+        "recipe": asdict(inputs.start.resolve(request.recipe)),
         "data": {
             "source": absolute_name(source.name),
             "fingerprint": source.fingerprint(),

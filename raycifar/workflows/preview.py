@@ -32,6 +32,7 @@ def preview(request: TrainingRequest, screen: "Screen", connection: ExitStack, *
     with screen.waiting(f"Reading {request.data}"):
         inputs = read_inputs(request)
         identity = identify(request, inputs)
+    screen.lines(inputs.start.notes)
     finished = earlier_result(folder, identity)
     if request.workers == 0 or os.environ.get("RAY_ADDRESS") or ray_internals.is_part_of_cluster():
         workers = str(allocate_workers(request, folder, connection, debug=debug))

@@ -94,6 +94,7 @@ def prepare(
         first = request.training(next(iter(recipes)))
         source, splits = read_images(first)
         starts = {model: load_initial_weights(model, recipe, source) for model, recipe in recipes.items()}
+    screen.lines(note for start in starts.values() for note in start.notes)
     agreement = agree(folder, request, spaces, source, starts)
 
     with screen.waiting("Starting Ray"):
@@ -230,7 +231,7 @@ def agree(
         **{key: getattr(request, key) for key in ("val_size", "limit", "compile", "seed", "search")},
     }
     for model, recipe in request.recipes.items():
-        now[model] = dataclasses.asdict(recipe)
+        now[model] = dataclasses.asdict(starts[model].resolve(recipe))
         now[f"{model} weights"] = starts[model].fingerprint()
         if request.search:
             now[f"{model} space"] = space_to_json(spaces[model])

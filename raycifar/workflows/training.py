@@ -118,17 +118,19 @@ def prepare(
     """
     folder = RunFolder(request.storage, request.name)
     with screen.waiting(f"Reading {request.data}{and_weights([request.recipe])}"):
-        inputs = inputs or read_inputs(request)
-    identity = identify(request, inputs)
+        loaded = inputs or read_inputs(request)
+    if not inputs:
+        screen.lines(loaded.start.notes)
+    identity = identify(request, loaded)
     if result := earlier_result(folder, identity):
-        return PreparedRun(request, folder, inputs, result=result)
+        return PreparedRun(request, folder, loaded, result=result)
     with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
         workers = workers or allocate_workers(request, folder, connection or ExitStack(), debug=debug)
     screen.facts(request.name, overview(identity, workers, folder.folder))
     with writing_first_file(folder, screen):
         record(folder, request, identity, workers)
     status_store = status_store or StatusStore(uuid.uuid4().hex)
-    return PreparedRun(request, folder, inputs, workers, status_store, debug=debug)
+    return PreparedRun(request, folder, loaded, workers, status_store, debug=debug)
 
 
 def fit(run: PreparedRun, follow: Callable[[Callable[[], bool]], None], work: "Work | None" = None) -> Any:
