@@ -341,10 +341,11 @@ def keep_files(finished: Sequence[Finished], folder: RunFolder) -> list[Finished
     Raises:
         RequestError: the folder can't be written, or holds another run of that name.
     """
-    kept: dict[str, Finished] = {}
+    kept: list[Finished] = []
+    places: dict[str, str] = {}
     for run in finished:
         name = run.name
-        while name in kept:
+        while places.setdefault(name, run.folder) != run.folder:
             name += "-again"
         source, copy = RunFolder.at(run.folder), RunFolder(folder.folder, name)
         if source != copy:
@@ -353,8 +354,8 @@ def keep_files(finished: Sequence[Finished], folder: RunFolder) -> list[Finished
             for file in (RUN, METRICS, RESULT):
                 copy.write(file, source.read(file) or b"")
             copy.seal(RUN, METRICS, RESULT)
-        kept[name] = dataclasses.replace(run, name=name)
-    return list(kept.values())
+        kept.append(dataclasses.replace(run, name=name))
+    return kept
 
 
 def conclude(
