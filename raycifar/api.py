@@ -23,7 +23,7 @@ import pandas as pd
 
 from raycifar.errors import RequestError, WorkError
 from raycifar.models.recipe import field_types
-from raycifar.models.recipes import recipe_fields
+from raycifar.models.recipes import read_run, recipe_fields
 from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
@@ -97,7 +97,7 @@ class Run(_InFolder):
     @property
     def about(self) -> dict[str, Any]:
         """The content of `run.json`: model, recipe, data, seed, hardware and versions."""
-        return self._files.read_json(RUN)
+        return read_run(self._files)  # type: ignore[return-value]  # `open_run` has found it
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -151,14 +151,13 @@ class Run(_InFolder):
         return f"Run({self.folder!r}): {self.state}"
 
     def _repr_html_(self) -> str:
-        report = self._report
-        about = self.about
+        report, about, test = self._report, self.about, self.test or {}
         facts = {
             "model": f"{about['model']}, seed {about['seed']}",
             "data": about["data"]["source"],
             "state": report["state"],
             "curves": report["headline"],
-            **{name: f"{self.test[name]:.4f}" for name in ("top1", "top5", "loss") if self.test},
+            **{name: f"{test[name]:.4f}" for name in ("top1", "top5", "loss") if test.get(name) is not None},
             "folder": self.folder,
         }
         rows = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in facts.items())
@@ -193,7 +192,7 @@ def open_run(location: str | Path) -> Run:
         RequestError: the folder holds no run.
     """
     folder = RunFolder.at(str(location))
-    if folder.read_json(RUN) is None:
+    if read_run(folder) is None:
         raise RequestError(f"{location} is not a run's folder: it holds no {RUN}.")
     return Run(folder)
 

@@ -1,10 +1,14 @@
 """Errors that raycifar raises. Commands print each as one sentence; Python programs catch them."""
 
 import errno
+import functools
+import logging
 from collections.abc import Sequence
 from enum import StrEnum
 
 MOST_NAMES = 3  # in a sentence
+
+log = logging.getLogger(__name__)
 
 
 class FailureKind(StrEnum):
@@ -24,6 +28,10 @@ class RaycifarError(Exception):
 
 class RequestError(RaycifarError):
     """The request is wrong, and nothing was started or written."""
+
+
+class DamagedFileError(RequestError):
+    """A file of a run can't be read, or doesn't hold what it should."""
 
 
 class WorkError(RaycifarError):
@@ -66,3 +74,9 @@ def first_few(names: Sequence[str]) -> str:
 def shown(text: str) -> str:
     """Return text with its control characters, which a terminal would obey, as escapes; line ends stay."""
     return "".join(c if c.isprintable() or c in "\n\N{NO-BREAK SPACE}" else ascii(c)[1:-1] for c in text)
+
+
+@functools.cache
+def notice(sentence: str) -> None:
+    """Tell the user something, once in a process, on standard error."""
+    log.warning("Note: %s", shown(sentence))

@@ -14,7 +14,7 @@ FILES = {"html": REPORT_PAGE, "md": REPORT_TEXT, "json": REPORT}
 @click.command(context_settings=WIDE)
 @click.argument("folder", metavar="RUN|COMPARISON")
 @click.option("--format", "kind", type=click.Choice([*FILES]), default="html")
-@click.option("--data", help="Where the images are, for pictures.  [where the run found them, or RAYCIFAR_DATA]")
+@click.option("--data", help="Where the images are, for pictures of a run that keeps none.")
 @click.option("--out", help="Folder or URI to write to.  [that of the run or the comparison]")
 @command
 def main(debug: bool, folder: str, kind: str, data: str | None, out: str | None) -> None:
@@ -27,6 +27,7 @@ def main(debug: bool, folder: str, kind: str, data: str | None, out: str | None)
     where = RunFolder.at(out) if out else subject
     report = reporting.report(subject, screen, data=data, out=where, kind=kind)
     screen.say(report["state"])
+    screen.lines(f"Note: {note}" for note in report["notes"])
     for finding in report["findings"]:
         screen.say(f"{finding['kind']} ({finding['confidence']:.2f}): {finding['evidence']} {finding['advice']}")
     for step in report["next"]:

@@ -6,7 +6,7 @@ from raycifar.analysis.history import RunHistory
 from raycifar.models.recipe import Recipe
 from raycifar.storage.records import EpochRecord
 
-RUN = {"model": "cnn", "seed": 0, "val_size": 5000, "limit": None, "device": "cpu", "workers": 0}
+RUN = {"model": "cnn", "seed": 0, "val_size": 5000, "limit": None, "device": "cpu", "workers": 1}
 
 
 def made_up(epochs=20, val=5000, result=None, recipe=None, train=45000, run=None, **columns):

@@ -11,7 +11,6 @@ from histories import made_up
 from PIL import Image
 
 from raycifar.analysis.charts import (
-    MOST_POINTS,
     MOST_ROWS,
     bands,
     class_chart,
@@ -25,6 +24,7 @@ from raycifar.analysis.charts import (
     thinned,
 )
 from raycifar.analysis.curves import MOST_MARKS, Line, Panel, panels
+from raycifar.analysis.history import MOST_POINTS
 
 HOSTILE = "\"><script>alert(1)</script> $a & b's$ _{"
 PAIR = {"a": HOSTILE, "b": "b", "difference": 0.01, "low": -0.01, "high": 0.03}

@@ -1,15 +1,12 @@
 """A test set that doesn't mean what the validation images do."""
 
-import io
-
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from histories import made_up
 
 from raycifar.analysis.mismatch import find_mismatch
-from raycifar.analysis.reports import RunFiles, report_run
+from raycifar.analysis.reports import RunFiles, choose_pictures, report_run
 from raycifar.data.synthetic import synthetic
 from raycifar.data.tables import Source, to_images, to_lists, to_table
 
@@ -17,19 +14,17 @@ from raycifar.data.tables import Source, to_images, to_lists, to_table
 def answered(labels, predicted):
     """The predictions file of a network that answers this."""
     top5 = np.stack([np.asarray(predicted), *[np.zeros(len(labels), int)] * 4], axis=1)
-    stream = io.BytesIO()
-    pq.write_table(
-        pa.table(
-            {"label": labels, "top5": to_lists(top5), "probabilities": to_lists(np.eye(100, dtype="f4")[predicted])}
-        ),
-        stream,
-    )
-    return stream.getvalue()
+    probabilities = np.eye(100, dtype="f4")[predicted]
+    return pa.table({"label": labels, "top5": to_lists(top5), "probabilities": to_lists(probabilities)})
 
 
 def scored(top1, val=0.3, images=10_000):
     test = {"images": images, "top1": top1, "top5": 0.5, "loss": 6.19}
     return made_up(val_top1=lambda e: val, result={"status": "finished", "test": test})
+
+
+def pictures_of(source):
+    return choose_pictures(RunFiles("a", made_up()), source)
 
 
 @pytest.fixture
@@ -75,9 +70,10 @@ def test_images_that_are_prepared_otherwise_are_told():
     source = synthetic(200, 100)
     dark = to_images(source.test["image"]) // 4
     columns = [source.test[name].to_numpy() for name in ("fine", "coarse")]
-    (finding,) = find_mismatch(scored(0.05), None, Source("dark", source.train, to_table(dark, *columns, "dark")))
+    darkened = Source("dark", source.train, to_table(dark, *columns, "dark"))
+    (finding,) = find_mismatch(scored(0.05), None, pictures_of(darkened))
     assert "The test images look different" in finding.evidence
-    assert "look different" not in find_mismatch(scored(0.05), None, source)[0].evidence
+    assert "look different" not in find_mismatch(scored(0.05), None, pictures_of(source))[0].evidence
 
 
 @pytest.mark.parametrize(("val", "test"), [(0.30, 0.305), (0.62, 0.60), (0.30, 0.32)])

@@ -21,7 +21,7 @@ TAGS = '"><script>alert(1)</script>'
 
 def page_of(history, name="a"):
     files = RunFiles(name, history, None, None)
-    return run_page(files, report_run(files), None)
+    return run_page(files, report_run(files))
 
 
 def test_names_are_escaped():

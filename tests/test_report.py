@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -104,15 +105,24 @@ def test_other_formats_and_places(trained, report, small, tmp_path):
     assert not (tmp_path / "out/report.html").exists()
 
 
-def test_without_the_images_the_page_says_that_it_shows_none(trained, report, tmp_path):
+def test_a_report_opens_nothing_but_what_the_user_names(trained, report, small, tmp_path):
+    """The run's images are said to be in a fifo, which whoever opens it waits for."""
     shutil.copytree(trained, tmp_path / "a")
+    os.mkfifo(tmp_path / "fifo")
     run = json.loads((tmp_path / "a/run.json").read_text())
-    run["data"]["source"] = str(tmp_path / "gone.tar.gz")
+    run["data"]["source"] = str(tmp_path / "fifo")
     (tmp_path / "a/run.json").write_text(json.dumps(run))
-    report(tmp_path / "a", env={"RAYCIFAR_DATA": ""})
+    report(tmp_path / "a", env={"RAYCIFAR_DATA": str(tmp_path / "fifo")})
+    shown = (tmp_path / "a/report.html").read_text().count("<img")
+    assert shown > 6
+    (tmp_path / "a/pictures.json").unlink()
+    report(tmp_path / "a")
     page = (tmp_path / "a/report.html").read_text()
-    assert "so it shows no pictures" in page
+    assert "keeps no images" in page
     assert "<img" not in page
+    report(tmp_path / "a", "--data", small)
+    assert (tmp_path / "a/report.html").read_text().count("<img") == shown
+    assert "holds other images" in report(tmp_path / "a", "--data", "synthetic:200", code=2).stderr
 
 
 @pytest.mark.parametrize("state", ["just begun", "under way", "cut off while writing", "failed", "failed at once"])
@@ -150,9 +160,8 @@ def test_a_run_in_any_state_is_reported_as_what_it_is(trained, report, small, tm
 def test_what_is_known_of_each_image_is_read_under_its_old_name_too(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "a")
     (tmp_path / "a/example_stats.parquet").rename(tmp_path / "a/images.parquet")
-    assert (
-        read_files(RunFolder.at(str(tmp_path / "a"))).example_stats == (trained / "example_stats.parquet").read_bytes()
-    )
+    found = read_files(RunFolder.at(str(tmp_path / "a"))).example_stats
+    assert found.equals(RunFolder.at(str(trained)).read_table("example_stats.parquet"))
 
 
 def test_what_is_under_way_is_drawn_anew_in_at_most_a_hundredth_of_the_time(monkeypatch):

@@ -102,9 +102,9 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(run, upload, damage, tmp_
 
 
 def test_json_has_no_number_that_is_not_finite(run):
-    run.write_json("result.json", {"loss": float("nan"), "interval": (1.0, float("-inf")), "test": {"top1": 0.5}})
-    assert run.read("result.json").count(b"null") == 2
-    assert run.read_json("result.json") == {"loss": None, "interval": [1.0, None], "test": {"top1": 0.5}}
+    run.write_json("bench.json", {"loss": float("nan"), "interval": (1.0, float("-inf")), "test": {"top1": 0.5}})
+    assert run.read("bench.json").count(b"null") == 2
+    assert run.read_json("bench.json") == {"loss": None, "interval": [1.0, None], "test": {"top1": 0.5}}
 
 
 def test_a_folder_is_named_by_what_it_is_called_not_by_how_it_was_reached(run, monkeypatch):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from raycifar.analysis.curves import BLUE, ORANGE, Panel, panels
-from raycifar.analysis.history import RunHistory
+from raycifar.analysis.history import RunHistory, thinned
 
 INK = "#010203"  # stands for currentColor until the SVG is written
 GREEN, PURPLE = "#009e73", "#cc79a7"
@@ -26,7 +26,6 @@ SERIES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"), ("#56b4e9",
 MARKERS = "osD^vP"
 COMPARED = {"val_top1": "validation accuracy", "train_loss": "training loss"}
 FEW_RUNS = 3  # are drawn one by one
-MOST_POINTS = 1000  # of a line
 MOST_ROWS = 20  # of a chart
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -76,11 +75,6 @@ def plain_log(axes: Axes, axis: str) -> None:
     scale.set_major_locator(MaxNLocator(nbins=4) if high < 10 * low else LogLocator(subs=subs, numticks=6))
     scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     scale.set_minor_formatter(NullFormatter())
-
-
-def thinned(count: int) -> np.ndarray:
-    """Return the indices of at most 1,000 of `count` points, evenly spaced, the first and the last among them."""
-    return np.unique(np.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(int))
 
 
 # Curves ---------------------------------------------------------------------------------------------

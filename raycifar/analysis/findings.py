@@ -7,6 +7,7 @@ error sqrt(p (1 - p) / n); a loss has the standard error of its mean over the im
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from scipy import stats
 
 from raycifar.analysis.collapse import MIN_STEPS, collapse
 from raycifar.analysis.departures import LOOSE, departures
-from raycifar.analysis.history import RunHistory
+from raycifar.analysis.history import RunHistory, thinned
 from raycifar.errors import FailureKind
-from raycifar.storage.records import EpochRecord, finite
+from raycifar.storage.records import Diagnostics, EpochRecord, finite
 
 SIGMAS = 3.0  # a difference of so many standard errors is taken as real: Shewhart (1931), p = 0.0027
 SURE = 0.99  # no finding is surer than that
@@ -191,7 +192,7 @@ def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     last = history.records[-1]
     if has(found, "divergence") or last.epoch * steps < MIN_STEPS or not guesses(last):
         return []
-    first = next(record.epoch for k, record in enumerate(history.records) if all(map(guesses, history.records[k:])))
+    first = last.epoch + 1 - sum(1 for _ in takewhile(guesses, reversed(history.records)))
     epochs = list(range(first, last.epoch + 1))
     z = (history.column("train_top1")[-1] - 1 / classes) / standard_error(1 / classes, history.num_train)
     cause, metrics = explain_collapse(last.diagnostics)
@@ -204,15 +205,18 @@ def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     return [Finding("collapse", SURE, evidence.strip(), advice, epochs, metrics)]
 
 
-def explain_collapse(diagnostics: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
+def explain_collapse(diagnostics: Diagnostics | None) -> tuple[str, dict[str, Any]]:
     """Return a sentence with the cause of a collapse, where one batch shows it, and its metrics."""
     if not diagnostics:
         return "", {}
-    norms = list(diagnostics["gradient_norms"].items())
+    norms = [(name, norm) for name, norm in diagnostics["gradient_norms"].items() if norm is not None]
+    dead = {layer: fraction for layer, fraction in diagnostics["dead_relus"].items() if fraction is not None}
+    if not norms:
+        return "", {}
     (first, small), (last, large) = norms[0], norms[-1]
     both = f"the norm is {small:.2g} at {first} and {large:.2g} at {last}"
-    if diagnostics["dead_relus"]:
-        layer, fraction = max(diagnostics["dead_relus"].items(), key=lambda item: item[1])
+    if dead:
+        layer, fraction = max(dead.items(), key=lambda item: item[1])
         if fraction >= DEAD:
             text = (
                 f"Its ReLUs have died: in layer {layer}, {fraction:.0%} of the units output 0 for every image, so no "
@@ -262,7 +266,8 @@ def learning_rate(history: RunHistory, found: Sequence[Finding]) -> list[Finding
         )
         return [Finding("learning-rate-low", 0.95, evidence, advice, [], {"ratio": ratio})]
     losses = history.column("train_loss")
-    rises = [k + 2 for k, step in enumerate(np.diff(losses)) if step > SIGMAS * spread_of_changes(losses)]
+    usual = SIGMAS * spread_of_changes(losses)
+    rises = [k + 2 for k, step in enumerate(np.diff(losses)) if step > usual]
     unstable = has(found, "collapse", "divergence") or len(rises) >= max(2, len(losses) // 4)
     if unstable and ratio >= OFF:
         evidence = (
@@ -312,18 +317,20 @@ def spikes(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     top1, n = history.column("val_top1" if val else "train_top1"), val or history.num_train
     noise = history.column("val_loss_se") * math.sqrt(2) if val else np.zeros(len(losses))
     advice = calm(history)
-    result = []
+    recovered = []
     for k, z in jumps(losses):
         dip = (top1[k - 1] - top1[k]) / (standard_error(top1[k], n) * math.sqrt(2))
         if recovers(losses, k) and dip > SIGMAS and losses[k] - losses[k - 1] > SIGMAS * noise[k]:
-            cause, metrics = explain_spike(history, k)
-            evidence = (
-                f"At epoch {k + 1} the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {times(z)} its "
-                f"usual variation, and accuracy falls from {top1[k - 1]:.3f} to {top1[k]:.3f}; both recover. {cause}"
-            )
-            result.append((z, Finding("spike", confidence(z), evidence, advice, [k + 1], metrics)))
-    largest = sorted(result, key=lambda item: -item[0])[:MOST_SPIKES]
-    return sorted((finding for _, finding in largest), key=lambda finding: finding.epochs)
+            recovered.append((k, z))
+    result = []
+    for k, z in sorted(sorted(recovered, key=lambda jump: -jump[1])[:MOST_SPIKES]):
+        cause, metrics = explain_spike(history, k)
+        evidence = (
+            f"At epoch {k + 1} the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {times(z)} its "
+            f"usual variation, and accuracy falls from {top1[k - 1]:.3f} to {top1[k]:.3f}; both recover. {cause}"
+        )
+        result.append(Finding("spike", confidence(z), evidence, advice, [k + 1], metrics))
+    return result
 
 
 def explain_spike(history: RunHistory, k: int) -> tuple[str, dict[str, Any]]:
@@ -342,8 +349,8 @@ def explain_spike(history: RunHistory, k: int) -> tuple[str, dict[str, Any]]:
         step = (record.grad_norm_max_step or 0) + 1
         causes.append(f"a gradient norm of {norms[k]:.2f} (usually {usual:.2f}) at step {step}")
         metrics["gradient_norm_ratio"] = norms[k] / usual
-    rise = record.rise or {}
-    if rise.get("fraction", 0) > CONCENTRATED:
+    rise = record.rise
+    if rise and rise["fraction"] > CONCENTRATED:
         causes.append(f"a few hard images: 1% of them cause {rise['fraction']:.0%} of the rise in training loss")
         metrics["example_indices"] = rise["indices"]
     if not causes:
@@ -389,7 +396,7 @@ def gap_to_validation(history: RunHistory, found: Sequence[Finding]) -> list[Fin
     if not gap[-1] - SIGMAS * gap_se[-1] > COARSE:
         return []
     last, late = history.records[-1], gap[-max(4, len(gap) // 2) :]
-    slope, _, low, _ = stats.theilslopes(late) if len(late) >= 4 else (math.nan,) * 4
+    slope, low, _ = robust_slope(late) if len(late) >= 4 else (math.nan,) * 3
     evidence = (
         f"After epoch {last.epoch} accuracy is {last.train_eval_top1:.3f} on training images and {last.val_top1:.3f} "
         f"on validation images, both scored without augmentation: a gap of {points(gap[-1])}, "
@@ -492,6 +499,13 @@ def validation_noise(history: RunHistory, found: Sequence[Finding]) -> list[Find
     return [Finding("validation-noise", sure, evidence, advice, [], metrics)]
 
 
+def robust_slope(values: np.ndarray) -> tuple[float, float, float]:
+    """Return the change per epoch by Theil (1950) and Sen (1968), and the ends of its 95% interval."""
+    epochs = thinned(len(values))
+    slope, _, low, high = stats.theilslopes(values[epochs], epochs, alpha=0.95)
+    return float(slope), float(low), float(high)
+
+
 def warmed_up(history: RunHistory) -> int:
     """Return the epoch (from 0) at whose end the learning rate is highest: the curves bend while it rises."""
     return int(np.argmax(history.column("lr")))
@@ -521,7 +535,7 @@ def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     late = top1[max(warmed_up(history), len(top1) - max(4, len(top1) // 2)) :]
     if len(late) < 4:
         return []
-    slope, _, low, high = (float(value) for value in stats.theilslopes(late, alpha=0.95))
+    slope, low, high = robust_slope(late)
     epochs = list(range(len(top1) - len(late) + 1, len(top1) + 1))
     noise = standard_error(float(top1[-1]), history.num_val)
     metrics = {"slope": slope, "low": low, "high": high, "schedule_ended": history.decayed}

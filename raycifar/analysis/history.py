@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from raycifar.errors import FailureKind
 from raycifar.models.recipe import Recipe
 from raycifar.models.recipes import recipe_for, recipe_from_json
 from raycifar.storage.records import EpochRecord
+
+MOST_POINTS = 1000  # of a curve that are drawn, or go into what takes time that grows with their square
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,11 @@ class RunHistory:
     def model(self) -> str:
         return self.run["model"]
 
-    @property
+    @cached_property
     def recipe(self) -> Recipe:
         return recipe_from_json(self.model, self.run["recipe"])
 
-    @property
+    @cached_property
     def own_recipe(self) -> Recipe:
         """The recipe that the model is trained with by default."""
         return recipe_for(self.model, self.recipe.pretrained)
@@ -77,14 +80,26 @@ class RunHistory:
         return failure_kind(self.result) if self.result and self.result["status"] == "failed" else None
 
     def column(self, name: str) -> np.ndarray:
-        """Return a column of the records, (epochs,) float, not a number where it is unknown."""
-        values = [getattr(record, name) for record in self.records]
-        return np.array([math.nan if value is None else value for value in values], float)
+        """Return a column of the records, (epochs,) float, read-only, not a number where it is unknown."""
+        if name not in self._columns:
+            values = [getattr(record, name) for record in self.records]
+            self._columns[name] = np.array([math.nan if value is None else value for value in values], float)
+            self._columns[name].flags.writeable = False
+        return self._columns[name]
+
+    @cached_property
+    def _columns(self) -> dict[str, np.ndarray]:
+        return {}
+
+
+def thinned(count: int) -> np.ndarray:
+    """Return the indices of at most 1,000 of `count` points, evenly spaced, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(int))
 
 
 def failure_kind(result: dict[str, Any]) -> FailureKind:
     """Return why a run failed; in folders of earlier versions, the reason is only given in words."""
-    if "failure" in result:
+    if result.get("failure") in list(FailureKind):
         return FailureKind(result["failure"])
     reason = result.get("reason") or ""
     for words, kind in (

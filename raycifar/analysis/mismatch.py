@@ -3,27 +3,26 @@
 import math
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 from scipy.optimize import linear_sum_assignment
 
 from raycifar.analysis.classification import confusion
 from raycifar.analysis.findings import COARSE, SURE, Finding, points, standard_error
 from raycifar.analysis.history import RunHistory
 from raycifar.data import DatasetInfo
-from raycifar.data.tables import Source, from_lists, to_images
-from raycifar.storage.parquet import read_parquet
+from raycifar.data.tables import from_lists
+from raycifar.storage.records import PicturesFile
 
 SIGMAS = 5.0  # the network was not chosen by either set, but test images may be a little harder: Recht et al. (2019)
 RESTORED = 0.5  # fraction of the validation accuracy that a matching of labels must restore to explain the difference
 NAMED = 3  # pairs of classes
-SAMPLE = 2000  # images of each set whose pixels are compared
 
 
-def find_mismatch(history: RunHistory, predictions: bytes | None, source: Source | None) -> list[Finding]:
+def find_mismatch(history: RunHistory, predictions: pa.Table | None, pictures: PicturesFile | None) -> list[Finding]:
     """Return whether test and validation accuracy differ by more than sampling explains, and what explains it.
 
     Args:
-        predictions: the content of `predictions.parquet`. source: the images, for a look at their pixels.
+        predictions: the content of `predictions.parquet`. pictures: that of `pictures.json`, for a look at pixels.
     """
     test, last = (history.result or {}).get("test"), history.records[-1] if history.records else None
     if not test or last is None or last.val_top1 is None:
@@ -40,7 +39,7 @@ def find_mismatch(history: RunHistory, predictions: bytes | None, source: Source
     metrics: dict[str, Any] = {"gap": gap}
     for sentence, remedy, found in (
         explain_by_answers(predictions, last.val_top1, test["top1"], history.info),
-        explain_by_pixels(source),
+        explain_by_pixels(pictures),
     ):
         evidence += [sentence] if sentence else []
         advice = remedy or advice
@@ -51,11 +50,12 @@ def find_mismatch(history: RunHistory, predictions: bytes | None, source: Source
 Explanation = tuple[str, str, dict[str, Any]]  # a sentence, what to do, and metrics
 
 
-def explain_by_answers(predictions: bytes | None, val_top1: float, test_top1: float, info: DatasetInfo) -> Explanation:
+def explain_by_answers(
+    predictions: pa.Table | None, val_top1: float, test_top1: float, info: DatasetInfo
+) -> Explanation:
     if predictions is None:
         return "", "", {}
-    table = read_parquet(predictions, {"label": "integers", "top5": "lists of integers"})
-    labels, predicted = table["label"].to_numpy(), from_lists(table["top5"])[:, 0]
+    labels, predicted = predictions["label"].to_numpy(), from_lists(predictions["top5"])[:, 0]
     names = [name.replace("_", " ") for name in info.class_names]
     matrix = confusion(labels, predicted, info.num_classes)
     commonest = int(matrix.sum(0).argmax())
@@ -76,11 +76,11 @@ def explain_by_answers(predictions: bytes | None, val_top1: float, test_top1: fl
     return sentence, advice, {"restored": restored, "pairs": moved}
 
 
-def explain_by_pixels(source: Source | None) -> Explanation:
-    if source is None:
+def explain_by_pixels(pictures: PicturesFile | None) -> Explanation:
+    if pictures is None or not pictures["pixels"].keys() >= {"train", "test"}:
         return "", "", {}
-    train, test = (to_images(table["image"].slice(0, SAMPLE)) / 255.0 for table in (source.train, source.test))
-    means, stds = ([float(f(images)) for images in (train, test)] for f in (np.mean, np.std))
+    train, test = pictures["pixels"]["train"], pictures["pixels"]["test"]
+    means, stds = [train["mean"], test["mean"]], [train["std"], test["std"]]
     if abs(means[0] - means[1]) < 0.05 and 0.8 < stds[1] / max(stds[0], 1e-9) < 1.25:
         return "", "", {}
     sentence = (

@@ -112,6 +112,10 @@ def to_command(
         parts += ["--val-size", str(run["val_size"])]
     if run["limit"]:
         parts += ["--limit", str(run["limit"])]
+    if workers := chosen_workers(run, command):
+        parts += ["--workers", workers]
+    if run.get("compile"):
+        parts += ["--compile"]
     if recipe.pretrained != recipe_for(model).pretrained:
         parts += ["--pretrained", recipe.pretrained]
     for name, value in {**changes(recipe, base), **options}.items():
@@ -120,6 +124,19 @@ def to_command(
         elif name != "pretrained":
             parts += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
     return shlex.join(parts)
+
+
+def chosen_workers(run: dict[str, Any], command: str) -> str | None:
+    """Return a run's --workers, or None where the command's default without a GPU is the same, or it has no such."""
+    least, count = run.get("least_workers"), run.get("workers", 1)
+    if command == "compare":
+        return str(count) if count > 1 else None  # of each trial: not this process, nor a range
+    return f"{least}:{count}" if least is not None else None if count == 1 else str(count)
+
+
+def at(storage: str) -> dict[str, str]:
+    """Return the option that names where a run is kept, unless that is the default."""
+    return {} if Path(storage).resolve() == Path("results").resolve() else {"storage": storage}
 
 
 Step = dict[str, str]  # a command, and the reason for it
@@ -134,14 +151,12 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
     steps: list[Step] = []
 
     def train(reason: str, recipe: Recipe, run: dict[str, Any] = run, **options: Any) -> None:
-        steps.append({"command": to_command(run, "train", recipe, **options), "reason": reason})
+        steps.append({"command": to_command(run, "train", recipe, **options, **at(storage)), "reason": reason})
 
     broken = has(findings, "collapse", "divergence", "learning-rate-high")
     departed = {name: getattr(own, name) for finding in findings for name in finding.metrics.get("recipe", ())}
     if history.unfinished and not broken:
-        usual = Path(storage).resolve() == Path("results").resolve()  # --storage's default
-        where: dict[str, Any] = {} if usual else {"storage": storage}
-        train("the rest of this run, under the same name", recipe, seed=run["seed"], name=run["name"], **where)
+        train("the rest of this run, under the same name", recipe, seed=run["seed"], name=run["name"])
         if not has(findings, "overfitting", "generalization-gap", "spike"):
             return steps
     if run["limit"] and has(findings, "overfitting", "generalization-gap", "too-early"):
@@ -174,7 +189,7 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
     if has(findings, "validation-noise") and history.num_val < 5000 and (run["limit"] or history.num_train > 10_000):
         train("a validation set that resolves a difference of a point", recipe, val_size=5000)
     if has(findings, "plateau", "healthy", "validation-noise") or not steps:
-        search = to_command(run, "compare", recipe, seeds=3, search=20)
+        search = to_command(run, "compare", recipe, seeds=3, search=20, **at(storage))
         reason = "a search for a better recipe, and three seeds to see how sure the result is"
         steps.append({"command": search, "reason": reason})
     return steps

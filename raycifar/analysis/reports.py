@@ -17,37 +17,45 @@ from raycifar.analysis.findings import FIT, diagnose, fit, listed, seed_variance
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.mismatch import find_mismatch
 from raycifar.analysis.page import render
-from raycifar.analysis.results import results_table
-from raycifar.analysis.suspects import Suspects, rank_suspects
+from raycifar.analysis.results import results_table, text
+from raycifar.analysis.suspects import rank_suspects
 from raycifar.data import DatasetInfo
 from raycifar.data.tables import Source, from_lists, to_images
 from raycifar.models.recipe import changes
-from raycifar.storage.parquet import read_parquet
+from raycifar.storage.records import PicturesFile, Pixels
 
 GALLERY = 24  # images of the most suspect labels
 PAIRS, EXAMPLES = 6, 4  # pairs of classes shown, and pictures of each direction
 ROWS = 300  # epochs in a page's table
+PNG = "data:image/png;base64,"
+SAMPLE = 2000  # images of each split whose pixels are measured
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run's folder holds; what isn't there is None, and the report says so. `storage` is where it stands."""
+    """What a run's folder holds; what isn't there is None, and the report says so.
+
+    storage: where the folder stands. notes: sentences about what is damaged, has changed or is missing.
+    """
 
     name: str
     history: RunHistory
-    predictions: bytes | None
-    example_stats: bytes | None
+    predictions: pa.Table | None = None
+    example_stats: pa.Table | None = None
+    pictures: PicturesFile | None = None
     storage: str = "results"
+    notes: Sequence[str] = ()
 
 
-def report_run(files: RunFiles, source: Source | None = None) -> dict[str, Any]:
-    """Return the report of a run as `report.json` holds it; `source` are the images, where they are at hand."""
-    differs, found = find_mismatch(files.history, files.predictions, source), diagnose(files.history)
+def report_run(files: RunFiles) -> dict[str, Any]:
+    """Return the report of a run as `report.json` holds it."""
+    differs, found = find_mismatch(files.history, files.predictions, files.pictures), diagnose(files.history)
     if differs:
         found = [*differs, *(finding for finding in found if finding.kind != "healthy")]
     return {
         "name": files.name,
         "state": prose.state(files.history),
+        "notes": list(files.notes),
         "headline": prose.headline(found),
         "findings": [finding.to_json() for finding in found],
         "next": prose.next_steps(files.history, found, files.storage) if files.history.records else [],
@@ -55,14 +63,27 @@ def report_run(files: RunFiles, source: Source | None = None) -> dict[str, Any]:
     }
 
 
-def run_page(files: RunFiles, report: dict[str, Any], source: Source | None) -> str:
-    """Return a run's `report.html`; pictures are left out where `source`, the images, is not at hand."""
-    history, info = files.history, files.history.info
-    mature = bool(history.records) and fit(history) >= FIT  # before that, its doubts about labels mean nothing
+def run_page(files: RunFiles, report: dict[str, Any]) -> str:
+    """Return a run's `report.html`."""
+    history, info, pictures = files.history, files.history.info, files.pictures
     drawn = {name: charts.curve_chart(panel) for name, panel in panels(history).items()} if history.records else {}
-    test = read_predictions(files.predictions, source, info)
-    if test:
-        drawn |= test.pop("charts")
+    test = confused(files.predictions, info)
+    if files.predictions is not None:
+        drawn |= test_charts(files.predictions, pictures, info)
+    labels = labels_of(files)
+    spikes = [
+        {"epoch": epoch, "pictures": shown_of(pictures, "train", [(row, labels.get(row, "")) for row in rows])}
+        for epoch, rows in behind_spikes(report)
+    ]
+    shown = {
+        "behind": [spike for spike in spikes if spike["pictures"]],
+        "suspects": [
+            {**image, **picture}
+            for image in suspects(files)
+            for picture in shown_of(pictures, "train", [(image["index"], "")])
+        ],
+        "pairs": [{**pair, "pictures": shown_of(pictures, "test", pair["rows"])} for pair in test],
+    }
     return render(
         "report.html",
         drawn,
@@ -75,19 +96,23 @@ def run_page(files: RunFiles, report: dict[str, Any], source: Source | None) -> 
         result=history.result,
         intervals=test_intervals(history),
         details=details(history),
-        test=test,
-        suspects=gallery(rank_suspects(files.example_stats), source, info) if files.example_stats and mature else [],
-        mature=mature,
-        behind=behind_spikes(report, source, info),
-        has_pictures=source is not None,
+        mature=mature(history),
+        has_predictions=files.predictions is not None,
+        has_pictures=pictures is not None,
+        **shown,
     )
+
+
+def mature(history: RunHistory) -> bool:
+    """Return whether the network has learned enough for its doubts about labels to mean anything."""
+    return bool(history.records) and fit(history) >= FIT
 
 
 def test_intervals(history: RunHistory) -> dict[str, float]:
     """Return half of the 95% interval of each test accuracy, over the choice of test images."""
     test = (history.result or {}).get("test")
     names = ("top1", "top5", "superclass_top1")
-    return {name: 1.96 * standard_error(test[name], test["images"]) for name in names} if test else {}
+    return {name: 1.96 * standard_error(test[name], test["images"]) for name in names if name in test} if test else {}
 
 
 def details(history: RunHistory) -> dict[str, str]:
@@ -104,98 +129,133 @@ def details(history: RunHistory) -> dict[str, str]:
     }
 
 
-# The test set, and single images --------------------------------------------------------------------
+# The test set ---------------------------------------------------------------------------------------
 
 
-def read_predictions(content: bytes | None, source: Source | None, info: DatasetInfo) -> dict[str, Any] | None:
-    """Return what the predictions of the test set show, and its charts."""
-    if content is None:
-        return None
-    table = read_parquet(content, {"label": "integers", "probabilities": "lists of real numbers"})
-    labels, probabilities = table["label"].to_numpy(), from_lists(table["probabilities"])
-    predicted, confidence = probabilities.argmax(1), probabilities.max(1)
+def test_charts(predictions: pa.Table, pictures: PicturesFile | None, info: DatasetInfo) -> dict[str, str]:
+    labels, predicted, confidence = answers(predictions)
     matrix = confusion(labels, predicted, info.num_classes)
     drawn = {
         "reliability": charts.reliability_diagram(reliability(confidence, predicted == labels)),
         "classes": charts.class_chart(by_class(matrix, info.class_names)),
     }
-    pairs = confused_pairs(matrix, info.class_names)[:PAIRS]
-    if source is not None:
-        superclass_of = np.array(source.superclass_of())
+    if pictures is not None:
+        superclass_of = np.array(pictures["superclass_of"])
         superclasses = confusion(superclass_of[labels], superclass_of[predicted], info.num_superclasses)
         drawn["superclasses"] = charts.confusion_chart(superclasses, info.superclass_names)
-        for pair in pairs:
-            pair["pictures"] = examples(pair, labels, predicted, confidence, source, info)
-    return {"charts": drawn, "pairs": pairs}
+    return drawn
 
 
-def examples(
-    pair: dict[str, Any],
-    labels: np.ndarray,
-    predicted: np.ndarray,
-    confidence: np.ndarray,
-    source: Source,
-    info: DatasetInfo,
-) -> list[dict[str, str]]:
-    """Return the pictures of a pair of classes that are most confidently taken for the other class."""
-    shown = []
-    for label, taken_for in ((pair["a"], pair["b"]), (pair["b"], pair["a"])):
-        a, b = (info.class_names.index(name) for name in (label, taken_for))
-        rows = np.flatnonzero((labels == a) & (predicted == b))
-        for row in rows[np.argsort(-confidence[rows])][:EXAMPLES]:
-            words = f"{plain(label)}, taken for {plain(taken_for)}"
-            shown.append({"uri": picture(source.test, int(row)), "words": words})
-    return shown
+def answers(predictions: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the label of each test image, its likeliest class, and the probability of this."""
+    probabilities = from_lists(predictions["probabilities"])
+    return predictions["label"].to_numpy(), probabilities.argmax(1), probabilities.max(1)
 
 
-def gallery(found: Suspects | None, source: Source | None, info: DatasetInfo) -> list[dict[str, Any]]:
-    if found is None or source is None:
+# Single images --------------------------------------------------------------------------------------
+
+
+def confused(predictions: pa.Table | None, info: DatasetInfo) -> list[dict[str, Any]]:
+    """Return the pairs of classes that are most often confused, each with its clearest test images and their words."""
+    if predictions is None:
         return []
-    return [
-        {
-            "uri": picture(source.train, int(found.index[k])),
-            "index": int(found.index[k]),
-            "label": plain(info.class_names[found.label[k]]),
-            "suggested": plain(info.class_names[found.suggested[k]]),
-        }
-        for k in range(min(GALLERY, len(found.index)))
-    ]
+    labels, predicted, confidence = answers(predictions)
+    pairs = confused_pairs(confusion(labels, predicted, info.num_classes), info.class_names)[:PAIRS]
+    for pair in pairs:
+        pair["rows"] = []
+        for label, taken_for in ((pair["a"], pair["b"]), (pair["b"], pair["a"])):
+            a, b = (info.class_names.index(name) for name in (label, taken_for))
+            rows = np.flatnonzero((labels == a) & (predicted == b))
+            clearest = rows[np.argsort(-confidence[rows])][:EXAMPLES]
+            pair["rows"] += [(int(row), f"{plain(label)}, taken for {plain(taken_for)}") for row in clearest]
+    return pairs
 
 
-def behind_spikes(report: dict[str, Any], source: Source | None, info: DatasetInfo) -> list[dict[str, Any]]:
-    """Return the training images whose losses rose most, of each spike that a few images caused."""
-    if source is None:
+def suspects(files: RunFiles) -> list[dict[str, Any]]:
+    """Return the training images whose labels are most suspect, where the network knows enough to doubt them."""
+    found = None
+    if files.example_stats is not None and mature(files.history):
+        found = rank_suspects(files.example_stats)
+    if found is None:
         return []
-    labels = source.train["fine"]
+    names = files.history.info.class_names
     return [
-        {
-            "epoch": finding["epochs"][0],
-            "pictures": [
-                {"uri": picture(source.train, row), "words": plain(info.class_names[labels[row].as_py()])}
-                for row in finding["metrics"]["example_indices"]
-            ],
-        }
+        {"index": int(index), "label": plain(names[label]), "suggested": plain(names[suggested])}
+        for index, label, suggested in zip(found.index, found.label, found.suggested, strict=True)
+    ][:GALLERY]
+
+
+def behind_spikes(report: dict[str, Any]) -> list[tuple[int, list[int]]]:
+    """Return the epoch of each spike that a few images caused, and the training images whose losses rose most."""
+    return [
+        (finding["epochs"][0], finding["metrics"]["example_indices"])
         for finding in report["findings"]
         if finding["kind"] == "spike" and finding["metrics"].get("example_indices")
     ]
+
+
+def labels_of(files: RunFiles) -> dict[int, str]:
+    """Return the class of each training image, by its row in the source, as far as the folder tells it."""
+    if files.example_stats is None:
+        return {}
+    names, columns = files.history.info.class_names, files.example_stats
+    return {
+        row: plain(names[label])
+        for row, label in zip(*(columns[c].to_pylist() for c in ("index", "label")), strict=True)
+    }
 
 
 def plain(class_name: str) -> str:
     return class_name.replace("_", " ")
 
 
+def choose_pictures(files: RunFiles, source: Source) -> PicturesFile:
+    """Return the content of `pictures.json`: what the report shows of a data set, a few hundred kilobytes."""
+    info = files.history.info
+    train = {image["index"] for image in suspects(files)}
+    train |= {row for _, rows in behind_spikes(report_run(files)) for row in rows}
+    test = {row for pair in confused(files.predictions, info) for row, _ in pair["rows"]}
+    return {
+        "train": {str(row): to_png(source.train, row) for row in sorted(train)},
+        "test": {str(row): to_png(source.test, row) for row in sorted(test)},
+        "superclass_of": list(source.superclass_of()),
+        "pixels": {"train": measured(source.train), "test": measured(source.test)},
+    }
+
+
+def measured(table: pa.Table) -> Pixels:
+    pixels = to_images(table["image"].slice(0, SAMPLE)) / 255.0
+    return {"mean": float(pixels.mean()), "std": float(pixels.std())}
+
+
 def picture(table: pa.Table, row: int) -> str:
     """Return an image of the data set as a data URI."""
+    return PNG + to_png(table, row)
+
+
+def to_png(table: pa.Table, row: int) -> str:
     pixels = to_images(table["image"].slice(row, 1))[0]
     stream = io.BytesIO()
     Image.fromarray(pixels.transpose(1, 2, 0)).save(stream, "PNG")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def shown_of(pictures: PicturesFile | None, split: str, rows: Sequence[tuple[int, str]]) -> list[dict[str, str]]:
+    """Return those of the images that are there, as data URIs with their words."""
+    there: dict[str, str] = pictures[split] if pictures else {}  # type: ignore[literal-required]
+    return [{"uri": PNG + there[str(row)], "words": words} for row, words in rows if str(row) in there]
 
 
 # A comparison ---------------------------------------------------------------------------------------
 
 
-def report_comparison(name: str, runs: Sequence[RunFiles], comparison: dict[str, Any] | None) -> dict[str, Any]:
+def report_comparison(
+    name: str,
+    runs: Sequence[RunFiles],
+    comparison: dict[str, Any] | None,
+    storage: str = "results",
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
     """Return the report of a comparison as `report.json` holds it; `comparison` is None while it is under way."""
     reports = [report_run(run) for run in runs]
     found = []
@@ -211,23 +271,24 @@ def report_comparison(name: str, runs: Sequence[RunFiles], comparison: dict[str,
     return {
         "name": name,
         "state": state,
+        "notes": [*notes, *(note for run in runs for note in run.notes)],
         "headline": prose.headline(found) if found else "",
         "findings": [finding.to_json() for finding in found],
         "paragraph": " ".join([state, *sentences, *(finding.evidence for finding in found)]),
         "sentences": sentences,
         "results": results_table(comparison, {run.name: run.history for run in runs}) if comparison else None,
         "runs": [{key: report[key] for key in ("name", "state", "headline", "findings")} for report in reports],
-        "next": next_comparison(runs, comparison),
+        "next": next_comparison(runs, comparison, storage),
     }
 
 
-def next_comparison(runs: Sequence[RunFiles], comparison: dict[str, Any] | None) -> list[prose.Step]:
+def next_comparison(runs: Sequence[RunFiles], comparison: dict[str, Any] | None, storage: str) -> list[prose.Step]:
     """Return the comparison that would tell more: of networks that are trained for longer, or with more seeds."""
-    if not comparison or not comparison["pairs"]:
+    if not comparison or not comparison["pairs"] or not runs:
         return []
     pairs, histories = comparison["pairs"], [run.history for run in runs]
     run, epochs = histories[0].run, max(history.recipe.epochs for history in histories)
-    seeds = max([3, *(pair["seeds_needed"] or 0 for pair in pairs if pair["verdict"] == "undecided")])
+    seeds = max([3, *(pair.get("seeds_needed") or 0 for pair in pairs if pair["verdict"] == "undecided")])
     reasons = [f"{prose.count(seeds, 'seed')} of each model"]
     if any(pair.get("immature") for pair in pairs):
         epochs *= 2
@@ -237,7 +298,7 @@ def next_comparison(runs: Sequence[RunFiles], comparison: dict[str, Any] | None)
         reasons.append("all images")
     shared = set.intersection(*(set(changes(history.recipe, history.own_recipe).items()) for history in histories))
     recipe = replace(histories[0].own_recipe, **{**dict(shared), "epochs": epochs})
-    command = prose.to_command(run, "compare", recipe, list(by_model(runs)), seeds=seeds)
+    command = prose.to_command(run, "compare", recipe, list(by_model(runs)), seeds=seeds, **prose.at(storage))
     return [{"command": command, "reason": listed(reasons)}]
 
 
@@ -287,12 +348,15 @@ def last_mean(values: np.ndarray) -> float:
 
 def to_markdown(report: dict[str, Any]) -> str:
     """Return a report as Markdown, without its charts."""
-    lines = [f"# {report['name']}", "", report["state"], "", report["paragraph"], ""]
+    lines = [f"# {text(report['name'])}", "", text(report["state"]), ""]
+    lines += [part for note in report["notes"] for part in (f"Note: {text(note)}", "")]
+    lines += [text(report["paragraph"]), ""]
     lines += [report["results"], ""] if report.get("results") else []
     lines += ["## Findings", ""] * bool(report["findings"])
     for finding in report["findings"]:
-        lines += [f"- **{finding['kind']}** ({finding['confidence']:.2f}): {finding['evidence']} *{finding['advice']}*"]
+        evidence, advice = text(finding["evidence"]), text(finding["advice"])
+        lines += [f"- **{finding['kind']}** ({finding['confidence']:.2f}): {evidence} *{advice}*"]
     lines += ["", "## What next", ""] * bool(report["next"])
     for step in report["next"]:
-        lines += [f"- {step['reason']}:", "", f"      {step['command']}", ""]
+        lines += [f"- {text(step['reason'])}:", "", f"      {' '.join(step['command'].split())}", ""]
     return "\n".join(lines).rstrip() + "\n"

@@ -1,5 +1,6 @@
 """The results of a comparison as a table in Markdown, with what it takes to reproduce each."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,14 +18,25 @@ def results_table(comparison: dict[str, Any], histories: Mapping[str, RunHistory
     """
     rows = [HEADINGS, ["---"] * len(HEADINGS)]
     for name, model in comparison["models"].items():
-        history = histories[model["runs"][0]]
         scores = [interval(model[score]) for score in ("top1", "top5", "loss")]
-        command = f"`{to_command(history.run, 'train', history.recipe)}`"
-        seeds = f", seeds {', '.join(map(str, model['seeds']))}"
-        epochs = str(len(history.records))
-        seconds = f"{sum(record.seconds for record in history.records):,.0f}"
-        rows.append([name, str(model["top1"]["n"]), *scores, epochs, hardware(history.run), seconds, command + seeds])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        rows.append([name, str(model["top1"]["n"]), *scores, *how(model, histories)])
+    return "\n".join(f"| {' | '.join(map(text, row))} |" for row in rows)
+
+
+def how(model: dict[str, Any], histories: Mapping[str, RunHistory]) -> list[str]:
+    """Return epochs, hardware, seconds and command of a model's first run that is there."""
+    history = next((histories[run] for run in model["runs"] if run in histories), None)
+    if history is None:
+        return ["unknown"] * 4
+    seconds = f"{sum(record.seconds for record in history.records):,.0f}"
+    command = f"`{to_command(history.run, 'train', history.recipe)}`, seeds {', '.join(map(str, model['seeds']))}"
+    return [str(len(history.records)), hardware(history.run), seconds, command]
+
+
+def text(words: str) -> str:
+    """Return words that Markdown shows as they are: no HTML, no link, no cell or line that ends early."""
+    escaped = re.sub(r"[\[\]|]", r"\\\g<0>", " ".join(words.split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def interval(score: dict[str, Any]) -> str:
@@ -34,5 +46,7 @@ def interval(score: dict[str, Any]) -> str:
 
 def hardware(run: dict[str, Any]) -> str:
     """Return what a run was trained on, in words: its workers, and the device or the threads of each."""
-    device = f"{run['threads']}-thread CPU" if run["device"] == "cpu" else run["device"]
+    device = run["device"] or "unknown"
+    if device == "cpu":
+        device = f"{run['threads']}-thread CPU" if "threads" in run else "CPU"
     return f"{run['workers']} × {device}" if run["workers"] else device

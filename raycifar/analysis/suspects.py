@@ -4,17 +4,13 @@ A correct label is learned from other images of its class, so its margin grows e
 all others, late or never (Pleiss et al., 2020, arXiv:2001.10528).
 """
 
-import csv
-import io
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from raycifar.data import CIFAR100, DatasetInfo
-from raycifar.storage.parquet import read_parquet
-
-COLUMNS = {"index": "integers", "label": "integers", "rival": "integers", "margin": "real numbers", "seen": "integers"}
+from raycifar.storage.spreadsheets import to_csv
 
 
 @dataclass(frozen=True)
@@ -32,21 +28,20 @@ class Suspects:
 
     def to_csv(self, info: DatasetInfo = CIFAR100) -> str:
         """Return a line for each image: index, label, suggested, score."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["index", "label", "suggested", "score"])
-        for row in zip(self.index, self.label, self.suggested, self.score, strict=True):
-            writer.writerow([int(row[0]), info.class_names[row[1]], info.class_names[row[2]], f"{row[3]:.6f}"])
-        return text.getvalue()
+        names = info.class_names
+        rows = zip(self.index, self.label, self.suggested, self.score, strict=True)
+        return to_csv(
+            ["index", "label", "suggested", "score"],
+            ([int(index), names[label], names[rival], f"{score:.6f}"] for index, label, rival, score in rows),
+        )
 
 
-def rank_suspects(example_stats: bytes) -> Suspects | None:
+def rank_suspects(example_stats: pa.Table) -> Suspects | None:
     """Return all images of a run's `example_stats.parquet` in order, or None where none was seen unblended.
 
     The score is the fraction of images with a margin that is at least as large.
     """
-    table: Any = read_parquet(example_stats, COLUMNS)
-    columns = {name: table[name].to_numpy() for name in COLUMNS}
+    columns = {name: example_stats[name].to_numpy() for name in ("index", "label", "rival", "margin", "seen")}
     known = columns["seen"] > 0
     if not known.any():
         return None

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raycifar.storage.records import Diagnostics
 
-def examine(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Any]:
+
+def examine(model: nn.Module, inputs: Tensor, labels: Tensor) -> Diagnostics:
     """Return diagnostics of one batch, in evaluation mode and float32; the network and its gradients don't change.
 
     Args:
@@ -16,7 +18,7 @@ def examine(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Any]:
         dead_relus: by layer name, the fraction of a ReLU's channels that are 0 for all images and positions;
         gradient_norms: by name, of each trained layer's weights, from the input to the head.
     """
-    dead: dict[str, float] = {}
+    dead: dict[str, float | None] = {}
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:

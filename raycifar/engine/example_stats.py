@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from raycifar.data.tables import to_parquet
+from raycifar.storage.records import Rise
 
 COLUMNS = ("loss", "before", "margin", "seen", "rival", "votes")
 LOSS, BEFORE, MARGIN, SEEN, RIVAL, VOTES = range(len(COLUMNS))
@@ -69,7 +70,7 @@ class ExampleStats:
         self.values[:, LOSS] = UNSEEN
 
 
-def describe_rise(values: Tensor, index: Tensor) -> dict[str, object] | None:
+def describe_rise(values: Tensor, index: Tensor) -> Rise | None:
     """Return how concentrated the training loss's rise since the previous epoch is, or None if no loss rises.
 
     Args:

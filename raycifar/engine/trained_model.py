@@ -13,7 +13,7 @@ from raycifar.models import Architecture
 from raycifar.models.recipe import Precision
 from raycifar.storage import weights as weights_file
 from raycifar.storage.files import read_file
-from raycifar.storage.run_folder import MODEL
+from raycifar.storage.run_folder import MODEL, RunFolder
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ def read_weights(location: str) -> Weights:
         raise RequestError(f"{file} does not exist: give the folder of a finished run, or a weights file.") from error
     except OSError as error:
         raise RequestError(f"{file} can't be read: {error.strerror or error}.") from error
+    folder, _, name = file.rpartition("/")
+    RunFolder.at(folder or ".").check_digest(name, content)
     tensors, architecture = weights_file.from_file(content, file)
     if architecture is None:
         raise RequestError(f"{file} was not written by raycifar: it doesn't name the model of its weights.")

@@ -37,10 +37,10 @@ from raycifar.engine.reporter import Reporter
 from raycifar.engine.state import Progress, TrainingState
 from raycifar.engine.tensorboard import EventLog
 from raycifar.engine.train_step import TrainStep
-from raycifar.errors import FailureKind
+from raycifar.errors import FailureKind, notice
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
-from raycifar.storage.records import EpochRecord
+from raycifar.storage.records import EpochRecord, Rise
 from raycifar.storage.run_folder import EXAMPLE_STATS, MODEL, PREDICTIONS, RUN, RunFolder
 from raycifar.storage.weights import to_file
 
@@ -113,7 +113,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> Outcome:
         return trainer.train()
     except StopTrainingError as stop:
         trainer.checkpointer.wait()
-        return Outcome(Ending.FAILED, trainer.run.history(), failure=stop.kind, reason=str(stop))
+        return Outcome(Ending.FAILED, trainer.run.history(notice), failure=stop.kind, reason=str(stop))
 
 
 class Trainer:
@@ -421,7 +421,7 @@ class Trainer:
         inputs = preprocess(some.images, self.preprocessing)
         return replace(record, diagnostics=examine(self.state.model, inputs, some.labels))
 
-    def end_example_stats(self) -> dict[str, Any] | None:
+    def end_example_stats(self) -> Rise | None:
         """Start a new epoch of the images' statistics, and return the rise of this one's losses."""
         assert self.state.example_stats is not None
         rise = describe_rise(self.state.example_stats, self.index)

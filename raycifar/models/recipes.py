@@ -3,14 +3,14 @@
 import json
 import os
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pyarrow import fs
 
 from raycifar import models
-from raycifar.errors import RequestError
+from raycifar.errors import DamagedFileError, RequestError, notice
 from raycifar.models.recipe import Recipe, field_types, nearest
 from raycifar.storage.files import locate, read_file
 from raycifar.storage.run_folder import RUN, RunFolder
@@ -106,6 +106,8 @@ def find_recipe(model: str, wanted: str, pretrained: str | None = None) -> Recip
         raise RequestError(
             f"--recipe {wanted} is neither a recipe of {model} ({', '.join(own)}), nor a TOML file, nor a run's folder."
         )
+    if "model" not in run or "recipe" not in run:
+        raise RequestError(f"--recipe {wanted}: its {RUN} has no model or no recipe.")
     if run["model"] != model:
         raise RequestError(f"--recipe {wanted} is a run of {run['model']}, not of {model}.")
     return recipe_from_json(model, run["recipe"])
@@ -163,7 +165,38 @@ def models_with(option: str) -> list[str]:
 
 
 def recipe_from_json(model: str, values: dict[str, Any]) -> Recipe:
-    """Return the recipe in a `run.json`, whichever version wrote it."""
+    """Return the recipe in a `run.json`, whichever version wrote it.
+
+    Raises:
+        RequestError: there is no such model, or a value is not allowed.
+    """
     renamed = {RENAMED.get(name, name): value for name, value in values.items()}
     kind = models.recipe_type(model)
-    return kind(**{name: renamed[name] for name in field_types(kind) if name in renamed})
+    try:
+        return kind(**{name: renamed[name] for name in field_types(kind) if name in renamed})
+    except ValueError as error:
+        raise RequestError(f"the recipe of a run of {model}: {error}.") from error
+
+
+def read_run(folder: RunFolder, warn: Callable[[str], None] = notice) -> dict[str, Any] | None:
+    """Return the content of a run's `run.json`, whichever version wrote it, or None if there is none.
+
+    Args:
+        warn: called with a sentence of what is passed over.
+
+    Raises:
+        DamagedFileError: it lacks what a run has, or has another type, range or model.
+    """
+    run = folder.read_json(RUN, warn)
+    if run is None:
+        return None
+    where = f"{folder.folder}/{RUN}"
+    if missing := [name for name in ("model", "recipe", "data") if name not in run]:
+        raise DamagedFileError(f"{where} is damaged: it has no {' and no '.join(missing)}.")
+    try:
+        recipe = recipe_from_json(run["model"], run["recipe"])
+    except RequestError as error:
+        raise DamagedFileError(f"{where} is damaged, or of another version: {error}") from error
+    if unknown := run["recipe"].keys() - vars(recipe).keys() - RENAMED.keys():
+        warn(f"{where} has a recipe with fields that this version passes over: {', '.join(sorted(unknown))[:200]}.")
+    return run

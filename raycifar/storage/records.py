@@ -1,8 +1,30 @@
-"""The record of an epoch: a row of `metrics.jsonl`."""
+"""What the files of a run and of a comparison hold, with types and ranges; pydantic checks what is read.
 
+Fields that a version lacks are NotRequired, and fields that this version doesn't know are kept.
+"""
+
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Annotated, Any, Literal, NotRequired, Self
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic_core import from_json
+from typing_extensions import TypedDict, is_typeddict  # pydantic wants this one before Python 3.12
+
+from raycifar.data import CIFAR100
+
+LARGEST = 3.5e38  # the largest float32, nearly
+Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+Positive = Annotated[int, Field(strict=True, ge=1, le=2**53)]
+Whole = Annotated[int, Field(strict=True, ge=-(2**63), le=2**64)]
+Flag = Annotated[bool, Field(strict=True)]
+Real = Annotated[float, Field(strict=True, ge=-LARGEST, le=LARGEST)]
+Amount = Annotated[float, Field(strict=True, ge=0, le=LARGEST)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+Image = Annotated[str, Field(max_length=2**14, pattern=r"^[A-Za-z0-9+/]+=*$")]
+keeping_unknown_fields = with_config(ConfigDict(extra="allow"))
 
 # Names that earlier versions gave to columns.
 RENAMED = {
@@ -13,35 +35,51 @@ RENAMED = {
 }
 
 
+@keeping_unknown_fields
+class Rise(TypedDict):
+    """How concentrated a rise of the training loss is: see `describe_rise`."""
+
+    fraction: Fraction
+    indices: list[Count]
+
+
+@keeping_unknown_fields
+class Diagnostics(TypedDict):
+    """Of a network that isn't learning: see `examine`."""
+
+    dead_relus: dict[str, Amount | None]
+    gradient_norms: dict[str, Amount | None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """The record of a finished epoch. None stands for a value that is unknown or not finite."""
+    """The record of a finished epoch, a row of `metrics.jsonl`. None stands for what is unknown or not finite."""
 
-    epoch: int  # from 1
-    train_loss: float | None  # mean cross-entropy of the augmented images, in training mode
-    train_top1: float | None  # accuracy on the augmented images, a fraction
-    val_loss: float | None = None  # mean cross-entropy of the validation images
-    val_top1: float | None = None  # a fraction, as all accuracies
-    val_top5: float | None = None
-    val_loss_se: float | None = None  # standard error of val_loss over the validation images
-    val_gained: int | None = None  # validation images that became correct since the last epoch
-    val_lost: int | None = None  # validation images that are no longer correct
-    train_eval_loss: float | None = None  # of training images scored like validation images
-    train_eval_top1: float | None = None
-    train_eval_images: int | None = None  # how many these are
-    lr: float  # of the last step
+    epoch: Positive
+    train_loss: Real | None  # mean cross-entropy of the augmented images, in training mode
+    train_top1: Fraction | None  # accuracy on the augmented images
+    val_loss: Real | None = None  # mean cross-entropy of the validation images
+    val_top1: Fraction | None = None
+    val_top5: Fraction | None = None
+    val_loss_se: Amount | None = None  # standard error of val_loss over the validation images
+    val_gained: Count | None = None  # validation images that became correct since the last epoch
+    val_lost: Count | None = None  # validation images that are no longer correct
+    train_eval_loss: Real | None = None  # of training images scored like validation images
+    train_eval_top1: Fraction | None = None
+    train_eval_images: Positive | None = None  # how many these are
+    lr: Amount  # of the last step
     stage: str | None = None  # "head" or "whole": what was trained
-    grad_norm: float | None = None  # mean over the steps
-    grad_norm_max: float | None = None
-    grad_norm_max_step: int | None = None  # from 0
-    rise: dict[str, Any] | None = None  # of the images' losses since the last epoch: see `describe_rise`
-    diagnostics: dict[str, Any] | None = None  # of a network that isn't learning: see `examine`
-    restarts: int = 0  # of the run during the epoch
-    images_per_second: float  # over all workers
-    training_seconds: float = 0.0  # of the training steps
-    seconds: float  # of the epoch, scoring included
-    workers: int  # at the end of the epoch
-    time: float | None = None  # Unix time at the end of the epoch
+    grad_norm: Amount | None = None  # mean over the steps
+    grad_norm_max: Amount | None = None
+    grad_norm_max_step: Count | None = None  # from 0
+    rise: Rise | None = None  # of the images' losses since the last epoch
+    diagnostics: Diagnostics | None = None
+    restarts: Count = 0  # of the run during the epoch
+    images_per_second: Amount  # over all workers
+    training_seconds: Amount = 0.0  # of the training steps
+    seconds: Amount  # of the epoch, scoring included
+    workers: Count  # at the end of the epoch
+    time: Real | None = None  # Unix time at the end of the epoch
 
     def to_json(self) -> dict[str, Any]:
         """Return a row of `metrics.jsonl`: JSON has no NaN and no infinity."""
@@ -49,13 +87,202 @@ class EpochRecord:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Return the record of a row, whichever version wrote it."""
-        known = {f.name for f in fields(cls)}
-        renamed = {RENAMED.get(name, name): value for name, value in values.items()}
-        row = {name: finite(value) for name, value in renamed.items() if name in known}
-        if (rise := row.get("rise")) and "share" in rise:
-            row["rise"] = {"fraction": rise["share"], "indices": rise["images"]}
-        return cls(**row)
+        """Return the record of a row, whichever version wrote it.
+
+        Raises:
+            ValueError: a value is missing, or has another type or range; the message names it.
+        """
+        row = {RENAMED.get(name, name): value for name, value in values.items()}
+        if isinstance(rise := row.get("rise"), dict) and "share" in rise:
+            row["rise"] = {"fraction": rise["share"], "indices": rise.get("images")}
+        return checked(cls, finite(row))
+
+
+# Documents ------------------------------------------------------------------------------------------
+
+
+@keeping_unknown_fields
+class Data(TypedDict):
+    """The data set of a run, and how many of its images are in each split."""
+
+    source: str
+    fingerprint: NotRequired[str]
+    train: Positive
+    val: Count
+    test: Count
+
+
+@keeping_unknown_fields
+class RunFile(TypedDict, total=False):
+    """`run.json`."""
+
+    name: str
+    model: str
+    recipe: dict[str, Flag | Whole | Real | str]
+    data: Data
+    val_size: Count
+    limit: Positive | None
+    architecture: dict[str, Any]
+    weights: Any
+    seed: Whole
+    compile: Flag
+    search: Flag
+    workers: Count
+    least_workers: Count
+    cpus_per_worker: Amount
+    gpus_per_worker: Amount
+    device: str | None
+    created: str
+    versions: dict[str, str | None]
+    parameters: Count
+    threads: Count
+    precision: Literal["auto", "bfloat16", "float32"]
+    training_began: Real
+
+
+@keeping_unknown_fields
+class Scores(TypedDict):
+    """Of a network on the test set."""
+
+    images: Positive
+    loss: Amount | None
+    top1: Fraction
+    top5: Fraction
+    superclass_top1: NotRequired[Fraction]
+    ece: NotRequired[Fraction]
+
+
+@keeping_unknown_fields
+class ResultFile(TypedDict):
+    """`result.json`."""
+
+    status: Literal["finished", "stopped", "failed"]
+    epochs: NotRequired[Count]
+    best_epoch: NotRequired[Positive | None]
+    train_seconds: NotRequired[Amount]
+    images_per_second: NotRequired[Amount]
+    test: NotRequired[Scores]
+    reason: NotRequired[str | None]
+    failure: NotRequired[str | None]
+
+
+@keeping_unknown_fields
+class Mean(TypedDict):
+    """Over the seeds, with a 95% interval where there are several."""
+
+    mean: Real
+    low: Real | None
+    high: Real | None
+    n: Positive
+
+
+@keeping_unknown_fields
+class ModelSummary(TypedDict):
+    """A model of a comparison."""
+
+    runs: Annotated[list[str], Field(min_length=1)]
+    folders: list[str]
+    seeds: list[Whole]
+    top1: Mean
+    top5: Mean
+    loss: Mean
+    parameters: Count
+    flops: Count
+    images_per_second: Amount
+    device_seconds: Amount
+    cost: Amount | None
+    at_equal_time: Fraction | None
+
+
+@keeping_unknown_fields
+class Pair(TypedDict):
+    """Two models of a comparison."""
+
+    a: str
+    b: str
+    difference: Real
+    low: Real
+    high: Real
+    verdict: Literal["better", "worse", "undecided"]
+    sentence: str
+    seeds_needed: Count | None
+    immature: NotRequired[Flag]
+
+
+@keeping_unknown_fields
+class Search(TypedDict):
+    """The search for a model's recipe."""
+
+    sentence: str
+
+
+@keeping_unknown_fields
+class ComparisonFile(TypedDict):
+    """`comparison.json`."""
+
+    name: NotRequired[str]
+    synthetic: NotRequired[Flag]
+    models: dict[str, ModelSummary]
+    pairs: list[Pair]
+    equal_device_seconds: NotRequired[Amount]
+    search: NotRequired[dict[str, Search]]
+    failed: NotRequired[list[dict[str, Any]]]
+
+
+@keeping_unknown_fields
+class Pixels(TypedDict):
+    """Of a split's images, from 0 to 1."""
+
+    mean: Fraction
+    std: Fraction
+
+
+@keeping_unknown_fields
+class PicturesFile(TypedDict):
+    """`pictures.json`: what a report shows of the data set. The images are PNG files in base64, by row."""
+
+    train: dict[str, Image]
+    test: dict[str, Image]
+    superclass_of: list[Annotated[int, Field(strict=True, ge=-1, lt=CIFAR100.num_superclasses)]]
+    pixels: dict[Literal["train", "test"], Pixels]
+
+
+# Reading --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def checked(kind: Any, value: Any) -> Any:
+    """Return a value of JSON as `kind`.
+
+    Raises:
+        ValueError: it is of another kind; the message names the field and what is wrong with it.
+    """
+    try:
+        return adapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(str(key)[:80] for key in first["loc"])
+        raise ValueError(f"{where + ': ' if where else ''}{first['msg'][:1].lower()}{first['msg'][1:]}") from error
+
+
+def parse(content: bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply.
+    """
+    if not content.strip():
+        raise ValueError("it is empty")
+    return from_json(content)
+
+
+def unknown_fields(kind: Any, value: Mapping[str, Any]) -> set[str]:
+    """Return the fields of a document that this version doesn't know."""
+    return value.keys() - kind.__annotations__.keys() if is_typeddict(kind) else set()
 
 
 def finite(value: Any) -> Any:

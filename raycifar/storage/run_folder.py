@@ -10,14 +10,18 @@
     events.out.tfevents.raycifar*  the history for TensorBoard
     best.safetensors    the weights of the epoch with the best validation top-1
     checkpoint_EPOCH_STEP  what a run resumes from; each has a manifest, written last, with a digest of each file
+    pictures.json       the few images that the report shows
+    manifest.json       of a finished run or comparison: a digest of each file that is read again
     .lock-*             the claim of the process that trains the run: see `lock`
 
 Every file is complete or absent. A checkpoint that lacks its manifest, or differs from it, is incomplete or damaged,
-and is skipped.
+and is skipped. A folder may have been made by others: what is read lies in it, is no larger than such a file can be,
+and has the types and ranges of `records`.
 """
 
 import errno
 import hashlib
+import io
 import json
 import re
 import uuid
@@ -25,14 +29,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import fs
 
-from raycifar.errors import RequestError, StorageError
-from raycifar.storage.files import URI, append_to, is_local, locate, open_file, write_whole
-from raycifar.storage.records import EpochRecord, finite
+from raycifar.data import CIFAR100
+from raycifar.errors import DamagedFileError, RequestError, StorageError, in_a_line, notice
+from raycifar.storage.files import MOST_BYTES, URI, append_to, is_local, locate, open_file, write_whole
+from raycifar.storage.parquet import read_parquet
+from raycifar.storage.records import (
+    RENAMED,
+    ComparisonFile,
+    EpochRecord,
+    PicturesFile,
+    ResultFile,
+    RunFile,
+    checked,
+    finite,
+    parse,
+    unknown_fields,
+)
 
 RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
 MODEL, BEST = "model.safetensors", "best.safetensors"
@@ -41,10 +59,35 @@ OLD_EXAMPLE_STATS = "images.parquet"  # their name in earlier versions
 EVALUATION, EVALUATION_PAGE = "evaluation.json", "evaluation.html"  # written by `evaluate`
 BENCH, BENCH_CHART, PLAN_CHART = "bench.json", "bench.svg", "plan.svg"  # written by `bench`
 REPORT_PAGE, REPORT, REPORT_TEXT, SUSPECTS = "report.html", "report.json", "report.md", "suspects.csv"
+PICTURES = "pictures.json"
 EVENTS = "events.out.tfevents.raycifar"
 MANIFEST, PROGRESS = "manifest.json", "progress.json"  # of a checkpoint
 STUDY, COMPARISON, COMPARISON_TABLE = "study.json", "comparison.json", "comparison.csv"  # of a comparison's folder
 RAY_FILES = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")  # Ray Train's, left by earlier versions
+DOCUMENTS: dict[str, Any] = {
+    RUN: RunFile,
+    RESULT: ResultFile,
+    COMPARISON: ComparisonFile,
+    STUDY: dict[str, Any],
+    PICTURES: PicturesFile,
+    MANIFEST: dict[str, str],
+}
+# What a `run.json` of the first versions, or of other programs, lacks.
+RUN_DEFAULTS = {"seed": 0, "val_size": 5000, "limit": None, "workers": 1, "device": None}
+TABLES = {
+    PREDICTIONS: {"label": "integers", "top5": "lists of integers", "probabilities": "lists of real numbers"},
+    EXAMPLE_STATS: {
+        "index": "integers",
+        "label": "integers",
+        "rival": "integers",
+        "margin": "real numbers",
+        "seen": "integers",
+    },
+}
+TABLES[OLD_EXAMPLE_STATS] = TABLES[EXAMPLE_STATS]
+CLASSES = ("label", "top5", "rival")  # columns
+LARGEST = {".json": 2**24, ".jsonl": 2**27, ".parquet": 2**28}  # bytes, by suffix
+LONGEST_LINE, MOST_LINES = 2**20, 200_000  # bytes, and epochs
 KEPT = 3  # checkpoints: the newest two may be damaged
 
 
@@ -108,11 +151,16 @@ class RunFolder:
     def read(self, file: str) -> bytes | None:
         """Return a file's content, or None if it doesn't exist."""
         filesystem, folder = self._location
+        most = LARGEST.get(PurePath(file).suffix, MOST_BYTES)
         try:
-            with open_file(filesystem, f"{folder}/{file}", inside=folder) as opened:
+            with open_file(filesystem, f"{folder}/{file}", inside=folder, most_bytes=most) as opened:
                 return opened.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def exists(self, file: str) -> bool:
+        filesystem, folder = self._location
+        return filesystem.get_file_info(f"{folder}/{file}").type != fs.FileType.NotFound
 
     def write(self, file: str, content: bytes) -> None:
         """Write a file, whole or not at all.
@@ -147,7 +195,7 @@ class RunFolder:
     def delete(self, file: str) -> None:
         """Delete a file if it exists."""
         filesystem, folder = self._location
-        if self.read(file) is not None:
+        if self.exists(file):
             filesystem.delete_file(f"{folder}/{file}")
 
     def delete_leftovers(self) -> None:
@@ -156,34 +204,115 @@ class RunFolder:
             if file in RAY_FILES or re.fullmatch(r"\..*\.part", file):
                 self.delete(file)
 
-    def read_json(self, file: str) -> Any:
-        content = self.read(file)
-        return None if content is None else json.loads(content)
+    def _read(self, file: str) -> bytes | None:
+        try:
+            return self.read(file)
+        except OSError as error:
+            raise DamagedFileError(f"{self.folder}/{file} can't be read: {in_a_line(error)}.") from error
+
+    def _damaged(self, file: str, why: object) -> DamagedFileError:
+        return DamagedFileError(f"{self.folder}/{file} is damaged: {why}.")
+
+    def read_json(self, file: str, warn: Callable[[str], None] = notice) -> Any:
+        """Return the content of a JSON file, checked against `DOCUMENTS`, or None if it doesn't exist.
+
+        Args:
+            warn: called with a sentence if the file has changed, or has fields that this version doesn't know.
+
+        Raises:
+            DamagedFileError: it can't be read, or doesn't hold what it should.
+        """
+        content = self._read(file)
+        if content is None:
+            return None
+        kind = DOCUMENTS.get(PurePath(file).name, Any)
+        try:
+            value = checked(kind, finite(parse(content)))
+        except ValueError as error:
+            raise self._damaged(file, error) from error
+        if file in DOCUMENTS and file != MANIFEST:
+            self._warn_of_change(file, content, warn)
+        self._warn_of_fields(file, unknown_fields(kind, value), warn)
+        return {**RUN_DEFAULTS, "name": self.name, **value} if file == RUN else value
 
     def write_json(self, file: str, value: Any) -> None:
         """Write a value as JSON, with null for each number that isn't finite."""
         self.write(file, json.dumps(finite(value), indent=2, allow_nan=False).encode() + b"\n")
 
-    def history(self) -> list[EpochRecord]:
-        """Return the records of the finished epochs, in order."""
-        return [EpochRecord.from_json(json.loads(line)) for line in (self.read(METRICS) or b"").splitlines()]
+    def history(self, warn: Callable[[str], None] | None = None) -> list[EpochRecord]:
+        """Return the records of the finished epochs, in order.
+
+        Args:
+            warn: called with a sentence if a row is damaged; the rows before it are returned.
+
+        Raises:
+            DamagedFileError: a row is damaged, and there is no `warn`.
+        """
+        records: list[EpochRecord] = []
+        unknown: set[str] = set()
+        content = self._read(METRICS)
+        if content is None:
+            return []
+        try:
+            for line in io.BytesIO(content):
+                if len(records) == MOST_LINES:
+                    raise ValueError(f"no more than {MOST_LINES:,} epochs are read")
+                values = checked(dict, parse(line) if len(line) <= LONGEST_LINE else None)
+                record = EpochRecord.from_json(values)
+                if record.epoch != len(records) + 1:
+                    raise ValueError(f"epoch {record.epoch} follows epoch {len(records)}")
+                records.append(record)
+                unknown |= values.keys() - EpochRecord.__dataclass_fields__.keys() - RENAMED.keys()
+        except ValueError as error:
+            problem = self._damaged(METRICS, f"line {len(records) + 1}, {error}")
+            if warn is None:
+                raise problem from error
+            warn(f"{problem} The lines before it are used.")
+        else:
+            self._warn_of_change(METRICS, content, warn or notice)
+        self._warn_of_fields(METRICS, unknown, warn or notice)
+        return records
+
+    def read_table(self, file: str) -> pa.Table | None:
+        """Return the columns of `TABLES` in predictions.parquet or example_stats.parquet, or None if it doesn't exist.
+
+        Raises:
+            DamagedFileError: it can't be read, or doesn't hold what it should.
+        """
+        content = self._read(file)
+        if content is None:
+            return self.read_table(OLD_EXAMPLE_STATS) if file == EXAMPLE_STATS else None
+        self.check_digest(file, content)
+        try:
+            table = read_parquet(content, TABLES[file])
+            check_ranges(table)
+        except ValueError as error:
+            raise self._damaged(file, error) from error
+        return table
 
     def write_history(self, history: Iterable[EpochRecord]) -> None:
         self.write(METRICS, "".join(json.dumps(record.to_json()) + "\n" for record in history).encode())
 
     def file_names(self, kind: fs.FileType = fs.FileType.File) -> list[str]:
-        """Return the names of the files, or of the folders, directly in this one, sorted."""
+        """Return the names of the files, or of the folders, directly in this one, sorted; links are left out."""
         filesystem, folder = self._location
         entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-        return sorted(entry.base_name for entry in entries if entry.type == kind)
+        names = sorted(entry.base_name for entry in entries if entry.type == kind)
+        return [name for name in names if not is_local(filesystem) or not Path(folder, name).is_symlink()]
 
     def _subfolders(self) -> list[str]:
         return self.file_names(fs.FileType.Directory)
 
     def runs(self) -> list["RunFolder"]:
         """Return the runs inside this folder, which is a comparison's, sorted by name."""
-        runs = (RunFolder(self.folder, name) for name in self._subfolders())
-        return [run for run in runs if run.read(RUN) is not None]
+        filesystem, folder = self._location
+        names = self._subfolders()
+        found = filesystem.get_file_info([f"{folder}/{name}/{RUN}" for name in names])
+        return [
+            RunFolder(self.folder, name)
+            for name, file in zip(names, found, strict=True)
+            if file.type != fs.FileType.NotFound
+        ]
 
     @contextmanager
     def marker(self) -> Iterator[str | None]:
@@ -205,6 +334,46 @@ class RunFolder:
             yield str(marker)
         finally:
             marker.unlink()
+
+    # The manifest of a finished run -----------------------------------------------------------------
+
+    def seal(self, *files: str) -> None:
+        """Record digests of files as they are now, so that a change is noticed."""
+        contents = {file: self.read(file) for file in files}
+        digests = {file: digest(content) for file, content in contents.items() if content is not None}
+        self.write_json(MANIFEST, {**self._digests(), **digests})
+
+    def lost(self, *files: str) -> list[str]:
+        """Return those of `files` that no longer exist."""
+        return [file for file in files if file in self._digests() and not self.exists(file)]
+
+    def check_digest(self, file: str, content: bytes) -> None:
+        """Compare what was read with the manifest.
+
+        Raises:
+            DamagedFileError: it has changed.
+        """
+        if self._has_changed(file, content):
+            raise self._damaged(file, f"it has changed since {MANIFEST} was written")
+
+    def _digests(self) -> dict[str, str]:
+        try:
+            return self.read_json(MANIFEST) or {}
+        except DamagedFileError as error:
+            notice(f"{error} Whether other files have changed can't be told.")
+            return {}
+
+    def _has_changed(self, file: str, content: bytes) -> bool:
+        found = digest(content)
+        return self._digests().get(file, found) != found
+
+    def _warn_of_change(self, file: str, content: bytes, warn: Callable[[str], None]) -> None:
+        if self._has_changed(file, content):
+            warn(f"{self.folder}/{file} has changed since {MANIFEST} was written: what it says may be wrong.")
+
+    def _warn_of_fields(self, file: str, unknown: Iterable[str], warn: Callable[[str], None]) -> None:
+        if fields := ", ".join(sorted(unknown)):
+            warn(f"{self.folder}/{file} has fields that this version doesn't know and passes over: {fields[:200]}.")
 
     # Checkpoints ------------------------------------------------------------------------------------
 
@@ -243,12 +412,14 @@ class RunFolder:
         """
         try:
             digests = self.read_json(f"{name}/{MANIFEST}")
-        except ValueError as error:
+        except DamagedFileError as error:
             raise ValueError(f"{MANIFEST} is damaged") from error
         if digests is None:
             raise ValueError("it is incomplete")
         contents = {}
         for file, expected in digests.items():
+            if file != PurePath(file).name:
+                raise ValueError(f"{MANIFEST} names {file}, which isn't in it")
             content = self.read(f"{name}/{file}")
             if content is None or digest(content) != expected:
                 raise ValueError(f"{file} is {'missing' if content is None else 'damaged'}")
@@ -272,6 +443,21 @@ class RunFolder:
 def checkpoint_name(epoch: int, step: int) -> str:
     """Return the name of the checkpoint after `step` steps of an epoch, from 1."""
     return f"checkpoint_{epoch:04}_{step:06}"
+
+
+def check_ranges(table: pa.Table) -> None:
+    """Raise ValueError if a column holds what it can't: a class that there isn't, or no probability."""
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        values = (column.flatten() if pa.types.is_fixed_size_list(column.type) else column).to_numpy()
+        if name in CLASSES and not 0 <= values.min() <= values.max() < CIFAR100.num_classes:
+            raise ValueError(f"the column {name} has classes from {values.min()} to {values.max()}")
+        if name in ("index", "seen") and values.min() < 0:
+            raise ValueError(f"the column {name} has {values.min()}")
+        if name == "probabilities" and not (
+            column.type.list_size == CIFAR100.num_classes and ((values >= 0) & (values <= 1.001)).all()
+        ):
+            raise ValueError(f"the column {name} has no probabilities of {CIFAR100.num_classes} classes")
 
 
 def digest(content: bytes) -> str:

@@ -1,5 +1,6 @@
 """Weights files: safetensors with their architecture. Reading one runs no code, and builds nothing that doesn't fit."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -13,13 +14,25 @@ from raycifar.errors import RequestError, first_few
 from raycifar.models import Architecture
 
 KEY = "raycifar"  # only one: safetensors writes several keys in an order that differs between processes
+DIGEST = "digest"  # of the rest, in the same key; earlier versions wrote none
 MOST_TENSORS = 2**14  # of a file; each could mean a layer
 
 
 def to_file(tensors: Mapping[str, Tensor], architecture: Architecture) -> bytes:
     """Return the weights file of a state dict; equal weights give equal bytes."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return safetensors.torch.save(contiguous, metadata={KEY: json.dumps(architecture.to_json())})
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    about = architecture.to_json()
+    sealed = {**about, DIGEST: digest(contiguous, about)}
+    return safetensors.torch.save(contiguous, metadata={KEY: json.dumps(sealed)})
+
+
+def digest(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+    """Return a digest of what a weights file holds."""
+    found = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def from_file(content: bytes, origin: str) -> tuple[dict[str, Tensor], Architecture | None]:
@@ -39,7 +52,10 @@ def from_file(content: bytes, origin: str) -> tuple[dict[str, Tensor], Architect
         # The header is JSON, after 8 bytes that hold its length.
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         about: Any = header.get("__metadata__", {}).get(KEY)
-        architecture = Architecture.from_json(json.loads(about)) if about else None
+        about = json.loads(about) if about else None
+        if about and (expected := about.pop(DIGEST, None)) and digest(tensors, about) != expected:
+            raise ValueError("it has changed since it was written")
+        architecture = Architecture.from_json(about) if about else None
         if architecture:
             check_fit(tensors, architecture)
     except KeyError as error:

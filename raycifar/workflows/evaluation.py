@@ -10,8 +10,9 @@ import pyarrow as pa
 from raycifar.analysis.classification import by_class, confused_pairs, confusion, intervals, reliability
 from raycifar.data import CIFAR100
 from raycifar.data.tables import Source, from_lists, take, to_images, to_lists
-from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PREDICTIONS, RUN, RunFolder
-from raycifar.workflows.reporting import load_images
+from raycifar.models.recipes import read_run
+from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, MANIFEST, PREDICTIONS, RunFolder
+from raycifar.workflows.reporting import is_source_of, load_images
 from raycifar.workflows.requests import WorkerSettings
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def evaluate(
     Raises:
         RequestError: there is no such network, or there are no such images.
     """
-    run = None if request.network.endswith(".safetensors") else RunFolder.at(request.network).read_json(RUN)
+    run = None if request.network.endswith(".safetensors") else read_run(RunFolder.at(request.network))
     with screen.waiting("Loading PyTorch"):
         from raycifar.engine.trained_model import check_finite, read_weights
 
@@ -76,6 +77,8 @@ def evaluate(
     evaluation = {"network": request.network, "data": source.name, "split": request.split, **scores}
     folder = choose_folder(request, run, source)
     folder.write(PREDICTIONS, predictions)
+    if folder.exists(MANIFEST):
+        folder.seal(PREDICTIONS)
     folder.write_json(EVALUATION, evaluation)
     folder.write(EVALUATION_PAGE, to_page(evaluation, RunFolder.at(request.network).name).encode())
     return evaluation, folder
@@ -83,7 +86,7 @@ def evaluate(
 
 def choose_folder(request: EvaluationRequest, run: dict[str, Any] | None, source: Source) -> RunFolder:
     """Return where to write: what a run predicted of its own test set is its own, and nothing else may replace it."""
-    own = run is not None and request.split == "test" and run["data"]["fingerprint"] == source.fingerprint()
+    own = request.split == "test" and is_source_of(source, run)
     return RunFolder.at(request.out or (request.network if own else "evaluation"))
 
 

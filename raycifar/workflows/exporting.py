@@ -12,8 +12,9 @@ from raycifar.data import CIFAR100
 from raycifar.data.tables import to_images
 from raycifar.errors import RequestError, WorkError
 from raycifar.models import slug
+from raycifar.models.recipes import read_run
 from raycifar.storage.files import locate, write_whole
-from raycifar.storage.run_folder import RUN, RunFolder
+from raycifar.storage.run_folder import RunFolder
 from raycifar.workflows.reporting import load_images
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def export(network: str, kind: str, screen: "Screen", *, out: str | None = None,
         RequestError: the network or the images don't exist, or a package is missing.
         WorkError: the result predicts other classes than the network; nothing was written.
     """
-    run = None if network.endswith(".safetensors") else RunFolder.at(network).read_json(RUN)
+    run = None if network.endswith(".safetensors") else read_run(RunFolder.at(network))
     with screen.waiting("Loading PyTorch"):
         import torch
 

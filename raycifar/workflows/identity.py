@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from raycifar.data.sources import absolute_name
 from raycifar.data.tables import Source, Splits
-from raycifar.errors import RequestError
+from raycifar.errors import DamagedFileError, RequestError
 from raycifar.models.initial_weights import InitialWeights
-from raycifar.models.recipes import recipe_from_json
-from raycifar.storage.run_folder import RESULT, RUN, RunFolder
+from raycifar.models.recipes import read_run, recipe_from_json
+from raycifar.storage.run_folder import MANIFEST, RESULT, RUN, RunFolder
 from raycifar.workflows.requests import TrainingRequest
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def earlier_result(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any
     Raises:
         RequestError: the folder holds another run; the message lists the differences.
     """
-    earlier = folder.read_json(RUN)
+    earlier = read_run(folder)
     if earlier is None:
         return None
     before, now = flatten(earlier), flatten(identity)
@@ -70,7 +70,11 @@ def earlier_result(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any
             "run."
         )
     result = folder.read_json(RESULT)
-    return result if result and result["status"] == "finished" else None
+    if not result or result["status"] != "finished":
+        return None
+    if missing := [name for name in ("epochs", "train_seconds", "images_per_second") if name not in result]:
+        raise DamagedFileError(f"{folder.folder}/{RESULT} is damaged: it has no {' and no '.join(missing)}.")
+    return result
 
 
 def flatten(identity: dict[str, Any]) -> dict[str, Any]:
@@ -85,6 +89,7 @@ def record(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any]
 
     folder.delete_leftovers()
     folder.delete(RESULT)
+    folder.delete(MANIFEST)
     now = f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}"
     folder.write_json(
         RUN,

@@ -4,16 +4,20 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from raycifar.data.sources import load
 from raycifar.data.tables import Source
-from raycifar.errors import RequestError
+from raycifar.errors import DamagedFileError, RequestError, notice
+from raycifar.models.recipes import read_run
 from raycifar.storage.records import finite
 from raycifar.storage.run_folder import (
     COMPARISON,
     EXAMPLE_STATS,
-    OLD_EXAMPLE_STATS,
+    MANIFEST,
+    METRICS,
+    PICTURES,
     PREDICTIONS,
     REPORT,
     REPORT_PAGE,
@@ -40,24 +44,27 @@ def report(
 ) -> dict[str, Any]:
     """Write the report of a run or a comparison, and return the content of `report.json`.
 
+    It opens nothing outside the folder but `data`.
+
     Args:
-        data: where the page's images may be found. out: the folder to write to, by default `folder`.
-        kind: html, md or json.
+        data: where the page's images are, if the folder doesn't keep them.
+        out: the folder to write to, by default `folder`. kind: html, md or json.
 
     Raises:
-        RequestError: the folder holds neither a run nor a comparison.
+        RequestError: the folder holds neither a run nor a comparison, or `data` holds other images.
     """
-    if folder.read_json(COMPARISON) is not None or folder.read_json(STUDY) is not None:
+    if folder.exists(COMPARISON) or folder.exists(STUDY):
         return write_comparison(folder, out, kind)
-    run = folder.read_json(RUN)
-    if run is None:
+    if not folder.exists(RUN):
         raise RequestError(
             f"{folder.folder} holds no {RUN} and no {STUDY}: give the folder of a run, or of a comparison."
         )
     source = None
-    if kind == "html":
+    if data and kind == "html":
         with screen.waiting("Reading the images"):
-            source = find_images(run, data)
+            source = load(data)
+        if not is_source_of(source, read_run(folder)):
+            raise RequestError(f"--data {data} holds other images than {folder.folder} was trained on.")
     return write_run(folder, source, out, kind)
 
 
@@ -73,36 +80,62 @@ def load_images(run: dict[str, Any] | None, data: str | None) -> Source:
     Raises:
         RequestError: the images can't be read.
     """
+    default = os.environ.get("RAYCIFAR_DATA")
     if data or run is None:
-        return load(data or os.environ.get("RAYCIFAR_DATA") or "cifar100")
-    if source := find_images(run):
-        return source
-    raise RequestError(f"the images of this run are no longer at {run['data']['source']}: give --data.")
-
-
-def find_images(run: dict[str, Any], data: str | None = None) -> Source | None:
-    """Return a run's images, or None if they can't be found."""
-    for location in dict.fromkeys(filter(None, (run["data"]["source"], data, os.environ.get("RAYCIFAR_DATA")))):
+        return load(data or default or "cifar100")
+    for location in dict.fromkeys(filter(None, (run["data"]["source"], default))):
         try:
             source = load(location)
         except RequestError:
             continue
-        if source.fingerprint() == run["data"]["fingerprint"]:
+        if is_source_of(source, run):
             return source
-    return None
+    raise RequestError(f"the images of this run are no longer at {run['data']['source']}: give --data.")
+
+
+def is_source_of(source: Source, run: dict[str, Any] | None) -> bool:
+    return run is not None and source.fingerprint() == run["data"].get("fingerprint")
 
 
 # Reports --------------------------------------------------------------------------------------------
 
 
 def read_files(folder: RunFolder) -> "RunFiles":
-    """Return the files of a run that its report is based on."""
+    """Return the files of a run that its report is based on; what is damaged or missing is told, and left out.
+
+    Raises:
+        DamagedFileError: `run.json` is damaged, without which nothing can be said.
+    """
     from raycifar.analysis.history import RunHistory
     from raycifar.analysis.reports import RunFiles
 
-    history = RunHistory(folder.read_json(RUN), folder.history(), folder.read_json(RESULT))
-    example_stats = folder.read(EXAMPLE_STATS) or folder.read(OLD_EXAMPLE_STATS)
-    return RunFiles(folder.name, history, folder.read(PREDICTIONS), example_stats, folder.storage)
+    notes: list[str] = []
+
+    def read(method: Callable[[str], Any], file: str) -> Any:
+        try:
+            return method(file)
+        except DamagedFileError as error:
+            notes.append(f"{error} It is left out.")
+            return None
+
+    def read_json(file: str) -> Any:
+        return folder.read_json(file, notes.append)
+
+    run = read_run(folder, notes.append)
+    if run is None:
+        raise DamagedFileError(f"{folder.folder} holds no {RUN}.")
+    records = read(lambda file: folder.history(notes.append), METRICS) or []
+    result = read(read_json, RESULT)
+    predictions, example_stats = (read(folder.read_table, file) for file in (PREDICTIONS, EXAMPLE_STATS))
+    pictures = read(read_json, PICTURES)
+    notes += [
+        f"{folder.folder}/{file} is missing." for file in folder.lost(METRICS, RESULT, PREDICTIONS, EXAMPLE_STATS)
+    ]
+    if result and result["status"] == "finished" and len(records) < result.get("epochs", 0):
+        notes.append(f"{len(records)} of {result['epochs']} epochs are recorded.")
+    return RunFiles(
+        folder.name, RunHistory(run, records, result), predictions, example_stats, pictures, folder.storage, notes
+    )
 
 
 def read_report(folder: RunFolder) -> dict[str, Any]:
@@ -114,46 +147,81 @@ def read_report(folder: RunFolder) -> dict[str, Any]:
 
 def read_comparison_report(folder: RunFolder) -> dict[str, Any]:
     """Return a comparison's current report."""
-    from raycifar.analysis.reports import report_comparison
-
-    comparison = folder.read_json(COMPARISON)
-    files = [read_files(run) for run in find_runs(folder, comparison)]
-    return finite(report_comparison(folder.name, files, comparison))
+    return finite(compile_comparison(folder)[0])
 
 
 def write_run(
-    folder: RunFolder, source: Source | None, out: RunFolder | None = None, kind: str = "html"
+    folder: RunFolder, source: Source | None = None, out: RunFolder | None = None, kind: str = "html"
 ) -> dict[str, Any]:
     """Write the report of a run, and return the content of `report.json`.
 
     Args:
-        source: the data set whose images the page shows. out: the folder to write to, by default the run's.
+        source: the data set; the images that the page shows are then kept in the run's folder.
+        out: the folder to write to, by default the run's.
     """
-    from raycifar.analysis.reports import report_run, run_page
+    from raycifar.analysis.reports import choose_pictures, report_run, run_page
     from raycifar.analysis.suspects import rank_suspects
 
-    out, files = out or folder, read_files(folder)
-    content = report_run(files, source)
+    files = read_files(folder)
+    if source is not None:
+        files = replace(files, pictures=choose_pictures(files, source))
+        if out is None or out == folder:
+            write_pictures(folder, files.pictures)
+    out, content = out or folder, report_run(files)
     if kind == "html":
-        out.write(REPORT_PAGE, run_page(files, content, source).encode())
-        if files.example_stats and (found := rank_suspects(files.example_stats)):
+        out.write(REPORT_PAGE, run_page(files, content).encode())
+        if files.example_stats is not None and (found := rank_suspects(files.example_stats)):
             out.write(SUSPECTS, found.to_csv().encode())
     write_content(content, out, kind)
     return content
 
 
+def keep_pictures(folder: RunFolder, source: Source) -> dict[str, Any]:
+    """Keep the images that a later report shows, and return the current report."""
+    from raycifar.analysis.reports import choose_pictures, report_run
+
+    files = read_files(folder)
+    write_pictures(folder, choose_pictures(files, source))
+    return report_run(files)
+
+
+def write_pictures(folder: RunFolder, pictures: Any) -> None:
+    folder.write_json(PICTURES, pictures)
+    if folder.exists(MANIFEST):
+        folder.seal(PICTURES)
+
+
 def write_comparison(folder: RunFolder, out: RunFolder | None = None, kind: str = "html") -> dict[str, Any]:
     """Write the report of a comparison, finished or not, and return the content of `report.json`."""
-    from raycifar.analysis.reports import comparison_page, report_comparison
+    from raycifar.analysis.reports import comparison_page
 
-    out, comparison = out or folder, folder.read_json(COMPARISON)
-    files = [read_files(run) for run in find_runs(folder, comparison)]
-    content = report_comparison(folder.name, files, comparison)
+    out = out or folder
+    content, files, comparison = compile_comparison(folder)
     if kind == "html":
-        links = {run.name: f"{run.name}/{REPORT_PAGE}" for run in folder.runs() if run.read(REPORT_PAGE) is not None}
+        links = {run.name: f"{run.name}/{REPORT_PAGE}" for run in folder.runs() if run.exists(REPORT_PAGE)}
         out.write(REPORT_PAGE, comparison_page(content, files, comparison, links).encode())
     write_content(content, out, kind)
     return content
+
+
+def compile_comparison(folder: RunFolder) -> tuple[dict[str, Any], list["RunFiles"], dict[str, Any] | None]:
+    """Return a comparison's report, the files of its runs, and its result; what is damaged is told, and left out."""
+    from raycifar.analysis.reports import report_comparison
+
+    notes: list[str] = []
+    try:
+        comparison = folder.read_json(COMPARISON, notes.append)
+    except DamagedFileError as error:
+        notes.append(f"{error} It is left out.")
+        comparison = None
+    notes += [f"{folder.folder}/{file} is missing." for file in folder.lost(COMPARISON)]
+    files = []
+    for run in find_runs(folder, comparison, notes.append):
+        try:
+            files.append(read_files(run))
+        except DamagedFileError as error:
+            notes.append(f"{error} The run is left out.")
+    return report_comparison(folder.name, files, comparison, folder.storage, notes), files, comparison
 
 
 def write_content(content: dict[str, Any], out: RunFolder, kind: str) -> None:
@@ -165,15 +233,30 @@ def write_content(content: dict[str, Any], out: RunFolder, kind: str) -> None:
         out.write_json(REPORT, content)
 
 
-def find_runs(folder: RunFolder, comparison: dict[str, Any] | None) -> list[RunFolder]:
-    """Return a comparison's runs; until it has a result, those in its folder that are not search trials."""
+def find_runs(
+    folder: RunFolder, comparison: dict[str, Any] | None, warn: Callable[[str], None] = notice
+) -> list[RunFolder]:
+    """Return a comparison's runs; until it has a result, those in its folder that are not search trials.
+
+    Args:
+        warn: called with a sentence if runs aren't in the comparison's folder; no other is looked into.
+    """
     inside = {run.name: run for run in folder.runs()}
     if not comparison:
-        # Earlier versions mark a search trial only by its name.
-        return [run for run in inside.values() if not run.read_json(RUN).get("search", "-search-" in run.name)]
-    named = [pair for m in comparison["models"].values() for pair in zip(m["runs"], m["folders"], strict=True)]
-    runs = [inside.get(name) or RunFolder.at(folder) for name, folder in named]
-    return [run for run in runs if run.read_json(RUN) is not None]
+        return [run for run in inside.values() if not is_search_trial(run)]
+    names = [name for model in comparison["models"].values() for name in model["runs"]]
+    if absent := [name for name in names if name not in inside]:
+        warn(f"{folder.folder} doesn't hold these of its runs, which are left out: {', '.join(absent)}.")
+    return [inside[name] for name in names if name in inside]
+
+
+def is_search_trial(run: RunFolder) -> bool:
+    """Return whether a run was a trial of a search; earlier versions mark it only by its name."""
+    try:
+        about = run.read_json(RUN)
+    except DamagedFileError:
+        return False
+    return (about or {}).get("search", "-search-" in run.name)
 
 
 # While it runs --------------------------------------------------------------------------------------

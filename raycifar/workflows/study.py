@@ -2,11 +2,9 @@
 
 # Ray and PyTorch take seconds to import: see `training`.
 
-import csv
 import dataclasses
-import io
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from threading import Thread
@@ -19,12 +17,13 @@ from raycifar.errors import RequestError, WorkError
 from raycifar.models import Architecture
 from raycifar.models.initial_weights import InitialWeights, load_initial_weights
 from raycifar.models.recipe import changes, describe_changes
-from raycifar.models.recipes import recipe_from_json
+from raycifar.models.recipes import read_run, recipe_from_json
 from raycifar.storage.lock import locked
-from raycifar.storage.parquet import read_parquet
 from raycifar.storage.run_folder import (
     COMPARISON,
     COMPARISON_TABLE,
+    MANIFEST,
+    METRICS,
     PREDICTIONS,
     REPORT_PAGE,
     RESULT,
@@ -32,9 +31,10 @@ from raycifar.storage.run_folder import (
     STUDY,
     RunFolder,
 )
+from raycifar.storage.spreadsheets import to_csv
 from raycifar.workflows.background import alongside
 from raycifar.workflows.identity import writing_first_file
-from raycifar.workflows.reporting import Refresher, explain, write_comparison, write_run
+from raycifar.workflows.reporting import Refresher, explain, keep_pictures, write_comparison, write_run
 from raycifar.workflows.requests import ComparisonRequest
 from raycifar.workflows.training import STOP_SECONDS, and_weights, read_images
 
@@ -130,6 +130,7 @@ def prepare(
         },
     )
     folder.delete_leftovers()
+    folder.delete(MANIFEST)
     folder.write_json(STUDY, agreement)
 
     # The costliest models come first, so that short trials fill the cluster at the end.
@@ -174,13 +175,16 @@ def finish(prepared: PreparedComparison, screen: "Screen", show: Show) -> None:
     """
     request, searcher, folder = prepared.request, prepared.searcher, prepared.folder
     finals = [trial for trials in searcher.finals.values() for trial in trials]
-    finished = [read_run(prepared.study.run(trial).folder) for trial in finals if trial.status == "finished"]
+    finished = [read_finished(prepared.study.run(trial).folder) for trial in finals if trial.status == "finished"]
     order = list(request.recipes)
     finished.sort(key=lambda run: (order.index(run.run["model"]), run.run["seed"]))
     if request.report:
         with screen.waiting("Drawing the reports of the runs"):
             for each in finished:
                 explain(lambda each=each: write_run(RunFolder.at(each.folder), prepared.source))  # type: ignore[misc]
+    else:
+        for each in finished:
+            explain(lambda each=each: keep_pictures(RunFolder.at(each.folder), prepared.source))  # type: ignore[misc]
     if finished:
         more = {
             "search": {model: describe_search(searcher, model) for model in request.recipes if request.search},
@@ -243,7 +247,8 @@ def agree(
     for key in now.keys() & earlier.keys():
         if earlier[key] != now[key]:
             there, here = (
-                recipe_from_json(key, value[key]) if key in request.recipes else None for value in (earlier, now)
+                recipe_from_json(key, value[key]) if key in request.recipes and isinstance(value[key], dict) else None
+                for value in (earlier, now)
             )
             if there and there == here:  # an earlier version has other fields
                 continue
@@ -299,19 +304,21 @@ def compare_runs(locations: Iterable[str], request: ComparisonRequest, screen: "
         RequestError: a run isn't finished, or the runs can't be compared.
     """
     folder = RunFolder(request.storage, request.name)
-    show(conclude([read_run(location) for location in locations], folder, request.price_per_hour, {}))
+    finished = [read_finished(location) for location in locations]
+    check_comparable(finished)
+    show(conclude(keep_files(finished, folder), folder, request.price_per_hour, {}))
     if request.report:
         show_report(folder, screen)
 
 
-def read_run(path: str) -> Finished:
+def read_finished(path: str) -> Finished:
     """Return the finished run at a path or URI.
 
     Raises:
-        RequestError: the folder holds no run, or the run isn't finished.
+        RequestError: the folder holds no run, the run isn't finished, or a file of it is damaged.
     """
     run = RunFolder.at(path)
-    about, result, predictions = run.read_json(RUN), run.read_json(RESULT), run.read(PREDICTIONS)
+    about, result, predictions = read_run(run), run.read_json(RESULT), run.read_table(PREDICTIONS)
     if about is None:
         raise RequestError(f"{path} is not a run's folder: it holds no {RUN}.")
     if not result or result["status"] != "finished":
@@ -319,9 +326,44 @@ def read_run(path: str) -> Finished:
         raise RequestError(f"{path} can't be compared: it is {state}.")
     if predictions is None or "test" not in result:
         raise RequestError(f"{path} can't be compared: it has no {PREDICTIONS}; train it with the test set.")
-    table = read_parquet(predictions, {"label": "integers", "top5": "lists of integers"})
-    correct = from_lists(table["top5"])[:, 0] == table["label"].to_numpy()
-    return Finished(run.name, run.folder, about, run.history(), result, correct)
+    history = run.history()
+    facts = {
+        f"no architecture in its {RUN}": "architecture" not in about,
+        f"no parameters in its {RUN}": "parameters" not in about,
+        f"no images_per_second in its {RESULT}": "images_per_second" not in result,
+        f"no loss in its {RESULT}": result["test"]["loss"] is None,
+        f"{len(history)} epochs in its {METRICS}, not {result.get('epochs', 'any')}": not history
+        or len(history) != result.get("epochs", len(history)),
+        f"{len(predictions):,} images in its {PREDICTIONS}, not {about['data']['test']:,}": len(predictions)
+        != about["data"]["test"],
+    }
+    if wrong := [fact for fact, holds in facts.items() if holds]:
+        raise RequestError(f"{path} can't be compared: it has {' and '.join(wrong)}.")
+    correct = from_lists(predictions["top5"])[:, 0] == predictions["label"].to_numpy()
+    return Finished(run.name, run.folder, about, history, result, correct)
+
+
+def keep_files(finished: Sequence[Finished], folder: RunFolder) -> list[Finished]:
+    """Copy what the comparison's report needs of runs that are elsewhere into its folder, each under its own name.
+
+    Raises:
+        RequestError: the folder can't be written, or holds another run of that name.
+    """
+    kept: list[Finished] = []
+    places: dict[str, str] = {}
+    for run in finished:
+        name = run.name
+        while places.setdefault(name, run.folder) != run.folder:
+            name += "-again"
+        source, copy = RunFolder.at(run.folder), RunFolder(folder.folder, name)
+        if source != copy:
+            if copy.exists(RUN) and copy.read(RUN) != source.read(RUN):
+                raise RequestError(f"{copy.folder} holds another run: give another --name.")
+            for file in (RUN, METRICS, RESULT):
+                copy.write(file, source.read(file) or b"")
+            copy.seal(RUN, METRICS, RESULT)
+        kept.append(dataclasses.replace(run, name=name))
+    return kept
 
 
 def conclude(
@@ -332,16 +374,28 @@ def conclude(
     Raises:
         RequestError: the runs can't be compared.
     """
-    if reasons := not_comparable(finished):
-        raise RequestError(f"these runs can't be compared: {'; '.join(reasons)}.")
+    check_comparable(finished)
     groups = by_model(finished)
-    architectures = {name: Architecture.from_json(runs[0].run["architecture"]) for name, runs in groups.items()}
+    architectures = {name: read_architecture(runs[0]) for name, runs in groups.items()}
     flops = {name: models.flops(architecture) for name, architecture in architectures.items()}
     synthetic = finished[0].run["data"]["source"].startswith("synthetic")
     comparison = {"name": folder.name, "synthetic": synthetic, **compare(groups, flops, price_per_hour), **more}
     folder.write_json(COMPARISON, comparison)
-    folder.write(COMPARISON_TABLE, to_csv(comparison).encode())
+    folder.write(COMPARISON_TABLE, to_table(comparison).encode())
+    folder.seal(STUDY, COMPARISON)
     return comparison
+
+
+def check_comparable(finished: Sequence[Finished]) -> None:
+    if reasons := not_comparable(finished):
+        raise RequestError(f"these runs can't be compared: {'; '.join(reasons)}.")
+
+
+def read_architecture(run: Finished) -> Architecture:
+    try:
+        return Architecture.from_json(run.run["architecture"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RequestError(f"{run.folder}/{RUN} is damaged: its architecture lacks {error}.") from error
 
 
 def show_report(folder: RunFolder, screen: "Screen") -> None:
@@ -358,7 +412,7 @@ def sentences(comparison: Mapping[str, Any]) -> list[str]:
         lines.append("An interval needs several seeds.")
     lines += [pair["sentence"] for pair in comparison["pairs"]]
     lines += [search["sentence"] for search in comparison.get("search", {}).values()]
-    if comparison["synthetic"]:
+    if comparison.get("synthetic"):
         lines.append("These are synthetic images: the accuracies say nothing about CIFAR-100.")
     return lines
 
@@ -375,9 +429,7 @@ def to_rows(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def to_csv(comparison: Mapping[str, Any]) -> str:
-    rows, text = to_rows(comparison), io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def to_table(comparison: Mapping[str, Any]) -> str:
+    """Return `comparison.csv`."""
+    rows = to_rows(comparison)
+    return to_csv([*rows[0]], (row.values() for row in rows))

@@ -20,12 +20,29 @@ from raycifar.errors import WorkError, in_a_line
 from raycifar.models.initial_weights import load_initial_weights
 from raycifar.models.recipe import Recipe
 from raycifar.storage.lock import locked
-from raycifar.storage.run_folder import REPORT_PAGE, RESULT, RunFolder
+from raycifar.storage.run_folder import (
+    BEST,
+    EXAMPLE_STATS,
+    METRICS,
+    MODEL,
+    PREDICTIONS,
+    REPORT_PAGE,
+    RESULT,
+    RUN,
+    RunFolder,
+)
 from raycifar.workflows.background import alongside
 from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, record, writing_first_file
-from raycifar.workflows.reporting import Refresher, explain, write_run
+from raycifar.workflows.reporting import Refresher, explain, keep_pictures, write_run
 from raycifar.workflows.requests import TrainingRequest, check_batch_size
 
+SCORES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "superclass_top1": "superclass",
+    "loss": "loss",
+    "ece": "calibration error",
+}
 STOP_SECONDS = 10  # for a run that is interrupted to save what it has trained
 
 if TYPE_CHECKING:
@@ -179,6 +196,7 @@ def finish(run: PreparedRun, outcome: "Outcome") -> dict[str, Any]:
     elif outcome.ending == "failed":
         result |= {"reason": outcome.reason, "failure": outcome.failure}
     folder.write_json(RESULT, result)
+    folder.seal(RUN, METRICS, RESULT, MODEL, BEST, PREDICTIONS, EXAMPLE_STATS)
     if outcome.ending == "failed":
         raise WorkError(f"{outcome.reason}. The last checkpoint and the history are kept in {folder.folder}.")
     return result
@@ -275,13 +293,11 @@ def summary(run: PreparedRun, result: dict[str, Any]) -> list[str]:
     """Return the lines to print for a finished run."""
     lines = []
     if test := result.get("test"):
-        lines.append(
-            f"Test, {test['images']:,} images: top-1 {test['top1']:.4f}  top-5 {test['top5']:.4f}  "
-            f"superclass {test['superclass_top1']:.4f}  loss {test['loss']:.4f}  calibration error {test['ece']:.4f}"
-        )
+        scores = (f"{word} {test[name]:.4f}" for name, word in SCORES.items() if test.get(name) is not None)
+        lines.append(f"Test, {test['images']:,} images: {'  '.join(scores)}")
         if run.inputs.source.name.startswith("synthetic"):
             lines.append("These are synthetic images: the accuracy says nothing about CIFAR-100.")
-    best = f"; best validation at epoch {result['best_epoch']}" if result["best_epoch"] else ""
+    best = f"; best validation at epoch {result['best_epoch']}" if result.get("best_epoch") else ""
     lines.append(
         f"Trained {result['epochs']} epoch{'s' * (result['epochs'] > 1)} in {result['train_seconds']:.0f} s, "
         f"{result['images_per_second']:,.0f} images/s{best}"
@@ -290,7 +306,9 @@ def summary(run: PreparedRun, result: dict[str, Any]) -> list[str]:
 
 
 def show_report(run: PreparedRun, screen: "Screen") -> None:
-    if run.request.report:
-        with screen.waiting("Drawing the report"):
-            report = explain(lambda: write_run(run.folder, run.inputs.source))
-        screen.say(f"What the curves show: {report['headline']}. See {REPORT_PAGE}")
+    if not run.request.report:
+        explain(lambda: keep_pictures(run.folder, run.inputs.source))
+        return
+    with screen.waiting("Drawing the report"):
+        report = explain(lambda: write_run(run.folder, run.inputs.source))
+    screen.say(f"What the curves show: {report['headline']}. See {REPORT_PAGE}")
