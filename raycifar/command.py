@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from raycifar.errors import RequestError, StorageError, WorkError
 
@@ -36,6 +37,7 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
             logging.getLogger("raycifar").addHandler(logging.StreamHandler())
             logging.getLogger("raycifar").setLevel(logging.DEBUG)
         try:
+            refuse_empty(click.get_current_context())
             work(debug=debug, **options)
             leave(0)
         except Interrupted:
@@ -46,6 +48,18 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
             leave(*ending(error))
 
     return with_endings
+
+
+def refuse_empty(context: click.Context) -> None:
+    """Refuse options and arguments that are given and empty, as a shell's unset variable is.
+
+    Raises:
+        RequestError: one is.
+    """
+    for parameter in context.command.params:
+        values, given = context.params.get(parameter.name or ""), context.get_parameter_source(parameter.name or "")
+        if given is ParameterSource.COMMANDLINE and "" in (values if isinstance(values, tuple) else (values,)):
+            raise RequestError(f"{parameter.opts[0]} is empty: give a value, or leave it out.")
 
 
 def ending(error: Exception) -> tuple[int, str]:

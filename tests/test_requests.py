@@ -56,7 +56,7 @@ def test_python_has_the_options_of_the_command_with_its_defaults(function, comma
         ({"cpus_per_worker": 0}, "--cpus-per-worker 0"),
         ({"gpus_per_worker": 0}, "--gpus-per-worker 0: it must be a share of a GPU, above 0"),
         ({"gpus_per_worker": 1.5}, "--gpus-per-worker 1.5: it must be"),
-        ({"gpus_per_worker": math.nan}, "--gpus-per-worker nan: it must be"),
+        ({"gpus_per_worker": math.nan}, "gpus_per_worker is nan: a finite number is needed"),
         ({"gpus_per_worker": 0.5, "device": "cpu"}, "--gpus-per-worker 0.5 is for workers on GPUs"),
         ({"gpus_per_worker": 0.5, "workers": 0}, "leave one of them out"),
         ({"gpus_per_worker": 0.5, "workers": "1:4"}, "an elastic run takes whole GPUs"),

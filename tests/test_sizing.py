@@ -102,7 +102,7 @@ def test_ray_places_shares_and_kinds_as_they_are_counted(nodes, tmp_path):
     for options, says in (
         (("--gpus-per-worker", 0.4, "--workers", 5), "5 workers of 2 CPUs, 0.4 GPUs each can't be placed"),
         (("--gpus-per-worker", 0), "--gpus-per-worker 0: it must be a share of a GPU"),
-        (("--gpus-per-worker", "nan"), "--gpus-per-worker nan: it must be a share of a GPU"),
+        (("--gpus-per-worker", "nan"), "gpus_per_worker is nan: a finite number is needed"),
         (("--gpus-per-worker", 0.5, "--device", "cpu"), "is for workers on GPUs"),
         (("--accelerator", "H100"), "--accelerator H100: this cluster has A100."),
     ):

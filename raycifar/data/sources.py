@@ -38,7 +38,8 @@ LAYOUTS = (
     "CIFAR-100 is read as the official binary archive or its folder, as cifar-100-python (archive or folder), "
     "or as a folder of Parquet files with the columns img.bytes, fine_label and coarse_label"
 )
-SYNTHETIC_SIZE = re.compile(rf"{SYNTHETIC}:(\d+)")
+SYNTHETIC_SIZE = re.compile(rf"{SYNTHETIC}:(.*)")
+MOST_SYNTHETIC = 1_000_000  # images, 3 GB
 
 
 def load(name: str, seed: int = 0) -> Source:
@@ -50,9 +51,11 @@ def load(name: str, seed: int = 0) -> Source:
     if name == SYNTHETIC:
         return synthetic(seed=seed)
     if match := SYNTHETIC_SIZE.fullmatch(name):
-        if not (count := int(match[1])) or count % INFO.num_classes:
+        count = int(match[1]) if re.fullmatch(r"\d{1,9}", match[1]) else 0
+        if not 0 < count <= MOST_SYNTHETIC or count % INFO.num_classes:
             raise RequestError(
-                f"{name}: the number must be a multiple of {INFO.num_classes}, for equally many images of each class."
+                f"{name}: give {SYNTHETIC}: a multiple of {INFO.num_classes}, for equally many images of each class, "
+                f"at most {MOST_SYNTHETIC:,}."
             )
         return synthetic(count, seed=seed)
     filesystem, path = locate(fetch() if name == "cifar100" else name)

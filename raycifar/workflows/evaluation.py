@@ -43,6 +43,7 @@ class EvaluationRequest(WorkerSettings):
         super().__post_init__()
         if self.count == 0:
             self.check_no_gpu_is_chosen("--workers 0")
+            self.check_threads()
 
 
 def evaluate(
