@@ -17,7 +17,7 @@ from raycifar.workflows.requests import MAX_TRIALS, TrainingRequest
 
 @click.command(context_settings=WIDE)
 @click.option("--model", required=True, help=f"{', '.join(models.names())}, or timm:NAME.")
-@click.option("--rounds", type=click.IntRange(1, MAX_TRIALS), default=5, help="Times that everything is timed, at most.")
+@click.option("--rounds", type=click.IntRange(1, MAX_TRIALS), default=5, help="Times that all is timed, at most.")
 @click.option("--against", default="", help=f"Comma-separated ways of others to time too: {', '.join(WAYS)}.")
 @click.option("--plan", default=None, metavar="N,N,…", help="What so many workers would take, such as 1,2,4,8.")
 @click.option("--interconnect", type=click.Choice(list(INTERCONNECTS)), help="Between them.  [as measured here]")

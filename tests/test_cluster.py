@@ -47,7 +47,7 @@ def program(code, says, env=None):
 def test_the_ray_that_another_program_runs_for_itself_is_left_alone(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with program(OTHER, "up"):
-        assert not ray_internals.is_part_of_cluster()
+        assert ray_internals.own_cluster() is None
 
 
 def test_gpus_that_nobody_has_are_refused_at_once_and_no_ray_is_left_behind(train, small, tmp_path):

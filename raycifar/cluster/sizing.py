@@ -10,6 +10,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from raycifar.cluster import ray_internals
 from raycifar.errors import RequestError
+from raycifar.machine import available_cpus
 
 GPU_WORKER_CPUS = 4  # a GPU's worker computes nothing on the CPU but its bookkeeping
 SMALLEST_SHARE = 0.25  # of a CPU; below, Ray's own processes starve and time out
@@ -81,7 +82,7 @@ def in_process(device: str, cpus: float | None) -> Workers:
     if device == "gpu" and not torch.cuda.is_available():
         raise RequestError("--device gpu: this machine has no GPU that PyTorch can use.")
     use_gpu = device != "cpu" and torch.cuda.is_available()
-    return Workers(0, cpus or torch.get_num_threads(), gpus=int(use_gpu))
+    return Workers(0, cpus or available_cpus(), gpus=int(use_gpu))
 
 
 def size(

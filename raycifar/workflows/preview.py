@@ -1,13 +1,12 @@
 """What a request would train, on what and for how long, without starting anything."""
 
-import os
 import time
 from contextlib import ExitStack
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from raycifar import models
-from raycifar.cluster import ray_internals
+from raycifar.cluster.connection import cluster_address
 from raycifar.engine.order import steps_per_epoch
 from raycifar.storage.run_folder import RunFolder
 from raycifar.workflows.identity import Inputs, earlier_result, identify, overview
@@ -33,10 +32,11 @@ def preview(request: TrainingRequest, screen: "Screen", connection: ExitStack, *
         inputs = read_inputs(request)
         identity = identify(request, inputs)
     finished = earlier_result(folder, identity)
-    if request.workers == 0 or os.environ.get("RAY_ADDRESS") or ray_internals.is_part_of_cluster():
+    if request.workers == 0 or cluster_address():
         workers = str(allocate_workers(request, folder, connection, debug=debug))
     else:
-        workers = f"{request.workers or 'one'}, in a Ray that is started on this machine"
+        unchecked = f"; whether it has {request.accelerator} can't be told before" if request.accelerator else ""
+        workers = f"{request.workers or 'one'}, in a Ray that is started on this machine{unchecked}"
     num_steps = steps_per_epoch(len(inputs.splits.train), request.recipe.batch_size)
     facts = {**overview(identity, workers, folder.folder), "steps": f"{num_steps:,} in each epoch"}
     screen.facts(request.name, facts | {"time": estimate(request, inputs)})
