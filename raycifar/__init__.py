@@ -4,5 +4,6 @@ import os
 
 # Ray otherwise answers `uv run` by building a copy of the environment for every worker process.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # also where it was switched off for another program
 
 __version__ = "0.1.0"

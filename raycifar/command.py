@@ -2,20 +2,28 @@
 
 import functools
 import logging
+import math
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from threading import Thread
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from raycifar.errors import RequestError, StorageError, WorkError
+from raycifar.terminal import replace_unencodable
 
 UNTIL_EXIT = ExitStack()  # holds the connection to Ray, which `leave` closes
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+APART_SECONDS = 0.5  # between two signals of the user: `timeout` and `uv run` pass each on twice
+
+replace_unencodable()
 
 
 class Interrupted(BaseException):
@@ -31,8 +39,9 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
         def interrupt(number: int, frame: Any) -> None:
             raise Interrupted
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, interrupt)
+        end_at_second_signal()
         if debug:
             logging.getLogger("raycifar").addHandler(logging.StreamHandler())
             logging.getLogger("raycifar").setLevel(logging.DEBUG)
@@ -62,6 +71,26 @@ def refuse_empty(context: click.Context) -> None:
             raise RequestError(f"{parameter.opts[0]} is empty: give a value, or leave it out.")
 
 
+def end_at_second_signal() -> None:
+    """Exit with 130 at the second Ctrl-C or SIGTERM, also while the main thread is inside of a library's call.
+
+    Python's handlers wait for the main thread to come back; this file descriptor is written to at once.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        first = math.inf
+        while number := os.read(reader, 1):
+            if number[0] in SIGNALS:
+                first = min(first, time.monotonic())
+                if time.monotonic() - first > APART_SECONDS:
+                    os._exit(130)
+
+    Thread(target=watch, daemon=True).start()
+
+
 def ending(error: Exception) -> tuple[int, str]:
     """Return the exit code and the sentence of a command that raised `error`."""
     match error:
@@ -82,8 +111,8 @@ def leave(code: int, sentence: str | None = None, *, quiet: bool = False) -> Non
     Args:
         quiet: suppress Ray's messages about interrupted work.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: None)  # and not SIG_IGN: the second one still ends it
     if sentence:
         click.echo(sentence, err=True)
     if quiet:

@@ -56,6 +56,7 @@ def run(monkeypatch):
 
     monkeypatch.setattr(command, "leave", leave)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(command, "end_at_second_signal", lambda: None)
     monkeypatch.setattr(benchmark, "prepare", begin)
     for module, work in (
         ("train", "training.train"), ("compare", "study.train_and_compare"), ("evaluate", "evaluate"),

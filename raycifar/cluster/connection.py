@@ -11,7 +11,6 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -79,11 +78,9 @@ def start(**options: Any) -> None:
     folder = ray_folder()
     try:
         with ray_internals.loopback_alone():
-            init(
-                address="local", num_cpus=available_cpus(), _node_ip_address="127.0.0.1", _temp_dir=folder, **options
-            )
+            init(address="local", num_cpus=available_cpus(), _node_ip_address="127.0.0.1", _temp_dir=folder, **options)
     except Exception as error:  # of many kinds, and any that Ray can't start with
-        raise WorkError(f"Ray can't be started on this machine: {in_a_line(error)}. Its logs are in {folder}.") from error
+        raise WorkError(f"Ray can't be started here: {in_a_line(error)}. Its logs are in {folder}.") from error
 
 
 def ray_folder() -> str:
@@ -106,7 +103,7 @@ def ray_folder() -> str:
         return str(private_folder("ray", parent) / "ray")
     except OSError as error:
         raise RequestError(
-            f"{parent} can't be written to ({error.strerror}): set RAY_TMPDIR to a short path for Ray's sockets and logs."
+            f"{parent} can't be written to ({error.strerror}): set RAY_TMPDIR to a short path, for Ray's files."
         ) from error
 
 

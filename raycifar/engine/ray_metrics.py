@@ -1,6 +1,7 @@
 """A run's metrics for Ray's dashboard, and for Prometheus at each node's metrics port."""
 
 from typing import Any
+from urllib.parse import quote
 
 from ray.util.metrics import Gauge
 
@@ -21,7 +22,7 @@ class Gauges:
     """The gauges of one run; there are none outside a cluster."""
 
     def __init__(self, run: str, model: str) -> None:
-        self.tags = {"run": run, "model": model}
+        self.tags = {"run": quote(run), "model": model}  # Ray takes ASCII
         tags = tuple(self.tags)
         self.gauges = {
             name: Gauge(f"raycifar_{name}", description=text, tag_keys=tags)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from raycifar.engine.evaluate import predict
 from raycifar.engine.hardware import choose_precision, to_device
 from raycifar.errors import RequestError
+from raycifar.machine import available_cpus
 from raycifar.models import Architecture
 from raycifar.models.recipe import Precision
 from raycifar.storage import weights as weights_file
@@ -49,6 +50,7 @@ class Trained:
     def __init__(self, weights: Weights, device: str = "auto", precision: Precision = "auto") -> None:
         if device == "gpu" and not torch.cuda.is_available():
             raise RequestError("--device gpu: this machine has no GPU that PyTorch can use.")
+        torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
         self.weights = weights
         self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
         self.network = to_device(weights.build(), self.device)

@@ -24,7 +24,7 @@ OPTIMIZERS = ("sgd", "adamw", "muon")
 LARGEST_IMAGE = 224  # pixels per side
 LARGEST = 10**9  # of any number: more is a slip
 FRACTIONS = ("warmup", "label_smoothing", "momentum", "dropout", "ema")
-KINDS = {
+KINDS: dict[type, tuple[Any, str]] = {
     bool: (bool, "true or false"),
     int: (numbers.Integral, "a whole number"),
     float: (numbers.Real, "a number"),

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
@@ -51,16 +52,24 @@ def build_trainer(run: "PreparedRun", work: Work | None = None) -> StoppableTrai
         ),
         # NCCL takes no two workers on one GPU; None is Ray Train's choice.
         torch_config=TorchConfig(backend="gloo" if workers.share_gpus else None),
-        run_config=RunConfig(
-            name=folder.name,
-            storage_path=folder.root,
-            storage_filesystem=folder.filesystem,
-            checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
-            failure_config=FailureConfig(max_failures=-1),  # our callback counts
-            callbacks=[FailureCounter(run.status_store, run.request.max_failures)],
-            logging_config=LoggingConfig("INFO" if run.debug else "ERROR"),
-        ),
+        run_config=build_run_config(run),
     )
+
+
+def build_run_config(run: "PreparedRun") -> RunConfig:
+    folder = run.folder
+    config = RunConfig(
+        name=folder.name,
+        storage_path=folder.root,
+        storage_filesystem=folder.filesystem,
+        checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
+        failure_config=FailureConfig(max_failures=-1),  # our callback counts
+        callbacks=[FailureCounter(run.status_store, run.request.max_failures)],
+        logging_config=LoggingConfig("INFO" if run.debug else "ERROR"),
+    )
+    # Ray Train takes the name for the run's folder, which it settles here, and for tags of metrics, which are ASCII.
+    config.name = quote(config.storage_context.experiment_dir_name)
+    return config
 
 
 def build_job(run: "PreparedRun") -> Job:
