@@ -62,6 +62,18 @@ def quota_of(folder: Path) -> float:
         return math.inf
 
 
+def provide_home() -> None:
+    """Where the user has no home folder, as in a container with a user of its own, give this process a private one.
+
+    The libraries that keep something in a home fail without one. One that can be read alone stays: it may hold keys.
+    """
+    home = os.path.expanduser("~")  # noqa: PTH111 (Path raises what this returns unchanged)
+    if home == "~":
+        home = os.environ["HOME"] = str(private_folder("raycifar", tempfile.gettempdir()))
+    if not os.access(home, os.W_OK):
+        os.environ.setdefault("MPLCONFIGDIR", str(private_folder("raycifar", tempfile.gettempdir())))
+
+
 def private_folder(name: str, parent: str | Path) -> Path:
     """Return a folder that only this user can enter, the same in each call unless another user has taken its name.
 

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,7 @@ from raycifar.data import CIFAR100 as INFO
 from raycifar.data.synthetic import SYNTHETIC, synthetic
 from raycifar.data.tables import Source, to_table
 from raycifar.errors import RequestError
+from raycifar.machine import private_folder
 from raycifar.storage.files import URI, locate
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
@@ -83,8 +85,8 @@ def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
     Raises:
         RequestError: the download failed.
     """
-    folder = Path(os.environ.get("RAYCIFAR_CACHE") or platformdirs.user_cache_path("raycifar"))
     file = PurePosixPath(url).name
+    folder = Path(os.environ.get("RAYCIFAR_CACHE") or user_cache(file))
     base = url.removesuffix(file)
     store = pooch.create(path=folder, base_url=base, registry={file: f"md5:{md5}"}, retry_if_failed=2)
     pooch.get_logger().setLevel("ERROR")
@@ -96,6 +98,15 @@ def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
             f"CIFAR-100 can't be downloaded from {url} ({reason}): give a copy with --data PATH or "
             "RAYCIFAR_DATA=PATH, or use --data synthetic."
         ) from error
+
+
+def user_cache(file: str) -> Path:
+    """Return the folder of downloads that this user keeps, or if it lacks the file and can't be written, another."""
+    folder = platformdirs.user_cache_path("raycifar")
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if (folder / file).exists() or os.access(nearest, os.W_OK):
+        return folder
+    return private_folder("raycifar", tempfile.gettempdir())
 
 
 def read_file(name: str, filesystem: fs.FileSystem, path: str) -> Source:
