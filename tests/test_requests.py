@@ -51,6 +51,8 @@ def test_python_has_the_options_of_the_command_with_its_defaults(function, comma
         ({"epochs": -1}, "epochs is -1: it must be at least 1"),
         ({"optimizer": "lion"}, "optimizer is 'lion': choose from sgd"),
         ({"device": "tpu"}, "device is 'tpu': choose from auto, gpu, cpu"),
+        ({"device": "mps"}, "--device mps is for --workers 0"),
+        ({"device": "mps", "workers": "1:4"}, "--device mps is for --workers 0"),
         ({"seed": -1}, "seed is -1: it must be at least 0"),
         ({"limit": 2.5}, "limit is 2.5: a whole number is needed"),
         ({"cpus_per_worker": 0}, "--cpus-per-worker 0"),

@@ -47,9 +47,9 @@ def estimate(request: TrainingRequest, inputs: Inputs) -> str:
     """Return about how long training takes on this machine's CPU, from its rate in matrix products, in words."""
     import torch
 
-    from raycifar.engine.hardware import choose_precision
+    from raycifar.engine.hardware import choose_precision, find_device
 
-    if torch.cuda.is_available() and request.device != "cpu":
+    if request.device != "cpu" and find_device("auto").type != "cpu":
         return "on a GPU: raycifar bench measures it"
     dtype = choose_precision(request.recipe.precision, torch.device("cpu"))
     a, b = torch.ones(2, PROBE, PROBE, dtype=dtype)

@@ -86,6 +86,7 @@ def build_job(run: "PreparedRun") -> Job:
         num_val_images=len(inputs.splits.val),
         num_test_images=len(inputs.splits.test) if request.test else 0,
         gpus=run.workers.gpus,
+        device="mps" if run.workers.mps else "cpu",
         threads=run.workers.threads,
         in_process=run.workers.count == 0,
         versions=versions(),

@@ -16,7 +16,7 @@ from raycifar.models.recipe import LARGEST, Recipe
 from raycifar.models.recipes import choose_recipe, recipe_fields, recipe_for, recipe_from_json
 
 WorkerCount = int | tuple[int, int] | None
-Device = Literal["auto", "gpu", "cpu"]
+Device = Literal["auto", "gpu", "cpu", "mps"]
 
 SMALLEST_GPU_SHARE = 0.0001  # Ray's unit
 MAX_ELASTIC_WORKERS = 64  # the images are cut wherever a shard of any of the numbers begins
@@ -50,7 +50,7 @@ def setting(
 class WorkerSettings:
     """What each worker computes on."""
 
-    device: Device = setting("auto", "GPUs where there are any, or one kind alone.")
+    device: Device = setting("auto", "GPUs where there are any, or one kind alone; mps is Apple's, for --workers 0.")
     cpus_per_worker: float | None = setting(None, "CPUs, so threads.  [fair share]")
     gpus_per_worker: float = setting(1.0, "A share of a GPU, above 0, at most 1.")
     accelerator: str | None = setting(None, "The kind of GPU, such as H100.  [any]")
@@ -79,10 +79,14 @@ class WorkerSettings:
                     f"{option} is for workers on GPUs, which {where} has none of: leave one of them out."
                 )
 
-    def check_threads(self) -> None:
-        """Check that this process isn't asked for more threads than the machine has CPUs."""
-        if self.cpus_per_worker is not None and self.cpus_per_worker > (os.cpu_count() or 1):
-            raise RequestError(f"--cpus-per-worker {self.cpus_per_worker:g}: this machine has {os.cpu_count()} CPUs.")
+    def check_workers(self, workers: WorkerCount) -> None:
+        """Check that so many workers can have what is asked for; 0 is this process."""
+        if workers == 0:
+            self.check_no_gpu_is_chosen("--workers 0")
+            if self.cpus_per_worker and self.cpus_per_worker > (most := os.cpu_count() or 1):
+                raise RequestError(f"--cpus-per-worker {self.cpus_per_worker:g}: this machine has {most} CPUs.")
+        elif self.device == "mps":
+            raise RequestError("--device mps is for --workers 0: Ray's workers can't use Apple's GPU.")
 
     def settle(self, **values: Any) -> None:
         """Settle a default that depends on other values."""
@@ -130,10 +134,8 @@ class TrainingRequest(Settings):
         recipe = recipe_from_json(self.model, vars(self.recipe)) if self.recipe else recipe_for(self.model)
         self.settle(recipe=recipe, name=name, workers=parse_workers(self.workers))
         super().__post_init__()
-        if self.workers == 0:
-            self.check_no_gpu_is_chosen("--workers 0")
-            self.check_threads()
-        elif self.workers is not None:
+        self.check_workers(self.workers)
+        if self.workers:
             check_batch_size(self.recipe, self.workers[1] if isinstance(self.workers, tuple) else self.workers)
         if isinstance(self.workers, tuple) and self.gpus_per_worker < 1:  # Ray Train would miscount the shares
             raise RequestError(
@@ -177,6 +179,7 @@ class ComparisonRequest(Settings):
         self.settle(name=self.name or f"compare-{datetime.now():%Y%m%d-%H%M%S}")
         super().__post_init__()
         check_name(self.name)
+        self.check_workers(self.workers)
         if self.search and not self.val_size:
             raise RequestError("--search chooses by validation accuracy: it needs --val-size above 0.")
         for recipe in self.recipes.values():
