@@ -163,7 +163,8 @@ def size_trials(
     nodes = alive_nodes() + [resources for resources, extra in growth() or () for _ in range(extra)]
     if not cpus and (device == "cpu" or not any(node.get("GPU") for node in nodes)):
         free = [usable_cpus(node.get("CPU", 0)) for node in nodes]
-        cpus = largest_share(free, count * max(1, min(trials, sum(amount > 0 for amount in free)))) or None
+        each = largest_share(free, count * max(1, min(trials, sum(amount > 0 for amount in free))))
+        cpus = each if each >= SMALLEST_SHARE else None
     workers = size(count, device, cpus, gpus, accelerator)
     return workers, max(1, placeable(nodes, workers.resources) // count)
 
