@@ -35,10 +35,10 @@ from raycifar.machine import provide_home
 os.environ.pop("HOME")
 os.setuid(12345)
 provide_home()
-print(Path.home(), sources.user_cache("a"), os.environ.get("MPLCONFIGDIR"))
+print(Path.home(), sources.cache_folder(), os.environ.get("MPLCONFIGDIR"))
 os.environ["HOME"] = "/"
 provide_home()
-print(Path.home(), sources.user_cache("a"), os.environ["MPLCONFIGDIR"])
+print(Path.home(), sources.cache_folder(), os.environ["MPLCONFIGDIR"])
 """
 
 

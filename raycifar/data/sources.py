@@ -29,7 +29,7 @@ from raycifar.data.synthetic import SYNTHETIC, synthetic
 from raycifar.data.tables import Source, to_table
 from raycifar.errors import RequestError
 from raycifar.machine import private_folder
-from raycifar.storage.files import URI, locate
+from raycifar.storage.files import URI, locate, open_file
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
 MD5 = "03b5dce01913d631647c71ecec9e9cb8"
@@ -79,6 +79,17 @@ def absolute_name(name: str) -> str:
     return str(Path(name).expanduser().resolve())
 
 
+def cache_folder(file: str | None = None) -> Path:
+    """Return this user's folder of downloads, or a private one if that can't be written and doesn't hold `file`."""
+    if given := os.environ.get("RAYCIFAR_CACHE"):
+        return Path(given)
+    folder = platformdirs.user_cache_path("raycifar")
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if (file and (folder / file).exists()) or os.access(nearest, os.W_OK):
+        return folder
+    return private_folder("raycifar", tempfile.gettempdir())
+
+
 def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
     """Return the archive's path in the cache; the archive is downloaded once, checked and renamed into place.
 
@@ -86,9 +97,8 @@ def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
         RequestError: the download failed.
     """
     file = PurePosixPath(url).name
-    folder = Path(os.environ.get("RAYCIFAR_CACHE") or user_cache(file))
     base = url.removesuffix(file)
-    store = pooch.create(path=folder, base_url=base, registry={file: f"md5:{md5}"}, retry_if_failed=2)
+    store = pooch.create(path=cache_folder(file), base_url=base, registry={file: f"md5:{md5}"}, retry_if_failed=2)
     pooch.get_logger().setLevel("ERROR")
     try:
         return Path(store.fetch(file, downloader=pooch.HTTPDownloader(progressbar=progress, timeout=30)))
@@ -100,22 +110,13 @@ def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
         ) from error
 
 
-def user_cache(file: str) -> Path:
-    """Return the folder of downloads that this user keeps, or if it lacks the file and can't be written, another."""
-    folder = platformdirs.user_cache_path("raycifar")
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if (folder / file).exists() or os.access(nearest, os.W_OK):
-        return folder
-    return private_folder("raycifar", tempfile.gettempdir())
-
-
 def read_file(name: str, filesystem: fs.FileSystem, path: str) -> Source:
-    with filesystem.open_input_file(path) as file:
+    with open_file(filesystem, path) as file:
         head = file.read(512)
     if head[:4] == b"PAR1":
         raise RequestError(f"{name} is a single Parquet file, so one split: give the folder of train and test files.")
-    with filesystem.open_input_stream(path, compression=None) as stream:
-        contents = read_archive(name, stream)
+    with open_file(filesystem, path) as file:
+        contents = read_archive(name, file)
     return read_layout(name, contents.get, set(contents))
 
 
@@ -155,8 +156,8 @@ def read_folder(name: str, filesystem: fs.FileSystem, path: str) -> Source:
     paths = {f.base_name: f.path for f in files}
 
     def read(base: str) -> bytes:
-        with filesystem.open_input_stream(paths[base]) as stream:
-            return stream.read()
+        with open_file(filesystem, paths[base]) as file:
+            return file.read()
 
     return read_layout(name, read, set(paths))
 
@@ -248,7 +249,7 @@ def read_parquet(name: str, filesystem: fs.FileSystem, paths: list[str]) -> Sour
 
 def parse_parquet(filesystem: fs.FileSystem, path: str, origin: str) -> pa.Table:
     try:
-        with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream) as parquet:
+        with open_file(filesystem, path) as stream, pq.ParquetFile(stream) as parquet:
             missing = {"img", "fine_label", "coarse_label"} - set(parquet.schema_arrow.names)
             if missing:
                 raise RequestError(f"{origin} lacks the columns {', '.join(sorted(missing))}. {LAYOUTS}.")

@@ -7,7 +7,7 @@
     predictions.parquet the final network's predictions for each test image
     example_stats.parquet  statistics of each training image over the epochs
     report.*            what the curves show; suspects.csv ranks the labels that are probably wrong
-    events.out.tfevents.raycifar  the history for TensorBoard
+    events.out.tfevents.raycifar*  the history for TensorBoard
     best.safetensors    the weights of the epoch with the best validation top-1
     checkpoint_*        what a run resumes from; each has a manifest, written last, with a digest of each file
 
@@ -28,7 +28,7 @@ from typing import Any
 from pyarrow import fs
 
 from raycifar.errors import RequestError, StorageError
-from raycifar.storage.files import URI, is_local, locate, write_whole
+from raycifar.storage.files import URI, append_to, is_local, locate, open_file, write_whole
 from raycifar.storage.records import EpochRecord, finite
 
 RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
@@ -86,8 +86,8 @@ class RunFolder:
         """Return a file's content, or None if it doesn't exist."""
         filesystem, folder = self._location
         try:
-            with filesystem.open_input_stream(f"{folder}/{file}") as stream:
-                return stream.read()
+            with open_file(filesystem, f"{folder}/{file}", inside=folder) as opened:
+                return opened.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -100,6 +100,21 @@ class RunFolder:
         filesystem, folder = self._location
         try:
             write_whole(filesystem, f"{folder}/{file}", content)
+        except OSError as error:
+            raise StorageError.of(f"{self.folder}/{file}", error) from error
+
+    def append(self, file: str, content: bytes, added: bytes) -> None:
+        """Append to a file that begins with `content`: in place on a disk, by a longer file in an object store.
+
+        Raises:
+            StorageError: the file can't be written.
+        """
+        filesystem, folder = self._location
+        if not is_local(filesystem):
+            self.write(file, content + added)
+            return
+        try:
+            append_to(Path(folder) / file, len(content), added)
         except OSError as error:
             raise StorageError.of(f"{self.folder}/{file}", error) from error
 
@@ -124,10 +139,14 @@ class RunFolder:
     def write_history(self, history: Iterable[EpochRecord]) -> None:
         self.write(METRICS, "".join(json.dumps(record.to_json()) + "\n" for record in history).encode())
 
-    def _subfolders(self) -> list[str]:
+    def file_names(self, kind: fs.FileType = fs.FileType.File) -> list[str]:
+        """Return the names of the files, or of the folders, directly in this one, sorted."""
         filesystem, folder = self._location
         entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-        return sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
+        return sorted(entry.base_name for entry in entries if entry.type == kind)
+
+    def _subfolders(self) -> list[str]:
+        return self.file_names(fs.FileType.Directory)
 
     def runs(self) -> list["RunFolder"]:
         """Return the runs inside this folder, which is a comparison's, sorted by name."""
