@@ -13,7 +13,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import platformdirs
@@ -120,7 +120,7 @@ def read_file(name: str, filesystem: fs.FileSystem, path: str) -> Source:
     return read_layout(name, contents.get, set(contents))
 
 
-def read_archive(name: str, stream: io.IOBase) -> dict[str, bytes]:
+def read_archive(name: str, stream: IO[bytes]) -> dict[str, bytes]:
     """Return the archive's files by base name, read in one pass and never unpacked.
 
     Raises:
