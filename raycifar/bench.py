@@ -12,16 +12,16 @@ from raycifar.tables import bench_table, plan_table
 from raycifar.terminal import Screen
 from raycifar.workflows.benchmark import STAGES, WAYS, bench, sentences
 from raycifar.workflows.planning import INTERCONNECTS
-from raycifar.workflows.requests import TrainingRequest
+from raycifar.workflows.requests import MAX_TRIALS, TrainingRequest
 
 
 @click.command(context_settings=WIDE)
 @click.option("--model", required=True, help=f"{', '.join(models.names())}, or timm:NAME.")
-@click.option("--rounds", type=click.IntRange(min=1), default=5, help="Times that everything is timed, at most.")
+@click.option("--rounds", type=click.IntRange(1, MAX_TRIALS), default=5, help="Times that all is timed, at most.")
 @click.option("--against", default="", help=f"Comma-separated ways of others to time too: {', '.join(WAYS)}.")
 @click.option("--plan", default=None, metavar="N,N,…", help="What so many workers would take, such as 1,2,4,8.")
 @click.option("--interconnect", type=click.Choice(list(INTERCONNECTS)), help="Between them.  [as measured here]")
-@click.option("--price-per-hour", type=click.FloatRange(min=0), default=None, help="Of one device, for --plan.")
+@click.option("--price-per-hour", type=float, default=None, help="Of one device, for --plan.")
 @click.option("--startup", is_flag=True, help="Time the way to the first step too, beside an empty trainer's.")
 @click.option("--out", default="bench", help="Folder or URI for bench.json and charts.")
 @request_options(TrainingRequest, without=("name", "storage", "checkpoint_steps", "report"))

@@ -2,20 +2,29 @@
 
 import functools
 import logging
+import math
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from threading import Thread
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from raycifar.errors import RayDiedError, RequestError, StorageError, WorkError, shown
+from raycifar.terminal import replace_unencodable
 
 CLOSED_OUTPUT = 128 + 13  # as of a program that SIGPIPE ends
 UNTIL_EXIT = ExitStack()  # holds the connection to Ray, which `leave` closes
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+APART_SECONDS = 0.5  # between two signals of the user: `timeout` and `uv run` pass each on twice
+
+replace_unencodable()
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,12 +53,14 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
         def interrupt(number: int, frame: Any) -> None:
             raise Interrupted("Interrupted.")
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, interrupt)
+        end_at_second_signal()
         if debug:
             logging.getLogger("raycifar").addHandler(logging.StreamHandler())
             logging.getLogger("raycifar").setLevel(logging.DEBUG)
         try:
+            refuse_empty(click.get_current_context())
             work(debug=debug, **options)
             leave(0)
         except Interrupted as interrupted:
@@ -64,6 +75,38 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
             leave(*ending(error))
 
     return with_endings
+
+
+def refuse_empty(context: click.Context) -> None:
+    """Refuse options and arguments that are given and empty, as a shell's unset variable is.
+
+    Raises:
+        RequestError: one is.
+    """
+    for parameter in context.command.params:
+        values, given = context.params.get(parameter.name or ""), context.get_parameter_source(parameter.name or "")
+        if given is ParameterSource.COMMANDLINE and "" in (values if isinstance(values, tuple) else (values,)):
+            raise RequestError(f"{parameter.opts[0]} is empty: give a value, or leave it out.")
+
+
+def end_at_second_signal() -> None:
+    """Exit with 130 at the second Ctrl-C or SIGTERM, also while the main thread is inside of a library's call.
+
+    Python's handlers wait for the main thread to come back; this file descriptor is written to at once.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        first = math.inf
+        while number := os.read(reader, 1):
+            if number[0] in SIGNALS:
+                first = min(first, time.monotonic())
+                if time.monotonic() - first > APART_SECONDS:
+                    os._exit(130)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def ending(error: Exception) -> tuple[int, str]:
@@ -87,8 +130,8 @@ def leave(code: int, sentence: str | None = None, more: Iterable[str] = (), *, q
         more: lines to print to the output.
         quiet: suppress Ray's messages about interrupted work.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: None)  # and not SIG_IGN: the second one still ends it
     with suppress(BrokenPipeError):
         if sentence:
             click.echo(shown(sentence), err=True)

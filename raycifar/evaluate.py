@@ -8,14 +8,16 @@ from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PREDICTIONS
 from raycifar.tables import evaluation_table
 from raycifar.terminal import Screen
 from raycifar.workflows.evaluation import EvaluationRequest, evaluate
-from raycifar.workflows.requests import WorkerSettings
+from raycifar.workflows.requests import MAX_WORKERS, WorkerSettings
 
 
 @click.command(context_settings=WIDE)
 @click.argument("network", metavar="RUN|WEIGHTS")
 @click.option("--data", help="cifar100, synthetic, path, URI.  [the run's own; else RAYCIFAR_DATA or cifar100]")
 @click.option("--split", type=click.Choice(["test", "train"]), default="test")
-@click.option("--workers", "count", type=click.IntRange(min=0), help="0: this process.  [one for each GPU, else 1]")
+@click.option(
+    "--workers", "count", type=click.IntRange(0, MAX_WORKERS), help="0: this process.  [one for each GPU, else 1]"
+)
 @request_options(WorkerSettings)
 @click.option("--out", help="Folder or URI to write to.  [the run's, for its own test set; else evaluation]")
 @command

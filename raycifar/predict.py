@@ -1,6 +1,7 @@
 """Predict the classes of images: `python -m raycifar.predict results/cnn-a photos/`."""
 
 import json
+from typing import get_args
 
 import click
 
@@ -9,13 +10,14 @@ from raycifar.errors import WorkError
 from raycifar.tables import predictions_table
 from raycifar.terminal import Screen
 from raycifar.workflows.prediction import predict_files
+from raycifar.workflows.requests import Device
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("network", metavar="RUN|WEIGHTS")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGES...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")
-@click.option("--device", type=click.Choice(["auto", "gpu", "cpu"]), default="auto")
+@click.option("--device", type=click.Choice(get_args(Device)), default="auto")
 @command
 def main(debug: bool, network: str, images: tuple[str, ...], as_json: bool, device: str) -> None:
     """Print the five likeliest classes of each image.

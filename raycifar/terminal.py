@@ -1,5 +1,7 @@
 """Progress output: a live display in a terminal, plain lines elsewhere."""
 
+import io
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +42,13 @@ class PlainConsole(Console):
         raise
 
 
+def replace_unencodable() -> None:
+    """Have standard output and error write a question mark for what their encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
 class Screen:
     """Writes to standard output: live in a terminal, plain lines elsewhere, as in a notebook.
 
@@ -48,6 +57,7 @@ class Screen:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
+        replace_unencodable()
         self.console = PlainConsole(quiet=quiet)
         self.console.soft_wrap = not self.console.is_terminal
 

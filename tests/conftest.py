@@ -233,6 +233,7 @@ class Nodes:
 def nodes(monkeypatch):
     """Start nodes with so many CPUs each, the head first."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    reset_auth_token_state()  # an earlier Ray of this process had a token
     started = []
 
     def start(*cpus: int, **head: object) -> Nodes:

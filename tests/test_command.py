@@ -1,7 +1,10 @@
 """How commands end: an exit code and one sentence."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import click
 import pytest
@@ -21,6 +24,45 @@ from raycifar.errors import RequestError, StorageError, WorkError
 )
 def test_each_error_has_its_code_and_is_its_own_sentence(error, code, sentence):
     assert ending(error) == (code, sentence)
+
+
+STUCK = """
+import ctypes, click
+from raycifar.command import command
+
+@click.command()
+@command
+def main(debug):
+    lock, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    library.pthread_mutex_lock(lock)
+    print("stuck", flush=True)
+    library.pthread_mutex_lock(lock)
+
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_command_that_hangs_in_a_library(number):
+    process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "stuck\n"
+    for _ in range(2):  # one, which `timeout` and `uv run` pass on twice
+        process.send_signal(number)
+    time.sleep(0.7)
+    assert process.poll() is None
+    process.send_signal(number)
+    assert process.wait(5) == 130
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_output_that_lacks_a_character_gets_a_question_mark(encoding, tmp_path):
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    for args, code in ((("train", "--help"), 0), (("recipes",), 0), (("data", "describe", "--data", "ünï"), 2)):
+        command = [sys.executable, "-m", "raycifar", *args]
+        done = subprocess.run(command, env=env, capture_output=True, check=False, cwd=tmp_path)
+        assert done.returncode == code, done.stderr.decode(encoding)
+        assert b"Traceback" not in done.stderr
+    assert done.stdout == "Reading ünï ?\n".encode(encoding, "replace")
 
 
 def test_what_nobody_foresaw_is_called_a_defect():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from raycifar.engine.hardware import choose_precision
+from raycifar.engine.hardware import WIDEST, choose_precision, find_device
+from raycifar.errors import RequestError
 
 CPU = torch.device("cpu")
 
@@ -23,3 +24,18 @@ def test_auto_is_bfloat16_where_that_is_faster(monkeypatch, able, dtype):
     assert choose_precision("auto", CPU) == dtype
     assert choose_precision("bfloat16", CPU) == torch.bfloat16
     assert choose_precision("float32", CPU) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "found"), [(False, False, "cpu"), (False, True, "mps"), (True, False, "cuda"), (True, True, "cuda")]
+)
+def test_auto_is_whatever_gpu_there_is_and_a_gpu_that_is_not_there_is_refused(monkeypatch, cuda, mps, found):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert find_device("auto").type == found
+    assert find_device("cpu") == CPU
+    assert found in WIDEST
+    for wanted, there in (("gpu", cuda), ("mps", mps)):
+        if not there:
+            with pytest.raises(RequestError, match=f"--device {wanted}: this machine has no GPU"):
+                find_device(wanted)

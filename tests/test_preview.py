@@ -6,8 +6,10 @@ from conftest import RUN
 
 
 def test_the_plan_is_shown_and_nothing_is_written_or_started(small, tmp_path):
-    out = finish(Command(*RUN, "--data", small, "--dry-run", "--name", "a", storage=tmp_path / "runs")).stdout
-    for words in ("cnn, seed 0", "200 training, 100 validation, 300 test", "in a Ray that is started", "epochs 3"):
+    args = (*RUN, "--data", small, "--dry-run", "--name", "a", "--accelerator", "H100")
+    out = finish(Command(*args, storage=tmp_path / "runs")).stdout
+    assert "in a Ray that is started on this machine; whether it has H100 can't be told before" in out
+    for words in ("cnn, seed 0", "200 training, 100 validation, 300 test", "epochs 3"):
         assert words in out
     assert "10 in each epoch" in out
     assert "on this machine's CPU" in out or "raycifar bench measures it" in out

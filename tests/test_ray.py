@@ -62,11 +62,11 @@ def worker_pids():
 
 
 def metric(name):
-    """Return the value that Ray shows to Prometheus for run `a`, once there is one; other runs' stay there a while."""
+    """Return the value that Ray shows to Prometheus for run `ü`, once there is one; other runs' stay there a while."""
 
     def shown():
         text = urllib.request.urlopen("http://127.0.0.1:8298/metrics").read().decode()
-        return re.search(rf"""^ray_raycifar_{name}{{.*model="cnn".*run="a".*}} (\S+)$""", text, re.MULTILINE)
+        return re.search(rf"""^ray_raycifar_{name}{{.*model="cnn".*run="%C3%BC".*}} (\S+)$""", text, re.MULTILINE)
 
     return float(wait_until(shown, 180, f"the metric {name}")[1])
 
@@ -89,21 +89,22 @@ def test_the_same_command_gives_the_same_weights_byte_for_byte(reference, train,
 
 
 def test_a_worker_killed_in_mid_epoch_changes_nothing(reference, small, cluster, tmp_path):
-    command = Command(*ARGS, "--data", small, "--name", "a", "--workers", 2, storage=tmp_path, env=cluster)
+    command = Command(*ARGS, "--data", small, "--name", "ü", "--workers", 2, storage=tmp_path, env=cluster)
     with ThreadPoolExecutor() as pool:
         watched = pool.submit(lambda: (metric("loss"), metric("val_top1"), dashboard(cluster)))
-        in_the_middle_of_epoch_2(command, tmp_path / "a")
+        in_the_middle_of_epoch_2(command, tmp_path / "ü")
         os.kill(worker_pids()[-1], signal.SIGKILL)
         done = command.finish()
         loss, val_top1, shown = watched.result()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the workers are restarted from the last checkpoint" in done.stdout
-    assert "a" in [run["name"] for run in shown["train_runs"]]
+    assert "%C3%BC" in [run["name"] for run in shown["train_runs"]]
     assert 3 <= loss < 5
     assert 0 <= val_top1 <= 1
     assert "Continuing from epoch 2, step" in done.stdout
-    assert weights(tmp_path / "a") == weights(reference(2))
-    assert [row["epoch"] for row in history(tmp_path / "a")] == [1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["ü"]
+    assert weights(tmp_path / "ü") == weights(reference(2))
+    assert [row["epoch"] for row in history(tmp_path / "ü")] == [1, 2, 3]
 
 
 LONG_EPOCH = """

@@ -48,7 +48,8 @@ def test_a_ray_of_this_process_is_not_one_that_ray_start_has_begun(local_ray):
 
     addresses = services.find_gcs_addresses()
     assert ray.get_runtime_context().gcs_address in addresses, "Ray no longer finds the clusters of this machine"
-    assert ray_internals.is_part_of_cluster() is (services.find_bootstrap_address(None) in addresses)
+    announced = services.find_bootstrap_address(None)
+    assert ray_internals.own_cluster() == (announced if announced in addresses else None)
 
 
 def test_errors_are_not_echoed_for_a_while(capsys):

@@ -89,6 +89,13 @@ def test_trials_share_gpus(cluster_of, gpus, accelerator, workers, at_once):
     assert (each.count, each.gpus, each.accelerator, fit) == (workers, gpus, accelerator, at_once)
 
 
+@pytest.mark.parametrize("ask", [size, lambda *each: size_trials(*each, trials=6)])
+def test_more_workers_than_cpus_can_be_shared_among_are_refused(cluster_of, ask):
+    cluster_of(HEAD)
+    with pytest.raises(RequestError, match="1000 workers can't share 2 CPUs: ask for at most 8"):
+        ask(1000, "auto", None, 1, None)
+
+
 def test_workers_that_may_share_a_gpu_are_told_from_others():
     assert Workers(2, 4, 0.5).share_gpus
     assert not Workers(2, 4, 0.6).share_gpus
@@ -102,7 +109,7 @@ def test_ray_places_shares_and_kinds_as_they_are_counted(nodes, tmp_path):
     for options, says in (
         (("--gpus-per-worker", 0.4, "--workers", 5), "5 workers of 2 CPUs, 0.4 GPUs each can't be placed"),
         (("--gpus-per-worker", 0), "--gpus-per-worker 0: it must be a share of a GPU"),
-        (("--gpus-per-worker", "nan"), "--gpus-per-worker nan: it must be a share of a GPU"),
+        (("--gpus-per-worker", "nan"), "gpus_per_worker is nan: a finite number is needed"),
         (("--gpus-per-worker", 0.5, "--device", "cpu"), "is for workers on GPUs"),
         (("--accelerator", "H100"), "--accelerator H100: this cluster has A100."),
     ):

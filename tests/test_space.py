@@ -83,7 +83,7 @@ def test_a_model_s_own_options_can_be_varied_and_other_models_leave_them_out(tmp
     assert {trial.recipe.depth for trial in tried} == {1, 2, 3}
     assert {trial.recipe.whiten for trial in tried} == {True, False}
     file.write_text("[depth]\nmin = 0\nmax = 3\n")
-    with pytest.raises(RequestError, match=r"\[depth\]: depth is 0: it must be at least 1"):
+    with pytest.raises(RequestError, match=r"\[depth\]: depth is 0: it must be from 1 to 100"):
         read_space(str(file), "cnn")
     with pytest.raises(RequestError, match="names no field of the recipe of vgg16"):
         read_space(str(file), "vgg16")

@@ -3,8 +3,10 @@
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
+import tempfile
 import threading
 import traceback
 from collections.abc import Iterator
@@ -14,14 +16,16 @@ from typing import Any
 import ray
 
 from raycifar.cluster import ray_internals
-from raycifar.errors import WorkError
+from raycifar.errors import RequestError, WorkError, in_a_line
+from raycifar.machine import available_cpus, private_folder
 
 CONNECT_SECONDS = 10
+LONGEST_FOLDER = 40  # bytes: Ray's sockets lie 64 below, and macOS takes 104 for a socket's path
 
 
 @contextmanager
 def connected(*, debug: bool, dashboard: bool = False) -> Iterator[None]:
-    """Use the caller's Ray, else a cluster (RAY_ADDRESS, or `ray start` on this machine), else start a new Ray.
+    """Use the caller's Ray, else a cluster (RAY_ADDRESS, or this user's `ray start`), else start a new Ray.
 
     The caller's Ray keeps running; any other is left at the end. Changes to this process are undone.
 
@@ -31,10 +35,12 @@ def connected(*, debug: bool, dashboard: bool = False) -> Iterator[None]:
             training driver that died.
 
     Raises:
-        WorkError: the cluster can't be reached or joined.
+        RequestError: RAY_ADDRESS isn't a cluster's address, or RAY_TMPDIR can't be used.
+        WorkError: the cluster can't be reached or joined, or Ray can't be started.
     """
     with ExitStack() as undo:
         undo.enter_context(quiet(debug=debug))
+        undo.callback(ray_internals.read_token_again)
         undo.callback(restore_environment, dict(os.environ))
         if not ray.is_initialized():
             if not debug:
@@ -46,16 +52,84 @@ def connected(*, debug: bool, dashboard: bool = False) -> Iterator[None]:
 
 def connect(*, debug: bool, dashboard: bool) -> None:
     options = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
-    address = os.environ.get("RAY_ADDRESS")
-    if not address and not ray_internals.is_part_of_cluster():
-        init(address="local", include_dashboard=dashboard, _node_ip_address="127.0.0.1", **options)
-        return
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard to show the run
-    where = f"{address} (RAY_ADDRESS)" if address else "this machine"
+    address = cluster_address()
+    if address:
+        join(address, **options)
+    else:
+        start(include_dashboard=dashboard, **options)
+
+
+def cluster_address() -> str | None:
+    """Return the address of the cluster to join: RAY_ADDRESS, or where this user's `ray start` has made this a node."""
+    given = os.environ.get("RAY_ADDRESS")
+    return None if given == "local" else given or ray_internals.own_cluster()
+
+
+def start(**options: Any) -> None:
+    """Start a Ray that only this user can use: on loopback, with a token, and its files in a private folder.
+
+    Raises:
+        RequestError: RAY_TMPDIR can't be used. WorkError: Ray doesn't start.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    ray_internals.read_token_again()
+    folder = ray_folder()
     try:
-        if address and (match := re.fullmatch(r"([^/]+):(\d+)", address)):  # Ray would try for ten minutes
+        with ray_internals.loopback_alone():
+            init(address="local", num_cpus=available_cpus(), _node_ip_address="127.0.0.1", _temp_dir=folder, **options)
+    except Exception as error:  # of many kinds, and any that Ray can't start with
+        raise WorkError(f"Ray can't be started here: {in_a_line(error)}. Its logs are in {folder}.") from error
+
+
+def ray_folder() -> str:
+    """Return the folder for the sockets and logs of a new Ray, in RAY_TMPDIR or the temporary folder.
+
+    Raises:
+        RequestError: RAY_TMPDIR is too long, or can't be written to.
+    """
+    given = os.environ.get("RAY_TMPDIR")
+    parent = given or tempfile.gettempdir()
+    if len(os.fsencode(parent)) + len(f"/ray-{os.getuid()}/ray") > LONGEST_FOLDER:
+        if given:
+            raise RequestError(
+                f"RAY_TMPDIR={given} is too long: the paths of Ray's sockets have a limit of 107 bytes. Set it to a "
+                "shorter one, such as /tmp."
+            )
+        parent = "/tmp"
+    try:
+        # Ray lets everybody into the folder that it is given, so that one lies in a private one.
+        return str(private_folder("ray", parent) / "ray")
+    except OSError as error:
+        raise RequestError(
+            f"{parent} can't be written to ({error.strerror}): set RAY_TMPDIR to a short path, for Ray's files."
+        ) from error
+
+
+def join(address: str, **options: Any) -> None:
+    """Join a running cluster.
+
+    Raises:
+        RequestError: that isn't the address of one. WorkError: it can't be reached or joined.
+    """
+    given = os.environ.get("RAY_ADDRESS")
+    where = f"{address} (RAY_ADDRESS)" if given else "this machine"
+    match = re.fullmatch(r"([^/\s]+):(\d{1,5})", address)
+    if not match and address != "auto":
+        raise RequestError(
+            f"RAY_ADDRESS={address} isn't the address of a Ray cluster: give HOST:PORT, such as 10.0.0.1:6379, or use "
+            "`ray job submit` to run on a cluster from outside it."
+        )
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard to show the run
+    try:
+        if match:  # Ray would try for minutes
             socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=CONNECT_SECONDS).close()
-        init(address="auto", **options)
+            if not ray_internals.is_answered(address, CONNECT_SECONDS):
+                raise TimeoutError(f"nothing there speaks Ray's protocol, or not within {CONNECT_SECONDS} s")
+        if not given:
+            ray_internals.use_own_token()
+        init(address=address, **options)
     except (OSError, ray.exceptions.AuthenticationError) as error:  # Ray's ConnectionError is an OSError
         if "authentication token" in "".join(traceback.format_exception(error)).lower():
             raise WorkError(

@@ -1,12 +1,12 @@
 """Checks that a run's nodes are compatible. Workers import this module, so it stays small."""
 
 import platform
-from importlib import metadata
 from pathlib import Path
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+import raycifar
 from raycifar.cluster.sizing import Workers, placeable
 from raycifar.errors import RequestError, in_a_line
 
@@ -15,9 +15,17 @@ MUST_AGREE = ("python", "ray", "torch", "raycifar")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that results depend on."""
-    packages = ("raycifar", "ray", "torch", "torchvision", "numpy")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    """Return the versions of Python and of the packages that results depend on.
+
+    They are what runs: a job's working directory may lie over other packages that are installed, or over none. The
+    builds of one version for different hardware count as one.
+    """
+    import numpy
+    import torch
+    import torchvision
+
+    packages = {package.__name__: package.__version__ for package in (raycifar, ray, torch, torchvision, numpy)}
+    return {"python": platform.python_version()} | {name: text.split("+")[0] for name, text in packages.items()}
 
 
 def objection(file: str | None, expected: dict[str, str]) -> str | None:

@@ -74,15 +74,72 @@ def is_out_of_memory(error: Exception) -> bool:
 # Joining and leaving -------------------------------------------------------------------------------
 
 
-def is_part_of_cluster() -> bool:
-    """Return whether `ray start` has made this machine part of a running cluster.
+def own_cluster() -> str | None:
+    """Return the address of the running cluster that this user's `ray start` has made this machine part of, or None.
 
-    `ray.init(address="auto")`, the public way, would also join another program's own Ray, and die with it.
+    `ray.init(address="auto")`, the public way, would also join another program's own Ray, and die with it, and one
+    that another user has announced in the temporary folder.
     """
+    import psutil
     from ray._private import services
 
-    services.find_gcs_addresses.cache_clear()
-    return services.find_bootstrap_address(None) in services.find_gcs_addresses()
+    announced, user = services.find_bootstrap_address(None), psutil.Process().username()
+    for process in psutil.process_iter(["cmdline", "username"]) if announced else ():
+        if process.info["username"] == user and f"--gcs-address={announced}" in (process.info["cmdline"] or []):
+            return announced
+    return None
+
+
+def use_own_token() -> None:
+    """Show the user's token, if there is one, to the cluster that is joined next.
+
+    `ray.init` does so only for a cluster that it has found by itself.
+    """
+    from ray._private.authentication import authentication_token_setup
+
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def is_answered(address: str, seconds: float) -> bool:
+    """Return whether Ray's control service answers at an address within a time.
+
+    `ray.init` itself tries for minutes.
+    """
+    import grpc
+    from ray._private.gcs_utils import create_gcs_channel
+
+    channel = create_gcs_channel(address)
+    try:
+        grpc.channel_ready_future(channel).result(timeout=seconds)
+    except grpc.FutureTimeoutError:
+        return False
+    finally:
+        channel.close()
+    return True
+
+
+@contextmanager
+def loopback_alone() -> Iterator[None]:
+    """Have a new Ray listen on the loopback interface alone.
+
+    Ray takes `_node_ip_address="127.0.0.1"` for the machine's outer address, unless it is one that forms no clusters.
+    """
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def read_token_again() -> None:
+    """Have this process take its mode of authentication and its token from the environment again.
+
+    Ray reads them once in a process.
+    """
+    ray._raylet.Config.initialize("")
+    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager

@@ -4,12 +4,14 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from raycifar.cluster import ray_internals
 from raycifar.errors import RequestError
+from raycifar.machine import available_cpus
 
 GPU_WORKER_CPUS = 4  # a GPU's worker computes nothing on the CPU but its bookkeeping
 SMALLEST_SHARE = 0.25  # of a CPU; below, Ray's own processes starve and time out
@@ -31,10 +33,15 @@ class Workers:
     gpus: float = 0  # of each worker: a share of one GPU; 0 computes on the CPU
     accelerator: str | None = None  # the kind of GPU, in Ray's words; None takes any
     least: int | None = None  # of an elastic run, which takes up to `count`
+    mps: bool = False  # this process computes on Apple's GPU
 
     @property
     def use_gpu(self) -> bool:
         return self.gpus > 0
+
+    @property
+    def device(self) -> Literal["gpu", "cpu", "mps"]:
+        return "gpu" if self.use_gpu else "mps" if self.mps else "cpu"
 
     @property
     def share_gpus(self) -> bool:
@@ -76,12 +83,10 @@ def describe(resources: Resources) -> str:
 
 def in_process(device: str, cpus: float | None) -> Workers:
     """Return the sizing of a run without worker actors, for which Ray isn't started."""
-    import torch
+    from raycifar.engine.hardware import find_device
 
-    if device == "gpu" and not torch.cuda.is_available():
-        raise RequestError("--device gpu: this machine has no GPU that PyTorch can use.")
-    use_gpu = device != "cpu" and torch.cuda.is_available()
-    return Workers(0, cpus or torch.get_num_threads(), gpus=int(use_gpu))
+    found = find_device(device).type
+    return Workers(0, cpus or available_cpus(), gpus=int(found == "cuda"), mps=found == "mps")
 
 
 def size(
@@ -158,7 +163,8 @@ def size_trials(
     nodes = alive_nodes() + [resources for resources, extra in growth() or () for _ in range(extra)]
     if not cpus and (device == "cpu" or not any(node.get("GPU") for node in nodes)):
         free = [usable_cpus(node.get("CPU", 0)) for node in nodes]
-        cpus = largest_share(free, count * max(1, min(trials, sum(amount > 0 for amount in free)))) or None
+        each = largest_share(free, count * max(1, min(trials, sum(amount > 0 for amount in free))))
+        cpus = each if each >= SMALLEST_SHARE else None
     workers = size(count, device, cpus, gpus, accelerator)
     return workers, max(1, placeable(nodes, workers.resources) // count)
 

@@ -31,11 +31,12 @@ class Waiting:
             return self.text
         if now - self.checked > 10 * LOOK_SECONDS:
             self.started = now  # workers ran in between
-        self.checked, self.text = now, lacking(self.workers)
-        if self.text is None:
+        self.checked, missing = now, lacking(self.workers)
+        if missing is None:
             self.started = now
         elif now - self.started > self.seconds:
-            raise WorkError(f"after {self.seconds:g} s (--wait) there was still no room: {self.text}.")
+            raise WorkError(f"after {self.seconds:g} s (--wait) there was still no room: {missing}.")
+        self.text = missing and f"{missing}; for at most {self.seconds:g} s (--wait)"
         return self.text
 
 

@@ -9,10 +9,11 @@ import os
 import pickle
 import re
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import platformdirs
@@ -27,6 +28,7 @@ from raycifar.data import CIFAR100 as INFO
 from raycifar.data.synthetic import SYNTHETIC, synthetic
 from raycifar.data.tables import Source, to_table
 from raycifar.errors import RequestError
+from raycifar.machine import private_folder
 from raycifar.storage.files import URI, locate, open_file
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
@@ -38,7 +40,8 @@ LAYOUTS = (
     "CIFAR-100 is read as the official binary archive or its folder, as cifar-100-python (archive or folder), "
     "or as a folder of Parquet files with the columns img.bytes, fine_label and coarse_label"
 )
-SYNTHETIC_SIZE = re.compile(rf"{SYNTHETIC}:(\d+)")
+SYNTHETIC_SIZE = re.compile(rf"{SYNTHETIC}:(.*)")
+MOST_SYNTHETIC = 1_000_000  # images, 3 GB
 
 
 def load(name: str, seed: int = 0) -> Source:
@@ -50,9 +53,11 @@ def load(name: str, seed: int = 0) -> Source:
     if name == SYNTHETIC:
         return synthetic(seed=seed)
     if match := SYNTHETIC_SIZE.fullmatch(name):
-        if not (count := int(match[1])) or count % INFO.num_classes:
+        count = int(match[1]) if re.fullmatch(r"\d{1,9}", match[1]) else 0
+        if not 0 < count <= MOST_SYNTHETIC or count % INFO.num_classes:
             raise RequestError(
-                f"{name}: the number must be a multiple of {INFO.num_classes}, for equally many images of each class."
+                f"{name}: give {SYNTHETIC}: a multiple of {INFO.num_classes}, for equally many images of each class, "
+                f"at most {MOST_SYNTHETIC:,}."
             )
         return synthetic(count, seed=seed)
     filesystem, path = locate(fetch() if name == "cifar100" else name)
@@ -74,8 +79,15 @@ def absolute_name(name: str) -> str:
     return str(Path(name).expanduser().resolve())
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("RAYCIFAR_CACHE") or platformdirs.user_cache_path("raycifar"))
+def cache_folder(file: str | None = None) -> Path:
+    """Return this user's folder of downloads, or a private one if that can't be written and doesn't hold `file`."""
+    if given := os.environ.get("RAYCIFAR_CACHE"):
+        return Path(given)
+    folder = platformdirs.user_cache_path("raycifar")
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if (file and (folder / file).exists()) or os.access(nearest, os.W_OK):
+        return folder
+    return private_folder("raycifar", tempfile.gettempdir())
 
 
 def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
@@ -86,7 +98,7 @@ def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
     """
     file = PurePosixPath(url).name
     base = url.removesuffix(file)
-    store = pooch.create(path=cache_folder(), base_url=base, registry={file: f"md5:{md5}"}, retry_if_failed=2)
+    store = pooch.create(path=cache_folder(file), base_url=base, registry={file: f"md5:{md5}"}, retry_if_failed=2)
     pooch.get_logger().setLevel("ERROR")
     try:
         return Path(store.fetch(file, downloader=pooch.HTTPDownloader(progressbar=progress, timeout=30)))
@@ -108,7 +120,7 @@ def read_file(name: str, filesystem: fs.FileSystem, path: str) -> Source:
     return read_layout(name, contents.get, set(contents))
 
 
-def read_archive(name: str, stream: io.IOBase) -> dict[str, bytes]:
+def read_archive(name: str, stream: IO[bytes]) -> dict[str, bytes]:
     """Return the archive's files by base name, read in one pass and never unpacked.
 
     Raises:

@@ -110,8 +110,8 @@ def time_round(trainer: Trainer, stages: dict[str, Callable[[], None]], rates: d
 
 def clock(trainer: Trainer) -> float:
     """Return the time at which all workers are done."""
-    if trainer.device.type == "cuda":
-        torch.cuda.synchronize(trainer.device)
+    if trainer.device.type != "cpu":
+        torch.accelerator.synchronize(trainer.device)
     if dist.is_initialized():
         dist.barrier()
     return time.perf_counter()

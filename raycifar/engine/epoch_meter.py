@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from raycifar.engine.distributed import all_reduce_sum
+from raycifar.engine.hardware import WIDEST
 from raycifar.engine.loss import check_finite
 
 STEP_METRICS = ("num_images", "loss", "num_correct", "grad_norm")  # the first three are of this worker's images
@@ -50,7 +51,7 @@ class EpochMeter:
 
     def __init__(self, epoch: int, num_steps: int, first_step: int, totals: EpochTotals, device: torch.device) -> None:
         self.epoch = epoch
-        self.metrics = torch.zeros(num_steps, len(STEP_METRICS), dtype=torch.float64, device=device)
+        self.metrics = torch.zeros(num_steps, len(STEP_METRICS), dtype=WIDEST[device.type], device=device)
         self.totals = totals
         self.first_step = first_step
         self.began = time.perf_counter()

@@ -12,10 +12,11 @@ from raycifar.data import CIFAR100
 from raycifar.data.tables import to_lists, to_parquet
 from raycifar.engine.augment import preprocess
 from raycifar.engine.distributed import all_reduce_sum
+from raycifar.engine.hardware import WIDEST
 from raycifar.models import CIFAR, Preprocessing
 
 # Pixels scored at a time: few on a CPU, to save memory; many on a GPU, to keep it busy.
-PIXELS = {"cpu": 250 * CIFAR100.image_size**2, "cuda": 4000 * CIFAR100.image_size**2}
+PIXELS = {name: many * CIFAR100.image_size**2 for name, many in (("cpu", 250), ("cuda", 4000), ("mps", 1000))}
 BINS = 15  # of confidence, for the calibration error: Guo et al. (2017), arXiv:1706.04599
 
 
@@ -68,14 +69,14 @@ def score(logits: Tensor, labels: Tensor, coarse: Tensor, superclass_of: Sequenc
         images, loss (natural-log cross-entropy), top1, top5, superclass_top1 (of the predicted classes' superclasses),
         ece (expected calibration error over 15 bins of equal width).
     """
-    device = logits.device
+    device, dtype = logits.device, WIDEST[logits.device.type]
     counted = per_image(logits, labels, coarse, superclass_of)
-    totals = torch.stack([values.double().sum() for values in (torch.ones_like(labels), *counted.values())])
+    totals = torch.stack([values.to(dtype).sum() for values in (torch.ones_like(labels), *counted.values())])
 
-    confidence = logits.softmax(1).amax(1).double()
+    confidence = logits.softmax(1).amax(1).to(dtype)
     bin_of = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-    bins = torch.zeros((2, BINS), dtype=torch.float64, device=device)  # confidence, correct
-    for row, values in enumerate((confidence, counted["top1"].double())):
+    bins = torch.zeros((2, BINS), dtype=dtype, device=device)  # confidence, correct
+    for row, values in enumerate((confidence, counted["top1"].to(dtype))):
         bins[row].scatter_add_(0, bin_of, values)
     all_reduce_sum(totals, bins)
     num_images = totals[0].item()

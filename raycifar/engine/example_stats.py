@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from raycifar.data.tables import to_parquet
+from raycifar.engine.hardware import WIDEST
 from raycifar.storage.records import Rise
 
 COLUMNS = ("loss", "before", "margin", "seen", "rival", "votes")
@@ -80,7 +81,7 @@ def describe_rise(values: Tensor, index: Tensor) -> Rise | None:
         fraction: of the sum of all rises, due to the 1 % of images that rise most; indices: the first 12 of these.
     """
     seen = (values[:, [LOSS, BEFORE]] != UNSEEN).all(1)
-    rise = torch.where(seen, values[:, LOSS] - values[:, BEFORE], 0.0).clamp(min=0).double()
+    rise = torch.where(seen, values[:, LOSS] - values[:, BEFORE], 0.0).clamp(min=0).to(WIDEST[values.device.type])
     total = rise.sum()
     if not total > 0:
         return None

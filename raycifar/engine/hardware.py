@@ -9,9 +9,27 @@ from torch import nn
 
 from raycifar.engine.convolution import use_products
 from raycifar.engine.torch_internals import seed_cpu
+from raycifar.errors import RequestError
 from raycifar.models.recipe import Precision
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+DEVICES = {"gpu": "GPU", "mps": "GPU of Apple's"}
+WIDEST = {"cpu": torch.float64, "cuda": torch.float64, "mps": torch.float32}  # for sums
+
+
+def find_device(wanted: str) -> torch.device:
+    """Return the device of this process: auto is a GPU, Nvidia's or Apple's, if there is one, else the CPU.
+
+    Raises:
+        RequestError: there is no such device.
+    """
+    if wanted in ("auto", "gpu") and torch.cuda.is_available():
+        return torch.device("cuda")
+    if wanted in ("auto", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    if wanted not in ("auto", "cpu"):
+        raise RequestError(f"--device {wanted}: this machine has no {DEVICES[wanted]} that PyTorch can use.")
+    return torch.device("cpu")
 
 
 def set_up(device: torch.device, threads: int) -> None:
@@ -41,7 +59,8 @@ def retain_malloc_pages() -> None:
 
 def to_device(network: nn.Module, device: torch.device) -> nn.Module:
     """Return the network on the device, with the memory layout and convolutions that are fastest there."""
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    memory_format = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    network = network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
     if device.type == "cpu":
         use_products(network)
     return network
@@ -52,6 +71,8 @@ def seed(value: int, device: torch.device) -> None:
     seed_cpu(value)
     if device.type == "cuda":
         torch.cuda.manual_seed(value)
+    if device.type == "mps":
+        torch.mps.manual_seed(value)
 
 
 def choose_precision(wanted: Precision, device: torch.device) -> torch.dtype:
@@ -72,6 +93,8 @@ def gains_by_bfloat16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return False  # unproven
     able = torch.cpu.get_capabilities()
     vectors = able.get("avx512_bf16") and str(able.get("cpu_name")).startswith("AMD")
     return bool(vectors or able.get("amx_bf16") or able.get("bf16"))

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from raycifar.engine.hardware import WIDEST
 from raycifar.errors import FailureKind
 
-CHECK_STEPS = {"cpu": 1, "cuda": 200}  # between two checks that gradients are finite, which wait for a GPU
+CHECK_STEPS = {"cpu": 1, "cuda": 200, "mps": 200}  # between two checks that gradients are finite, which wait for a GPU
 
 
 class StopTrainingError(Exception):
@@ -39,7 +40,7 @@ def loss_and_counts(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[
     with torch.no_grad():
         num_correct = (logits.argmax(1) == labels).sum()
         num_images = torch.full((), float(len(logits)), device=logits.device)
-        counts = torch.stack([num_images, cross_entropy, num_correct]).double()
+        counts = torch.stack([num_images, cross_entropy, num_correct]).to(WIDEST[logits.device.type])
     return (1 - smoothing) * cross_entropy + smoothing * uniform, counts
 
 

@@ -1,6 +1,7 @@
 """A run's metrics for Prometheus, at each node's metrics port; `jobs/grafana.json` draws them."""
 
 from typing import Any
+from urllib.parse import quote
 
 from ray.util.metrics import Gauge
 
@@ -22,7 +23,7 @@ class Gauges:
 
     def __init__(self, run: str, model: str) -> None:
         self.values: dict[str, float] = {}
-        self.tags = {"run": run, "model": model}
+        self.tags = {"run": quote(run), "model": model}  # Ray takes ASCII
         tags = tuple(self.tags)
         self.gauges = {
             name: Gauge(f"raycifar_{name}", description=text, tag_keys=tags)

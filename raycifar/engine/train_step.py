@@ -118,4 +118,4 @@ class TrainStep:
             self.state.optimizer.step()
         self.state.optimizer.zero_grad()
         self.side_stream.join()
-        return torch.cat([counts, norm.double()[None]])
+        return torch.cat([counts, norm.to(counts.dtype)[None]])

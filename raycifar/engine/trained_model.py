@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from raycifar.data import CIFAR100
 from raycifar.engine.evaluate import predict
-from raycifar.engine.hardware import choose_precision, to_device
+from raycifar.engine.hardware import choose_precision, find_device, to_device
 from raycifar.errors import RequestError, WorkError
+from raycifar.machine import available_cpus
 from raycifar.models import Architecture
 from raycifar.models.recipe import Precision
 from raycifar.storage import weights as weights_file
@@ -34,17 +35,16 @@ class Trained:
     """A trained network on a device.
 
     Args:
-        device: auto, gpu or cpu. precision: to compute in.
+        device: auto, gpu, cpu or mps. precision: to compute in.
 
     Raises:
         RequestError: there is no such device.
     """
 
     def __init__(self, weights: Weights, device: str = "auto", precision: Precision = "auto") -> None:
-        if device == "gpu" and not torch.cuda.is_available():
-            raise RequestError("--device gpu: this machine has no GPU that PyTorch can use.")
+        torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
         self.weights = weights
-        self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        self.device = find_device(device)
         self.network = to_device(weights.build(), self.device)
         dtype = choose_precision(precision, self.device)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)

@@ -53,9 +53,9 @@ WARNED_EPOCHS = 3  # first epochs after which a network that doesn't learn is re
 class Job:
     """What the driver asks of the workers.
 
-    num_val_images, num_test_images: 0 leaves that split alone. gpus, threads: of each worker. in_process: without
-    worker actors. versions: the driver's. checkpoint_steps: between two checkpoints; 0: at the end of each epoch alone.
-    rungs: epochs after which the driver says whether to stop.
+    num_val_images, num_test_images: 0 leaves that split alone. gpus, threads: of each worker. device: cpu or mps, of
+    one that has no `gpus`. in_process: without worker actors. versions: the driver's. checkpoint_steps: between two
+    checkpoints; 0: at the end of each epoch alone. rungs: epochs after which the driver says whether to stop.
     """
 
     run: RunFolder
@@ -69,6 +69,7 @@ class Job:
     num_val_images: int
     num_test_images: int
     gpus: float
+    device: str
     threads: int
     in_process: bool
     versions: dict[str, str]
@@ -123,7 +124,7 @@ class Trainer:
         context = ray.train.get_context()
         self.job, self.recipe, self.run = job, job.recipe, job.run
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device() if job.gpus else torch.device("cpu")
+        self.device = ray.train.torch.get_device() if job.gpus else torch.device(job.device)
         self.architecture = job.initial.architecture
         self.preprocessing = self.architecture.preprocessing
         self.steps_per_epoch = steps_per_epoch(job.num_train_images, job.recipe.batch_size)
@@ -297,7 +298,7 @@ class Trainer:
         """Tell what trains on what: on the screen, and in the run's record, with the time at which training begins."""
         facts = ModelFacts(
             parameters=sum(p.numel() for p in self.state.model.parameters()),
-            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             threads=torch.get_num_threads(),
             precision=str(self.dtype).removeprefix("torch."),
         )
@@ -388,7 +389,7 @@ class Trainer:
         before, self.state.val_correct = self.state.val_correct, correct
         return {
             **{f"val_{name}": scores[name] for name in ("loss", "top1", "top5")},
-            "val_loss_se": (losses.double().std() / len(losses) ** 0.5).item(),
+            "val_loss_se": (losses.cpu().double().std() / len(losses) ** 0.5).item(),
             "val_gained": None if before is None else int((correct > before).sum()),
             "val_lost": None if before is None else int((correct < before).sum()),
         }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FILTERS = (64, 128, 256, 512, 512)
+DEEPEST = 100  # convolutions in a block
 PATCH = 27  # values of a patch of 3×3 pixels
 SMALLEST_VARIANCE = 5e-4  # of a component; less is noise
 LAYERS = (*((f"features.{k}.",) for k in range(len(FILTERS))), ("head.",))
@@ -27,12 +28,12 @@ class CnnRecipe(Recipe):
     """How the cnn is trained and built."""
 
     whiten: bool = option(False, "a first layer, computed from the images and not trained, that whitens 3x3 patches")
-    depth: int = option(1, "convolutions in each block")
+    depth: int = option(1, f"convolutions in each block, 1 to {DEEPEST}")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.depth < 1:
-            raise ValueError(f"depth is {self.depth}: it must be at least 1")
+        if not 1 <= self.depth <= DEEPEST:
+            raise ValueError(f"depth is {self.depth}: it must be from 1 to {DEEPEST}")
 
 
 SPEEDRUN = CnnRecipe(

@@ -22,8 +22,9 @@ Stage = Literal["head", "whole"]
 
 OPTIMIZERS = ("sgd", "adamw", "muon")
 LARGEST_IMAGE = 224  # pixels per side
+LARGEST = 10**9  # of any number: more is a slip
 FRACTIONS = ("warmup", "label_smoothing", "momentum", "dropout", "ema")
-KINDS = {
+KINDS: dict[type, tuple[Any, str]] = {
     bool: (bool, "true or false"),
     int: (numbers.Integral, "a whole number"),
     float: (numbers.Real, "a number"),
@@ -157,6 +158,8 @@ def check_type(name: str, value: Any, kind: Any, allowed: tuple[str, ...]) -> No
         raise ValueError(f"{name} is {value!r}: {wanted} is needed")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}: a finite number is needed")
+    if kind in (int, float) and value > LARGEST:
+        raise ValueError(f"{name} is {value}: it must be at most {LARGEST:,}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from pyarrow import fs
 
 from raycifar import models
 from raycifar.errors import DamagedFileError, RequestError, notice
-from raycifar.models.recipe import Recipe, field_types, nearest
+from raycifar.models.recipe import LARGEST, Recipe, field_types, nearest
 from raycifar.storage.files import locate, read_file
 from raycifar.storage.run_folder import RUN, RunFolder
 
@@ -139,7 +139,10 @@ def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
         if owners := models_with(name):
             raise ValueError(f"{name} is an option of {', '.join(owners)}, not of {model}")
         raise ValueError(f"a recipe has no field {name!r}; the nearest is {nearest(name, known)!r}")
-    values = {name: float(v) if known[name] is float and type(v) is int else v for name, v in values.items()}
+    values = {
+        name: float(v) if known[name] is float and type(v) is int and abs(v) <= LARGEST else v
+        for name, v in values.items()
+    }
     if isinstance(epochs := values.get("epochs"), int) and epochs < base.epochs:
         values = {"head_epochs": max(0, min(base.head_epochs, epochs - 1)), **values}
     if base.pretrained == "imagenet" and values.get("pretrained", "none") not in ("imagenet", "none"):

@@ -17,7 +17,7 @@ from raycifar.errors import RequestError, WorkError
 from raycifar.storage.run_folder import BENCH, BENCH_CHART, PLAN_CHART, RUN, RunFolder
 from raycifar.workflows import planning
 from raycifar.workflows.planning import INTERCONNECTS, Measured, Place, Plan
-from raycifar.workflows.requests import TrainingRequest, to_arguments
+from raycifar.workflows.requests import TrainingRequest, check_value, to_arguments
 from raycifar.workflows.training import fit, prepare
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def bench(
         raise RequestError("an elastic run can't be timed: give --workers one number.")
     if plan is None and (interconnect or price_per_hour is not None):
         raise RequestError("--interconnect and --price-per-hour are for a plan: give --plan, such as --plan 1,2,4,8.")
+    check_value("price_per_hour", float | None, price_per_hour, least=0)
     counts = planning.parse_plan(plan, request.recipe) if plan is not None else []
     if counts and counts[-1] > 1 and request.workers == 0 and interconnect is None:
         raise RequestError(

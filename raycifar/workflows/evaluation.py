@@ -42,8 +42,7 @@ class EvaluationRequest(WorkerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.count == 0:
-            self.check_no_gpu_is_chosen("--workers 0")
+        self.check_workers(self.count)
 
 
 def evaluate(
@@ -99,6 +98,7 @@ class Scorer:
 
     weights: "Weights"
     precision: Any
+    device: str
     gpus: float
     threads: int
 
@@ -110,7 +110,7 @@ class Scorer:
 
         torch.set_num_threads(self.threads)
         limit_gpu_memory(self.gpus)
-        self.trained = Trained(self.weights, "gpu" if self.gpus else "cpu", self.precision)
+        self.trained = Trained(self.weights, self.device, self.precision)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return, for a batch with columns image and index, index and logits."""
@@ -152,6 +152,7 @@ def ask(
     scorer = {
         "weights": weights,
         "precision": precision,
+        "device": workers.device,
         "gpus": workers.gpus,
         "threads": workers.threads,
     }

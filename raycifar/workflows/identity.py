@@ -100,7 +100,7 @@ def record(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any]
             **({} if workers.least is None else {"least_workers": workers.least}),
             "cpus_per_worker": workers.cpus,
             **({"gpus_per_worker": workers.gpus} if workers.use_gpu else {}),
-            "device": "gpu" if workers.use_gpu else "cpu",
+            "device": workers.device,
             "created": (folder.read_json(RUN) or {}).get("created", now),
             "versions": versions(),
         },

@@ -1,13 +1,12 @@
 """What a request would train, on what and for how long, without starting anything."""
 
-import os
 import time
 from contextlib import ExitStack
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from raycifar import models
-from raycifar.cluster import ray_internals
+from raycifar.cluster.connection import cluster_address
 from raycifar.engine.order import steps_per_epoch
 from raycifar.storage.run_folder import RunFolder
 from raycifar.workflows.identity import Inputs, earlier_result, identify, overview
@@ -34,10 +33,11 @@ def preview(request: TrainingRequest, screen: "Screen", connection: ExitStack, *
         identity = identify(request, inputs)
     screen.lines(inputs.start.notes)
     finished = earlier_result(folder, identity)
-    if request.workers == 0 or os.environ.get("RAY_ADDRESS") or ray_internals.is_part_of_cluster():
+    if request.workers == 0 or cluster_address():
         workers = str(allocate_workers(request, folder, connection, debug=debug))
     else:
-        workers = f"{request.workers or 'one'}, in a Ray that is started on this machine"
+        unchecked = f"; whether it has {request.accelerator} can't be told before" if request.accelerator else ""
+        workers = f"{request.workers or 'one'}, in a Ray that is started on this machine{unchecked}"
     num_steps = steps_per_epoch(len(inputs.splits.train), request.recipe.batch_size)
     facts = {**overview(identity, workers, folder.folder), "steps": f"{num_steps:,} in each epoch"}
     screen.facts(request.name, facts | {"time": estimate(request, inputs)})
@@ -48,9 +48,9 @@ def estimate(request: TrainingRequest, inputs: Inputs) -> str:
     """Return about how long training takes on this machine's CPU, from its rate in matrix products, in words."""
     import torch
 
-    from raycifar.engine.hardware import choose_precision
+    from raycifar.engine.hardware import choose_precision, find_device
 
-    if torch.cuda.is_available() and request.device != "cpu":
+    if request.device != "cpu" and find_device("auto").type != "cpu":
         return "on a GPU: raycifar bench measures it"
     dtype = choose_precision(request.recipe.precision, torch.device("cpu"))
     a, b = torch.ones(2, PROBE, PROBE, dtype=dtype)

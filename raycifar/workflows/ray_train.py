@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import fsspec
 from pyarrow import fs
@@ -52,7 +53,7 @@ def build_trainer(run: "PreparedRun", work: Work | None = None) -> StoppableTrai
         # NCCL takes no two workers on one GPU; None is Ray Train's choice.
         torch_config=TorchConfig(backend="gloo" if workers.share_gpus else None),
         run_config=RunConfig(
-            name=folder.name,
+            name=quote(folder.name),  # a tag of metrics, so in ASCII
             # Ray Train stores nothing: what it writes to see whether it could goes to this process's memory.
             storage_path="/raycifar",
             storage_filesystem=fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem("memory"))),
@@ -77,6 +78,7 @@ def build_job(run: "PreparedRun") -> Job:
         num_val_images=len(inputs.splits.val),
         num_test_images=len(inputs.splits.test) if request.test else 0,
         gpus=run.workers.gpus,
+        device="mps" if run.workers.mps else "cpu",
         threads=run.workers.threads,
         in_process=run.workers.count == 0,
         versions=versions(),

@@ -1,24 +1,28 @@
 """What can be asked for: each option once, with its default and its help, for the commands and the Python API alike."""
 
 import difflib
+import math
 import os
 import re
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal, Self, get_args
 
 from raycifar import models
 from raycifar.errors import RequestError
-from raycifar.models.recipe import Recipe
+from raycifar.models.recipe import LARGEST, Recipe
 from raycifar.models.recipes import choose_recipe, recipe_fields, recipe_for, recipe_from_json
 
 WorkerCount = int | tuple[int, int] | None
-Device = Literal["auto", "gpu", "cpu"]
+Device = Literal["auto", "gpu", "cpu", "mps"]
 
 SMALLEST_GPU_SHARE = 0.0001  # Ray's unit
 MAX_ELASTIC_WORKERS = 64  # the images are cut wherever a shard of any of the numbers begins
+MAX_WORKERS = MAX_TRIALS = 10_000  # more is a slip
+MAX_SEED = 2**63 - 1  # of PyTorch's generators
+LONGEST_NAME = 200  # bytes; file systems take 255
 
 
 def setting(
@@ -26,15 +30,17 @@ def setting(
     help: str,  # noqa: A002 (click's own word)
     *,
     least: float | None = None,
+    most: float = LARGEST,
     env: str | None = None,
     metavar: str | None = None,
 ) -> Any:
     """Return a field that is an option of the commands, too.
 
     Args:
-        least: the smallest value that makes sense. env: a variable of the environment that sets the default.
+        least, most: the smallest and the largest value that make sense. env: a variable of the environment that sets
+            the default.
     """
-    metadata = {"help": help, "least": least, "env": env, "metavar": metavar, "default": default}
+    metadata = {"help": help, "least": least, "most": most, "env": env, "metavar": metavar, "default": default}
     if env:
         return field(default_factory=lambda: os.environ.get(env) or default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -44,7 +50,7 @@ def setting(
 class WorkerSettings:
     """What each worker computes on."""
 
-    device: Device = setting("auto", "GPUs where there are any, or one kind alone.")
+    device: Device = setting("auto", "GPUs where there are any, or one kind alone; mps is Apple's, for --workers 0.")
     cpus_per_worker: float | None = setting(None, "CPUs, so threads.  [fair share]")
     gpus_per_worker: float = setting(1.0, "A share of a GPU, above 0, at most 1.")
     accelerator: str | None = setting(None, "The kind of GPU, such as H100.  [any]")
@@ -52,7 +58,7 @@ class WorkerSettings:
     def __post_init__(self) -> None:
         for f in fields(self):
             if f.metadata:
-                check_value(f.name, f.type, f.metadata["least"], getattr(self, f.name))
+                check_value(f.name, f.type, getattr(self, f.name), f.metadata["least"], f.metadata["most"])
         if self.cpus_per_worker is not None and not self.cpus_per_worker > 0:
             raise RequestError(f"--cpus-per-worker {self.cpus_per_worker}: it must be above 0.")
         if not SMALLEST_GPU_SHARE <= self.gpus_per_worker <= 1:
@@ -73,6 +79,15 @@ class WorkerSettings:
                     f"{option} is for workers on GPUs, which {where} has none of: leave one of them out."
                 )
 
+    def check_workers(self, workers: WorkerCount) -> None:
+        """Check that so many workers can have what is asked for; 0 is this process."""
+        if workers == 0:
+            self.check_no_gpu_is_chosen("--workers 0")
+            if self.cpus_per_worker and self.cpus_per_worker > (most := os.cpu_count() or 1):
+                raise RequestError(f"--cpus-per-worker {self.cpus_per_worker:g}: this machine has {most} CPUs.")
+        elif self.device == "mps":
+            raise RequestError("--device mps is for --workers 0: Ray's workers can't use Apple's GPU.")
+
     def settle(self, **values: Any) -> None:
         """Settle a default that depends on other values."""
         for name, value in values.items():
@@ -83,10 +98,10 @@ class WorkerSettings:
 class Settings(WorkerSettings):
     """What training one model and comparing several have in common."""
 
-    seed: int = setting(0, "Of the split, the first weights and every epoch; the first of several.", least=0)
+    seed: int = setting(0, "Of the split, the first weights and every epoch.", least=0, most=MAX_SEED)
     data: str = setting("cifar100", "cifar100, synthetic, path, URI.", env="RAYCIFAR_DATA")
-    val_size: int = setting(5000, "Training images held out, as many of each class.")
-    limit: int | None = setting(None, "Use only so many training images, as many of each class.")
+    val_size: int = setting(5000, "Training images held out, as many of each class.", least=0)
+    limit: int | None = setting(None, "Use only so many training images, as many of each class.", least=1)
     storage: str = setting("results", "Where runs are kept: a folder or a URI.", env="RAYCIFAR_STORAGE")
     max_failures: int = setting(3, "Restarts after a worker died.", least=0)
     wait: float = setting(1800, "Seconds for nodes to come or to be free.", least=0)
@@ -119,8 +134,9 @@ class TrainingRequest(Settings):
         recipe = recipe_from_json(self.model, vars(self.recipe)) if self.recipe else recipe_for(self.model)
         self.settle(recipe=recipe, name=name, workers=parse_workers(self.workers))
         super().__post_init__()
-        if self.workers == 0:
-            self.check_no_gpu_is_chosen("--workers 0")
+        self.check_workers(self.workers)
+        if self.workers:
+            check_batch_size(self.recipe, self.workers[1] if isinstance(self.workers, tuple) else self.workers)
         if isinstance(self.workers, tuple) and self.gpus_per_worker < 1:  # Ray Train would miscount the shares
             raise RequestError(
                 f"--gpus-per-worker {self.gpus_per_worker:g}: an elastic run takes whole GPUs; leave it out, or give "
@@ -148,12 +164,14 @@ class ComparisonRequest(Settings):
 
     recipes: Mapping[str, Recipe]
     fixed: frozenset[str] = frozenset()
-    seeds: int = setting(3, "Runs of each model, with seeds from --seed on.", least=1)
-    search: int = setting(0, "Trials that look for each model's best recipe.", least=0)
+    _: KW_ONLY
+    seed: int = setting(0, "Of the first of --seeds.", least=0, most=MAX_SEED)
+    seeds: int = setting(3, "Runs of each model, with seeds from --seed on.", least=1, most=MAX_TRIALS)
+    search: int = setting(0, "Trials that look for each model's best recipe.", least=0, most=MAX_TRIALS)
     space: str | None = setting(None, "TOML file of what a search varies.  [rate, decay, batch, smoothing, augment]")
     price_per_hour: float | None = setting(None, "Of one device: shows what training cost.", least=0)
     name: str = setting("", "The comparison's name; the same name continues it.  [compare and time]")
-    workers: int = setting(1, "Of each trial.", least=1)
+    workers: int = setting(1, "Of each trial.", least=1, most=MAX_WORKERS)
     max_trials: int | None = setting(None, "Trials at once.  [as many as the cluster holds]", least=1)
     checkpoint_steps: int = setting(200, "0: at the end of each epoch alone.", least=0)
 
@@ -161,6 +179,7 @@ class ComparisonRequest(Settings):
         self.settle(name=self.name or f"compare-{datetime.now():%Y%m%d-%H%M%S-%f}")
         super().__post_init__()
         check_name(self.name)
+        self.check_workers(self.workers)
         if self.search and not self.val_size:
             raise RequestError("--search chooses by validation accuracy: it needs --val-size above 0.")
         for recipe in self.recipes.values():
@@ -215,30 +234,35 @@ def path_to_text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def check_value(name: str, kind: Any, least: float | None, value: Any) -> Any:
-    """Return the value of an option, a whole number as a float where that is wanted.
+def check_value(name: str, kind: Any, value: Any, least: float | None = None, most: float = LARGEST) -> None:
+    """Check the value of an option.
 
     Raises:
-        RequestError: it is of another kind, or too small.
+        RequestError: it is of another kind, empty, not finite, too small or too large.
     """
     if kind == WorkerCount:
-        return value
+        return
     choices = get_args(kind)
     if isinstance(kind, types.UnionType):
         if value is None:
-            return None
+            return
         kind, choices = choices[0], ()
     if choices:
         if value not in choices:
             raise RequestError(f"{name} is {value!r}: choose from {', '.join(choices)}.")
-        return value
-    if kind is float and type(value) is int:
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        return
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
         raise RequestError(f"{name} is {value!r}: {KINDS[kind]} is needed.")
-    if least is not None and value < least:
-        raise RequestError(f"{name} is {value}: it must be at least {least:g}.")
-    return value
+    if kind is str and not value and name != "name":  # an empty name is the default one
+        raise RequestError(f"{name} is empty: give a value, or leave it out.")
+    if kind in (int, float):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RequestError(f"{name} is {value}: a finite number is needed.")
+        if least is not None and value < least:
+            raise RequestError(f"{name} is {value}: it must be at least {least:g}.")
+        if value > most:
+            raise RequestError(f"{name} is {value}: it must be at most {most:,}.")
 
 
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
@@ -259,6 +283,8 @@ def parse_workers(value: Any) -> WorkerCount:
         raise RequestError(
             f"--workers {value!r} is neither a number of workers, such as 4, nor a range, such as 1:4."
         ) from error
+    if counts[1] > MAX_WORKERS:
+        raise RequestError(f"--workers {value!r}: there can be at most {MAX_WORKERS:,}.")
     if counts[0] < bool(colon) or counts[1] < counts[0]:
         raise RequestError(f"--workers {value!r}: take 0 or more, or a range that begins at 1 or more and rises.")
     if colon and counts[1] > MAX_ELASTIC_WORKERS:
@@ -269,6 +295,10 @@ def parse_workers(value: Any) -> WorkerCount:
 def check_name(name: str) -> None:
     if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
         raise RequestError(f"--name {name!r} is no folder's name: use letters, digits, '-', '_' and '.'.")
+    if len(name.encode()) > LONGEST_NAME:
+        raise RequestError(
+            f"--name {name[:20]}… takes {len(name.encode())} bytes: a folder's name may have at most {LONGEST_NAME}."
+        )
 
 
 def check_batch_size(recipe: Recipe, workers: int) -> None:

@@ -1,0 +1,143 @@
+"""Every option of every command, with values that make no sense: refused in a sentence, before anything starts."""
+
+import importlib
+import re
+import signal
+import time
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from raycifar import cli, command
+from raycifar.data.sources import load
+from raycifar.errors import RequestError
+from raycifar.models.recipe import Recipe, field_types
+from raycifar.models.recipes import choose_recipe
+from raycifar.workflows import benchmark
+
+VALUES = ("-1", "0", str(10**30), "nan", "inf", "-inf", "")
+WORKERS = {"workers", "count"}
+PARSED = {*WORKERS, "plan", "against"}  # texts that are more than a text
+ZERO = {
+    "seed", "val_size", "max_failures", "wait", "checkpoint_steps", "search", "price_per_hour", "lr", "momentum",
+    "warmup", "weight_decay", "label_smoothing", "erasing", "mixup", "cutmix", "dropout", "ema", "clip_norm",
+    "head_epochs",
+}  # fmt: skip
+REQUIRED = {
+    "train": ("--model", "cnn"), "bench": ("--model", "cnn"), "compare": ("--models", "cnn"), "evaluate": ("a",),
+    "report": ("a",), "predict": ("a", "b"), "export": ("a", "--to", "onnx"), "recipes": ("cnn",), "prepare": ("a",),
+}  # fmt: skip
+
+
+class AcceptedError(Exception):
+    """The work would begin."""
+
+
+def commands(group: click.Group, context: click.Context):
+    for name in group.list_commands(context):
+        found = group.get_command(context, name)
+        yield from commands(found, context) if isinstance(found, click.Group) else [(name, found)]
+
+
+COMMANDS = dict(commands(cli.main, click.Context(cli.main)))
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run a command in this process up to where its work begins, and return its exit code and what it said."""
+
+    def leave(code, sentence=None, **options):
+        click.echo(sentence, err=True)
+        raise SystemExit(code)
+
+    def begin(*args, **options):
+        raise AcceptedError
+
+    monkeypatch.setattr(command, "leave", leave)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(command, "end_at_second_signal", lambda: None)
+    monkeypatch.setattr(benchmark, "prepare", begin)
+    for module, work in (
+        ("train", "training.train"), ("compare", "study.train_and_compare"), ("evaluate", "evaluate"),
+        ("report", "reporting.report"), ("predict", "predict_files"), ("export", "export"), ("data.__main__", "load"),
+    ):  # fmt: skip
+        importlib.import_module(f"raycifar.{module}")
+        monkeypatch.setattr(f"raycifar.{module}.{work}", begin)
+
+    def invoke(name, *args):
+        began = time.monotonic()
+        done = CliRunner().invoke(COMMANDS[name], [*REQUIRED.get(name, ()), *args])
+        assert time.monotonic() - began < 2
+        return done.exit_code, done.stderr
+
+    return invoke
+
+
+def takes(option: click.Parameter, value: str) -> bool:
+    """Whether a value is one that an option must take."""
+    if value == "0":
+        return option.name in ZERO | WORKERS
+    return False
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_value_that_makes_no_sense_is_refused_in_a_sentence(run, name):
+    options = [p for p in COMMANDS[name].params if isinstance(p, click.Option) and not p.is_flag]
+    for option in options:
+        text = option.type is click.STRING and option.name not in PARSED
+        for value in VALUES if not text else [""]:
+            more = ("--plan", "1,2") if option.name == "price_per_hour" and name == "bench" else ()
+            code, said = run(name, *more, option.opts[0], value)
+            asked = f"{name} {option.opts[0]} {value!r}: {code}, {said}"
+            if takes(option, value) and not (name == "compare" and option.name == "workers"):
+                assert "AcceptedError" in said, asked
+            else:
+                assert code == 2, asked
+                sentence = said.splitlines()[-1]
+                assert re.fullmatch(r"Error: .+\.", sentence), asked
+                assert value in sentence or "e+30" in sentence or "batch-size" in sentence, asked
+
+
+FIELDS = [(name, kind) for name, kind in field_types(Recipe).items() if kind in (int, float)]
+
+
+@pytest.mark.parametrize(("field", "kind"), FIELDS)
+def test_a_recipe_s_file_is_checked_as_its_options_are(field, kind, tmp_path):
+    for value in ("-1", str(10**30), str(10**400), "nan", "inf", '""', "true", "[]"):
+        (tmp_path / "a.toml").write_text(f"{field} = {value}")
+        with pytest.raises(RequestError, match=rf"^--recipe .*a.toml: {field} is [^\n]+\.$"):
+            choose_recipe("cnn", str(tmp_path / "a.toml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "says"),
+    [
+        ("train", ("--epochs", "-3"), "epochs is -3: it must be at least 1"),
+        ("train", ("--seed", 2**63), "seed is 9223372036854775808: it must be at most"),
+        ("train", ("--workers", 0, "--cpus-per-worker", 999), "--cpus-per-worker 999: this machine has"),
+        ("train", ("--workers", 0, "--cpus-per-worker", "inf"), "cpus_per_worker is inf: a finite number is needed"),
+        ("train", ("--workers", 1000), "--batch-size 128 leaves less than 2 images for each of 1000 workers"),
+        ("compare", ("--workers", 1000), "--batch-size 128 leaves less than 2 images for each of 1000 workers"),
+        ("train", ("--name", "a" * 300), "takes 300 bytes: a folder's name may have at most 200"),
+        ("train", ("--name", "../up"), "'../up' is no folder's name"),
+        ("train", ("--name", "a\x1b[2J"), r"'a\x1b[2J' is no folder's name"),
+        ("train", ("--name", ""), "--name is empty"),
+        ("compare", ("--name", ".."), "'..' is no folder's name"),
+        ("predict", ("",), "images is empty"),
+    ],
+)
+def test_what_can_t_be_is_refused_before_anything_starts(run, name, args, says):
+    code, said = run(name, *map(str, args))
+    assert code == 2
+    assert says in said
+
+
+def test_a_name_in_any_language_is_one(run):
+    assert "AcceptedError" in run("train", "--name", "ünï-日本")[1]
+
+
+@pytest.mark.parametrize("name", ["synthetic:abc", "synthetic:-1", "synthetic:0", f"synthetic:{10**12}", "synthetic:"])
+def test_a_number_of_synthetic_images_that_can_t_be_is_refused(name):
+    with pytest.raises(RequestError, match=f"^{name}: give synthetic: a multiple of 100"):
+        load(name)
