@@ -9,7 +9,7 @@ from pyarrow import fs
 
 from raycifar.data import CIFAR100, DatasetInfo
 from raycifar.errors import RequestError
-from raycifar.storage.files import URI, is_local, locate
+from raycifar.storage.files import URI, is_local, locate, open_file
 
 
 def find_images(location: str) -> Iterator[tuple[str, fs.FileSystem, str]]:
@@ -47,8 +47,8 @@ def read_image(filesystem: fs.FileSystem, path: str, info: DatasetInfo = CIFAR10
     Raises:
         ValueError: the file is damaged, or not an image.
     """
-    with filesystem.open_input_stream(path) as stream:
-        content = stream.read()
+    with open_file(filesystem, path) as file:
+        content = file.read()
     if not content:
         raise ValueError("the file is empty")
     try:

@@ -27,7 +27,7 @@ from raycifar.data import CIFAR100 as INFO
 from raycifar.data.synthetic import SYNTHETIC, synthetic
 from raycifar.data.tables import Source, to_table
 from raycifar.errors import RequestError
-from raycifar.storage.files import URI, locate
+from raycifar.storage.files import URI, locate, open_file
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
 MD5 = "03b5dce01913d631647c71ecec9e9cb8"
@@ -96,12 +96,12 @@ def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
 
 
 def read_file(name: str, filesystem: fs.FileSystem, path: str) -> Source:
-    with filesystem.open_input_file(path) as file:
+    with open_file(filesystem, path) as file:
         head = file.read(512)
     if head[:4] == b"PAR1":
         raise RequestError(f"{name} is a single Parquet file, so one split: give the folder of train and test files.")
-    with filesystem.open_input_stream(path, compression=None) as stream:
-        contents = read_archive(name, stream)
+    with open_file(filesystem, path) as file:
+        contents = read_archive(name, file)
     return read_layout(name, contents.get, set(contents))
 
 
@@ -141,8 +141,8 @@ def read_folder(name: str, filesystem: fs.FileSystem, path: str) -> Source:
     paths = {f.base_name: f.path for f in files}
 
     def read(base: str) -> bytes:
-        with filesystem.open_input_stream(paths[base]) as stream:
-            return stream.read()
+        with open_file(filesystem, paths[base]) as file:
+            return file.read()
 
     return read_layout(name, read, set(paths))
 
@@ -234,7 +234,7 @@ def read_parquet(name: str, filesystem: fs.FileSystem, paths: list[str]) -> Sour
 
 def parse_parquet(filesystem: fs.FileSystem, path: str, origin: str) -> pa.Table:
     try:
-        with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream) as parquet:
+        with open_file(filesystem, path) as stream, pq.ParquetFile(stream) as parquet:
             missing = {"img", "fine_label", "coarse_label"} - set(parquet.schema_arrow.names)
             if missing:
                 raise RequestError(f"{origin} lacks the columns {', '.join(sorted(missing))}. {LAYOUTS}.")

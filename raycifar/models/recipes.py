@@ -12,7 +12,7 @@ from pyarrow import fs
 from raycifar import models
 from raycifar.errors import RequestError
 from raycifar.models.recipe import Recipe, field_types, nearest
-from raycifar.storage.files import locate
+from raycifar.storage.files import locate, read_file
 from raycifar.storage.run_folder import RUN, RunFolder
 
 PURPOSES = {
@@ -97,8 +97,7 @@ def find_recipe(model: str, wanted: str, pretrained: str | None = None) -> Recip
     filesystem, path = locate(wanted)
     try:
         if filesystem.get_file_info(path).type == fs.FileType.File:
-            with filesystem.open_input_stream(path) as stream:
-                return parse_toml(model, stream.read(), pretrained)
+            return parse_toml(model, read_file(wanted), pretrained)
         run = RunFolder.at(wanted).read_json(RUN)
     except (OSError, ValueError) as error:
         raise RequestError(f"--recipe {wanted}: {error}.") from error

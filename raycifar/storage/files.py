@@ -1,8 +1,12 @@
 """Access to paths and URIs: local disks, object stores and web servers."""
 
+import errno
 import os
 import re
+import secrets
+import stat
 from pathlib import Path
+from typing import IO
 
 import fsspec
 import pyarrow as pa
@@ -11,6 +15,7 @@ from pyarrow import fs
 from raycifar.errors import RequestError
 
 URI = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+MOST_BYTES = 2**32  # of a file: weights of a thousand million parameters
 
 
 def locate(location: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
@@ -43,11 +48,47 @@ def read_file(location: str | os.PathLike[str]) -> bytes:
 
     Raises:
         RequestError: see `locate`.
-        OSError: the file can't be read.
+        OSError: the file can't be read; see `open_file`.
     """
-    filesystem, path = locate(location)
-    with filesystem.open_input_stream(path) as stream:
-        return stream.read()
+    with open_file(*locate(location)) as file:
+        return file.read()
+
+
+def open_file(
+    filesystem: fs.FileSystem, path: str, *, inside: str | None = None, most_bytes: int = MOST_BYTES
+) -> IO[bytes]:
+    """Open a file to be read. Nothing else than a file is waited for: no fifo, device or socket.
+
+    Args:
+        inside: a folder that the file must be in, links followed.
+
+    Raises:
+        OSError: it can't be opened, is not a file, is too large, or is outside the folder.
+    """
+    if not is_local(filesystem):
+        file = filesystem.open_input_file(path)
+        size = file.size()
+    else:
+        if inside and not Path(path).resolve().is_relative_to(Path(inside).resolve()):
+            raise PermissionError(errno.EACCES, "it is a link to a place outside the folder", path)
+        file = open(path, "rb", opener=open_regular)  # noqa: SIM115 (the caller closes it)
+        size = os.fstat(file.fileno()).st_size
+    if size > most_bytes:
+        file.close()
+        raise OSError(errno.EFBIG, f"it has {size:,} bytes, and {most_bytes:,} are read at most", path)
+    return file
+
+
+def open_regular(path: str, flags: int) -> int:
+    """Return a descriptor of a regular file; a fifo without a writer would otherwise be waited for."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, "it is a device, a pipe or a socket, not a file", path)
 
 
 def is_local(filesystem: fs.FileSystem) -> bool:
@@ -62,12 +103,14 @@ def write_whole(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
+    part = target.with_name(f".{secrets.token_hex(8)}.part")
+    file = part.open("xb")  # not through a link: it fails if anything is there
     try:
-        with part.open("wb") as file:
+        with file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(target)
-    finally:
+    except BaseException:
         part.unlink(missing_ok=True)
+        raise

@@ -28,7 +28,7 @@ from typing import Any
 from pyarrow import fs
 
 from raycifar.errors import RequestError, StorageError
-from raycifar.storage.files import URI, is_local, locate, write_whole
+from raycifar.storage.files import URI, is_local, locate, open_file, write_whole
 from raycifar.storage.records import EpochRecord, finite
 
 RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
@@ -86,8 +86,8 @@ class RunFolder:
         """Return a file's content, or None if it doesn't exist."""
         filesystem, folder = self._location
         try:
-            with filesystem.open_input_stream(f"{folder}/{file}") as stream:
-                return stream.read()
+            with open_file(filesystem, f"{folder}/{file}", inside=folder) as opened:
+                return opened.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
