@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from raycifar.errors import RequestError, StorageError, WorkError
+from raycifar.errors import RequestError, StorageError, WorkError, shown
 
 UNTIL_EXIT = ExitStack()  # holds the connection to Ray, which `leave` closes
 
@@ -71,7 +71,7 @@ def leave(code: int, sentence: str | None = None, *, quiet: bool = False) -> Non
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if sentence:
-        click.echo(sentence, err=True)
+        click.echo(shown(sentence), err=True)
     if quiet:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Ray's C++ core writes to the descriptor
     ray = sys.modules.get("ray")  # perhaps half imported by another thread

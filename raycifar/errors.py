@@ -50,3 +50,8 @@ def in_a_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     line = lines[-1 if any(line.startswith("Traceback") for line in lines) else 0]
     return line.removeprefix("raycifar.errors.StorageError: ").rstrip(".: ")
+
+
+def shown(text: str) -> str:
+    """Return text with its control characters, which a terminal would obey, as escapes; line ends stay."""
+    return "".join(c if c.isprintable() or c in "\n\N{NO-BREAK SPACE}" else ascii(c)[1:-1] for c in text)

@@ -21,13 +21,16 @@ def main(debug: bool, network: str, images: tuple[str, ...], as_json: bool, devi
     """Print the five likeliest classes of each image.
 
     RUN is the folder of a finished run, WEIGHTS a weights file that raycifar wrote. IMAGES are files, folders or
-    URIs, of any size and mode. If an image can't be read, the others are still classified, and the exit code is 1.
+    URIs, of any size and mode; hidden files, and what is no image, are passed over in a folder. If an image can't be
+    read, the others are still classified, and the exit code is 1.
     """
-    answers = predict_files(network, images, device)
+    answers, others = predict_files(network, images, device)
     if as_json:
         click.echo(json.dumps(answers, indent=2))
     else:
         Screen().console.print(predictions_table(answers))
+    if others:
+        click.echo(f"{others} file{'s' * (others > 1)} passed over: not an image.", err=True)
     if broken := [f"{answer['image']}: {answer['error']}" for answer in answers if "error" in answer]:
         raise WorkError(f"{len(broken)} of {len(answers)} images can't be read: {'; '.join(broken)}.")
 

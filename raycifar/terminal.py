@@ -4,19 +4,32 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from raycifar.cluster.status import Phase, StatusStore, StepStatus, WorkerStatus
+from raycifar.errors import shown
 from raycifar.storage.records import EpochRecord
 from raycifar.workflows.trial import Trial, TrialStatus
 
 POLL_SECONDS = 0.25
 LINE_SECONDS = 30  # between two plain lines about the same step
+
+
+class PlainConsole(Console):
+    """Shows all text as it is: no markup, no emoji codes, no control characters are obeyed."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, force_jupyter=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(shown(text), **options)
 
 
 class Screen:
@@ -27,11 +40,11 @@ class Screen:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(highlight=False, quiet=quiet, force_jupyter=False)
+        self.console = PlainConsole(quiet=quiet)
         self.console.soft_wrap = not self.console.is_terminal
 
     def say(self, text: str = "") -> None:
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
     def lines(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -39,14 +52,14 @@ class Screen:
 
     def facts(self, title: str, pairs: dict[str, str]) -> None:
         width = max(map(len, pairs))
-        self.console.print(title, style="bold", markup=False)
+        self.console.print(title, style="bold")
         self.lines(f"  {name:<{width}}  {value}" for name, value in pairs.items())
 
     @contextmanager
     def waiting(self, for_what: str) -> Iterator[None]:
         """Show what the program waits for."""
         if self.console.is_terminal:
-            with self.console.status(f"{for_what} …"):
+            with self.console.status(self.console.render_str(f"{for_what} …")):
                 yield
         else:
             self.say(f"{for_what} …")
@@ -108,10 +121,10 @@ class Screen:
             yield PlainLine(self.say)
             return
         bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[metrics]}"),
+            TextColumn("{task.fields[metrics]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=self.console,
         )
@@ -158,7 +171,7 @@ class LiveLine:
 
     def show(self, doing: str, step: StepStatus | None) -> None:
         if step is None:
-            self.bar.update(self.task, description=doing, total=None, completed=0, metrics="")
+            self.bar.update(self.task, description=shown(doing), total=None, completed=0, metrics="")
             self.epoch = 0
             return
         if step.epoch != self.epoch:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import struct
 
@@ -13,9 +14,11 @@ from PIL import Image
 from pyarrow import fs
 
 from raycifar.data.names import COARSE, FINE
-from raycifar.data.pictures import read_image
+from raycifar.data.pictures import decode, find_images, read_image
+from raycifar.errors import RequestError
 from raycifar.models import Architecture
 from raycifar.storage.weights import to_file
+from raycifar.workflows.prediction import read_images
 
 LOCAL = fs.LocalFileSystem()
 
@@ -42,7 +45,7 @@ def weights(tmp_path):
 
 
 def predict(*args, code=0):
-    return finish(Predict(*args, storage=None), code)
+    return finish(Predict(*args, storage=None, env={"COLUMNS": "400"}), code)
 
 
 def test_the_names_are_the_data_set_s(cifar):
@@ -86,6 +89,91 @@ def test_transparency_is_white_and_exif_turns(tmp_path, photo):
     assert turned[2, 4, 16] > 200 > 60 > turned[0, 4, 16]
 
 
+GRAY = np.tile(np.linspace(0, 255, 96).astype(np.uint8), (64, 1))
+EXIF_OF_A_CAMERA = (  # of a picture that is upside down: its resolution is -1/0, for "not known"
+    b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 0x011A, 10, 1, 38)
+    + struct.pack("<HHII", 0x0112, 3, 1, 3) + b"\0\0\0\0" + struct.pack("<ii", -1, 0)
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "exif"),
+    [
+        ("16-bit.png", GRAY.astype(np.uint16) * 257, b""),
+        ("8-in-32-bit.tif", GRAY.astype(np.int32), b""),
+        ("16-in-32-bit.tif", GRAY.astype(np.int32) * 257, b""),
+        ("0-to-1.tif", GRAY.astype(np.float32) / 255, b""),
+        ("camera.jpg", np.rot90(GRAY, 2), EXIF_OF_A_CAMERA),
+        ("garbled-exif.jpg", GRAY, b"Exif\0\0II*\0\xff\xff\xff\xff garbled"),
+    ],
+)
+def test_pictures_of_one_scene_are_read_alike(tmp_path, name, pixels, exif):
+    Image.fromarray(pixels).save(tmp_path / name, **({"exif": exif, "quality": 95} if exif else {}))
+    Image.fromarray(GRAY).save(tmp_path / "plain.png")
+    read, plain = (read_image(LOCAL, str(tmp_path / file)).astype(int) for file in (name, "plain.png"))
+    assert np.abs(read - plain).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("pixels", "said"),
+    [
+        (GRAY.astype(np.int32) * 2**23, r"range from 0 to 2.139e\+09, and which is white isn't known"),
+        (GRAY.astype(np.int32) - 1, "range from -1 to 254"),
+        (GRAY.astype(np.float32), "range from 0 to 255"),
+        (np.full((9, 9), np.nan, np.float32), "range from nan to nan"),
+    ],
+)
+def test_numbers_of_an_unknown_range_are_not_guessed_at(tmp_path, pixels, said):
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=said):
+        read_image(LOCAL, str(tmp_path / "a.tif"))
+    with pytest.raises(RequestError, match=said):
+        read_images(Image.fromarray(pixels))
+
+
+def test_no_program_is_started_to_open_a_picture(tmp_path, photo):
+    photo.save(tmp_path / "photo.jpg", "EPS")
+    with pytest.raises(ValueError, match="not an image of a known format"):
+        read_image(LOCAL, str(tmp_path / "photo.jpg"))
+
+
+def test_a_picture_of_a_given_size_is_looked_at_before_it_is_decoded(tmp_path):
+    content = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(content, "png")
+    with pytest.raises(ValueError, match=r"^it has 9000×9000 pixels, not 32×32$"):
+        decode(content.getvalue(), (32, 32))
+    broken = content.getvalue()[:-40]
+    with pytest.raises(ValueError, match="9000×9000"):
+        decode(broken, (32, 32))
+
+
+def test_only_the_images_of_a_folder_are_found(tmp_path, photo):
+    for name in ("a.png", "b", ".hidden.png", ".hidden/c.png", "more/d.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        photo.save(tmp_path / name, "png")
+    (tmp_path / "more/again").symlink_to(tmp_path)
+    (tmp_path / "e.jpg").write_text("claims to be an image")
+    for name in ("notes.txt", "LICENSE", "data.bin"):
+        (tmp_path / name).write_text("no image, and not named as one")
+    os.mkfifo(tmp_path / "fifo")
+    os.mkfifo(tmp_path / "fifo.png")
+    found, others = find_images(str(tmp_path))
+    assert [file.name.removeprefix(f"{tmp_path}/") for file in found] == [
+        "a.png",
+        "b",
+        "e.jpg",
+        "fifo.png",
+        "more/d.webp",
+    ]
+    assert others == 4
+    with pytest.raises(OSError, match="not a file"):
+        read_image(LOCAL, str(tmp_path / "fifo.png"))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/notes.txt").write_text("")
+    with pytest.raises(RequestError, match="texts holds no images, but 1 other file"):
+        find_images(str(tmp_path / "texts"))
+
+
 def test_a_wide_image_is_cut_to_its_middle(tmp_path, photo):
     wide = Image.new("RGB", (300, 64), "lime")
     wide.paste(photo, (118, 0))
@@ -103,21 +191,31 @@ def test_a_folder_of_mixed_and_broken_files(tmp_path, weights, photo):
     (folder / "cut.jpg").write_bytes(stream.getvalue()[:2000])
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.png").write_text("no image")
+    (folder / "notes.txt").write_text("passed over")
+    photo.save(folder / "[red]c:smile:\x1b[31m.png")
+    (folder / os.fsdecode(b"\xff[")).mkdir()
+    (folder / os.fsdecode(b"\xff[/red].png")).write_bytes(b"no image")
     huge = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", 60000, 60000, 8, 2, 0, 0, 0) + b"\0" * 4
     (folder / "bomb.png").write_bytes(huge)
     done = predict(weights.parent, folder, "--json", code=1)
     answers = {answer["image"]: answer for answer in json.loads(done.stdout)}
-    assert list(answers) == [f"{folder}/{name}" for name in sorted(p.relative_to(folder) for p in folder.rglob("*.*"))]
+    assert list(answers) == sorted(str(path) for path in folder.rglob("*.*") if path.name != "notes.txt")
     good = [answer["top5"] for answer in answers.values() if "top5" in answer]
-    assert len(good) == 2
+    assert len(good) == 3
     for top5 in good:
         assert len(top5) == 5
         assert {guess["class"] for guess in top5} <= set(FINE)
         assert [g["probability"] for g in top5] == sorted((g["probability"] for g in top5), reverse=True)
-    assert "4 of 6 images can't be read" in done.stderr
+    assert "5 of 8 images can't be read" in done.stderr
     for name in ("cut.jpg", "empty.png", "text.png", "bomb.png"):
         assert f"{name}: " in done.stderr
     assert answers[f"{folder}/empty.png"]["error"] == "the file is empty"
+    assert "1 file passed over: not an image." in done.stderr
+    table = predict(weights.parent, folder, code=1)
+    assert r"/[red]c:smile:\x1b[31m.png" in table.stdout
+    for said in (table.stdout, table.stderr):
+        assert r"/\udcff[/red].png" in said
+        assert "\x1b" not in said
 
 
 def test_the_answer_is_the_network_s(tmp_path, weights, photo):

@@ -8,12 +8,13 @@ from threading import Thread
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from raycifar import terminal as room
 from raycifar.cluster.status import Failure, FailureCause, ModelFacts, Phase, StatusStore, StepStatus, WorkerStatus
 from raycifar.models.recipes import recipe_for
 from raycifar.storage.records import EpochRecord
-from raycifar.terminal import Screen, trial_lines, trial_table
+from raycifar.terminal import PlainConsole, Screen, trial_lines, trial_table
 from raycifar.workflows.background import alongside
 from raycifar.workflows.trial import Trial, TrialStatus
 
@@ -39,12 +40,29 @@ def trial(store):
 
 def screen(*, terminal: bool = False, **options) -> Screen:
     made = Screen()
-    made.console = Console(file=io.StringIO(), force_terminal=terminal, width=120, highlight=False, **options)
+    made.console = PlainConsole(file=io.StringIO(), force_terminal=terminal, width=120, **options)
     return made
 
 
 def said(made: Screen) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", made.console.file.getvalue())
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_no_name_is_obeyed(terminal):
+    """Markup and emoji codes of rich, an escape sequence, a carriage return and a byte that is no text."""
+    name, made = "[red]a[/b] :smile: \x1b]0;title\x07\r\udcff", screen(terminal=terminal)
+    table = Table(name)
+    table.add_row(name)
+    made.say(name)
+    made.facts(name, {"data": name})
+    made.console.print(table)
+    with made.waiting(name), made.line() as line:
+        line.show(name, None)
+    written = made.console.file.getvalue()
+    assert written.count(r"[red]a[/b] :smile: \x1b]0;title\x07\r\udcff") >= 6
+    assert "\x1b]" not in written
+    assert "\x07" not in written
 
 
 def follow(made, store, looks, waiting=lambda: None):

@@ -1,44 +1,87 @@
 """Image files: from any size and mode to the pixels of a data set's images, and back to PNG."""
 
+import contextlib
 import io
-from collections.abc import Iterator
+import mimetypes
+import warnings
+from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from pyarrow import fs
 
 from raycifar.data import CIFAR100, DatasetInfo
 from raycifar.errors import RequestError
-from raycifar.storage.files import URI, is_local, locate, open_file
+from raycifar.storage.files import URI, is_local, list_files, locate, open_file
+
+# Read by libraries. Pillow's other formats are rare, and one of them, EPS, starts a program: Ghostscript.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+MOST_BYTES = 2**28  # of an image file
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def find_images(location: str) -> Iterator[tuple[str, fs.FileSystem, str]]:
-    """Yield name, file system and path of an image file, or of each file in a folder and its subfolders.
+class ImageFile(NamedTuple):
+    """An image file: its name as the user knows it, and where it is."""
+
+    name: str
+    filesystem: fs.FileSystem
+    path: str
+
+    def is_image(self) -> bool:
+        """Return whether the file claims to be an image, by its suffix or else by its content."""
+        if kind := mimetypes.guess_type(self.path)[0]:
+            return kind.startswith("image/")
+        try:
+            with open_file(self.filesystem, self.path) as file, Image.open(file, formats=FORMATS):
+                return True
+        except Image.DecompressionBombError:
+            return True
+        except Exception:  # a damaged file may cause any
+            return False
+
+
+def find_images(location: str) -> tuple[list[ImageFile], int]:
+    """Return an image file, or those in a folder and its subfolders, and the number of other files, not hidden ones.
+
+    In a folder, an image is what has an image's suffix, or another unknown one and an image's content.
 
     Args:
         location: a local path or a URI.
 
     Raises:
-        RequestError: there are no files.
+        RequestError: there are no image files.
     """
     filesystem, path = locate(location)
     kind = filesystem.get_file_info(path).type
-    if kind == fs.FileType.File:
-        yield location, filesystem, path
-        return
     if kind == fs.FileType.NotFound:
         raise RequestError(f"{location} does not exist.")
-    files = [
-        entry.path
-        for entry in filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-        if entry.type == fs.FileType.File and not entry.base_name.startswith(".")
-    ]
-    if not files:
-        raise RequestError(f"{location} holds no files.")
-    for file in sorted(files):
+    if kind != fs.FileType.Directory:
+        return [ImageFile(location, filesystem, path)], 0
+    named = URI.match(location) or is_local(filesystem)
+    found, others = [], 0
+    for file in sorted(list_files(filesystem, path)):
         inside = file.removeprefix(path).lstrip("/")
-        named = URI.match(location) or is_local(filesystem)
-        yield f"{location.rstrip('/')}/{inside}" if named else file, filesystem, file
+        if any(part.startswith(".") for part in PurePosixPath(inside).parts):
+            continue
+        image = ImageFile(f"{location.rstrip('/')}/{inside}" if named else file, filesystem, file)
+        if image.is_image():
+            found.append(image)
+        else:
+            others += 1
+    if not found:
+        raise RequestError(
+            f"{location} holds no images" + f", but {others} other file{'s' * (others > 1)}" * (others > 0) + "."
+        )
+    return found, others
 
 
 def read_image(filesystem: fs.FileSystem, path: str, info: DatasetInfo = CIFAR100) -> np.ndarray:
@@ -46,19 +89,37 @@ def read_image(filesystem: fs.FileSystem, path: str, info: DatasetInfo = CIFAR10
 
     Raises:
         ValueError: the file is damaged, or not an image.
+        OSError: the file can't be read, or is too large.
     """
-    with open_file(filesystem, path) as file:
-        content = file.read()
+    with open_file(filesystem, path, most_bytes=MOST_BYTES) as file:
+        return to_pixels(decode(file.read()), info)
+
+
+def decode(content: bytes, size: tuple[int, int] | None = None) -> Image.Image:
+    """Return the picture that a file of any of `FORMATS` holds; no other program is started.
+
+    Args:
+        size: the width and height that it must have, which are looked at before it is decoded.
+
+    Raises:
+        ValueError: the file is damaged, not an image, too large, or of another size.
+    """
     if not content:
         raise ValueError("the file is empty")
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with warnings.catch_warnings(action="ignore"):
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            if size and image.size != size:
+                raise ValueError(f"it has {image.width}×{image.height} pixels, not {size[0]}×{size[1]}")
             image.load()
-            return to_pixels(image, info)
     except Image.UnidentifiedImageError as error:
         raise ValueError("it is not an image of a known format") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
+    except Exception as error:  # a damaged file may cause any
         raise ValueError(str(error).rstrip(".") or type(error).__name__) from error
+    return image
 
 
 def to_pixels(image: Image.Image, info: DatasetInfo = CIFAR100) -> np.ndarray:
@@ -66,10 +127,12 @@ def to_pixels(image: Image.Image, info: DatasetInfo = CIFAR100) -> np.ndarray:
 
     The image is rotated by its EXIF orientation, put on white where it is transparent, scaled until its shorter side
     fits, and cropped to its center.
+
+    Raises:
+        ValueError: its values have no known range, or no RGB.
     """
     size = (info.image_size, info.image_size)
-    upright = to_rgb(ImageOps.exif_transpose(image))
-    return np.asarray(ImageOps.fit(upright, size, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    return np.asarray(ImageOps.fit(to_rgb(upright(image)), size, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
 def to_png(pixels: np.ndarray) -> bytes:
@@ -79,12 +142,38 @@ def to_png(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Return the image rotated by its EXIF orientation; no other tag is read."""
+    orientation = None
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # damaged EXIF data may cause any
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    turn = ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the image in 8-bit RGB, on white where it is transparent; 16-bit gray is scaled, not clipped."""
-    if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.float64) / (65535 if np.asarray(image).max() > 255 else 255)
-        image = Image.fromarray((wide.clip(0, 1) * 255).round().astype(np.uint8))
+    """Return the image in 8-bit RGB, on white where it is transparent."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = to_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Return a gray image of 16 or 32 bits in 8.
+
+    White is 65,535 in 16 bits, 255 or 65,535 in integers of 32 bits, whichever holds all values, and 1 in real numbers.
+
+    Raises:
+        ValueError: a value is outside this range.
+    """
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    white = {"f": 1, "u": 65535}.get(values.dtype.kind) or (255 if high <= 255 else 65535)
+    if not 0 <= low <= high <= white:
+        raise ValueError(
+            f"its values range from {low:.4g} to {high:.4g}, and which is white isn't known: save it with 8 or 16 bits"
+        )
+    return Image.fromarray((values.astype(np.float32) * (255 / white) + 0.5).astype(np.uint8))

@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -89,6 +90,16 @@ def open_regular(path: str, flags: int) -> int:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     raise OSError(errno.EINVAL, "it is a device, a pipe or a socket, not a file", path)
+
+
+def list_files(filesystem: fs.FileSystem, folder: str) -> Iterator[str]:
+    """Yield the paths of the files in a folder and its subfolders; a link to a folder is not followed."""
+    if is_local(filesystem):
+        for path, _, names in os.walk(folder):
+            yield from (f"{path}/{name}" for name in names)
+        return
+    entries = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
+    yield from (entry.path for entry in entries if entry.is_file)
 
 
 def is_local(filesystem: fs.FileSystem) -> bool:

@@ -98,40 +98,46 @@ def read_images(images: Any) -> np.ndarray:
 def as_pixels(image: Any) -> np.ndarray:
     """Return an image, or a path's images, as (n, 3, 32, 32) uint8."""
     if isinstance(image, Image.Image):
-        return to_pixels(image)[None]
+        try:
+            return to_pixels(image)[None]
+        except (ValueError, OSError) as error:
+            raise RequestError(f"a PIL image can't be read: {error}.") from error
     if not isinstance(image, str) and not hasattr(image, "__fspath__"):
         return read_images(np.asarray(image.cpu() if hasattr(image, "cpu") else image))
     try:
-        return np.stack([read_image(filesystem, path) for _, filesystem, path in find_images(str(image))])
+        return np.stack([read_image(file.filesystem, file.path) for file in find_images(str(image))[0]])
     except (ValueError, OSError) as error:
         raise RequestError(f"{image} can't be read: {error}.") from error
 
 
-def predict_files(network: str, locations: Iterable[str], device: str = "auto") -> list[dict[str, Any]]:
+def predict_files(network: str, locations: Iterable[str], device: str = "auto") -> tuple[list[dict[str, Any]], int]:
     """Return `{image, top5: [{class, probability}]}` for each image file, or `{image, error}` if it can't be read.
 
     Args:
         network: a run's folder, or a weights file. locations: files, folders or URIs.
 
+    Returns:
+        The answers, and the number of files in the folders that are no images.
+
     Raises:
         RequestError: the network or a file doesn't exist.
     """
-    files = [file for location in locations for file in find_images(location)]  # a typo fails before PyTorch loads
+    found = [find_images(location) for location in locations]  # a typo fails before PyTorch loads
     model = Model(network, device)
     rows: list[dict[str, Any]] = []
     pixels = []
-    for name, filesystem, path in files:
+    for file in [file for files, _ in found for file in files]:
         try:
-            pixels.append(read_image(filesystem, path))
-            rows.append({"image": name})
+            pixels.append(read_image(file.filesystem, file.path))
+            rows.append({"image": file.name})
         except (ValueError, OSError) as error:
-            rows.append({"image": name, "error": str(error)})
+            rows.append({"image": file.name, "error": getattr(error, "strerror", None) or str(error)})
     if pixels:
         probabilities = iter(model.probabilities(np.stack(pixels)))
         for row in rows:
             if "error" not in row:
                 row["top5"] = likeliest(next(probabilities), model.class_names)
-    return rows
+    return rows, sum(others for _, others in found)
 
 
 def likeliest(probabilities: np.ndarray, class_names: tuple[str, ...]) -> list[dict[str, Any]]:
