@@ -97,7 +97,7 @@ def to_images(column: pa.Array | pa.ChunkedArray, info: DatasetInfo = CIFAR100) 
 def to_parquet(table: pa.Table) -> bytes:
     """Return the content of a Parquet file."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 
 
