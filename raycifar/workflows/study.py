@@ -32,6 +32,7 @@ from raycifar.storage.run_folder import (
     RunFolder,
 )
 from raycifar.workflows.background import alongside
+from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.identity import writing_first_file
 from raycifar.workflows.reporting import Refresher, explain, write_comparison, write_run
 from raycifar.workflows.requests import ComparisonRequest
@@ -94,6 +95,7 @@ def prepare(
         first = request.training(next(iter(recipes)))
         source, splits = read_images(first)
         starts = {model: load_initial_weights(model, recipe, source) for model, recipe in recipes.items()}
+    warn_of_leaks(source, screen)
     agreement = agree(folder, request, spaces, source, starts)
 
     with screen.waiting("Starting Ray"):

@@ -21,6 +21,7 @@ from raycifar.models.initial_weights import load_initial_weights
 from raycifar.models.recipe import Recipe
 from raycifar.storage.run_folder import REPORT_PAGE, RESULT, RunFolder
 from raycifar.workflows.background import alongside
+from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, record, writing_first_file
 from raycifar.workflows.reporting import Refresher, explain, write_run
 from raycifar.workflows.requests import TrainingRequest, check_batch_size
@@ -101,7 +102,9 @@ def prepare(
     """
     folder = RunFolder(request.storage, request.name)
     with screen.waiting(f"Reading {request.data}{and_weights([request.recipe])}"):
-        inputs = inputs or read_inputs(request)
+        given, inputs = inputs, inputs or read_inputs(request)
+    if given is None:
+        warn_of_leaks(inputs.source, screen)
     identity = identify(request, inputs)
     if result := earlier_result(folder, identity):
         return PreparedRun(request, folder, inputs, result=result)
