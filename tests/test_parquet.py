@@ -1,5 +1,6 @@
 """Parquet files of strangers: no type of theirs is ever made, and nothing but what is expected is read."""
 
+import contextlib
 import os
 import pickle
 from importlib import import_module
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raycifar.data.tables import to_parquet
 from raycifar.storage.parquet import ParquetError, read_parquet
 
 
@@ -122,6 +124,17 @@ def test_more_than_a_file_may_hold_is_refused_before_it_is_read(monkeypatch):
     monkeypatch.setattr("raycifar.storage.parquet.MOST_BYTES", 2**30 // 100)
     with pytest.raises(ParquetError, match="has 20,000 rows, not 1 to 10,000"):
         read_parquet(parquet({"x": np.zeros(20_000, np.int8)}), {"x": "integers"})
-    lists = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(1_500_000, np.int8)), 150)
     with pytest.raises(ParquetError, match=r"takes 0.011 GiB of memory; no more than 0.01 GiB"):
-        read_parquet(parquet({"x": lists}), {"x": "lists of integers"})
+        read_parquet(parquet({"x": pa.array([bytes(1_200_000) + bytes([k]) for k in range(10)])}), {"x": "bytes"})
+
+
+def test_what_raycifar_writes_is_read_as_it_was_or_not_at_all():
+    table = pa.table({"x": np.arange(1000), "top5": pa.FixedSizeListArray.from_arrays(pa.array(np.arange(5000)), 5)})
+    content = to_parquet(table)
+    wanted = read_parquet(content, {"x": "integers", "top5": "lists of integers"})
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        broken = bytearray(content)
+        broken[random.integers(len(broken))] ^= 1 << random.integers(8)
+        with contextlib.suppress(ParquetError):
+            assert read_parquet(bytes(broken), {"x": "integers", "top5": "lists of integers"}).equals(wanted)

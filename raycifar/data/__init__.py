@@ -11,7 +11,7 @@ Images are held in Arrow tables of three columns, and a fourth once they are spl
 from dataclasses import dataclass
 from typing import Final
 
-from raycifar.data.names import COARSE, FINE
+from raycifar.data.names import COARSE, FINE, SUPERCLASS_OF
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class DatasetInfo:
     """Facts about a data set, which travel with its images.
 
     image_size: pixels per side. mean, std: of the training images, per channel, for pixels from 0 to 1.
+    superclass_of: the superclass of each class, where it is fixed.
     """
 
     class_names: tuple[str, ...]
@@ -26,6 +27,7 @@ class DatasetInfo:
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    superclass_of: tuple[int, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -51,4 +53,5 @@ CIFAR100: Final = DatasetInfo(
     image_size=32,
     mean=(0.50708, 0.48655, 0.44092),
     std=(0.26733, 0.25644, 0.27615),
+    superclass_of=SUPERCLASS_OF,
 )

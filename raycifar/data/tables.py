@@ -58,12 +58,13 @@ class Splits:
 
 
 def to_table(
-    pixels: np.ndarray, fine: np.ndarray, coarse: np.ndarray, origin: str, info: DatasetInfo = CIFAR100
+    pixels: np.ndarray, fine: np.ndarray, coarse: np.ndarray | None, origin: str, info: DatasetInfo = CIFAR100
 ) -> pa.Table:
     """Return a table of images and their labels.
 
     Args:
-        pixels: (N, 3, H, W) or (N, 3 * H * W) uint8. fine, coarse: (N,) integers.
+        pixels: (N, 3, H, W) or (N, 3 * H * W) uint8. fine, coarse: (N,) integers; the second follow from the first
+            where they are None.
         origin: the start of an error's message.
 
     Raises:
@@ -72,11 +73,13 @@ def to_table(
     if not len(pixels):
         raise RequestError(f"{origin} holds no images.")
     for name, labels, count in (("fine", fine, info.num_classes), ("coarse", coarse, info.num_superclasses)):
-        if not 0 <= labels.min() <= labels.max() < count:
+        if labels is not None and not 0 <= labels.min() <= labels.max() < count:
             row = int(np.flatnonzero((labels < 0) | (labels >= count))[0])
             raise RequestError(
                 f"{origin}: the {name} label of image {row} is {labels[row]}; CIFAR-100's range from 0 to {count - 1}."
             )
+    if coarse is None:
+        coarse = np.array(info.superclass_of)[fine]
     buffer = pa.py_buffer(np.ascontiguousarray(pixels, np.uint8))
     return pa.table(
         {
@@ -97,7 +100,7 @@ def to_images(column: pa.Array | pa.ChunkedArray, info: DatasetInfo = CIFAR100) 
 def to_parquet(table: pa.Table) -> bytes:
     """Return the content of a Parquet file."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 
 

@@ -1,16 +1,23 @@
 """Summarizing a data set, and writing it as Parquet."""
 
-import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from raycifar.data import CIFAR100
+from raycifar.data.overlap import count_repeats
 from raycifar.data.pictures import to_png
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, to_images, to_parquet
+from raycifar.data.trees import MOST_IMAGES
 from raycifar.errors import RequestError
 from raycifar.storage.files import locate, write_whole
+
+if TYPE_CHECKING:
+    from raycifar.terminal import Screen
+
+LEAKED = 0.002  # fraction of the test images
 
 
 def summarize(source: Source) -> dict[str, str]:
@@ -18,12 +25,14 @@ def summarize(source: Source) -> dict[str, str]:
     pixels = to_images(source.train["image"]) / np.float32(255)
     colors = zip(("red", "green", "blue"), pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)), strict=True)
     spread = " ".join(f"{name} {mean:.4f} ± {std:.4f}" for name, mean, std in colors)
+    repeats = count_repeats(source)
     return {
         "fingerprint": source.fingerprint(),
         "training images": count(source.train),
         "test images": count(source.test),
         "pixels": f"{spread} in the training images, from 0 to 1",
-        "duplicates": count_duplicates(source),
+        "duplicates": f"{repeats.within_training} training images repeat another; {repeats.test_in_training} test "
+        "images are also among the training images",
     }
 
 
@@ -33,6 +42,8 @@ def write_parquet(source: Source, destination: str) -> None:
     Raises:
         RequestError: the folder can't be written, or holds other data.
     """
+    if len(source.train) > MOST_IMAGES:
+        raise RequestError(f"{source.name} has more than the {MOST_IMAGES:,} training images that are read from files.")
     filesystem, path = locate(destination)
     try:
         for split in ("train", "test"):
@@ -50,16 +61,14 @@ def count(table: pa.Table) -> str:
     return f"{len(table):,}, {spread} of each of {classes}"
 
 
-def count_duplicates(source: Source) -> str:
-    """Return how many images are equal, pixel by pixel, to another."""
-    train, test = (
-        [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in to_images(table["image"])]
-        for table in (source.train, source.test)
-    )
-    distinct = set(train)
-    both = sum(digest in distinct for digest in test)
-    within = len(train) - len(distinct)
-    return f"{within} training images repeat another; {both} test images are also among the training images"
+def warn_of_leaks(source: Source, screen: "Screen") -> None:
+    """Say so where test images are among the training images: more than those of CIFAR-100 itself, 10 of 10,000."""
+    leaked = count_repeats(source).test_in_training
+    if leaked > LEAKED * len(source.test):
+        screen.say(
+            f"WARNING: {leaked:,} of the {len(source.test):,} test images are also among the training images. The test "
+            "accuracy will say little about new images: check --data."
+        )
 
 
 def to_hub_layout(table: pa.Table) -> pa.Table:

@@ -12,6 +12,7 @@ from raycifar.data import CIFAR100
 from raycifar.data.tables import Source, from_lists, take, to_images, to_lists
 from raycifar.models.recipes import read_run
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, MANIFEST, PREDICTIONS, RunFolder
+from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.reporting import is_source_of, load_images
 from raycifar.workflows.requests import WorkerSettings
 
@@ -66,6 +67,8 @@ def evaluate(
         weights = read_weights(request.network)
     with screen.waiting("Reading the images"):
         source = load_images(run, request.data)
+    if request.split == "test":
+        warn_of_leaks(source, screen)
     images = getattr(source, request.split)
     table = take(images, np.arange(len(images)))
     precision = (run or {}).get("precision", "auto")  # that of the run: its scores come out the same

@@ -33,6 +33,7 @@ from raycifar.storage.run_folder import (
 )
 from raycifar.storage.spreadsheets import to_csv
 from raycifar.workflows.background import alongside
+from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.identity import writing_first_file
 from raycifar.workflows.reporting import Refresher, explain, keep_pictures, write_comparison, write_run
 from raycifar.workflows.requests import ComparisonRequest
@@ -101,6 +102,7 @@ def prepare(
         source, splits = read_images(first)
         starts = {model: load_initial_weights(model, recipe, source) for model, recipe in recipes.items()}
     screen.lines(note for start in starts.values() for note in start.notes)
+    warn_of_leaks(source, screen)
     agreement = agree(folder, request, spaces, source, starts)
     with writing_first_file(folder, screen):
         folder = lock.enter_context(locked(folder, screen.say, also=folder.runs()))

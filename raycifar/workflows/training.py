@@ -32,6 +32,7 @@ from raycifar.storage.run_folder import (
     RunFolder,
 )
 from raycifar.workflows.background import alongside
+from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, record, writing_first_file
 from raycifar.workflows.reporting import Refresher, explain, keep_pictures, write_run
 from raycifar.workflows.requests import TrainingRequest, check_batch_size
@@ -126,6 +127,7 @@ def prepare(
         loaded = inputs or read_inputs(request)
     if not inputs:
         screen.lines(loaded.start.notes)
+        warn_of_leaks(loaded.source, screen)
     identity = identify(request, loaded)
     if result := earlier_result(folder, identity):
         return PreparedRun(request, folder, loaded, result=result)

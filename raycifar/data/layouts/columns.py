@@ -1,0 +1,92 @@
+"""Columns of image files and labels, in Parquet or Arrow, as the Hugging Face hub and `datasets` have them."""
+
+from collections.abc import Callable, Mapping
+from pathlib import PurePosixPath
+
+import numpy as np
+import pyarrow as pa
+
+from raycifar.data import CIFAR100 as INFO
+from raycifar.data.labels import to_labels
+from raycifar.data.pictures import decode, to_rgb
+from raycifar.data.tables import to_table
+from raycifar.data.trees import MOST_IMAGES, Tree
+from raycifar.errors import RequestError
+from raycifar.storage.arrow import read_arrow, read_arrow_schema
+from raycifar.storage.parquet import KINDS, ParquetError, read_parquet, read_schema
+
+COLUMNS = {  # the first of these names that a file has
+    "image": ("img.bytes", "image.bytes", "img", "image"),
+    "fine": ("fine_label", "label"),
+    "coarse": ("coarse_label",),
+}
+
+
+def read_parquet_files(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
+    return read(tree, paths, read_schema, read_parquet)
+
+
+def read_arrow_files(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
+    return read(tree, paths, read_arrow_schema, read_arrow)
+
+
+def read(
+    tree: Tree,
+    paths: list[PurePosixPath],
+    schema_of: Callable[[bytes], pa.Schema],
+    columns_of: Callable[[bytes, Mapping[str, str]], pa.Table],
+) -> pa.Table:
+    """Return a table of all files' images."""
+    tables: list[pa.Table] = []
+    for path in paths:
+        origin, content = f"{tree.name}: {path}", tree.read(path)
+        try:
+            chosen = choose(schema_of(content), origin)
+            columns = columns_of(content, dict(chosen.values()))
+        except ParquetError as error:
+            raise RequestError(f"{origin} {error}.") from error
+        if len(columns) + sum(len(table) for table in tables) > MOST_IMAGES:
+            raise RequestError(f"{origin}: more than {MOST_IMAGES:,} images are not read.")
+        values = {role: columns[name] for role, (name, _) in chosen.items()}
+        labels = {
+            level: to_labels(column.to_numpy() if KINDS["integers"](column.type) else column.to_pylist(), level, origin)
+            for level, column in values.items()
+            if level != "image"
+        }
+        pixels = decode_all(values["image"], origin)
+        tables.append(to_table(pixels, labels["fine"], labels.get("coarse"), origin))
+    return pa.concat_tables(tables)
+
+
+def choose(schema: pa.Schema, origin: str) -> dict[str, tuple[str, str]]:
+    """Return name and kind of the columns of images, fine and coarse labels; the last may be missing."""
+    chosen = {}
+    for role, names in COLUMNS.items():
+        if found := [name for name in names if name in schema.names]:
+            is_text = KINDS["text"](schema.field(found[0]).type)
+            chosen[role] = found[0], "bytes" if role == "image" else "text" if is_text else "integers"
+    if missing := [" or ".join(COLUMNS[role]) for role in ("image", "fine") if role not in chosen]:
+        raise RequestError(
+            f"{origin} lacks the columns {' and '.join(missing)}; it has {', '.join(schema.names[:8]) or 'none'}."
+        )
+    return chosen
+
+
+def decode_all(files: pa.ChunkedArray, origin: str) -> np.ndarray:
+    """Return image files as (N, 3, H, W) uint8."""
+    pixels = np.empty((len(files), *INFO.image_shape), np.uint8)
+    for row, file in enumerate(files):
+        pixels[row] = decode_one(file.as_py(), f"{origin}: image {row}")
+    return pixels
+
+
+def decode_one(content: bytes, origin: str) -> np.ndarray:
+    """Return an image file as (3, H, W) uint8.
+
+    Raises:
+        RequestError: it isn't an image of the data set's size, which is looked at before it is decoded.
+    """
+    try:
+        return np.asarray(to_rgb(decode(content, (INFO.image_size, INFO.image_size)))).transpose(2, 0, 1)
+    except ValueError as error:
+        raise RequestError(f"{origin} can't be read: {error}.") from error

@@ -1,0 +1,112 @@
+"""Finding the one data set among files, whatever its layout."""
+
+import re
+from collections import Counter, defaultdict
+from pathlib import PurePosixPath
+
+from raycifar.data.layouts import (
+    SHARD,
+    SPLITS,
+    Layout,
+    arrays,
+    binary,
+    columns,
+    folders,
+    place_named,
+    place_shard,
+    python,
+    text,
+)
+from raycifar.data.tables import Source
+from raycifar.data.trees import PICTURES, READABLE, Tree
+from raycifar.errors import RequestError
+
+NAMED = "must say train and test in their names, as train.{0} and test.{0}, or in their folders' names"
+LAYOUTS = (
+    Layout("binary", (".bin",), "must be called train.bin and test.bin", place_named, binary.read),
+    Layout("cifar-100-python", ("",), "must be called train and test", place_named, python.read),
+    Layout("Parquet", (".parquet",), NAMED.format("parquet"), place_shard, columns.read_parquet_files),
+    Layout("Arrow", (".arrow",), NAMED.format("arrow"), place_shard, columns.read_arrow_files),
+    Layout("CSV", (".csv",), NAMED.format("csv"), place_shard, text.read),
+    Layout("NumPy", (".npy",), "must be called x_train, y_train, x_test and y_test", arrays.place, arrays.read),
+    Layout("picture", PICTURES, "must be in folders train/CLASS and test/CLASS", folders.place, folders.read),
+)
+Found = dict[tuple[Layout, PurePosixPath], dict[str, dict[str, list[PurePosixPath]]]]  # by split and series
+
+
+def read_tree(tree: Tree) -> Source:
+    """Return the data set that a tree holds.
+
+    Raises:
+        RequestError: it holds none, more than one, or one that can't be read.
+    """
+    found = find(tree.paths)
+    whole = {key: splits for key, splits in found.items() if len(splits) == len(SPLITS)}
+    if len(whole) > 1:
+        first, second = (f"{root} ({layout.name})" for layout, root in sorted(whole, key=lambda key: str(key[1]))[:2])
+        raise RequestError(f"{tree.name} holds more than one data set, {first} and {second}: give the folder of one.")
+    if not whole:
+        raise RequestError(f"{tree.name} is not CIFAR-100: {what_is_there(tree.paths, found)} {READABLE}")
+    ((layout, root), splits) = whole.popitem()
+    files = {split: one_series(tree, series) for split, series in splits.items()}
+    return Source(
+        tree.name, **{split: layout.read(tree, files[split], origin(tree, root, files[split])) for split in SPLITS}
+    )
+
+
+def find(paths: list[PurePosixPath]) -> Found:
+    """Return the files of each layout, by the folder of their data set, their split and their series."""
+    found: Found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    by_suffix = {suffix: layout for layout in LAYOUTS for suffix in layout.suffixes}
+    for path in paths:
+        layout = by_suffix.get(path.suffix.lower())
+        if layout and (place := layout.place(path)):
+            found[layout, place.root][place.split][place.series].append(path)
+    return found
+
+
+def one_series(tree: Tree, series: dict[str, list[PurePosixPath]]) -> list[PurePosixPath]:
+    """Return the files of a split in order, by their own names with numbers as numbers.
+
+    Raises:
+        RequestError: there is more than one series of files, or one isn't complete.
+    """
+    if len(series) > 1:
+        first, second = (sorted(paths)[0] for paths in list(series.values())[:2])
+        raise RequestError(
+            f"{tree.name} holds the same images more than once, in {first} and {second}: give a folder of one copy."
+        )
+    (paths,) = series.values()
+    paths.sort(key=lambda path: (in_order(path.stem), in_order(str(path))))
+    if (shard := SHARD.search(paths[0].stem)) and shard[2] and int(shard[2]) != len(paths):
+        raise RequestError(
+            f"{tree.name} is not complete: {paths[0]} is one of {int(shard[2]):,} files, and {len(paths):,} are there."
+        )
+    return paths
+
+
+def in_order(name: str) -> str:
+    return re.sub(r"\d+", lambda number: number[0].zfill(20), name)
+
+
+def origin(tree: Tree, root: PurePosixPath, paths: list[PurePosixPath]) -> str:
+    """Return what an error about a split begins with: its file, or the folder that its files are in."""
+    if len(paths) == 1:
+        return f"{tree.name}: {paths[0]}"
+    inside = paths[0].relative_to(root).parts[0] if len(paths[0].relative_to(root).parts) > 1 else ""
+    return f"{tree.name}: {root / inside}"
+
+
+def what_is_there(paths: list[PurePosixPath], found: Found) -> str:
+    """Return why none of these files are a data set, and how those that are nearest to one would be."""
+    for (layout, _), splits in found.items():
+        (missing,) = set(SPLITS) - set(splits)
+        (there,) = splits
+        example = next(iter(splits[there].values()))[0]
+        return f"it has no {missing} split beside {example}; {layout.name} files {layout.hint}."
+    suffixes = Counter(path.suffix.lower() for path in paths)
+    by_suffix = {suffix: layout for layout in LAYOUTS for suffix in layout.suffixes if suffix}
+    known = [suffix for suffix, _ in suffixes.most_common() if suffix in by_suffix]
+    examples = ", ".join(str(path) for path in sorted(paths)[:4]) or "nothing"
+    hint = f"; its {known[0]} files {by_suffix[known[0]].hint}" if known else ""
+    return f"it holds {examples}{hint}."

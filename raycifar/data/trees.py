@@ -1,0 +1,188 @@
+"""The files of a folder, a tar or a zip, before anything is known of what they hold. Nothing is unpacked to disk."""
+
+import bz2
+import io
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import IO, Any, Self
+
+from pyarrow import fs
+
+from raycifar.data import CIFAR100 as INFO
+from raycifar.errors import RequestError, in_a_line
+from raycifar.storage.files import list_files, open_file
+from raycifar.storage.run_folder import COMPARISON, EVALUATION, RUN
+
+MOST_IMAGES = 200_000  # of a split: four times CIFAR-100's
+MOST_BYTES = 2**30  # of a file, and of all that an archive holds
+MOST_MEMBERS = 100_000  # of an archive
+MOST_EXTENDED = 2**16  # bytes of a tar's long names and attributes
+RECORD = 2 + INFO.image_bytes  # of the official binary files: coarse label, fine label, pixels
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
+READABLE = (
+    "CIFAR-100 is read as the official binary archive or cifar-100-python; as folders of pictures, train/CLASS and "
+    "test/CLASS; and as Parquet, Arrow, CSV or NumPy files whose names say train and test; each in a folder, a tar or "
+    "a zip."
+)
+GZIP = b"\x1f\x8b"
+CHUNK = 2**24  # bytes to decompress at a time, so that other threads rarely wait
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Files by their paths in a folder or archive.
+
+    name: as the user knows it. paths: without hidden files and files of runs. read: returns a file's content.
+    """
+
+    name: str
+    paths: list[PurePosixPath]
+    read: Callable[[PurePosixPath], bytes]
+
+    @classmethod
+    def of(cls, name: str, paths: list[PurePosixPath], read: Callable[[PurePosixPath], bytes]) -> Self:
+        runs = {path.parent for path in paths if path.name in (RUN, COMPARISON, EVALUATION)}
+        shown = [path for path in paths if not any(part.startswith((".", "__")) for part in path.parts)]
+        return cls(name, [path for path in shown if runs.isdisjoint(path.parents)], read)
+
+
+def most_bytes(path: PurePosixPath) -> int:
+    """Return how large a file of that name may be."""
+    return {".bin": MOST_IMAGES * RECORD, **dict.fromkeys(PICTURES, 2**20)}.get(path.suffix.lower(), MOST_BYTES)
+
+
+def open_folder(name: str, filesystem: fs.FileSystem, folder: str) -> Tree:
+    """Return the files of a folder and its subfolders; links to folders aren't followed."""
+    start = len(folder.rstrip("/")) + 1
+    paths = [PurePosixPath(file[start:]) for file in list_files(filesystem, folder)]
+
+    def read(path: PurePosixPath) -> bytes:
+        with open_file(filesystem, f"{folder}/{path}", most_bytes=most_bytes(path)) as file:
+            return file.read()
+
+    return Tree.of(name, paths, read)
+
+
+def open_zip(name: str, file: IO[bytes]) -> Tree:
+    """Return the files of a zip, each of which is decompressed when it is read.
+
+    Raises:
+        RequestError: it is damaged, too large, or has a member outside its folder.
+    """
+    try:
+        archive = zipfile.ZipFile(file)
+    except Exception as error:  # a damaged one may cause any
+        raise RequestError(f"{name} is not a readable zip archive: {in_a_line(error)}.") from error
+    files: dict[PurePosixPath, zipfile.ZipInfo] = {}
+    total = 0
+    for member in archive.infolist():
+        path = PurePosixPath(member.filename)
+        total += member.file_size
+        check_member(name, path, member.file_size, len(files), total)
+        if not member.is_dir():
+            files[path] = member
+
+    def read(path: PurePosixPath) -> bytes:
+        try:
+            return archive.read(files[path])
+        except Exception as error:
+            raise RequestError(f"{name} is damaged: its member {path} can't be read: {in_a_line(error)}.") from error
+
+    return Tree.of(name, [*files], read)
+
+
+def open_tar(name: str, stream: "io.BufferedReader[Any]") -> Tree:
+    """Return the files of a tar, which is read in one pass.
+
+    Raises:
+        RequestError: it is not a tar, truncated, too large, or has a member outside its folder.
+    """
+    contents: dict[PurePosixPath, bytes] = {}
+    total = 0
+    try:
+        with tarfile.open(fileobj=decompress(stream), mode="r|", bufsize=2**16, tarinfo=Member) as archive:
+            for count, member in enumerate(archive):
+                path = PurePosixPath(member.name)
+                total += member.size
+                check_member(name, path, member.size, count, total, inside=member.isfile() or member.isdir())
+                if file := archive.extractfile(member):
+                    contents[path] = file.read()
+                    if len(contents[path]) < member.size:
+                        raise EOFError
+                archive.members.clear()  # type: ignore[attr-defined]
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise RequestError(f"{name} is truncated: fetch it again.") from error
+    except (OSError, RequestError):
+        raise
+    except Exception as error:  # a damaged one may cause any
+        if not contents and isinstance(error, tarfile.ReadError) and "unexpected end" not in str(error):
+            raise RequestError(f"{name} is not a tar or zip archive. {READABLE}") from error
+        raise RequestError(f"{name} is truncated or damaged ({in_a_line(error)}): fetch it again.") from error
+    return Tree.of(name, [*contents], contents.pop)
+
+
+def decompress(stream: "io.BufferedReader[Any]") -> IO[bytes]:
+    """Return the content of a stream in gzip, bzip2 or xz; `tarfile` would copy all it has for each member."""
+    head = stream.peek(6)
+    if head.startswith(GZIP):
+        return io.BufferedReader(Gunzipped(stream), CHUNK)
+    if head.startswith(b"BZh"):
+        return bz2.open(stream)
+    return lzma.open(stream) if head.startswith(b"\xfd7zXZ") else stream
+
+
+class Gunzipped(io.RawIOBase):
+    """The content of a gzip stream, decompressed in pieces of `CHUNK`: other threads run while it is."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.rest, self.zlib = stream, b"", zlib.decompressobj(wbits=31)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self.zlib.eof:  # another gzip stream may follow
+                self.rest = self.zlib.unused_data or self.stream.read(CHUNK)
+                if not self.rest.startswith(GZIP):
+                    return 0
+                self.zlib = zlib.decompressobj(wbits=31)
+            data = self.rest or self.stream.read(CHUNK)
+            if not data:
+                raise EOFError
+            out = self.zlib.decompress(data, len(buffer))
+            self.rest = self.zlib.unconsumed_tail
+            if out:
+                buffer[: len(out)] = out
+                return len(out)
+
+
+class Member(tarfile.TarInfo):
+    """A header of a tar, whose size is looked at before its content is read: long names are read with the header."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) and header.size > MOST_EXTENDED:
+            raise tarfile.ReadError(f"a header of {header.size:,} bytes")
+        return header
+
+
+def check_member(name: str, path: PurePosixPath, size: int, count: int, total: int, *, inside: bool = True) -> None:
+    """Refuse an archive by a member, before it is read: it has `count` members and `total` bytes up to this one."""
+    if path.is_absolute() or ".." in path.parts or not inside:
+        raise RequestError(f"{name} is refused: its member {str(path)!r} points outside the archive's folder.")
+    if count >= MOST_MEMBERS:
+        raise RequestError(
+            f"{name} is refused: it has more than {MOST_MEMBERS:,} members, and CIFAR-100 60,000 images."
+        )
+    if size > most_bytes(path) or total > MOST_BYTES:
+        raise RequestError(
+            f"{name} is refused: its member {path} has {size:,} bytes, {total:,} with those before it, which is more "
+            "than any copy of CIFAR-100."
+        )

@@ -1,0 +1,328 @@
+"""The same images in every layout that people have are the same data set; what is ambiguous or broken is refused."""
+
+import csv
+import io
+import os
+import pickle
+import shutil
+import struct
+import tarfile
+import zipfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import write_archive
+from PIL import Image
+
+from raycifar.data import CIFAR100
+from raycifar.data.overlap import Repeats, count_repeats
+from raycifar.data.sources import load
+from raycifar.data.tables import to_images
+from raycifar.errors import RequestError
+from raycifar.workflows.datasets import warn_of_leaks, write_parquet
+
+
+@pytest.fixture(scope="module")
+def images(small_arrays):
+    """The small data set, by split: pixels (N, 32, 32, 3), fine and coarse labels, PNG files."""
+    return {
+        split: (pixels.transpose(0, 2, 3, 1), fine, np.array(CIFAR100.superclass_of)[fine], [png(x) for x in pixels])
+        for split, (pixels, fine, _) in small_arrays.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def fingerprint(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("python")
+    python(folder, images)
+    return load(str(folder)).fingerprint()
+
+
+def png(pixels, size=(32, 32)):
+    file = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).resize(size).save(file, "png")
+    return file.getvalue()
+
+
+def python(folder, images, **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, (pixels, fine, coarse, _) in images.items():
+        flat = pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
+        fields = {b"data": flat, b"fine_labels": fine.tolist(), b"coarse_labels": coarse.tolist()}
+        fields |= {name.encode(): value for name, value in changes.items()}
+        (folder / split).write_bytes(pickle.dumps(fields, protocol=2))
+
+
+def hub_table(content, image="img", fine="fine_label", coarse="coarse_label", cells=None, labels=None):
+    _, numbers, superclasses, files = content
+    cells = cells or pa.array([{"bytes": file, "path": None} for file in files])
+    columns = {image: cells, fine: pa.array(numbers) if labels is None else labels}
+    return pa.table(columns | ({coarse: superclasses} if coarse else {}))
+
+
+def parquet(folder, images, name="{}-00000-of-00001.parquet", **columns):
+    for split, content in images.items():
+        path = folder / name.format(split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = {key: value(content) if callable(value) else value for key, value in columns.items()}
+        pq.write_table(hub_table(content, **values), path)
+
+
+def pictures(folder, images, name):
+    for split, (_, fine, coarse, files) in images.items():
+        for row, file in enumerate(files):
+            names = {"fine": CIFAR100.class_names[fine[row]], "coarse": CIFAR100.superclass_names[coarse[row]]}
+            path = folder / name.format(split=split, **names) / f"{row}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file)
+
+
+def arrow(folder, images, writer):
+    for split, content in images.items():
+        (folder / split).mkdir()
+        table = hub_table(content)
+        with writer(folder / split / "data-00000-of-00001.arrow", table.schema) as file:
+            file.write_table(table)
+
+
+def npz(path, images, pixels="x_{}", labels="y_{}"):
+    arrays = {}
+    for split, (values, fine, _, _) in images.items():
+        arrays |= {pixels.format(split): values, labels.format(split): fine[:, None]}
+    np.savez_compressed(path, **arrays)
+
+
+def csv_files(folder, images):
+    for split, (pixels, fine, _, _) in images.items():
+        with (folder / f"{split}.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["label", *(f"pixel{k}" for k in range(3072))])
+            flat = pixels.transpose(0, 3, 1, 2).reshape(len(fine), -1)
+            rows.writerows([label, *values] for label, values in zip(fine, flat, strict=True))
+
+
+def beside_a_run(folder, images):
+    python(folder / "cifar-100-python", images)
+    run = folder / "results/test"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    for name in ("predictions", "train"):
+        pq.write_table(pa.table({"label": [1]}), run / f"{name}.parquet")
+
+
+def archived(folder, images, kind):
+    python(folder / "unpacked/cifar-100-python", images)
+    shutil.make_archive(str(folder / "copy"), kind, folder / "unpacked")
+    shutil.rmtree(folder / "unpacked")
+
+
+GOOD = {
+    "class folders": lambda f, x: pictures(f, x, "{split}/{fine}"),
+    "superclass folders": lambda f, x: pictures(f, x, "cifar/{split}/{coarse}/{fine}"),
+    "Parquet of images and labels": lambda f, x: parquet(f, x, image="image", fine="label", coarse=None),
+    "Parquet of bytes": lambda f, x: parquet(f, x, cells=lambda c: pa.array(c[3])),
+    "Parquet of names": lambda f, x: parquet(f, x, labels=lambda c: pa.array([CIFAR100.class_names[k] for k in c[1]])),
+    "Parquet with a prefix": lambda f, x: parquet(f, x, "cifar100-{}.parquet"),
+    "Parquet by folder, under test": lambda f, x: parquet(f / "test/cifar", x, "{}/0000.parquet"),
+    "Parquet by folder, under train": lambda f, x: parquet(f / "train/cifar", x, "{}/0000.parquet"),
+    "Arrow streams": lambda f, x: arrow(f, x, pa.ipc.new_stream),
+    "Arrow files": lambda f, x: arrow(f, x, pa.ipc.new_file),
+    "npz": lambda f, x: npz(f / "cifar100.npz", x),
+    "npz with other names": lambda f, x: npz(f / "c.npz", x, "{}_images", "{}_labels"),
+    "CSV": csv_files,
+    "zip": lambda f, x: archived(f, x, "zip"),
+    "tar": lambda f, x: archived(f, x, "tar"),
+    "tar.xz": lambda f, x: archived(f, x, "xztar"),
+    "beside a run": beside_a_run,
+}
+
+
+@pytest.mark.parametrize("layout", GOOD)
+def test_the_same_images_in_any_layout_are_the_same_data_set(tmp_path, images, fingerprint, layout):
+    GOOD[layout](tmp_path, images)
+    assert load(str(tmp_path)).fingerprint() == fingerprint
+
+
+def test_any_layout_is_written_as_parquet(tmp_path, images, fingerprint):
+    npz(tmp_path / "cifar100.npz", images)
+    write_parquet(load(str(tmp_path / "cifar100.npz")), str(tmp_path / "there"))
+    assert load(str(tmp_path / "there")).fingerprint() == fingerprint
+
+
+def test_a_parent_folder_does_not_decide_the_split(tmp_path, images):
+    parquet(tmp_path / "test", images, "{}/0000.parquet")
+    source = load(str(tmp_path / "test"))
+    assert (len(source.train), len(source.test)) == (800, 300)
+
+
+def extra_shard(folder, images):
+    parquet(folder, images)
+    shutil.copy(folder / "train-00000-of-00001.parquet", folder / "train_noisy-00000-of-00001.parquet")
+
+
+def two_copies(folder, images):
+    for name in ("b-noisy", "a-clean"):
+        python(folder / name, images)
+
+
+def two_snapshots(folder, images):
+    for name in ("aaaa", "bbbb"):
+        parquet(folder / "snapshots" / name, images)
+
+
+def with_labels(values):
+    return lambda f, x: parquet(f, x, labels=lambda c: pa.array([values[0], *values[1:] * (len(c[1]) - 1)]))
+
+
+class ForgedType:
+    def __reduce__(self):
+        return np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0)
+
+
+class ForgedArray:
+    def __reduce__(self):
+        return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), (1, (4,), ForgedType(), False, b"A" * 32)
+
+
+def nested(depth):
+    """A pickle of tuples in each other, as the key of a dictionary, whose hash takes all of the stack."""
+    return b"\x80\x02})" + b"\x85" * depth + b"K\x01s."
+
+
+REFUSED = {
+    "two copies": (two_copies, "more than one data set, a-clean (cifar-100-python) and b-noisy (cifar-100-python)"),
+    "two snapshots": (two_snapshots, "more than one data set, snapshots/aaaa (Parquet) and snapshots/bbbb (Parquet)"),
+    "an extra shard": (extra_shard, "more than once, in train"),
+    "a missing shard": (lambda f, x: parquet(f, x, "{}-00000-of-00002.parquet"), "one of 2 files, and 1 are there"),
+    "pictures without splits": (lambda f, x: pictures(f, x, "{fine}"), "must be in folders train/CLASS and test/CLASS"),
+    "one split": (lambda f, x: parquet(f, {"train": x["train"]}), "it has no test split beside train-00000"),
+    "no label": (with_labels([None, 1]), "has nothing in row 0 of the column fine_label"),
+    "real labels": (with_labels([0.0, 1.0]), "has double in the column fine_label, not integers"),
+    "truth labels": (with_labels([True, False]), "has bool in the column fine_label"),
+    "listed labels": (with_labels([[0], [1]]), "has list<element: int64> in the column fine_label"),
+    "unknown names": (
+        with_labels(["apple", "whalee"]),
+        "'whalee', which is none of CIFAR-100's; the nearest is 'whale'",
+    ),
+    "paths only": (
+        lambda f, x: parquet(f, x, cells=lambda c: pa.array([{"bytes": None, "path": "x"}] * len(c[3]))),
+        "has null in the column img.bytes",
+    ),
+    "small pictures": (
+        lambda f, x: parquet(
+            f, x, cells=lambda c: pa.array([{"bytes": png(np.zeros((3, 32, 32), np.uint8), (1, 32))}] * len(c[3]))
+        ),
+        "image 0 can't be read: it has 1×32 pixels, not 32×32",
+    ),
+    "forged labels": (
+        lambda f, x: python(f, x, fine_labels=ForgedArray()),
+        "an array is of type 'O8', not of integers",
+    ),
+    "forged images": (lambda f, x: python(f, x, data=ForgedArray()), "an array is of type 'O8', not of integers"),
+    "labels in two columns": (
+        lambda f, x: python(f, x, fine_labels=np.zeros((800, 2), int)),
+        "not one integer an image",
+    ),
+    "huge labels": (lambda f, x: python(f, x, fine_labels=[10**30] * 800), "a number of more than 64 bits"),
+    "a truth value": (lambda f, x: python(f, x, fine_labels=[True] * 800), "image 0 is a bool"),
+    "deep keys": (lambda f, x: [(f / s).write_bytes(nested(10**5)) for s in x], "not a readable pickle"),
+    "a huge memo": (lambda f, x: [(f / s).write_bytes(b"\x80\x02K\x01r\xff\xff\xff\x7f.") for s in x], "holds a int"),
+}
+
+
+@pytest.mark.parametrize("layout", REFUSED)
+def test_what_is_ambiguous_or_broken_is_refused(tmp_path, images, layout):
+    make, words = REFUSED[layout]
+    make(tmp_path, images)
+    with pytest.raises(RequestError) as refusal:
+        load(str(tmp_path))
+    assert words in str(refusal.value)
+    assert str(refusal.value).endswith(".")
+
+
+def test_an_array_is_looked_at_before_it_is_made(tmp_path):
+    header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,)}\n"
+    content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        for name in ("x_train", "y_train", "x_test", "y_test"):
+            archive.writestr(f"{name}.npy", content)
+    with pytest.raises(RequestError, match="int64 of shape"):
+        load(str(tmp_path / "a.npz"))
+
+
+def test_an_archive_is_refused_before_it_is_read(tmp_path):
+    def zeros(path, name, size, kind=tarfile.REGTYPE):
+        header = tarfile.TarInfo(name)
+        header.size, header.type = size, kind
+        path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+        return str(path)
+
+    with pytest.raises(RequestError, match="has 2,147,483,648 bytes"):
+        load(zeros(tmp_path / "bomb.tar", "x/train.bin", 2**31))
+    with pytest.raises(RequestError, match="a header of 2,147,483,648 bytes"):
+        load(zeros(tmp_path / "name.tar", "x", 2**31, tarfile.GNUTYPE_LONGNAME))
+    with (
+        zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("train.bin", "w") as file,
+    ):
+        for _ in range(700):
+            file.write(bytes(2**20))
+    with pytest.raises(RequestError, match="which is more than any copy of CIFAR-100"):
+        load(str(tmp_path / "bomb.zip"))
+    many = write_archive(tmp_path / "many.tar.gz", {})
+    with tarfile.open(many, "w") as archive:
+        for number in range(300):
+            archive.addfile(tarfile.TarInfo(str(number)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("raycifar.data.trees.MOST_MEMBERS", 200)
+        with pytest.raises(RequestError, match="more than 200 members"):
+            load(many)
+
+
+def test_nothing_but_files_is_opened_and_no_link_to_a_folder_is_followed(tmp_path, images, fingerprint):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(RequestError, match="not a file"):
+        load(str(tmp_path / "fifo"))
+    python(tmp_path / "data", images)
+    (tmp_path / "data/round").symlink_to(tmp_path)
+    assert load(str(tmp_path / "data")).fingerprint() == fingerprint
+    (tmp_path / "data/train").unlink()
+    os.mkfifo(tmp_path / "data/train")
+    with pytest.raises(RequestError, match="not a file"):
+        load(str(tmp_path / "data"))
+
+
+def test_more_synthetic_images_than_memory_holds_are_refused_at_once():
+    with pytest.raises(RequestError, match="takes more memory"):
+        load("synthetic:1000000000000")
+
+
+# Test images among the training images --------------------------------------------------------------
+
+
+class Said(list):
+    say = list.append
+
+
+def test_test_images_among_the_training_images_are_counted_and_told(tmp_path, images, small):
+    said = Said()
+    warn_of_leaks(load(small), said)
+    assert said == []
+    leaking = {**images, "test": tuple(values[:300] for values in images["train"])}
+    python(tmp_path, leaking)
+    source = load(str(tmp_path))
+    warn_of_leaks(source, said)
+    assert "300 of the 300 test images are also among the training images" in said[0]
+    pixels = to_images(source.train["image"]).copy()
+    assert count_repeats(source) == Repeats(len(pixels) - len({x.tobytes() for x in pixels}), 300)
+
+
+def test_cifar_100_itself_has_ten(cifar):
+    source = load(cifar)
+    assert count_repeats(source) == Repeats(14, 10)
+    assert source.superclass_of() == CIFAR100.superclass_of
+    said = Said()
+    warn_of_leaks(source, said)
+    assert said == []
