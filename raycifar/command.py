@@ -12,9 +12,15 @@ from typing import Any
 
 import click
 
-from raycifar.errors import RequestError, StorageError, WorkError
+from raycifar.errors import RequestError, StorageError, WorkError, in_a_line
+from raycifar.redaction import shown
 
 UNTIL_EXIT = ExitStack()  # holds the connection to Ray, which `leave` closes
+
+
+class WithoutSecrets(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 class Interrupted(BaseException):
@@ -33,7 +39,9 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, interrupt)
         if debug:
-            logging.getLogger("raycifar").addHandler(logging.StreamHandler())
+            handler = logging.StreamHandler()
+            handler.setFormatter(WithoutSecrets())
+            logging.getLogger("raycifar").addHandler(handler)
             logging.getLogger("raycifar").setLevel(logging.DEBUG)
         try:
             work(debug=debug, **options)
@@ -42,7 +50,7 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
             leave(130, "Interrupted.", quiet=not debug)
         except Exception as error:
             if debug:
-                traceback.print_exception(error)
+                click.echo(shown("".join(traceback.format_exception(error))), err=True)
             leave(*ending(error))
 
     return with_endings
@@ -52,14 +60,32 @@ def ending(error: Exception) -> tuple[int, str]:
     """Return the exit code and the sentence of a command that raised `error`."""
     match error:
         case click.ClickException():
-            return error.exit_code, f"Error: {error.format_message()}"
+            return error.exit_code, shown(f"Error: {error.format_message()}")
         case RequestError():
             return 2, f"Error: {error}"
         case WorkError():
             return 1, f"Error: {error}"
         case StorageError():
             return 1, f"Error: {error}."
-    return 1, f"Error: {type(error).__name__}: {error}. This is a bug; --debug shows the traceback."
+    if reason := reason_outside(error):
+        return 1, shown(f"Error: {reason}. --debug shows where.")
+    return 1, shown(f"Error: {type(error).__name__}: {error}. This is a bug; --debug shows the traceback.")
+
+
+def reason_outside(error: Exception) -> str | None:
+    """Return, of an error that the program's surroundings cause, what is wrong; None of any other, which is a bug."""
+    match error:
+        case OSError():
+            return f"{error.filename}: {in_a_line(error)}" if error.filename else in_a_line(error)
+        case ImportError():  # also `importlib.metadata.PackageNotFoundError`
+            return f"a package is missing or damaged: {in_a_line(error)}"
+        case UnicodeError():
+            return f"a text isn't in the encoding that is expected here: {in_a_line(error)}"
+        case MemoryError():
+            return "memory ran out: ask for fewer images at once, or give the program more"
+    if "home directory" in str(error):  # a RuntimeError of pathlib
+        return f"{in_a_line(error)}: set HOME"
+    return None
 
 
 def leave(code: int, sentence: str | None = None, *, quiet: bool = False) -> None:
@@ -68,8 +94,8 @@ def leave(code: int, sentence: str | None = None, *, quiet: bool = False) -> Non
     Args:
         quiet: suppress Ray's messages about interrupted work.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends what still goes on here at once
     if sentence:
         click.echo(sentence, err=True)
     if quiet:

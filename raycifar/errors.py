@@ -3,6 +3,8 @@
 import errno
 from enum import StrEnum
 
+from raycifar.redaction import shown
+
 
 class FailureKind(StrEnum):
     """Why a run failed, as its `result.json` says."""
@@ -16,7 +18,10 @@ class FailureKind(StrEnum):
 
 
 class RaycifarError(Exception):
-    """An error that raycifar raises on purpose; its message is one or more whole sentences."""
+    """An error that raycifar raises on purpose; its message is one or more whole sentences, without secrets."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message))
 
 
 class RequestError(RaycifarError):
@@ -30,11 +35,20 @@ class WorkError(RaycifarError):
 class StorageError(OSError):
     """A file of a run can't be written."""
 
-    PERMANENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+    PERMANENT = (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.EISDIR,
+        errno.ENOTDIR,
+        errno.ENAMETOOLONG,
+    )
 
     @classmethod
     def of(cls, location: str, cause: OSError) -> "StorageError":
-        return cls(cause.errno or 0, f"{location} can't be written: {cause.strerror or in_a_line(cause)}")
+        return cls(cause.errno or 0, f"{shown(location)} can't be written: {in_a_line(cause)}")
 
     def __str__(self) -> str:
         return self.strerror or ""
@@ -46,7 +60,8 @@ class StorageError(OSError):
 
 
 def in_a_line(error: BaseException) -> str:
-    """Return an error's message in one line: the last line of a traceback, else the first line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    """Return an error's message in one line: the last line of a traceback, else the first line; without secrets."""
+    message = (isinstance(error, OSError) and error.strerror) or str(error)
+    lines = message.strip().splitlines() or [type(error).__name__]
     line = lines[-1 if any(line.startswith("Traceback") for line in lines) else 0]
-    return line.removeprefix("raycifar.errors.StorageError: ").rstrip(".: ")
+    return shown(line.removeprefix("raycifar.errors.StorageError: ").rstrip(".: "))

@@ -8,11 +8,14 @@ from datetime import timedelta
 from rich import box
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from raycifar.cluster.status import Phase, StatusStore, StepStatus, WorkerStatus
+from raycifar.redaction import shown
 from raycifar.storage.records import EpochRecord
+from raycifar.storage.remote import telling
 from raycifar.workflows.trial import Trial, TrialStatus
 
 POLL_SECONDS = 0.25
@@ -31,7 +34,7 @@ class Screen:
         self.console.soft_wrap = not self.console.is_terminal
 
     def say(self, text: str = "") -> None:
-        self.console.print(text, markup=False)
+        self.console.print(shown(text), markup=False)
 
     def lines(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -44,12 +47,18 @@ class Screen:
 
     @contextmanager
     def waiting(self, for_what: str) -> Iterator[None]:
-        """Show what the program waits for."""
+        """Show what the program waits for, and how far it has come with what it reads from elsewhere."""
+        what = escape(shown(for_what))
         if self.console.is_terminal:
-            with self.console.status(f"{for_what} …"):
+            with (
+                self.console.status(f"{what} …") as status,
+                telling(lambda text: status.update(f"{what}: {escape(text)} …")),
+            ):
                 yield
-        else:
-            self.say(f"{for_what} …")
+            return
+        line = PlainLine(self.say)
+        line.show(for_what, None)
+        with telling(lambda text: line.show(for_what, None, text)):
             yield
 
     def follow(
@@ -177,7 +186,7 @@ class PlainLine:
         self.say = say
         self.doing, self.began, self.spoke = "", 0.0, 0.0
 
-    def show(self, doing: str, step: StepStatus | None) -> None:
+    def show(self, doing: str, step: StepStatus | None, so_far: str = "") -> None:
         now = time.monotonic()
         if doing != self.doing:
             self.doing, self.began, self.spoke = doing, now, now
@@ -185,7 +194,7 @@ class PlainLine:
         elif now - self.spoke >= LINE_SECONDS:
             self.spoke = now
             if step is None:
-                self.say(f"{doing}: {now - self.began:.0f} s so far …")
+                self.say(f"{doing}: {so_far or f'{now - self.began:.0f} s so far'} …")
             else:
                 left = seconds_left(step, step.epoch)
                 self.say(f"epoch {step.epoch}, step {step.step}/{step.steps}: {step_metrics(step)}, {left:.0f} s left")

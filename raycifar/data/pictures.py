@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -9,7 +10,8 @@ from pyarrow import fs
 
 from raycifar.data import CIFAR100, DatasetInfo
 from raycifar.errors import RequestError
-from raycifar.storage.files import URI, is_local, locate, open_file
+from raycifar.storage.files import file_type, list_files, locate, open_file
+from raycifar.storage.locations import join
 
 
 def find_images(location: str) -> Iterator[tuple[str, fs.FileSystem, str]]:
@@ -22,23 +24,18 @@ def find_images(location: str) -> Iterator[tuple[str, fs.FileSystem, str]]:
         RequestError: there are no files.
     """
     filesystem, path = locate(location)
-    kind = filesystem.get_file_info(path).type
+    kind = file_type(filesystem, path)
     if kind == fs.FileType.File:
         yield location, filesystem, path
         return
     if kind == fs.FileType.NotFound:
         raise RequestError(f"{location} does not exist.")
-    files = [
-        entry.path
-        for entry in filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-        if entry.type == fs.FileType.File and not entry.base_name.startswith(".")
-    ]
+    files = [file for file in list_files(filesystem, path) if not PurePosixPath(file).name.startswith(".")]
     if not files:
         raise RequestError(f"{location} holds no files.")
-    for file in sorted(files):
+    for file in files:
         inside = file.removeprefix(path).lstrip("/")
-        named = URI.match(location) or is_local(filesystem)
-        yield f"{location.rstrip('/')}/{inside}" if named else file, filesystem, file
+        yield join(location, inside), filesystem, file
 
 
 def read_image(filesystem: fs.FileSystem, path: str, info: DatasetInfo = CIFAR100) -> np.ndarray:

@@ -12,7 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import platformdirs
@@ -26,8 +26,9 @@ from pyarrow import fs
 from raycifar.data import CIFAR100 as INFO
 from raycifar.data.synthetic import SYNTHETIC, synthetic
 from raycifar.data.tables import Source, to_table
-from raycifar.errors import RequestError
-from raycifar.storage.files import URI, locate, open_file
+from raycifar.errors import RequestError, in_a_line
+from raycifar.storage.files import file_type, list_files, locate, open_file
+from raycifar.storage.locations import to_path
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
 MD5 = "03b5dce01913d631647c71ecec9e9cb8"
@@ -57,21 +58,21 @@ def load(name: str, seed: int = 0) -> Source:
         return synthetic(count, seed=seed)
     filesystem, path = locate(fetch() if name == "cifar100" else name)
     try:
-        kind = filesystem.get_file_info(path).type
+        kind = file_type(filesystem, path)
         if kind == fs.FileType.NotFound:
             raise RequestError(f"{name} does not exist: give --data a path, a URI, cifar100 or synthetic.")
         if kind == fs.FileType.Directory:
             return read_folder(name, filesystem, path)
         return read_file(name, filesystem, path)
     except OSError as error:
-        raise RequestError(f"{name} can't be read: {error}.") from error
+        raise RequestError(f"{name} can't be read: {in_a_line(error)}.") from error
 
 
 def absolute_name(name: str) -> str:
     """Return a name that is valid in any working directory: local paths become absolute."""
-    if name == "cifar100" or name == SYNTHETIC or SYNTHETIC_SIZE.fullmatch(name) or URI.match(name):
+    if name == "cifar100" or name == SYNTHETIC or SYNTHETIC_SIZE.fullmatch(name):
         return name
-    return str(Path(name).expanduser().resolve())
+    return to_path(name) or name
 
 
 def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
@@ -105,7 +106,7 @@ def read_file(name: str, filesystem: fs.FileSystem, path: str) -> Source:
     return read_layout(name, contents.get, set(contents))
 
 
-def read_archive(name: str, stream: io.IOBase) -> dict[str, bytes]:
+def read_archive(name: str, stream: IO[bytes]) -> dict[str, bytes]:
     """Return the archive's files by base name, read in one pass and never unpacked.
 
     Raises:
@@ -134,11 +135,11 @@ def read_archive(name: str, stream: io.IOBase) -> dict[str, bytes]:
 
 
 def read_folder(name: str, filesystem: fs.FileSystem, path: str) -> Source:
-    files = [f for f in filesystem.get_file_info(fs.FileSelector(path, recursive=True)) if f.is_file]
-    parquet = sorted(f.path for f in files if f.extension == "parquet")
+    files = list_files(filesystem, path)
+    parquet = [file for file in files if file.endswith(".parquet")]
     if parquet:
         return read_parquet(name, filesystem, parquet)
-    paths = {f.base_name: f.path for f in files}
+    paths = {PurePosixPath(file).name: file for file in files}
 
     def read(base: str) -> bytes:
         with open_file(filesystem, paths[base]) as file:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from raycifar import models
 from raycifar.data.tables import Source, to_images
-from raycifar.errors import RequestError
+from raycifar.errors import RequestError, in_a_line
 from raycifar.models import Architecture, Preprocessing
 from raycifar.models.recipe import Recipe, model_options
 from raycifar.storage.files import read_file
@@ -166,7 +166,7 @@ def read_state_dict(file: str) -> tuple[dict[str, Any], Architecture | None]:
     try:
         content = read_file(file)
     except OSError as error:
-        raise RequestError(f"--pretrained {file} can't be read: {error}.") from error
+        raise RequestError(f"--pretrained {file} can't be read: {in_a_line(error)}.") from error
     if content[8:9] == b"{":
         from raycifar.storage import weights  # imports PyTorch, which takes seconds
 

@@ -27,8 +27,10 @@ from typing import Any
 
 from pyarrow import fs
 
-from raycifar.errors import RequestError, StorageError
-from raycifar.storage.files import URI, is_local, locate, open_file, write_whole
+from raycifar.errors import RequestError, StorageError, in_a_line
+from raycifar.redaction import shown
+from raycifar.storage.files import is_local, locate, open_file, write_whole
+from raycifar.storage.locations import check_location, join, parent_and_name
 from raycifar.storage.records import EpochRecord, finite
 
 RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
@@ -41,11 +43,12 @@ REPORT_PAGE, REPORT, REPORT_TEXT, SUSPECTS = "report.html", "report.json", "repo
 EVENTS = "events.out.tfevents.raycifar"
 MANIFEST = "manifest.json"
 STUDY, COMPARISON, COMPARISON_TABLE = "study.json", "comparison.json", "comparison.csv"  # of a comparison's folder
+TEXTS = (".json", ".html", ".md", ".csv")  # which may name where something lies, and never a secret
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 KEPT = 3  # checkpoints: the newest two may be damaged
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunFolder:
     """A run folder, which may not exist yet. `storage` is a local folder or a URI."""
 
@@ -55,16 +58,14 @@ class RunFolder:
     @classmethod
     def at(cls, location: str) -> "RunFolder":
         """Return the run folder at a path or URI."""
-        if not URI.match(location):
-            folder = Path(location).expanduser().resolve()
-            return cls(str(folder.parent), folder.name)
-        storage, _, name = location.rstrip("/").rpartition("/")
-        return cls(storage, name)
+        return cls(*parent_and_name(check_location(location)))
+
+    def __repr__(self) -> str:
+        return f"RunFolder({shown(join(self.storage, self.name))!r})"
 
     @cached_property
     def _location(self) -> tuple[fs.FileSystem, str]:
-        filesystem, root = locate(self.storage)
-        return filesystem, f"{root.rstrip('/')}/{self.name}"
+        return locate(join(self.storage, self.name))
 
     @property
     def filesystem(self) -> fs.FileSystem:
@@ -78,7 +79,7 @@ class RunFolder:
     @property
     def folder(self) -> str:
         """The folder's path, or its URI if the storage is remote."""
-        return self._location[1] if is_local(self.filesystem) else f"{self.storage.rstrip('/')}/{self.name}"
+        return self._location[1] if is_local(self.filesystem) else join(self.storage, self.name)
 
     # Files ------------------------------------------------------------------------------------------
 
@@ -98,6 +99,8 @@ class RunFolder:
             StorageError: the file can't be written.
         """
         filesystem, folder = self._location
+        if file.endswith(TEXTS):
+            content = shown(content.decode()).encode()
         try:
             write_whole(filesystem, f"{folder}/{file}", content)
         except OSError as error:
@@ -149,7 +152,9 @@ class RunFolder:
         try:
             marker.touch()
         except OSError as error:
-            raise RequestError(f"{self.folder} can't be written: {error}. Give another --storage.") from error
+            raise RequestError(
+                f"{self.folder} can't be written: {in_a_line(error)}. Give another --storage."
+            ) from error
         try:
             yield str(marker)
         finally:

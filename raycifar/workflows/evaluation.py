@@ -10,6 +10,7 @@ import pyarrow as pa
 from raycifar.analysis.classification import by_class, confused_pairs, confusion, intervals, reliability
 from raycifar.data import CIFAR100
 from raycifar.data.tables import Source, from_lists, take, to_images, to_lists
+from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PREDICTIONS, RUN, RunFolder
 from raycifar.workflows.reporting import load_images
 from raycifar.workflows.requests import WorkerSettings
@@ -41,6 +42,8 @@ class EvaluationRequest(WorkerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.out:
+            check_location(self.out, "--out", to_write=True)
         if self.count == 0:
             self.check_no_gpu_is_chosen("--workers 0")
 
@@ -59,7 +62,8 @@ def evaluate(
     Raises:
         RequestError: there is no such network, or there are no such images.
     """
-    run = None if request.network.endswith(".safetensors") else RunFolder.at(request.network).read_json(RUN)
+    folder = RunFolder.at(request.network)
+    run = None if folder.name.endswith(".safetensors") else folder.read_json(RUN)
     with screen.waiting("Loading PyTorch"):
         from raycifar.engine.trained_model import read_weights
 

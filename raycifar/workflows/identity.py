@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raycifar.data.sources import absolute_name
 from raycifar.data.tables import Source, Splits
-from raycifar.errors import RequestError
+from raycifar.errors import RequestError, in_a_line
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipes import recipe_from_json
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
@@ -121,4 +121,4 @@ def writing_first_file(folder: RunFolder, screen: "Screen") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RequestError(f"{folder.folder} can't be written: {error}. Give another --storage.") from error
+        raise RequestError(f"{folder.folder} can't be written: {in_a_line(error)}. Give another --storage.") from error

@@ -9,6 +9,7 @@ from PIL import Image
 from raycifar.data import CIFAR100
 from raycifar.data.pictures import find_images, read_image, to_pixels
 from raycifar.errors import RequestError
+from raycifar.redaction import shown
 
 if TYPE_CHECKING:
     from raycifar.engine.trained_model import Weights
@@ -70,7 +71,7 @@ class Model:
         return self.trained.logits(torch.from_numpy(pixels)).softmax(1).numpy()
 
     def __repr__(self) -> str:
-        return f"Model({self.weights.architecture.model!r}, from {self.location!r}, on {self.trained.device})"
+        return f"Model({self.weights.architecture.model!r}, from {shown(self.location)!r}, on {self.trained.device})"
 
 
 def read_images(images: Any) -> np.ndarray:
@@ -123,9 +124,9 @@ def predict_files(network: str, locations: Iterable[str], device: str = "auto") 
     for name, filesystem, path in files:
         try:
             pixels.append(read_image(filesystem, path))
-            rows.append({"image": name})
+            rows.append({"image": shown(name)})
         except (ValueError, OSError) as error:
-            rows.append({"image": name, "error": str(error)})
+            rows.append({"image": shown(name), "error": shown(str(error))})
     if pixels:
         probabilities = iter(model.probabilities(np.stack(pixels)))
         for row in rows:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from raycifar.data.sources import load
 from raycifar.data.tables import Source
 from raycifar.errors import RequestError
+from raycifar.redaction import shown
 from raycifar.storage.records import finite
 from raycifar.storage.run_folder import (
     COMPARISON,
@@ -102,7 +103,7 @@ def read_files(folder: RunFolder) -> "RunFiles":
 
     history = RunHistory(folder.read_json(RUN), folder.history(), folder.read_json(RESULT))
     example_stats = folder.read(EXAMPLE_STATS) or folder.read(OLD_EXAMPLE_STATS)
-    return RunFiles(folder.name, history, folder.read(PREDICTIONS), example_stats, folder.storage)
+    return RunFiles(folder.name, history, folder.read(PREDICTIONS), example_stats, shown(folder.storage))
 
 
 def read_report(folder: RunFolder) -> dict[str, Any]:
