@@ -25,7 +25,7 @@ def main(debug: bool, folder: str, kind: str, data: str | None, out: str | None)
     training images by how likely their labels are wrong. With --format md or json, writes only that.
     """
     screen, subject = Screen(), RunFolder.at(folder)
-    if out:
+    if out is not None:
         check_location(out, "--out", to_write=True)
     where = RunFolder.at(out) if out else subject
     report = reporting.report(subject, screen, data=data, out=where, kind=kind)

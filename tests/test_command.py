@@ -1,7 +1,9 @@
 """How commands end: an exit code and one sentence."""
 
+import errno
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import click
 import pytest
@@ -21,6 +23,27 @@ from raycifar.errors import RequestError, StorageError, WorkError
 )
 def test_each_error_has_its_code_and_is_its_own_sentence(error, code, sentence):
     assert ending(error) == (code, sentence)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (RuntimeError("Could not determine home directory."), "Could not determine home directory: set HOME"),
+        (ModuleNotFoundError("No module named 'x'"), "a package is missing or damaged: No module named 'x'"),
+        (PackageNotFoundError("ray"), "a package is missing or damaged: No package metadata was found for ray"),
+        (UnicodeEncodeError("ascii", "ü", 0, 1, "ordinal not in range(128)"), "isn't in the encoding"),
+        (MemoryError(), "memory ran out"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_its_surroundings_cause_is_no_defect_of_the_program(error, says):
+    code, sentence = ending(error)
+    assert code == 1
+    assert says in sentence
+    assert "This is a bug" not in sentence
+    assert "\n" not in sentence
 
 
 def test_what_nobody_foresaw_is_called_a_defect():

@@ -3,6 +3,7 @@
 import datetime
 import http.server
 import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 
 import pytest
+from command import Command
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
@@ -195,6 +197,25 @@ def test_a_store_that_says_nothing_is_waited_for_no_longer_than_the_limit(scheme
             RunFolder.at(uri).read("run.json")
         assert time.monotonic() - began < 5
         assert said == ["no answer for 1 s, of 2 s at most", "no answer for 2 s, of 2 s at most"]
+
+
+class Report(Command):
+    command = "raycifar.report"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_wait_that_a_library_does_not_let_go_of_is_interrupted(number):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        where = f"gs://anonymous@runs/a?endpoint_override=127.0.0.1:{listener.getsockname()[1]}&scheme=http"
+        command = Report(where, storage=None)
+        listener.accept()
+        began = time.monotonic()
+        done = command.kill(number)
+    assert done.returncode == 130
+    assert done.stderr == "Interrupted.\n"
+    assert time.monotonic() - began < 3
 
 
 def test_stores_have_limits_of_their_own():

@@ -135,8 +135,9 @@ def write_whole(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise NotADirectoryError(errno.ENOTDIR, f"{target.parent} is not a folder", path) from error
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(folder for folder in target.parents if os.path.lexists(folder))
+        raise NotADirectoryError(errno.ENOTDIR, f"{file} is not a folder", path) from error
     part = target.with_name(f".{secrets.token_hex(8)}.part")
     file = part.open("xb")  # not through a link: it fails if anything is there
     try:

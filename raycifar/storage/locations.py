@@ -7,7 +7,7 @@ from urllib.parse import quote, unquote
 
 from raycifar.errors import RequestError
 
-URI = re.compile(r"^([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+URI = re.compile(r"^([a-z][a-z0-9+.:-]+)://", re.IGNORECASE)
 WRITABLE = ("file", "s3", "gs", "gcs", "abfs", "abfss")
 SCHEMES = (*WRITABLE, "hf", "https", "http")
 
@@ -31,8 +31,8 @@ def check_location(location: Location, what: str = "", *, to_write: bool = False
     scheme, schemes = match[1].lower(), WRITABLE if to_write else SCHEMES
     if scheme not in schemes or "::" in text:
         verb = "written to" if to_write else "read"
-        why = "it is chained" if scheme in schemes else f"{scheme}:// can't be {verb}"
-        raise RequestError(f"{option}{text} is refused, for {why}: give a path or a URI of {', '.join(schemes)}.")
+        why = "it chains several by ::" if scheme in schemes else f"{scheme}:// can't be {verb}"
+        raise RequestError(f"{option}{text} is refused, because {why}: give a path, or a URI of {', '.join(schemes)}.")
     if scheme == "file":
         if text[7:8] != "/" and not text[7:].startswith("localhost/"):
             raise RequestError(f"{option}{text} names another host: a local file's URI has three slashes, file:///….")

@@ -42,7 +42,7 @@ class EvaluationRequest(WorkerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.out:
+        if self.out is not None:
             check_location(self.out, "--out", to_write=True)
         if self.count == 0:
             self.check_no_gpu_is_chosen("--workers 0")

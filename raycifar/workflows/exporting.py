@@ -50,7 +50,7 @@ def export(network: str, kind: str, screen: "Screen", *, out: str | None = None,
         RequestError: the network or the images don't exist, or a package is missing.
         WorkError: the result predicts other classes than the network; nothing was written.
     """
-    if out:
+    if out is not None:
         check_location(out, "--out", to_write=True)
     folder = RunFolder.at(network)
     run = None if folder.name.endswith(".safetensors") else folder.read_json(RUN)

@@ -121,4 +121,5 @@ def writing_first_file(folder: RunFolder, screen: "Screen") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RequestError(f"{folder.folder} can't be written: {in_a_line(error)}. Give another --storage.") from error
+        reason = in_a_line(error.__cause__ or error)  # a `StorageError` names the file, too
+        raise RequestError(f"{folder.folder} can't be written: {reason}. Give another --storage.") from error
