@@ -136,8 +136,8 @@ def write_whole(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        file = next(folder for folder in target.parents if os.path.lexists(folder))
-        raise NotADirectoryError(errno.ENOTDIR, f"{file} is not a folder", path) from error
+        there = next(folder for folder in target.parents if os.path.lexists(folder))
+        raise NotADirectoryError(errno.ENOTDIR, f"{there} is not a folder", path) from error
     part = target.with_name(f".{secrets.token_hex(8)}.part")
     file = part.open("xb")  # not through a link: it fails if anything is there
     try:
