@@ -14,6 +14,8 @@ import click
 
 from raycifar.errors import RequestError, StorageError, WorkError, in_a_line
 from raycifar.redaction import shown
+from raycifar.storage.remote import telling
+from raycifar.terminal import PlainLine
 
 UNTIL_EXIT = ExitStack()  # holds the connection to Ray, which `leave` closes
 
@@ -43,8 +45,10 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
             handler.setFormatter(WithoutSecrets())
             logging.getLogger("raycifar").addHandler(handler)
             logging.getLogger("raycifar").setLevel(logging.DEBUG)
+        line = PlainLine(lambda text: click.echo(text, err=True))
         try:
-            work(debug=debug, **options)
+            with telling(lambda text: line.show("Waiting for the storage", None, text)):
+                work(debug=debug, **options)
             leave(0)
         except Interrupted:
             leave(130, "Interrupted.", quiet=not debug)

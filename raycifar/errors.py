@@ -33,7 +33,7 @@ class WorkError(RaycifarError):
 
 
 class StorageError(OSError):
-    """A file of a run can't be written."""
+    """A file can't be written, or one of a run can't be read."""
 
     PERMANENT = (
         errno.ENOSPC,
@@ -47,8 +47,8 @@ class StorageError(OSError):
     )
 
     @classmethod
-    def of(cls, location: str, cause: OSError) -> "StorageError":
-        return cls(cause.errno or 0, f"{shown(location)} can't be written: {in_a_line(cause)}")
+    def of(cls, location: str, cause: OSError, verb: str = "written") -> "StorageError":
+        return cls(cause.errno or 0, f"{shown(location)} can't be {verb}: {in_a_line(cause)}")
 
     def __str__(self) -> str:
         return self.strerror or ""

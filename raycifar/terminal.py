@@ -61,6 +61,17 @@ class Screen:
         with telling(lambda text: line.show(for_what, None, text)):
             yield
 
+    @contextmanager
+    def progress(self, doing: str) -> Iterator[Callable[[float], None]]:
+        """Show work of a known length; yield a function that takes the fraction that is done."""
+        if not self.console.is_terminal:
+            self.say(f"{doing} …")
+            yield lambda _: None
+            return
+        with Progress(TextColumn("{task.description}"), BarColumn(24), TimeRemainingColumn(), transient=True) as bar:
+            task = bar.add_task(doing, total=1)
+            yield lambda fraction: bar.update(task, completed=fraction)
+
     def follow(
         self,
         status_store: StatusStore,

@@ -1,5 +1,6 @@
 """The files that clusters and jobs are made from."""
 
+import json
 import re
 import subprocess
 import tomllib
@@ -8,6 +9,8 @@ import pytest
 import yaml
 from command import ROOT
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from raycifar.engine.ray_metrics import METRICS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINS = dict(pin.split("==") for pin in PROJECT["tool"]["uv"]["constraint-dependencies"])
@@ -63,6 +66,15 @@ def test_the_kubernetes_job_asks_for_what_its_nodes_have():
     assert container["resources"]["limits"] == container["resources"]["requests"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert "--workers 1:8" in JOB["spec"]["entrypoint"]
+
+
+def test_the_grafana_dashboard_asks_for_the_metrics_that_runs_have():
+    board = json.loads((ROOT / "jobs/grafana.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    asked = {re.fullmatch(r'ray_raycifar_(\w+)\{run=~"\$run"\}', query)[1] for query in queries}
+    assert asked == set(METRICS)
+    (run,) = (variable for variable in board["templating"]["list"] if variable["name"] == "run")
+    assert run["query"] == "label_values(ray_raycifar_epoch, run)"
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "jobs").glob("*.sh")), ids=lambda path: path.name)

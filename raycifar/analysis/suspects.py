@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raycifar.data import CIFAR100, DatasetInfo
+from raycifar.storage.parquet import read_parquet
+
+COLUMNS = {"index": "integers", "label": "integers", "rival": "integers", "margin": "real numbers", "seen": "integers"}
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def rank_suspects(example_stats: bytes) -> Suspects | None:
 
     The score is the fraction of images with a margin that is at least as large.
     """
-    table: Any = pq.read_table(pa.BufferReader(example_stats))
-    columns = {name: table[name].to_numpy() for name in ("index", "label", "rival", "margin", "seen")}
+    table: Any = read_parquet(example_stats, COLUMNS)
+    columns = {name: table[name].to_numpy() for name in COLUMNS}
     known = columns["seen"] > 0
     if not known.any():
         return None

@@ -1,4 +1,4 @@
-"""Fetch, describe and convert the data set: `python -m raycifar.data describe`."""
+"""Fetch, describe, check and convert the data set: `python -m raycifar.data describe`."""
 
 import click
 
@@ -7,6 +7,7 @@ from raycifar.data.sources import fetch, load
 from raycifar.storage.locations import check_location
 from raycifar.terminal import Screen
 from raycifar.workflows.datasets import summarize, write_parquet
+from raycifar.workflows.duplicates import DUPLICATES, DUPLICATES_PAGE, list_duplicates
 
 data_option = click.option(
     "--data", envvar="RAYCIFAR_DATA", default="cifar100", show_default=True, help="cifar100, synthetic, a path or URI."
@@ -15,7 +16,7 @@ data_option = click.option(
 
 @click.group()
 def main() -> None:
-    """Fetch, describe and convert the data set."""
+    """Fetch, describe, check and convert the data set."""
 
 
 @main.command("fetch")
@@ -53,6 +54,21 @@ def prepare(debug: bool, destination: str, data: str) -> None:
     with screen.waiting(f"Writing {destination}, and reading it back"):
         write_parquet(source, destination)
     screen.say(f"{destination} holds the same images and labels: --data {destination}")
+
+
+@main.command("duplicates")
+@data_option
+@click.option("--out", default="duplicates", show_default=True, help="Folder or URI to write to.")
+@command
+def duplicates(debug: bool, data: str, out: str) -> None:
+    """Find images that show one photograph, within and between the training and the test set.
+
+    Writes duplicates.csv and duplicates.html, the pairs side by side.
+    """
+    screen = Screen()
+    found, folder = list_duplicates(data, out, screen)
+    screen.facts("Images with a copy", found.summary())
+    screen.say(f"Written to {folder.folder}: {DUPLICATES}, {DUPLICATES_PAGE}")
 
 
 if __name__ == "__main__":

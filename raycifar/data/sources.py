@@ -75,16 +75,19 @@ def absolute_name(name: str) -> str:
     return to_path(name) or name
 
 
+def cache_folder() -> Path:
+    return Path(os.environ.get("RAYCIFAR_CACHE") or platformdirs.user_cache_path("raycifar"))
+
+
 def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
     """Return the archive's path in the cache; the archive is downloaded once, checked and renamed into place.
 
     Raises:
         RequestError: the download failed.
     """
-    folder = Path(os.environ.get("RAYCIFAR_CACHE") or platformdirs.user_cache_path("raycifar"))
     file = PurePosixPath(url).name
     base = url.removesuffix(file)
-    store = pooch.create(path=folder, base_url=base, registry={file: f"md5:{md5}"}, retry_if_failed=2)
+    store = pooch.create(path=cache_folder(), base_url=base, registry={file: f"md5:{md5}"}, retry_if_failed=2)
     pooch.get_logger().setLevel("ERROR")
     try:
         return Path(store.fetch(file, downloader=pooch.HTTPDownloader(progressbar=progress, timeout=30)))

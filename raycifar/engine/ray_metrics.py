@@ -1,4 +1,4 @@
-"""A run's metrics for Ray's dashboard, and for Prometheus at each node's metrics port."""
+"""A run's metrics for Prometheus, at each node's metrics port; `jobs/grafana.json` draws them."""
 
 from typing import Any
 
@@ -21,6 +21,7 @@ class Gauges:
     """The gauges of one run; there are none outside a cluster."""
 
     def __init__(self, run: str, model: str) -> None:
+        self.values: dict[str, float] = {}
         self.tags = {"run": run, "model": model}
         tags = tuple(self.tags)
         self.gauges = {
@@ -30,6 +31,7 @@ class Gauges:
         }
 
     def set(self, metrics: dict[str, Any]) -> None:
-        for name, gauge in self.gauges.items():
-            if (value := metrics.get(name)) is not None:
-                gauge.set(value, self.tags)
+        """Set what is known of `metrics`, and all others again: Ray drops a gauge that isn't set for some seconds."""
+        self.values |= {name: metrics[name] for name in self.gauges if metrics.get(name) is not None}
+        for name, value in self.values.items():
+            self.gauges[name].set(value, self.tags)

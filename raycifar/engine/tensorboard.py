@@ -1,10 +1,15 @@
-"""A run's history as an event file of TensorBoard."""
+"""A run's history as event files of TensorBoard, which follows a file that grows, but not one that is replaced."""
 
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+import struct
+import time
+from collections.abc import Iterator, Sequence
 
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
+
+from raycifar.storage.files import is_local
 from raycifar.storage.records import EpochRecord
+from raycifar.storage.run_folder import EVENTS, RunFolder
 
 SCALARS = {
     "train_loss": "loss/train",
@@ -19,17 +24,62 @@ SCALARS = {
     "images_per_second": "images per second",
     "workers": "workers",
 }
+LENGTH, CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
 
 
-def to_events(history: Sequence[EpochRecord]) -> bytes:
-    """Return the content of an event file with each epoch once, at the time of its end."""
-    from tensorboardX import SummaryWriter
+class EventLog:
+    """The event files of a run, with each epoch once, over any number of starts.
 
-    with tempfile.TemporaryDirectory() as folder:
-        with SummaryWriter(folder, write_to_disk=True) as writer:
-            for record in history:
-                for name, tag in SCALARS.items():
-                    if (value := getattr(record, name)) is not None:
-                        writer.add_scalar(tag, value, record.epoch, walltime=record.time)
-        (file,) = Path(folder).iterdir()
-        return file.read_bytes()
+    On a disk one file grows. An object store appends nothing: there each start has a file of its own, which is
+    replaced by a longer one with the same beginning.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        files = {name: run.read(name) or b"" for name in run.file_names() if name.startswith(EVENTS)}
+        self.file = EVENTS if is_local(run.filesystem) else f"{EVENTS}.{time.time():.0f}"
+        self.content = files.get(self.file, b"")
+        events = list(read_events(self.content))
+        self.content = self.content[: sum(len(frame(event)) for event in events)]  # without a last one that is cut
+        steps = [event.step for content in files.values() for event in read_events(content)]
+        self.epoch = max(steps, default=0)  # the last one that is there
+
+    def write(self, history: Sequence[EpochRecord]) -> None:
+        """Write the epochs that are not there yet."""
+        new = [to_event(record) for record in history if record.epoch > self.epoch]
+        if not new:
+            return
+        if not self.content:
+            new.insert(0, Event(wall_time=new[0].wall_time, file_version="brain.Event:2"))
+        added = b"".join(map(frame, new))
+        self.run.append(self.file, self.content, added)
+        self.content += added
+        self.epoch = new[-1].step
+
+
+def to_event(record: EpochRecord) -> Event:
+    event = Event(wall_time=record.time or 0, step=record.epoch)
+    for name, tag in SCALARS.items():
+        if (value := getattr(record, name)) is not None:
+            event.summary.value.add(tag=tag, simple_value=value)
+    return event
+
+
+def frame(event: Event) -> bytes:
+    """Return an event as a file holds it: length and content, a checksum after each."""
+    body = event.SerializeToString(deterministic=True)
+    length = LENGTH.pack(len(body))
+    return length + CHECKSUM.pack(masked_crc32c(length)) + body + CHECKSUM.pack(masked_crc32c(body))
+
+
+def read_events(content: bytes) -> Iterator[Event]:
+    """Yield the events of a file, up to the first that is cut or damaged."""
+    start = 0
+    while start + LENGTH.size < len(content):
+        (length,) = LENGTH.unpack_from(content, start)
+        first = start + LENGTH.size + CHECKSUM.size
+        body, checksum = content[first : first + length], content[first + length : first + length + CHECKSUM.size]
+        if checksum != CHECKSUM.pack(masked_crc32c(body)):
+            return
+        yield Event.FromString(body)
+        start = first + length + CHECKSUM.size

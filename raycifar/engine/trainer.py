@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -34,13 +35,13 @@ from raycifar.engine.order import Batch, EpochOrder, advance, step_seed, steps_p
 from raycifar.engine.ray_metrics import Gauges
 from raycifar.engine.reporter import Reporter
 from raycifar.engine.state import Progress, TrainingState
-from raycifar.engine.tensorboard import to_events
+from raycifar.engine.tensorboard import EventLog
 from raycifar.engine.train_step import TrainStep
 from raycifar.errors import FailureKind
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
 from raycifar.storage.records import EpochRecord
-from raycifar.storage.run_folder import EVENTS, EXAMPLE_STATS, MODEL, PREDICTIONS, RUN, RunFolder
+from raycifar.storage.run_folder import EXAMPLE_STATS, MODEL, PREDICTIONS, RUN, RunFolder
 from raycifar.storage.weights import to_file
 
 TRAIN_EVAL_IMAGES = 1000  # training images scored as validation images are, after each epoch
@@ -201,6 +202,10 @@ class Trainer:
         self.collect()
         return None
 
+    @cached_property
+    def event_log(self) -> EventLog:
+        return EventLog(self.run)
+
     def finish_epoch(self) -> None:
         """Score the network, record the epoch, and save a checkpoint."""
         began = time.perf_counter()
@@ -211,7 +216,7 @@ class Trainer:
         history = self.state.progress.history
         if self.rank == 0:
             self.run.write_history(history)
-            self.run.write(EVENTS, to_events(history))
+            self.event_log.write(history)
         self.reporter.epoch(history)
         if self.state.enter_stage():
             self.train_step.close()

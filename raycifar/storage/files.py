@@ -5,14 +5,17 @@ import io
 import os
 import secrets
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from pyarrow import fs
 
 from raycifar.errors import RequestError, StorageError
 from raycifar.storage import remote
 from raycifar.storage.locations import Location, check_location, to_path
+
+Answer = TypeVar("Answer")
 
 MOST_BYTES = 2**32  # of a file: weights of a thousand million parameters
 
@@ -35,15 +38,22 @@ def locate(location: Location, *, to_write: bool = False) -> tuple[fs.FileSystem
         raise RequestError(f"{text} can't be reached: {error}.") from error
 
 
+def ask(filesystem: fs.FileSystem, question: Callable[[], Answer]) -> Answer:
+    """Return the answer of a file system, for which a limited time is waited; see `remote.ask`.
+
+    Raises:
+        OSError: there is none; the message says in plain words what is wrong.
+    """
+    return question() if is_local(filesystem) else remote.ask(lambda beat: question())
+
+
 def file_type(filesystem: fs.FileSystem, path: str) -> fs.FileType:
     """Return what is there: `File`, `Directory`, `NotFound`, or `Unknown` for a device, a pipe or a socket.
 
     Raises:
         OSError: it can't be found out.
     """
-    if is_local(filesystem):
-        return filesystem.get_file_info(path).type
-    return remote.ask(lambda beat: filesystem.get_file_info(path).type)
+    return ask(filesystem, lambda: filesystem.get_file_info(path).type)
 
 
 def list_files(filesystem: fs.FileSystem, folder: str) -> list[str]:
@@ -56,7 +66,7 @@ def list_files(filesystem: fs.FileSystem, folder: str) -> list[str]:
         found = (Path(top, name) for top, _, names in os.walk(folder, onerror=raise_it) for name in names)
         return sorted(str(path) for path in found if path.is_file())
     selector = fs.FileSelector(folder, recursive=True)
-    return sorted(entry.path for entry in remote.ask(lambda beat: filesystem.get_file_info(selector)) if entry.is_file)
+    return sorted(entry.path for entry in ask(filesystem, lambda: filesystem.get_file_info(selector)) if entry.is_file)
 
 
 def raise_it(error: OSError) -> None:
@@ -97,14 +107,14 @@ def open_file(
     return file
 
 
-def open_regular(path: str, flags: int) -> int:
+def open_regular(path: str, flags: int, mode: int = 0o777) -> int:
     """Return a descriptor of a regular file; a fifo without a writer would otherwise be waited for."""
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode):
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), mode)
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
         return descriptor
     os.close(descriptor)
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(kind):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     raise OSError(errno.EINVAL, "it is a device, a pipe or a socket, not a file", path)
 
@@ -149,3 +159,15 @@ def write_whole(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def append_to(path: Path, length: int, added: bytes) -> None:
+    """Append to a file on a disk, of which the first `length` bytes are kept; never through a link."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    with open(path, "r+b", opener=lambda name, _: open_regular(name, flags, 0o666)) as file:
+        file.truncate(length)
+        file.seek(length)
+        file.write(added)
+        file.flush()
+        os.fsync(file.fileno())

@@ -6,6 +6,7 @@ Everything is asked in a thread of its own, so that Ctrl-C ends a wait that a li
 import re
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,6 +27,7 @@ CONNECT_SECONDS = 10
 READ_SECONDS = 20  # without a byte
 SILENCE_SECONDS = 60  # of anything, retries included
 SLOWEST = 2.5e5  # bytes per second of an upload, which tells nothing of its progress
+TELL_SECONDS = 1
 CHUNK = 2**16
 LARGEST_PAGE = 2**24  # bytes of a folder's list on a web server
 MOST_LEVELS = 4  # of folders on a web server
@@ -64,22 +66,25 @@ def ask(work: Callable[[Callable[[int], None]], Answer], patience: float = SILEN
             heard.put(("error", error))
 
     Thread(target=run, daemon=True).start()
-    silent = 0
-    while silent < patience:
+    heard_last = told_last = time.monotonic()
+    while (silent := time.monotonic() - heard_last) < patience:
         try:
-            kind, value = heard.get(timeout=1)
+            kind, value = heard.get(timeout=TELL_SECONDS)
         except Empty:
-            silent += 1
-            tell.get()(f"no answer for {silent} s, of {patience:.0f} s at most")
-            continue
-        silent = 0
-        match kind:
-            case "answer":
-                return value
-            case "error":
-                raise value if isinstance(value, BUGS) else plain(value) from value
-            case "bytes":
-                tell.get()(f"{value / MEGABYTE:,.0f} MB so far")
+            kind, value = "nothing", silent
+        else:
+            heard_last = time.monotonic()
+        if kind == "answer":
+            return value
+        if kind == "error":
+            raise value if isinstance(value, BUGS) else plain(value) from value
+        if time.monotonic() - told_last >= TELL_SECONDS:
+            told_last = time.monotonic()
+            tell.get()(
+                f"{value / MEGABYTE:,.0f} MB so far"
+                if kind == "bytes"
+                else f"no answer for {told_last - heard_last:.0f} s, of {patience:.0f} s at most"
+            )
     raise TimeoutError(f"no answer has come within {patience:.0f} s")
 
 

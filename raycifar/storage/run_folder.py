@@ -7,7 +7,7 @@
     predictions.parquet the final network's predictions for each test image
     example_stats.parquet  statistics of each training image over the epochs
     report.*            what the curves show; suspects.csv ranks the labels that are probably wrong
-    events.out.tfevents.raycifar  the history for TensorBoard
+    events.out.tfevents.raycifar*  the history for TensorBoard
     best.safetensors    the weights of the epoch with the best validation top-1
     checkpoint_*        what a run resumes from; each has a manifest, written last, with a digest of each file
 
@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from pyarrow import fs
 
 from raycifar.errors import RequestError, StorageError, in_a_line
 from raycifar.redaction import shown
-from raycifar.storage.files import is_local, locate, open_file, write_whole
+from raycifar.storage.files import append_to, ask, is_local, locate, open_file, write_whole
 from raycifar.storage.locations import check_location, join, parent_and_name
 from raycifar.storage.records import EpochRecord, finite
 
@@ -84,13 +84,19 @@ class RunFolder:
     # Files ------------------------------------------------------------------------------------------
 
     def read(self, file: str) -> bytes | None:
-        """Return a file's content, or None if it doesn't exist."""
+        """Return a file's content, or None if it doesn't exist.
+
+        Raises:
+            StorageError: the file can't be read.
+        """
         filesystem, folder = self._location
         try:
             with open_file(filesystem, f"{folder}/{file}", inside=folder) as opened:
                 return opened.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise StorageError.of(join(self.folder, file), error, "read") from error
 
     def write(self, file: str, content: bytes) -> None:
         """Write a file, whole or not at all.
@@ -104,13 +110,28 @@ class RunFolder:
         try:
             write_whole(filesystem, f"{folder}/{file}", content)
         except OSError as error:
-            raise StorageError.of(f"{self.folder}/{file}", error) from error
+            raise StorageError.of(join(self.folder, file), error) from error
+
+    def append(self, file: str, content: bytes, added: bytes) -> None:
+        """Append to a file that begins with `content`: in place on a disk, by a longer file in an object store.
+
+        Raises:
+            StorageError: the file can't be written.
+        """
+        filesystem, folder = self._location
+        if not is_local(filesystem):
+            self.write(file, content + added)
+            return
+        try:
+            append_to(Path(folder) / file, len(content), added)
+        except OSError as error:
+            raise StorageError.of(join(self.folder, file), error) from error
 
     def delete(self, file: str) -> None:
         """Delete a file if it exists."""
         filesystem, folder = self._location
         if self.read(file) is not None:
-            filesystem.delete_file(f"{folder}/{file}")
+            ask(filesystem, lambda: filesystem.delete_file(f"{folder}/{file}"))
 
     def read_json(self, file: str) -> Any:
         content = self.read(file)
@@ -127,10 +148,14 @@ class RunFolder:
     def write_history(self, history: Iterable[EpochRecord]) -> None:
         self.write(METRICS, "".join(json.dumps(record.to_json()) + "\n" for record in history).encode())
 
-    def _subfolders(self) -> list[str]:
+    def file_names(self, kind: fs.FileType = fs.FileType.File) -> list[str]:
+        """Return the names of the files, or of the folders, directly in this one, sorted."""
         filesystem, folder = self._location
-        entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-        return sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
+        entries = ask(filesystem, lambda: filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)))
+        return sorted(entry.base_name for entry in entries if entry.type == kind)
+
+    def _subfolders(self) -> list[str]:
+        return self.file_names(fs.FileType.Directory)
 
     def runs(self) -> list["RunFolder"]:
         """Return the runs inside this folder, which is a comparison's, sorted by name."""
@@ -206,8 +231,8 @@ class RunFolder:
 
     def delete_checkpoints(self, names: list[str]) -> None:
         filesystem, folder = self._location
-        for name in names:
-            filesystem.delete_dir(f"{folder}/{name}")
+        for path in [f"{folder}/{name}" for name in names]:
+            ask(filesystem, partial(filesystem.delete_dir, path))
 
     def mend_snapshot(self) -> None:
         """Delete Ray Train's list of checkpoints if it is damaged or names one that no longer exists.

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from raycifar import models
 from raycifar.analysis.comparison import Finished, by_model, compare, not_comparable
 from raycifar.data.tables import Source, from_lists
@@ -24,6 +21,7 @@ from raycifar.models.initial_weights import InitialWeights, load_initial_weights
 from raycifar.models.recipe import changes, describe_changes
 from raycifar.models.recipes import recipe_from_json
 from raycifar.redaction import shown
+from raycifar.storage.parquet import read_parquet
 from raycifar.storage.run_folder import (
     COMPARISON,
     COMPARISON_TABLE,
@@ -313,7 +311,7 @@ def read_run(path: str) -> Finished:
         raise RequestError(f"{path} can't be compared: it is {state}.")
     if predictions is None or "test" not in result:
         raise RequestError(f"{path} can't be compared: it has no {PREDICTIONS}; train it with the test set.")
-    table = pq.read_table(pa.BufferReader(predictions), columns=["label", "top5"])
+    table = read_parquet(predictions, {"label": "integers", "top5": "lists of integers"})
     correct = from_lists(table["top5"])[:, 0] == table["label"].to_numpy()
     return Finished(run.name, run.folder, about, run.history(), result, correct)
 

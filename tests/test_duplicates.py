@@ -1,0 +1,141 @@
+"""Images that show one photograph: planted copies of real images, and what is said of them."""
+
+import csv
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate, pad
+
+from raycifar.data.duplicates import NEAR, find_pairs
+from raycifar.data.sources import load
+from raycifar.data.tables import Source, to_images, to_table
+from raycifar.terminal import Screen
+from raycifar.workflows.datasets import write_parquet
+from raycifar.workflows.duplicates import DUPLICATES, DUPLICATES_PAGE, list_duplicates
+
+NUM_TEST, NUM_TRAIN, COPIES = 1_000, 4_000, 100
+
+
+def shift(image, draw):
+    x, y = draw.choice([(x, y) for x in range(5) for y in range(5) if (x, y) != (2, 2)])
+    return pad(image[None], (2, 2, 2, 2), mode="reflect")[0, :, y : y + 32, x : x + 32]
+
+
+def zoom_in(image, draw):
+    return interpolate(image[None, :, 1:30, 1:30], size=(32, 32), mode="bilinear", antialias=True)[0]
+
+
+def zoom_out(image, draw):
+    small = interpolate(image[None], size=(29, 29), mode="bilinear", antialias=True)
+    return pad(small, (1, 2, 1, 2), mode="reflect")[0]
+
+
+def compress(image, draw):
+    stream = io.BytesIO()
+    Image.fromarray(image.byte().numpy().transpose(1, 2, 0)).save(stream, "JPEG", quality=60)
+    return torch.from_numpy(np.array(Image.open(stream)).transpose(2, 0, 1)).float()
+
+
+def change_contrast(image, draw):
+    return (image - image.mean()) * draw.uniform(0.8, 1.2) + image.mean()
+
+
+def tint(image, draw):
+    return image * torch.tensor([draw.uniform(0.85, 1.15) for _ in range(3)])[:, None, None]
+
+
+CHANGES = {
+    "shift": shift,
+    "mirror": lambda image, draw: image.flip(-1),
+    "brightness": lambda image, draw: image * draw.uniform(0.8, 1.2),
+    "contrast": change_contrast,
+    "tint": tint,
+    "compress": compress,
+    "zoom in": zoom_in,
+    "zoom out": zoom_out,
+}
+
+
+@pytest.fixture(scope="module")
+def planted(cifar):
+    """Real images, some test images being changed copies of training images; the pairs of rows, with their changes."""
+    draw, source = random.Random(1), load(cifar)
+    test = torch.from_numpy(to_images(source.test["image"])[:NUM_TEST].copy())
+    train = torch.from_numpy(to_images(source.train["image"])[:NUM_TRAIN].copy())
+    copies = {}
+    places, originals = draw.sample(range(NUM_TEST), COPIES), draw.sample(range(NUM_TRAIN), COPIES)
+    for row, original in zip(places, originals, strict=True):
+        names, image = draw.sample([*CHANGES], draw.choice([1, 2])), train[original].float()
+        for name in names:
+            image = CHANGES[name](image, draw).clamp(0, 255).round()
+        test[row] = image.byte()
+        copies[row, original] = names
+    return test, train, copies
+
+
+def test_changed_copies_of_real_images_are_found(planted):
+    test, train, copies = planted
+    pairs = find_pairs(torch.cat([test, train]))
+    near = pairs.similarity >= NEAR
+    found = set(zip(pairs.first[near].tolist(), (pairs.second[near] - NUM_TEST).tolist(), strict=True))
+    missed = [names for pair, names in copies.items() if pair not in found]
+    assert len(missed) <= 0.03 * COPIES, missed
+
+
+def test_copies_with_equal_pixels_are_exact_also_mirrored_ones(planted):
+    _, train, _ = planted
+    images = torch.cat([train[:50], train[3:4], train[7:8].flip(-1)])
+    pairs = find_pairs(images)
+    exact = set(zip(pairs.first[pairs.exact].tolist(), pairs.second[pairs.exact].tolist(), strict=True))
+    assert exact == {(3, 50), (7, 51)}
+    assert (pairs.similarity[pairs.exact] == 1).all()
+
+
+def test_the_pairs_of_noise_are_none():
+    noise = torch.randint(0, 256, (500, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert not len(find_pairs(noise).first)
+
+
+@pytest.fixture
+def copied(tmp_path, planted):
+    """A data set whose first test image is training image 5, under another label."""
+    _, train, _ = planted
+    pixels, fine = train[:200].numpy(), np.arange(200) % 100
+    test = np.concatenate([pixels[5:6], 255 - pixels[100:120]])
+    labels = np.concatenate([[6], np.arange(20)])
+    source = Source(
+        "copied", to_table(pixels, fine, fine // 5, "copied"), to_table(test, labels, labels // 5, "copied")
+    )
+    write_parquet(source, str(tmp_path / "copied"))
+    return tmp_path / "copied"
+
+
+def test_pairs_are_listed_with_their_labels_and_kept(copied, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYCIFAR_CACHE", str(tmp_path / "cache"))
+    found, folder = list_duplicates(str(copied), str(tmp_path / "out"), Screen(quiet=True))
+    rows = list(csv.DictReader((folder.read(DUPLICATES) or b"").decode().splitlines()))
+    assert rows[0] == {
+        "split": "test",
+        "index": "0",
+        "other_split": "train",
+        "other_index": "5",
+        "kind": "exact",
+        "similarity": "1",
+        "same_label": "false",
+    }
+    assert found.counts()["test", "train"]["exact"] == 1
+    assert (folder.read(DUPLICATES_PAGE) or b"").count(b"data:image/png") == 2 * len(rows)
+    monkeypatch.setattr("raycifar.workflows.duplicates.search", None)  # the second time they come from the cache
+    again, _ = list_duplicates(str(copied), str(tmp_path / "again"), Screen(quiet=True))
+    assert again.to_csv() == found.to_csv()
+
+
+def test_a_cache_that_cannot_be_written_does_no_harm(copied, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RAYCIFAR_CACHE", str(tmp_path / "file"))
+    found, _ = list_duplicates(str(copied), str(tmp_path / "out"), Screen(quiet=True))
+    assert found.counts()["test", "train"]["exact"] == 1
