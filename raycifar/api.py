@@ -24,6 +24,7 @@ import pandas as pd
 from raycifar.errors import RequestError, WorkError
 from raycifar.models.recipe import field_types
 from raycifar.models.recipes import read_run, recipe_fields
+from raycifar.redaction import shown
 from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
@@ -148,7 +149,7 @@ class Run(_InFolder):
         return Model(self.folder, device)
 
     def __repr__(self) -> str:
-        return f"Run({self.folder!r}): {self.state}"
+        return f"Run({shown(self.folder)!r}): {self.state}"
 
     def _repr_html_(self) -> str:
         report, about, test = self._report, self.about, self.test or {}
@@ -158,7 +159,7 @@ class Run(_InFolder):
             "state": report["state"],
             "curves": report["headline"],
             **{name: f"{test[name]:.4f}" for name in ("top1", "top5", "loss") if test.get(name) is not None},
-            "folder": self.folder,
+            "folder": shown(self.folder),
         }
         rows = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in facts.items())
         return f"<b>{html.escape(self.name)}</b><table>{rows}</table>"
@@ -243,7 +244,7 @@ class Comparison(_InFolder):
         return plot_comparison(groups, self.name)
 
     def __repr__(self) -> str:
-        return f"Comparison({self.folder!r}): {' '.join(self.sentences)}"
+        return f"Comparison({shown(self.folder)!r}): {' '.join(self.sentences)}"
 
     def _repr_html_(self) -> str:
         scores = self.models[["runs", "top1", "top1_low", "top1_high", "top5", "loss", "device_seconds"]]

@@ -16,8 +16,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from raycifar.errors import RayDiedError, RequestError, StorageError, WorkError, shown
-from raycifar.terminal import replace_unencodable
+from raycifar.errors import RayDiedError, RequestError, StorageError, WorkError, in_a_line, printable
+from raycifar.redaction import shown
+from raycifar.storage.remote import telling
+from raycifar.terminal import PlainLine, replace_unencodable
 
 CLOSED_OUTPUT = 128 + 13  # as of a program that SIGPIPE ends
 UNTIL_EXIT = ExitStack()  # holds the connection to Ray, which `leave` closes
@@ -25,6 +27,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 APART_SECONDS = 0.5  # between two signals of the user: `timeout` and `uv run` pass each on twice
 
 replace_unencodable()
+
+
+class WithoutSecrets(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -57,11 +64,15 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
             signal.signal(number, interrupt)
         end_at_second_signal()
         if debug:
-            logging.getLogger("raycifar").addHandler(logging.StreamHandler())
+            handler = logging.StreamHandler()
+            handler.setFormatter(WithoutSecrets())
+            logging.getLogger("raycifar").addHandler(handler)
             logging.getLogger("raycifar").setLevel(logging.DEBUG)
+        line = PlainLine(lambda text: click.echo(text, err=True))
         try:
             refuse_empty(click.get_current_context())
-            work(debug=debug, **options)
+            with telling(lambda text: line.show("Waiting for the storage", None, text)):
+                work(debug=debug, **options)
             leave(0)
         except Interrupted as interrupted:
             leave(130, str(interrupted), getattr(interrupted, "__notes__", []), quiet=not debug)
@@ -71,7 +82,7 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
             leave(CLOSED_OUTPUT)
         except Exception as error:
             if debug:
-                traceback.print_exception(error)
+                click.echo(shown("".join(traceback.format_exception(error))), err=True)
             leave(*ending(error))
 
     return with_endings
@@ -113,14 +124,32 @@ def ending(error: Exception) -> tuple[int, str]:
     """Return the exit code and the sentence of a command that raised `error`."""
     match error:
         case click.ClickException():
-            return error.exit_code, f"Error: {error.format_message()}"
+            return error.exit_code, shown(f"Error: {error.format_message()}")
         case RequestError():
             return 2, f"Error: {error}"
         case WorkError():
             return 1, f"Error: {error}"
         case StorageError():
             return 1, f"Error: {error}."
-    return 1, f"Error: {type(error).__name__}: {error}. This is a bug; --debug shows the traceback."
+    if reason := reason_outside(error):
+        return 1, shown(f"Error: {reason}. --debug shows where.")
+    return 1, shown(f"Error: {type(error).__name__}: {error}. This is a bug; --debug shows the traceback.")
+
+
+def reason_outside(error: Exception) -> str | None:
+    """Return, of an error that the program's surroundings cause, what is wrong; None of any other, which is a bug."""
+    match error:
+        case OSError():
+            return f"{error.filename}: {in_a_line(error)}" if error.filename else in_a_line(error)
+        case ImportError():  # also `importlib.metadata.PackageNotFoundError`
+            return f"a package is missing or damaged: {in_a_line(error)}"
+        case UnicodeError():
+            return f"a text isn't in the encoding that is expected here: {in_a_line(error)}"
+        case MemoryError():
+            return "memory ran out: ask for fewer images at once, or give the program more"
+    if "home directory" in str(error):  # a RuntimeError of pathlib
+        return f"{in_a_line(error)}: set HOME"
+    return None
 
 
 def leave(code: int, sentence: str | None = None, more: Iterable[str] = (), *, quiet: bool = False) -> None:
@@ -134,9 +163,9 @@ def leave(code: int, sentence: str | None = None, more: Iterable[str] = (), *, q
         signal.signal(number, lambda number, frame: None)  # and not SIG_IGN: the second one still ends it
     with suppress(BrokenPipeError):
         if sentence:
-            click.echo(shown(sentence), err=True)
+            click.echo(printable(sentence), err=True)
         for line in more:
-            click.echo(shown(line))
+            click.echo(printable(line))
     if quiet:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Ray's C++ core writes to the descriptor
     ray = sys.modules.get("ray")  # perhaps half imported by another thread

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from enum import StrEnum
 
+from raycifar.redaction import shown
+
 MOST_NAMES = 3  # in a sentence
 
 log = logging.getLogger(__name__)
@@ -23,7 +25,10 @@ class FailureKind(StrEnum):
 
 
 class RaycifarError(Exception):
-    """An error that raycifar raises on purpose; its message is one or more whole sentences."""
+    """An error that raycifar raises on purpose; its message is one or more whole sentences, without secrets."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message))
 
 
 class RequestError(RaycifarError):
@@ -43,13 +48,22 @@ class RayDiedError(WorkError):
 
 
 class StorageError(OSError):
-    """A file of a run can't be written."""
+    """A file can't be written, or one of a run can't be read."""
 
-    PERMANENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+    PERMANENT = (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.EISDIR,
+        errno.ENOTDIR,
+        errno.ENAMETOOLONG,
+    )
 
     @classmethod
-    def of(cls, location: str, cause: OSError) -> "StorageError":
-        return cls(cause.errno or 0, f"{location} can't be written: {cause.strerror or in_a_line(cause)}")
+    def of(cls, location: str, cause: OSError, verb: str = "written") -> "StorageError":
+        return cls(cause.errno or 0, f"{shown(location)} can't be {verb}: {in_a_line(cause)}")
 
     def __str__(self) -> str:
         return self.strerror or ""
@@ -61,17 +75,18 @@ class StorageError(OSError):
 
 
 def in_a_line(error: BaseException) -> str:
-    """Return an error's message in one line: the last line of a traceback, else the first line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    """Return an error's message in one line: the last line of a traceback, else the first line; without secrets."""
+    message = (isinstance(error, OSError) and error.strerror) or str(error)
+    lines = message.strip().splitlines() or [type(error).__name__]
     line = lines[-1 if any(line.startswith("Traceback") for line in lines) else 0]
-    return line.removeprefix("raycifar.errors.StorageError: ").rstrip(".: ")
+    return shown(line.removeprefix("raycifar.errors.StorageError: ").rstrip(".: "))
 
 
 def first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMES]) + " and others" * (len(names) > MOST_NAMES)
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """Return text with its control characters, which a terminal would obey, as escapes; line ends stay."""
     return "".join(c if c.isprintable() or c in "\n\N{NO-BREAK SPACE}" else ascii(c)[1:-1] for c in text)
 
@@ -79,4 +94,4 @@ def shown(text: str) -> str:
 @functools.cache
 def notice(sentence: str) -> None:
     """Tell the user something, once in a process, on standard error."""
-    log.warning("Note: %s", shown(sentence))
+    log.warning("Note: %s", printable(sentence))

@@ -4,6 +4,7 @@ import click
 
 from raycifar.command import command
 from raycifar.options import WIDE
+from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import REPORT, REPORT_PAGE, REPORT_TEXT, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows import reporting
@@ -24,6 +25,8 @@ def main(debug: bool, folder: str, kind: str, data: str | None, out: str | None)
     training images by how likely their labels are wrong. With --format md or json, writes only that.
     """
     screen, subject = Screen(), RunFolder.at(folder)
+    if out is not None:
+        check_location(out, "--out", to_write=True)
     where = RunFolder.at(out) if out else subject
     report = reporting.report(subject, screen, data=data, out=where, kind=kind)
     screen.say(report["state"])

@@ -16,8 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from raycifar.cluster.status import Phase, StatusStore, StepStatus, WorkerStatus
-from raycifar.errors import shown
+from raycifar.errors import printable
+from raycifar.redaction import shown
 from raycifar.storage.records import EpochRecord
+from raycifar.storage.remote import telling
 from raycifar.workflows.trial import Trial, TrialStatus
 
 POLL_SECONDS = 0.25
@@ -25,7 +27,7 @@ LINE_SECONDS = 30  # between two plain lines about the same step
 
 
 class PlainConsole(Console):
-    """Shows all text as it is: no markup, no emoji codes, no control characters are obeyed.
+    """Shows all text as it is: no markup, no emoji codes, no control characters are obeyed; without secrets.
 
     Raises:
         BrokenPipeError: nobody reads the output any more.
@@ -35,7 +37,7 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, highlight=False, force_jupyter=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(shown(text), **options)
+        return super().render_str(printable(shown(text)), **options)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -75,12 +77,17 @@ class Screen:
 
     @contextmanager
     def waiting(self, for_what: str) -> Iterator[None]:
-        """Show what the program waits for."""
+        """Show what the program waits for, and how far it has come with what it reads from elsewhere."""
         if self.console.is_terminal:
-            with self.console.status(self.console.render_str(f"{for_what} …")):
+            with (
+                self.console.status(self.console.render_str(f"{for_what} …")) as status,
+                telling(lambda text: status.update(self.console.render_str(f"{for_what}: {text} …"))),
+            ):
                 yield
-        else:
-            self.say(f"{for_what} …")
+            return
+        line = PlainLine(self.say)
+        line.show(for_what, None)
+        with telling(lambda text: line.show(for_what, None, text)):
             yield
 
     @contextmanager
@@ -200,7 +207,7 @@ class LiveLine:
 
     def show(self, doing: str, step: StepStatus | None) -> None:
         if step is None:
-            self.bar.update(self.task, description=shown(doing), total=None, completed=0, metrics="")
+            self.bar.update(self.task, description=printable(shown(doing)), total=None, completed=0, metrics="")
             self.epoch = 0
             return
         if step.epoch != self.epoch:
@@ -219,7 +226,7 @@ class PlainLine:
         self.say = say
         self.doing, self.began, self.spoke = "", 0.0, 0.0
 
-    def show(self, doing: str, step: StepStatus | None) -> None:
+    def show(self, doing: str, step: StepStatus | None, so_far: str = "") -> None:
         now = time.monotonic()
         if doing != self.doing:
             self.doing, self.began, self.spoke = doing, now, now
@@ -227,7 +234,7 @@ class PlainLine:
         elif now - self.spoke >= LINE_SECONDS:
             self.spoke = now
             if step is None:
-                self.say(f"{doing}: {now - self.began:.0f} s so far …")
+                self.say(f"{doing}: {so_far or f'{now - self.began:.0f} s so far'} …")
             else:
                 left = seconds_left(step, step.epoch)
                 self.say(f"epoch {step.epoch}, step {step.step}/{step.steps}: {step_metrics(step)}, {left:.0f} s left")

@@ -1,10 +1,12 @@
 """How commands end: an exit code and one sentence."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 
 import click
 import pytest
@@ -63,6 +65,27 @@ def test_an_output_that_lacks_a_character_gets_a_question_mark(encoding, tmp_pat
         assert done.returncode == code, done.stderr.decode(encoding)
         assert b"Traceback" not in done.stderr
     assert done.stdout == "Reading ünï ?\n".encode(encoding, "replace")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (RuntimeError("Could not determine home directory."), "Could not determine home directory: set HOME"),
+        (ModuleNotFoundError("No module named 'x'"), "a package is missing or damaged: No module named 'x'"),
+        (PackageNotFoundError("ray"), "a package is missing or damaged: No package metadata was found for ray"),
+        (UnicodeEncodeError("ascii", "ü", 0, 1, "ordinal not in range(128)"), "isn't in the encoding"),
+        (MemoryError(), "memory ran out"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_its_surroundings_cause_is_no_defect_of_the_program(error, says):
+    code, sentence = ending(error)
+    assert code == 1
+    assert says in sentence
+    assert "This is a bug" not in sentence
+    assert "\n" not in sentence
 
 
 def test_what_nobody_foresaw_is_called_a_defect():

@@ -1,14 +1,27 @@
 """Paths and URIs: what is read, and what writing leaves behind."""
 
 import os
+import resource
+import signal
 import socket
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from pyarrow import fs
 
-from raycifar.storage.files import open_file, read_file, write_whole
+from raycifar.command import ending
+from raycifar.data.synthetic import synthetic
+from raycifar.errors import RequestError, StorageError
+from raycifar.models.recipes import choose_recipe
+from raycifar.storage.files import list_files, locate, open_file, read_file, write_file, write_whole
+from raycifar.storage.locations import check_location, join, parent_and_name, to_path
 from raycifar.storage.run_folder import RunFolder
+from raycifar.terminal import Screen
+from raycifar.workflows import benchmark, reporting
+from raycifar.workflows.datasets import write_parquet
+from raycifar.workflows.exporting import export
+from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 
 LOCAL = fs.LocalFileSystem()
 
@@ -46,6 +59,47 @@ def test_what_can_t_be_written_leaves_nothing(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
+WRITERS = {
+    "export": lambda run, out: export(str(run), "safetensors", Screen(quiet=True), out=out, data="synthetic:200"),
+    "report --out": lambda run, out: reporting.report(
+        RunFolder.at(str(run)), Screen(quiet=True), out=RunFolder.at(out), kind="md"
+    ),
+    "data prepare": lambda run, out: write_parquet(synthetic(200, 100), out),
+    "bench --out": lambda run, out: benchmark.keep({}, out, print),
+}
+
+
+PLACES = {"file/x": "{tmp}/file is not a folder", "/proc/x": "No such file or directory", "full": "File too large"}
+
+
+@pytest.mark.parametrize(
+    ("writer", "out", "says"),
+    [
+        (writer, *place)
+        for writer in WRITERS
+        for place in PLACES.items()
+        if writer != "export" or place[0] == "full"  # it takes seconds
+    ],
+)
+def test_every_writer_says_in_one_sentence_what_it_can_t_write(writer, out, says, trained, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        if out == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+        with pytest.raises(StorageError) as failure:
+            WRITERS[writer](trained, str(tmp_path / out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    code, sentence = ending(failure.value)
+    assert code == 1
+    assert sentence.startswith(f"Error: {tmp_path / out}")
+    assert sentence.endswith(f"can't be written: {says.format(tmp=tmp_path)}.")
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"file"}
+
+
 # Reading --------------------------------------------------------------------------------------------
 
 
@@ -73,8 +127,83 @@ def test_a_run_s_files_are_in_its_folder(tmp_path):
     run.write("here", b"x")
     for name, target in {"run.json": tmp_path / "secret", "result.json": "here"}.items():
         (tmp_path / "runs/a" / name).symlink_to(target)
-    with pytest.raises(PermissionError, match="outside the folder"):
+    with pytest.raises(StorageError, match=r"run.json can't be read: it is a link to a place outside the folder"):
         run.read("run.json")
     assert run.read("result.json") == b"x"
     with open_file(LOCAL, str(tmp_path / "runs/a/run.json")) as file:  # what users name themselves may be a link
         assert file.read() == b"mine"
+
+
+def test_links_to_folders_are_not_followed(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/image.png").touch()
+    (tmp_path / "a/blob").symlink_to("b/image.png")  # as in a cache of the hub
+    (tmp_path / "a/b/around").symlink_to(tmp_path / "a")
+    os.mkfifo(tmp_path / "a/fifo")
+    assert list_files(LOCAL, str(tmp_path / "a")) == [str(tmp_path / "a" / name) for name in ("b/image.png", "blob")]
+
+
+# Paths and URIs -------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_found_by_its_path_and_by_its_uri(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    name = "größe a%20b#c?d"
+    RunFolder(str(tmp_path), name).write("run.json", b"{}")
+    quoted = quote(name)
+    for place in (tmp_path / name, f"~/{name}", name, f"./{name}/", f"file://{tmp_path}/{quoted}"):
+        run = RunFolder.at(str(place))
+        assert run.read("run.json") == b"{}"
+        assert run.folder == f"{tmp_path}/{name}"
+    assert read_file(f"file://localhost{tmp_path}/{quoted}/run.json") == b"{}"
+    write_file(f"file://{tmp_path}/new%20folder/x", b"y")
+    assert (tmp_path / "new folder/x").read_bytes() == b"y"
+
+
+def test_a_uri_is_taken_apart_and_put_together_beside_its_parameters():
+    uri = "s3://bucket/runs/gr%C3%B6%C3%9Fe?region=eu"
+    assert parent_and_name(uri) == ("s3://bucket/runs?region=eu", "größe")
+    assert join(*parent_and_name(uri)) == uri
+    assert parent_and_name("s3://bucket?region=eu") == ("s3://bucket?region=eu", "")
+    assert to_path(uri) is None
+
+
+@pytest.mark.parametrize(
+    ("location", "says"),
+    [
+        ("", "'' is no path"),
+        (" ", "' ' is no path"),
+        ("a\0b", "is no path"),
+        ("memory://a/b", "memory:// can't be read"),
+        ("fsspec+s3://a/b", "fsspec+s3:// can't be read"),
+        ("reference://a", "reference:// can't be read"),
+        ("simplecache::s3://a/b", "simplecache::s3:// can't be read"),
+        ("zip://a::http://b", "zip:// can't be read"),
+        ("s3://a::file://b", "it chains several by ::"),
+        ("file://tmp/x", "names another host"),
+        ("https://host/a b?sig=c", "write %20 for a space"),
+    ],
+)
+def test_what_is_no_place_is_refused_in_a_sentence(location, says):
+    for refuse in (check_location, locate, RunFolder.at, lambda place: choose_recipe("vgg16", pretrained=place)):
+        with pytest.raises(RequestError, match=r"^[^\n]*\.$") as refusal:
+            refuse(location)
+        assert says in str(refusal.value)
+    for options in ({"data": location}, {"storage": location}):
+        for request in (TrainingRequest.of, lambda model, **options: ComparisonRequest.of([model], **options)):
+            with pytest.raises(RequestError):
+                request("cnn", **options)
+
+
+@pytest.mark.parametrize("storage", ["http://host/runs", "https://host/runs", "hf://datasets/me/runs"])
+def test_what_can_only_be_read_is_refused_as_a_storage_at_once(storage):
+    with pytest.raises(RequestError, match=r"--storage .* can't be written to"):
+        TrainingRequest.of("cnn", storage=storage)
+
+
+def test_without_a_home_a_path_in_it_is_refused(monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    with pytest.raises(RequestError, match="~/data: this user has no home directory: give a full path"):
+        locate("~/data")

@@ -67,6 +67,17 @@ def test_errors_are_not_echoed_for_a_while(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_the_command_that_ray_records_has_no_secrets():
+    from ray._private import worker
+
+    program = "from ray._private import utils; from raycifar.cluster.ray_internals import *\n"
+    program += "with entrypoint_without_secrets(): print(utils.get_entrypoint_name())"
+    command = [sys.executable, "-c", program, "--data", "https://host/a?sig=abc"]
+    recorded = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert recorded.endswith("--data https://host/a?sig=***\n")
+    assert "ray._private.utils.get_entrypoint_name()" in Path(worker.__file__).read_text()
+
+
 def test_ray_is_not_started_by_a_thread_that_goes_on(monkeypatch):
     from ray._private import auto_init_hook
 

@@ -113,13 +113,12 @@ def test_a_uri_is_read_like_a_path(tmp_path, small_files, small_arrays):
         assert_same(sources.load(f"{url}/a.tar.gz"), small_arrays)
 
 
-def test_parquet_in_an_object_store(small_arrays):
-    import fsspec
-
-    store = fsspec.filesystem("memory")
-    for name, content in parquet_files(small_arrays).items():
-        store.pipe_file(f"/bucket/cifar100/{name}", content)
-    assert_same(sources.load("memory://bucket/cifar100"), small_arrays)
+def test_folders_of_a_web_server_are_read_by_their_lists(tmp_path, small_files, small_arrays):
+    write_folder(tmp_path / "a/parquet data", parquet_files(small_arrays))
+    write_folder(tmp_path / "b/binary", small_files)
+    with serving(tmp_path, Quiet) as url:
+        assert_same(sources.load(f"{url}/a/"), small_arrays)
+        assert_same(sources.load(f"{url}/b/"), small_arrays)
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path, small, small_arrays):
@@ -230,7 +229,7 @@ def bad_inputs(tmp_path, files, arrays):
             "test.bin holds no images",
         ),
         "an empty folder": (write_folder(tmp_path / "void", {}), "it holds nothing"),
-        "an unknown file system": ("nosuch://bucket/cifar", "on an unknown file system"),
+        "an unknown file system": ("nosuch://bucket/cifar", "nosuch:// can't be read"),
     }
 
 

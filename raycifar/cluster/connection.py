@@ -145,7 +145,8 @@ def join(address: str, **options: Any) -> None:
 def init(**options: Any) -> None:
     """Call `ray.init`, and keep this process's handler of SIGTERM: Ray's prints a stack trace and aborts."""
     handler = signal.getsignal(signal.SIGTERM)
-    ray.init(**options)
+    with ray_internals.entrypoint_without_secrets():
+        ray.init(**options)
     if threading.current_thread() is threading.main_thread():  # in other threads, Ray sets no handler
         signal.signal(signal.SIGTERM, handler)
 

@@ -12,6 +12,8 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
+from raycifar.redaction import shown
+
 KV_SECONDS = 2  # for an answer of the key-value store
 
 # The key-value store -------------------------------------------------------------------------------
@@ -156,6 +158,22 @@ def without_error_echo() -> Iterator[None]:
         yield
     finally:
         worker.print_to_stdstream = before
+
+
+@contextmanager
+def entrypoint_without_secrets() -> Iterator[None]:
+    """Keep passwords and signatures in this command's arguments out of what Ray records of its job.
+
+    There is no public way to name the command otherwise.
+    """
+    from ray._private import utils
+
+    before = utils.get_entrypoint_name
+    utils.get_entrypoint_name = lambda: shown(before())
+    try:
+        yield
+    finally:
+        utils.get_entrypoint_name = before
 
 
 def forbid_auto_init() -> None:

@@ -4,6 +4,7 @@ import click
 
 from raycifar.command import command
 from raycifar.data.sources import fetch, load
+from raycifar.storage.locations import check_location
 from raycifar.terminal import Screen
 from raycifar.workflows.datasets import summarize, write_parquet
 from raycifar.workflows.duplicates import DUPLICATES, DUPLICATES_PAGE, list_duplicates
@@ -47,6 +48,7 @@ def prepare(debug: bool, destination: str, data: str) -> None:
     The layout is the Hugging Face hub's: img.bytes (PNG), fine_label, coarse_label.
     """
     screen = Screen()
+    check_location(destination, to_write=True)
     with screen.waiting(f"Reading {data}"):
         source = load(data)
     with screen.waiting(f"Writing {destination}, and reading it back"):

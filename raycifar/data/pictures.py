@@ -14,7 +14,8 @@ from pyarrow import fs
 
 from raycifar.data import CIFAR100, DatasetInfo
 from raycifar.errors import RequestError
-from raycifar.storage.files import URI, is_local, list_files, locate, open_file
+from raycifar.storage.files import file_type, list_files, locate, open_file
+from raycifar.storage.locations import join
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it says of damaged files is in their errors
 
@@ -64,18 +65,17 @@ def find_images(location: str) -> tuple[list[ImageFile], int]:
         RequestError: there are no image files.
     """
     filesystem, path = locate(location)
-    kind = filesystem.get_file_info(path).type
+    kind = file_type(filesystem, path)
     if kind == fs.FileType.NotFound:
         raise RequestError(f"{location} does not exist.")
     if kind != fs.FileType.Directory:
         return [ImageFile(location, filesystem, path)], 0
-    named = URI.match(location) or is_local(filesystem)
     found, others = [], 0
-    for file in sorted(list_files(filesystem, path)):
+    for file in list_files(filesystem, path):
         inside = file.removeprefix(path).lstrip("/")
         if any(part.startswith(".") for part in PurePosixPath(inside).parts):
             continue
-        image = ImageFile(f"{location.rstrip('/')}/{inside}" if named else file, filesystem, file)
+        image = ImageFile(join(location, inside), filesystem, file)
         if image.is_image():
             found.append(image)
         else:

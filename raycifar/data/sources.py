@@ -18,9 +18,10 @@ from raycifar.data.layouts.detect import find, read_tree
 from raycifar.data.synthetic import SYNTHETIC, synthetic
 from raycifar.data.tables import Source
 from raycifar.data.trees import open_folder, open_tar, open_zip
-from raycifar.errors import RequestError
+from raycifar.errors import RequestError, in_a_line
 from raycifar.machine import private_folder
-from raycifar.storage.files import URI, locate, open_file
+from raycifar.storage.files import file_type, locate, open_file
+from raycifar.storage.locations import to_path
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
 MD5 = "03b5dce01913d631647c71ecec9e9cb8"
@@ -49,21 +50,21 @@ def load(name: str, seed: int = 0) -> Source:
         return synthetic(count, seed=seed)
     filesystem, path = locate(fetch() if name == "cifar100" else name)
     try:
-        kind = filesystem.get_file_info(path).type
+        kind = file_type(filesystem, path)
         if kind == fs.FileType.NotFound:
             raise RequestError(f"{name} does not exist: give --data a path, a URI, cifar100 or synthetic.")
         if kind == fs.FileType.Directory:
             return read_folder(name, filesystem, path)
         return read_file(name, filesystem, path)
     except OSError as error:
-        raise RequestError(f"{name} can't be read: {error}.") from error
+        raise RequestError(f"{name} can't be read: {in_a_line(error)}.") from error
 
 
 def absolute_name(name: str) -> str:
     """Return a name that is valid in any working directory: local paths become absolute."""
-    if name == "cifar100" or name == SYNTHETIC or SYNTHETIC_SIZE.fullmatch(name) or URI.match(name):
+    if name == "cifar100" or name == SYNTHETIC or SYNTHETIC_SIZE.fullmatch(name):
         return name
-    return str(Path(name).expanduser().resolve())
+    return to_path(name) or name
 
 
 def cache_folder(file: str | None = None) -> Path:

@@ -14,6 +14,7 @@ from raycifar.models import Architecture
 from raycifar.models.recipe import Precision
 from raycifar.storage import weights as weights_file
 from raycifar.storage.files import read_file
+from raycifar.storage.locations import join, parent_and_name
 from raycifar.storage.run_folder import MODEL, RunFolder
 
 
@@ -64,7 +65,7 @@ def read_weights(location: str) -> Weights:
     Raises:
         RequestError: the file doesn't exist, is damaged, or was written by another program.
     """
-    file = location if location.endswith(".safetensors") else f"{location.rstrip('/')}/{MODEL}"
+    file = location if parent_and_name(location)[1].endswith(".safetensors") else join(location, MODEL)
     try:
         content = read_file(file)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from raycifar import models
 from raycifar.data.tables import Source, to_images
-from raycifar.errors import RequestError, first_few
+from raycifar.errors import RequestError, first_few, in_a_line
 from raycifar.models import Architecture, Preprocessing
 from raycifar.models.recipe import LARGEST_IMAGE, Recipe, model_options
 from raycifar.storage.files import read_file
@@ -156,7 +156,7 @@ def read_tensors(file: str) -> tuple[dict[str, Any], list[str], Architecture | N
     try:
         content = read_file(file)
     except OSError as error:
-        raise RequestError(f"{origin} can't be read: {error.strerror or error}.") from error
+        raise RequestError(f"{origin} can't be read: {in_a_line(error)}.") from error
     if content[8:9] == b"{":
         from raycifar.storage import weights  # imports PyTorch, which takes seconds
 

@@ -10,9 +10,10 @@ from typing import Any
 from pyarrow import fs
 
 from raycifar import models
-from raycifar.errors import DamagedFileError, RequestError, notice
+from raycifar.errors import DamagedFileError, RequestError, in_a_line, notice
 from raycifar.models.recipe import LARGEST, Recipe, field_types, nearest
-from raycifar.storage.files import locate, read_file
+from raycifar.storage.files import file_type, locate, read_file
+from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import RUN, RunFolder
 
 PURPOSES = {
@@ -74,9 +75,11 @@ def choose_recipe(model: str, recipe: str | None = None, **values: Any) -> Recip
     pretrained = values.get("pretrained")
     base = find_recipe(model, recipe, pretrained) if recipe else recipe_for(model, pretrained)
     try:
-        return change(model, base, values)
+        changed = change(model, base, values)
     except ValueError as error:
         raise RequestError(f"{error}.") from error
+    check_location(changed.pretrained, "--pretrained")
+    return changed
 
 
 def find_recipe(model: str, wanted: str, pretrained: str | None = None) -> Recipe:
@@ -95,13 +98,12 @@ def find_recipe(model: str, wanted: str, pretrained: str | None = None) -> Recip
         return own[wanted]
     if owners := [name for name in models.names() if wanted in models.recipes_of(name)]:
         raise RequestError(f"--recipe {wanted} is for {', '.join(owners)}, not for {model}.")
-    filesystem, path = locate(wanted)
     try:
-        if filesystem.get_file_info(path).type == fs.FileType.File:
+        if file_type(*locate(wanted)) == fs.FileType.File:
             return parse_toml(model, read_file(wanted), pretrained)
         run = RunFolder.at(wanted).read_json(RUN)
     except (OSError, ValueError) as error:
-        raise RequestError(f"--recipe {wanted}: {error}.") from error
+        raise RequestError(f"--recipe {wanted}: {in_a_line(error)}.") from error
     if run is None:
         raise RequestError(
             f"--recipe {wanted} is neither a recipe of {model} ({', '.join(own)}), nor a TOML file, nor a run's folder."

@@ -1,50 +1,79 @@
-"""Access to paths and URIs: local disks, object stores and web servers."""
+"""Access to paths and URIs: local disks, object stores and web servers. Whatever is read or written passes here."""
 
 import errno
+import io
 import os
-import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
-import fsspec
-import pyarrow as pa
 from pyarrow import fs
 
-from raycifar.errors import RequestError
+from raycifar.errors import RequestError, StorageError
+from raycifar.storage import remote
+from raycifar.storage.locations import Location, check_location, to_path
 
-URI = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+Answer = TypeVar("Answer")
+
 MOST_BYTES = 2**32  # of a file: weights of a thousand million parameters
 
 
-def locate(location: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
+def locate(location: Location, *, to_write: bool = False) -> tuple[fs.FileSystem, str]:
     """Return a location's file system, and its path there.
 
     Args:
-        location: a local path, or a URI known to pyarrow (file, s3, gs, hdfs, …) or fsspec (http, hf, abfs, …).
+        location: a local path, or a URI with one of `locations.SCHEMES`.
 
     Raises:
-        RequestError: the URI's file system is unknown, can't be reached, or lacks its driver.
+        RequestError: the URI isn't of such a kind, can't be reached, or lacks its driver.
     """
-    text = os.fspath(location)
-    if not URI.match(text):
-        return fs.LocalFileSystem(), str(Path(text).expanduser().resolve())
+    text = check_location(location, to_write=to_write)
+    if path := to_path(text):
+        return fs.LocalFileSystem(), path
     try:
-        return fs.FileSystem.from_uri(text)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        pass
+        return remote.ask(lambda beat: remote.connect(text))
     except OSError as error:
         raise RequestError(f"{text} can't be reached: {error}.") from error
-    try:
-        remote, path = fsspec.core.url_to_fs(text)
-    except (ImportError, ValueError) as error:
-        raise RequestError(f"{text} is on an unknown file system: {error}.") from error
-    return fs.PyFileSystem(fs.FSSpecHandler(remote)), path
 
 
-def read_file(location: str | os.PathLike[str]) -> bytes:
+def ask(filesystem: fs.FileSystem, question: Callable[[], Answer]) -> Answer:
+    """Return the answer of a file system, for which a limited time is waited; see `remote.ask`.
+
+    Raises:
+        OSError: there is none; the message says in plain words what is wrong.
+    """
+    return question() if is_local(filesystem) else remote.ask(lambda beat: question())
+
+
+def file_type(filesystem: fs.FileSystem, path: str) -> fs.FileType:
+    """Return what is there: `File`, `Directory`, `NotFound`, or `Unknown` for a device, a pipe or a socket.
+
+    Raises:
+        OSError: it can't be found out.
+    """
+    return ask(filesystem, lambda: filesystem.get_file_info(path).type)
+
+
+def list_files(filesystem: fs.FileSystem, folder: str) -> list[str]:
+    """Return the paths of all files in a folder and its subfolders, sorted; links to folders are not followed.
+
+    Raises:
+        OSError: they can't be listed.
+    """
+    if is_local(filesystem):
+        found = (Path(top, name) for top, _, names in os.walk(folder, onerror=raise_it) for name in names)
+        return sorted(str(path) for path in found if path.is_file())
+    selector = fs.FileSelector(folder, recursive=True)
+    return sorted(entry.path for entry in ask(filesystem, lambda: filesystem.get_file_info(selector)) if entry.is_file)
+
+
+def raise_it(error: OSError) -> None:
+    raise error
+
+
+def read_file(location: Location) -> bytes:
     """Return a file's content.
 
     Raises:
@@ -58,7 +87,7 @@ def read_file(location: str | os.PathLike[str]) -> bytes:
 def open_file(
     filesystem: fs.FileSystem, path: str, *, inside: str | None = None, most_bytes: int = MOST_BYTES
 ) -> IO[bytes]:
-    """Open a file to be read. Nothing else than a file is waited for: no fifo, device or socket.
+    """Open a file to be read; one that isn't local is read into memory. No fifo, device or socket is waited for.
 
     Args:
         inside: a folder that the file must be in, links followed.
@@ -67,13 +96,11 @@ def open_file(
         OSError: it can't be opened, is not a file, is too large, or is outside the folder.
     """
     if not is_local(filesystem):
-        file = filesystem.open_input_file(path)
-        size = file.size()
-    else:
-        if inside and not Path(path).resolve().is_relative_to(Path(inside).resolve()):
-            raise PermissionError(errno.EACCES, "it is a link to a place outside the folder", path)
-        file = open(path, "rb", opener=open_regular)  # noqa: SIM115 (the caller closes it)
-        size = os.fstat(file.fileno()).st_size
+        return io.BytesIO(remote.download(filesystem, path, most_bytes))
+    if inside and not Path(path).resolve().is_relative_to(Path(inside).resolve()):
+        raise PermissionError(errno.EACCES, "it is a link to a place outside the folder", path)
+    file = open(path, "rb", opener=open_regular)  # noqa: SIM115 (the caller closes it)
+    size = os.fstat(file.fileno()).st_size
     if size > most_bytes:
         file.close()
         raise OSError(errno.EFBIG, f"it has {size:,} bytes, and {most_bytes:,} are read at most", path)
@@ -92,28 +119,35 @@ def open_regular(path: str, flags: int, mode: int = 0o777) -> int:
     raise OSError(errno.EINVAL, "it is a device, a pipe or a socket, not a file", path)
 
 
-def list_files(filesystem: fs.FileSystem, folder: str) -> Iterator[str]:
-    """Yield the paths of the files in a folder and its subfolders; a link to a folder is not followed."""
-    if is_local(filesystem):
-        for path, _, names in os.walk(folder):
-            yield from (f"{path}/{name}" for name in names)
-        return
-    entries = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
-    yield from (entry.path for entry in entries if entry.is_file)
-
-
 def is_local(filesystem: fs.FileSystem) -> bool:
     return isinstance(filesystem, fs.LocalFileSystem)
+
+
+def write_file(location: Location, content: bytes) -> None:
+    """Write a file, whole or not at all, with the folders above it.
+
+    Raises:
+        RequestError: see `locate`.
+        StorageError: the file can't be written.
+    """
+    filesystem, path = locate(location, to_write=True)
+    try:
+        write_whole(filesystem, path, content)
+    except OSError as error:
+        raise StorageError.of(os.fspath(location), error) from error
 
 
 def write_whole(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
     """Write a file so that it is complete or absent: by a rename on a disk, by one upload in an object store."""
     if not is_local(filesystem):
-        with filesystem.open_output_stream(path) as stream:
-            stream.write(content)
+        remote.upload(filesystem, path, content)
         return
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        there = next(folder for folder in target.parents if os.path.lexists(folder))
+        raise NotADirectoryError(errno.ENOTDIR, f"{there} is not a folder", path) from error
     part = target.with_name(f".{secrets.token_hex(8)}.part")
     file = part.open("xb")  # not through a link: it fails if anything is there
     try:

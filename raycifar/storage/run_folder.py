@@ -28,7 +28,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -37,7 +37,9 @@ from pyarrow import fs
 
 from raycifar.data import CIFAR100
 from raycifar.errors import DamagedFileError, RequestError, StorageError, in_a_line, notice
-from raycifar.storage.files import MOST_BYTES, URI, append_to, is_local, locate, open_file, write_whole
+from raycifar.redaction import shown
+from raycifar.storage.files import MOST_BYTES, append_to, ask, is_local, locate, open_file, write_whole
+from raycifar.storage.locations import check_location, join, parent_and_name
 from raycifar.storage.parquet import read_parquet
 from raycifar.storage.records import (
     RENAMED,
@@ -63,6 +65,7 @@ PICTURES = "pictures.json"
 EVENTS = "events.out.tfevents.raycifar"
 MANIFEST, PROGRESS = "manifest.json", "progress.json"  # of a checkpoint
 STUDY, COMPARISON, COMPARISON_TABLE = "study.json", "comparison.json", "comparison.csv"  # of a comparison's folder
+TEXTS = (".json", ".html", ".md", ".csv")  # which may name where something lies, and never a secret
 RAY_FILES = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")  # Ray Train's, left by earlier versions
 DOCUMENTS: dict[str, Any] = {
     RUN: RunFile,
@@ -91,7 +94,7 @@ LONGEST_LINE, MOST_LINES = 2**20, 200_000  # bytes, and epochs
 KEPT = 3  # checkpoints: the newest two may be damaged
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunFolder:
     """A run folder, which may not exist yet.
 
@@ -105,16 +108,14 @@ class RunFolder:
     @classmethod
     def at(cls, location: str) -> "RunFolder":
         """Return the run folder at a path or URI."""
-        if not URI.match(location):
-            folder = Path(location).expanduser().resolve()
-            return cls(str(folder.parent), folder.name)
-        storage, _, name = location.rstrip("/").rpartition("/")
-        return cls(storage, name)
+        return cls(*parent_and_name(check_location(location)))
+
+    def __repr__(self) -> str:
+        return f"RunFolder({shown(join(self.storage, self.name))!r})"
 
     @cached_property
     def _location(self) -> tuple[fs.FileSystem, str]:
-        filesystem, root = locate(self.storage)
-        return filesystem, f"{root.rstrip('/')}/{self.name}"
+        return locate(join(self.storage, self.name))
 
     @property
     def filesystem(self) -> fs.FileSystem:
@@ -128,7 +129,7 @@ class RunFolder:
     @property
     def folder(self) -> str:
         """The folder's path, or its URI if the storage is remote."""
-        return self._location[1] if is_local(self.filesystem) else f"{self.storage.rstrip('/')}/{self.name}"
+        return self._location[1] if is_local(self.filesystem) else join(self.storage, self.name)
 
     @property
     def is_remote(self) -> bool:
@@ -149,7 +150,11 @@ class RunFolder:
     # Files ------------------------------------------------------------------------------------------
 
     def read(self, file: str) -> bytes | None:
-        """Return a file's content, or None if it doesn't exist."""
+        """Return a file's content, or None if it doesn't exist.
+
+        Raises:
+            StorageError: the file can't be read.
+        """
         filesystem, folder = self._location
         most = LARGEST.get(PurePath(file).suffix, MOST_BYTES)
         try:
@@ -157,6 +162,8 @@ class RunFolder:
                 return opened.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise StorageError.of(join(self.folder, file), error, "read") from error
 
     def exists(self, file: str) -> bool:
         filesystem, folder = self._location
@@ -168,6 +175,8 @@ class RunFolder:
         Raises:
             StorageError: the file can't be written, or another process has taken over the run.
         """
+        if file.endswith(TEXTS):
+            content = shown(content.decode()).encode()
         with self._writing(file):
             write_whole(self.filesystem, self.path(file), content)
 
@@ -190,13 +199,13 @@ class RunFolder:
                 raise PermissionError(errno.EPERM, "another process has taken over this run")
             yield
         except OSError as error:
-            raise StorageError.of(f"{self.folder}/{file}", error) from error
+            raise StorageError.of(join(self.folder, file), error) from error
 
     def delete(self, file: str) -> None:
         """Delete a file if it exists."""
         filesystem, folder = self._location
         if self.exists(file):
-            filesystem.delete_file(f"{folder}/{file}")
+            ask(filesystem, lambda: filesystem.delete_file(f"{folder}/{file}"))
 
     def delete_leftovers(self) -> None:
         """Delete what killed processes have left: files that they were writing, and those of Ray Train."""
@@ -296,7 +305,7 @@ class RunFolder:
     def file_names(self, kind: fs.FileType = fs.FileType.File) -> list[str]:
         """Return the names of the files, or of the folders, directly in this one, sorted; links are left out."""
         filesystem, folder = self._location
-        entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+        entries = ask(filesystem, lambda: filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)))
         names = sorted(entry.base_name for entry in entries if entry.type == kind)
         return [name for name in names if not is_local(filesystem) or not Path(folder, name).is_symlink()]
 
@@ -329,7 +338,9 @@ class RunFolder:
         try:
             marker.touch()
         except OSError as error:
-            raise RequestError(f"{self.folder} can't be written: {error}. Give another --storage.") from error
+            raise RequestError(
+                f"{self.folder} can't be written: {in_a_line(error)}. Give another --storage."
+            ) from error
         try:
             yield str(marker)
         finally:
@@ -436,8 +447,8 @@ class RunFolder:
 
     def delete_checkpoints(self, names: list[str]) -> None:
         filesystem, folder = self._location
-        for name in names:
-            filesystem.delete_dir(f"{folder}/{name}")
+        for path in [f"{folder}/{name}" for name in names]:
+            ask(filesystem, partial(filesystem.delete_dir, path))
 
 
 def checkpoint_name(epoch: int, step: int) -> str:

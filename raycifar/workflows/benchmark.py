@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raycifar.errors import RequestError, WorkError
+from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import BENCH, BENCH_CHART, PLAN_CHART, RUN, RunFolder
 from raycifar.workflows import planning
 from raycifar.workflows.planning import INTERCONNECTS, Measured, Place, Plan
@@ -78,6 +79,7 @@ def bench(
     Raises:
         RequestError: the request is wrong; nothing was started.
     """
+    check_location(out, "--out", to_write=True)
     if unknown := set(against) - set(WAYS):
         raise RequestError(f"--against {sorted(unknown)[0]}: choose from {', '.join(WAYS)}.")
     if "stream" in against and request.workers == 0:

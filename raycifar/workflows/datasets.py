@@ -12,7 +12,8 @@ from raycifar.data.sources import load
 from raycifar.data.tables import Source, to_images, to_parquet
 from raycifar.data.trees import MOST_IMAGES
 from raycifar.errors import RequestError
-from raycifar.storage.files import locate, write_whole
+from raycifar.storage.files import write_file
+from raycifar.storage.locations import join
 
 if TYPE_CHECKING:
     from raycifar.terminal import Screen
@@ -40,16 +41,13 @@ def write_parquet(source: Source, destination: str) -> None:
     """Write a data set to a folder or URI, in the Hugging Face hub's layout, and read it back.
 
     Raises:
-        RequestError: the folder can't be written, or holds other data.
+        RequestError: the folder holds other data.
+        StorageError: it can't be written.
     """
     if len(source.train) > MOST_IMAGES:
         raise RequestError(f"{source.name} has more than the {MOST_IMAGES:,} training images that are read from files.")
-    filesystem, path = locate(destination)
-    try:
-        for split in ("train", "test"):
-            write_whole(filesystem, f"{path}/{split}.parquet", to_parquet(to_hub_layout(getattr(source, split))))
-    except OSError as error:
-        raise RequestError(f"{destination} can't be written: {error}.") from error
+    for split in ("train", "test"):
+        write_file(join(destination, f"{split}.parquet"), to_parquet(to_hub_layout(getattr(source, split))))
     if load(destination).fingerprint() != source.fingerprint():
         raise RequestError(f"{destination} doesn't hold what was written: give an empty folder.")
 

@@ -12,6 +12,7 @@ from raycifar.data import CIFAR100
 from raycifar.data.sources import cache_folder, load
 from raycifar.data.tables import Source, to_images, to_parquet
 from raycifar.storage.files import locate, read_file, write_whole
+from raycifar.storage.locations import check_location
 from raycifar.storage.parquet import ParquetError, read_parquet
 from raycifar.storage.run_folder import RunFolder
 
@@ -77,6 +78,7 @@ def list_duplicates(data: str, out: str, screen: "Screen") -> tuple[Duplicates, 
     Raises:
         RequestError: the data set can't be read.
     """
+    check_location(out, "--out", to_write=True)
     with screen.waiting(f"Reading {data}"):
         source = load(data)
     found = find_duplicates(source, screen)

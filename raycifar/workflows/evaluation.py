@@ -11,6 +11,7 @@ from raycifar.analysis.classification import by_class, confused_pairs, confusion
 from raycifar.data import CIFAR100
 from raycifar.data.tables import Source, from_lists, take, to_images, to_lists
 from raycifar.models.recipes import read_run
+from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, MANIFEST, PREDICTIONS, RunFolder
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.reporting import is_source_of, load_images
@@ -44,6 +45,8 @@ class EvaluationRequest(WorkerSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_workers(self.count)
+        if self.out is not None:
+            check_location(self.out, "--out", to_write=True)
 
 
 def evaluate(
@@ -60,7 +63,8 @@ def evaluate(
     Raises:
         RequestError: there is no such network, or there are no such images.
     """
-    run = None if request.network.endswith(".safetensors") else read_run(RunFolder.at(request.network))
+    folder = RunFolder.at(request.network)
+    run = None if folder.name.endswith(".safetensors") else read_run(folder)
     with screen.waiting("Loading PyTorch"):
         from raycifar.engine.trained_model import check_finite, read_weights
 

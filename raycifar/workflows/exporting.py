@@ -13,7 +13,8 @@ from raycifar.data.tables import to_images
 from raycifar.errors import RequestError, WorkError
 from raycifar.models import slug
 from raycifar.models.recipes import read_run
-from raycifar.storage.files import locate, write_whole
+from raycifar.storage.files import write_file
+from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import RunFolder
 from raycifar.workflows.reporting import load_images
 
@@ -50,7 +51,10 @@ def export(network: str, kind: str, screen: "Screen", *, out: str | None = None,
         RequestError: the network or the images don't exist, or a package is missing.
         WorkError: the result predicts other classes than the network; nothing was written.
     """
-    run = None if network.endswith(".safetensors") else read_run(RunFolder.at(network))
+    if out is not None:
+        check_location(out, "--out", to_write=True)
+    folder = RunFolder.at(network)
+    run = None if folder.name.endswith(".safetensors") else read_run(folder)
     with screen.waiting("Loading PyTorch"):
         import torch
 
@@ -76,7 +80,7 @@ def export(network: str, kind: str, screen: "Screen", *, out: str | None = None,
             f"up to {largest:.2g}): nothing was written."
         )
     out = out or f"{slug(trained.weights.architecture.model)}{SUFFIXES[kind]}"
-    write_whole(*locate(out), content)
+    write_file(out, content)
     return Export(out, len(content), len(images), largest)
 
 

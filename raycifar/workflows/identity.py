@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raycifar.data.sources import absolute_name
 from raycifar.data.tables import Source, Splits
-from raycifar.errors import DamagedFileError, RequestError
+from raycifar.errors import DamagedFileError, RequestError, in_a_line
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipes import read_run, recipe_from_json
 from raycifar.storage.run_folder import MANIFEST, RESULT, RUN, RunFolder
@@ -127,4 +127,5 @@ def writing_first_file(folder: RunFolder, screen: "Screen") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RequestError(f"{folder.folder} can't be written: {error}. Give another --storage.") from error
+        reason = in_a_line(error.__cause__ or error)  # a `StorageError` names the file, too
+        raise RequestError(f"{folder.folder} can't be written: {reason}. Give another --storage.") from error

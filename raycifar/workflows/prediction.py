@@ -9,6 +9,7 @@ from PIL import Image
 from raycifar.data import CIFAR100
 from raycifar.data.pictures import find_images, read_image, to_pixels
 from raycifar.errors import RequestError
+from raycifar.redaction import shown
 
 if TYPE_CHECKING:
     from raycifar.engine.trained_model import Weights
@@ -72,7 +73,7 @@ class Model:
         return check_finite(self.trained.logits(torch.from_numpy(pixels)), self.location).softmax(1).numpy()
 
     def __repr__(self) -> str:
-        return f"Model({self.weights.architecture.model!r}, from {self.location!r}, on {self.trained.device})"
+        return f"Model({self.weights.architecture.model!r}, from {shown(self.location)!r}, on {self.trained.device})"
 
 
 def read_images(images: Any) -> np.ndarray:
@@ -131,9 +132,9 @@ def predict_files(network: str, locations: Iterable[str], device: str = "auto") 
     for file in [file for files, _ in found for file in files]:
         try:
             pixels.append(read_image(file.filesystem, file.path))
-            rows.append({"image": file.name})
+            rows.append({"image": shown(file.name)})
         except (ValueError, OSError) as error:
-            rows.append({"image": file.name, "error": reason(error)})
+            rows.append({"image": shown(file.name), "error": shown(reason(error))})
     if pixels:
         probabilities = iter(model.probabilities(np.stack(pixels)))
         for row in rows:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -16,6 +17,7 @@ from raycifar.cluster.stoppable import StoppableTrainer
 from raycifar.data import CIFAR100
 from raycifar.data.shards import ExactShards, to_datasets
 from raycifar.engine.trainer import Job, train_loop_per_worker
+from raycifar.redaction import shown
 
 if TYPE_CHECKING:
     from raycifar.workflows.training import PreparedRun
@@ -70,7 +72,7 @@ def build_job(run: "PreparedRun") -> Job:
         run=run.folder,
         status_store=run.status_store,
         initial=inputs.start,
-        recipe=request.recipe,
+        recipe=replace(request.recipe, pretrained=shown(request.recipe.pretrained)),  # Ray's dashboard shows it
         seed=request.seed,
         info=CIFAR100,
         superclass_of=inputs.source.superclass_of(),

@@ -11,6 +11,7 @@ from raycifar.data.sources import load
 from raycifar.data.tables import Source
 from raycifar.errors import DamagedFileError, RequestError, notice
 from raycifar.models.recipes import read_run
+from raycifar.redaction import shown
 from raycifar.storage.records import finite
 from raycifar.storage.run_folder import (
     COMPARISON,
@@ -133,9 +134,8 @@ def read_files(folder: RunFolder) -> "RunFiles":
     ]
     if result and result["status"] == "finished" and len(records) < result.get("epochs", 0):
         notes.append(f"{len(records)} of {result['epochs']} epochs are recorded.")
-    return RunFiles(
-        folder.name, RunHistory(run, records, result), predictions, example_stats, pictures, folder.storage, notes
-    )
+    history = RunHistory(run, records, result)
+    return RunFiles(folder.name, history, predictions, example_stats, pictures, shown(folder.storage), notes)
 
 
 def read_report(folder: RunFolder) -> dict[str, Any]:

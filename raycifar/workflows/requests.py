@@ -14,6 +14,7 @@ from raycifar import models
 from raycifar.errors import RequestError
 from raycifar.models.recipe import LARGEST, Recipe
 from raycifar.models.recipes import choose_recipe, recipe_fields, recipe_for, recipe_from_json
+from raycifar.storage.locations import check_location
 
 WorkerCount = int | tuple[int, int] | None
 Device = Literal["auto", "gpu", "cpu", "mps"]
@@ -107,6 +108,11 @@ class Settings(WorkerSettings):
     wait: float = setting(1800, "Seconds for nodes to come or to be free.", least=0)
     report: bool = setting(True, "Draw and explain the curves, also while it runs.")
     compile: bool = setting(False, "Compile the model with torch.compile.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_location(self.storage, "--storage", to_write=True)
+        check_location(self.data, "--data")
 
 
 @dataclass(frozen=True)

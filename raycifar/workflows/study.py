@@ -18,6 +18,7 @@ from raycifar.models import Architecture
 from raycifar.models.initial_weights import InitialWeights, load_initial_weights
 from raycifar.models.recipe import changes, describe_changes
 from raycifar.models.recipes import read_run, recipe_from_json
+from raycifar.redaction import shown
 from raycifar.storage.lock import locked
 from raycifar.storage.run_folder import (
     COMPARISON,
@@ -241,7 +242,8 @@ def agree(
         **{key: getattr(request, key) for key in ("val_size", "limit", "compile", "seed", "search")},
     }
     for model, recipe in request.recipes.items():
-        now[model] = dataclasses.asdict(starts[model].resolve(recipe))
+        resolved = starts[model].resolve(recipe)
+        now[model] = dataclasses.asdict(dataclasses.replace(resolved, pretrained=shown(recipe.pretrained)))
         now[f"{model} weights"] = starts[model].fingerprint()
         if request.search:
             now[f"{model} space"] = space_to_json(spaces[model])

@@ -1,13 +1,14 @@
 """A trial of a comparison, and its status."""
 
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Self
 
 from raycifar.cluster.status import StatusStore
 from raycifar.models.recipe import Recipe
 from raycifar.models.recipes import recipe_from_json
+from raycifar.redaction import shown
 
 
 class TrialStatus(StrEnum):
@@ -38,7 +39,8 @@ class Trial:
 
     def to_config(self) -> dict[str, Any]:
         """Return the configuration of Ray Tune's trial that runs this one."""
-        return {"trial": asdict(self)}
+        recipe = replace(self.recipe, pretrained=shown(self.recipe.pretrained))  # Ray keeps it; the weights are read
+        return {"trial": asdict(replace(self, recipe=recipe))}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:

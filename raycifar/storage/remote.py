@@ -1,0 +1,262 @@
+"""Object stores and web servers: reaching them, with a limit on each wait, and saying in plain words why one can't be.
+
+Everything is asked in a thread of its own, so that Ctrl-C ends a wait that a library doesn't let go of.
+"""
+
+import re
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
+from urllib.parse import urljoin
+
+import pyarrow as pa
+from pyarrow import fs
+
+from raycifar.errors import in_a_line
+
+Answer = TypeVar("Answer")
+
+CONNECT_SECONDS = 10
+READ_SECONDS = 20  # without a byte
+SILENCE_SECONDS = 60  # of anything, retries included
+SLOWEST = 2.5e5  # bytes per second of an upload, which tells nothing of its progress
+TELL_SECONDS = 1
+CHUNK = 2**16
+LARGEST_PAGE = 2**24  # bytes of a folder's list on a web server
+MOST_LEVELS = 4  # of folders on a web server
+MEGABYTE = 1e6
+
+BUGS = (AttributeError, NameError, TypeError, AssertionError)
+
+tell: ContextVar[Callable[[str], None]] = ContextVar("tell", default=lambda text: None)
+
+
+@contextmanager
+def telling(show: Callable[[str], None]) -> Iterator[None]:
+    """Have `show` called with what comes of each wait: what has been read so far, or for how long nothing came."""
+    token = tell.set(show)
+    try:
+        yield
+    finally:
+        tell.reset(token)
+
+
+def ask(work: Callable[[Callable[[int], None]], Answer], patience: float = SILENCE_SECONDS) -> Answer:
+    """Return what `work` returns; it is called with a function that takes the number of bytes read so far.
+
+    Args:
+        patience: seconds to wait for the answer, or for more bytes.
+
+    Raises:
+        OSError: the message says in plain words what is wrong.
+    """
+    heard: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            heard.put(("answer", work(lambda count: heard.put(("bytes", count)))))
+        except BaseException as error:
+            heard.put(("error", error))
+
+    Thread(target=run, daemon=True).start()
+    heard_last = told_last = time.monotonic()
+    while (silent := time.monotonic() - heard_last) < patience:
+        try:
+            kind, value = heard.get(timeout=TELL_SECONDS)
+        except Empty:
+            kind, value = "nothing", silent
+        else:
+            heard_last = time.monotonic()
+        if kind == "answer":
+            return value
+        if kind == "error":
+            raise value if isinstance(value, BUGS) else plain(value) from value
+        if time.monotonic() - told_last >= TELL_SECONDS:
+            told_last = time.monotonic()
+            tell.get()(
+                f"{value / MEGABYTE:,.0f} MB so far"
+                if kind == "bytes"
+                else f"no answer for {told_last - heard_last:.0f} s, of {patience:.0f} s at most"
+            )
+    raise TimeoutError(f"no answer has come within {patience:.0f} s")
+
+
+def connect(uri: str) -> tuple[fs.FileSystem, str]:
+    """Return a URI's file system, with limits on its waits, and the path there."""
+    if re.match("https?://", uri, re.IGNORECASE):
+        address, mark, query = uri.partition("?")
+        return fs.PyFileSystem(Web(mark + query)), address
+    filesystem, path = fs.FileSystem.from_uri(uri)
+    limits: dict[str, Any] = {}
+    if isinstance(filesystem, fs.S3FileSystem):
+        limits = {"connect_timeout": CONNECT_SECONDS, "request_timeout": READ_SECONDS}
+    elif filesystem.type_name == "gcs":
+        limits = {"retry_time_limit": timedelta(seconds=READ_SECONDS)}
+    if limits:  # a URI can't give them: rebuild it as unpickling does
+        rebuild, (options, *others) = filesystem.__reduce__()
+        filesystem = rebuild({**options, **limits}, *others)
+    return filesystem, path
+
+
+def download(filesystem: fs.FileSystem, path: str, most_bytes: int) -> bytes:
+    """Return a file's content, read once from front to back.
+
+    Raises:
+        OSError: it can't be read, or is too large.
+    """
+
+    def work(beat: Callable[[int], None]) -> bytes:
+        info = filesystem.get_file_info(path)
+        if info.type == fs.FileType.NotFound:
+            raise FileNotFoundError("there is no such file")
+        check_size(info.size or 0, most_bytes)
+        content = bytearray()
+        with filesystem.open_input_stream(path, compression=None) as stream:
+            while chunk := stream.read(CHUNK if filesystem.type_name.startswith("py::") else 2**23):
+                content += chunk
+                check_size(len(content), most_bytes)
+                beat(len(content))
+        return bytes(content)
+
+    return ask(work)
+
+
+def upload(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
+    """Write a file in one upload.
+
+    Raises:
+        OSError: it can't be written.
+    """
+
+    def work(beat: Callable[[int], None]) -> None:
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(content)
+
+    ask(work, SILENCE_SECONDS + len(content) / SLOWEST)
+
+
+def check_size(size: int, most_bytes: int) -> None:
+    if size > most_bytes:
+        raise OSError(f"it has {size:,} bytes or more, and {most_bytes:,} are read at most")
+
+
+# Web servers ----------------------------------------------------------------------------------------
+
+
+class Web(fs.FSSpecHandler):
+    """Files of a web server, which are read in one request each, and its folders, whose addresses end with a slash.
+
+    Args:
+        query: of all addresses, such as a signature.
+    """
+
+    def __init__(self, query: str = "") -> None:
+        super().__init__(None)
+        self.query = query
+
+    def get_type_name(self) -> str:
+        return "web"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Web) and other.query == self.query
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def get_file_info(self, paths: list[str]) -> list[fs.FileInfo]:
+        return [fs.FileInfo(path, kind_of(path)) for path in paths]
+
+    def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
+        return list(self.entries(f"{selector.base_dir.rstrip('/')}/", MOST_LEVELS if selector.recursive else 1))
+
+    def entries(self, folder: str, levels: int) -> Iterator[fs.FileInfo]:
+        page = self.open_input_stream(folder).read(LARGEST_PAGE).decode(errors="replace")
+        links = (urljoin(folder, link) for link in re.findall(r'href="([^"?#]+)"', page))
+        for link in sorted(set(links)):
+            if re.fullmatch(r"[^/]+/?", link.removeprefix(folder)) and link.startswith(folder):
+                yield fs.FileInfo(link.rstrip("/"), kind_of(link))
+                if link.endswith("/") and levels > 1:
+                    yield from self.entries(link, levels - 1)
+
+    def open_input_stream(self, path: str) -> pa.NativeFile:
+        import requests
+
+        timeout, plainly = (CONNECT_SECONDS, READ_SECONDS), {"Accept-Encoding": "identity"}
+        response = requests.get(path + self.query, stream=True, timeout=timeout, headers=plainly)
+        response.raise_for_status()
+        response.raw.auto_close = False  # at its end, before its last bytes are taken
+        return pa.PythonFile(response.raw, mode="r")
+
+    open_input_file = open_input_stream
+
+
+def kind_of(address: str) -> fs.FileType:
+    return fs.FileType.Directory if address.endswith("/") else fs.FileType.File
+
+
+# Errors ---------------------------------------------------------------------------------------------
+
+
+def plain(error: BaseException) -> OSError:
+    """Return the error of a library as an `OSError` whose message says what is wrong, in plain words."""
+    if status := getattr(getattr(error, "response", None), "status_code", None):
+        return FileNotFoundError(f"there is no such file ({status})") if status == 404 else OSError(refusal(status))
+    for cause in causes(error):
+        match cause:
+            case socket.gaierror():
+                return OSError("no host of that name is found: check the name, and the network")
+            case ConnectionRefusedError():
+                return OSError("the server refuses the connection: check that it runs, and listens at that port")
+            case ssl.SSLError():
+                reason = getattr(cause, "verify_message", "") or getattr(cause, "reason", "") or in_a_line(cause)
+                return OSError(f"no secure connection is possible: {reason.replace('_', ' ').lower()}")
+    names = {type(cause).__name__ for cause in causes(error)}
+    if names & {"ConnectTimeout", "ConnectTimeoutError"}:
+        return TimeoutError(f"the server doesn't answer within {CONNECT_SECONDS} s")
+    if names & {"ReadTimeout", "ReadTimeoutError"}:
+        return TimeoutError(f"the server has sent nothing for {READ_SECONDS} s")
+    if names & {"IncompleteRead", "RemoteDisconnected", "ConnectionResetError", "ProtocolError", "RemoteProtocolError"}:
+        return OSError("the connection was cut: try again")
+    text = in_a_line(error)
+    for sign, sentence in SIGNS.items():
+        if sign in text:
+            return OSError(sentence)
+    if detail := re.search(r"AWS Error .*Details: (.*)", text):
+        text = detail[1]
+    if isinstance(error, OSError):
+        return type(error)(text) if isinstance(error, FileNotFoundError | PermissionError) else OSError(text)
+    if isinstance(error, ImportError):
+        return OSError(f"the package {error.name} is needed, and isn't installed")
+    return OSError(text or type(error).__name__)
+
+
+# What a library's message holds, and what it means.
+SIGNS = {
+    "OAuth2 access token": "no credentials for Google's cloud are found: set GOOGLE_APPLICATION_CREDENTIALS, or give "
+    "gs://anonymous@BUCKET for a public bucket",
+    "DefaultAzureCredential": "no credentials for Azure are found: set AZURE_TENANT_ID, AZURE_CLIENT_ID and "
+    "AZURE_CLIENT_SECRET, or log in with `az login`",
+}
+
+
+def refusal(status: int) -> str:
+    if status in (401, 403):
+        return f"the server refuses to give it ({status}): it may need a password, or a new signature"
+    if status >= 500:
+        return f"the server failed ({status}): try again later"
+    return f"the server answers with the status {status}"
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from, the nearest first."""
+    seen = 0
+    following: BaseException | None = error
+    while following and seen < 20:
+        yield following
+        following, seen = following.__cause__ or following.__context__, seen + 1

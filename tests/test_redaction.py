@@ -1,0 +1,126 @@
+"""Passwords and signatures are used, and never written or printed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from command import Command, finish
+from conftest import RUN
+from test_sources import Quiet, serving
+
+from raycifar.command import ending
+from raycifar.data.sources import load
+from raycifar.errors import RequestError, StorageError, WorkError
+from raycifar.models.recipes import recipe_for
+from raycifar.redaction import shown
+from raycifar.storage.run_folder import RunFolder
+from raycifar.workflows.trial import Trial
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("https://user:word@host/a.tar.gz", "https://***@host/a.tar.gz"),
+        ("https://token@host:8080/a", "https://***@host:8080/a"),
+        ("https://host/a?X-Amz-Signature=ab/c+d==&X-Amz-Date=1", "https://host/a?X-Amz-Signature=***&X-Amz-Date=***"),
+        ("https://host/a?token", "https://host/a?***"),
+        ("https://host/a#access_token=b", "https://host/a#access_token=***"),
+        ("s3://KEY:SE/CR@ET@bucket/x?region=eu", "s3://***@bucket/x?region=eu"),
+        ("s3://b?access_key=KEY&secret_key=SECRET", "s3://b?access_key=***&secret_key=***"),
+        ("s3://b?endpoint_override=u:p@host", "s3://b?endpoint_override=***"),
+        ("abfs://box:KEY@account.dfs.core.windows.net/x", "abfs://***@account.dfs.core.windows.net/x"),
+        (
+            "max retries exceeded with url: /a?sig=abc (Caused by x)",
+            "max retries exceeded with url: /a?sig=*** (Caused by x)",
+        ),
+        ("it is at https://host/a?sig=abc.", "it is at https://host/a?sig=***."),
+    ],
+)
+def test_what_may_be_secret_is_hidden(uri, says):
+    assert shown(uri) == says
+    assert shown(says) == says
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/data/a?b=c d@e",
+        "file:///data/a?b=c@d",
+        "gs://anonymous@bucket/x",
+        "abfs://box@account.dfs.core.windows.net/x",
+        "hf://datasets/me/cifar@main/data",
+        "http://host:8000/a@b.tar.gz",
+        "s3://runs?endpoint_override=127.0.0.1:5544&scheme=http&region=us-east-1&allow_bucket_creation=true",
+        "top-1=0.5, x://y",
+    ],
+)
+def test_what_is_harmless_stays(text):
+    assert shown(text) == text
+
+
+URI = "https://user:HIDDEN@host/a?sig=HIDDEN"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RequestError(URI), WorkError(f"in {URI}: x"), StorageError.of(URI, OSError(URI)), OSError(URI), ValueError(URI)],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_error_says_it(error):
+    assert "HIDDEN" not in ending(error)[1] + str(error) * isinstance(error, RequestError | WorkError | StorageError)
+    assert "://***@host/a?sig=***" in ending(error)[1]
+
+
+def test_no_file_of_a_run_holds_it(tmp_path):
+    run = RunFolder(str(tmp_path), "a")
+    for name in ("run.json", "evaluation.json", "report.html", "report.md", "comparison.csv"):
+        run.write_json(name, {"data": {"source": URI}, "recipe": {"pretrained": URI}})
+    assert all(b"HIDDEN" not in file.read_bytes() for file in (tmp_path / "a").iterdir())
+    assert json.loads(run.read("run.json"))["data"]["source"] == "https://***@host/a?sig=***"
+    assert "HIDDEN" not in repr(RunFolder(URI, "a"))
+
+
+def test_ray_tune_is_not_told():
+    trial = Trial("a", "vgg16", 0, replace(recipe_for("vgg16"), pretrained=URI), search=False)
+    assert "HIDDEN" not in str(trial.to_config())
+    assert Trial.from_config(trial.to_config()).recipe.pretrained == "https://***@host/a?sig=***"
+
+
+class Guarded(Quiet):
+    """Wants a password and a signature."""
+
+    def do_GET(self):  # noqa: N802
+        if "sig=HIDDEN" in self.path and self.headers["Authorization"] == "Basic bWU6SElEREVO":
+            super().do_GET()
+        else:
+            self.send_error(403)
+
+
+class Evaluate(Command):
+    command = "raycifar.evaluate"
+
+
+class Report(Command):
+    command = "raycifar.report"
+
+
+def test_a_run_on_signed_data_says_it_nowhere_and_goes_on_with_another_signature(small, tmp_path):
+    with serving(Path(small).parent, Guarded) as url:
+        address = f"{url.replace('//', '//me:HIDDEN@')}/{Path(small).name}?sig=HIDDEN"
+        train = (*RUN, "--workers", 0, "--name", "a", "--epochs", 1, "--data")
+        said = [
+            finish(Command(*train, address, storage=tmp_path)),
+            finish(Command(*train, f"{address}2", storage=tmp_path)),
+            finish(Evaluate(tmp_path / "a", "--workers", 0, "--data", address, storage=None)),
+            finish(Report(tmp_path / "a", "--data", address, storage=None)),
+        ]
+        for wrong, says in {"WRONG": r"refuses to give it \(403\)", "***": r"put it in the place of \*\*\*"}.items():
+            with pytest.raises(RequestError, match=says):
+                load(address.replace("HIDDEN", wrong))
+    assert "is finished; nothing is trained again" in said[1].stdout
+    told = "".join(done.stdout + done.stderr for done in said)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert "HIDDEN" not in told
+    assert not [file for file in files if b"HIDDEN" in file.read_bytes()]
+    assert json.loads((tmp_path / "a/run.json").read_text())["data"]["source"].endswith(f"/{Path(small).name}?sig=***")

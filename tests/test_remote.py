@@ -1,0 +1,241 @@
+"""Web servers and object stores: what is read, how long is waited, and what is said when they fail."""
+
+import datetime
+import http.server
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from command import Command
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
+
+from raycifar.errors import RequestError
+from raycifar.models.initial_weights import read_state_dict
+from raycifar.storage import remote
+from raycifar.storage.files import list_files, locate, read_file, write_file
+from raycifar.storage.run_folder import RunFolder
+
+CONTENT = bytes(range(256)) * 4000
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves CONTENT without ranges, and fails in the way that the path names."""
+
+    def do_GET(self):
+        path, _, self.server.query = self.path.partition("?")
+        self.server.credentials = self.headers.get("Authorization")
+        assert "Range" not in self.headers
+        if path[1:].isdigit():
+            self.send_error(int(path[1:]))
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+        if path == "/slow":
+            self.wfile.write(CONTENT[:600_000])
+            time.sleep(1.2)
+            self.wfile.write(CONTENT[600_000:])
+            return
+        self.wfile.write(CONTENT if path == "/whole" else CONTENT[:100_000])
+        if path == "/silent":
+            self.wfile.flush()
+            time.sleep(3)
+        if path == "/reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    yield server
+    server.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+# Web servers ----------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_in_one_request_with_the_password_and_the_signature_of_its_address(server):
+    address = server.url.replace("//", "//user:word@")
+    assert read_file(f"{address}/whole?sig=abc") == CONTENT
+    assert server.query == "sig=abc"
+    assert server.credentials == "Basic dXNlcjp3b3Jk"
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("401", "refuses to give it (401)"),
+        ("403", "refuses to give it (403): it may need a password, or a new signature"),
+        ("404", "there is no such file (404)"),
+        ("418", "answers with the status 418"),
+        ("500", "the server failed (500): try again later"),
+        ("cut", "the connection was cut"),
+        ("reset", "the connection was cut"),
+        ("silent", "the server has sent nothing for 1 s"),
+    ],
+)
+def test_each_failure_of_a_server_has_its_own_sentence(server, path, says, monkeypatch):
+    monkeypatch.setattr(remote, "READ_SECONDS", 1)
+    with pytest.raises(RequestError) as refusal:
+        read_state_dict(f"{server.url}/{path}?sig=abc")
+    assert says in str(refusal.value)
+    assert f"--pretrained {server.url}/{path}?sig=*** can't be read: " in str(refusal.value)
+
+
+def test_a_server_that_can_t_be_reached_has_its_own_sentence(server):
+    for address, says in {
+        f"http://127.0.0.1:{free_port()}/a": "refuses the connection",
+        "http://no-such-host.invalid/a": "no host of that name is found",
+        f"https://127.0.0.1:{server.server_port}/a": "no secure connection is possible: wrong version number",
+    }.items():
+        with pytest.raises(OSError, match=says):
+            read_file(address)
+
+
+def test_the_hub_without_a_network_is_named():
+    program = "from raycifar.data.sources import load; load('hf://datasets/a/b/c')"
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
+    assert "RequestError: hf://datasets/a/b/c can't be read: the server refuses the connection" in done.stderr
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path):
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+    certificate = builder.sign(key, hashes.SHA256())
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (tmp_path / "pem").write_bytes(secret + certificate.public_bytes(serialization.Encoding.PEM))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "pem")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(OSError, match="no secure connection is possible: self-signed certificate"):
+            read_file(f"https://127.0.0.1:{server.server_port}/whole")
+        server.shutdown()
+
+
+def test_a_file_that_is_too_large_is_not_read_to_its_end(server):
+    with pytest.raises(OSError, match="500,000 are read at most"):
+        remote.download(*locate(f"{server.url}/whole"), 500_000)
+
+
+def test_what_is_read_so_far_is_said(server, monkeypatch):
+    said = []
+    with remote.telling(said.append):
+        read_file(f"{server.url}/slow")
+    assert said == ["no answer for 1 s, of 60 s at most"]
+    said.clear()
+    monkeypatch.setattr(remote, "TELL_SECONDS", 0.001)
+    with remote.telling(said.append):
+        read_file(f"{server.url}/whole")
+    assert said[-1].endswith(" MB so far")
+
+
+def test_nothing_is_written_to_a_web_server(server, small):
+    with pytest.raises(RequestError, match="can't be written to"):
+        write_file(f"{server.url}/new", b"x")
+
+
+# Object stores --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The URI of a bucket in an object store on loopback, with the credentials in it."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    query = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+    fs.FileSystem.from_uri(f"s3://KEY:SECRET@runs?{query}")[0].create_dir("runs")
+    yield lambda path="": f"s3://KEY:SECRET@runs{path}?{query}"
+    server.stop()
+
+
+def test_a_run_in_an_object_store_is_found_by_a_uri_with_parameters(bucket):
+    run = RunFolder(bucket(), "größe")
+    run.write_json("run.json", {"data": bucket("/data")})
+    assert RunFolder.at(run.folder).name == "größe"
+    assert RunFolder.at(run.folder).read_json("run.json")["data"].startswith("s3://***@runs/data?endpoint_override=")
+    assert RunFolder.at(bucket()).read("run.json") is None
+    assert [found.name for found in RunFolder.at(bucket()).runs()] == ["größe"]
+    write_file(bucket("/a b/model.bin".replace(" ", "%20")), CONTENT)
+    assert read_file(bucket("/a%20b/model.bin")) == CONTENT
+    assert "runs/a b/model.bin" in list_files(*locate(bucket()))
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_store_that_says_nothing_is_waited_for_no_longer_than_the_limit(scheme, monkeypatch):
+    """Its connections are taken, and never answered."""
+    monkeypatch.setattr(remote, "SILENCE_SECONDS", 2)
+    monkeypatch.setattr(remote.ask, "__defaults__", (2,))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        user = {"s3": "", "gs": "anonymous@"}[scheme]
+        uri = f"{scheme}://{user}runs/a?endpoint_override=127.0.0.1:{listener.getsockname()[1]}&scheme=http"
+        began, said = time.monotonic(), []
+        with pytest.raises(OSError, match="no answer has come within 2 s"), remote.telling(said.append):
+            RunFolder.at(uri).read("run.json")
+        assert time.monotonic() - began < 5
+        assert said[0] == "no answer for 1 s, of 2 s at most"
+
+
+class Report(Command):
+    command = "raycifar.report"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_wait_that_a_library_does_not_let_go_of_is_interrupted(number):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        where = f"gs://anonymous@runs/a?endpoint_override=127.0.0.1:{listener.getsockname()[1]}&scheme=http"
+        command = Report(where, storage=None)
+        listener.accept()
+        began = time.monotonic()
+        done = command.kill(number)
+    assert done.returncode == 130
+    assert done.stderr.endswith("Interrupted.\n")
+    assert time.monotonic() - began < 3
+
+
+def test_stores_have_limits_of_their_own():
+    """So that nothing which Ray or a thread asks of them waits for ever, either."""
+    store, _ = locate("s3://b/x?region=us-east-1&endpoint_override=127.0.0.1:9")
+    options = store.__reduce__()[1][0]
+    assert (options["connect_timeout"], options["request_timeout"], options["endpoint_override"]) == (
+        remote.CONNECT_SECONDS,
+        remote.READ_SECONDS,
+        "127.0.0.1:9",
+    )
+    store, _ = locate("gs://anonymous@b/x")
+    assert store.__reduce__()[1][0]["retry_time_limit"].total_seconds() == remote.READ_SECONDS
