@@ -1,12 +1,15 @@
 """`raycifar evaluate`: the scores of a run's own test set, to the last image, in one process and on Ray."""
 
 import json
+import os
 import re
 import shutil
+import signal
 
 import pyarrow.parquet as pq
 import pytest
 from command import Command, finish
+from conftest import ps, wait_until
 
 
 class Evaluate(Command):
@@ -28,6 +31,7 @@ def test_the_scores_are_the_run_s_own(trained, evaluate, small, cluster, tmp_pat
     (tmp_path / "a/predictions.parquet").unlink()
     done = evaluate(tmp_path / "a", "--data", small, "--workers", workers, env=cluster)
     assert "300 images: top-1 " in done.stdout
+    assert not done.stderr  # no line of Ray's
     test = json.loads((tmp_path / "a/result.json").read_text())["test"]
     found = json.loads((tmp_path / "a/evaluation.json").read_text())
     assert {key: found[key] for key in test} == pytest.approx(test, abs=1e-6)
@@ -36,6 +40,17 @@ def test_the_scores_are_the_run_s_own(trained, evaluate, small, cluster, tmp_pat
     after = pq.read_table(tmp_path / "a/predictions.parquet")
     assert after["label"] == before["label"]
     assert [row[0] for row in after["top5"].to_pylist()] == [row[0] for row in before["top5"].to_pylist()]
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_replaced_and_nothing_is_seen_of_it(trained, small, cluster, tmp_path):
+    shutil.copytree(trained, tmp_path / "a")
+    command = Evaluate(tmp_path / "a", "--data", small, "--workers", 1, storage=None, env=cluster, cwd=tmp_path)
+    worker = wait_until(lambda: [line for line in ps() if "ray::MapWorker" in line], 60, "a worker")[0]
+    os.kill(int(worker.split()[0]), signal.SIGKILL)
+    done = finish(command)
+    assert "300 images: top-1 " in done.stdout
+    assert not done.stderr
 
 
 def test_the_page_needs_nothing_from_anywhere(trained, evaluate, small, tmp_path):

@@ -154,7 +154,9 @@ def init(**options: Any) -> None:
 @contextmanager
 def quiet(*, debug: bool) -> Iterator[None]:
     """Keep Ray's log messages out of this process's output."""
-    wanted = {} if debug else {"ray": logging.ERROR, "ray.tune": logging.CRITICAL}  # raycifar reports failed trials
+    # raycifar itself reports trials and jobs that fail.
+    quieted = {"ray": logging.ERROR, "ray.tune": logging.CRITICAL, "ray.data": logging.CRITICAL}
+    wanted = {} if debug else quieted
     before = {name: logging.getLogger(name).level for name in wanted}
     for name, level in wanted.items():
         logging.getLogger(name).setLevel(level)

@@ -1,5 +1,6 @@
 """Scoring a trained network on a data set, as a Ray Data job."""
 
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import pyarrow as pa
 from raycifar.analysis.classification import by_class, confused_pairs, confusion, intervals, reliability
 from raycifar.data import CIFAR100
 from raycifar.data.tables import Source, from_lists, take, to_images, to_lists
+from raycifar.errors import WorkError, in_a_line
 from raycifar.models.recipes import read_run
 from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, MANIFEST, PREDICTIONS, RunFolder
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from raycifar.terminal import Screen
 
 WAIT_SECONDS = 1800  # for workers to find room
+ATTEMPTS = 3  # at a job whose workers die
 BLOCK = 1000  # images in a block of Ray Data, which are scored together
 
 
@@ -150,6 +153,8 @@ def ask(
         workers = sizing.in_process(request.device, request.cpus_per_worker)
     else:
         with screen.waiting("Starting Ray"):
+            import ray.data  # noqa: F401 (it sets the level of its log, which the connection then lowers)
+
             connection.enter_context(connected(debug=debug))
             workers = sizing.size(
                 request.count, request.device, request.cpus_per_worker, request.gpus_per_worker, request.accelerator
@@ -171,20 +176,37 @@ def ask(
 
 
 def run_job(parts: list[pa.Table], scorer: dict[str, Any], workers: "Workers") -> list[pa.Table]:
+    """Return the answers of the workers; the job is run again if one of them dies.
+
+    Raises:
+        WorkError: workers died each time.
+    """
     import ray.data
+    from ray.exceptions import RayActorError
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    dataset = ray.data.from_blocks([part.select(["image", "index"]) for part in parts]).map_batches(
-        Scorer,
-        fn_constructor_kwargs=scorer,
-        batch_size=BLOCK,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=workers.count),
-        num_cpus=workers.cpus,
-        num_gpus=workers.gpus or None,
-        accelerator_type=workers.accelerator,
-    )
-    return list(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+    options: dict[str, Any] = {"max_restarts": 0}  # Ray prints an error about actors that it may restart
+    with warnings.catch_warnings(action="ignore"):  # the option has no name of its own
+        dataset = ray.data.from_blocks([part.select(["image", "index"]) for part in parts]).map_batches(
+            Scorer,
+            fn_constructor_kwargs=scorer,
+            batch_size=BLOCK,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=workers.count),
+            num_cpus=workers.cpus,
+            num_gpus=workers.gpus or None,
+            accelerator_type=workers.accelerator,
+            **options,
+        )
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            return list(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+        except RayActorError as error:
+            if not left:
+                raise WorkError(
+                    f"workers died {ATTEMPTS} times while they scored the images: {in_a_line(error)}."
+                ) from error
+    raise AssertionError
 
 
 # Results --------------------------------------------------------------------------------------------

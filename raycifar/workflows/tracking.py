@@ -1,0 +1,239 @@
+"""Trackers, where a run is recorded besides its folder: MLflow, and Weights & Biases.
+
+A tracker takes three calls: `start`, `epoch` for each finished epoch, and `finish`. They are made by the driver, in a
+thread of their own: a tracker that is slow delays nothing, and one that fails is given up with a notice.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Literal, Protocol
+
+from raycifar.errors import RequestError, in_a_line
+from raycifar.storage.records import EpochRecord
+from raycifar.storage.run_folder import COMPARISON, MODEL, REPORT_PAGE, RESULT, RUN, RunFolder
+
+TRACKING = "tracking.json"  # what a tracker calls the run
+PROJECT = "raycifar"  # unless the tracker's own variable of the environment says otherwise
+FINISH_SECONDS = 60  # that trackers may take once a run has ended
+ARTIFACTS = (RUN, REPORT_PAGE, MODEL, COMPARISON)
+
+Track = Literal["mlflow", "wandb"]
+
+
+class Tracker(Protocol):
+    """Where a run is tracked. An object is one run there; what it raises ends its tracking, and not the run."""
+
+    def start(self, name: str, config: dict[str, Any], known: str | None, parent: str | None) -> str:
+        """Begin a run, or go on with the one that is `known`, and return what the tracker calls it.
+
+        Args:
+            config: the content of `run.json`, flat. parent: what the tracker calls the comparison.
+        """
+
+    def epoch(self, record: EpochRecord) -> None:
+        """Log a finished epoch."""
+
+    def finish(self, status: str, scores: dict[str, float], files: Iterable[Path]) -> None:
+        """Log the result: finished, failed or interrupted, the scores on the test set, and files to keep."""
+
+
+class MLflow:
+    """A run of MLflow, at MLFLOW_TRACKING_URI, in the experiment MLFLOW_EXPERIMENT_NAME."""
+
+    def start(self, name: str, config: dict[str, Any], known: str | None, parent: str | None) -> str:
+        import mlflow
+        from mlflow.entities import Param
+        from mlflow.environment_variables import MLFLOW_EXPERIMENT_NAME
+
+        self.client = mlflow.MlflowClient()
+        if known:
+            self.run = known
+            self.client.update_run(known, status="RUNNING")
+            return known
+        title = MLFLOW_EXPERIMENT_NAME.get() or PROJECT
+        found = self.client.get_experiment_by_name(title)
+        experiment = found.experiment_id if found else self.client.create_experiment(title)
+        tags = {"mlflow.parentRunId": parent} if parent else {}
+        self.run = self.client.create_run(experiment, run_name=name, tags=tags).info.run_id
+        self.client.log_batch(self.run, params=[Param(key, str(value)) for key, value in config.items()])
+        return self.run
+
+    def epoch(self, record: EpochRecord) -> None:
+        from mlflow.entities import Metric
+
+        moment = int(1000 * (record.time or 0))
+        metrics = [Metric(key, value, moment, record.epoch) for key, value in to_metrics(record).items()]
+        self.client.log_batch(self.run, metrics=metrics)
+
+    def finish(self, status: str, scores: dict[str, float], files: Iterable[Path]) -> None:
+        for key, value in scores.items():
+            self.client.log_metric(self.run, key, value)
+        for file in files:
+            self.client.log_artifact(self.run, str(file))
+        ends = {"finished": "FINISHED", "interrupted": "KILLED"}
+        self.client.set_terminated(self.run, ends.get(status, "FAILED"))
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, in the project WANDB_PROJECT; also offline (WANDB_MODE=offline)."""
+
+    def start(self, name: str, config: dict[str, Any], known: str | None, parent: str | None) -> str:
+        import wandb
+
+        self.run = wandb.init(
+            project=wandb.setup().settings.project or PROJECT,
+            id=known,
+            resume="allow",
+            name=name,
+            group=parent,
+            config=config,
+            reinit="create_new",  # a comparison has several at once
+            settings=wandb.Settings(console="off", silent=True),
+        )
+        return self.run.id
+
+    def epoch(self, record: EpochRecord) -> None:
+        self.run.log(to_metrics(record), step=record.epoch)
+
+    def finish(self, status: str, scores: dict[str, float], files: Iterable[Path]) -> None:
+        import wandb
+
+        self.run.summary.update(scores)
+        artifact = wandb.Artifact(f"run-{self.run.id}", "run")
+        for file in files:
+            artifact.add_file(str(file))
+        if artifact.manifest.entries:
+            self.run.log_artifact(artifact)
+        self.run.finish(0 if status == "finished" else 1)
+
+
+TRACKERS: dict[str, Callable[[], Tracker]] = {"mlflow": MLflow, "wandb": WeightsAndBiases}
+
+
+def check_installed(track: str | None) -> None:
+    """Refuse a tracker whose package is missing.
+
+    Raises:
+        RequestError: it is.
+    """
+    if track and not find_spec(track):
+        raise RequestError(f"--track {track} needs a package that is not installed: pip install 'raycifar[{track}]'.")
+
+
+@dataclass
+class Tracked:
+    """A run that is being tracked."""
+
+    folder: RunFolder
+    tracker: Tracker
+    identity: str
+    epoch: int  # the last one that is logged
+    key: str
+
+    def log(self, history: Sequence[EpochRecord]) -> None:
+        for record in history[self.epoch :]:
+            self.tracker.epoch(record)
+            self.epoch = record.epoch
+            self.remember()
+
+    def remember(self) -> None:
+        known = self.folder.read_json(TRACKING) or {}
+        self.folder.write_json(TRACKING, {**known, self.key: {"id": self.identity, "epoch": self.epoch}})
+
+
+@dataclass
+class Tracking:
+    """Tells a tracker of the runs of a command.
+
+    Args:
+        track: the tracker's name, or None for none.
+        say: called with the notice, at most once, that tracking has failed.
+    """
+
+    track: str | None
+    say: Callable[[str], None]
+    runs: dict[str, Tracked] = field(default_factory=dict)  # by name
+    calls: SimpleQueue[Callable[[], None] | None] = field(default_factory=SimpleQueue)
+
+    def __post_init__(self) -> None:
+        check_installed(self.track)
+        self.thread = Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def start(self, folder: RunFolder, config: Mapping[str, Any], parent: str | None = None) -> None:
+        """Begin to track a run, or go on.
+
+        Args:
+            parent: the name of the comparison that the run is part of.
+        """
+        if self.track:
+            self.calls.put(lambda: self._start(folder, flat(config), parent))
+
+    def log(self, name: str, history: Sequence[EpochRecord]) -> None:
+        """Log the finished epochs that aren't logged yet."""
+        if self.track:
+            self.calls.put(lambda: self.runs[name].log(history))
+
+    def finish(self, name: str) -> None:
+        """Log the result that is in the run's folder."""
+        if self.track:
+            self.calls.put(lambda: self._finish(self.runs[name]))
+
+    def close(self) -> None:
+        """Wait for what is left to be logged, but not for long."""
+        self.calls.put(None)
+        self.thread.join(FINISH_SECONDS)
+        if self.thread.is_alive():
+            self.say(f"{self.track} takes longer than {FINISH_SECONDS} s: what is left is not logged there.")
+
+    def _start(self, folder: RunFolder, config: dict[str, Any], parent: str | None) -> None:
+        assert self.track
+        known = (folder.read_json(TRACKING) or {}).get(self.track, {})
+        above = self.runs[parent].identity if parent else None
+        tracker = TRACKERS[self.track]()
+        identity = tracker.start(folder.name, config, known.get("id"), above)
+        self.runs[folder.name] = Tracked(folder, tracker, identity, known.get("epoch", 0), self.track)
+        self.runs[folder.name].remember()
+
+    def _finish(self, run: Tracked) -> None:
+        result = run.folder.read_json(RESULT) or {"status": "interrupted"}
+        scores = {f"test_{name}": value for name, value in result.get("test", {}).items() if is_number(value)}
+        with tempfile.TemporaryDirectory() as folder:
+            files = []
+            for name in ARTIFACTS if result["status"] == "finished" else ():
+                if (content := run.folder.read(name)) is not None:
+                    files.append(Path(folder, name))
+                    files[-1].write_bytes(content)
+            run.tracker.finish(result["status"], scores, files)
+
+    def _work(self) -> None:
+        while call := self.calls.get():
+            try:
+                call()
+            except Exception as error:  # a tracker's may be any
+                self.say(f"{self.track} is given up, and the run goes on without it: {in_a_line(error)}.")
+                return
+
+
+def to_metrics(record: EpochRecord) -> dict[str, float]:
+    return {name: value for name, value in vars(record).items() if name != "time" and is_number(value)}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values with names like `recipe.lr`; a recipe's fields have no prefix."""
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, "" if name == "recipe" else f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
