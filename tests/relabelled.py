@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from raycifar.data.sources import RECORD, load
+from raycifar.data.sources import load
 from raycifar.data.tables import to_images
+from raycifar.data.trees import RECORD
 
 
 def relabel(source: str, destination: Path, share: float, seed: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from raycifar.errors import RequestError
-from raycifar.models.initial_weights import read_state_dict
+from raycifar.models.initial_weights import read_tensors
 from raycifar.storage import remote
 from raycifar.storage.files import list_files, locate, read_file, write_file
 from raycifar.storage.run_folder import RunFolder
@@ -95,7 +95,7 @@ def test_a_file_is_read_in_one_request_with_the_password_and_the_signature_of_it
 def test_each_failure_of_a_server_has_its_own_sentence(server, path, says, monkeypatch):
     monkeypatch.setattr(remote, "READ_SECONDS", 1)
     with pytest.raises(RequestError) as refusal:
-        read_state_dict(f"{server.url}/{path}?sig=abc")
+        read_tensors(f"{server.url}/{path}?sig=abc")
     assert says in str(refusal.value)
     assert f"--pretrained {server.url}/{path}?sig=*** can't be read: " in str(refusal.value)
 

@@ -43,16 +43,13 @@ def run(tmp_path):
 def follow(track, run, history, *, result=None, parent=None):
     """Track a run as a command does; return what was said."""
     said = []
-    followed = Tracking(track, said.append)
-    if parent:
-        followed.start(parent, {})
-    followed.start(run, CONFIG, parent and parent.name)
-    for count in range(1, len(history) + 1):
-        followed.log(run.name, history[:count])
-    if result:
-        run.write_json("result.json", result)
-    followed.finish(run.name)
-    followed.close()
+    with Tracking(track, said.append) as tracking:
+        if parent:
+            tracking.log(parent)
+        for count in range(len(history) + 1):
+            tracking.log(run, history[:count], parent)
+        if result:
+            run.write_json("result.json", result)
     return said
 
 
@@ -142,4 +139,4 @@ def test_a_tracker_that_hangs_delays_nothing(run, monkeypatch):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     with pytest.raises(RequestError, match=r"pip install 'raycifar\[wandb\]'"):
-        tracking.check_installed("wandb")
+        tracking.check_tracker("wandb")

@@ -15,6 +15,7 @@ from raycifar.errors import RequestError
 from raycifar.models.recipe import LARGEST, Recipe
 from raycifar.models.recipes import choose_recipe, recipe_fields, recipe_for, recipe_from_json
 from raycifar.storage.locations import check_location
+from raycifar.workflows.tracking import check_tracker
 
 WorkerCount = int | tuple[int, int] | None
 Device = Literal["auto", "gpu", "cpu", "mps"]
@@ -107,12 +108,14 @@ class Settings(WorkerSettings):
     max_failures: int = setting(3, "Restarts after a worker died.", least=0)
     wait: float = setting(1800, "Seconds for nodes to come or to be free.", least=0)
     report: bool = setting(True, "Draw and explain the curves, also while it runs.")
+    track: str | None = setting(None, "Log runs there, too.  [none]", metavar="mlflow|wandb")
     compile: bool = setting(False, "Compile the model with torch.compile.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_location(self.storage, "--storage", to_write=True)
         check_location(self.data, "--data")
+        check_tracker(self.track)
 
 
 @dataclass(frozen=True)

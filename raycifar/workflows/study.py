@@ -38,6 +38,7 @@ from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.identity import writing_first_file
 from raycifar.workflows.reporting import Refresher, explain, keep_pictures, write_comparison, write_run
 from raycifar.workflows.requests import ComparisonRequest
+from raycifar.workflows.tracking import Tracking
 from raycifar.workflows.training import STOP_SECONDS, and_weights, read_images
 
 if TYPE_CHECKING:
@@ -75,9 +76,9 @@ def train_and_compare(
         RequestError: the request is wrong; nothing was started or written.
         WorkError: trials failed; the others are compared.
     """
-    with ExitStack() as lock:
-        prepared = prepare(request, screen, connection, lock, debug=debug)
-        run(prepared, screen)
+    with ExitStack() as until_end:
+        prepared = prepare(request, screen, connection, until_end, debug=debug)
+        run(prepared, screen, until_end.enter_context(Tracking(request.track, screen.say)))
         finish(prepared, screen, show)
 
 
@@ -145,8 +146,8 @@ def prepare(
     return PreparedComparison(request, folder, source, study, searcher, workers)
 
 
-def run(prepared: PreparedComparison, screen: "Screen") -> None:
-    """Run the remaining trials and show their progress; the searcher then has their status.
+def run(prepared: PreparedComparison, screen: "Screen", tracking: Tracking) -> None:
+    """Run the remaining trials, and show and track their progress; the searcher then has their status.
 
     KeyboardInterrupt stops running trials, which leave checkpoints, and is raised again.
     """
@@ -162,7 +163,15 @@ def run(prepared: PreparedComparison, screen: "Screen") -> None:
         while thread.is_alive() and time.monotonic() < deadline:
             thread.join(0.1)
 
-    refresh = Refresher(lambda: write_comparison(folder)) if prepared.request.report else lambda: None
+    redraw = Refresher(lambda: write_comparison(folder)) if prepared.request.report else lambda: None
+
+    def refresh() -> None:
+        for trial in searcher.trials if prepared.request.track else ():
+            if history := trial.status_store.history():
+                tracking.log(prepared.study.run(trial), history, folder)
+        redraw()
+
+    tracking.log(folder)
     alongside(
         lambda: orchestrate(prepared.study, searcher, prepared.source, prepared.workers),
         lambda running: screen.follow_trials(lambda: searcher.trials, running, refresh),

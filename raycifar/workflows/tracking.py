@@ -11,18 +11,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, Self
 
 from raycifar.errors import RequestError, in_a_line
 from raycifar.storage.records import EpochRecord
-from raycifar.storage.run_folder import COMPARISON, MODEL, REPORT_PAGE, RESULT, RUN, RunFolder
+from raycifar.storage.run_folder import COMPARISON, MODEL, REPORT_PAGE, RESULT, RUN, STUDY, RunFolder
 
 TRACKING = "tracking.json"  # what a tracker calls the run
 PROJECT = "raycifar"  # unless the tracker's own variable of the environment says otherwise
 FINISH_SECONDS = 60  # that trackers may take once a run has ended
 ARTIFACTS = (RUN, REPORT_PAGE, MODEL, COMPARISON)
-
-Track = Literal["mlflow", "wandb"]
 
 
 class Tracker(Protocol):
@@ -115,12 +113,14 @@ class WeightsAndBiases:
 TRACKERS: dict[str, Callable[[], Tracker]] = {"mlflow": MLflow, "wandb": WeightsAndBiases}
 
 
-def check_installed(track: str | None) -> None:
-    """Refuse a tracker whose package is missing.
+def check_tracker(track: str | None) -> None:
+    """Refuse a tracker that isn't known, or whose package is missing.
 
     Raises:
         RequestError: it is.
     """
+    if track and track not in TRACKERS:
+        raise RequestError(f"--track {track}: choose from {', '.join(TRACKERS)}.")
     if track and not find_spec(track):
         raise RequestError(f"--track {track} needs a package that is not installed: pip install 'raycifar[{track}]'.")
 
@@ -148,7 +148,7 @@ class Tracked:
 
 @dataclass
 class Tracking:
-    """Tells a tracker of the runs of a command.
+    """Tells a tracker of the runs of a command, until the end of a `with` block.
 
     Args:
         track: the tracker's name, or None for none.
@@ -160,56 +160,56 @@ class Tracking:
     runs: dict[str, Tracked] = field(default_factory=dict)  # by name
     calls: SimpleQueue[Callable[[], None] | None] = field(default_factory=SimpleQueue)
 
-    def __post_init__(self) -> None:
-        check_installed(self.track)
+    def __enter__(self) -> Self:
         self.thread = Thread(target=self._work, daemon=True)
         self.thread.start()
+        return self
 
-    def start(self, folder: RunFolder, config: Mapping[str, Any], parent: str | None = None) -> None:
-        """Begin to track a run, or go on.
+    def log(self, folder: RunFolder, history: Sequence[EpochRecord] = (), parent: RunFolder | None = None) -> None:
+        """Log the finished epochs of a run that aren't logged yet; its first call begins the run there, or goes on.
 
         Args:
-            parent: the name of the comparison that the run is part of.
+            parent: the comparison that the run is part of.
         """
         if self.track:
-            self.calls.put(lambda: self._start(folder, flat(config), parent))
+            self.calls.put(lambda: self._log(folder, history, parent))
 
-    def log(self, name: str, history: Sequence[EpochRecord]) -> None:
-        """Log the finished epochs that aren't logged yet."""
-        if self.track:
-            self.calls.put(lambda: self.runs[name].log(history))
-
-    def finish(self, name: str) -> None:
-        """Log the result that is in the run's folder."""
-        if self.track:
-            self.calls.put(lambda: self._finish(self.runs[name]))
-
-    def close(self) -> None:
-        """Wait for what is left to be logged, but not for long."""
+    def __exit__(self, *error: object) -> None:
+        """Log the results, and wait for what is left to be logged, but not for long."""
+        self.calls.put(self._finish)
         self.calls.put(None)
         self.thread.join(FINISH_SECONDS)
         if self.thread.is_alive():
             self.say(f"{self.track} takes longer than {FINISH_SECONDS} s: what is left is not logged there.")
 
-    def _start(self, folder: RunFolder, config: dict[str, Any], parent: str | None) -> None:
+    def _log(self, folder: RunFolder, history: Sequence[EpochRecord], parent: RunFolder | None) -> None:
+        if folder.name not in self.runs:
+            self._start(folder, parent)
+        self.runs[folder.name].log(history)
+
+    def _start(self, folder: RunFolder, parent: RunFolder | None) -> None:
         assert self.track
         known = (folder.read_json(TRACKING) or {}).get(self.track, {})
-        above = self.runs[parent].identity if parent else None
+        above = self.runs[parent.name].identity if parent else None
+        config = folder.read_json(RUN) or folder.read_json(STUDY) or {}
         tracker = TRACKERS[self.track]()
-        identity = tracker.start(folder.name, config, known.get("id"), above)
+        identity = tracker.start(folder.name, flat(config), known.get("id"), above)
         self.runs[folder.name] = Tracked(folder, tracker, identity, known.get("epoch", 0), self.track)
         self.runs[folder.name].remember()
 
-    def _finish(self, run: Tracked) -> None:
-        result = run.folder.read_json(RESULT) or {"status": "interrupted"}
-        scores = {f"test_{name}": value for name, value in result.get("test", {}).items() if is_number(value)}
-        with tempfile.TemporaryDirectory() as folder:
-            files = []
-            for name in ARTIFACTS if result["status"] == "finished" else ():
-                if (content := run.folder.read(name)) is not None:
-                    files.append(Path(folder, name))
-                    files[-1].write_bytes(content)
-            run.tracker.finish(result["status"], scores, files)
+    def _finish(self) -> None:
+        for run in reversed(self.runs.values()):
+            result = run.folder.read_json(RESULT) or {}
+            done = run.folder.exists(COMPARISON)
+            status = result.get("status", "finished" if done else "interrupted")
+            scores = {f"test_{name}": value for name, value in (result.get("test") or {}).items() if is_number(value)}
+            with tempfile.TemporaryDirectory() as folder:
+                files = []
+                for name in ARTIFACTS if status == "finished" else ():
+                    if (content := run.folder.read(name)) is not None:
+                        files.append(Path(folder, name))
+                        files[-1].write_bytes(content)
+                run.tracker.finish(status, scores, files)
 
     def _work(self) -> None:
         while call := self.calls.get():
@@ -230,7 +230,7 @@ def is_number(value: Any) -> bool:
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested values with names like `recipe.lr`; a recipe's fields have no prefix."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
             found |= flat(value, "" if name == "recipe" else f"{prefix}{name}.")

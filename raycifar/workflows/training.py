@@ -36,6 +36,7 @@ from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, record, writing_first_file
 from raycifar.workflows.reporting import Refresher, explain, keep_pictures, write_run
 from raycifar.workflows.requests import TrainingRequest, check_batch_size
+from raycifar.workflows.tracking import Tracking
 
 SCORES = {
     "top1": "top-1",
@@ -80,14 +81,15 @@ def train(request: TrainingRequest, screen: "Screen", connection: ExitStack, *, 
         RequestError: the request is wrong; nothing was started or written.
         WorkError: training failed; the run folder keeps what was reached.
     """
-    with ExitStack() as lock:
-        run = prepare(request, screen, connection, lock=lock, debug=debug)
+    with ExitStack() as until_end:
+        run = prepare(request, screen, connection, lock=until_end, debug=debug)
         if run.result:
             screen.say(f"{run.folder.folder} is finished; nothing is trained again.")
             screen.lines(summary(run, run.result))
             return run.result
+        tracking = until_end.enter_context(Tracking(request.track, screen.say))
         try:
-            result = finish(run, fit(run, following(run, screen)))
+            result = finish(run, fit(run, following(run, screen, tracking)))
         except WorkError:
             show_report(run, screen)
             raise
@@ -282,12 +284,18 @@ def fit_trainer(
 # Progress and results -------------------------------------------------------------------------------
 
 
-def following(run: PreparedRun, screen: "Screen") -> Callable[[Callable[[], bool]], None]:
-    """Return a function that shows progress, and updates the report from time to time, until the run ends."""
+def following(run: PreparedRun, screen: "Screen", tracking: Tracking) -> Callable[[Callable[[], bool]], None]:
+    """Return a function that shows and tracks progress, and updates the report from time to time, until the end."""
     from raycifar.cluster.waiting import Waiting
 
     waiting = Waiting(run.workers, run.request.wait)
-    refresh = Refresher(lambda: write_run(run.folder, run.inputs.source)) if run.request.report else lambda: None
+    redraw = Refresher(lambda: write_run(run.folder, run.inputs.source)) if run.request.report else lambda: None
+
+    def refresh() -> None:
+        tracking.log(run.folder, run.status_store.history())
+        redraw()
+
+    tracking.log(run.folder)
     return lambda running: screen.follow(run.status_store, running, run.request.recipe.epochs, waiting, refresh)
 
 
