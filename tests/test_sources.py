@@ -265,7 +265,7 @@ def command(*args, env=None):
         (["--val-size", "800"], "leaves nothing to train on"),
         (["--limit", "50", "--val-size", "100"], "--limit 50 can't be divided among 100 classes"),
         (["--limit", "800", "--val-size", "100"], "700 training images remain"),
-        (["--limit", "0", "--val-size", "100"], "--limit 0 is not possible"),
+        (["--limit", "0", "--val-size", "100"], "limit is 0: it must be at least 1"),
         (["--epochs", "0"], "epochs is 0"),
         (["--name", "../up"], "'../up' is no folder's name"),
     ],

@@ -169,7 +169,7 @@ class Member(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         header = super().frombuf(buf, encoding, errors)
         if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) and header.size > MOST_EXTENDED:
-            raise tarfile.ReadError(f"a header of {header.size:,} bytes")
+            raise ValueError(f"a header of {header.size:,} bytes")
         return header
 
 

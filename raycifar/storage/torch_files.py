@@ -4,12 +4,11 @@ import io
 import zipfile
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from raycifar.errors import RequestError
-from raycifar.storage.pickles import Call, Dissector
+from raycifar.storage.pickles import Call, Dissector, to_array
 
 STATE_DICT_KEYS = (  # under which training scripts save a state dict
     "state_dict", "model", "model_state_dict", "net", "params", "ema_state_dict",
@@ -27,7 +26,6 @@ TYPES = {
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }
-ARRAY_TYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")  # of NumPy's arrays
 
 
 class Storage(NamedTuple):
@@ -163,20 +161,5 @@ class TorchFile:
                     raise ValueError("a tensor has more numbers than its storage")
                 return tensor
             case "_reconstruct", _:
-                return to_tensor(*value.state[1:])
+                return torch.from_numpy(to_array(value).copy())
         return None
-
-
-def to_tensor(shape: tuple[int, ...], dtype: Any, fortran: bool, content: Any) -> Tensor:
-    """Return a tensor from a NumPy array's state; its type is looked up, for a forged one makes NumPy read any memory.
-
-    Raises:
-        Exception: the state is not that of an array of numbers.
-    """
-    (code, *_), order = dtype.args, dtype.state[1]
-    if code not in ARRAY_TYPES or order not in ("<", "|"):
-        raise ValueError("an array holds something else than numbers")
-    if isinstance(content, Call):  # how pickles of protocol 2 write bytes
-        content = content.args[0].encode("latin1")
-    numbers = np.frombuffer(bytearray(content), order + code).reshape(shape, order="F" if fortran else "C")
-    return torch.from_numpy(numbers)
