@@ -227,7 +227,7 @@ REFUSED = {
     ),
     "huge labels": (lambda f, x: python(f, x, fine_labels=[10**30] * 800), "a number of more than 64 bits"),
     "a truth value": (lambda f, x: python(f, x, fine_labels=[True] * 800), "image 0 is a bool"),
-    "deep keys": (lambda f, x: [(f / s).write_bytes(nested(10**5)) for s in x], "data and fine_labels are missing"),
+    "deep keys": (lambda f, x: [(f / s).write_bytes(nested(10**5)) for s in x], "it lacks data and fine_labels"),
     "a huge memo": (lambda f, x: [(f / s).write_bytes(b"\x80\x02K\x01r\xff\xff\xff\x7f.") for s in x], "holds a int"),
 }
 
