@@ -33,9 +33,7 @@ def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
         raise RequestError(f"{origin} holds a {type(found).__name__}, not the dictionary of cifar-100-python.")
     fields = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in found.items()}
     if missing := [name for name in ("data", "fine_labels") if name not in fields]:
-        raise RequestError(
-            f"{origin} is not from cifar-100-python: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing."
-        )
+        raise RequestError(f"{origin} is not from cifar-100-python: it lacks {' and '.join(missing)}.")
     try:
         pixels = to_array(fields["data"])
         fine, coarse = (read_labels(fields.get(f"{level}_labels")) for level in ("fine", "coarse"))
