@@ -138,7 +138,7 @@ for wrong in ({"epoch": 3}, {"val_size": 7}, {"lr": 0.3, "name": "first"}):
     except RequestError as error:
         print("refused:", error)
 try:
-    train("cnn", workers=0, precision="float32", warmup=0.0, name="hot", progress=False, **{**OPTIONS, "lr": 1e30})
+    train("cnn", workers=0, precision="float32", warmup=0.0, name="hot", progress=False, **{**OPTIONS, "lr": 1e9})
 except WorkError as error:
     print("failed:", error)
 print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)

@@ -34,5 +34,5 @@ def test_what_is_prepared_holds_the_same_images_and_labels(small, tmp_path, sche
 
 def test_a_destination_that_can_t_be_written_is_named(small, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    refused = finish(Data("prepare", tmp_path / "file/below", "--data", small, storage=None), code=2)
+    refused = finish(Data("prepare", tmp_path / "file/below", "--data", small, storage=None), code=1)
     assert "file/below" in refused.stderr

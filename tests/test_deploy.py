@@ -10,6 +10,7 @@ import yaml
 from command import ROOT
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+import raycifar
 from raycifar.engine.ray_metrics import METRICS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -44,9 +45,8 @@ def test_images_have_the_ray_and_the_python_that_are_tested():
     images = [CLUSTER["docker"]["image"], re.search(r"^FROM (.+)$", (ROOT / "jobs/Dockerfile").read_text(), re.M)[1]]
     assert images == [f"rayproject/ray:{PINS['ray']}-py312-gpu"] * 2
     assert JOB["spec"]["rayClusterSpec"]["rayVersion"] == PINS["ray"]
-    version = PROJECT["project"]["version"]
     text = (ROOT / "jobs/rayjob.yaml").read_text()
-    assert text.count(f"raycifar:{version}") == 1
+    assert text.count(f"raycifar:{raycifar.__version__}") == 1
 
 
 def test_every_start_of_ray_asks_for_a_token():

@@ -63,7 +63,8 @@ def test_suspects_are_sorted_by_their_margin():
     values[:, SEEN] = torch.tensor([2.0, 2, 0, 1])
     values[:, MARGIN] = torch.tensor([4.0, -6, 0, 1])
     values[:, RIVAL] = torch.tensor([1.0, 9, 0, 3])
-    found = rank_suspects(to_example_stats_file(values, torch.tensor([30, 10, 20, 40]), torch.arange(4)))
+    file = to_example_stats_file(values, torch.tensor([30, 10, 20, 40]), torch.arange(4))
+    found = rank_suspects(pq.read_table(io.BytesIO(file)))
     assert found.index.tolist() == [10, 40, 30]
     assert found.label.tolist() == [1, 3, 0]
     assert found.suggested.tolist() == [9, 3, 1]

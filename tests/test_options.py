@@ -22,7 +22,7 @@ PARSED = {*WORKERS, "plan", "against"}  # texts that are more than a text
 ZERO = {
     "seed", "val_size", "max_failures", "wait", "checkpoint_steps", "search", "price_per_hour", "lr", "momentum",
     "warmup", "weight_decay", "label_smoothing", "erasing", "mixup", "cutmix", "dropout", "ema", "clip_norm",
-    "head_epochs",
+    "head_epochs", "image_size",
 }  # fmt: skip
 REQUIRED = {
     "train": ("--model", "cnn"), "bench": ("--model", "cnn"), "compare": ("--models", "cnn"), "evaluate": ("a",),

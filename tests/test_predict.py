@@ -162,10 +162,9 @@ def test_only_the_images_of_a_folder_are_found(tmp_path, photo):
         "a.png",
         "b",
         "e.jpg",
-        "fifo.png",
         "more/d.webp",
     ]
-    assert others == 4
+    assert others == 3
     with pytest.raises(OSError, match="not a file"):
         read_image(LOCAL, str(tmp_path / "fifo.png"))
     (tmp_path / "texts").mkdir()

@@ -260,7 +260,7 @@ def test_every_part_of_the_state_is_resumed(train, small, tmp_path, recipe):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(train, small, tmp_path):
-    recipe = ("--lr", 1e30, "--precision", "float32", "--warmup", 0, "--checkpoint-steps", 1)
+    recipe = ("--lr", 1e9, "--precision", "float32", "--warmup", 0, "--checkpoint-steps", 1)
     failed = train(*ARGS, *recipe, "--data", small, "--name", "hot", code=1)
     assert "the loss is no longer finite: epoch 1, step " in failed.stderr
     assert "smaller --lr" in failed.stderr

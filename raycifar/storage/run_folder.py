@@ -38,7 +38,7 @@ from pyarrow import fs
 from raycifar.data import CIFAR100
 from raycifar.errors import DamagedFileError, RequestError, StorageError, in_a_line, notice
 from raycifar.redaction import shown
-from raycifar.storage.files import MOST_BYTES, append_to, ask, is_local, locate, open_file, write_whole
+from raycifar.storage.files import MOST_BYTES, append_to, ask, file_type, is_local, locate, open_file, write_whole
 from raycifar.storage.locations import check_location, join, parent_and_name
 from raycifar.storage.parquet import read_parquet
 from raycifar.storage.records import (
@@ -166,8 +166,7 @@ class RunFolder:
             raise StorageError.of(join(self.folder, file), error, "read") from error
 
     def exists(self, file: str) -> bool:
-        filesystem, folder = self._location
-        return filesystem.get_file_info(f"{folder}/{file}").type != fs.FileType.NotFound
+        return file_type(self.filesystem, self.path(file)) != fs.FileType.NotFound
 
     def write(self, file: str, content: bytes) -> None:
         """Write a file, whole or not at all.
@@ -195,7 +194,7 @@ class RunFolder:
     @contextmanager
     def _writing(self, file: str) -> Iterator[None]:
         try:
-            if self.claim and self.filesystem.get_file_info(self.claim).type == fs.FileType.NotFound:
+            if self.claim and file_type(self.filesystem, self.claim) == fs.FileType.NotFound:
                 raise PermissionError(errno.EPERM, "another process has taken over this run")
             yield
         except OSError as error:
@@ -316,7 +315,7 @@ class RunFolder:
         """Return the runs inside this folder, which is a comparison's, sorted by name."""
         filesystem, folder = self._location
         names = self._subfolders()
-        found = filesystem.get_file_info([f"{folder}/{name}/{RUN}" for name in names])
+        found = ask(filesystem, lambda: filesystem.get_file_info([f"{folder}/{name}/{RUN}" for name in names]))
         return [
             RunFolder(self.folder, name)
             for name, file in zip(names, found, strict=True)

@@ -168,7 +168,8 @@ def ask(
         "gpus": workers.gpus,
         "threads": workers.threads,
     }
-    parts = [table.slice(start, BLOCK) for start in range(0, len(table), BLOCK)]
+    block = min(BLOCK, -(-len(table) // max(1, workers.count)))
+    parts = [table.slice(start, block) for start in range(0, len(table), block)]
     with screen.waiting(f"Asking the {weights.architecture.model} on {workers}"):
         answers = list(map(Scorer(**scorer), parts)) if workers.count == 0 else run_job(parts, scorer, workers)
     answer = pa.concat_tables(answers).sort_by("index")

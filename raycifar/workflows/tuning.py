@@ -21,6 +21,7 @@ from raycifar.models import slug
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe, describe_changes
 from raycifar.models.recipes import recipe_from_json
+from raycifar.storage.files import ask
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.identity import Inputs
@@ -259,7 +260,7 @@ def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: 
                 verbose=0,
             ),
         ).fit()
-    folder.filesystem.delete_dir(folder.folder)
+    ask(folder.filesystem, lambda: folder.filesystem.delete_dir(folder.path()))
 
 
 class RetryNotices(ray_internals.progress_callback_class()):  # type: ignore[misc]
