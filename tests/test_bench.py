@@ -42,6 +42,7 @@ def test_the_figures_are_written_shown_and_drawn(small, tmp_path, request, worke
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 def test_a_bench_that_is_killed_leaves_no_process_behind(small, tmp_path):
     args = (*TINY, *ARGS[:-4], "--rounds", 100, "--data", small, "--workers", 0, "--against", "dataloader")
     bench = Bench(*args, storage=None, cwd=tmp_path)

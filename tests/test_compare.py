@@ -135,6 +135,7 @@ def test_a_request_that_makes_no_sense_is_refused(compare, small, tmp_path, args
 STUDY = (*RUN[2:], "--models", "cnn", "--checkpoint-steps", 4, "--no-report")
 
 
+@pytest.mark.slow
 def test_a_comparison_whose_driver_was_killed_goes_on_in_mid_epoch(compare, trained, small, cluster, tmp_path):
     args = (*STUDY, "--seeds", 1, "--data", small, "--name", "c")
     folder = tmp_path / "runs/c"
