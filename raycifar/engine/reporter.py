@@ -11,7 +11,7 @@ from raycifar.engine.ray_metrics import Gauges
 from raycifar.storage.records import EpochRecord
 
 STEP_SECONDS = 0.5  # between two reports of a step
-STOP_SECONDS = 0.5  # between two checks for a request to stop
+STOP_SECONDS = 0.2  # between two checks for a request to stop
 VERDICT_SECONDS = 0.05  # between two checks for a verdict
 
 
@@ -61,7 +61,7 @@ class Reporter:
         return stop
 
     def stop_requested(self) -> bool:
-        """Return whether the driver has asked the run to stop; only the leader checks, at most twice a second."""
+        """Return whether the driver has asked the run to stop; only the leader checks, a few times a second."""
         now = time.perf_counter()
         if self.leader and not self.stop and now - self.checked >= STOP_SECONDS:
             self.checked = now
