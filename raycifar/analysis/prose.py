@@ -81,7 +81,7 @@ def paragraph(history: RunHistory, findings: Sequence[Finding]) -> str:
                 f"Training ends at a loss of {last.train_loss:.3f} and an accuracy of {last.train_top1:.1%}."
             )
         scored = [record for record in history.records if record.val_top1 is not None]
-        if scored and last.val_loss is not None:
+        if scored and last.val_loss is not None and last.val_top1 is not None:
             best = max(scored, key=lambda record: record.val_top1 or 0.0)
             text = f"Validation ends at a loss of {last.val_loss:.3f} and an accuracy of {last.val_top1:.1%}"
             later = (
