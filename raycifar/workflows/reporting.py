@@ -57,9 +57,8 @@ def report(
     if folder.exists(COMPARISON) or folder.exists(STUDY):
         return write_comparison(folder, out, kind)
     if not folder.exists(RUN):
-        raise RequestError(
-            f"{folder.folder} holds no {RUN} and no {STUDY}: give the folder of a run, or of a comparison."
-        )
+        holds = f"holds no {RUN} and no {STUDY}" if folder.exists("") else "does not exist"
+        raise RequestError(f"{folder.folder} {holds}: give the folder of a run, or of a comparison.")
     source = None
     if data and kind == "html":
         with screen.waiting("Reading the images"):
