@@ -139,5 +139,5 @@ def test_a_name_in_any_language_is_one(run):
 
 @pytest.mark.parametrize("name", ["synthetic:abc", "synthetic:-1", "synthetic:0", f"synthetic:{10**12}", "synthetic:"])
 def test_a_number_of_synthetic_images_that_can_t_be_is_refused(name):
-    with pytest.raises(RequestError, match=f"^{name}: give synthetic: a multiple of 100"):
+    with pytest.raises(RequestError, match=f"^{name}: write synthetic:N, where N is a multiple of 100"):
         load(name)

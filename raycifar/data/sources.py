@@ -44,8 +44,8 @@ def load(name: str, seed: int = 0) -> Source:
         count = int(match[1]) if re.fullmatch(r"\d{1,9}", match[1]) else 0
         if not 0 < count <= MOST_SYNTHETIC or count % INFO.num_classes:
             raise RequestError(
-                f"{name}: write {SYNTHETIC}:N, where N is a multiple of {INFO.num_classes}, for equally many images of each "
-                f"class, and at most {MOST_SYNTHETIC:,}."
+                f"{name}: write {SYNTHETIC}:N, where N is a multiple of {INFO.num_classes}, for equally many images of "
+                f"each class, and at most {MOST_SYNTHETIC:,}."
             )
         return synthetic(count, seed=seed)
     filesystem, path = locate(fetch() if name == "cifar100" else name)
