@@ -4,6 +4,7 @@ A tracker takes three calls: `start`, `epoch` for each finished epoch, and `fini
 thread of their own: a tracker that is slow delays nothing, and one that fails is given up with a notice.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class MLflow:
     """A run of MLflow, at MLFLOW_TRACKING_URI, in the experiment MLFLOW_EXPERIMENT_NAME."""
 
     def start(self, name: str, config: dict[str, Any], known: str | None, parent: str | None) -> str:
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         import mlflow
         from mlflow.entities import Param
         from mlflow.environment_variables import MLFLOW_EXPERIMENT_NAME
