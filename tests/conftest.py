@@ -1,5 +1,8 @@
 """What the tests share: real images where they are at hand, one Ray for the session, and the command itself."""
 
+import raycifar  # noqa: F401 (before Ray, which reads from the environment what this sets)
+
+# isort: split
 import contextlib
 import io
 import json

@@ -209,7 +209,7 @@ def test_a_run_is_reported_from_within_its_folder_and_shows_images_that_were_nam
 
 def test_what_is_no_run_is_refused(report, tmp_path):
     assert "holds no run.json" in report(tmp_path, code=2).stderr
-    assert "holds no run.json" in report(tmp_path / "nowhere", code=2).stderr
+    assert "does not exist" in report(tmp_path / "nowhere", code=2).stderr
 
 
 # A comparison ---------------------------------------------------------------------------------------

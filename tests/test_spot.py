@@ -60,16 +60,16 @@ def azure_event(machine):
 @pytest.mark.parametrize(
     ("cloud", "calm", "notice", "seconds"),
     [
-        ("aws", {}, {ACTION: aws_notice()}, 60),
-        ("gcp", {PREEMPTED: "FALSE"}, {PREEMPTED: "TRUE"}, NOTICE_SECONDS),
-        ("azure", {EVENTS: azure_event("vm-2")}, {EVENTS: azure_event("vm-1")}, 60),
+        ("aws", dict, lambda: {ACTION: aws_notice()}, 60),
+        ("gcp", lambda: {PREEMPTED: "FALSE"}, lambda: {PREEMPTED: "TRUE"}, NOTICE_SECONDS),
+        ("azure", lambda: {EVENTS: azure_event("vm-2")}, lambda: {EVENTS: azure_event("vm-1")}, 60),
     ],
 )
 def test_a_notice_says_how_long_the_machine_has_left(metadata_server, cloud, calm, notice, seconds):
     server, answers = metadata_server
-    answers |= calm
+    answers |= calm()
     assert NOTICES[cloud](server) is None
-    answers |= notice
+    answers |= notice()
     assert NOTICES[cloud](server) == pytest.approx(seconds, abs=30)
 
 
