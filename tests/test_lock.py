@@ -13,7 +13,7 @@ from pyarrow import fs
 
 import raycifar.storage.lock as room
 from raycifar.errors import RequestError
-from raycifar.storage.lock import Claim, claims, locked, write
+from raycifar.storage.lock import Claim, claims, delete_dead, locked, write
 from raycifar.storage.run_folder import STUDY, RunFolder
 
 
@@ -88,6 +88,15 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over_at_once_and_what_it
             replace(run, claim=run.path(dead.file)).write("metrics.jsonl", b"theirs")
     assert said == [f"{run.folder} was being trained by {dead}, which died: its lock is taken over."]
     assert run.read("metrics.jsonl") == b"mine"
+
+
+def test_what_a_process_that_died_after_its_run_has_left_is_deleted(run):
+    die(run)
+    delete_dead(run)
+    assert claims([run]) == []
+    with locked(run, pytest.fail):
+        delete_dead(run)
+        assert len(claims([run])) == 1
 
 
 def test_a_process_that_has_a_dead_one_s_number_is_not_that(run):

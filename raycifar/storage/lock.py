@@ -128,6 +128,14 @@ def clear(places: Iterable[RunFolder], claim: Claim, say: Say) -> None:
             place.delete(rival.file)
 
 
+def delete_dead(folder: RunFolder) -> None:
+    """Delete the claims of processes of this machine that died, of a folder that nobody trains in."""
+    for place, claim in claims([folder]):
+        if claim.is_alive() is False:
+            with suppress(OSError):
+                place.delete(claim.file)
+
+
 def await_number(place: RunFolder, rival: Claim | None) -> Claim | None:
     """Return the claim once its number is chosen, or None if it is withdrawn or its process died."""
     while rival and not rival.number:

@@ -19,7 +19,7 @@ from raycifar.data.tables import Source, Splits, split
 from raycifar.errors import WorkError, in_a_line
 from raycifar.models.initial_weights import load_initial_weights
 from raycifar.models.recipe import Recipe
-from raycifar.storage.lock import locked
+from raycifar.storage.lock import delete_dead, locked
 from raycifar.storage.run_folder import (
     BEST,
     EXAMPLE_STATS,
@@ -132,6 +132,7 @@ def prepare(
         warn_of_leaks(loaded.source, screen)
     identity = identify(request, loaded)
     if result := earlier_result(folder, identity):
+        delete_dead(folder)
         return PreparedRun(request, folder, loaded, result=result)
     if lock:
         with writing_first_file(folder, screen):
