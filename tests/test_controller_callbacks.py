@@ -5,7 +5,7 @@ import pickle
 import uuid
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from raycifar.cluster import controller_callbacks as room
@@ -88,3 +88,18 @@ def test_what_a_worker_says_of_itself_comes_before_what_the_others_died_of():
 @pytest.mark.parametrize("error", [FULL, PreemptedError(), DIED])
 def test_the_kind_survives_the_way_from_the_worker(error):
     assert room.classify(pickle.loads(pickle.dumps(error)))[0] == room.classify(error)[0]
+
+
+def test_workers_start_again_once_memory_is_free_below_ray_s_limit(store, alive, monkeypatch):
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.5")
+    told, used = [], iter([0.6, 0.45, 0.39])
+    monkeypatch.setattr(room.ray_internals, "memory_used", lambda: next(used))
+    monkeypatch.setattr(room.time, "sleep", lambda seconds: told.append(store.worker().detail))
+    fail(FailureCounter(store, 1), store, 1, rank0=OutOfMemoryError("killed"))
+    assert [detail for detail in told if detail] == [
+        "once memory is free: 60% is in use",
+        "once memory is free: 45% is in use",
+    ]
+    assert store.failures()[0].kind == FailureCause.MEMORY
+    with pytest.raises(WorkError, match="fewer workers or more memory help"):
+        fail(FailureCounter(store, 1), store, 2, rank0=OutOfMemoryError("killed"))

@@ -19,7 +19,7 @@ LOOK_SECONDS = 0.05  # between two checks for a node's death
 NODE_DEATH_SECONDS = 15  # until Ray notices a node's death
 DRIVER_DEATH_SECONDS = 1  # until a dead driver's job ends
 MEMORY_SECONDS = 600  # for memory that ran short to be free again
-FREE_AGAIN = 0.85  # of the memory in use; Ray ends processes at 0.95
+ROOM = 0.1  # of a node's memory, below the limit at which Ray ends processes, for the workers to start again
 
 
 class FailureCounter(ray.train.UserCallback):
@@ -60,8 +60,8 @@ def go_on_after(failure: Failure, reason: str, status_store: StatusStore, max_fa
     status_store.add_failure(failure)
     status = replace(status_store.worker() or WorkerStatus(), phase=Phase.STARTING, detail="", step=None)
     if failure.kind == FailureCause.MEMORY:
-        deadline = time.monotonic() + MEMORY_SECONDS
-        while (used := ray_internals.memory_used()) > FREE_AGAIN and time.monotonic() < deadline:
+        deadline, limit = time.monotonic() + MEMORY_SECONDS, ray_internals.memory_limit() - ROOM
+        while (used := ray_internals.memory_used()) > limit and time.monotonic() < deadline:
             status_store.put_worker(replace(status, detail=f"once memory is free: {used:.0%} is in use"))
             time.sleep(1)
     status_store.put_worker(status)

@@ -4,6 +4,7 @@
 `import ray`, because workers use only the key-value store.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,11 @@ def memory_used() -> float:
     from ray._private.utils import get_used_memory
 
     return get_used_memory() / get_system_memory()
+
+
+def memory_limit() -> float:
+    """Return the share of a node's memory in use at which Ray's memory monitor ends processes."""
+    return float(os.environ.get("RAY_memory_usage_threshold") or 0.95)  # noqa: SIM112 (Ray's own name)
 
 
 def is_out_of_memory(error: Exception) -> bool:
