@@ -1,14 +1,12 @@
 """The report of a run and of a comparison: what is read from the files, drawn, and put into a page or into words."""
 
 import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from raycifar.analysis import charts, prose
 from raycifar.analysis.classification import by_class, confused_pairs, confusion, reliability
@@ -20,6 +18,7 @@ from raycifar.analysis.page import render
 from raycifar.analysis.results import results_table, text
 from raycifar.analysis.suspects import rank_suspects
 from raycifar.data import DatasetInfo
+from raycifar.data.pictures import to_png
 from raycifar.data.tables import Source, from_lists, to_images
 from raycifar.models.recipe import changes
 from raycifar.storage.records import PicturesFile, Pixels
@@ -216,8 +215,8 @@ def choose_pictures(files: RunFiles, source: Source) -> PicturesFile:
     train |= {row for _, rows in behind_spikes(report_run(files)) for row in rows}
     test = {row for pair in confused(files.predictions, info) for row, _ in pair["rows"]}
     return {
-        "train": {str(row): to_png(source.train, row) for row in sorted(train)},
-        "test": {str(row): to_png(source.test, row) for row in sorted(test)},
+        "train": {str(row): to_base64(source.train, row) for row in sorted(train)},
+        "test": {str(row): to_base64(source.test, row) for row in sorted(test)},
         "superclass_of": list(source.superclass_of()),
         "pixels": {"train": measured(source.train), "test": measured(source.test)},
     }
@@ -230,14 +229,12 @@ def measured(table: pa.Table) -> Pixels:
 
 def picture(table: pa.Table, row: int) -> str:
     """Return an image of the data set as a data URI."""
-    return PNG + to_png(table, row)
+    return PNG + to_base64(table, row)
 
 
-def to_png(table: pa.Table, row: int) -> str:
-    pixels = to_images(table["image"].slice(row, 1))[0]
-    stream = io.BytesIO()
-    Image.fromarray(pixels.transpose(1, 2, 0)).save(stream, "PNG")
-    return base64.b64encode(stream.getvalue()).decode()
+def to_base64(table: pa.Table, row: int) -> str:
+    """Return the image of a row as a PNG file in base64."""
+    return base64.b64encode(to_png(to_images(table["image"].slice(row, 1))[0])).decode()
 
 
 def shown_of(pictures: PicturesFile | None, split: str, rows: Sequence[tuple[int, str]]) -> list[dict[str, str]]:

@@ -72,8 +72,8 @@ def read_weights(location: str) -> Weights:
         raise RequestError(f"{file} does not exist: give the folder of a finished run, or a weights file.") from error
     except OSError as error:
         raise RequestError(f"{file} can't be read: {error.strerror or error}.") from error
-    folder, _, name = file.rpartition("/")
-    RunFolder.at(folder or ".").check_digest(name, content)
+    folder, name = parent_and_name(file)
+    RunFolder.at(folder).check_digest(name, content)
     tensors, architecture = weights_file.from_file(content, file)
     if architecture is None:
         raise RequestError(f"{file} was not written by raycifar: it doesn't name the model of its weights.")

@@ -1,4 +1,4 @@
-"""Paths and URIs as users write them: which are taken, and how they are shown, without their secrets."""
+"""Paths and URIs as users write them: which are taken, and how they are joined and taken apart."""
 
 import os
 import re
