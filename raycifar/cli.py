@@ -13,6 +13,7 @@ COMMANDS = {
     "compare": "Train several models and seeds, orchestrated by Ray Tune, and say which is better.",
     "report": "Draw and explain a run or a comparison.",
     "bench": "Measure where training time goes, compared with the bare compute limit.",
+    "speedrun": "Seconds to a mean top-1 of 0.75, by the public clock.",
     "evaluate": "Score a trained network on a data set, as a Ray Data job.",
     "export": "Write a trained network as ONNX, TorchScript or safetensors.",
     "recipes": "List the recipes, or print one in full.",
