@@ -155,7 +155,7 @@ def test_workers_that_share_a_gpu_say_once_that_their_steps_are_not_captured(mon
     try:
         reporter = Reporter(StatusStore("shared"), Gauges("a", "cnn"), leader=True)
         for _ in range(2):  # each stage of fine-tuning has a step of its own
-            assert build(notice=reporter.notice).captured.__name__ == "whole"
+            assert build(notice=reporter.notice).captured.__name__ == "update"
     finally:
         dist.destroy_process_group()
     (notice,) = reporter.status.notices
@@ -176,7 +176,7 @@ def one_rank_over_nccl():
 @pytest.mark.parametrize("model", ["cnn", "vgg16", "resnet50"])
 def test_a_captured_step_exchanges_gradients_and_trains_as_a_launched_one(model, one_rank_over_nccl):
     captured, launched = (build(model, CUDA, precision="bfloat16") for _ in range(2))
-    launched.captured = launched.whole
+    launched.captured = launched.take
     assert captured.exchange
     theirs, ours = losses(launched, 50), losses(captured, 50)
     assert captured.captured.possible
@@ -190,7 +190,7 @@ def test_a_captured_step_exchanges_gradients_and_trains_as_a_launched_one(model,
 def test_a_captured_step_trains_as_a_launched_one_with_each_optimizer(optimizer):
     lr = {"sgd": 0.05, "adamw": 0.001, "muon": 0.05}[optimizer]
     captured, launched = (build("cnn", CUDA, optimizer=optimizer, precision="bfloat16") for _ in range(2))
-    launched.captured = launched.whole
+    launched.captured = launched.take
     theirs, ours = losses(launched, WARM_UP + 5, lr), losses(captured, WARM_UP + 5, lr)
     assert captured.captured.possible
     assert torch.allclose(ours, theirs, rtol=0.02)
@@ -205,7 +205,7 @@ def test_a_captured_step_trains_as_a_launched_one_with_each_optimizer(optimizer)
 def test_each_size_of_image_has_a_graph_that_trains_as_a_launched_step(record):
     recipe = {"optimizer": "muon", "muon_steps": 3, "augment": "alternate", "precision": "bfloat16"}
     captured, launched = (build("speedrun", CUDA, record=record, **recipe) for _ in range(2))
-    launched.captured = launched.whole
+    launched.captured = launched.take
     found = []
     for step in (captured, launched):
         set_learning_rate(step.state.optimizer, 0.01)
@@ -222,7 +222,7 @@ def test_each_size_of_image_has_a_graph_that_trains_as_a_launched_step(record):
 
 @needs_gpu
 def test_a_captured_step_flips_other_images_in_the_next_epoch():
-    step = build(device=CUDA, augment="alternate", cutmix=1e-9)
+    step = build(device=CUDA, augment="alternate")
     drawn = []
     for number in range(WARM_UP + 7):
         seed(0, CUDA)

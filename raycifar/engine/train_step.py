@@ -25,7 +25,8 @@ class TrainStep:
     """A worker's optimizer step; the network, its optimizer and its running average are those of `state`.
 
     On a GPU, batches are prepared while the steps before them are under way, and both the preparation of inputs and
-    `update` are captured as CUDA graphs: their kernels take less time than Python takes to launch them.
+    `update` are captured as CUDA graphs: their kernels take less time than Python takes to launch them. Where nothing
+    is recorded and nothing blended, all of it is one graph.
 
     Args:
         train_set: the worker's own training images. example_stats: what is known of each of them, brought up to date;
@@ -54,13 +55,9 @@ class TrainStep:
         self.prepare = prefetched(self.prepare_batch, self.device)
         self.captured_inputs = cuda_graphed(self.inputs_of, self.device)
         self.obstacle = SHARED_GPU if self.exchange and dist.get_backend() == "gloo" else None
-        self.mixes = bool(self.recipe.mixup + self.recipe.cutmix)
-        self.captured = cuda_graphed(
-            self.update if self.mixes else self.whole,
-            self.device,
-            self.obstacle,
-            lambda why: notice(f"{UNCAPTURED}: {why}."),
-        )
+        self.in_one = example_stats is None and not self.recipe.mixup + self.recipe.cutmix
+        self.take = self.prepare_and_update if self.in_one else self.update
+        self.captured = cuda_graphed(self.take, self.device, self.obstacle, lambda why: notice(f"{UNCAPTURED}: {why}."))
 
     def __call__(self, batch: Batch, size: int | None = None) -> Tensor:
         """Take the step, and return its metrics, (4,) float64: see `EpochMeter`.
@@ -68,12 +65,8 @@ class TrainStep:
         Args:
             size: side to which the images are scaled; None is that of the network.
         """
-        if self.mixes:
-            rows, inputs, targets = self.prepare(batch.rows, size)
-            metrics = self.captured(rows, inputs, targets, len(batch.rows), batch.num_images)
-        else:
-            rows, epoch = self.on_device(batch.rows)
-            metrics = self.captured(rows, epoch, size, len(batch.rows), batch.num_images)
+        tensors = (*self.on_device(batch.rows), size) if self.in_one else self.prepare(batch.rows, size)
+        metrics = self.captured(*tensors, len(batch.rows), batch.num_images)
         if self.state.average:
             self.state.average.update_parameters(self.state.model)
         return metrics
@@ -113,7 +106,7 @@ class TrainStep:
         if self.exchange:
             self.exchange.close()
 
-    def whole(self, rows: Tensor, epoch: Tensor, size: int | None, count: int, num_images: int) -> Tensor:
+    def prepare_and_update(self, rows: Tensor, epoch: Tensor, size: int | None, count: int, num_images: int) -> Tensor:
         """Prepare a batch, and take the step; see `prepare_batch` and `update`."""
         inputs = self.inputs_of(rows, epoch, size)
         return self.update(rows, inputs, self.train_set.labels[rows], count, num_images)

@@ -111,11 +111,11 @@ def compute_weights(
     model: str, recipe: Recipe, images: "np.ndarray | Tensor", preprocessing: Preprocessing
 ) -> "dict[str, Tensor]":
     """Return the weights that the architecture computes from training images (N, 3, H, W) uint8, if any."""
-    import torch  # takes seconds
-
     compute = models.find(model).initial_weights_from_images
     if compute is None:
         return {}
+    import torch  # takes seconds
+
     pixels = torch.asarray(images).float() / 255
     mean, std = (pixels.new_tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     return compute(recipe, (pixels - mean) / std)

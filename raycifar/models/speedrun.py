@@ -67,10 +67,13 @@ def conv_norm_silu(in_channels: int, out_channels: int, size: int, *, pool: bool
     As many filters as there are input channels pass their channel on at first (Zagoruyko and Komodakis, 2017,
     arXiv:1706.00388).
     """
+    import torch
     from torch import nn
 
     convolution = nn.Conv2d(in_channels, out_channels, size, padding=size // 2, bias=False)
-    nn.init.dirac_(convolution.weight[:in_channels])
+    with torch.no_grad():  # nn.init.dirac_ takes an operation for each filter
+        first = convolution.weight[:in_channels].zero_()
+        first[:, :, size // 2, size // 2] = torch.eye(*first.shape[:2])
     pooling = [nn.MaxPool2d(2)] if pool else []
     return [convolution, *pooling, nn.BatchNorm2d(out_channels, momentum=NORM_MOMENTUM), nn.SiLU(inplace=True)]
 
