@@ -181,9 +181,9 @@ def test_a_run_s_recipe_is_taken_over(run):
     assert model_of(folder) == "cnn"
 
 
-def test_a_recipe_of_one_model_brings_its_model_along(run):
+def test_a_recipe_of_one_model_brings_its_model_along(toml):
     assert model_of("speedrun") == "speedrun"
-    for recipe in (None, "study", "scratch", "nothing"):
+    for recipe in (None, "study", "scratch", "nothing", toml("lr = 1")):
         with pytest.raises(RequestError, match=r"^give --model: cnn, "):
             model_of(recipe)
 

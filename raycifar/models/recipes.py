@@ -4,6 +4,7 @@ import json
 import os
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -62,9 +63,10 @@ def model_of(recipe: str | None) -> str:
     owners = [name for name in models.names() if recipe in models.recipes_of(name)]
     if len(owners) == 1:
         return owners[0]
-    run = RunFolder.at(recipe).read_json(RUN) if recipe and not owners else None
-    if run and isinstance(run.get("model"), str):
-        return run["model"]
+    with suppress(OSError, ValueError):  # no folder, or none of a run
+        run = RunFolder.at(recipe).read_json(RUN) if recipe and not owners else None
+        if run and isinstance(run.get("model"), str):
+            return run["model"]
     raise RequestError(f"give --model: {', '.join(models.names())}, or timm:NAME.")
 
 
