@@ -124,7 +124,7 @@ def test_pairs_are_listed_with_their_labels_and_kept(copied, tmp_path, monkeypat
         "other_split": "train",
         "other_index": "5",
         "kind": "exact",
-        "similarity": "1",
+        "similarity": "1.0",
         "same_label": "false",
     }
     assert found.counts()["test", "train"]["exact"] == 1

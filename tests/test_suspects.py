@@ -30,10 +30,10 @@ def test_the_smallest_margin_comes_first_and_what_was_never_seen_is_left_out():
 def test_the_table_has_the_names_of_the_data_set():
     info = DatasetInfo(("cat", "dog"), ("pet",), 32, (0.5,) * 3, (0.25,) * 3)
     assert rank_suspects(FILE).to_csv(info).splitlines() == [
-        "index,label,suggested,score",
-        "5,dog,cat,1.000000",
-        "9,dog,cat,1.000000",
-        "3,cat,dog,0.333333",
+        "index,label,suggested,score,network,copy,copy_label",
+        "5,dog,cat,1.000000,cat,,",
+        "9,dog,cat,1.000000,cat,,",
+        "3,cat,dog,0.333333,cat,,",
     ]
 
 

@@ -316,3 +316,19 @@ def confusion_chart(matrix: np.ndarray, names: Sequence[str]) -> str:
         bar.outline.set_visible(False)
         bar.set_label("fraction of the superclass's images")
         return to_svg(figure, "Confusion matrix of the superclasses")
+
+
+def corruption_chart(corruptions: dict[str, dict[str, Any]]) -> str:
+    """Return the accuracy by corruption, the hardest first, and severity."""
+    with rc_context(STYLE):
+        ranked = sorted(corruptions, key=lambda name: -corruptions[name]["error"])
+        top1 = np.array([[row["top1"] for row in corruptions[name]["severities"]] for name in ranked])
+        figure, axes = new_axes(5.0, 1.1 + 0.27 * len(ranked))
+        cmap = LinearSegmentedColormap.from_list("transparent to orange", [to_rgba(ORANGE, 0), to_rgba(ORANGE, 1)])
+        axes.imshow(1 - top1, cmap=cmap, vmin=0, vmax=1, aspect="auto")
+        for row, column in np.ndindex(*top1.shape):
+            axes.text(column, row, f"{top1[row, column]:.2f}", ha="center", va="center")
+        axes.set_xticks(range(top1.shape[1]), [str(k + 1) for k in range(top1.shape[1])])
+        axes.set_yticks(range(len(ranked)), [name.replace("_", " ") for name in ranked])
+        axes.set(xlabel="severity")
+        return to_svg(figure, "Accuracy by corruption, from the hardest to the easiest, and severity")

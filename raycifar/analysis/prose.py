@@ -1,7 +1,7 @@
 """A run in words: the paragraph under the figure, and what to try next, as commands."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,25 @@ def headline(findings: Sequence[Finding]) -> str:
 def count(n: int, noun: str) -> str:
     """Return "1 epoch" or "2 epochs"."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def without_near_duplicates(
+    test: dict[str, Any], intervals: Mapping[str, Mapping[str, float]] | None = None
+) -> str | None:
+    """Return a test accuracy, and that on new photographs, as a clause; None where it isn't known or all are new.
+
+    Args:
+        test: the scores. intervals: low and high of each, by name.
+    """
+    if not test.get("near_duplicates") or test.get("top1_without_near_duplicates") is None:
+        return None
+
+    def score(name: str) -> str:
+        ends = (intervals or {}).get(name)
+        return f"{test[name]:.3f}" + (f" (95%: {ends['low']:.3f} to {ends['high']:.3f})" if ends else "")
+
+    others = f"the {test['images'] - test['near_duplicates']:,} whose photograph isn't among the training images"
+    return f"{score('top1')} on all test images; {score('top1_without_near_duplicates')} on {others}"
 
 
 def data_name(run: dict[str, Any]) -> str:
@@ -95,6 +114,8 @@ def paragraph(history: RunHistory, findings: Sequence[Finding]) -> str:
             f"On the {test['images']:,} test images, scored once, it reaches a top-1 accuracy of {test['top1']:.1%} "
             f"and a top-5 accuracy of {test['top5']:.1%}."
         )
+        if without := without_near_duplicates(test):
+            sentences.append(f"Top-1 is {without}.")
     return " ".join([*sentences, *(finding.evidence for finding in findings)])
 
 

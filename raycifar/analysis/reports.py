@@ -24,6 +24,7 @@ from raycifar.models.recipe import changes
 from raycifar.storage.records import PicturesFile, Pixels
 
 GALLERY = 24  # images of the most suspect labels
+CONTRADICTIONS = 12  # photographs under two labels that are shown
 PAIRS, EXAMPLES = 6, 4  # pairs of classes shown, and pictures of each direction
 ROWS = 300  # epochs in a page's table
 PNG = "data:image/png;base64,"
@@ -34,7 +35,8 @@ SAMPLE = 2000  # images of each split whose pixels are measured
 class RunFiles:
     """What a run's folder holds; what isn't there is None, and the report says so.
 
-    storage: where the folder stands. notes: sentences about what is damaged, has changed or is missing.
+    storage: where the folder stands. notes: sentences about what is damaged, has changed or is missing. copies: pairs
+    (n, 2) of training images that show one photograph, by rows in the source.
     """
 
     name: str
@@ -44,6 +46,7 @@ class RunFiles:
     pictures: PicturesFile | None = None
     storage: str = "results"
     notes: Sequence[str] = ()
+    copies: np.ndarray | None = None
 
 
 def report_run(files: RunFiles) -> dict[str, Any]:
@@ -74,12 +77,19 @@ def run_page(files: RunFiles, report: dict[str, Any]) -> str:
         {"epoch": epoch, "pictures": shown_of(pictures, "train", [(row, labels.get(row, "")) for row in rows])}
         for epoch, rows in behind_spikes(report)
     ]
+    doubted = suspects(files)
     shown = {
         "behind": [spike for spike in spikes if spike["pictures"]],
         "suspects": [
             {**image, **picture}
-            for image in suspects(files)
+            for image in doubted
+            if not image["contradicted"]
             for picture in shown_of(pictures, "train", [(image["index"], "")])
+        ],
+        "contradictions": [
+            pair
+            for one, other in contradictions(doubted)
+            if len(pair := shown_of(pictures, "train", [(row["index"], row["words"]) for row in (one, other)])) == 2
         ],
         "pairs": [{**pair, "pictures": shown_of(pictures, "test", pair["rows"])} for pair in test],
     }
@@ -171,17 +181,37 @@ def confused(predictions: pa.Table | None, info: DatasetInfo) -> list[dict[str, 
 
 
 def suspects(files: RunFiles) -> list[dict[str, Any]]:
-    """Return the training images whose labels are most suspect, where the network knows enough to doubt them."""
+    """Return the training images whose labels are most suspect, where the network knows enough to doubt them.
+
+    First come pairs of images that show one photograph under two labels.
+    """
     found = None
     if files.example_stats is not None and mature(files.history):
-        found = rank_suspects(files.example_stats)
+        found = rank_suspects(files.example_stats, files.copies)
     if found is None:
         return []
-    names = files.history.info.class_names
+    contradicted, confirmed = found.contradicted(), found.confirmed()
+    names = [plain(name) for name in files.history.info.class_names]
+    rows = [*np.flatnonzero(contradicted)[: 2 * CONTRADICTIONS], *np.flatnonzero(~contradicted)[:GALLERY]]
     return [
-        {"index": int(index), "label": plain(names[label]), "suggested": plain(names[suggested])}
-        for index, label, suggested in zip(found.index, found.label, found.suggested, strict=True)
-    ][:GALLERY]
+        {
+            "index": int(found.index[row]),
+            "label": names[found.label[row]],
+            "suggested": names[found.suggested[row]],
+            "contradicted": bool(contradicted[row]),
+            "confirmed": bool(confirmed[row]),
+            "copy": int(found.copy[row]),
+            "words": f"image {found.index[row]}: {names[found.label[row]]}, the network says {names[found.says[row]]}",
+        }
+        for row in rows
+    ]
+
+
+def contradictions(doubted: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the pairs of images that show one photograph under two labels."""
+    by_index = {image["index"]: image for image in doubted if image["contradicted"]}
+    pairs = dict.fromkeys(tuple(sorted((image["index"], image["copy"]))) for image in by_index.values())
+    return [(by_index[one], by_index[other]) for one, other in pairs if one in by_index and other in by_index]
 
 
 def behind_spikes(report: dict[str, Any]) -> list[tuple[int, list[int]]]:
@@ -262,6 +292,7 @@ def report_comparison(
             found.append(finding)
     done = sum((run.history.result or {}).get("status") == "finished" for run in runs)
     sentences = [pair["sentence"] for pair in (comparison or {}).get("pairs", [])]
+    sentences += [part["sentence"] for part in [(comparison or {}).get("without_near_duplicates")] if part]
     sentences += [search["sentence"] for search in (comparison or {}).get("search", {}).values()]
     finished = f"{done} of {prose.count(len(runs), 'run')} finished"
     state = f"{finished}." if comparison else f"{finished}; the comparison is under way or was interrupted."

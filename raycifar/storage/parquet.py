@@ -102,7 +102,8 @@ def flat(schema: pa.Schema) -> pa.Schema:
     for field in schema:
         inner = [*field.type] if types.is_struct(field.type) else []
         columns += [(field.name, field.type), *((f"{field.name}.{part.name}", part.type) for part in inner)]
-    return pa.schema((name, kind.value_type if types.is_dictionary(kind) else kind) for name, kind in columns)
+    plain = [(name, kind.value_type if types.is_dictionary(kind) else kind) for name, kind in columns]
+    return pa.schema(plain, metadata=schema.metadata)
 
 
 def expect(schema: pa.Schema, columns: Mapping[str, str]) -> None:
@@ -116,8 +117,8 @@ def expect(schema: pa.Schema, columns: Mapping[str, str]) -> None:
 
 def check_size(metadata: pq.FileMetaData) -> None:
     """Refuse a file that would take too much memory, by what its footer says."""
-    if not 0 < metadata.num_rows <= MOST_ROWS:
-        raise ParquetError(f"has {metadata.num_rows:,} rows, not 1 to {MOST_ROWS:,}")
+    if not 0 <= metadata.num_rows <= MOST_ROWS:
+        raise ParquetError(f"has {metadata.num_rows:,} rows, not 0 to {MOST_ROWS:,}")
     # Not by its columns: pyarrow ends the process where a column's part of the footer is damaged.
     size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
     if size > MOST_BYTES:

@@ -150,6 +150,8 @@ class Scores(TypedDict):
     top5: Fraction
     superclass_top1: NotRequired[Fraction]
     ece: NotRequired[Fraction]
+    near_duplicates: NotRequired[Count]
+    top1_without_near_duplicates: NotRequired[Fraction | None]
 
 
 @keeping_unknown_fields
@@ -217,6 +219,14 @@ class Search(TypedDict):
 
 
 @keeping_unknown_fields
+class WithoutNearDuplicates(TypedDict):
+    """How a comparison ranks the models on new photographs."""
+
+    images: Count
+    sentence: str
+
+
+@keeping_unknown_fields
 class ComparisonFile(TypedDict):
     """`comparison.json`."""
 
@@ -226,6 +236,7 @@ class ComparisonFile(TypedDict):
     pairs: list[Pair]
     equal_device_seconds: NotRequired[Amount]
     search: NotRequired[dict[str, Search]]
+    without_near_duplicates: NotRequired[WithoutNearDuplicates]
     failed: NotRequired[list[dict[str, Any]]]
 
 

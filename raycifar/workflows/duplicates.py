@@ -2,19 +2,21 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 
 from raycifar.data import CIFAR100
 from raycifar.data.sources import cache_folder, load
 from raycifar.data.tables import Source, to_images, to_parquet
+from raycifar.models.recipe import Recipe
 from raycifar.storage.files import locate, read_file, write_whole
 from raycifar.storage.locations import check_location
 from raycifar.storage.parquet import ParquetError, read_parquet
 from raycifar.storage.run_folder import RunFolder
+from raycifar.storage.spreadsheets import to_csv
 
 if TYPE_CHECKING:
     from raycifar.terminal import Screen
@@ -28,6 +30,8 @@ BETWEEN = {
 }
 SHOWN = 60  # pairs of each kind, in each section of the page
 METHOD = 1  # counts up with each change of what is found
+KNOWN = Path(__file__).parents[1] / "data" / "known"  # CIFAR-100's own pairs: `search` returns the same
+COLUMNS = {"first": "integers", "second": "integers", "similarity": "real numbers", "kind": "integers"}
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,35 @@ class Duplicates:
     similarity: np.ndarray
     same_label: np.ndarray
 
+    @classmethod
+    def of(cls, pairs: pa.Table, source: Source) -> Self:
+        """Return the pairs of a data set's images, which are numbered from the first test image."""
+        first, second, similarity, kind = (pairs[name].to_numpy() for name in COLUMNS)
+        num_test = len(source.test)
+        fine = np.concatenate([source.test["fine"], source.train["fine"]])
+        return cls(
+            split=np.where(first < num_test, "test", "train"),
+            index=np.where(first < num_test, first, first - num_test),
+            other_split=np.where(second < num_test, "test", "train"),
+            other_index=np.where(second < num_test, second, second - num_test),
+            kind=np.array(KINDS)[kind],
+            similarity=similarity.astype(float).round(4),
+            same_label=fine[first] == fine[second],
+        )
+
     def to_csv(self) -> bytes:
-        sink = pa.BufferOutputStream()
-        pyarrow.csv.write_csv(pa.table(vars(self)), sink, pyarrow.csv.WriteOptions(quoting_style="none"))
-        return sink.getvalue().to_pybytes()
+        columns = {**vars(self), "same_label": np.where(self.same_label, "true", "false")}
+        return to_csv(columns, zip(*columns.values(), strict=True)).encode()
+
+    def photographs(self, split: str, other_split: str) -> np.ndarray:
+        """Return the pairs (n, 2) of rows of two splits that show one photograph, exact or near."""
+        rows = (self.split == split) & (self.other_split == other_split) & (self.kind != "similar")
+        return np.stack([self.index[rows], self.other_index[rows]], 1)
+
+    def test_copies(self, train_index: np.ndarray) -> np.ndarray:
+        """Return the rows of test images whose photograph is among these rows of the training set."""
+        pairs = self.photographs("test", "train")
+        return np.unique(pairs[np.isin(pairs[:, 1], train_index), 0])
 
     def counts(self) -> dict[tuple[str, str], dict[str, int]]:
         """Return, for each pair of splits, how many images have a copy there, by the kind of the best one."""
@@ -89,27 +118,54 @@ def list_duplicates(data: str, out: str, screen: "Screen") -> tuple[Duplicates, 
 
 
 def find_duplicates(source: Source, screen: "Screen") -> Duplicates:
-    """Return the images of a data set that show one photograph: from the cache, or found and put there."""
-    filesystem, path = locate(cache_folder() / "duplicates" / f"{source.fingerprint()}-{METHOD}.parquet")
-    columns = {"first": "integers", "second": "integers", "similarity": "real numbers", "kind": "integers"}
-    try:
-        pairs = read_parquet(read_file(path), columns)
-    except (OSError, ParquetError):
+    """Return the images of a data set that show one photograph: known ones, or found and put into the cache."""
+    fingerprint = source.fingerprint()
+    pairs = known_pairs(fingerprint)
+    if pairs is None:
         pairs = search(source, screen)
         with suppress(OSError):  # without a cache it takes longer
-            write_whole(filesystem, path, to_parquet(pairs))
-    first, second, similarity, kind = (pairs[name].to_numpy() for name in columns)
-    num_test = len(source.test)
-    fine = np.concatenate([source.test["fine"], source.train["fine"]])
-    return Duplicates(
-        split=np.where(first < num_test, "test", "train"),
-        index=np.where(first < num_test, first, first - num_test),
-        other_split=np.where(second < num_test, "test", "train"),
-        other_index=np.where(second < num_test, second, second - num_test),
-        kind=np.array(KINDS)[kind],
-        similarity=similarity.round(4),
-        same_label=fine[first] == fine[second],
-    )
+            write_whole(*locate(cached(fingerprint)), to_parquet(pairs))
+    return Duplicates.of(pairs, source)
+
+
+def known_duplicates(source: Source) -> Duplicates | None:
+    """Return what `find_duplicates` has found before, None where that would have to search."""
+    pairs = known_pairs(source.fingerprint())
+    return None if pairs is None else Duplicates.of(pairs, source)
+
+
+def known_training_copies(data: dict[str, Any]) -> np.ndarray | None:
+    """Return the pairs (n, 2) of rows of training images that show one photograph; None where they aren't known.
+
+    Args:
+        data: what `run.json` says of a data set.
+    """
+    pairs = known_pairs(data.get("fingerprint", ""))
+    if pairs is None:
+        return None
+    first, second, kind = (pairs[name].to_numpy() for name in ("first", "second", "kind"))
+    near = (first >= data["test"]) & (KINDS.index("near") >= kind)
+    return np.stack([first[near], second[near]], 1) - data["test"]
+
+
+def copied_images(source: Source, recipe: Recipe) -> np.ndarray | None:
+    """Return the rows of training images that a recipe doesn't validate on, or None where it validates on any."""
+    if not recipe.separate_copies:
+        return None
+    from raycifar.terminal import Screen
+
+    return np.unique(find_duplicates(source, Screen(quiet=True)).photographs("train", "train"))
+
+
+def known_pairs(fingerprint: str) -> pa.Table | None:
+    for path in (KNOWN / cached(fingerprint).name, cached(fingerprint)):
+        with suppress(OSError, ParquetError):
+            return read_parquet(read_file(path), COLUMNS)
+    return None
+
+
+def cached(fingerprint: str) -> Path:
+    return cache_folder() / "duplicates" / f"{fingerprint}-{METHOD}.parquet"
 
 
 def search(source: Source, screen: "Screen") -> pa.Table:

@@ -50,6 +50,21 @@ def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
     return to_table(pixels, fine, None if coarse is None else to_labels(coarse, "coarse", origin), origin)
 
 
+def read_names(content: bytes) -> dict[str, list[str]]:
+    """Return the names in the pickle `meta`, by level; none where it is damaged, for the images can do without."""
+    try:
+        found = Dissector(io.BytesIO(content), encoding="bytes").load()
+        fields = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in found.items()}
+    except Exception:  # a damaged pickle may cause any
+        return {}
+    names = {level: fields.get(f"{level}_label_names") for level in ("fine", "coarse")}
+    return {
+        level: [name.decode("latin1") if isinstance(name, bytes) else str(name) for name in each]
+        for level, each in names.items()
+        if isinstance(each, list)
+    }
+
+
 def read_labels(value: Any) -> Any:
     """Return labels as an array or a list of integers; None where there are none."""
     if isinstance(value, list):
