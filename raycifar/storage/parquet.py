@@ -117,8 +117,8 @@ def expect(schema: pa.Schema, columns: Mapping[str, str]) -> None:
 
 def check_size(metadata: pq.FileMetaData) -> None:
     """Refuse a file that would take too much memory, by what its footer says."""
-    if not 0 <= metadata.num_rows <= MOST_ROWS:
-        raise ParquetError(f"has {metadata.num_rows:,} rows, not 0 to {MOST_ROWS:,}")
+    if not 0 < metadata.num_rows <= MOST_ROWS:
+        raise ParquetError(f"has {metadata.num_rows:,} rows, not 1 to {MOST_ROWS:,}")
     # Not by its columns: pyarrow ends the process where a column's part of the footer is damaged.
     size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
     if size > MOST_BYTES:

@@ -57,7 +57,7 @@ def read_tree(tree: Tree, *, test_alone: bool = False) -> Source:
     if not whole:
         raise RequestError(f"{tree.name} is not CIFAR-100: {what_is_there(tree.paths, found)} {READABLE}")
     ((layout, root), splits) = whole.popitem()
-    files = {split: one_series(tree, series) for split, series in splits.items()}
+    files = {split: one_series(tree, splits[split]) for split in SPLITS if split in splits}
     tables = {split: layout.read(tree, paths, origin(tree, root, paths)) for split, paths in files.items()}
     for level, (names, where) in names_beside(tree, root).items() if layout.name in NUMBERED else ():
         tables = {split: renumbered(table, level, names, where) for split, table in tables.items()}

@@ -12,7 +12,7 @@ from raycifar.data.labels import to_labels
 from raycifar.data.tables import to_table
 from raycifar.data.trees import MOST_IMAGES, Tree
 from raycifar.errors import RequestError, in_a_line
-from raycifar.storage.pickles import Dissector, is_array, to_array
+from raycifar.storage.pickles import Dissector, is_array, to_array, to_bytes
 
 NUMPY = ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
 NAMES = {  # in copies of CIFAR-100
@@ -59,7 +59,7 @@ def read_names(content: bytes) -> dict[str, list[str]]:
         return {}
     names = {level: fields.get(f"{level}_label_names") for level in ("fine", "coarse")}
     return {
-        level: [name.decode("latin1") if isinstance(name, bytes) else str(name) for name in each]
+        level: [name.decode("latin1") if isinstance(name, bytes) else str(name) for name in map(to_bytes, each)]
         for level, each in names.items()
         if isinstance(each, list)
     }
