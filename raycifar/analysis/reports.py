@@ -120,8 +120,11 @@ def mature(history: RunHistory) -> bool:
 def test_intervals(history: RunHistory) -> dict[str, float]:
     """Return half of the 95% interval of each test accuracy, over the choice of test images."""
     test = (history.result or {}).get("test")
-    names = ("top1", "top5", "superclass_top1")
-    return {name: 1.96 * standard_error(test[name], test["images"]) for name in names if name in test} if test else {}
+    if not test:
+        return {}
+    images = dict.fromkeys(("top1", "top5", "superclass_top1"), test["images"])
+    images["top1_without_near_duplicates"] = test["images"] - test.get("near_duplicates", 0)
+    return {name: 1.96 * standard_error(test[name], n) for name, n in images.items() if test.get(name) is not None}
 
 
 def details(history: RunHistory) -> dict[str, str]:
