@@ -1,6 +1,7 @@
 """Which images of a data set show one photograph: found once for a data set, listed in a table and shown on a page."""
 
 import io
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,9 @@ def copied_images(source: Source, recipe: Recipe) -> np.ndarray | None:
 
 
 def known_pairs(fingerprint: str) -> pa.Table | None:
+    """Return the pairs of the images with a fingerprint, which a `run.json` of others may hold, or None."""
+    if not re.fullmatch("[0-9a-f]+", fingerprint):
+        return None
     for path in (KNOWN / cached(fingerprint).name, cached(fingerprint)):
         with suppress(OSError, pa.ArrowException, KeyError):
             return pq.read_table(path).select(COLUMNS)
