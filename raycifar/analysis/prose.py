@@ -41,6 +41,13 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
+def plain_value(value: Any) -> str:
+    """Return a recipe's value as people write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def data_name(run: dict[str, Any]) -> str:
     """Return what a run's images are called; a path says where a copy of CIFAR-100 is."""
     return "synthetic" if run["data"]["source"].startswith("synthetic") else "CIFAR-100"
