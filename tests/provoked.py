@@ -41,13 +41,16 @@ KEPT = [
 class Provoked:
     """A disease, and how it is provoked.
 
-    found: the kinds that must be found, and the only ones besides trends. changes: of the recipe. train, val: images.
+    found: the kinds that must be found, besides trends. may: others that may be found. cause: the field of the recipe
+    that must be blamed. changes: of the recipe. train, val: images.
     lengths: numbers of epochs in which it can be seen. seeds: of each. thin: the fraction of the cnn's filters that the
     network has, as a divisor. batch_norm: whether it has any. burst: the factor by which the learning rate is too high
     in a single epoch, in mid-run.
     """
 
     found: set[str]
+    may: frozenset[str] = frozenset()
+    cause: str | None = None
     changes: dict[str, Any] = field(default_factory=dict)
     train: int = 1000
     val: int = 500
@@ -60,30 +63,43 @@ class Provoked:
 
 SMALL = {"batch_size": 32, "lr": 0.02}
 MANY_STEPS = {"batch_size": 16}
+DULL = frozenset({"collapse", "underfitting"})
 PROVOKED = {
     "too early": Provoked({"too-early"}, train=500, lengths=(3,)),
-    "dies": Provoked({"collapse"}, {**MANY_STEPS, "lr": 0.3, "warmup": 0.0}, batch_norm=False),
+    "dies": Provoked({"collapse"}, changes={**MANY_STEPS, "lr": 0.3, "warmup": 0.0}, batch_norm=False),
     "diverges": Provoked(
-        {"divergence"}, {**MANY_STEPS, "schedule": "constant", "lr": 0.01}, batch_norm=False, burst=3000.0
+        {"divergence"}, changes={**MANY_STEPS, "schedule": "constant", "lr": 0.01}, batch_norm=False, burst=3000.0
     ),
-    "decays": Provoked({"underfitting"}, {**MANY_STEPS, "weight_decay": 0.3}),
-    "drops out": Provoked({"underfitting"}, {**MANY_STEPS, "dropout": 0.9}),
-    "is slow": Provoked({"underfitting", "learning-rate-low"}, {**MANY_STEPS, "lr": 1e-4}),
-    "is too fast": Provoked({"collapse", "learning-rate-high"}, {**MANY_STEPS, "lr": 5.0, "warmup": 0.0}),
+    "decays": Provoked(set(), DULL, "weight_decay", {**MANY_STEPS, "weight_decay": 0.3}),
+    "drops out": Provoked(set(), DULL, "dropout", {**MANY_STEPS, "lr": 0.01, "dropout": 0.9}),
+    "is slow": Provoked({"underfitting", "learning-rate-low"}, changes={**MANY_STEPS, "lr": 1e-4}),
+    "is too fast": Provoked({"collapse", "learning-rate-high"}, changes={**MANY_STEPS, "lr": 5.0, "warmup": 0.0}),
     "overfits": Provoked(
-        {"overfitting"}, {**MANY_STEPS, "augment": "none", "label_smoothing": 0.0, "lr": 0.02}, 600, 1000, (8, 25),
+        {"overfitting"},
+        changes={**MANY_STEPS, "augment": "none", "label_smoothing": 0.0, "lr": 0.02},
+        train=600,
+        val=1000,
+        lengths=(8, 25),
         thin=4,
     ),
-    "has a gap": Provoked({"generalization-gap"}, SMALL, 1500, 1000, (25,), thin=4),
+    "has a gap": Provoked({"generalization-gap"}, changes=SMALL, train=1500, val=1000, lengths=(25,), thin=4),
     "spikes": Provoked(
-        {"spike"}, {**SMALL, "schedule": "constant", "lr": 0.01, "clip_norm": 1.0}, 3000, 2000, (8, 25), burst=30.0
+        {"spike"},
+        changes={**SMALL, "schedule": "constant", "lr": 0.01, "clip_norm": 1.0},
+        train=3000,
+        val=2000,
+        lengths=(8, 25),
+        burst=30.0,
     ),
-    "is validated by few": Provoked({"validation-noise"}, SMALL, 3000, 100),
+    "is validated by few": Provoked({"validation-noise"}, changes=SMALL, train=3000, val=100),
     "is augmented much": Provoked(
-        {"validation-above-training"}, {**SMALL, "augment": "cutout", "mixup": 0.5, "dropout": 0.3}, 3000, 2000
+        {"validation-above-training"},
+        changes={**SMALL, "augment": "cutout", "mixup": 0.5, "dropout": 0.3},
+        train=3000,
+        val=2000,
     ),
-    "is well": Provoked(set(), SMALL, 10_000, 2000),
-}  # fmt: skip
+    "is well": Provoked(set(), changes=SMALL, train=10_000, val=2000),
+}
 
 
 def without_batch_norm(inputs: int, outputs: int, depth: int) -> nn.Sequential:

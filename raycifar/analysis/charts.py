@@ -131,8 +131,10 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
         axes.axvline(epoch, color=INK, linewidth=0.8, linestyle=":", alpha=0.7)
         place = (epoch, 1.0 + 0.07 * (k % 2))
         axes.annotate(word, place, xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
+    if len(panel.epochs) == 1:
+        axes.set_xlim(0.9, 1.4)  # room for the legend
     if len(panel.lines) > 1:
-        axes.legend(loc="best")
+        axes.legend(loc="best" if len(panel.epochs) > 1 else "right")
 
 
 def curve_chart(panel: Panel) -> str:
@@ -336,7 +338,7 @@ def reliability_diagram(bins: Sequence[dict[str, Any]]) -> str:
         fraction = np.array([b["images"] for b in filled]) / sum(b["images"] for b in filled)
         axes.step(centers, fraction, where="mid", color=ORANGE, linewidth=1.5, label="fraction of images")
         axes.set(xlabel="confidence", ylabel="fraction", xlim=(0, 1), ylim=(0, 1))
-        axes.legend(loc="upper left")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0))
         series = {"accuracy": [b["accuracy"] for b in filled], "images": [b["images"] for b in filled]}
         values = values_of(axes, "confidence", centers, series)
         return to_svg(figure, "Reliability diagram: accuracy by confidence of the prediction", values)

@@ -104,6 +104,8 @@ def in_words(line: Line, digits: int = 3) -> str:
 def marks(history: RunHistory) -> list[tuple[int, str]]:
     """Return the epochs that are worth a mark: the best, a new stage, the peak learning rate, restarts, new workers."""
     records, found = history.records, []
+    if len(records) == 1 and not records[0].restarts:
+        return []
     top1, lr = history.column("val_top1"), history.column("lr")
     if np.isfinite(top1).any():
         found.append((int(np.nanargmax(top1)) + 1, "best"))
