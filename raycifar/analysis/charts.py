@@ -99,14 +99,18 @@ def label_epochs(axes: Axes, ylabel: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
 
 
+def plain_number(value: float) -> str:
+    return f"{value / 1e6:g} M" if value >= 1e6 else f"{value:,.6g}"
+
+
 def plain_log(axes: Axes, axis: str) -> None:
-    """Make an axis, "x" or "y", logarithmic, with ticks that read 2.4, 30 or 5,000."""
+    """Make an axis, "x" or "y", logarithmic, with ticks that read 2.4, 30, 5,000 or 2 M."""
     axes.set(**{f"{axis}scale": "log"})
     scale = axes.xaxis if axis == "x" else axes.yaxis
     low, high = scale.get_view_interval()
     subs = (1.0, 3.0) if high < 1000 * low else (1.0,)
     scale.set_major_locator(MaxNLocator(nbins=4) if high < 10 * low else LogLocator(subs=subs, numticks=6))
-    scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    scale.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
     scale.set_minor_formatter(NullFormatter())
 
 
@@ -276,7 +280,7 @@ def bars(
         for name, median in zip(names, medians, strict=True):
             axes.annotate(f" {median:,.0f}", (0, name), color="white", va="center")
         axes.set(xlabel=xlabel)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
         figure.suptitle(title, fontsize=10, y=1.02, va="bottom")
         return to_svg(figure, description)
@@ -299,7 +303,7 @@ def scaling(predicted: dict[int, float], measured: dict[int, tuple[float, float]
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, list(map(str, counts)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
         axes.set(xlabel="workers", ylabel="images per second")
         axes.set_ylim(bottom=0)
         axes.legend(loc="best")

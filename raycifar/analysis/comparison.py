@@ -173,7 +173,8 @@ def sentence(pair: dict[str, Any]) -> str:
         )
         if mean == 0:
             text += "There is no difference for more seeds to confirm."
-        elif needed := pair["seeds_needed"]:
+        elif pair["seeds_needed"]:
+            needed = max(pair["seeds_needed"], 1 + max(pair["runs"]))
             text += f"If the difference is as large as it looks, {needed} seeds of each model would show it."
         else:
             text += f"No number of seeds would show so small a difference on {pair['images']:,} test images."

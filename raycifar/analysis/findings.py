@@ -30,6 +30,7 @@ CONCENTRATED = 0.25  # fraction of a rise that is due to 1% of the images; equal
 OFF = 8.0  # factor from a recipe's own learning rate, the range that a search covers
 MOST_SPIKES = 5  # that are told one by one
 LEARNED = 0.4  # pseudo-R² of a network that can be called healthy: the upper end of McFadden's excellent fits
+FEW_SIGMAS = 1.5  # of a loss, next to a gap that is beyond doubt
 BEYOND_DOUBT = 10.0  # standard errors of a gap next to which a noisy loss need not be significant by itself
 
 
@@ -90,7 +91,7 @@ def diagnose(history: RunHistory) -> list[Finding]:
     found: list[Finding] = []
     for rule in RULES:
         found += rule(history, found)
-    if all(finding.kind in TRENDS for finding in found):
+    if all(finding.kind in TRENDS or finding.metrics.get("explained") for finding in found):
         if fit(history) >= LEARNED:
             found.insert(0, healthy(history, found))
         elif not found:
@@ -205,7 +206,8 @@ def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         return collapse(record, history.num_train, max(MIN_STEPS, record.epoch * steps), classes) is not None
 
     last = history.records[-1]
-    if has(found, "divergence") or last.epoch * steps < MIN_STEPS or not guesses(last):
+    slow = rate_ratio(history) <= 1 / OFF  # then it has not moved far enough to collapse
+    if has(found, "divergence") or slow or last.epoch * steps < MIN_STEPS or not guesses(last):
         return []
     first = last.epoch + 1 - sum(1 for _ in takewhile(guesses, reversed(history.records)))
     epochs = list(range(first, last.epoch + 1))
@@ -269,11 +271,14 @@ def underfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]
     return [Finding("underfitting", sure, evidence, advice, [last.epoch], {"fit": fitted})]
 
 
+def rate_ratio(history: RunHistory) -> float:
+    """Return the peak learning rate over that of the model's own recipe; 1 where their scales differ."""
+    own, same = history.own_recipe.lr, history.recipe.optimizer == history.own_recipe.optimizer
+    return history.recipe.lr / own if own and same else 1.0
+
+
 def learning_rate(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    if history.recipe.optimizer != history.own_recipe.optimizer:
-        return []  # each has a scale of its own
-    lr, own = history.recipe.lr, history.own_recipe.lr
-    ratio = lr / own if own else 1.0
+    lr, own, ratio = history.recipe.lr, history.own_recipe.lr, rate_ratio(history)
     advice = f"Use --lr {own:g}."
     if has(found, "underfitting") and ratio <= 1 / OFF:
         evidence = (
@@ -384,8 +389,8 @@ def overfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     end, best = float(np.median(val[-3:])), int(np.argmin(val))
     z = (end - val[best]) / math.hypot(se[-1], se[best])
     gap, gap_se = (values[-1] for values in generalization_gap(history))
-    # The loss of few, hard images is noisy: next to a gap that is beyond doubt, a rise of one standard error will do.
-    rises = z >= (1.0 if gap >= BEYOND_DOUBT * gap_se else SIGMAS)
+    # The loss of few, hard images is noisy: next to a gap that is beyond doubt, half as much will do.
+    rises = z >= (FEW_SIGMAS if gap >= BEYOND_DOUBT * gap_se else SIGMAS)
     if not (rises and gap >= SIGMAS * gap_se and train[-1] < train[best]):
         return []
     last = history.records[-1]
@@ -497,7 +502,9 @@ def validation_noise(history: RunHistory, found: Sequence[Finding]) -> list[Find
     wiggle, ratio, chance = swings(history, late)
     falls = int((np.diff(late) < -half).sum())
     sampled = half >= COARSE
-    if not sampled and not (chance < 0.001 and wiggle > half and falls > 1 and not has(found, "spike")):
+    settles = history.unfinished and history.recipe.schedule != "constant"  # as the learning rate falls
+    swinging = chance < 0.001 and wiggle > half and falls > 1 and not settles and not has(found, "spike")
+    if not sampled and not swinging:
         return []
     evidence = (
         f"With {count(n, 'validation image')}, an accuracy of {top1[-1]:.3f} is uncertain by ± {points(half)} (95%)."

@@ -364,7 +364,7 @@ def report_overlay(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "notes": [note for run in runs for note in run.notes],
         "headline": "",
         "findings": [],
-        "paragraph": " ".join(f"{report['name']}: {report['paragraph']}" for report in reports),
+        "paragraph": "\n\n".join(f"{report['name']}: {report['paragraph']}" for report in reports),
         "sentences": [],
         "results": None,
         "conditions": conditions(runs),
@@ -379,7 +379,8 @@ def next_comparison(runs: Sequence[RunFiles], comparison: dict[str, Any] | None,
         return []
     pairs, histories = comparison["pairs"], [run.history for run in runs]
     run, epochs = histories[0].run, max(history.recipe.epochs for history in histories)
-    seeds = max([3, *(pair.get("seeds_needed") or 0 for pair in pairs if pair["verdict"] == "undecided")])
+    undecided = [pair for pair in pairs if pair["verdict"] == "undecided"]
+    seeds = max([3, *(max(pair["seeds_needed"] or 0, 1 + max(pair.get("runs", [0]))) for pair in undecided)])
     reasons = [f"{prose.count(seeds, 'seed')} of each model"]
     if any(pair.get("immature") for pair in pairs):
         epochs *= 2
@@ -444,6 +445,7 @@ def comparison_page(
         comparison=comparison,
         links=links,
         several=several,
+        overlay=overlay,
     )
 
 
@@ -466,7 +468,7 @@ def to_markdown(report: dict[str, Any]) -> str:
     """Return a report as Markdown, without its charts."""
     lines = [f"# {text(report['name'])}", "", text(report["state"]), ""]
     lines += [part for note in report["notes"] for part in (f"Note: {text(note)}", "")]
-    lines += [text(report["paragraph"]), ""]
+    lines += [part for words in report["paragraph"].split("\n\n") for part in (text(words), "")]
     lines += [report["results"], ""] if report.get("results") else []
     lines += ["## Findings", ""] * bool(report["findings"])
     for finding in report["findings"]:
