@@ -26,6 +26,7 @@ FIT = 0.2  # McFadden (1979): a pseudo-R² of 0.2 to 0.4 is an excellent fit, le
 COARSE = 0.025  # half a 95% interval of 5 points: architectures that are compared differ by less
 DEAD = 0.9  # fraction of a layer's units that output 0 for all images, above which little passes it
 VANISHED = 1e-3  # first layer's gradient over the last's: bfloat16 keeps 3 digits of a sum
+PLAIN = ("none", "flip", "crop")  # augmentations that cutout adds to
 CONCENTRATED = 0.25  # fraction of a rise that is due to 1% of the images; equal images would cause 3 or 4%
 OFF = 8.0  # factor from a recipe's own learning rate, the range that a search covers
 MOST_SPIKES = 5  # that are told one by one
@@ -215,7 +216,7 @@ def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     cause, metrics = explain_collapse(last.diagnostics)
     stays = "is" if len(epochs) == 1 else "stays"
     evidence = (
-        f"{span(epochs)} the training loss {stays} that of guessing ({last.train_loss:.4f}; ln({classes}) = "
+        f"{span(epochs)} the training loss {stays} at the level of guessing ({last.train_loss:.4f}; ln({classes}) = "
         f"{history.guessing_loss:.4f}). Training accuracy is {last.train_top1:.2%}, {abs(z):.1f} standard errors from "
         f"chance (1 in {classes}): the network has learned nothing. {cause}"
     )
@@ -434,7 +435,7 @@ def regularize(history: RunHistory) -> str:
     """Return what helps a network to generalize, the most effective first, of what isn't done yet."""
     recipe = history.recipe
     more = {
-        "--augment cutout": recipe.augment != "cutout",
+        "--augment cutout": recipe.augment in PLAIN,
         "--mixup 0.5": recipe.mixup + recipe.cutmix < 0.5,
         "--label-smoothing 0.1": recipe.label_smoothing < 0.1,
         "more weight decay": True,

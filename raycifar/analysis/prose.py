@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raycifar.analysis.findings import Finding, count, has
+from raycifar.analysis.findings import PLAIN, Finding, count, has, listed
 from raycifar.analysis.history import RunHistory
 from raycifar.models.recipe import Recipe, changes
 from raycifar.models.recipes import recipe_for
@@ -93,7 +93,7 @@ def paragraph(history: RunHistory, findings: Sequence[Finding]) -> str:
             text = f"Validation ended at a loss of {last.val_loss:.3f} and an accuracy of {last.val_top1:.1%}"
             later = (
                 f"; the best, {best.val_top1:.1%}, came after epoch {best.epoch}"
-                if best.val_top1 != last.val_top1
+                if f"{best.val_top1:.1%}" != f"{last.val_top1:.1%}"
                 else ", its best"
             )
             sentences.append(f"{text}{later}.")
@@ -167,7 +167,9 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
         if not has(findings, "overfitting", "generalization-gap", "spike"):
             return steps
     if run["limit"] and has(findings, "overfitting", "generalization-gap", "too-early"):
-        train("all images: nothing makes a network generalize better than more data", recipe, {**run, "limit": None})
+        early = has(findings, "too-early")
+        more_data = "as many epochs teach more" if early else "nothing makes a network generalize better than more data"
+        train(f"all images: {more_data}", recipe, {**run, "limit": None})
     if has(findings, "learning-rate-low"):
         recipe = replace(recipe, lr=own.lr)
         train("the learning rate of the model's own recipe", recipe)
@@ -175,7 +177,7 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
         epochs = max(findings_epochs(findings), (3 if has(findings, "underfitting") else 2) * recipe.epochs)
         train(f"more epochs, with a schedule that stretches over all {epochs}", replace(recipe, epochs=epochs))
     if departed:
-        names = " and ".join(name.replace("_", " ") for name in departed)
+        names = listed([name.replace("_", " ").replace("warmup", "warm-up") for name in departed])
         recipe = replace(recipe, **departed)
         train(f"the {names} of the {history.model}'s own recipe", recipe)
     elif broken:
@@ -190,7 +192,8 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
     if has(findings, "overfitting", "generalization-gap"):
         mixup = max(min(0.3, 1 - recipe.cutmix), recipe.mixup)
         smoothing = max(0.1, recipe.label_smoothing)
-        more = replace(recipe, augment="cutout", label_smoothing=smoothing, mixup=mixup)
+        augment = "cutout" if recipe.augment in PLAIN else recipe.augment
+        more = replace(recipe, augment=augment, label_smoothing=smoothing, mixup=mixup)
         if more != recipe:
             train("more augmentation, against the gap to validation", more)
     if has(findings, "validation-noise") and history.num_val < 5000 and (run["limit"] or history.num_train > 10_000):

@@ -1,6 +1,8 @@
 for (const figure of document.querySelectorAll("figure:has(svg[data-figures])")) {
   const svg = figure.querySelector("svg"), data = JSON.parse(svg.dataset.figures), area = svg.querySelector(".plot");
-  const heading = figure.parentElement.querySelector("h3")?.textContent ?? "chart";
+  let above = figure.previousElementSibling;
+  while (above && !/^H[1-3]$/.test(above.tagName)) above = above.previousElementSibling;
+  const heading = above?.textContent ?? "chart";
   const tools = document.createElement("p"), output = document.createElement("output"), cursor = document.createElement("i");
   tools.className = "tools", cursor.className = "cursor", output.className = "values";
   cursor.hidden = output.hidden = true;
