@@ -63,6 +63,8 @@ class Provoked:
 
 SMALL = {"batch_size": 32, "lr": 0.02}
 MANY_STEPS = {"batch_size": 16}
+BROKEN = frozenset({"collapse", "divergence"})
+BARE = {**MANY_STEPS, "augment": "none", "label_smoothing": 0.0, "lr": 0.02}
 DULL = frozenset({"collapse", "underfitting"})
 PROVOKED = {
     "too early": Provoked({"too-early"}, train=500, lengths=(3,)),
@@ -73,15 +75,9 @@ PROVOKED = {
     "decays": Provoked(set(), DULL, "weight_decay", {**MANY_STEPS, "weight_decay": 0.3}),
     "drops out": Provoked(set(), DULL, "dropout", {**MANY_STEPS, "lr": 0.01, "dropout": 0.9}),
     "is slow": Provoked({"underfitting", "learning-rate-low"}, changes={**MANY_STEPS, "lr": 1e-4}),
-    "is too fast": Provoked({"collapse", "learning-rate-high"}, changes={**MANY_STEPS, "lr": 5.0, "warmup": 0.0}),
-    "overfits": Provoked(
-        {"overfitting"},
-        changes={**MANY_STEPS, "augment": "none", "label_smoothing": 0.0, "lr": 0.02},
-        train=600,
-        val=1000,
-        lengths=(8, 25),
-        thin=4,
-    ),
+    "is too fast": Provoked({"learning-rate-high"}, BROKEN, changes={**MANY_STEPS, "lr": 5.0, "warmup": 0.0}),
+    "overfits": Provoked({"overfitting"}, changes=BARE, train=600, val=1000, lengths=(25,), thin=4),
+    "overfits in part": Provoked({"generalization-gap"}, changes=BARE, train=600, val=1000, lengths=(8,), thin=4),
     "has a gap": Provoked({"generalization-gap"}, changes=SMALL, train=1500, val=1000, lengths=(25,), thin=4),
     "spikes": Provoked(
         {"spike"},

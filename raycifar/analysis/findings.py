@@ -85,13 +85,12 @@ def span(epochs: Sequence[int]) -> str:
 
 def diagnose(history: RunHistory) -> list[Finding]:
     """Return what the curves of a run show, what matters most first."""
-    if not history.records:
-        return divergence(history, [])
-    if history.steps < MIN_STEPS:
-        return divergence(history, []) or [too_few_steps(history)]
+    early = not history.records or history.steps < MIN_STEPS
     found: list[Finding] = []
-    for rule in RULES:
+    for rule in (divergence, learning_rate) if early else RULES:
         found += rule(history, found)
+    if early:
+        return [blame_recipe(history, finding) for finding in found] or [too_few_steps(history)] * bool(history.records)
     if all(finding.kind in TRENDS or finding.metrics.get("explained") for finding in found):
         if fit(history) >= LEARNED:
             found.insert(0, healthy(history, found))
