@@ -65,6 +65,8 @@ SMALL = {"batch_size": 32, "lr": 0.02}
 MANY_STEPS = {"batch_size": 16}
 BROKEN = frozenset({"collapse", "divergence"})
 BARE = {**MANY_STEPS, "augment": "none", "label_smoothing": 0.0, "lr": 0.02}
+CALM = {**SMALL, "schedule": "constant", "lr": 0.01, "clip_norm": 1.0}
+MUCH = {**SMALL, "augment": "cutout", "mixup": 0.5, "dropout": 0.3}
 DULL = frozenset({"collapse", "underfitting"})
 PROVOKED = {
     "too early": Provoked({"too-early"}, train=500, lengths=(3,)),
@@ -78,23 +80,11 @@ PROVOKED = {
     "is too fast": Provoked({"learning-rate-high"}, BROKEN, changes={**MANY_STEPS, "lr": 5.0, "warmup": 0.0}),
     "overfits": Provoked({"overfitting"}, changes=BARE, train=600, val=1000, lengths=(25,), thin=4),
     "overfits in part": Provoked({"generalization-gap"}, changes=BARE, train=600, val=1000, lengths=(8,), thin=4),
-    "has a gap": Provoked({"generalization-gap"}, changes=SMALL, train=1500, val=1000, lengths=(25,), thin=4),
-    "spikes": Provoked(
-        {"spike"},
-        changes={**SMALL, "schedule": "constant", "lr": 0.01, "clip_norm": 1.0},
-        train=3000,
-        val=2000,
-        lengths=(8, 25),
-        burst=30.0,
-    ),
-    "is validated by few": Provoked({"validation-noise"}, changes=SMALL, train=3000, val=100),
-    "is augmented much": Provoked(
-        {"validation-above-training"},
-        changes={**SMALL, "augment": "cutout", "mixup": 0.5, "dropout": 0.3},
-        train=3000,
-        val=2000,
-    ),
-    "is well": Provoked(set(), changes=SMALL, train=10_000, val=2000),
+    "has a gap": Provoked({"generalization-gap"}, changes=SMALL, train=1500, val=1000, lengths=(25,)),
+    "spikes": Provoked({"spike"}, changes=CALM, train=2000, val=1500, lengths=(8, 25), burst=30.0),
+    "is validated by few": Provoked({"validation-noise"}, changes=SMALL, train=2000, val=100),
+    "is augmented much": Provoked({"validation-above-training"}, changes=MUCH, train=2000, val=1500),
+    "is well": Provoked(set(), changes=SMALL, train=6000, val=1500, lengths=(3, 8)),
 }
 
 

@@ -349,7 +349,7 @@ def sentences(bench: dict[str, Any]) -> list[str]:
     lines = [f"train runs at {bench['ratio']:.3f} of the bare step's rate (median of {bench['n']} rounds)."]
     if max(costs.values()) < 0.02:
         lines.append(
-            "Nothing that surrounds the step costs 2 % of it: only a cheaper step would help (--compile, --precision)."
+            "Nothing that surrounds the step costs 2% of it: only a cheaper step would help (--compile, --precision)."
         )
     else:
         most = max(costs, key=costs.__getitem__)
