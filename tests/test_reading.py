@@ -264,3 +264,14 @@ def test_validation_that_is_rightly_ahead_is_healthy_too():
 def test_no_finding_is_quite_sure():
     for history in (short_run(), run(10, **GUESSES), made_up(val_loss=lambda e: 1.6 + 0.5 * abs(e - 6))):
         assert all(finding.confidence <= 0.99 for finding in diagnose(history))
+
+
+def test_all_images_come_before_the_recipe_and_the_recipe_before_the_rest():
+    history = run(
+        12, train=2000, run={"limit": 2000}, recipe={"augment": "none"}, val_top1=line(0.1, 0.2, 12),
+        train_eval_top1=line(0.1, 0.5, 12), train_eval_loss=line(4.0, 2.0, 12), val_loss=line(4.0, 3.4, 12),
+    )  # fmt: skip
+    assert read(history)["generalization-gap"].advice == (
+        "Train on all images, without --limit. Then use --augment crop. Then try --augment cutout, --mixup 0.5 or more "
+        "weight decay."
+    )

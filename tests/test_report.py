@@ -71,6 +71,8 @@ def test_training_leaves_a_page_that_holds_all_it_needs(trained):
     assert len(re.findall(r'<img src="data:image/png;base64,[^"]+" alt="[^"]+"', page)) > 6
     top1 = json.loads((trained / "result.json").read_text())["test"]["top1"]
     assert f"<b>{top1:.4f}</b>" in page
+    assert page.count('alt="augmented training image') == 16
+    assert page.count("aquarium fish") > 1  # every class is named
 
 
 def test_the_page_opens_in_a_browser_without_an_error_or_a_request(trained, tmp_path):
@@ -138,7 +140,7 @@ def test_a_run_in_any_state_is_reported_as_what_it_is(trained, report, small, tm
     match state:
         case "just begun":
             (folder / "metrics.jsonl").unlink()
-            said = "0 of 3 epochs are recorded"
+            said = "none of its 3 epochs is recorded yet"
         case "under way":
             said = "2 of 3 epochs are recorded"
         case "cut off while writing":

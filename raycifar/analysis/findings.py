@@ -106,9 +106,8 @@ def blame_recipe(history: RunHistory, finding: Finding) -> Finding:
         return finding
     defaults = "default" if len(causes) == 1 else "defaults"
     evidence = f"A likely cause is in the recipe: {listed(list(map(str, causes)))}, the {history.model}'s {defaults}. "
-    advice = f"First of all, use {listed([cause.remedy for cause in causes])}."
-    if finding.kind in LOOSE:
-        advice += f" {finding.advice}"
+    remedies = listed([cause.remedy for cause in causes])
+    advice = regularize(history, remedies) if finding.kind in LOOSE else f"First of all, use {remedies}."
     metrics = {**finding.metrics, "recipe": {cause.field: cause.value for cause in causes}}
     return replace(finding, evidence=evidence + finding.evidence, advice=advice, metrics=metrics)
 
@@ -263,10 +262,15 @@ def underfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]
         f"After epoch {last.epoch}, the loss on training images, scored without augmentation, is {loss:.3f}. Guessing "
         f"gives ln({history.info.num_classes}) = {history.guessing_loss:.3f}, so the loss has come "
         f"{max(fitted, 0):.0%} of the way to a perfect fit; below {FIT:.0%}, a network underfits."
+        if fitted >= 0.005
+        else f"After epoch {last.epoch}, the network does no better on training images than guessing: their loss is "
+        f"{loss:.3f}, and that of guessing is ln({history.info.num_classes}) = {history.guessing_loss:.3f}."
     )
     if last.val_loss is not None:
         evidence += f" The validation loss is {last.val_loss:.3f}."
     advice = "Train for more --epochs. If that isn't enough, raise --lr, augment less or take a larger model."
+    if rate_ratio(history) <= 1 / OFF:
+        advice = "First of all, raise --lr."
     sure = confidence((FIT - fitted) / 0.02)
     return [Finding("underfitting", sure, evidence, advice, [last.epoch], {"fit": fitted})]
 
@@ -430,8 +434,12 @@ def gap_to_validation(history: RunHistory, found: Sequence[Finding]) -> list[Fin
     return [Finding("generalization-gap", sure, f"{evidence}.", regularize(history), [last.epoch], metrics)]
 
 
-def regularize(history: RunHistory) -> str:
-    """Return what helps a network to generalize, the most effective first, of what isn't done yet."""
+def regularize(history: RunHistory, remedies: str | None = None) -> str:
+    """Return what helps a network to generalize, the most effective first, of what isn't done yet.
+
+    Args:
+        remedies: options of the model's own recipe that do.
+    """
     recipe = history.recipe
     more = {
         "--augment cutout": recipe.augment in PLAIN,
@@ -440,8 +448,10 @@ def regularize(history: RunHistory) -> str:
         "more weight decay": True,
     }
     options = listed([option for option, missing in more.items() if missing], "or")
-    images = "Train on all images, without --limit. Then try" if history.run["limit"] else "Try"
-    return f"{images} {options}."
+    ways = ["train on all images, without --limit"] if history.run["limit"] else []
+    ways += [f"use {remedies}"] if remedies else []
+    first, *others = [*ways, f"try {options}"]
+    return " ".join(f"{way}." for way in [first[0].upper() + first[1:], *(f"Then {way}" for way in others)])
 
 
 def generalization_gap(history: RunHistory) -> tuple[np.ndarray, np.ndarray]:
@@ -497,7 +507,7 @@ def validation_noise(history: RunHistory, found: Sequence[Finding]) -> list[Find
     if not history.num_val or has(found, "collapse", "divergence"):
         return []
     top1, n = history.column("val_top1"), history.num_val
-    half = 1.96 * standard_error(float(top1[-1]), n)
+    half = min(1.0, 1.96 * standard_error(float(top1[-1]), n))
     late = top1[max(warmed_up(history), len(top1) // 2 if len(top1) >= 10 else 0) :]
     wiggle, ratio, chance = swings(history, late)
     falls = int((np.diff(late) < -half).sum())

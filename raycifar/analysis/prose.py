@@ -56,6 +56,10 @@ def state(history: RunHistory) -> str:
             all_of_it = "The one epoch of this run is" if epochs == 1 else f"All {epochs} epochs of this run are"
             return f"{all_of_it} recorded, but not yet its result."
         recorded = f"{done} of {count(epochs, 'epoch')} {'is' if done == 1 else 'are'} recorded"
+        if not done:
+            recorded = (
+                "its one epoch is not recorded yet" if epochs == 1 else f"none of its {epochs} epochs is recorded yet"
+            )
         return f"This run is under way or was interrupted: {recorded}."
     match history.result["status"]:
         case "finished":

@@ -84,9 +84,10 @@ class EpochMeter:
         all_reduce_sum(counts)
         for name, value in zip(STEP_METRICS[COUNTS], counts.tolist(), strict=True):
             setattr(totals, name, getattr(totals, name) + value)
-        taken = self.metrics[self.sampled][:, COUNTS].contiguous()
-        all_reduce_sum(taken)
-        totals.step_losses += [loss / images for images, loss, _ in taken.tolist() if images]
+        if self.sampled:
+            taken = self.metrics[self.sampled, COUNTS]
+            all_reduce_sum(taken)
+            totals.step_losses += [loss / images for images, loss, _ in taken.tolist() if images]
         totals.grad_norm += norms.sum().item()
         if norms.max() > totals.grad_norm_max:
             totals.grad_norm_max, totals.grad_norm_max_step = norms.max().item(), int(norms.argmax())
