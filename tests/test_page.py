@@ -150,7 +150,7 @@ def pages(folder):
         "healthy": made_up(epochs=200, result=finished, step_losses=lambda e: losses),
     }
     for name, history in runs.items():
-        files = RunFiles(name, history, predictions)
+        files = RunFiles(name, history, predictions if name == "healthy" else None)
         (folder / f"{name}.html").write_text(run_page(files, report_run(files)))
     files = [RunFiles(name, history) for name, history in runs.items()]
     (folder / "overlay.html").write_text(comparison_page(report_overlay(files), files, None, {}, overlay=True))

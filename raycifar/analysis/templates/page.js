@@ -115,3 +115,5 @@ for (const command of document.querySelectorAll("pre")) {
   };
   command.after(copy);
 }
+
+for (const box of document.querySelectorAll(".scroll")) box.tabIndex = 0;
