@@ -191,7 +191,7 @@ def sentence(pair: dict[str, Any]) -> str:
     """Return what a pair's metrics mean, in plain words."""
     a, b = pair["a"], pair["b"]
     low, high, mean = (100 * pair[key] for key in ("low", "high", "difference"))
-    p = f"p = {pair['p_holm']:.2g}"
+    p = f"p = {pair['p_holm']:.2g}" if pair["p_holm"] >= 1e-4 else "p < 0.0001"
     when = f"After {count(pair['epochs'], 'epoch')} on {count(pair['train_images'], 'training image')}"
     if pair["verdict"] != "undecided":
         near, far = sorted((abs(low), abs(high)))
@@ -206,7 +206,8 @@ def sentence(pair: dict[str, Any]) -> str:
         )
         if mean == 0:
             text += "There is no difference for more seeds to confirm."
-        elif needed := pair["seeds_needed"]:
+        elif pair["seeds_needed"]:
+            needed = max(pair["seeds_needed"], 1 + max(pair["runs"]))
             text += f"If the difference is as large as it looks, {needed} seeds of each model would show it."
         else:
             text += f"No number of seeds would show so small a difference on {pair['images']:,} test images."

@@ -41,7 +41,7 @@ from raycifar.engine.train_step import TrainStep
 from raycifar.errors import FailureKind, notice
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
-from raycifar.storage.records import EpochRecord, Rise
+from raycifar.storage.records import EpochRecord, Rise, sampled_steps
 from raycifar.storage.run_folder import EXAMPLE_STATS, MODEL, PREDICTIONS, RUN, RunFolder
 from raycifar.storage.weights import to_file
 
@@ -189,7 +189,10 @@ class Trainer:
         """Take the current epoch's remaining steps, or until the run is interrupted."""
         progress = self.state.progress
         self.state.train_mode()
-        self.meter = EpochMeter(progress.epoch, self.steps_per_epoch, progress.step, progress.totals, self.device)
+        sampled = sampled_steps(progress.epoch, self.steps_per_epoch, self.recipe.epochs)
+        self.meter = EpochMeter(
+            progress.epoch, self.steps_per_epoch, progress.step, progress.totals, self.device, sampled
+        )
         for batch in self.remaining_batches():
             seed(step_seed(self.job.seed, progress.epoch, batch.step, self.world_size, self.rank), self.device)
             lr = self.recipe.learning_rate(progress.epoch, batch.step, self.steps_per_epoch)
@@ -370,6 +373,7 @@ class Trainer:
             train_eval_loss=train_eval["loss"],
             train_eval_top1=train_eval["top1"],
             train_eval_images=int(train_eval["images"]),
+            step_losses=totals.step_losses,
             lr=self.recipe.learning_rate(progress.epoch, self.steps_per_epoch - 1, self.steps_per_epoch),
             stage=self.state.stage,
             grad_norm=totals.grad_norm / self.steps_per_epoch,

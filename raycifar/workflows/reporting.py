@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,25 @@ def report(
         if not is_source_of(source, read_run(folder)):
             raise RequestError(f"--data {data} holds other images than {folder.folder} was trained on.")
     return write_run(folder, source, out, kind)
+
+
+def overlay(folders: Sequence[RunFolder], out: RunFolder, kind: str = "html") -> dict[str, Any]:
+    """Write a report of any runs side by side to `out`, and return the content of `report.json`.
+
+    Raises:
+        RequestError: a folder holds no run.
+    """
+    from raycifar.analysis.reports import comparison_page, report_overlay
+
+    for folder in folders:
+        if not folder.exists(RUN):
+            raise RequestError(f"{folder.folder} holds no {RUN}: several folders must each be a run's.")
+    files = [read_files(folder) for folder in folders]
+    content = report_overlay(files)
+    if kind == "html":
+        out.write(REPORT_PAGE, comparison_page(content, files, None, {}, overlay=True).encode())
+    write_content(content, out, kind)
+    return content
 
 
 # Images ---------------------------------------------------------------------------------------------
