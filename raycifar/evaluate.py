@@ -3,7 +3,7 @@
 import click
 
 from raycifar.command import UNTIL_EXIT, command
-from raycifar.options import WIDE, request_options
+from raycifar.options import Command, request_options
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PREDICTIONS
 from raycifar.tables import evaluation_table
 from raycifar.terminal import Screen
@@ -11,7 +11,7 @@ from raycifar.workflows.evaluation import EvaluationRequest, evaluate
 from raycifar.workflows.requests import MAX_WORKERS, WorkerSettings
 
 
-@click.command(context_settings=WIDE)
+@click.command(cls=Command, example="raycifar evaluate results/first --split train")
 @click.argument("network", metavar="RUN|WEIGHTS")
 @click.option("--data", help="cifar100, synthetic, path, URI.  [the run's own; else RAYCIFAR_DATA or cifar100]")
 @click.option("--split", type=click.Choice(["test", "train"]), default="test")

@@ -3,12 +3,12 @@
 import click
 
 from raycifar.command import command
-from raycifar.options import WIDE
+from raycifar.options import Command
 from raycifar.terminal import Screen
 from raycifar.workflows.exporting import SUFFIXES, export
 
 
-@click.command(context_settings=WIDE)
+@click.command(cls=Command, example="raycifar export results/first --to onnx")
 @click.argument("network", metavar="RUN|WEIGHTS")
 @click.option("--to", "kind", type=click.Choice(list(SUFFIXES)), required=True)
 @click.option("--out", help="File or URI to write.  [model and suffix, in the current folder]")
