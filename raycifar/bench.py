@@ -14,6 +14,7 @@ from raycifar.workflows.benchmark import STAGES, WAYS, bench, sentences
 from raycifar.workflows.planning import INTERCONNECTS
 from raycifar.workflows.requests import MAX_TRIALS, MAX_WORKERS, TrainingRequest
 
+UNUSED = ("name", "storage", "checkpoint_steps", "report", "track", "max_failures", "workers")
 # Fields of the recipe that don't change how long a step takes.
 OF_NO_COST = ("lr", "momentum", "schedule", "warmup", "weight_decay", "label_smoothing", "head_epochs", "layer_decay")
 
@@ -22,7 +23,7 @@ OF_NO_COST = ("lr", "momentum", "schedule", "warmup", "weight_decay", "label_smo
 @click.option("--model", required=True, help=f"{', '.join(models.names())}, or timm:NAME.")
 @click.option("--rounds", type=click.IntRange(1, MAX_TRIALS), default=5, help="Times that all is timed, at most.")
 @click.option(
-    "--against", default="", show_default=False, help=f"Comma-separated ways of others to time too: {', '.join(WAYS)}."
+    "--against", default="", show_default=False, help=f"Comma-separated ways of others, to time too: {', '.join(WAYS)}."
 )
 @click.option("--plan", default=None, metavar="N,N,…", help="What so many workers would take, such as 1,2,4,8.")
 @click.option("--interconnect", type=click.Choice(list(INTERCONNECTS)), help="Between them.  [as measured here]")
@@ -30,9 +31,7 @@ OF_NO_COST = ("lr", "momentum", "schedule", "warmup", "weight_decay", "label_smo
 @click.option("--startup", is_flag=True, help="Time the way to the first step too, beside an empty trainer's.")
 @click.option("--workers", type=click.IntRange(0, MAX_WORKERS), help="0: this process.  [one for each GPU, else 1]")
 @click.option("--out", default="bench", help="Folder or URI for bench.json and charts.")
-@request_options(
-    TrainingRequest, without=("name", "storage", "checkpoint_steps", "report", "track", "max_failures", "workers")
-)
+@request_options(TrainingRequest, without=UNUSED)
 @recipe_options(without=OF_NO_COST)
 @command
 def main(debug: bool, model: str, **options: Any) -> None:

@@ -21,6 +21,8 @@ def main(debug: bool, network: str, kind: str, out: str | None, data: str | None
     predicts the same classes as the network for 1,000 test images.
     """
     screen = Screen()
+    if kind == "torchscript":
+        screen.say("PyTorch has deprecated TorchScript: --to torch-export replaces it.")
     done = export(network, kind, screen, out=out, data=data)
     screen.say(
         f"{done.file}: {done.num_bytes / 1e6:.1f} MB. The same class for each of {done.num_images:,} test images; "

@@ -18,8 +18,8 @@ WIDE = 110  # columns of the help, at most
 # The headings of options in the help of a command that has many; the others come last.
 SECTIONS = {
     "What": (
-        "model", "names", "recipe", "data", "split", "val_size", "limit", "seed", "seeds", "search", "space", "against", "plan",
-        "interconnect", "price_per_hour", "startup",
+        "model", "names", "recipe", "data", "split", "val_size", "limit", "seed", "seeds", "search", "space", "against",
+        "plan", "interconnect", "price_per_hour", "startup",
     ),
     "Where": (
         "workers", "count", "device", "cpus_per_worker", "gpus_per_worker", "accelerator", "max_trials", "storage",
@@ -54,9 +54,8 @@ class RecipeOption(click.Option):
 class Command(click.Command):
     """A command whose help has an example, and its options under headings."""
 
-    def __init__(self, *args: Any, example: str, **options: Any) -> None:
-        settings = {"show_default": True, "max_content_width": WIDE}
-        super().__init__(*args, context_settings=settings, **options)
+    def __init__(self, *, example: str, **options: Any) -> None:
+        super().__init__(context_settings={"show_default": True, "max_content_width": WIDE}, **options)
         self.example = example
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from raycifar.durations import duration
 from raycifar.models.recipes import NamedRecipe
-from raycifar.workflows.inventory import OVER, Entry
+from raycifar.workflows.inventory import OVER, Entry, State
 
 
 def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
@@ -115,7 +115,7 @@ def runs_table(entries: Sequence[Entry]) -> Table:
         table.add_row(
             entry.name,
             ", ".join(entry.models),
-            entry.state + (f" on {entry.host}" if entry.host else ""),
+            entry.state + (f" on {entry.host}" if entry.state == State.RUNNING else ""),
             progress_of(entry),
             "" if entry.val_top1 is None else f"{entry.val_top1:.4f}",
             ", ".join(f"{top1:.4f}" for top1 in entry.test_top1),

@@ -31,9 +31,9 @@ STATES = {"finished": State.FINISHED, "stopped": State.STOPPED_BY_SEARCH, "faile
 class Entry:
     """A run, or a comparison with its `trials`, as it is listed.
 
-    models: of a comparison, in the order in which they were given. host: on which it runs. of_epochs: of the recipe.
-    val_top1: after the last epoch. test_top1: a figure for each of the `models`, a mean over its runs. seconds: of
-    training. reason: why it failed, or what is damaged.
+    models: of a comparison, in the order in which they were given. host: on which it, or its comparison, is being
+    trained. of_epochs: of the recipe. val_top1: after the last epoch. test_top1: a figure for each of the `models`, a
+    mean over its runs. seconds: of training. reason: why it failed, or what is damaged.
     """
 
     name: str
@@ -49,6 +49,11 @@ class Entry:
     created: str = ""
     reason: str | None = None
     trials: list["Entry"] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether nothing trains it any more, now or later."""
+        return self.state in OVER and not self.host
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,7 +104,7 @@ def list_run(run: RunFolder, comparison: RunFolder | None = None) -> Entry:
         folder=run.folder,
         state=state,
         models=[about["model"]] if "model" in about else [],
-        host=claim.host if claim and state == State.RUNNING else None,
+        host=claim.host if claim else None,
         epochs=len(history),
         of_epochs=about.get("recipe", {}).get("epochs"),
         val_top1=history[-1].val_top1 if history else None,
@@ -155,17 +160,15 @@ def removable(location: str) -> Iterator[Removable]:
         RequestError: there is no such folder.
     """
     for entry in find_runs(location):
-        if entry.state == State.RUNNING:
-            continue
         for each in entry.trials if entry.trials is not None else [entry]:
             run = RunFolder.at(each.folder)
-            if each.state in OVER and (names := run.checkpoint_names()):
+            if each.is_over and (names := run.checkpoint_names()):
                 yield Removable(run, names, run.size_of(names))
 
 
 def remove(what: Removable, say: Callable[[str], None]) -> None:
     """Remove checkpoints, unless their run has been begun again."""
-    if list_run(what.run, what.run.comparison).state in OVER:
+    if list_run(what.run, what.run.comparison).is_over:
         what.run.delete_checkpoints(what.names)
     else:
         say(f"{what.run.folder} is being trained again, and is left alone.")
