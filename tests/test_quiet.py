@@ -1,4 +1,4 @@
-"""Every door writes its own lines and nothing else: both streams of a real process, on a run whose checkpoints are gone.
+"""Every door writes its own lines and nothing else: both streams of a real process, on a run without its checkpoints.
 
 What libraries and Ray say on the way is a fault, so standard error is empty.
 """
@@ -15,14 +15,8 @@ from raycifar.storage.run_folder import RunFolder
 from raycifar.workflows.inventory import removable, remove
 
 TINY = ("--limit", 200, "--val-size", 100, "--batch-size", 50, "--epochs", 1)
-OWN = re.compile(
-    r"(?x) ^$ | ^[ ] | … $ | ^epoch | ^\d | ^[A-Z][^ ]*(\ |:) | ^/ | ^(cnn|vgg16|resnet50|train|timm)\b | ^(a|c|bench)(:.*)?$"
-    r" | ^(loading|building|training|saving|comparing|warming|timing|starting|scoring)\b | ^(model|trial|hardest|stage|image|name)\b"
-    r" | ^[a-z-]+[ ]\(\d | ^[a-z_]+[ ]= | ^synthetic"
-)
-ALIEN = re.compile(
-    r"Warning|WARN|INFO|DEBUG|Traceback|\(pid=|\(raylet|core_worker|[EWI]\d{4} |\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,"
-)
+# What Ray, PyTorch and Python's logging and warnings say.
+OTHERS = re.compile(r"Warning|WARN|INFO|DEBUG|Traceback|pid=|\(raylet|core_worker|[EWI]\d{4} |\d\d:\d\d:\d\d,\d{3}")
 
 
 class Door(Command):
@@ -39,14 +33,6 @@ def cleaned(trained, tmp_path_factory):
         remove(what, print)
     assert not RunFolder.at(str(folder)).checkpoint_names()
     return folder
-
-
-def check(done, tmp_path):
-    """Check that a command that ended wrote its own lines alone."""
-    assert done.stderr == ""
-    assert not ALIEN.search(done.stdout), done.stdout
-    for line in done.stdout.splitlines():
-        assert OWN.search(line), f"{line!r} in\n{done.stdout}"
 
 
 SLOW = pytest.mark.slow
@@ -80,4 +66,6 @@ def test_a_door_writes_nothing_but_its_own_lines(door, args, cleaned, small, tmp
     places = {"run": cleaned, "parent": cleaned.parent, "out": tmp_path}
     args = [str(arg).format(**places) for arg in args]
     done = finish(Door(door, *args, env={"RAYCIFAR_DATA": small}, cwd=tmp_path))
-    check(done, tmp_path)
+    assert done.stderr == ""
+    assert done.stdout
+    assert not OTHERS.search(done.stdout), done.stdout
