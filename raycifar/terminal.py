@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingCo
 from rich.table import Table
 from rich.text import Text
 
-from raycifar.cluster.status import Phase, ScoringStatus, StatusStore, StepStatus, WorkerStatus
+from raycifar.cluster.status import PartStatus, Phase, StatusStore, StepStatus, WorkerStatus
 from raycifar.durations import duration, time_of_day
 from raycifar.errors import printable
 from raycifar.redaction import shown
@@ -151,7 +151,7 @@ class Screen:
                         refresh()
                 self.lines(ahead.say(status.step))
                 starting = alive and status.phase == Phase.STARTING
-                line.show((waiting() if starting else None) or status.doing, status.scoring or status.step)
+                line.show((waiting() if starting else None) or status.doing, status.part or status.step)
                 if not alive:
                     return
                 time.sleep(POLL_SECONDS)
@@ -163,7 +163,7 @@ class Screen:
         with self.line() as line:
             while running():
                 status = status_store.worker() or WorkerStatus()
-                line.show((waiting() if status.phase == Phase.STARTING else None) or status.doing, None)
+                line.show((waiting() if status.phase == Phase.STARTING else None) or status.doing, status.part)
                 time.sleep(POLL_SECONDS)
 
     @contextmanager
@@ -252,14 +252,14 @@ class LiveLine:
         self.bar = bar
         self.task = bar.add_task("", metrics="", total=None)
 
-    def show(self, doing: str, at: StepStatus | ScoringStatus | None) -> None:
+    def show(self, doing: str, at: StepStatus | PartStatus | None) -> None:
         show: dict[str, Any]
         match at:
             case StepStatus():
                 show = {"description": step_name(at), "completed": at.step, "total": at.steps}
                 show["metrics"] = f"{step_metrics(at)}  ends {time_of_day(at.seconds_left)}"
-            case ScoringStatus():
-                show = {"description": str(at), "completed": at.done, "total": at.images, "metrics": ""}
+            case PartStatus():
+                show = {"description": str(at), "completed": at.done, "total": at.total, "metrics": ""}
             case None:
                 show = {"description": doing, "completed": 0, "total": None, "metrics": ""}
         self.bar.update(self.task, **show)
@@ -272,7 +272,7 @@ class PlainLine:
         self.say = say
         self.doing, self.began, self.spoke = "", 0.0, 0.0
 
-    def show(self, doing: str, at: StepStatus | ScoringStatus | None, so_far: str = "") -> None:
+    def show(self, doing: str, at: StepStatus | PartStatus | None, so_far: str = "") -> None:
         now = time.monotonic()
         if doing != self.doing:
             self.doing, self.began, self.spoke = doing, now, now
@@ -282,7 +282,7 @@ class PlainLine:
             match at:
                 case StepStatus():
                     self.say(f"{step_name(at)}: {step_metrics(at)}, ends {time_of_day(at.seconds_left)}")
-                case ScoringStatus():
+                case PartStatus():
                     self.say(f"{at} …")
                 case None:
                     self.say(f"{doing}: {so_far or f'{now - self.began:.0f} s so far'} …")
@@ -343,7 +343,7 @@ def trial_cells(trial: Trial) -> list[str]:
     loss = step.loss if step else newest and newest.train_loss
     speed = step.images_per_second if step else newest and newest.images_per_second
     return [
-        trial.status if trial.over else status.scoring.what if status.scoring else status.doing,
+        trial.status if trial.over else status.part.what if status.part else status.doing,
         f"{step.epoch if step else len(history)}/{epochs}",
         "" if loss is None else f"{loss:.3f}",
         "" if newest is None or newest.val_top1 is None else f"{newest.val_top1:.4f}",

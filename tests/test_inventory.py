@@ -83,6 +83,12 @@ def test_the_newest_come_first_each_with_its_state(storage):
     assert row == "2/3 trials"
 
 
+def test_a_comparison_s_page_has_the_models_in_the_order_given_also_before_its_end(storage):
+    from raycifar.workflows.reporting import find_runs as runs_of
+
+    assert [run.name for run in runs_of(RunFolder(str(storage), "study"), None)] == ["vgg16-s0", "cnn-s0"]
+
+
 def test_a_run_under_way_has_the_host_it_runs_on(storage):
     with locked(RunFolder(str(storage), "stopped"), print), locked(RunFolder(str(storage), "study"), print):
         found = listed(storage)

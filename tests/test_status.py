@@ -10,8 +10,8 @@ from raycifar.cluster.status import (
     Failure,
     FailureCause,
     ModelFacts,
+    PartStatus,
     Phase,
-    ScoringStatus,
     StatusStore,
     StepStatus,
     WorkerStatus,
@@ -44,7 +44,7 @@ def test_what_is_put_comes_back_the_same(store):
         detail="round 1 of 2",
         notices=["Note."],
         step=StepStatus(**STEP),
-        scoring=ScoringStatus(what="validating", done=2400, images=5000),
+        part=PartStatus(what="validating", done=2400, total=5000),
         model=ModelFacts(**MODEL),
         nodes=[None, "abc"],
     )
@@ -88,11 +88,11 @@ def test_the_reporter_tells_all_that_it_was_told_so_far(store, reporter):
     assert told.doing == "training"
     assert told.step == StepStatus(**STEP)
     assert told.model == ModelFacts(**MODEL)
-    reporter.scoring("validating", 2400, 5000)
-    assert str(store.worker().scoring) == "validating 2,400 of 5,000"
+    reporter.part("validating", 2400, 5000)
+    assert str(store.worker().part) == "validating 2,400 of 5,000"
     assert not reporter.due()
     reporter.end_epoch()
-    assert store.worker().scoring is None
+    assert store.worker().part is None
     reporter.history([EpochRecord(**RECORD)])
     assert store.worker().step is None
     assert store.history() == [EpochRecord(**RECORD)]

@@ -18,8 +18,8 @@ from raycifar.cluster.status import (
     Failure,
     FailureCause,
     ModelFacts,
+    PartStatus,
     Phase,
-    ScoringStatus,
     StatusStore,
     StepStatus,
     WorkerStatus,
@@ -42,7 +42,7 @@ STEP = StepStatus(
     seconds_of_epoch=20,
     seconds_left=7200,
 )
-SCORING = ScoringStatus(what="validating", done=2400, images=5000)
+SCORING = PartStatus(what="validating", done=2400, total=5000)
 MODEL = ModelFacts(parameters=4_226_212, device="cpu", threads=2, precision="bfloat16")
 
 
@@ -202,7 +202,7 @@ def test_the_table_shows_where_each_trial_stands(trial, store):
     store.put_worker(WorkerStatus(phase=Phase.TRAINING, step=STEP))
     epochs = trial.recipe.epochs
     assert cells() == ["cnn-s0", "training", f"2/{epochs}", "2.500", "0.3000", "50", "2 h 0 min"]
-    store.put_worker(WorkerStatus(phase=Phase.TRAINING, step=STEP, scoring=SCORING))
+    store.put_worker(WorkerStatus(phase=Phase.TRAINING, step=STEP, part=SCORING))
     assert cells()[1] == "validating"
     trial.status = TrialStatus.FINISHED
     assert cells()[1] == "finished"
@@ -269,7 +269,7 @@ def test_scoring_has_a_bar_of_its_own_and_a_long_run_says_when_it_ends(store, mo
     statuses = [
         WorkerStatus(attempt=1, phase=Phase.TRAINING, step=STEP),
         WorkerStatus(attempt=1, phase=Phase.TRAINING, step=replace(STEP, step=6)),
-        WorkerStatus(attempt=1, phase=Phase.TRAINING, step=replace(STEP, step=10), scoring=SCORING),
+        WorkerStatus(attempt=1, phase=Phase.TRAINING, step=replace(STEP, step=10), part=SCORING),
         None,
     ]
 

@@ -66,15 +66,15 @@ class StepStatus(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringStatus(Message):
-    """How many images of a split are scored."""
+class PartStatus(Message):
+    """How much is done of something that has a length, such as the images of a split."""
 
     what: str  # is done, as displayed
     done: int
-    images: int
+    total: int
 
     def __str__(self) -> str:
-        return f"{self.what} {self.done:,} of {self.images:,}"
+        return f"{self.what} {self.done:,} of {self.total:,}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class WorkerStatus(Message):
     detail: str = ""  # of the phase
     notices: list[str] = field(default_factory=list)
     step: StepStatus | None = None
-    scoring: ScoringStatus | None = None
+    part: PartStatus | None = None
     model: ModelFacts | None = None
     nodes: list[str | None] = field(default_factory=list)  # the node of each worker
 
@@ -106,11 +106,11 @@ class WorkerStatus(Message):
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        step, scoring, model = (values.get(name) for name in ("step", "scoring", "model"))
+        step, part, model = (values.get(name) for name in ("step", "part", "model"))
         nested = {
             "phase": Phase(values["phase"]),
             "step": step and StepStatus.from_json(step),
-            "scoring": scoring and ScoringStatus.from_json(scoring),
+            "part": part and PartStatus.from_json(part),
             "model": model and ModelFacts.from_json(model),
         }
         return super().from_json({**values, **nested})

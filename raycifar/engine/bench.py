@@ -100,7 +100,8 @@ def build_stages(trainer: Trainer, baselines: Sequence[str]) -> dict[str, Callab
 def time_round(trainer: Trainer, stages: dict[str, Callable[[], None]], rates: dict[str, list[float]]) -> float:
     """Add each stage's images per second to `rates`, and return the seconds of all."""
     first = clock(trainer)
-    for name, stage in stages.items():
+    for number, (name, stage) in enumerate(stages.items(), 1):
+        trainer.reporter.part(f"{name}, stage", number, len(stages))
         began = clock(trainer)
         stage()
         rates.setdefault(name, []).append(trainer.job.num_train_images / (clock(trainer) - began))

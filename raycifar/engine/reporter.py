@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from raycifar.cluster.status import ModelFacts, Phase, ScoringStatus, StatusStore, StepStatus, WorkerStatus
+from raycifar.cluster.status import ModelFacts, PartStatus, Phase, StatusStore, StepStatus, WorkerStatus
 from raycifar.engine.ray_metrics import Gauges
 from raycifar.storage.records import EpochRecord
 
@@ -25,7 +25,7 @@ class Reporter:
         self.stop = False
 
     def phase(self, phase: Phase, detail: str = "") -> None:
-        self._put(phase=phase, detail=detail, scoring=None)
+        self._put(phase=phase, detail=detail, part=None)
 
     def notice(self, sentence: str) -> None:
         """Say a sentence, once."""
@@ -40,7 +40,7 @@ class Reporter:
 
     def end_epoch(self) -> None:
         """Report that no step is being taken, and nothing scored."""
-        self._put(step=None, scoring=None)
+        self._put(step=None, part=None)
 
     def history(self, history: Sequence[EpochRecord]) -> None:
         """Report the records of all finished epochs; the leader calls it, in any thread."""
@@ -78,10 +78,10 @@ class Reporter:
         self._put(step=StepStatus(**values))
         self.gauges.set(values)
 
-    def scoring(self, what: str, done: int, images: int) -> None:
-        """Report how many images of a split are scored."""
+    def part(self, what: str, done: int, total: int) -> None:
+        """Report how much is done of something that has a length."""
         self.reported = time.perf_counter()
-        self._put(scoring=ScoringStatus(what=what, done=done, images=images))
+        self._put(part=PartStatus(what=what, done=done, total=total))
 
     def _put(self, **changes: Any) -> None:
         self.status = replace(self.status, **changes)

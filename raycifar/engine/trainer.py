@@ -417,7 +417,7 @@ class Trainer:
 
         def tell(done: int) -> None:
             if self.reporter.due():
-                self.reporter.scoring(doing, done * self.world_size, len(shard) * self.world_size)
+                self.reporter.part(doing, done * self.world_size, len(shard) * self.world_size)
 
         logits = predict(self.state.scored, shard.images, self.autocast, self.preprocessing, tell)
         return logits, score(logits, shard.labels, shard.coarse, self.job.superclass_of)
