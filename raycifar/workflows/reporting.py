@@ -245,9 +245,11 @@ def find_runs(
     if not comparison:
         given = [slug(model) for model in folder.read_json(STUDY) or {}]  # in the order of --models
         finals = [run for run in inside.values() if not is_search_trial(run)]
-        return sorted(
-            finals, key=lambda run: next((k for k, m in enumerate(given) if run.name.startswith(f"{m}-s")), 0)
-        )
+
+        def place(run: RunFolder) -> int:
+            return next((k for k, name in enumerate(given) if run.name.startswith(f"{name}-s")), len(given))
+
+        return sorted(finals, key=place)
     names = [name for model in comparison["models"].values() for name in model["runs"]]
     if absent := [name for name in names if name not in inside]:
         warn(f"{folder.folder} doesn't hold these of its runs, which are left out: {', '.join(absent)}.")
