@@ -11,7 +11,7 @@ COMMANDS = {
     "data": "Fetch, describe and convert the data set.",
     "train": "Train one model, data-parallel, on Ray Train.",
     "compare": "Train several models and seeds, orchestrated by Ray Tune, and say which is better.",
-    "report": "Draw and explain a run or a comparison.",
+    "report": "Draw and explain a run, a comparison, or several runs side by side.",
     "bench": "Measure where training time goes, compared with the bare compute limit.",
     "runs": "List the runs of a folder or URI.",
     "clean": "Remove the checkpoints of finished runs.",

@@ -53,6 +53,17 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
     return table
 
 
+def corruption_table(evaluation: dict[str, Any]) -> Table:
+    """Return the accuracy by corruption and severity, and each corruption's mean error."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("corruption", "1", "2", "3", "4", "5", "mean error"):
+        table.add_column(heading, justify="left" if heading == "corruption" else "right")
+    for name, row in evaluation["corruptions"].items():
+        scores = (f"{score['top1']:.3f}" for score in row["severities"])
+        table.add_row(name.replace("_", " "), *scores, f"{row['error']:.3f}")
+    return table
+
+
 def predictions_table(predictions: list[dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("image", "top 5"):

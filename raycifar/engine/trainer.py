@@ -8,6 +8,7 @@ from enum import StrEnum
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 import ray.train.collective
@@ -25,7 +26,7 @@ from raycifar.engine.checkpoint import Checkpointer, Snapshot
 from raycifar.engine.diagnostics import examine
 from raycifar.engine.distributed import all_gather_objects, all_gather_rows
 from raycifar.engine.epoch_meter import EpochMeter
-from raycifar.engine.evaluate import per_image, predict, score, to_predictions_file
+from raycifar.engine.evaluate import per_image, predict, score, score_without, to_predictions_file
 from raycifar.engine.example_stats import ExampleStats, describe_rise, to_example_stats_file
 from raycifar.engine.hardware import choose_precision, limit_gpu_memory, retain_malloc_pages, seed, set_up
 from raycifar.engine.interruption import Interruption, InterruptionWatch, PreemptedError
@@ -41,7 +42,7 @@ from raycifar.errors import FailureKind, notice
 from raycifar.models import PASSES
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
-from raycifar.storage.records import EpochRecord, Rise
+from raycifar.storage.records import EpochRecord, Rise, sampled_steps
 from raycifar.storage.run_folder import EXAMPLE_STATS, MODEL, PREDICTIONS, RUN, RunFolder
 from raycifar.storage.weights import to_file
 
@@ -57,6 +58,7 @@ class Job:
     num_val_images, num_test_images: 0 leaves that split alone. gpus, threads: of each worker. device: cpu or mps, of
     one that has no `gpus`. in_process: without worker actors. versions: the driver's. checkpoint_steps: between two
     checkpoints; 0: at the end of each epoch alone. rungs: epochs after which the driver says whether to stop.
+    near_duplicates: rows of test images whose photograph is among the training images, None where that isn't known.
     """
 
     run: RunFolder
@@ -77,6 +79,7 @@ class Job:
     compile: bool
     checkpoint_steps: int
     rungs: Sequence[int]
+    near_duplicates: np.ndarray | None
 
 
 class Ending(StrEnum):
@@ -187,7 +190,10 @@ class Trainer:
         """Take the current epoch's remaining steps, or until the run is interrupted."""
         progress = self.state.progress
         self.state.train_mode()
-        self.meter = EpochMeter(progress.epoch, self.steps_per_epoch, progress.step, progress.totals, self.device)
+        sampled = sampled_steps(progress.epoch, self.steps_per_epoch, self.recipe.epochs)
+        self.meter = EpochMeter(
+            progress.epoch, self.steps_per_epoch, progress.step, progress.totals, self.device, sampled
+        )
         for batch in self.remaining_batches():
             seed(step_seed(self.job.seed, progress.epoch, batch.step, self.world_size, self.rank), self.device)
             lr = self.recipe.learning_rate(progress.epoch, batch.step, self.steps_per_epoch)
@@ -375,6 +381,7 @@ class Trainer:
             train_eval_loss=train_eval["loss"],
             train_eval_top1=train_eval["top1"],
             train_eval_images=int(train_eval["images"]),
+            step_losses=totals.step_losses,
             lr=self.recipe.learning_rate(progress.epoch, self.steps_per_epoch - 1, self.steps_per_epoch),
             stage=self.state.stage,
             grad_norm=totals.grad_norm / self.steps_per_epoch,
@@ -402,15 +409,20 @@ class Trainer:
             "val_lost": None if before is None else int((correct < before).sum()),
         }
 
-    def score_test_set(self) -> dict[str, float]:
+    def score_test_set(self) -> dict[str, Any]:
         """Return the scores on the test set, and write the predictions."""
         self.reporter.phase(Phase.SCORING_TEST)
         test_set, num_images = load_shard("test", self.device, self.job.info), self.job.num_test_images
         logits, scores = self.score(test_set, Phase.SCORING_TEST)
         probabilities, labels = (self.gather(part, num_images) for part in (logits.softmax(1), test_set.labels))
+        near_duplicate, more = None, {}
+        if self.job.near_duplicates is not None:
+            near_duplicate = torch.zeros(num_images, dtype=torch.bool)
+            near_duplicate[self.job.near_duplicates] = True
+            more = score_without(near_duplicate, (probabilities.argmax(1) == labels).cpu())
         if self.rank == 0:
-            self.run.write(PREDICTIONS, to_predictions_file(probabilities, labels))
-        return scores
+            self.run.write(PREDICTIONS, to_predictions_file(probabilities, labels, near_duplicate))
+        return {**scores, **more}
 
     def score(self, shard: Shard, doing: str) -> tuple[Tensor, dict[str, float]]:
         """Return the logits of this worker's images, and the scores over all workers'."""

@@ -42,7 +42,7 @@ from raycifar.errors import DamagedFileError, RequestError, StorageError, in_a_l
 from raycifar.redaction import shown
 from raycifar.storage.files import MOST_BYTES, append_to, ask, file_type, is_local, locate, open_file, write_whole
 from raycifar.storage.locations import check_location, join, parent_and_name
-from raycifar.storage.parquet import read_parquet
+from raycifar.storage.parquet import read_parquet, read_schema
 from raycifar.storage.records import (
     RENAMED,
     ComparisonFile,
@@ -90,6 +90,7 @@ TABLES = {
     },
 }
 TABLES[OLD_EXAMPLE_STATS] = TABLES[EXAMPLE_STATS]
+OPTIONAL = {"near_duplicate": "integers"}  # columns that earlier versions lack
 CLASSES = ("label", "top5", "rival")  # columns
 LARGEST = {".json": 2**24, ".jsonl": 2**27, ".parquet": 2**28}  # bytes, by suffix
 LONGEST_LINE, MOST_LINES = 2**20, 200_000  # bytes, and epochs
@@ -299,7 +300,8 @@ class RunFolder:
             return self.read_table(OLD_EXAMPLE_STATS) if file == EXAMPLE_STATS else None
         self.check_digest(file, content)
         try:
-            table = read_parquet(content, TABLES[file])
+            optional = {name: kind for name, kind in OPTIONAL.items() if name in read_schema(content).names}
+            table = read_parquet(content, TABLES[file] | optional)
             check_ranges(table)
         except ValueError as error:
             raise self._damaged(file, error) from error
@@ -477,7 +479,9 @@ def check_ranges(table: pa.Table) -> None:
         values = (column.flatten() if pa.types.is_fixed_size_list(column.type) else column).to_numpy()
         if name in CLASSES and not 0 <= values.min() <= values.max() < CIFAR100.num_classes:
             raise ValueError(f"the column {name} has classes from {values.min()} to {values.max()}")
-        if name in ("index", "seen") and values.min() < 0:
+        if name == "near_duplicate" and values.max() > 1:
+            raise ValueError(f"the column {name} has {values.max()}")
+        if name in ("index", "seen", "near_duplicate") and values.min() < 0:
             raise ValueError(f"the column {name} has {values.min()}")
         if name == "probabilities" and not (
             column.type.list_size == CIFAR100.num_classes and ((values >= 0) & (values <= 1.001)).all()

@@ -87,4 +87,5 @@ def build_job(run: "PreparedRun") -> Job:
         compile=request.compile,
         checkpoint_steps=request.checkpoint_steps,
         rungs=request.rungs,
+        near_duplicates=inputs.near_duplicates() if request.test else None,
     )

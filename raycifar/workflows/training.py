@@ -33,6 +33,7 @@ from raycifar.storage.run_folder import (
 )
 from raycifar.workflows.background import alongside
 from raycifar.workflows.datasets import warn_of_leaks
+from raycifar.workflows.duplicates import copied_images
 from raycifar.workflows.estimate import operations_of, warn_of_hours
 from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, record, writing_first_file
 from raycifar.workflows.reporting import Refresher, explain, keep_pictures, write_run
@@ -224,7 +225,8 @@ def read_images(request: TrainingRequest) -> tuple[Source, Splits]:
     importing = Thread(target=import_module, args=("ray.train.torch",))
     importing.start()
     source = load(request.data)
-    splits = split(source, request.val_size, request.limit, request.seed)
+    copied = copied_images(source, request.recipe)
+    splits = split(source, request.val_size, request.limit, request.seed, copied)
     importing.join()
     return source, splits
 
@@ -306,10 +308,14 @@ def following(run: PreparedRun, screen: "Screen", tracking: Tracking) -> Callabl
 
 def summary(run: PreparedRun, result: dict[str, Any]) -> list[str]:
     """Return the lines to print for a finished run."""
+    from raycifar.analysis.prose import without_near_duplicates
+
     lines = []
     if test := result.get("test"):
         scores = (f"{word} {test[name]:.4f}" for name, word in SCORES.items() if test.get(name) is not None)
         lines.append(f"Test, {test['images']:,} images: {'  '.join(scores)}")
+        if without := without_near_duplicates(test):
+            lines.append(f"Top-1 is {without}.")
         if run.inputs.source.name.startswith("synthetic"):
             lines.append("These are synthetic images: the accuracy says nothing about CIFAR-100.")
     best = f"; best validation at epoch {result['best_epoch']}" if result.get("best_epoch") else ""

@@ -27,6 +27,7 @@ from raycifar.models.recipes import recipe_from_json
 from raycifar.storage.files import ask
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
+from raycifar.workflows.duplicates import copied_images
 from raycifar.workflows.identity import Inputs
 from raycifar.workflows.requests import TrainingRequest
 from raycifar.workflows.search_space import PastTrial, Space, suggest
@@ -328,7 +329,8 @@ def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Wor
     trial = Trial.from_config(config)
     request, run, store = study.request(trial), study.run(trial), trial.status_store
     try:
-        splits = split(source, request.val_size, request.limit, request.seed)
+        copied = copied_images(source, request.recipe)
+        splits = split(source, request.val_size, request.limit, request.seed, copied)
         inputs = Inputs(source, splits, study.starts[trial.model])
         prepared = prepare(request, Screen(quiet=True), folder=run, inputs=inputs, workers=workers, status_store=store)
         waiting = Waiting(workers, request.wait)
