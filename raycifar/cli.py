@@ -13,8 +13,10 @@ COMMANDS = {
     "compare": "Train several models and seeds, orchestrated by Ray Tune, and say which is better.",
     "report": "Draw and explain a run, a comparison, or several runs side by side.",
     "bench": "Measure where training time goes, compared with the bare compute limit.",
+    "runs": "List the runs of a folder or URI.",
+    "clean": "Remove the checkpoints of finished runs.",
     "evaluate": "Score a trained network on a data set, as a Ray Data job.",
-    "export": "Write a trained network as ONNX, TorchScript or safetensors.",
+    "export": "Write a trained network as ONNX, PyTorch or safetensors.",
     "recipes": "List the recipes, or print one in full.",
     "predict": "Print the five likeliest classes of image files.",
 }

@@ -4,7 +4,7 @@ import click
 
 from raycifar.analysis.prose import count, without_near_duplicates
 from raycifar.command import UNTIL_EXIT, command
-from raycifar.options import WIDE, request_options
+from raycifar.options import Command, request_options
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PREDICTIONS
 from raycifar.tables import corruption_table, evaluation_table
 from raycifar.terminal import Screen
@@ -12,7 +12,7 @@ from raycifar.workflows.evaluation import EvaluationRequest, evaluate
 from raycifar.workflows.requests import MAX_WORKERS, WorkerSettings
 
 
-@click.command(context_settings=WIDE)
+@click.command(cls=Command, example="raycifar evaluate results/first --split train")
 @click.argument("network", metavar="RUN|WEIGHTS")
 @click.option("--data", help="cifar100, synthetic, path, URI.  [the run's own; else RAYCIFAR_DATA or cifar100]")
 @click.option("--split", type=click.Choice(["test", "train"]), default="test")

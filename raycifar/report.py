@@ -4,7 +4,7 @@ import click
 
 from raycifar.command import command
 from raycifar.errors import RequestError
-from raycifar.options import WIDE
+from raycifar.options import Command
 from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import REPORT, REPORT_PAGE, REPORT_TEXT, RunFolder
 from raycifar.terminal import Screen
@@ -13,7 +13,7 @@ from raycifar.workflows import reporting
 FILES = {"html": REPORT_PAGE, "md": REPORT_TEXT, "json": REPORT}
 
 
-@click.command(context_settings=WIDE)
+@click.command(cls=Command, example="raycifar report results/first --format md")
 @click.argument("folders", metavar="RUN…|COMPARISON", nargs=-1, required=True)
 @click.option("--format", "kind", type=click.Choice([*FILES]), default="html")
 @click.option("--data", help="Where the images are, for pictures of a run that keeps none.")

@@ -4,6 +4,7 @@ import click
 
 from raycifar.command import command
 from raycifar.data.sources import fetch, load
+from raycifar.options import Command
 from raycifar.storage.locations import check_location
 from raycifar.terminal import Screen
 from raycifar.workflows.datasets import summarize, write_parquet
@@ -19,14 +20,14 @@ def main() -> None:
     """Fetch, describe, check and convert the data set."""
 
 
-@main.command("fetch")
+@main.command("fetch", cls=Command, example="raycifar data fetch")
 @command
 def fetch_archive(debug: bool) -> None:
     """Download CIFAR-100 into the cache, unless it is there, and print its path."""
     Screen().say(str(fetch()))
 
 
-@main.command()
+@main.command(cls=Command, example="raycifar data describe --data s3://bucket/cifar100")
 @data_option
 @command
 def describe(debug: bool, data: str) -> None:
@@ -38,7 +39,7 @@ def describe(debug: bool, data: str) -> None:
     screen.facts(source.name, facts)
 
 
-@main.command()
+@main.command(cls=Command, example="raycifar data prepare s3://bucket/cifar100")
 @click.argument("destination")
 @data_option
 @command
@@ -56,7 +57,7 @@ def prepare(debug: bool, destination: str, data: str) -> None:
     screen.say(f"{destination} holds the same images and labels: --data {destination}")
 
 
-@main.command("duplicates")
+@main.command("duplicates", cls=Command, example="raycifar data duplicates --out copies")
 @data_option
 @click.option("--out", default="duplicates", show_default=True, help="Folder or URI to write to.")
 @click.option("--run", metavar="RUN|WEIGHTS", help="A trained network, to compare the images by its features, too.")

@@ -66,6 +66,7 @@ class EpochMeter:
         self.first_step = first_step
         self.began = time.perf_counter()
         self.seconds_before = totals.seconds
+        self.measured_from: tuple[int, float] | None = None  # a step, and the time at its end
 
     def record(self, step: int, metrics: Tensor) -> None:
         """Store a step's metrics, (4,) float64: see `STEP_METRICS`."""
@@ -94,13 +95,19 @@ class EpochMeter:
         self.metrics.zero_()
 
     def running(self, steps_done: int) -> dict[str, float]:
-        """Return this worker's estimate of the epoch's loss and top1, and steps per second."""
+        """Return this worker's estimate of the epoch's loss and top1, and steps per second.
+
+        Steps are timed from the first call on: before it, the network warms up.
+        """
         counts = self.metrics[:, COUNTS].sum(0).tolist()
         num_images, loss, num_correct = (
             getattr(self.totals, name) + value for name, value in zip(STEP_METRICS[COUNTS], counts, strict=True)
         )
+        now = time.perf_counter()
+        step, since = self.measured_from or (self.first_step, self.began)
+        self.measured_from = self.measured_from or (steps_done, now)
         return {
             "loss": loss / max(1, num_images),
             "top1": num_correct / max(1, num_images),
-            "steps_per_second": (steps_done - self.first_step) / (time.perf_counter() - self.began),
+            "steps_per_second": (steps_done - step) / (now - since),
         }

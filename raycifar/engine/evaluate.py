@@ -1,6 +1,6 @@
 """Scores of a whole split; each image counts once, whatever the number of workers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ def predict(
     images: Tensor,
     autocast: torch.autocast,
     preprocessing: Preprocessing = CIFAR,
+    told: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Return the logits (n, classes) float32 of `images` (n, 3, H, W) uint8, on the model's device.
 
@@ -34,6 +35,7 @@ def predict(
         model: stays in evaluation mode.
         autocast: the precision to compute in.
         preprocessing: the model's.
+        told: called with the number of images that are done, now and then.
     """
     model.eval()
     count = max(1, PIXELS[images.device.type] // preprocessing.size**2)
@@ -41,6 +43,7 @@ def predict(
     for batch in images.split(count):
         with autocast:
             logits.append(model(preprocess(batch, preprocessing)).float())
+        told(min(count * len(logits), len(images)))
     return torch.cat(logits)
 
 

@@ -39,6 +39,7 @@ from raycifar.engine.state import Progress, TrainingState
 from raycifar.engine.tensorboard import EventLog
 from raycifar.engine.train_step import TrainStep
 from raycifar.errors import FailureKind, notice
+from raycifar.models import PASSES
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
 from raycifar.storage.records import EpochRecord, Rise, sampled_steps
@@ -347,7 +348,11 @@ class Trainer:
     def report_step(self, lr: float) -> None:
         progress = self.state.progress
         running = self.meter.running(progress.step)
-        images_per_step = self.job.num_train_images / self.steps_per_epoch
+        steps_per_second, before = running["steps_per_second"], progress.history[-1:]
+        scored = self.job.num_val_images + len(self.train_eval_set) * self.world_size  # in each epoch
+        seconds = scored * self.steps_per_epoch / steps_per_second / self.job.num_train_images / PASSES
+        scoring = before[0].seconds - before[0].training_seconds if before else seconds
+        epoch = self.steps_per_epoch / steps_per_second + scoring
         self.reporter.step(
             epoch=progress.epoch,
             step=progress.step,
@@ -355,8 +360,11 @@ class Trainer:
             lr=lr,
             loss=running["loss"],
             top1=running["top1"],
-            images_per_step=images_per_step,
-            images_per_second=running["steps_per_second"] * images_per_step,
+            images_per_second=steps_per_second * self.job.num_train_images / self.steps_per_epoch,
+            seconds_of_epoch=epoch,
+            seconds_left=epoch * (self.recipe.epochs - progress.epoch + 1)
+            - progress.step / steps_per_second
+            + scoring * self.job.num_test_images / scored,
         )
 
     # Between epochs -----------------------------------------------------------------------------------
@@ -364,7 +372,7 @@ class Trainer:
     def score_epoch(self) -> EpochRecord:
         """Return the record of the trained epoch; its `seconds` don't include scoring yet."""
         progress, totals = self.state.progress, self.state.progress.totals
-        train_eval = self.score(self.train_eval_set)[1]
+        train_eval = self.score(self.train_eval_set, "scoring training images")[1]
         return EpochRecord(
             epoch=progress.epoch,
             train_loss=totals.loss / totals.num_images,
@@ -390,7 +398,7 @@ class Trainer:
 
     def validate(self, shard: Shard) -> dict[str, Any]:
         """Return the validation metrics of an epoch's record, and keep which images are classified correctly."""
-        logits, scores = self.score(shard)
+        logits, scores = self.score(shard, "validating")
         counted = per_image(logits, shard.labels, shard.coarse, self.job.superclass_of)
         losses, correct = (self.gather(counted[name].float(), self.job.num_val_images) for name in ("loss", "top1"))
         before, self.state.val_correct = self.state.val_correct, correct
@@ -405,7 +413,7 @@ class Trainer:
         """Return the scores on the test set, and write the predictions."""
         self.reporter.phase(Phase.SCORING_TEST)
         test_set, num_images = load_shard("test", self.device, self.job.info), self.job.num_test_images
-        logits, scores = self.score(test_set)
+        logits, scores = self.score(test_set, Phase.SCORING_TEST)
         probabilities, labels = (self.gather(part, num_images) for part in (logits.softmax(1), test_set.labels))
         near_duplicate, more = None, {}
         if self.job.near_duplicates is not None:
@@ -416,9 +424,14 @@ class Trainer:
             self.run.write(PREDICTIONS, to_predictions_file(probabilities, labels, near_duplicate))
         return {**scores, **more}
 
-    def score(self, shard: Shard) -> tuple[Tensor, dict[str, float]]:
+    def score(self, shard: Shard, doing: str) -> tuple[Tensor, dict[str, float]]:
         """Return the logits of this worker's images, and the scores over all workers'."""
-        logits = predict(self.state.scored, shard.images, self.autocast, self.preprocessing)
+
+        def tell(done: int) -> None:
+            if self.reporter.due():
+                self.reporter.part(doing, done * self.world_size, len(shard) * self.world_size)
+
+        logits = predict(self.state.scored, shard.images, self.autocast, self.preprocessing, tell)
         return logits, score(logits, shard.labels, shard.coarse, self.job.superclass_of)
 
     def diagnose(self, record: EpochRecord) -> EpochRecord:

@@ -23,11 +23,13 @@ import errno
 import hashlib
 import io
 import json
+import math
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -201,6 +203,11 @@ class RunFolder:
         except OSError as error:
             raise StorageError.of(join(self.folder, file), error) from error
 
+    def seconds_since_written(self, file: str) -> float:
+        """Return a file's age by the clocks of this machine and of the storage; infinity if it doesn't exist."""
+        written = ask(self.filesystem, lambda: self.filesystem.get_file_info(self.path(file)).mtime)
+        return (datetime.now(UTC) - written).total_seconds() if written else math.inf
+
     def delete(self, file: str) -> None:
         """Delete a file if it exists."""
         filesystem, folder = self._location
@@ -314,15 +321,16 @@ class RunFolder:
         return self.file_names(fs.FileType.Directory)
 
     def runs(self) -> list["RunFolder"]:
-        """Return the runs inside this folder, which is a comparison's, sorted by name."""
+        """Return the runs inside this folder, sorted by name."""
+        return self.folders_with(RUN)
+
+    def folders_with(self, *files: str) -> list["RunFolder"]:
+        """Return the folders in this one that hold one of these files, sorted by name."""
         filesystem, folder = self._location
-        names = self._subfolders()
-        found = ask(filesystem, lambda: filesystem.get_file_info([f"{folder}/{name}/{RUN}" for name in names]))
-        return [
-            RunFolder(self.folder, name)
-            for name, file in zip(names, found, strict=True)
-            if file.type != fs.FileType.NotFound
-        ]
+        paths = {f"{folder}/{name}/{file}": name for name in self._subfolders() for file in files}
+        found = ask(filesystem, lambda: filesystem.get_file_info([*paths]))
+        names = [paths[entry.path] for entry in found if entry.type != fs.FileType.NotFound]
+        return [RunFolder(self.folder, name) for name in dict.fromkeys(names)]
 
     @contextmanager
     def marker(self) -> Iterator[str | None]:
@@ -445,6 +453,13 @@ class RunFolder:
                 yield name, self.read_checkpoint(name)
             except ValueError as error:
                 warn(f"{name} is skipped: {error}.")
+
+    def size_of(self, names: Iterable[str]) -> int:
+        """Return the bytes of folders directly in this one."""
+        filesystem, folder = self._location
+        selectors = [fs.FileSelector(f"{folder}/{name}", recursive=True) for name in names]
+        found = ask(filesystem, lambda: [filesystem.get_file_info(selector) for selector in selectors])
+        return sum(entry.size or 0 for entries in found for entry in entries)
 
     def delete_checkpoints(self, names: list[str]) -> None:
         filesystem, folder = self._location

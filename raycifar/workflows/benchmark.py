@@ -118,6 +118,10 @@ def bench(
         if startup:
             connection.close()  # this process's Ray would take its share of the cores
             found["startup"] = time_startup(request, rounds, screen, clock.part())
+    except KeyboardInterrupt:
+        if not found:
+            screen.say("No round is complete yet, so there is nothing to show.")
+        raise
     finally:
         if found:
             about = {"model": request.model, "machine": machine, "recipe": dataclasses.asdict(request.recipe)}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from raycifar.data.sources import load
 from raycifar.data.tables import Source
 from raycifar.errors import DamagedFileError, RequestError, notice
+from raycifar.models import slug
 from raycifar.models.recipes import read_run
 from raycifar.redaction import shown
 from raycifar.storage.records import finite
@@ -263,7 +264,13 @@ def find_runs(
     """
     inside = {run.name: run for run in folder.runs()}
     if not comparison:
-        return [run for run in inside.values() if not is_search_trial(run)]
+        given = [slug(model) for model in folder.read_json(STUDY) or {}]  # in the order of --models
+        finals = [run for run in inside.values() if not is_search_trial(run)]
+
+        def place(run: RunFolder) -> int:
+            return next((k for k, name in enumerate(given) if run.name.startswith(f"{name}-s")), len(given))
+
+        return sorted(finals, key=place)
     names = [name for model in comparison["models"].values() for name in model["runs"]]
     if absent := [name for name in names if name not in inside]:
         warn(f"{folder.folder} doesn't hold these of its runs, which are left out: {', '.join(absent)}.")

@@ -45,6 +45,7 @@ from raycifar.storage.spreadsheets import to_csv
 from raycifar.workflows.background import alongside
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import find_duplicates
+from raycifar.workflows.estimate import operations_of, warn_of_hours
 from raycifar.workflows.identity import writing_first_file
 from raycifar.workflows.reporting import Refresher, explain, keep_pictures, write_comparison, write_run
 from raycifar.workflows.requests import ComparisonRequest
@@ -145,6 +146,11 @@ def prepare(
             "folder": folder.folder,
         },
     )
+    operations = (request.search + request.seeds) * sum(
+        operations_of(recipe, starts[model].architecture, splits) for model, recipe in recipes.items()
+    )
+    longest = max(recipes.values(), key=lambda recipe: recipe.epochs)
+    screen.lines(warn_of_hours(operations, longest, len(splits.train), workers, at_once=most))
     folder.delete_leftovers()
     folder.delete(MANIFEST)
     folder.write_json(STUDY, agreement)
@@ -166,6 +172,7 @@ def run(prepared: PreparedComparison, screen: "Screen", tracking: Tracking) -> N
     from raycifar.workflows.tuning import orchestrate
 
     searcher, folder = prepared.searcher, prepared.folder
+    order = list(prepared.request.recipes)
     if done := sum(trial.over for trial in searcher.trials):
         screen.say(f"{done} trials are over already, and not run again.")
 
@@ -186,7 +193,12 @@ def run(prepared: PreparedComparison, screen: "Screen", tracking: Tracking) -> N
     tracking.log(folder)
     alongside(
         lambda: orchestrate(prepared.study, searcher, prepared.source, prepared.workers),
-        lambda running: screen.follow_trials(lambda: searcher.trials, running, refresh),
+        lambda running: screen.follow_trials(
+            lambda: sorted(searcher.trials, key=lambda trial: order.index(trial.model)),
+            running,
+            refresh,
+            searcher.seconds_left,
+        ),
         stop,
     )
 

@@ -34,6 +34,7 @@ from raycifar.storage.run_folder import (
 from raycifar.workflows.background import alongside
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images
+from raycifar.workflows.estimate import operations_of, warn_of_hours
 from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, record, writing_first_file
 from raycifar.workflows.reporting import Refresher, explain, keep_pictures, write_run
 from raycifar.workflows.requests import TrainingRequest, check_batch_size
@@ -88,6 +89,9 @@ def train(request: TrainingRequest, screen: "Screen", connection: ExitStack, *, 
             screen.say(f"{run.folder.folder} is finished; nothing is trained again.")
             screen.lines(summary(run, run.result))
             return run.result
+        splits = run.inputs.splits
+        operations = operations_of(request.recipe, run.inputs.start.architecture, splits)
+        screen.lines(warn_of_hours(operations, request.recipe, len(splits.train), run.workers))
         tracking = until_end.enter_context(Tracking(request.track, screen.say))
         try:
             result = finish(run, fit(run, following(run, screen, tracking)))
