@@ -13,6 +13,7 @@ from raycifar.engine.augment import (
     PAD,
     REFLECTED,
     alternating_flips,
+    as_trained,
     augment,
     erase,
     mix,
@@ -271,3 +272,15 @@ def test_mixed_targets_are_shares_of_two_classes(images, kind):
     assert targets.shape == (64, 100)
     assert torch.allclose(targets.sum(1), torch.ones(64))
     assert ((targets > 0).sum(1) <= 2).all()
+
+
+def test_images_are_shown_as_they_are_trained_on(images):
+    shown = as_trained(images.numpy(), Recipe(augment="none"), 0)
+    assert (torch.from_numpy(shown) == images).all()
+    state = torch.get_rng_state()
+    recipe = Recipe(augment="cutout", erasing=1.0, mixup=1.0)
+    first, again = (as_trained(images.numpy(), recipe, 0) for _ in range(2))
+    assert first.shape == images.shape
+    assert (first == again).all()
+    assert not (torch.from_numpy(first) == images).flatten(1).all(1).any()
+    assert (torch.get_rng_state() == state).all()

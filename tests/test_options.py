@@ -145,3 +145,26 @@ def test_a_name_in_any_language_is_one(run):
 def test_a_number_of_synthetic_images_that_can_t_be_is_refused(name):
     with pytest.raises(RequestError, match=f"^{name}: write synthetic:N, where N is a multiple of 100"):
         load(name)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_is_short_has_an_example_and_is_grouped(name):
+    done = CliRunner().invoke(COMMANDS[name], ["--help"], env={"COLUMNS": "100"}, terminal_width=100)
+    lines = done.stdout.splitlines()
+    assert len(lines) < 60
+    assert max(map(len, lines)) <= 100
+    assert any(line.startswith("  Example: raycifar ") for line in lines)
+    if name in ("train", "compare", "bench"):
+        assert [line for line in lines if line in ("What:", "Where:", "How long:", "Other:")]
+        assert any(line.startswith("Recipe (") for line in lines)
+        assert all(
+            option.opts[0] in done.stdout or f"--[no-]{option.opts[0][2:]}" in done.stdout
+            for option in COMMANDS[name].params
+            if isinstance(option, click.Option)
+        )
+
+
+def test_bench_has_only_options_that_change_what_it_times():
+    given = {option.name for option in COMMANDS["bench"].params}
+    assert not given & {"name", "storage", "track", "report", "max_failures", "lr", "schedule", "warmup", "head_epochs"}
+    assert given >= {"batch_size", "augment", "precision", "epochs", "workers"}

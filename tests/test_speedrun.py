@@ -189,4 +189,4 @@ def test_the_command_times_runs_by_the_public_rules_and_ctrl_c_shows_what_is_the
 
 def test_what_the_clock_can_not_time_is_refused(small):
     refused = finish(Speedrun("--pretrained", "a.pth", "--data", small, storage=None), code=2)
-    assert "--pretrained a.pth: the clock is for training from scratch." in refused.stderr
+    assert "pretrained is a.pth: the clock is for training from scratch, so for pretrained none." in refused.stderr

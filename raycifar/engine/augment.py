@@ -8,6 +8,7 @@ All random numbers come from torch's default generators, which are reseeded in e
 import functools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -120,6 +121,17 @@ def blank(images: Tensor, y: Tensor, x: Tensor, rows: Tensor | int, columns: Ten
     row, column = row - y, column - x
     vertical, horizontal = (row >= 0) & (row < rows), (column >= 0) & (column < columns)
     return images * ~(vertical[:, None, :, None] & horizontal[:, None, None, :])
+
+
+def as_trained(images: np.ndarray, recipe: Recipe, seed: int) -> np.ndarray:
+    """Return `images` (N, 3, H, W) uint8 as a batch of the recipe shows them to the network, but for their scale."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pixels = augment(torch.from_numpy(images.copy()), recipe.augment)
+        mean, factor = normalization(CIFAR, pixels.device)
+        inputs = erase((pixels.float() - mean) * factor, recipe.erasing)
+        mixed, _ = mix(inputs, torch.arange(len(images)), recipe, len(images))
+    return (mixed / factor + mean).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def preprocess(images: Tensor, preprocessing: Preprocessing = CIFAR) -> Tensor:

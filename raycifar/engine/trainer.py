@@ -8,6 +8,7 @@ from enum import StrEnum
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 import ray.train.collective
@@ -25,7 +26,7 @@ from raycifar.engine.checkpoint import Checkpointer, Snapshot
 from raycifar.engine.diagnostics import examine
 from raycifar.engine.distributed import all_gather_objects, all_gather_rows
 from raycifar.engine.epoch_meter import EpochMeter
-from raycifar.engine.evaluate import per_image, predict, score, to_predictions_file
+from raycifar.engine.evaluate import per_image, predict, score, score_without, to_predictions_file
 from raycifar.engine.example_stats import ExampleStats, describe_rise, to_example_stats_file
 from raycifar.engine.hardware import choose_precision, limit_gpu_memory, retain_malloc_pages, seed, set_up
 from raycifar.engine.interruption import Interruption, InterruptionWatch, PreemptedError
@@ -38,9 +39,10 @@ from raycifar.engine.state import Progress, TrainingState
 from raycifar.engine.tensorboard import EventLog
 from raycifar.engine.train_step import TrainStep
 from raycifar.errors import FailureKind, notice
+from raycifar.models import PASSES
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
-from raycifar.storage.records import EpochRecord, Rise
+from raycifar.storage.records import EpochRecord, Rise, sampled_steps
 from raycifar.storage.run_folder import EXAMPLE_STATS, MODEL, PREDICTIONS, RUN, RunFolder
 from raycifar.storage.weights import to_file
 
@@ -57,6 +59,7 @@ class Job:
     one that has no `gpus`. in_process: without worker actors. versions: the driver's. record: follow each training
     image and the gradient's norm. checkpoint_steps: between two checkpoints; 0: at the end of each epoch alone. rungs:
     epochs after which the driver says whether to stop.
+    near_duplicates: rows of test images whose photograph is among the training images, None where that isn't known.
     """
 
     run: RunFolder
@@ -78,6 +81,7 @@ class Job:
     record: bool
     checkpoint_steps: int
     rungs: Sequence[int]
+    near_duplicates: np.ndarray | None
 
 
 class Ending(StrEnum):
@@ -188,7 +192,10 @@ class Trainer:
         """Take the current epoch's remaining steps, or until the run is interrupted."""
         progress = self.state.progress
         self.state.train_mode()
-        self.meter = EpochMeter(progress.epoch, self.steps_per_epoch, progress.step, progress.totals, self.device)
+        sampled = sampled_steps(progress.epoch, self.steps_per_epoch, self.recipe.epochs)
+        self.meter = EpochMeter(
+            progress.epoch, self.steps_per_epoch, progress.step, progress.totals, self.device, sampled
+        )
         for batch in self.remaining_batches():
             seed(step_seed(self.job.seed, progress.epoch, batch.step, self.world_size, self.rank), self.device)
             lr = self.recipe.learning_rate(progress.epoch, batch.step, self.steps_per_epoch)
@@ -344,7 +351,11 @@ class Trainer:
     def report_step(self, lr: float) -> None:
         progress = self.state.progress
         running = self.meter.running(progress.step)
-        images_per_step = self.job.num_train_images / self.steps_per_epoch
+        steps_per_second, before = running["steps_per_second"], progress.history[-1:]
+        scored = self.job.num_val_images + len(self.train_eval_set) * self.world_size  # in each epoch
+        seconds = scored * self.steps_per_epoch / steps_per_second / self.job.num_train_images / PASSES
+        scoring = before[0].seconds - before[0].training_seconds if before else seconds
+        epoch = self.steps_per_epoch / steps_per_second + scoring
         self.reporter.step(
             epoch=progress.epoch,
             step=progress.step,
@@ -352,8 +363,11 @@ class Trainer:
             lr=lr,
             loss=running["loss"],
             top1=running["top1"],
-            images_per_step=images_per_step,
-            images_per_second=running["steps_per_second"] * images_per_step,
+            images_per_second=steps_per_second * self.job.num_train_images / self.steps_per_epoch,
+            seconds_of_epoch=epoch,
+            seconds_left=epoch * (self.recipe.epochs - progress.epoch + 1)
+            - progress.step / steps_per_second
+            + scoring * self.job.num_test_images / scored,
         )
 
     # Between epochs -----------------------------------------------------------------------------------
@@ -361,7 +375,7 @@ class Trainer:
     def score_epoch(self) -> EpochRecord:
         """Return the record of the trained epoch; its `seconds` don't include scoring yet."""
         progress, totals = self.state.progress, self.state.progress.totals
-        train_eval = self.score(self.train_eval_set)[1]
+        train_eval = self.score(self.train_eval_set, "scoring training images")[1]
         return EpochRecord(
             epoch=progress.epoch,
             train_loss=totals.loss / totals.num_images,
@@ -370,6 +384,7 @@ class Trainer:
             train_eval_loss=train_eval["loss"],
             train_eval_top1=train_eval["top1"],
             train_eval_images=int(train_eval["images"]),
+            step_losses=totals.step_losses,
             lr=self.recipe.learning_rate(progress.epoch, self.steps_per_epoch - 1, self.steps_per_epoch),
             stage=self.state.stage,
             **(totals.gradients(self.steps_per_epoch) if self.job.record else {}),
@@ -384,7 +399,7 @@ class Trainer:
 
     def validate(self, shard: Shard) -> dict[str, Any]:
         """Return the validation metrics of an epoch's record, and keep which images are classified correctly."""
-        logits, scores = self.score(shard)
+        logits, scores = self.score(shard, "validating")
         counted = per_image(logits, shard.labels, shard.coarse, self.job.superclass_of)
         losses, correct = (self.gather(counted[name].float(), self.job.num_val_images) for name in ("loss", "top1"))
         before, self.state.val_correct = self.state.val_correct, correct
@@ -395,19 +410,29 @@ class Trainer:
             "val_lost": None if before is None else int((correct < before).sum()),
         }
 
-    def score_test_set(self) -> dict[str, float]:
+    def score_test_set(self) -> dict[str, Any]:
         """Return the scores on the test set, and write the predictions."""
         self.reporter.phase(Phase.SCORING_TEST)
         test_set, num_images = load_shard("test", self.device, self.job.info), self.job.num_test_images
-        logits, scores = self.score(test_set)
+        logits, scores = self.score(test_set, Phase.SCORING_TEST)
         probabilities, labels = (self.gather(part, num_images) for part in (logits.softmax(1), test_set.labels))
+        near_duplicate, more = None, {}
+        if self.job.near_duplicates is not None:
+            near_duplicate = torch.zeros(num_images, dtype=torch.bool)
+            near_duplicate[self.job.near_duplicates] = True
+            more = score_without(near_duplicate, (probabilities.argmax(1) == labels).cpu())
         if self.rank == 0:
-            self.run.write(PREDICTIONS, to_predictions_file(probabilities, labels))
-        return scores
+            self.run.write(PREDICTIONS, to_predictions_file(probabilities, labels, near_duplicate))
+        return {**scores, **more}
 
-    def score(self, shard: Shard) -> tuple[Tensor, dict[str, float]]:
+    def score(self, shard: Shard, doing: str) -> tuple[Tensor, dict[str, float]]:
         """Return the logits of this worker's images, and the scores over all workers'."""
-        logits = predict(self.state.scored, shard.images, self.autocast, self.preprocessing)
+
+        def tell(done: int) -> None:
+            if self.reporter.due():
+                self.reporter.part(doing, done * self.world_size, len(shard) * self.world_size)
+
+        logits = predict(self.state.scored, shard.images, self.autocast, self.preprocessing, tell)
         return logits, score(logits, shard.labels, shard.coarse, self.job.superclass_of)
 
     def diagnose(self, record: EpochRecord) -> EpochRecord:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     WeightsMaker = Callable[[Recipe, Tensor], dict[str, Tensor]]
     ShapesTest = Callable[[Mapping[str, Sequence[int]]], bool]
 
+PASSES = 3  # forward passes that a training step takes the time of: one forward, two back
 NO_ARCHITECTURES = {"from_timm", "initial_weights", "layers", "recipe", "recipes"}  # the other files here
 TIMM = "timm:"
 TIMM_RECIPES = {"transfer": Recipe(**TRANSFER), "scratch": Recipe()}
@@ -273,7 +274,7 @@ def flops(architecture: Architecture) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    model, size = architecture.build().eval(), architecture.preprocessing.size
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.empty(1, 3, size, size))
+    size = architecture.preprocessing.size
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.inference_mode():  # computes nothing
+        architecture.build().eval()(torch.empty(1, 3, size, size))
     return counter.get_total_flops()

@@ -84,6 +84,7 @@ class Recipe:
     head_epochs: int = option(0, "first epochs, which train only the head; the rest of the network is frozen")
     layer_decay: float = option(1.0, "learning rate of each layer as a fraction of the next one's; 1: all equal")
     batch_norm: BatchNorm = option("train", "running statistics: train, or frozen")
+    separate_copies: bool = option(False, "validate on no image whose photograph is also among the training images")
 
     def __post_init__(self) -> None:
         types = field_types(type(self))

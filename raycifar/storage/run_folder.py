@@ -23,11 +23,13 @@ import errno
 import hashlib
 import io
 import json
+import math
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -40,7 +42,7 @@ from raycifar.errors import DamagedFileError, RequestError, StorageError, in_a_l
 from raycifar.redaction import shown
 from raycifar.storage.files import MOST_BYTES, append_to, ask, file_type, is_local, locate, open_file, write_whole
 from raycifar.storage.locations import check_location, join, parent_and_name
-from raycifar.storage.parquet import read_parquet
+from raycifar.storage.parquet import read_parquet, read_schema
 from raycifar.storage.records import (
     RENAMED,
     ComparisonFile,
@@ -89,6 +91,7 @@ TABLES = {
     },
 }
 TABLES[OLD_EXAMPLE_STATS] = TABLES[EXAMPLE_STATS]
+OPTIONAL = {"near_duplicate": "integers"}  # columns that earlier versions lack
 CLASSES = ("label", "top5", "rival")  # columns
 LARGEST = {".json": 2**24, ".jsonl": 2**27, ".parquet": 2**28}  # bytes, by suffix
 LONGEST_LINE, MOST_LINES = 2**20, 200_000  # bytes, and epochs
@@ -201,6 +204,11 @@ class RunFolder:
         except OSError as error:
             raise StorageError.of(join(self.folder, file), error) from error
 
+    def seconds_since_written(self, file: str) -> float:
+        """Return a file's age by the clocks of this machine and of the storage; infinity if it doesn't exist."""
+        written = ask(self.filesystem, lambda: self.filesystem.get_file_info(self.path(file)).mtime)
+        return (datetime.now(UTC) - written).total_seconds() if written else math.inf
+
     def delete(self, file: str) -> None:
         """Delete a file if it exists."""
         filesystem, folder = self._location
@@ -293,7 +301,8 @@ class RunFolder:
             return self.read_table(OLD_EXAMPLE_STATS) if file == EXAMPLE_STATS else None
         self.check_digest(file, content)
         try:
-            table = read_parquet(content, TABLES[file])
+            optional = {name: kind for name, kind in OPTIONAL.items() if name in read_schema(content).names}
+            table = read_parquet(content, TABLES[file] | optional)
             check_ranges(table)
         except ValueError as error:
             raise self._damaged(file, error) from error
@@ -313,15 +322,16 @@ class RunFolder:
         return self.file_names(fs.FileType.Directory)
 
     def runs(self) -> list["RunFolder"]:
-        """Return the runs inside this folder, which is a comparison's, sorted by name."""
+        """Return the runs inside this folder, sorted by name."""
+        return self.folders_with(RUN)
+
+    def folders_with(self, *files: str) -> list["RunFolder"]:
+        """Return the folders in this one that hold one of these files, sorted by name."""
         filesystem, folder = self._location
-        names = self._subfolders()
-        found = ask(filesystem, lambda: filesystem.get_file_info([f"{folder}/{name}/{RUN}" for name in names]))
-        return [
-            RunFolder(self.folder, name)
-            for name, file in zip(names, found, strict=True)
-            if file.type != fs.FileType.NotFound
-        ]
+        paths = {f"{folder}/{name}/{file}": name for name in self._subfolders() for file in files}
+        found = ask(filesystem, lambda: filesystem.get_file_info([*paths]))
+        names = [paths[entry.path] for entry in found if entry.type != fs.FileType.NotFound]
+        return [RunFolder(self.folder, name) for name in dict.fromkeys(names)]
 
     @contextmanager
     def marker(self) -> Iterator[str | None]:
@@ -445,6 +455,13 @@ class RunFolder:
             except ValueError as error:
                 warn(f"{name} is skipped: {error}.")
 
+    def size_of(self, names: Iterable[str]) -> int:
+        """Return the bytes of folders directly in this one."""
+        filesystem, folder = self._location
+        selectors = [fs.FileSelector(f"{folder}/{name}", recursive=True) for name in names]
+        found = ask(filesystem, lambda: [filesystem.get_file_info(selector) for selector in selectors])
+        return sum(entry.size or 0 for entries in found for entry in entries)
+
     def delete_checkpoints(self, names: list[str]) -> None:
         filesystem, folder = self._location
         for path in [f"{folder}/{name}" for name in names]:
@@ -463,7 +480,9 @@ def check_ranges(table: pa.Table) -> None:
         values = (column.flatten() if pa.types.is_fixed_size_list(column.type) else column).to_numpy()
         if name in CLASSES and not 0 <= values.min() <= values.max() < CIFAR100.num_classes:
             raise ValueError(f"the column {name} has classes from {values.min()} to {values.max()}")
-        if name in ("index", "seen") and values.min() < 0:
+        if name == "near_duplicate" and values.max() > 1:
+            raise ValueError(f"the column {name} has {values.max()}")
+        if name in ("index", "seen", "near_duplicate") and values.min() < 0:
             raise ValueError(f"the column {name} has {values.min()}")
         if name == "probabilities" and not (
             column.type.list_size == CIFAR100.num_classes and ((values >= 0) & (values <= 1.001)).all()

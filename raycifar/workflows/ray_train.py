@@ -88,4 +88,5 @@ def build_job(run: "PreparedRun") -> Job:
         record=request.record,
         checkpoint_steps=request.checkpoint_steps,
         rungs=request.rungs,
+        near_duplicates=inputs.near_duplicates() if request.test else None,
     )

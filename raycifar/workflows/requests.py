@@ -180,6 +180,7 @@ class ComparisonRequest(Settings):
     search: int = setting(0, "Trials that look for each model's best recipe.", least=0, most=MAX_TRIALS)
     space: str | None = setting(None, "TOML file of what a search varies.  [rate, decay, batch, smoothing, augment]")
     price_per_hour: float | None = setting(None, "Of one device: shows what training cost.", least=0)
+    without_near_duplicates: bool = setting(False, "Score only test images whose photograph no run has trained on.")
     name: str = setting("", "The comparison's name; the same name continues it.  [compare and time]")
     workers: int = setting(1, "Of each trial.", least=1, most=MAX_WORKERS)
     max_trials: int | None = setting(None, "Trials at once.  [as many as the cluster holds]", least=1)

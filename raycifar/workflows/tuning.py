@@ -1,5 +1,7 @@
 """The trials of a comparison, orchestrated by Ray Tune; each trains like `raycifar train`, in a run folder."""
 
+import heapq
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +12,11 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from raycifar import models
 from raycifar.cluster import ray_internals
 from raycifar.cluster.connection import environment
 from raycifar.cluster.sizing import Workers
-from raycifar.cluster.status import Failure, FailureCause
+from raycifar.cluster.status import Failure, FailureCause, StepStatus, WorkerStatus
 from raycifar.cluster.waiting import Waiting
 from raycifar.data.tables import Source, split
 from raycifar.errors import WorkError
@@ -24,6 +27,7 @@ from raycifar.models.recipes import recipe_from_json
 from raycifar.storage.files import ask
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
+from raycifar.workflows.duplicates import copied_images
 from raycifar.workflows.identity import Inputs
 from raycifar.workflows.requests import TrainingRequest
 from raycifar.workflows.search_space import PastTrial, Space, suggest
@@ -85,6 +89,7 @@ class StudySearcher(Searcher):
         self.searches: dict[str, list[Trial]] = {model: [] for model in study.recipes}
         self.finals: dict[str, list[Trial]] = {}
         self.running: dict[str, Trial] = {}  # by the identifier of Ray Tune's trial
+        self.steps: dict[str, tuple[StepStatus, float]] = {}  # the last of each trial, and its predicted end
         self.stopped = False
         self._advance()
 
@@ -97,6 +102,46 @@ class StudySearcher(Searcher):
         self.stopped = True
         for trial in list(self.running.values()):
             trial.status_store.request_stop()
+
+    def seconds_left(self) -> float | None:
+        """Return about how long all trials take from now on, if a search stops none; None until steps are timed."""
+        now, running = time.monotonic(), list(self.running.values())
+        for trial in running:
+            step = (trial.status_store.worker() or WorkerStatus()).step
+            if step and step != self.steps.get(trial.name, (None,))[0]:
+                self.steps[trial.name] = step, now + step.seconds_left
+        epochs = self._seconds_of_epochs()
+        if not epochs:
+            return None
+        slots = [
+            max(0.0, self.steps[trial.name][1] - now)
+            if trial.name in self.steps
+            else trial.recipe.epochs * epochs[trial.model]
+            for trial in running
+        ]
+        slots += [0.0] * (self.most_at_once - len(slots))
+        heapq.heapify(slots)
+        waiting = [trial for trial in self.trials if trial.status == TrialStatus.WAITING]
+        to_come = [trial.recipe.epochs * epochs[trial.model] for trial in waiting]
+        for model, recipe in self.study.recipes.items():
+            planned = len(self.searches[model]) + len(self.finals.get(model, []))
+            to_come += [recipe.epochs * epochs[model]] * (self.study.searches + len(self.study.seeds) - planned)
+        for seconds in to_come:
+            heapq.heapreplace(slots, slots[0] + seconds)
+        return max(slots)
+
+    def _seconds_of_epochs(self) -> dict[str, float]:
+        """Return the seconds of each model's epoch: as timed, else by its FLOPs and the pace of those that are."""
+        timed: dict[str, list[float]] = {}
+        for trial in self.trials:
+            if trial.name in self.steps:
+                timed.setdefault(trial.model, []).append(self.steps[trial.name][0].seconds_of_epoch)
+        if not timed:
+            return {}
+        flops = {model: models.flops(start.architecture) for model, start in self.study.starts.items()}
+        known = {model: statistics.mean(seconds) for model, seconds in timed.items()}
+        pace = statistics.mean(seconds / flops[model] for model, seconds in known.items())
+        return {model: known.get(model, pace * flops[model]) for model in self.study.recipes}
 
     # Ray Tune's interface --------------------------------------------------------------------------
 
@@ -284,7 +329,8 @@ def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Wor
     trial = Trial.from_config(config)
     request, run, store = study.request(trial), study.run(trial), trial.status_store
     try:
-        splits = split(source, request.val_size, request.limit, request.seed)
+        copied = copied_images(source, request.recipe)
+        splits = split(source, request.val_size, request.limit, request.seed, copied)
         inputs = Inputs(source, splits, study.starts[trial.model])
         prepared = prepare(request, Screen(quiet=True), folder=run, inputs=inputs, workers=workers, status_store=store)
         waiting = Waiting(workers, request.wait)
