@@ -101,7 +101,7 @@ def run_page(files: RunFiles, report: dict[str, Any]) -> str:
         has_predictions=files.predictions is not None,
         has_pictures=pictures is not None,
         classes=every_class(files.predictions, info),
-        augmented=[PNG + image for image in (pictures or {}).get("augmented", [])],
+        augmented=[PNG + image for image in (pictures.get("augmented", []) if pictures else [])],
         **shown,
     )
 
