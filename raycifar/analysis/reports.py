@@ -59,7 +59,7 @@ def report_run(files: RunFiles) -> dict[str, Any]:
         "notes": list(files.notes),
         "headline": prose.headline(found),
         "findings": [finding.to_json() for finding in found],
-        "next": prose.next_steps(files.history, found, files.storage) if files.history.records else [],
+        "next": prose.next_steps(files.history, found, files.storage) if found else [],
         "paragraph": prose.paragraph(files.history, found),
     }
 
