@@ -354,14 +354,10 @@ def class_chart(rows: Sequence[dict[str, Any]]) -> str:
         ranked = sorted(rows, key=lambda row: row["recall"] or 0.0)
         figure, axes = new_axes(7.2, 2.4)
         axes.bar(range(len(ranked)), [row["recall"] or 0.0 for row in ranked], 0.8, color=BLUE)
+        highest = max((row["recall"] or 0.0 for row in ranked), default=0.0)  # above all bars, or they hide the names
         for end, anchor in ((0, "left"), (len(ranked) - 1, "right")):
-            axes.annotate(
-                ranked[end]["class"].replace("_", " "),
-                (end, ranked[end]["recall"] or 0.0),
-                (0, 4),
-                textcoords="offset points",
-                ha=anchor,
-            )
+            place, name = (end, highest), ranked[end]["class"].replace("_", " ")
+            axes.annotate(name, place, (0, 4), textcoords="offset points", ha=anchor)
         axes.set(xlabel="classes, from the hardest to the easiest", ylabel="accuracy", ylim=(0, 1), xticks=[])
         names, recall = [row["class"].replace("_", " ") for row in ranked], [row["recall"] or 0.0 for row in ranked]
         values = values_of(axes, "class", range(len(ranked)), {"accuracy": recall}, names=names)
