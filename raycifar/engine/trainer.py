@@ -381,7 +381,7 @@ class Trainer:
             train_eval_loss=train_eval["loss"],
             train_eval_top1=train_eval["top1"],
             train_eval_images=int(train_eval["images"]),
-            step_losses=totals.step_losses,
+            step_losses=[*totals.step_losses],
             lr=self.recipe.learning_rate(progress.epoch, self.steps_per_epoch - 1, self.steps_per_epoch),
             stage=self.state.stage,
             grad_norm=totals.grad_norm / self.steps_per_epoch,
