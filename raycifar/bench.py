@@ -24,7 +24,7 @@ from raycifar.workflows.requests import MAX_TRIALS, TrainingRequest
 @click.option("--price-per-hour", type=float, default=None, help="Of one device, for --plan.")
 @click.option("--startup", is_flag=True, help="Time the way to the first step too, beside an empty trainer's.")
 @click.option("--out", default="bench", help="Folder or URI for bench.json and charts.")
-@request_options(TrainingRequest, without=("name", "storage", "checkpoint_steps", "report"))
+@request_options(TrainingRequest, without=("name", "storage", "checkpoint_steps", "report", "profile"))
 @recipe_options
 @command
 def main(debug: bool, model: str, **options: Any) -> None:

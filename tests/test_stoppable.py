@@ -33,6 +33,7 @@ class Fit:
         self.trainer = StoppableTrainer(
             endless(),
             train_loop_config={"file": str(self.file)},
+            key=str(self.file),
             scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
             run_config=RunConfig(name="a", storage_path=str(folder)),
         )
@@ -80,7 +81,7 @@ def test_a_run_that_waits_for_room_is_ended(local_ray, tmp_path):
 
 
 def test_a_run_that_is_ended_before_it_begins_does_not_begin(local_ray, tmp_path):
-    trainer = StoppableTrainer(endless(), run_config=RunConfig(storage_path=str(tmp_path)))
+    trainer = StoppableTrainer(endless(), key="a", run_config=RunConfig(storage_path=str(tmp_path)))
     trainer.ended.set()
     trainer.abort()
     with pytest.raises(AbortedError):

@@ -1,11 +1,9 @@
 """Where a data set comes from: the network, a path or URI, or nowhere."""
 
-import io
 import os
 import re
 import tempfile
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import platformdirs
 import pooch
@@ -101,15 +99,15 @@ def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
 def read_file(name: str, filesystem: fs.FileSystem, path: str) -> Source:
     """Return the data set in a single file: an archive."""
     with open_file(filesystem, path) as file:
-        stream: io.BufferedReader[Any] = io.BufferedReader(file)
-        head = stream.peek(8)[:8]
+        head = file.read(8)
+        file.seek(0)
         kind = next((kind for magic, kind in ONE_SPLIT.items() if head.startswith(magic)), None)
         if kind or path.endswith(".csv"):
             raise RequestError(
                 f"{name} is a single {kind or 'CSV'} file, so one split: give the folder of train and test files."
             )
         opened = open_zip if head.startswith(b"PK") else open_tar
-        return read_tree(opened(name, stream))
+        return read_tree(opened(name, file))
 
 
 def read_folder(name: str, filesystem: fs.FileSystem, path: str) -> Source:

@@ -115,7 +115,7 @@ def prepare(
         from raycifar.cluster.nodes import check_nodes
         from raycifar.workflows.tuning import AshaByModel, Study, StudySearcher
 
-        connection.enter_context(connected(debug=debug, dashboard=True))
+        connection.enter_context(connected(debug=debug, name=request.name))
         trials = len(recipes) * (request.search + request.seeds)
         each = (request.device, request.cpus_per_worker, request.gpus_per_worker, request.accelerator)
         workers, fit = sizing.size_trials(request.workers, *each, trials)

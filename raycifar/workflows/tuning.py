@@ -14,6 +14,7 @@ from raycifar.cluster import ray_internals
 from raycifar.cluster.connection import environment
 from raycifar.cluster.sizing import Workers
 from raycifar.cluster.status import Failure, FailureCause
+from raycifar.cluster.stoppable import release
 from raycifar.cluster.waiting import Waiting
 from raycifar.data.tables import Source, split
 from raycifar.errors import WorkError
@@ -256,23 +257,25 @@ def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: 
                 storage_path=folder.root,
                 storage_filesystem=folder.filesystem,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[RetryNotices()],
+                callbacks=[FailedDrivers()],
                 verbose=0,
             ),
         ).fit()
     ask(folder.filesystem, lambda: folder.filesystem.delete_dir(folder.path()))
 
 
-class RetryNotices(ray_internals.progress_callback_class()):  # type: ignore[misc]
-    """Records a trial's retry in its status store; prints nothing, unlike Ray Tune's default callback."""
+class FailedDrivers(ray_internals.progress_callback_class()):  # type: ignore[misc]
+    """Releases what a failed driver leaves, and records its retry; prints nothing, unlike Ray Tune's default callback."""
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         store = Trial.from_config(trial.config).status_store
+        release(store.key)
         store.add_failure(Failure(FailureCause.DRIVER, store.reason() or "it died"))
 
     def on_trial_complete(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def on_trial_error(self, *args: Any, **kwargs: Any) -> None: ...
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        release(Trial.from_config(trial.config).status_store.key)
 
 
 def directory(tune_trial: Any) -> str:
