@@ -74,9 +74,7 @@ def metric(name):
 def dashboard(cluster):
     """Return the jobs that Ray's dashboard lists."""
     token = Path(cluster["RAY_AUTH_TOKEN_PATH"]).read_text()
-    request = urllib.request.Request(
-        "http://127.0.0.1:8299/api/jobs/", headers={"Authorization": f"Bearer {token}"}
-    )
+    request = urllib.request.Request("http://127.0.0.1:8299/api/jobs/", headers={"Authorization": f"Bearer {token}"})
     return json.loads(urllib.request.urlopen(request).read())
 
 

@@ -12,7 +12,7 @@ from ray.tune.search import Searcher
 
 from raycifar.cluster import ray_internals
 from raycifar.cluster.connection import environment
-from raycifar.cluster.sizing import Workers
+from raycifar.cluster.sizing import HEAD, Workers
 from raycifar.cluster.status import Failure, FailureCause
 from raycifar.cluster.stoppable import release
 from raycifar.cluster.waiting import Waiting
@@ -35,7 +35,7 @@ POLL_SECONDS = 0.25  # between two checks of a trial
 REDUCTION = 3  # ASHA (Li et al., 2020) continues one of so many trials at each rung
 RETRIES = 1  # of a trial whose driver failed; Ray Train replaces workers that died
 # A trial's driver runs on the head, which isn't preempted, and reserves no CPU, because workers may hold them all.
-DRIVER = {"node:__internal_head__": 0.001}
+DRIVER = {HEAD: 0.001}
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: 
 
 
 class FailedDrivers(ray_internals.progress_callback_class()):  # type: ignore[misc]
-    """Releases what a failed driver leaves, and records its retry; prints nothing, unlike Ray Tune's default callback."""
+    """Releases what a failed driver leaves, and records its retry; prints nothing, as Ray Tune by itself would."""
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         store = Trial.from_config(trial.config).status_store
