@@ -68,7 +68,7 @@ def start_tracer(activities: Iterable[ProfilerActivity]) -> None:
 
 def record_memory() -> None:
     """Record from now on who allocates a GPU's memory; there is no public way."""
-    torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+    torch.cuda.memory._record_memory_history(stacks="python", max_entries=MEMORY_EVENTS)
 
 
 def memory_snapshot() -> bytes:
