@@ -10,6 +10,7 @@ from raycifar.engine import torch_internals
 from raycifar.storage.run_folder import PROFILE, RunFolder
 
 BEFORE, WARM_UP, TRACED = 5, 2, 8  # steps: in the first ones, libraries are loaded and CUDA graphs captured
+NEEDED = BEFORE + WARM_UP + TRACED
 ROWS, LONGEST_NAME = 12, 60  # of the table
 GRAPHS = "Steps are replayed as CUDA graphs: these are the kernels of the graphs, which no operation launches."
 
@@ -17,6 +18,7 @@ GRAPHS = "Steps are replayed as CUDA graphs: these are the kernels of the graphs
 class StepProfiler:
     """Traces some of a worker's steps, and writes what it finds to the run's folder, anew after a restart.
 
+    The steps follow each other: where an epoch has fewer than `NEEDED`, its scoring is traced with its last step.
     On a GPU it also writes a snapshot of the memory, which https://pytorch.org/memory_viz draws.
     """
 
@@ -40,11 +42,14 @@ class StepProfiler:
             self.profile.step()
 
     def stop(self) -> None:
-        """Write what is traced of a run that ends before all steps are."""
+        """Stop tracing; of a run that ends before all steps are traced, nothing is written."""
         if not self.is_over:
+            self.is_over = True
             self.profile.stop()
 
     def write(self, traced: profile) -> None:
+        if self.is_over:
+            return
         self.is_over = True
         self.run.write(f"{self.name}.txt", self.table(traced).encode())
         with tempfile.TemporaryDirectory() as folder:

@@ -322,7 +322,9 @@ def show_profile(run: PreparedRun, screen: "Screen") -> None:
     if not run.request.profile:
         return
     if (table := run.folder.read(f"{PROFILE}/worker0.txt")) is None:
-        screen.say("Nothing is traced: --profile needs more steps.")
+        from raycifar.engine.profile import NEEDED
+
+        screen.say(f"Nothing is traced: --profile needs {NEEDED} steps in one go.")
         return
     screen.say(f"What takes longest in a step of worker 0; traces are in {PROFILE}/, for TensorBoard or Perfetto:")
     screen.lines(table.decode().splitlines())
