@@ -57,10 +57,10 @@ class Job:
     """What the driver asks of the workers.
 
     num_val_images, num_test_images: 0 leaves that split alone. gpus, threads: of each worker. device: cpu or mps, of
-    one that has no `gpus`. in_process: without worker actors. versions: the driver's. checkpoint_steps: between two
-    checkpoints; 0: at the end of each epoch alone. profile: trace some steps. rungs: epochs after which the driver says
-    whether to stop. near_duplicates: rows of test images whose photograph is among the training images, None where that
-    isn't known.
+    one that has no `gpus`. in_process: without worker actors. versions: the driver's. record: follow each training
+    image and the gradient's norm. checkpoint_steps: between two checkpoints; 0: at the end of each epoch alone.
+    profile: trace some steps. rungs: epochs after which the driver says whether to stop. near_duplicates: rows of test
+    images whose photograph is among the training images, None where that isn't known.
     """
 
     run: RunFolder
@@ -79,6 +79,7 @@ class Job:
     in_process: bool
     versions: dict[str, str]
     compile: bool
+    record: bool
     checkpoint_steps: int
     profile: bool
     rungs: Sequence[int]
@@ -205,7 +206,8 @@ class Trainer:
             seed(step_seed(self.job.seed, progress.epoch, batch.step, self.world_size, self.rank), self.device)
             lr = self.recipe.learning_rate(progress.epoch, batch.step, self.steps_per_epoch)
             set_learning_rate(self.state.optimizer, lr)
-            self.meter.record(batch.step, self.train_step(batch))
+            size = self.recipe.size(progress.epoch, batch.step, self.steps_per_epoch)
+            self.meter.record(batch.step, self.train_step(batch, size))
             if self.profiler:
                 self.profiler.step()
             progress.segments = advance(progress.segments, self.world_size)
@@ -248,7 +250,7 @@ class Trainer:
         scores = self.score_test_set() if self.job.num_test_images else None
         if self.rank == 0:
             self.run.write(MODEL, to_file(self.state.scored.state_dict(), self.architecture))
-            if self.state.example_stats is not None:
+            if self.job.record and self.state.example_stats is not None:
                 self.run.write(EXAMPLE_STATS, to_example_stats_file(self.state.example_stats, self.index, self.labels))
         return scores
 
@@ -297,7 +299,7 @@ class Trainer:
         return TrainStep(
             self.state,
             self.train_set,
-            self.example_stats,
+            self.example_stats if self.job.record else None,
             self.autocast,
             exchange=exchange,
             notice=self.reporter.notice,
@@ -393,9 +395,7 @@ class Trainer:
             step_losses=[*totals.step_losses],
             lr=self.recipe.learning_rate(progress.epoch, self.steps_per_epoch - 1, self.steps_per_epoch),
             stage=self.state.stage,
-            grad_norm=totals.grad_norm / self.steps_per_epoch,
-            grad_norm_max=totals.grad_norm_max,
-            grad_norm_max_step=totals.grad_norm_max_step,
+            **(totals.gradients(self.steps_per_epoch) if self.job.record else {}),
             rise=self.end_example_stats(),
             restarts=progress.restarts,
             images_per_second=totals.num_images / totals.seconds,

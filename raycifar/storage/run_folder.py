@@ -62,6 +62,7 @@ MODEL, BEST = "model.safetensors", "best.safetensors"
 PREDICTIONS, EXAMPLE_STATS = "predictions.parquet", "example_stats.parquet"
 OLD_EXAMPLE_STATS = "images.parquet"  # their name in earlier versions
 EVALUATION, EVALUATION_PAGE = "evaluation.json", "evaluation.html"  # written by `evaluate`
+SPEEDRUN = "speedrun.json"  # written by `speedrun`
 BENCH, BENCH_CHART, PLAN_CHART = "bench.json", "bench.svg", "plan.svg"  # written by `bench`
 REPORT_PAGE, REPORT, REPORT_TEXT, SUSPECTS = "report.html", "report.json", "report.md", "suspects.csv"
 PICTURES = "pictures.json"

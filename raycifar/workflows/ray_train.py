@@ -86,6 +86,7 @@ def build_job(run: "PreparedRun") -> Job:
         in_process=run.workers.count == 0,
         versions=versions(),
         compile=request.compile,
+        record=request.record,
         checkpoint_steps=request.checkpoint_steps,
         profile=request.profile,
         rungs=request.rungs,

@@ -110,6 +110,7 @@ class Settings(WorkerSettings):
     report: bool = setting(True, "Draw and explain the curves, also while it runs.")
     track: str | None = setting(None, "Log runs there, too.  [none]", metavar="mlflow|wandb")
     compile: bool = setting(False, "Compile the model with torch.compile.")
+    record: bool = setting(True, "Follow each training image and the gradient's norm.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
