@@ -96,7 +96,9 @@ def run_page(page: Path, folder: Path, data: str, trained: Path, *, slow: bool) 
     return finish(program).stdout
 
 
-FIRST = [page for page in PAGES if page.stem != "extending" and any(b["kind"] in ("bash", "python") for b in blocks(page))]
+FIRST = [
+    page for page in PAGES if page.stem != "extending" and any(b["kind"] in ("bash", "python") for b in blocks(page))
+]
 SLOW = [page for page in FIRST if any(block["mark"] == "slow" for block in blocks(page))]
 
 
@@ -120,7 +122,12 @@ def test_what_extends_raycifar_is_trained_with(tmp_path, small):
             apply(block["text"], tmp_path)
     command = [sys.executable, "-m", "raycifar", *dict(steps)["command"], "--report"]
     done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "extended.jsonl").read_text().splitlines()) == 2  # an epoch, and the scores
@@ -132,7 +139,9 @@ def apply(diff: str, folder: Path) -> None:
     for file, hunks in re.findall(r"^\+\+\+ b/(\S+)\n(.*?)(?=^--- |\Z)", diff, re.MULTILINE | re.DOTALL):
         text = (folder / file).read_text()
         for hunk in re.split(r"^@@.*\n", hunks, flags=re.MULTILINE)[1:]:
-            old, new = ("".join(line[1:] for line in hunk.splitlines(True) if line[0] in kinds) for kinds in (" -", " +"))
+            old, new = (
+                "".join(line[1:] for line in hunk.splitlines(True) if line[0] in kinds) for kinds in (" -", " +")
+            )
             assert text.count(old) == 1, old
             text = text.replace(old, new)
         (folder / file).write_text(text)
@@ -145,7 +154,9 @@ def test_the_notebook_of_the_study_runs(tmp_path, small, monkeypatch):
     notebook = nbformat.read(DOCS / "study.ipynb", 4)
     settings = notebook["cells"][1]
     size = "limit=500, val_size=100, epochs=6, batch_size=25"  # 120 steps, after which a network is called dead
-    settings["source"], count = re.subn(r"limit=\d+, val_size=\d+, epochs=\d+, batch_size=\d+", size, settings["source"])
+    settings["source"], count = re.subn(
+        r"limit=\d+, val_size=\d+, epochs=\d+, batch_size=\d+", size, settings["source"]
+    )
     settings["source"] = settings["source"].replace('"imagenet"', '"none"').replace(size, f"{size}, image_size=32")
     for cell in notebook["cells"]:
         cell["source"] = cell["source"].replace("image_size=64, ", "")

@@ -24,7 +24,9 @@ COLUMNS = 128
 
 # The run of the README, and those of the study.
 FIRST = "train --model cnn --limit 5000 --val-size 2000 --epochs 20 --augment none --workers 0 --name first"
-STUDY = "train --model {0} --seed {1} --name {0}-{1} --limit 2000 --val-size 1000 --epochs 6 --batch-size 64 --workers 0"
+STUDY = (
+    "train --model {0} --seed {1} --name {0}-{1} --limit 2000 --val-size 1000 --epochs 6 --batch-size 64 --workers 0"
+)
 COMPARE = "compare results/cnn-0 results/cnn-1 results/vgg16-0 results/vgg16-1 --name comparison"
 
 
