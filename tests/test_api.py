@@ -1,10 +1,6 @@
 """raycifar from Python: in a fresh process, a thread, a notebook, and under a Ray that the caller has started."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
 """Makes the pictures of the documentation from real runs:  python docs/pictures/make.py [FOLDER]
 
-FOLDER keeps the runs: what is trained there already isn't trained again. Needs Chromium and real images (RAYCIFAR_DATA).
+FOLDER keeps the runs, and what is there isn't trained again. Needs Chromium and real images (RAYCIFAR_DATA).
 """
 
 import io
