@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from urllib.request import urlopen
 
+import nbclient
+import nbformat
 from PIL import Image
 from rich.console import Console
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME, SVG_EXPORT_THEME, TerminalTheme
@@ -21,13 +23,15 @@ from rich.terminal_theme import DEFAULT_TERMINAL_THEME, SVG_EXPORT_THEME, Termin
 PICTURES = Path(__file__).parent
 MOST_BYTES = 200_000
 COLUMNS = 128
+# The runs whose reports are shown, and how many pixels of them.
+PAGES = {
+    "report": ("results/first", 930),
+    "dead": ("study/dead", 1060),
+    "black": ("study/black", 1060),
+    "comparison": ("study/comparison", 930),
+}
 
-# The run of the README, and those of the study.
 FIRST = "train --model cnn --limit 5000 --val-size 2000 --epochs 20 --augment none --workers 0 --name first"
-STUDY = (
-    "train --model {0} --seed {1} --name {0}-{1} --limit 2000 --val-size 1000 --epochs 6 --batch-size 64 --workers 0"
-)
-COMPARE = "compare results/cnn-0 results/cnn-1 results/vgg16-0 results/vgg16-1 --name comparison"
 
 
 def main() -> None:
@@ -36,17 +40,12 @@ def main() -> None:
     said = folder / "first.txt"
     if not said.exists():
         said.write_text(raycifar(FIRST, folder))
-    for model in ("cnn", "vgg16"):
-        for seed in (0, 1):
-            raycifar(STUDY.format(model, seed), folder)
-    raycifar(COMPARE, folder)
+    run_study(folder)
     for name, theme in (("light", DEFAULT_TERMINAL_THEME), ("dark", SVG_EXPORT_THEME)):
         draw_terminal(said.read_text(), folder, theme, PICTURES / f"terminal-{name}.svg")
-        pages = {"report": ("first", 1040, 930), "comparison": ("comparison", 1040, 1130)}
-        for picture, (run, width, height) in pages.items():
-            page = folder / "results" / run / "report.html"
-            photograph(page.as_uri(), PICTURES / f"{picture}-{name}.png", width, height)
-        photograph_tensorboard(folder / "results", PICTURES / f"tensorboard-{name}.png")
+        for picture, (run, height) in PAGES.items():
+            photograph((folder / run / "report.html").as_uri(), PICTURES / f"{picture}-{name}.png", 1040, height)
+        photograph_tensorboard(folder / "study", PICTURES / f"tensorboard-{name}.png")
 
 
 def raycifar(command: str, folder: Path) -> str:
@@ -54,6 +53,14 @@ def raycifar(command: str, folder: Path) -> str:
     print(f"$ raycifar {command}", flush=True)
     line = [sys.executable, "-m", "raycifar", *shlex.split(command)]
     return subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def run_study(folder: Path) -> None:
+    """Execute the study's notebook, without what needs a download."""
+    notebook = nbformat.read(PICTURES.parent / "study.ipynb", 4)
+    notebook["cells"] = [cell for cell in notebook["cells"] if "download" not in cell["metadata"].get("tags", ())]
+    print("Executing study.ipynb", flush=True)
+    nbclient.NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(folder)}}).execute()
 
 
 def draw_terminal(text: str, folder: Path, theme: TerminalTheme, picture: Path) -> None:
