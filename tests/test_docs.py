@@ -7,21 +7,41 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from command import ROOT, Program, finish
 from PIL import Image
 
+from raycifar import models
+from raycifar.analysis.prose import PHRASES
+from raycifar.cli import COMMANDS
+from raycifar.engine.ray_metrics import METRICS as METRICS_OF_RAY
+from raycifar.storage.records import EpochRecord, ResultFile, Scores
+from raycifar.storage.run_folder import (
+    BEST,
+    EVENTS,
+    EXAMPLE_STATS,
+    MANIFEST,
+    METRICS,
+    MODEL,
+    PICTURES,
+    PREDICTIONS,
+    RESULT,
+    RUN,
+    SUSPECTS,
+)
+
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-PICTURES = sorted(path for path in (DOCS / "pictures").iterdir() if path.suffix in (".png", ".svg"))
+DRAWN = sorted(path for path in (DOCS / "pictures").iterdir() if path.suffix in (".png", ".svg"))
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]+) -->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r'(?:\]\(|src(?:set)?=")([^)"#:]+)(?:#[^)"]*)?[)"]')
 SMALL = {"limit": 100, "val_size": 100, "epochs": 1, "batch_size": 20}
 
 # What runs the steps of a page in one process: commands, of which each would end it, and Python.
-RUN = """
+RUNNER = """
 import json, sys
 from raycifar import api, cli, command
 
@@ -93,7 +113,7 @@ def run_page(page: Path, folder: Path, data: str, trained: Path, *, slow: bool) 
     env = {"RAYCIFAR_DATA": data, "RAY_AUTH_MODE": "disabled", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     steps = steps_of(page, folder, data, slow=slow)
     options = {**SMALL, "workers": 0, "data": data}
-    program = Program(folder / "page.py", RUN, json.dumps([steps, options]), env=env)
+    program = Program(folder / "page.py", RUNNER, json.dumps([steps, options]), env=env)
     return finish(program).stdout
 
 
@@ -165,14 +185,32 @@ def test_the_readme_is_short_and_has_the_two_commands_on_a_line_each():
     assert sum(line.startswith("pip install -q uv && uv run ") for line in lines) == 2
 
 
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("index", COMMANDS),
+        ("report", PHRASES),
+        ("run-folder", [f.name for f in fields(EpochRecord)]),
+        ("run-folder", [*ResultFile.__annotations__, *Scores.__annotations__]),
+        ("run-folder", [RUN, METRICS, RESULT, MODEL, BEST, PREDICTIONS, EXAMPLE_STATS, PICTURES, MANIFEST, SUSPECTS]),
+        ("run-folder", [EVENTS]),
+        ("tracking", [f"ray_raycifar_{name}" for name in METRICS_OF_RAY]),
+        ("training", [*models.names(), "study", "transfer", "scratch"]),
+    ],
+    ids=str,
+)
+def test_a_page_names_everything_that_there_is(page, names):
+    missing = [name for name in names if f"`{name}`" not in (DOCS / f"{page}.md").read_text()]
+    assert not missing
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.stem)
 def test_links_lead_to_files(page):
     for target in LINK.findall(page.read_text()):
-        # MkDocs serves docs/PAGE.md at PAGE/, and leaves the paths in `srcset` as they are.
-        assert (page.parent / target.removeprefix("../")).exists(), target
+        assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("picture", PICTURES, ids=lambda picture: picture.name)
+@pytest.mark.parametrize("picture", DRAWN, ids=lambda picture: picture.name)
 def test_a_picture_is_small_and_there_in_light_and_dark(picture):
     assert picture.stat().st_size < 200_000
     kind, other = ("light", "dark") if picture.stem.endswith("light") else ("dark", "light")
