@@ -28,10 +28,13 @@ PAGES = {
     "report": ("results/first", 930),
     "dead": ("study/dead", 1060),
     "black": ("study/black", 1060),
-    "comparison": ("study/comparison", 930),
+    "comparison": ("results/both", 930),
 }
 
+# The runs of the README.
 FIRST = "train --model cnn --limit 5000 --val-size 2000 --epochs 20 --augment none --workers 0 --name first"
+SECOND = "train --model cnn --limit 5000 --val-size 2000 --epochs 20 --workers 0 --name second"
+BOTH = "compare results/first results/second --name both"
 
 
 def main() -> None:
@@ -40,12 +43,14 @@ def main() -> None:
     said = folder / "first.txt"
     if not said.exists():
         said.write_text(raycifar(FIRST, folder))
+    raycifar(SECOND, folder)
+    print(raycifar(BOTH, folder))
     run_study(folder)
     for name, theme in (("light", DEFAULT_TERMINAL_THEME), ("dark", SVG_EXPORT_THEME)):
         draw_terminal(said.read_text(), folder, theme, PICTURES / f"terminal-{name}.svg")
         for picture, (run, height) in PAGES.items():
             photograph((folder / run / "report.html").as_uri(), PICTURES / f"{picture}-{name}.png", 1040, height)
-        photograph_tensorboard(folder / "study", PICTURES / f"tensorboard-{name}.png")
+        photograph_tensorboard(folder / "results", PICTURES / f"tensorboard-{name}.png")
 
 
 def raycifar(command: str, folder: Path) -> str:
@@ -118,7 +123,7 @@ def photograph_tensorboard(runs: Path, picture: Path) -> None:
                     time.sleep(0.5)
             time.sleep(10)  # for it to read the runs
             dark = "true" if "dark" in picture.stem else "false"
-            photograph(f"{url}?darkMode={dark}#timeseries", picture, 1280, 900, "--virtual-time-budget=20000")
+            photograph(f"{url}?darkMode={dark}#scalars&regexInput=&_smoothingWeight=0", picture, 1280, 780, "--virtual-time-budget=20000")
         finally:
             server.terminate()
 
