@@ -123,7 +123,8 @@ def photograph_tensorboard(runs: Path, picture: Path) -> None:
                     time.sleep(0.5)
             time.sleep(10)  # for it to read the runs
             dark = "true" if "dark" in picture.stem else "false"
-            photograph(f"{url}?darkMode={dark}#scalars&regexInput=&_smoothingWeight=0", picture, 1280, 780, "--virtual-time-budget=20000")
+            page = f"{url}?darkMode={dark}#scalars&_smoothingWeight=0"
+            photograph(page, picture, 1280, 780, "--virtual-time-budget=20000")
         finally:
             server.terminate()
 
