@@ -167,7 +167,7 @@ class Run(_InFolder):
 
 @with_options(TrainingRequest)
 def train(model: str, *, progress: bool = True, **options: Any) -> Run:
-    """Train a model, data-parallel, on Ray Train; if the run of that name is finished, only return it.
+    """Train a model, data-parallel, on Ray Train, and return the run; a finished run of that name is returned as it is.
 
     An interrupted training (KeyboardInterrupt, as by a notebook's stop button) leaves a checkpoint, and the same call
     with the same `name` continues it.
@@ -175,6 +175,7 @@ def train(model: str, *, progress: bool = True, **options: Any) -> Run:
     Args:
         model: cnn, vgg16, resnet50, or timm:NAME.
         progress: print progress.
+        options: those of `raycifar train`, such as `epochs=5`; `help(train)` lists them.
 
     Raises:
         RequestError: the request is wrong; nothing was started or written.
@@ -202,7 +203,7 @@ def open_run(location: str | Path) -> Run:
 
 
 class Comparison(_InFolder):
-    """A comparison of models over several seeds; `folder` is a path or URI."""
+    """A comparison of models over several seeds, read from its folder; `folder` is a path or URI."""
 
     @cached_property
     def result(self) -> dict[str, Any]:
@@ -222,6 +223,7 @@ class Comparison(_InFolder):
 
     @property
     def runs(self) -> list[Run]:
+        """The runs that are compared."""
         return [Run(folder) for folder in reporting.find_runs(self._files, self.result)]
 
     @property
@@ -268,6 +270,7 @@ def compare(
         models: any of cnn, vgg16, resnet50 and timm:NAME.
         runs: finished runs to compare instead, or their folders; nothing is trained.
         progress: print progress.
+        options: those of `raycifar compare`, such as `seeds=2`; `help(compare)` lists them.
 
     Raises:
         RequestError: the request is wrong; nothing was started or written.

@@ -14,7 +14,7 @@ from raycifar.workflows.benchmark import STAGES, WAYS, bench, sentences
 from raycifar.workflows.planning import INTERCONNECTS
 from raycifar.workflows.requests import MAX_TRIALS, MAX_WORKERS, TrainingRequest
 
-UNUSED = ("name", "storage", "checkpoint_steps", "report", "track", "max_failures", "workers")
+UNUSED = ("name", "storage", "checkpoint_steps", "report", "profile", "track", "max_failures", "workers")
 # Fields of the recipe that don't change how long a step takes.
 OF_NO_COST = ("lr", "momentum", "schedule", "warmup", "weight_decay", "label_smoothing", "head_epochs", "layer_decay")
 

@@ -10,6 +10,13 @@ from raycifar.durations import duration
 from raycifar.models.recipes import NamedRecipe
 from raycifar.workflows.inventory import OVER, Entry, State
 
+SPEEDRUN_ROWS = {
+    "top1": "top-1, one view",
+    "top1_flip": "top-1, with the mirror image",
+    "seconds": "seconds by the public clock",
+    "whole_seconds": "seconds with scoring",
+}
+
 
 def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
     """Return the models' scores and their costs; each table fits 80 columns."""
@@ -105,6 +112,18 @@ def plan_table(workers: dict[int, dict[str, Any]]) -> Table:
             f"{figures['device_hours']:,.3g}",
             *([f"{figures['cost']:,.4g}"] if priced else []),
         )
+    return table
+
+
+def speedrun_table(found: dict[str, Any]) -> Table:
+    """Return the means over a speedrun's runs."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("", f"mean of {len(found['runs'])}", "95 % interval"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, digits in (("top1", 4), ("top1_flip", 4), ("seconds", 3), ("whole_seconds", 3)):
+        mean, *ends = (found[name][part] for part in ("mean", "low", "high"))
+        interval = "" if ends[0] is None else " to ".join(f"{end:.{digits}f}" for end in ends)
+        table.add_row(SPEEDRUN_ROWS[name], f"{mean:.{digits}f}", interval)
     return table
 
 

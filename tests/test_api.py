@@ -1,10 +1,6 @@
 """raycifar from Python: in a fresh process, a thread, a notebook, and under a Ray that the caller has started."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,17 +41,6 @@ def program(tmp_path, small):
 
 
 # A run ----------------------------------------------------------------------------------------------
-
-
-def test_the_lines_of_the_readme_in_a_fresh_process(small, tmp_path):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    lines = readme.partition("## From Python")[2].partition("```python\n")[2].partition("```")[0]
-    lines = lines.replace("epochs=5", "epochs=1, workers=0, name='r'").replace("limit=5000", "limit=200, val_size=100")
-    lines = lines.replace("compare([", "0 and compare([").replace("photos/cat.jpg", "cat.jpg")
-    Image.new("RGB", (50, 40)).save(tmp_path / "cat.jpg")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    subprocess.run([sys.executable, "-c", lines], check=True, cwd=tmp_path, env=environment, timeout=200)
-    assert (tmp_path / "results/r/result.json").exists()
 
 
 def test_a_run_is_what_its_folder_holds(trained):

@@ -1,4 +1,4 @@
-"""What the README claims of real CIFAR-100 on a small machine: minutes each, run by hand with `-m slow`."""
+"""What docs/benchmarks.md claims of real CIFAR-100 on a small machine: minutes each, run by hand with `-m slow`."""
 
 import json
 import math

@@ -20,13 +20,15 @@ VALUES = ("-1", "0", str(10**30), "nan", "inf", "-inf", "")
 WORKERS = {"workers", "count"}
 PARSED = {*WORKERS, "plan", "against"}  # texts that are more than a text
 ZERO = {
-    "seed", "val_size", "max_failures", "wait", "checkpoint_steps", "search", "price_per_hour", "lr", "momentum",
+    "seed", "val_size", "max_failures", "wait", "checkpoint_steps", "search", "price_per_hour", "lr", "norm_lr",
+    "momentum",
     "warmup", "weight_decay", "label_smoothing", "erasing", "mixup", "cutmix", "dropout", "ema", "clip_norm",
     "head_epochs", "image_size",
 }  # fmt: skip
 REQUIRED = {
     "train": ("--model", "cnn"), "bench": ("--model", "cnn"), "compare": ("--models", "cnn"), "evaluate": ("a",),
     "report": ("a",), "predict": ("a", "b"), "export": ("a", "--to", "onnx"), "recipes": ("cnn",), "prepare": ("a",),
+    "speedrun": ("--model", "cnn"),
 }  # fmt: skip
 
 
@@ -61,6 +63,7 @@ def run(monkeypatch):
     for module, work in (
         ("train", "training.train"), ("compare", "study.train_and_compare"), ("evaluate", "evaluate"),
         ("report", "reporting.report"), ("predict", "predict_files"), ("export", "export"), ("data.__main__", "load"),
+        ("speedrun", "speedrun"),
     ):  # fmt: skip
         importlib.import_module(f"raycifar.{module}")
         monkeypatch.setattr(f"raycifar.{module}.{work}", begin)
@@ -113,6 +116,7 @@ def test_a_recipe_s_file_is_checked_as_its_options_are(field, kind, tmp_path):
 @pytest.mark.parametrize(
     ("name", "args", "says"),
     [
+        ("speedrun", ("--pretrained", "a.pth", "--val-size", -5), "val_size is -5: it must be at least 0"),
         ("train", ("--epochs", "-3"), "epochs is -3: it must be at least 1"),
         ("train", ("--seed", 2**63), "seed is 9223372036854775808: it must be at most"),
         ("train", ("--workers", 0, "--cpus-per-worker", 999), "--cpus-per-worker 999: this machine has"),

@@ -245,7 +245,8 @@ def test_a_run_whose_output_is_closed_stops_at_a_checkpoint_and_says_so(small, t
     "recipe",
     [
         ("--optimizer", "adamw", "--lr", 0.001, "--ema", 0.99, "--dropout", 0.2, "--mixup", 0.5),
-        ("--recipe", "speedrun"),
+        ("--optimizer", "muon", "--cutmix", 0.25, "--ema", 0.98, "--whiten", "--depth", 2),
+        ("--model", "speedrun"),
         ("--augment", "trivial", "--erasing", 0.5),
         ("--augment", "rand", "--erasing", 0.25),
     ],

@@ -7,7 +7,7 @@ Ito's (2008), which color-blind readers can tell apart; lines also differ in the
 import io
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -66,7 +66,7 @@ def to_svg(figure: Figure, description: str, figures: dict[str, Any] | None = No
     return svg.replace(f'id="{PLOT}"', f'class="{PLOT}"').replace("<svg", f"<svg {attributes}", 1)
 
 
-def values_of(axes: Axes, xlabel: str, x: Sequence[float], series: dict[str, Any], **options: Any) -> dict[str, Any]:
+def values_of(axes: Axes, xlabel: str, x: Iterable[float], series: dict[str, Any], **options: Any) -> dict[str, Any]:
     """Return what a page must know of a chart to show its values.
 
     Args:
@@ -239,7 +239,7 @@ def plot_comparison(groups: dict[str, list[RunHistory]], title: str | None = Non
         return figure
 
 
-def scatter(models: dict[str, tuple[float, Sequence[float]]], xlabel: str, description: str) -> str:
+def scatter(models: Mapping[str, tuple[float, Sequence[float]]], xlabel: str, description: str) -> str:
     """Return test accuracy against a cost: a marker for the mean of each model, and a dot for each of its runs.
 
     Args:
@@ -354,14 +354,10 @@ def class_chart(rows: Sequence[dict[str, Any]]) -> str:
         ranked = sorted(rows, key=lambda row: row["recall"] or 0.0)
         figure, axes = new_axes(7.2, 2.4)
         axes.bar(range(len(ranked)), [row["recall"] or 0.0 for row in ranked], 0.8, color=BLUE)
+        highest = max((row["recall"] or 0.0 for row in ranked), default=0.0)  # above all bars, or they hide the names
         for end, anchor in ((0, "left"), (len(ranked) - 1, "right")):
-            axes.annotate(
-                ranked[end]["class"].replace("_", " "),
-                (end, ranked[end]["recall"] or 0.0),
-                (0, 4),
-                textcoords="offset points",
-                ha=anchor,
-            )
+            place, name = (end, highest), ranked[end]["class"].replace("_", " ")
+            axes.annotate(name, place, (0, 4), textcoords="offset points", ha=anchor)
         axes.set(xlabel="classes, from the hardest to the easiest", ylabel="accuracy", ylim=(0, 1), xticks=[])
         names, recall = [row["class"].replace("_", " ") for row in ranked], [row["recall"] or 0.0 for row in ranked]
         values = values_of(axes, "class", range(len(ranked)), {"accuracy": recall}, names=names)

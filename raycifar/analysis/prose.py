@@ -101,7 +101,8 @@ def paragraph(history: RunHistory, findings: Sequence[Finding]) -> str:
     if done:
         trained = f"was trained {start} {images} for {'' if done == epochs else f'{done} of '}{count(epochs, 'epoch')}"
     else:
-        trained = f"is to be trained {start} {images} for {count(epochs, 'epoch')}, of which none is finished"
+        be = "was" if history.result else "is"
+        trained = f"{be} to be trained {start} {images} for {count(epochs, 'epoch')}, of which none {be} finished"
     held_out = f", with {data['val']:,} more held out for validation" if data["val"] else ""
     sentences = [f"The {run['model']} {trained}{held_out}."]
     if history.records:

@@ -62,7 +62,7 @@ def report_run(files: RunFiles) -> dict[str, Any]:
         "notes": list(files.notes),
         "headline": prose.headline(found),
         "findings": [finding.to_json() for finding in found],
-        "next": prose.next_steps(files.history, found, files.storage) if files.history.records else [],
+        "next": prose.next_steps(files.history, found, files.storage) if found else [],
         "paragraph": prose.paragraph(files.history, found),
     }
 
@@ -111,7 +111,7 @@ def run_page(files: RunFiles, report: dict[str, Any]) -> str:
         has_predictions=files.predictions is not None,
         has_pictures=pictures is not None,
         classes=every_class(files.predictions, info),
-        augmented=[PNG + image for image in (pictures or {}).get("augmented", [])],
+        augmented=[PNG + image for image in (pictures.get("augmented", []) if pictures else [])],
         **shown,
     )
 

@@ -1,11 +1,9 @@
 """Where a data set comes from: the network, a path or URI, or nowhere."""
 
-import io
 import os
 import re
 import tempfile
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import platformdirs
 import pooch
@@ -107,18 +105,18 @@ def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
 def read_file(name: str, filesystem: fs.FileSystem, path: str, *, test_alone: bool = False) -> Source:
     """Return the data set in a single file: an archive, or a file of test images."""
     with open_file(filesystem, path) as file:
-        stream: io.BufferedReader[Any] = io.BufferedReader(file)
-        head = stream.peek(8)[:8]
+        head = file.read(8)
+        file.seek(0)
         kind = next((kind for magic, kind in ONE_SPLIT.items() if head.startswith(magic)), None)
         file_name = PurePosixPath(PurePosixPath(path).name)
         if test_alone and any("test" in splits for splits in find([file_name]).values()):
-            tree = Tree.of(name, [file_name], lambda _: stream.read())
+            tree = Tree.of(name, [file_name], lambda _: file.read())
             return read_tree(tree, test_alone=True)
         if kind or path.endswith(".csv"):
             needed = "its name must say test" if test_alone else "give the folder of train and test files"
             raise RequestError(f"{name} is a single {kind or 'CSV'} file, so one split: {needed}.")
         opened = open_zip if head.startswith(b"PK") else open_tar
-        return read_tree(opened(name, stream), test_alone=test_alone)
+        return read_tree(opened(name, file), test_alone=test_alone)
 
 
 def read_folder(name: str, filesystem: fs.FileSystem, path: str, *, test_alone: bool = False) -> Source:

@@ -34,6 +34,14 @@ class EpochTotals:
     seconds: float = 0.0
     step_losses: list[float] = field(default_factory=list)
 
+    def gradients(self, num_steps: int) -> dict[str, Any]:
+        """Return what an epoch's record says of the gradient's norm."""
+        return {
+            "grad_norm": self.grad_norm / num_steps,
+            "grad_norm_max": self.grad_norm_max,
+            "grad_norm_max_step": self.grad_norm_max_step,
+        }
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "EpochTotals":
         """Return the totals in a checkpoint's `progress.json`, whichever version wrote it."""

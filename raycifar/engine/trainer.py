@@ -33,6 +33,7 @@ from raycifar.engine.interruption import Interruption, InterruptionWatch, Preemp
 from raycifar.engine.loss import CHECK_STEPS, StopTrainingError
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, advance, step_seed, steps_per_epoch
+from raycifar.engine.profile import StepProfiler
 from raycifar.engine.ray_metrics import Gauges
 from raycifar.engine.reporter import Reporter
 from raycifar.engine.state import Progress, TrainingState
@@ -56,9 +57,10 @@ class Job:
     """What the driver asks of the workers.
 
     num_val_images, num_test_images: 0 leaves that split alone. gpus, threads: of each worker. device: cpu or mps, of
-    one that has no `gpus`. in_process: without worker actors. versions: the driver's. checkpoint_steps: between two
-    checkpoints; 0: at the end of each epoch alone. rungs: epochs after which the driver says whether to stop.
-    near_duplicates: rows of test images whose photograph is among the training images, None where that isn't known.
+    one that has no `gpus`. in_process: without worker actors. versions: the driver's. record: follow each training
+    image and the gradient's norm. checkpoint_steps: between two checkpoints; 0: at the end of each epoch alone.
+    profile: trace some steps. rungs: epochs after which the driver says whether to stop. near_duplicates: rows of test
+    images whose photograph is among the training images, None where that isn't known.
     """
 
     run: RunFolder
@@ -77,7 +79,9 @@ class Job:
     in_process: bool
     versions: dict[str, str]
     compile: bool
+    record: bool
     checkpoint_steps: int
+    profile: bool
     rungs: Sequence[int]
     near_duplicates: np.ndarray | None
 
@@ -119,6 +123,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> Outcome:
     except StopTrainingError as stop:
         trainer.checkpointer.wait()
         return Outcome(Ending.FAILED, trainer.run.history(notice), failure=stop.kind, reason=str(stop))
+    finally:
+        if trainer.profiler:
+            trainer.profiler.stop()
 
 
 class Trainer:
@@ -134,6 +141,7 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(job.num_train_images, job.recipe.batch_size)
         self.reporter = Reporter(job.status_store, Gauges(job.run.name, self.architecture.model), leader=self.rank == 0)
         self.checkpointer = Checkpointer(job.run)
+        self.profiler = StepProfiler(job.run, self.rank, self.device) if job.profile else None
         self.interruptions = InterruptionWatch(self.reporter, in_process=job.in_process)
         # Set by `set_up`, once there are images and a network.
         self.train_set: Shard
@@ -198,7 +206,10 @@ class Trainer:
             seed(step_seed(self.job.seed, progress.epoch, batch.step, self.world_size, self.rank), self.device)
             lr = self.recipe.learning_rate(progress.epoch, batch.step, self.steps_per_epoch)
             set_learning_rate(self.state.optimizer, lr)
-            self.meter.record(batch.step, self.train_step(batch))
+            size = self.recipe.size(progress.epoch, batch.step, self.steps_per_epoch)
+            self.meter.record(batch.step, self.train_step(batch, size))
+            if self.profiler:
+                self.profiler.step()
             progress.segments = advance(progress.segments, self.world_size)
 
             if batch.step % CHECK_STEPS[self.device.type] == 0:
@@ -239,7 +250,7 @@ class Trainer:
         scores = self.score_test_set() if self.job.num_test_images else None
         if self.rank == 0:
             self.run.write(MODEL, to_file(self.state.scored.state_dict(), self.architecture))
-            if self.state.example_stats is not None:
+            if self.job.record and self.state.example_stats is not None:
                 self.run.write(EXAMPLE_STATS, to_example_stats_file(self.state.example_stats, self.index, self.labels))
         return scores
 
@@ -253,7 +264,7 @@ class Trainer:
 
     def check_node(self) -> None:
         """Stop all workers if one's node can't take part; nodes may join after the driver's check."""
-        sees_run = self.run.read(RUN) is not None
+        sees_run = self.run.exists(RUN)
         objections = all_gather_objects(objection(None if sees_run else f"{self.run.folder}/{RUN}", self.job.versions))
         if reason := next(filter(None, objections), None):
             raise StopTrainingError(f"a node can't take part: {reason}", FailureKind.NODE_MISMATCH)
@@ -288,7 +299,7 @@ class Trainer:
         return TrainStep(
             self.state,
             self.train_set,
-            self.example_stats,
+            self.example_stats if self.job.record else None,
             self.autocast,
             exchange=exchange,
             notice=self.reporter.notice,
@@ -381,12 +392,10 @@ class Trainer:
             train_eval_loss=train_eval["loss"],
             train_eval_top1=train_eval["top1"],
             train_eval_images=int(train_eval["images"]),
-            step_losses=totals.step_losses,
+            step_losses=[*totals.step_losses],
             lr=self.recipe.learning_rate(progress.epoch, self.steps_per_epoch - 1, self.steps_per_epoch),
             stage=self.state.stage,
-            grad_norm=totals.grad_norm / self.steps_per_epoch,
-            grad_norm_max=totals.grad_norm_max,
-            grad_norm_max_step=totals.grad_norm_max_step,
+            **(totals.gradients(self.steps_per_epoch) if self.job.record else {}),
             rise=self.end_example_stats(),
             restarts=progress.restarts,
             images_per_second=totals.num_images / totals.seconds,

@@ -8,6 +8,7 @@
     example_stats.parquet  statistics of each training image over the epochs
     report.*            what the curves show; suspects.csv ranks the labels that are probably wrong
     events.out.tfevents.raycifar*  the history for TensorBoard
+    profile/            of each worker, what takes longest in a step: a trace and a table, where asked for
     best.safetensors    the weights of the epoch with the best validation top-1
     checkpoint_EPOCH_STEP  what a run resumes from; each has a manifest, written last, with a digest of each file
     pictures.json       the few images that the report shows
@@ -27,7 +28,7 @@ import math
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -61,10 +62,12 @@ MODEL, BEST = "model.safetensors", "best.safetensors"
 PREDICTIONS, EXAMPLE_STATS = "predictions.parquet", "example_stats.parquet"
 OLD_EXAMPLE_STATS = "images.parquet"  # their name in earlier versions
 EVALUATION, EVALUATION_PAGE = "evaluation.json", "evaluation.html"  # written by `evaluate`
+SPEEDRUN = "speedrun.json"  # written by `speedrun`
 BENCH, BENCH_CHART, PLAN_CHART = "bench.json", "bench.svg", "plan.svg"  # written by `bench`
 REPORT_PAGE, REPORT, REPORT_TEXT, SUSPECTS = "report.html", "report.json", "report.md", "suspects.csv"
 PICTURES = "pictures.json"
 EVENTS = "events.out.tfevents.raycifar"
+PROFILE = "profile"  # a folder
 MANIFEST, PROGRESS = "manifest.json", "progress.json"  # of a checkpoint
 STUDY, COMPARISON, COMPARISON_TABLE = "study.json", "comparison.json", "comparison.csv"  # of a comparison's folder
 TEXTS = (".json", ".html", ".md", ".csv")  # which may name where something lies, and never a secret
@@ -144,7 +147,7 @@ class RunFolder:
         if self.is_remote and "/" not in self.root.strip("/"):
             return None  # a bucket
         around = RunFolder.at(self.storage)
-        return None if around.read(STUDY) is None else around
+        return around if around.exists(STUDY) else None
 
     def path(self, file: str = "") -> str:
         """Return the path of a file, or of the folder, on `filesystem`."""
@@ -361,11 +364,11 @@ class RunFolder:
         """Record digests of files as they are now, so that a change is noticed."""
         contents = {file: self.read(file) for file in files}
         digests = {file: digest(content) for file, content in contents.items() if content is not None}
-        self.write_json(MANIFEST, {**self._digests(), **digests})
+        self.write_json(MANIFEST, {**self._read_digests(), **digests})
 
     def lost(self, *files: str) -> list[str]:
         """Return those of `files` that no longer exist."""
-        return [file for file in files if file in self._digests() and not self.exists(file)]
+        return [file for file in files if file in self._digests and not self.exists(file)]
 
     def check_digest(self, file: str, content: bytes) -> None:
         """Compare what was read with the manifest.
@@ -376,7 +379,11 @@ class RunFolder:
         if self._has_changed(file, content):
             raise self._damaged(file, f"it has changed since {MANIFEST} was written")
 
+    @cached_property
     def _digests(self) -> dict[str, str]:
+        return self._read_digests()
+
+    def _read_digests(self) -> dict[str, str]:
         try:
             return self.read_json(MANIFEST) or {}
         except DamagedFileError as error:
@@ -384,8 +391,10 @@ class RunFolder:
             return {}
 
     def _has_changed(self, file: str, content: bytes) -> bool:
-        found = digest(content)
-        return self._digests().get(file, found) != found
+        if file not in self._digests or self._digests[file] == (found := digest(content)):
+            return False
+        vars(self)["_digests"] = self._read_digests()  # another process may have written it since
+        return self._digests.get(file, found) != found
 
     def _warn_of_change(self, file: str, content: bytes, warn: Callable[[str], None]) -> None:
         if self._has_changed(file, content):
@@ -464,7 +473,8 @@ class RunFolder:
     def delete_checkpoints(self, names: list[str]) -> None:
         filesystem, folder = self._location
         for path in [f"{folder}/{name}" for name in names]:
-            ask(filesystem, partial(filesystem.delete_dir, path))
+            with suppress(FileNotFoundError):  # a try before this one, whose answer was lost
+                ask(filesystem, partial(filesystem.delete_dir, path))
 
 
 def checkpoint_name(epoch: int, step: int) -> str:

@@ -122,7 +122,7 @@ def overview(identity: dict[str, Any], workers: object, folder: str) -> dict[str
         "data": data["source"],
         "images": f"{data['train']:,} training, {data['val']:,} validation, {data['test']:,} test",
         "workers": str(workers),
-        "recipe": ", ".join(f"{name} {value}" for name, value in recipe.items() if value != 0),
+        "recipe": ", ".join(f"{name} {value}" for name, value in recipe.items() if value),
         "folder": folder,
     }
 

@@ -128,11 +128,12 @@ def prepare(
         from raycifar.cluster.nodes import check_nodes
         from raycifar.workflows.tuning import AshaByModel, Study, StudySearcher
 
-        connection.enter_context(connected(debug=debug, dashboard=True))
+        connection.enter_context(connected(debug=debug, name=request.name))
         trials = len(recipes) * (request.search + request.seeds)
         each = (request.device, request.cpus_per_worker, request.gpus_per_worker, request.accelerator)
         workers, fit = sizing.size_trials(request.workers, *each, trials)
-        most = request.max_trials or fit
+        held = sizing.trials_on_head()
+        most = request.max_trials or min(fit, held)
         with folder.marker() as file:
             check_nodes(workers, file)
     screen.facts(
@@ -142,7 +143,8 @@ def prepare(
             "trials": f"{request.seeds} of each" + f", after {request.search} to search" * bool(request.search),
             "data": source.name,
             "images": f"{len(splits.train):,} training, {len(splits.val):,} validation, {len(splits.test):,} test",
-            "at once": f"{most} trial{'s' * (most > 1)}, each with {workers}",
+            "at once": f"{most} trial{'s' * (most > 1)}, each with {workers}"
+            + "; the head's memory holds no more" * (most == held < fit),
             "folder": folder.folder,
         },
     )

@@ -26,6 +26,7 @@ from raycifar.storage.run_folder import (
     METRICS,
     MODEL,
     PREDICTIONS,
+    PROFILE,
     REPORT_PAGE,
     RESULT,
     RUN,
@@ -99,6 +100,7 @@ def train(request: TrainingRequest, screen: "Screen", connection: ExitStack, *, 
             show_report(run, screen)
             raise
         screen.lines(summary(run, result))
+        show_profile(run, screen)
         show_report(run, screen)
         return result
 
@@ -245,7 +247,7 @@ def allocate_workers(request: TrainingRequest, folder: RunFolder, connection: Ex
     if request.workers == 0:
         connection.enter_context(quiet(debug=debug))
         return sizing.in_process(request.device, request.cpus_per_worker)
-    connection.enter_context(connected(debug=debug))
+    connection.enter_context(connected(debug=debug, name=request.name))
     workers = sizing.size(
         request.workers, request.device, request.cpus_per_worker, request.gpus_per_worker, request.accelerator
     )
@@ -324,6 +326,18 @@ def summary(run: PreparedRun, result: dict[str, Any]) -> list[str]:
         f"{result['images_per_second']:,.0f} images/s{best}"
     )
     return [*lines, f"Run folder: {run.folder.folder}"]
+
+
+def show_profile(run: PreparedRun, screen: "Screen") -> None:
+    if not run.request.profile:
+        return
+    if (table := run.folder.read(f"{PROFILE}/worker0.txt")) is None:
+        from raycifar.engine.profile import NEEDED
+
+        screen.say(f"Nothing is traced: --profile needs {NEEDED} steps in one go.")
+        return
+    screen.say(f"What takes longest in a step of worker 0; traces are in {PROFILE}/, for TensorBoard or Perfetto:")
+    screen.lines(table.decode().splitlines())
 
 
 def show_report(run: PreparedRun, screen: "Screen") -> None:

@@ -15,8 +15,9 @@ from ray.tune.search import Searcher
 from raycifar import models
 from raycifar.cluster import ray_internals
 from raycifar.cluster.connection import environment
-from raycifar.cluster.sizing import Workers
+from raycifar.cluster.sizing import HEAD, Workers
 from raycifar.cluster.status import Failure, FailureCause, StepStatus, WorkerStatus
+from raycifar.cluster.stoppable import release
 from raycifar.cluster.waiting import Waiting
 from raycifar.data.tables import Source, split
 from raycifar.errors import WorkError
@@ -38,7 +39,7 @@ POLL_SECONDS = 0.25  # between two checks of a trial
 REDUCTION = 3  # ASHA (Li et al., 2020) continues one of so many trials at each rung
 RETRIES = 1  # of a trial whose driver failed; Ray Train replaces workers that died
 # A trial's driver runs on the head, which isn't preempted, and reserves no CPU, because workers may hold them all.
-DRIVER = {"node:__internal_head__": 0.001}
+DRIVER = {HEAD: 0.001}
 
 
 @dataclass(frozen=True)
@@ -301,23 +302,25 @@ def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: 
                 storage_path=folder.root,
                 storage_filesystem=folder.filesystem,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[RetryNotices()],
+                callbacks=[FailedDrivers()],
                 verbose=0,
             ),
         ).fit()
     ask(folder.filesystem, lambda: folder.filesystem.delete_dir(folder.path()))
 
 
-class RetryNotices(ray_internals.progress_callback_class()):  # type: ignore[misc]
-    """Records a trial's retry in its status store; prints nothing, unlike Ray Tune's default callback."""
+class FailedDrivers(ray_internals.progress_callback_class()):  # type: ignore[misc]
+    """Releases what a failed driver leaves, and records its retry; prints nothing, as Ray Tune by itself would."""
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         store = Trial.from_config(trial.config).status_store
+        release(store.key)
         store.add_failure(Failure(FailureCause.DRIVER, store.reason() or "it died"))
 
     def on_trial_complete(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def on_trial_error(self, *args: Any, **kwargs: Any) -> None: ...
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        release(Trial.from_config(trial.config).status_store.key)
 
 
 def directory(tune_trial: Any) -> str:

@@ -1,0 +1,133 @@
+"""Makes the pictures of the documentation from real runs:  python docs/pictures/make.py [FOLDER]
+
+FOLDER keeps the runs, and what is there isn't trained again. Needs Chromium and real images (RAYCIFAR_DATA).
+"""
+
+import io
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import nbclient
+import nbformat
+from PIL import Image
+from rich.console import Console
+from rich.terminal_theme import DEFAULT_TERMINAL_THEME, SVG_EXPORT_THEME, TerminalTheme
+
+PICTURES = Path(__file__).parent
+MOST_BYTES = 200_000
+COLUMNS = 128
+# The runs whose reports are shown, and how many pixels of them.
+PAGES = {
+    "report": ("results/first", 930),
+    "dead": ("study/dead", 1060),
+    "black": ("study/black", 1060),
+    "comparison": ("results/both", 930),
+}
+
+# The runs of the README.
+FIRST = "train --model cnn --limit 5000 --val-size 2000 --epochs 20 --augment none --workers 0 --name first"
+SECOND = "train --model cnn --limit 5000 --val-size 2000 --epochs 20 --workers 0 --name second"
+BOTH = "compare results/first results/second --name both"
+
+
+def main() -> None:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "pictures-runs").resolve()
+    folder.mkdir(exist_ok=True)
+    said = folder / "first.txt"
+    if not said.exists():
+        said.write_text(raycifar(FIRST, folder))
+    raycifar(SECOND, folder)
+    print(raycifar(BOTH, folder))
+    run_study(folder)
+    for name, theme in (("light", DEFAULT_TERMINAL_THEME), ("dark", SVG_EXPORT_THEME)):
+        draw_terminal(said.read_text(), folder, theme, PICTURES / f"terminal-{name}.svg")
+        for picture, (run, height) in PAGES.items():
+            photograph((folder / run / "report.html").as_uri(), PICTURES / f"{picture}-{name}.png", 1040, height)
+        photograph_tensorboard(folder / "results", PICTURES / f"tensorboard-{name}.png")
+
+
+def raycifar(command: str, folder: Path) -> str:
+    """Run a command of raycifar in a folder, and return what it writes."""
+    print(f"$ raycifar {command}", flush=True)
+    line = [sys.executable, "-m", "raycifar", *shlex.split(command)]
+    return subprocess.run(line, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def run_study(folder: Path) -> None:
+    """Execute the study's notebook, without what needs a download."""
+    notebook = nbformat.read(PICTURES.parent / "study.ipynb", 4)
+    notebook["cells"] = [cell for cell in notebook["cells"] if "download" not in cell["metadata"].get("tags", ())]
+    print("Executing study.ipynb", flush=True)
+    nbclient.NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(folder)}}).execute()
+
+
+def draw_terminal(text: str, folder: Path, theme: TerminalTheme, picture: Path) -> None:
+    """Draw what a command wrote, without the lines on steps of slow machines, and without this machine's paths."""
+    for path, name in ((os.environ.get("RAYCIFAR_DATA"), "cifar100"), (f"{folder}/", "")):
+        text = text.replace(path, name) if path else text
+    lines = [line for line in text.splitlines() if ", step " not in line and not line.endswith(" …")]
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    hidden = set(epochs[3:-3])
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), highlight=False, markup=False, emoji=False)
+    console.print(f"$ raycifar {FIRST}")
+    for line in lines:
+        if line not in hidden:
+            console.print(line)
+        elif line == epochs[3]:
+            console.print("…")
+    svg = console.export_svg(title="raycifar train", theme=theme)
+    faces = svg.split("@font-face")  # a forge loads no fonts: the reader's own will do
+    picture.write_text(faces[0] + faces[-1].partition("}")[2])
+
+
+def photograph(url: str, picture: Path, width: int, height: int, *more: str) -> None:
+    """Take a picture of a page, with at most 200 kB."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        raise SystemExit("This needs Chromium.")
+    scheme = 1 if "light" in picture.stem else 0
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    options += [f"--blink-settings=preferredColorScheme={scheme}", f"--window-size={width},{height}", *more]
+    subprocess.run([chromium, *options, f"--screenshot={picture}", url], check=True, capture_output=True)
+    image = Image.open(picture).convert("RGB")
+    for colors in (256, 128, 64, 32):
+        image.quantize(colors, dither=Image.Dither.NONE).save(picture, optimize=True)
+        if picture.stat().st_size < MOST_BYTES:
+            return
+    raise SystemExit(f"{picture} is too large.")
+
+
+def photograph_tensorboard(runs: Path, picture: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            url = f"http://127.0.0.1:{port}/"
+            deadline = time.monotonic() + 60
+            while True:
+                try:
+                    urlopen(f"{url}data/runs", timeout=5)
+                    break
+                except OSError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.5)
+            time.sleep(10)  # for it to read the runs
+            dark = "true" if "dark" in picture.stem else "false"
+            page = f"{url}?darkMode={dark}#scalars&_smoothingWeight=0"
+            photograph(page, picture, 1280, 780, "--virtual-time-budget=20000")
+        finally:
+            server.terminate()
+
+
+if __name__ == "__main__":
+    main()
