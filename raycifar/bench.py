@@ -17,16 +17,8 @@ from raycifar.workflows.requests import MAX_TRIALS, MAX_WORKERS, TrainingRequest
 UNUSED = ("name", "storage", "checkpoint_steps", "report", "profile", "track", "max_failures", "workers")
 # Fields of the recipe that don't change how long a step takes.
 OF_NO_COST = (
-    "lr",
-    "momentum",
-    "schedule",
-    "warmup",
-    "weight_decay",
-    "label_smoothing",
-    "head_epochs",
-    "layer_decay",
-    "norm_lr",
-)
+    "lr", "norm_lr", "momentum", "schedule", "warmup", "weight_decay", "label_smoothing", "head_epochs", "layer_decay",
+)  # fmt: skip
 
 
 @click.command(cls=Command, example="raycifar bench --model vgg16 --against dataloader")

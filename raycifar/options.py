@@ -25,7 +25,7 @@ SECTIONS = {
         "workers", "count", "device", "cpus_per_worker", "gpus_per_worker", "accelerator", "max_trials", "storage",
         "name", "out",
     ),
-    "How long": ("dry_run", "rounds", "checkpoint_steps", "max_failures", "wait"),
+    "How long": ("dry_run", "runs", "rounds", "checkpoint_steps", "max_failures", "wait"),
 }  # fmt: skip
 DEFAULT, NOISE = "[default: ", re.compile(r"; \d+<=x<=\d+|  \[\d+<=x<=\d+\]")  # in what click says of an option
 TIED = "\N{NO-BREAK SPACE}"

@@ -20,10 +20,10 @@ OTHERS = [setting.name for setting in settings_of(TrainingRequest) if setting.na
 @click.command(cls=Command, example="raycifar speedrun --runs 20")
 @click.option("--runs", type=click.IntRange(1, MAX_TRIALS), default=20, help="Runs, with seeds from --seed on.")
 @click.option("--model", default="speedrun", help=f"{', '.join(models.names())}, or timm:NAME.")
-@click.option("--val-size", default=0, help="Training images held out and scored, to choose a recipe.  [the test set]")
+@click.option("--val-size", default=0, help="Training images held out, and scored in place of the test set.")
 @click.option("--out", default="speedrun", help="Folder or URI for speedrun.json.")
 @request_options(TrainingRequest, without=OTHERS)
-@recipe_options()
+@recipe_options(without=("tta_flip",))
 @command
 def main(debug: bool, runs: int, model: str, out: str, **options: Any) -> None:
     """Train many times in this process, and time it by the public rules of the CIFAR-100 speedrun.

@@ -166,9 +166,9 @@ def test_the_program_counts_what_a_run_computes(timed):
     assert work.multiply_adds == {20: 56_607_776, 32: 153_990_944}
     assert work.multiply_adds_mean == sum(work.multiply_adds.values()) / 2
     products = 6 * 800 * work.multiply_adds_mean / 1e15
-    assert products * 0.95 < work.petaflop < products * 1.5  # the first layer needs no gradient; Muon's come on top
     sgd = timed(choose_recipe("speedrun", epochs=4, batch_size=100, progressive="20:0.5", optimizer="sgd")).work()
-    assert products * 0.95 < sgd.petaflop < min(products, work.petaflop)
+    assert products * 0.95 < sgd.petaflop < products  # the first layer needs no gradient for its inputs
+    assert work.petaflop > sgd.petaflop  # Muon's products come on top
 
 
 def test_the_command_times_runs_by_the_public_rules_and_ctrl_c_shows_what_is_there(small, tmp_path):
@@ -189,4 +189,4 @@ def test_the_command_times_runs_by_the_public_rules_and_ctrl_c_shows_what_is_the
 
 def test_what_the_clock_can_not_time_is_refused(small):
     refused = finish(Speedrun("--pretrained", "a.pth", "--data", small, storage=None), code=2)
-    assert "--pretrained a.pth: the clock is for training from scratch." in refused.stderr
+    assert "pretrained is a.pth: the clock is for training from scratch, so for pretrained none." in refused.stderr

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from raycifar.data.sources import load
-from raycifar.data.tables import split
 from raycifar.errors import RequestError
 from raycifar.machine import available_cpus
-from raycifar.models.initial_weights import load_initial_weights
 from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import SPEEDRUN, RunFolder
 from raycifar.workflows.requests import TrainingRequest
+from raycifar.workflows.training import read_inputs
 
 if TYPE_CHECKING:
     from raycifar.terminal import Screen
@@ -37,12 +35,12 @@ def speedrun(
     """
     check_location(out, "--out", to_write=True)
     recipe = request.recipe
-    if recipe.pretrained != "none":
-        raise RequestError(f"--pretrained {recipe.pretrained}: the clock is for training from scratch.")
+    for name, usual in (("pretrained", "none"), ("head_epochs", 0)):
+        if (value := getattr(recipe, name)) != usual:
+            raise RequestError(f"{name} is {value}: the clock is for training from scratch, so for {name} {usual}.")
     with screen.waiting(f"Reading {request.data}"):
-        source = load(request.data, request.seed)
-        splits = split(source, request.val_size, request.limit, request.seed)
-        architecture = replace(load_initial_weights(request.model, recipe, source).architecture, tta_flip=False)
+        inputs = read_inputs(request)
+    source, architecture = inputs.source, replace(inputs.start.architecture, tta_flip=False)
     with screen.waiting("Loading PyTorch"):
         import torch
 
@@ -54,9 +52,8 @@ def speedrun(
 
         device = find_device(request.device)
     scored = "val" if request.val_size else "test"
-    train_set, scored_set = (
-        to_shard([splits.tables()[name]], torch.device("cpu"), source.info) for name in ("train", scored)
-    )
+    tables, cpu = inputs.splits.tables(), torch.device("cpu")
+    train_set, scored_set = (to_shard([tables[name]], cpu, source.info) for name in ("train", scored))
     threads = int(request.cpus_per_worker or available_cpus())
     trainer = SpeedRun(architecture, recipe, train_set, scored_set, device, threads, compile=request.compile)
     began = time.perf_counter()
