@@ -108,8 +108,8 @@ def photograph_tensorboard(runs: Path, picture: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs), "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", runs.name, "--port", str(port)]
+    with subprocess.Popen(command, cwd=runs.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             url = f"http://127.0.0.1:{port}/"
             deadline = time.monotonic() + 60
@@ -123,7 +123,7 @@ def photograph_tensorboard(runs: Path, picture: Path) -> None:
                     time.sleep(0.5)
             time.sleep(10)  # for it to read the runs
             dark = "true" if "dark" in picture.stem else "false"
-            page = f"{url}?darkMode={dark}#scalars&_smoothingWeight=0"
+            page = f"{url}?darkMode={dark}#scalars&_smoothingWeight=0&tagFilter=loss%7Ctop-1"
             photograph(page, picture, 1280, 780, "--virtual-time-budget=20000")
         finally:
             server.terminate()
