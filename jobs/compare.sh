@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.."
 
 name=${NAME:-study}
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
-exec ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml --submission-id "$name-$(date +%s)" -- \
+exec ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml --submission-id "$name-$(date +%s)" \
+    --metadata-json "{\"job_name\": \"$name\"}" -- \
     python -m raycifar.compare --models "${MODELS:-cnn,resnet50,vgg16}" --seeds 3 --name "$name" \
     --storage "${RAYCIFAR_STORAGE:-~/raycifar-runs}" "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures what only a GPU can show: the tests that need one, step times and how many workers pay, the common
-# script beside ours, and the full recipes. Each result is appended to a JSON Lines file as soon as it is there. Called again, the script does what is
+# script beside ours, the full recipes, and the speedrun. Each result is appended to a JSON Lines file as soon as it is there. Called again, the script does what is
 # missing; a training that was cut off goes on from its last checkpoint.
 #
 #   jobs/measure_gpu.sh 60                 stop before 60 minutes are over
@@ -14,9 +14,9 @@ cd "$(dirname "$0")/.."
 mkdir -p "$runs"
 deadline=$((SECONDS + minutes * 60))
 python=${PYTHON:-python3}
-few=() size=(--limit 5000 --rounds 3) tests=(tests/test_{cuda,train_step,checkpoint,torch_internals}.py)
+few=() times=20 size=(--limit 5000 --rounds 3) tests=(tests/test_{cuda,train_step,checkpoint,torch_internals}.py)
 if [ -n "${SMALL:-}" ]; then
-    few=(--limit 100 --val-size 100 --epochs 1 --batch-size 20)
+    few=(--limit 100 --val-size 100 --epochs 1 --batch-size 20) times=1
     size=(--limit 100 --val-size 100 --rounds 1 --batch-size 20) tests=(tests/test_cuda.py)
 fi
 
@@ -60,6 +60,13 @@ bench() { # bench MODEL SECONDS
         --pretrained none --against dataloader --plan 1,2,4,8 --interconnect nvlink --out "$runs/bench-$1" "${size[@]}"
 }
 
+speedrun() { # speedrun NAME RUNS SECONDS OPTION...
+    local name=$1 times=$2 seconds=$3
+    shift 3
+    measure "$name" "$seconds" "$runs/$name/speedrun.json" "$python" -m raycifar.speedrun --out "$runs/$name" \
+        --runs "$times" "$@" "${few[@]}"
+}
+
 measure tests 150 "" "$python" -m pytest -q -rs -p no:cacheprovider "${tests[@]}"
 bench vgg16 90
 bench cnn 90
@@ -67,4 +74,17 @@ bench resnet50 120
 train vgg16 240 --model vgg16
 train cnn 120 --model cnn
 train resnet50 1000 --model resnet50 --pretrained none
-train speedrun 60 --model cnn --recipe speedrun --val-size 0
+train speedrun-profile 60 --recipe speedrun --val-size 0 --no-record --profile # where the milliseconds are
+train speedrun-train 60 --recipe speedrun --val-size 0 --no-record # inside Ray; `seconds` is the user's clock
+speedrun speedrun "$times" 150
+speedrun speedrun-compiled "$times" 300 --compile
+[ -n "${SMALL:-}" ] && exit
+# Variations, by validation; the first is what the others are compared with.
+speedrun speedrun-base 5 60 --val-size 5000
+speedrun speedrun-muon-steps-2 5 60 --val-size 5000 --muon-steps 2
+for epochs in 8 9 11 12; do speedrun "speedrun-epochs-$epochs" 5 60 --val-size 5000 --epochs $epochs; done
+for lr in 0.09 0.13 0.25; do speedrun "speedrun-lr-$lr" 5 60 --val-size 5000 --lr $lr; done
+for norm_lr in 0.5 1 4; do speedrun "speedrun-norm-$norm_lr" 5 60 --val-size 5000 --norm-lr $norm_lr; done
+for sizes in 24:0.5 20:0.3,24:0.6 16:0.15,24:0.5; do
+    speedrun "speedrun-sizes-$sizes" 5 60 --val-size 5000 --progressive $sizes
+done

@@ -14,6 +14,7 @@ cd "$(dirname "$0")/.."
 model=${MODEL:-vgg16}
 name=${NAME:-${model//:/-}}
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
-exec ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml --submission-id "$name-$(date +%s)" -- \
+exec ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml --submission-id "$name-$(date +%s)" \
+    --metadata-json "{\"job_name\": \"$name\"}" -- \
     python -m raycifar.train --model "$model" --name "$name" \
     --storage "${RAYCIFAR_STORAGE:-~/raycifar-runs}" "$@"

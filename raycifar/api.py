@@ -107,7 +107,7 @@ class Run(_InFolder):
 
     @property
     def test(self) -> dict[str, float] | None:
-        """The scores on the test set: images, loss, top1, top5, superclass_top1 and ece; None if it isn't scored."""
+        """The scores on the test set, as `result.json` holds them: images, loss, top1, …; None if it isn't scored."""
         return (self.result or {}).get("test")
 
     @property

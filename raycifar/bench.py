@@ -6,26 +6,33 @@ import click
 
 from raycifar import models
 from raycifar.command import UNTIL_EXIT, command
-from raycifar.options import WIDE, recipe_options, request_options
+from raycifar.options import Command, recipe_options, request_options
 from raycifar.storage.run_folder import BENCH, RunFolder
 from raycifar.tables import bench_table, plan_table
 from raycifar.terminal import Screen
 from raycifar.workflows.benchmark import STAGES, WAYS, bench, sentences
 from raycifar.workflows.planning import INTERCONNECTS
-from raycifar.workflows.requests import MAX_TRIALS, TrainingRequest
+from raycifar.workflows.requests import MAX_TRIALS, MAX_WORKERS, TrainingRequest
+
+UNUSED = ("name", "storage", "checkpoint_steps", "report", "profile", "track", "max_failures", "workers")
+# Fields of the recipe that don't change how long a step takes.
+OF_NO_COST = ("lr", "momentum", "schedule", "warmup", "weight_decay", "label_smoothing", "head_epochs", "layer_decay")
 
 
-@click.command(context_settings=WIDE)
+@click.command(cls=Command, example="raycifar bench --model vgg16 --against dataloader")
 @click.option("--model", required=True, help=f"{', '.join(models.names())}, or timm:NAME.")
 @click.option("--rounds", type=click.IntRange(1, MAX_TRIALS), default=5, help="Times that all is timed, at most.")
-@click.option("--against", default="", help=f"Comma-separated ways of others to time too: {', '.join(WAYS)}.")
+@click.option(
+    "--against", default="", show_default=False, help=f"Comma-separated ways of others, to time too: {', '.join(WAYS)}."
+)
 @click.option("--plan", default=None, metavar="N,N,…", help="What so many workers would take, such as 1,2,4,8.")
 @click.option("--interconnect", type=click.Choice(list(INTERCONNECTS)), help="Between them.  [as measured here]")
 @click.option("--price-per-hour", type=float, default=None, help="Of one device, for --plan.")
 @click.option("--startup", is_flag=True, help="Time the way to the first step too, beside an empty trainer's.")
+@click.option("--workers", type=click.IntRange(0, MAX_WORKERS), help="0: this process.  [one for each GPU, else 1]")
 @click.option("--out", default="bench", help="Folder or URI for bench.json and charts.")
-@request_options(TrainingRequest, without=("name", "storage", "checkpoint_steps", "report"))
-@recipe_options
+@request_options(TrainingRequest, without=UNUSED)
+@recipe_options(without=OF_NO_COST)
 @command
 def main(debug: bool, model: str, **options: Any) -> None:
     """Time a model's training on this machine or cluster, beside the bare step, and say where the time goes.

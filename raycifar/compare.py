@@ -7,7 +7,7 @@ import click
 from raycifar import models
 from raycifar.command import UNTIL_EXIT, command, resumable
 from raycifar.errors import RequestError
-from raycifar.options import WIDE, recipe_options, request_options
+from raycifar.options import Command, recipe_options, request_options
 from raycifar.storage.run_folder import RunFolder
 from raycifar.tables import comparison_tables
 from raycifar.terminal import Screen
@@ -15,18 +15,16 @@ from raycifar.workflows import study
 from raycifar.workflows.requests import ComparisonRequest
 
 
-@click.command(context_settings=WIDE)
+@click.command(cls=Command, example="raycifar compare --models cnn,vgg16 --seeds 3 --epochs 30")
 @click.argument("runs", nargs=-1, metavar="[RUN]...")
 @click.option("--models", "names", help=f"Comma-separated, of {', '.join(models.names())}, timm:NAME.")
 @request_options(ComparisonRequest)
-@recipe_options
+@recipe_options()
 @command
 def main(debug: bool, runs: tuple[str, ...], names: str | None, **options: Any) -> None:
     """Train several models and seeds, orchestrated by Ray Tune, and report which is better, with its uncertainty.
 
-    Given the folders of finished runs, compare these instead.
-
-    The options from --epochs on change each model's recipe.
+    Given the folders of finished runs, compare these instead. The options of the recipe change each model's own.
     """
     if bool(runs) == bool(names):
         raise RequestError("give either --models to train, or the folders of finished runs.")

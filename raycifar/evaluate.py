@@ -2,16 +2,17 @@
 
 import click
 
+from raycifar.analysis.prose import count, without_near_duplicates
 from raycifar.command import UNTIL_EXIT, command
-from raycifar.options import WIDE, request_options
+from raycifar.options import Command, request_options
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PREDICTIONS
-from raycifar.tables import evaluation_table
+from raycifar.tables import corruption_table, evaluation_table
 from raycifar.terminal import Screen
 from raycifar.workflows.evaluation import EvaluationRequest, evaluate
 from raycifar.workflows.requests import MAX_WORKERS, WorkerSettings
 
 
-@click.command(context_settings=WIDE)
+@click.command(cls=Command, example="raycifar evaluate results/first --split train")
 @click.argument("network", metavar="RUN|WEIGHTS")
 @click.option("--data", help="cifar100, synthetic, path, URI.  [the run's own; else RAYCIFAR_DATA or cifar100]")
 @click.option("--split", type=click.Choice(["test", "train"]), default="test")
@@ -25,16 +26,26 @@ def main(debug: bool, **options: object) -> None:
     """Score a trained network on a data set, as a Ray Data job.
 
     RUN is the folder of a finished run, WEIGHTS a weights file that raycifar wrote. Writes evaluation.json, its page
-    evaluation.html, and predictions.parquet with the predictions for each image.
+    evaluation.html, and predictions.parquet with the predictions for each image. --data may hold a test set alone, or
+    be the folder of CIFAR-100-C, whose scores come by corruption and severity.
     """
     screen = Screen()
     found, folder = evaluate(EvaluationRequest(**options), screen, UNTIL_EXIT, debug=debug)  # type: ignore[arg-type]
+    if "corruptions" in found:
+        screen.console.print(corruption_table(found))
+        over = count(len(found["counted"]), "corruption")
+        screen.say(f"Mean error {found['mean_error']:.4f} over {over}, with five severities each")
+        screen.say(f"Written to {folder.folder}: {EVALUATION_PAGE}, {EVALUATION}")
+        return
     ends = found["intervals"]["top1"]
     screen.say(
         f"{found['images']:,} images: top-1 {found['top1']:.4f} (95 % interval {ends['low']:.4f} to "
         f"{ends['high']:.4f})  top-5 {found['top5']:.4f}  superclass {found['superclass_top1']:.4f}  "
         f"loss {found['loss']:.4f}  calibration error {found['ece']:.4f}"
     )
+    if without := without_near_duplicates(found, found["intervals"]):
+        screen.say(f"Top-1 is {without}.")
+    screen.lines(f"WARNING: {finding['evidence']} {finding['advice']}" for finding in found.get("findings", ()))
     screen.console.print(evaluation_table(found))
     screen.say(f"Written to {folder.folder}: {EVALUATION_PAGE}, {EVALUATION}, {PREDICTIONS}")
 

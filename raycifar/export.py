@@ -3,12 +3,12 @@
 import click
 
 from raycifar.command import command
-from raycifar.options import WIDE
+from raycifar.options import Command
 from raycifar.terminal import Screen
 from raycifar.workflows.exporting import SUFFIXES, export
 
 
-@click.command(context_settings=WIDE)
+@click.command(cls=Command, example="raycifar export results/first --to onnx")
 @click.argument("network", metavar="RUN|WEIGHTS")
 @click.option("--to", "kind", type=click.Choice(list(SUFFIXES)), required=True)
 @click.option("--out", help="File or URI to write.  [model and suffix, in the current folder]")
@@ -21,6 +21,8 @@ def main(debug: bool, network: str, kind: str, out: str | None, data: str | None
     predicts the same classes as the network for 1,000 test images.
     """
     screen = Screen()
+    if kind == "torchscript":
+        screen.say("PyTorch has deprecated TorchScript: --to torch-export replaces it.")
     done = export(network, kind, screen, out=out, data=data)
     screen.say(
         f"{done.file}: {done.num_bytes / 1e6:.1f} MB. The same class for each of {done.num_images:,} test images; "

@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,16 @@ from pathlib import Path, PurePosixPath
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+def processor() -> str:
+    """Return the name of this machine's processor, or of its architecture where the system doesn't tell more."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def available_cpus() -> int:

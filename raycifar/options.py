@@ -1,5 +1,7 @@
-"""Command-line options, made from the fields of requests and recipes."""
+"""Command-line options, made from the fields of requests and recipes, and the layout of their help."""
 
+import re
+import textwrap
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
@@ -8,17 +10,75 @@ import click
 
 from raycifar.models.recipe import Recipe, choices, field_types
 from raycifar.models.recipes import models_with, recipe_fields
-from raycifar.workflows.requests import WorkerCount, WorkerSettings, settings_of
+from raycifar.workflows.requests import Settings, WorkerCount, WorkerSettings, settings_of
 
-Command = Callable[..., Any]
+Function = Callable[..., Any]
 
-WIDE = {"show_default": True, "max_content_width": 110}  # layout of the help
+WIDE = 110  # columns of the help, at most
+# The headings of options in the help of a command that has many; the others come last.
+SECTIONS = {
+    "What": (
+        "model", "names", "recipe", "data", "split", "val_size", "limit", "seed", "seeds", "search", "space", "against",
+        "plan", "interconnect", "price_per_hour", "startup",
+    ),
+    "Where": (
+        "workers", "count", "device", "cpus_per_worker", "gpus_per_worker", "accelerator", "max_trials", "storage",
+        "name", "out",
+    ),
+    "How long": ("dry_run", "rounds", "checkpoint_steps", "max_failures", "wait"),
+}  # fmt: skip
+DEFAULT, NOISE = "[default: ", re.compile(r"; \d+<=x<=\d+|  \[\d+<=x<=\d+\]")  # in what click says of an option
+TIED = "\N{NO-BREAK SPACE}"
+MANY = 8  # options, from which on they have headings
 
 
-def request_options(kind: type[WorkerSettings], *, without: Sequence[str] = ()) -> Callable[[Command], Command]:
+class RecipeOption(click.Option):
+    """A field of the recipe; in the help they share a paragraph."""
+
+    def brief(self) -> str:
+        """Return the option and what it takes."""
+        if self.is_bool_flag:
+            return f"--[no-]{self.opts[0][2:]}"
+        match self.type:
+            case click.Choice():
+                takes = "|".join(self.type.choices)
+            case click.types.IntParamType():
+                takes = "N"
+            case click.types.FloatParamType():
+                takes = "X"
+            case _:
+                takes = self.metavar or "TEXT"
+        return f"{self.opts[0]}{TIED}{takes}"
+
+
+class Command(click.Command):
+    """A command whose help has an example, and its options under headings."""
+
+    def __init__(self, *, example: str, **options: Any) -> None:
+        super().__init__(context_settings={"show_default": True, "max_content_width": WIDE}, **options)
+        self.example = example
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        of_recipe = [option for option in self.params if isinstance(option, RecipeOption)]
+        others = [option for option in self.get_params(ctx) if option not in of_recipe]
+        rows = {option.name: option.get_help_record(ctx) for option in others if isinstance(option, click.Option)}
+        sections = SECTIONS if len(rows) > MANY else {}
+        formatter.write(f"\n  Example: {self.example}\n")
+        for heading, names in (*sections.items(), ("Other" if sections else "Options", tuple(rows))):
+            if found := [row for name in names if (row := rows.pop(name, None))]:
+                with formatter.section(heading):
+                    formatter.write_dl([(left, NOISE.sub("", right).replace(DEFAULT, "[")) for left, right in found])
+        if of_recipe:
+            with formatter.section("Recipe (`raycifar recipes MODEL` says what each field is, and its value)"):
+                text = "  ".join(option.brief() for option in of_recipe)
+                lines = textwrap.wrap(text, formatter.width - 2, break_on_hyphens=False)
+                formatter.write("".join(f"  {line}\n" for line in lines).replace(TIED, " "))
+
+
+def request_options(kind: type[WorkerSettings], *, without: Sequence[str] = ()) -> Callable[[Function], Function]:
     """Add an option for each setting of `kind`, with its default."""
 
-    def add(command: Command) -> Command:
+    def add(command: Function) -> Function:
         for setting in reversed(settings_of(kind)):
             if setting.name not in without:
                 command = to_option(setting, setting.metadata["default"])(command)
@@ -27,29 +87,40 @@ def request_options(kind: type[WorkerSettings], *, without: Sequence[str] = ()) 
     return add
 
 
+def folder_argument(command: Function) -> Function:
+    """Add the folder that runs are kept in, by default that of `--storage`."""
+    storage = Settings.__dataclass_fields__["storage"].metadata
+    return click.argument("folder", metavar="[FOLDER|URI]", envvar=storage["env"], default=storage["default"])(command)
+
+
 recipe_option = click.option(
     "--recipe", metavar="NAME|FILE|RUN", default=None, help="Base recipe: see `raycifar recipes`.  [the model's]"
 )
 
 
-def recipe_options(command: Command) -> Command:
+def recipe_options(*, without: Sequence[str] = ()) -> Callable[[Function], Function]:
     """Add `--recipe`, and an option for each field of any model's recipe, with the default None."""
-    for name, kind in reversed(recipe_fields().items()):
-        command = field_option(name, kind)(command)
-    return recipe_option(command)
+
+    def add(command: Function) -> Function:
+        for name, kind in reversed(recipe_fields().items()):
+            if name not in without:
+                command = field_option(name, kind)(command)
+        return recipe_option(command)
+
+    return add
 
 
-def field_option(name: str, kind: type[Recipe]) -> Callable[[Command], Command]:
+def field_option(name: str, kind: type[Recipe]) -> Callable[[Function], Function]:
     field, flag, value_type = kind.__dataclass_fields__[name], f"--{name.replace('_', '-')}", field_types(kind)[name]
     if allowed := choices(field, value_type):
         value_type = click.Choice(allowed)
     elif value_type is bool:
         flag, value_type = f"{flag}/--no-{flag[2:]}", None
     owners = "" if kind is Recipe else f" ({', '.join(models_with(name))} only)"
-    return click.option(flag, type=value_type, default=None, help=field.metadata["help"] + owners)
+    return click.option(flag, cls=RecipeOption, type=value_type, default=None, help=field.metadata["help"] + owners)
 
 
-def to_option(field: Any, default: Any) -> Callable[[Command], Command]:
+def to_option(field: Any, default: Any) -> Callable[[Function], Function]:
     name, kind = f"--{field.name.replace('_', '-')}", field.type
     if kind == WorkerCount:
         kind = str  # parsed by the request

@@ -7,13 +7,14 @@ import click
 
 from raycifar.command import command
 from raycifar.errors import WorkError
+from raycifar.options import Command
 from raycifar.tables import predictions_table
 from raycifar.terminal import Screen
 from raycifar.workflows.prediction import predict_files
 from raycifar.workflows.requests import Device
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Command, example="raycifar predict results/first photos/ cat.jpg")
 @click.argument("network", metavar="RUN|WEIGHTS")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGES...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")

@@ -5,12 +5,12 @@ import click
 from raycifar import models
 from raycifar.command import command
 from raycifar.models.recipes import choose_recipe, list_recipes, to_toml
-from raycifar.options import recipe_option
+from raycifar.options import Command, recipe_option
 from raycifar.tables import recipes_table
 from raycifar.terminal import Screen
 
 
-@click.command()
+@click.command(cls=Command, example="raycifar recipes vgg16 > vgg16.toml")
 @click.argument("model", required=False)
 @recipe_option
 @command

@@ -1,9 +1,10 @@
-"""Draw and explain a run or a comparison: `python -m raycifar.report results/cnn-a`."""
+"""Draw and explain a run, a comparison, or several runs: `python -m raycifar.report results/cnn-a`."""
 
 import click
 
 from raycifar.command import command
-from raycifar.options import WIDE
+from raycifar.errors import RequestError
+from raycifar.options import Command
 from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import REPORT, REPORT_PAGE, REPORT_TEXT, RunFolder
 from raycifar.terminal import Screen
@@ -12,25 +13,32 @@ from raycifar.workflows import reporting
 FILES = {"html": REPORT_PAGE, "md": REPORT_TEXT, "json": REPORT}
 
 
-@click.command(context_settings=WIDE)
-@click.argument("folder", metavar="RUN|COMPARISON")
+@click.command(cls=Command, example="raycifar report results/first --format md")
+@click.argument("folders", metavar="RUN…|COMPARISON", nargs=-1, required=True)
 @click.option("--format", "kind", type=click.Choice([*FILES]), default="html")
 @click.option("--data", help="Where the images are, for pictures of a run that keeps none.")
-@click.option("--out", help="Folder or URI to write to.  [that of the run or the comparison]")
+@click.option("--out", help="Folder or URI to write to.  [that of the run or the comparison; overlay, of several]")
 @command
-def main(debug: bool, folder: str, kind: str, data: str | None, out: str | None) -> None:
-    """Draw and explain a run, finished or not, or a comparison.
+def main(debug: bool, folders: tuple[str, ...], kind: str, data: str | None, out: str | None) -> None:
+    """Draw and explain a run, finished or not, or a comparison; several runs are drawn on one page, without a verdict.
 
     Writes report.html, a page that opens offline, and report.json; for a run also suspects.csv, which ranks its
     training images by how likely their labels are wrong. With --format md or json, writes only that.
     """
-    screen, subject = Screen(), RunFolder.at(folder)
+    screen, subjects = Screen(), [RunFolder.at(folder) for folder in folders]
     if out is not None:
         check_location(out, "--out", to_write=True)
-    where = RunFolder.at(out) if out else subject
-    report = reporting.report(subject, screen, data=data, out=where, kind=kind)
+    if len(subjects) > 1:
+        if data:
+            raise RequestError("--data is for one run: give one folder, or leave --data out.")
+        where = RunFolder.at(out or "overlay")
+        report = reporting.overlay(subjects, where, kind)
+    else:
+        where = RunFolder.at(out) if out else subjects[0]
+        report = reporting.report(subjects[0], screen, data=data, out=where, kind=kind)
     screen.say(report["state"])
     screen.lines(f"Note: {note}" for note in report["notes"])
+    screen.lines(report.get("sentences", []))
     for finding in report["findings"]:
         screen.say(f"{finding['kind']} ({finding['confidence']:.2f}): {finding['evidence']} {finding['advice']}")
     for step in report["next"]:

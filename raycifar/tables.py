@@ -1,12 +1,21 @@
 """Tables of results for a terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from raycifar.durations import duration
 from raycifar.models.recipes import NamedRecipe
+from raycifar.workflows.inventory import OVER, Entry, State
+
+SPEEDRUN_ROWS = {
+    "top1": "top-1, one view",
+    "top1_flip": "top-1, with the mirror image",
+    "seconds": "seconds by the public clock",
+    "whole_seconds": "seconds with scoring",
+}
 
 
 def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
@@ -48,6 +57,17 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
             f"{pair['a']}, {pair['b']}",
             str(pair["images"]),
         )
+    return table
+
+
+def corruption_table(evaluation: dict[str, Any]) -> Table:
+    """Return the accuracy by corruption and severity, and each corruption's mean error."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("corruption", "1", "2", "3", "4", "5", "mean error"):
+        table.add_column(heading, justify="left" if heading == "corruption" else "right")
+    for name, row in evaluation["corruptions"].items():
+        scores = (f"{score['top1']:.3f}" for score in row["severities"])
+        table.add_row(name.replace("_", " "), *scores, f"{row['error']:.3f}")
     return table
 
 
@@ -95,6 +115,18 @@ def plan_table(workers: dict[int, dict[str, Any]]) -> Table:
     return table
 
 
+def speedrun_table(found: dict[str, Any]) -> Table:
+    """Return the means over a speedrun's runs."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("", f"mean of {len(found['runs'])}", "95 % interval"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, digits in (("top1", 4), ("top1_flip", 4), ("seconds", 3), ("whole_seconds", 3)):
+        mean, *ends = (found[name][part] for part in ("mean", "low", "high"))
+        interval = "" if ends[0] is None else " to ".join(f"{end:.{digits}f}" for end in ends)
+        table.add_row(SPEEDRUN_ROWS[name], f"{mean:.{digits}f}", interval)
+    return table
+
+
 def recipes_table(recipes: Iterable[NamedRecipe]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("model", "recipe", "epochs", "for"):
@@ -102,3 +134,27 @@ def recipes_table(recipes: Iterable[NamedRecipe]) -> Table:
     for row in recipes:
         table.add_row(row.model, row.name + " (its own)" * row.own, str(row.recipe.epochs), row.purpose)
     return table
+
+
+def runs_table(entries: Sequence[Entry]) -> Table:
+    """Return the runs of a folder; a comparison is one row, with how many of its trials are over."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("name", "model", "state", "epochs", "val top-1", "test top-1", "time"):
+        table.add_column(heading, justify="left" if heading in ("name", "model", "state") else "right")
+    for entry in entries:
+        table.add_row(
+            entry.name,
+            ", ".join(entry.models),
+            entry.state + (f" on {entry.host}" if entry.state == State.RUNNING else ""),
+            progress_of(entry),
+            "" if entry.val_top1 is None else f"{entry.val_top1:.4f}",
+            ", ".join(f"{top1:.4f}" for top1 in entry.test_top1),
+            duration(entry.seconds) if entry.seconds else "",
+        )
+    return table
+
+
+def progress_of(entry: Entry) -> str:
+    if entry.trials is not None:
+        return f"{sum(trial.state in OVER for trial in entry.trials)}/{len(entry.trials)} trials"
+    return "" if entry.epochs is None else f"{entry.epochs}/{entry.of_epochs or '?'}"

@@ -5,17 +5,17 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from raycifar.cluster.status import Phase, StatusStore, StepStatus, WorkerStatus
+from raycifar.cluster.status import PartStatus, Phase, StatusStore, StepStatus, WorkerStatus
+from raycifar.durations import duration, time_of_day
 from raycifar.errors import printable
 from raycifar.redaction import shown
 from raycifar.storage.records import EpochRecord
@@ -23,7 +23,11 @@ from raycifar.storage.remote import telling
 from raycifar.workflows.trial import Trial, TrialStatus
 
 POLL_SECONDS = 0.25
-LINE_SECONDS = 30  # between two plain lines about the same step
+LINE_SECONDS = 30  # between two plain lines about the same work
+MEASURED_SECONDS = 3  # of training, after which it is said how long all of it takes
+LONG_SECONDS = 60  # left of a run, at least, of which that is said
+STATUS_WIDTH = 27  # of the column in the table of trials
+AROUND_TABLE = 7  # lines of a terminal beside the rows of trials
 
 
 class PlainConsole(Console):
@@ -42,6 +46,16 @@ class PlainConsole(Console):
     def on_broken_pipe(self) -> None:
         self.quiet = True
         raise
+
+
+class PlainColumn(TextColumn):
+    """A column of a progress bar, whose text is shown as `PlainConsole` shows it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, markup=False)
+
+    def render(self, task: Task) -> Text:
+        return Text(printable(shown(super().render(task).plain)))
 
 
 def replace_unencodable() -> None:
@@ -97,7 +111,8 @@ class Screen:
             self.say(f"{doing} …")
             yield lambda _: None
             return
-        with Progress(TextColumn("{task.description}"), BarColumn(24), TimeRemainingColumn(), transient=True) as bar:
+        columns = (PlainColumn("{task.description}"), BarColumn(24), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task(doing, total=1)
             yield lambda fraction: bar.update(task, completed=fraction)
 
@@ -115,7 +130,7 @@ class Screen:
             waiting: returns what workers that haven't started wait for.
             refresh: called after each epoch.
         """
-        failures, epoch, attempt, notices, model = 0, 0, None, 0, None
+        failures, epoch, attempt, notices, model, ahead = 0, 0, None, 0, None, Ahead()
         with self.line() as line:
             while True:
                 alive = running()  # before the status is read, so that the last one is shown
@@ -126,7 +141,7 @@ class Screen:
                     model = status.model
                     self.say(f"{model.parameters:,} parameters, {model.precision} on {model.device}")
                 if status.attempt != attempt:
-                    attempt, notices = status.attempt, 0
+                    attempt, notices, ahead = status.attempt, 0, Ahead()
                 self.lines(status.notices[notices:])
                 notices = len(status.notices)
                 for record in status_store.history():
@@ -134,8 +149,9 @@ class Screen:
                         epoch = record.epoch
                         self.say(epoch_line(record, epochs))
                         refresh()
+                self.lines(ahead.say(status.step))
                 starting = alive and status.phase == Phase.STARTING
-                line.show((waiting() if starting else None) or status.doing, status.step)
+                line.show((waiting() if starting else None) or status.doing, status.part or status.step)
                 if not alive:
                     return
                 time.sleep(POLL_SECONDS)
@@ -147,7 +163,7 @@ class Screen:
         with self.line() as line:
             while running():
                 status = status_store.worker() or WorkerStatus()
-                line.show((waiting() if status.phase == Phase.STARTING else None) or status.doing, None)
+                line.show((waiting() if status.phase == Phase.STARTING else None) or status.doing, status.part)
                 time.sleep(POLL_SECONDS)
 
     @contextmanager
@@ -156,31 +172,36 @@ class Screen:
         if not self.console.is_terminal:
             yield PlainLine(self.say)
             return
-        bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[metrics]}", markup=False),
-            TimeRemainingColumn(compact=True),
-            console=self.console,
-        )
+        columns = (PlainColumn("{task.description}"), BarColumn(20), PlainColumn("{task.fields[metrics]}"))
+        bar = Progress(*columns, console=self.console)
         with Live(bar, console=self.console, transient=True, refresh_per_second=4):
             yield LiveLine(bar)
 
     def follow_trials(
-        self, trials: Callable[[], Sequence[Trial]], running: Callable[[], bool], refresh: Callable[[], None]
+        self,
+        trials: Callable[[], Sequence[Trial]],
+        running: Callable[[], bool],
+        refresh: Callable[[], None],
+        seconds_left: Callable[[], float | None],
     ) -> None:
-        """Show the trials of a comparison until it is no longer `running`; call `refresh` at each update."""
+        """Show the trials of a comparison until it is no longer `running`.
+
+        Args:
+            refresh: called at each update.
+            seconds_left: returns about how long all trials will take; None if that isn't known yet.
+        """
         if self.console.is_terminal:
             with Live(console=self.console, transient=True, refresh_per_second=4) as live:
                 while running():
-                    live.update(trial_table(trials()))
+                    shown_now = most_telling(trials(), self.console.height - AROUND_TABLE)
+                    live.update(Group(trial_table(shown_now), study_line(trials(), seconds_left())))
                     refresh()
                     time.sleep(POLL_SECONDS)
             self.console.print(trial_table(trials()))
             return
         said: dict[str, list[str]] = {trial.name: [] for trial in trials() if trial.over}
         ended = set(said)  # before this command
+        told = -1  # trials that were over when the time left was said
         while True:
             alive = running()
             for trial in trials():
@@ -193,8 +214,35 @@ class Screen:
                     ended.add(trial.name)
             if not alive:
                 return
+            left = seconds_left()
+            if left is not None and left > LONG_SECONDS and told != len(ended):
+                told = len(ended)
+                self.say(study_line(trials(), left))
             refresh()
             time.sleep(POLL_SECONDS)
+
+
+class Ahead:
+    """Says once, after the first steps of an attempt, how long a run takes."""
+
+    def __init__(self) -> None:
+        self.first: tuple[float, StepStatus] | None = None
+        self.told = False
+
+    def say(self, step: StepStatus | None) -> list[str]:
+        now = time.monotonic()
+        if step is None or self.told:
+            return []
+        self.first = self.first or (now, step)
+        if now - self.first[0] < MEASURED_SECONDS or step == self.first[1]:
+            return []
+        self.told = True
+        if step.seconds_left < LONG_SECONDS:
+            return []
+        return [
+            f"An epoch takes about {duration(step.seconds_of_epoch)}, scoring included; the run ends at about "
+            f"{time_of_day(step.seconds_left)}, in {duration(step.seconds_left)}."
+        ]
 
 
 class LiveLine:
@@ -203,20 +251,18 @@ class LiveLine:
     def __init__(self, bar: Progress) -> None:
         self.bar = bar
         self.task = bar.add_task("", metrics="", total=None)
-        self.epoch = 0
 
-    def show(self, doing: str, step: StepStatus | None) -> None:
-        if step is None:
-            self.bar.update(self.task, description=printable(shown(doing)), total=None, completed=0, metrics="")
-            self.epoch = 0
-            return
-        if step.epoch != self.epoch:
-            self.bar.reset(self.task, total=step.steps)
-            self.epoch = step.epoch
-        description = f"epoch {step.epoch}"
-        self.bar.update(
-            self.task, description=description, total=step.steps, completed=step.step, metrics=step_metrics(step)
-        )
+    def show(self, doing: str, at: StepStatus | PartStatus | None) -> None:
+        show: dict[str, Any]
+        match at:
+            case StepStatus():
+                show = {"description": step_name(at), "completed": at.step, "total": at.steps}
+                show["metrics"] = f"{step_metrics(at)}  ends {time_of_day(at.seconds_left)}"
+            case PartStatus():
+                show = {"description": str(at), "completed": at.done, "total": at.total, "metrics": ""}
+            case None:
+                show = {"description": doing, "completed": 0, "total": None, "metrics": ""}
+        self.bar.update(self.task, **show)
 
 
 class PlainLine:
@@ -226,18 +272,20 @@ class PlainLine:
         self.say = say
         self.doing, self.began, self.spoke = "", 0.0, 0.0
 
-    def show(self, doing: str, step: StepStatus | None, so_far: str = "") -> None:
+    def show(self, doing: str, at: StepStatus | PartStatus | None, so_far: str = "") -> None:
         now = time.monotonic()
         if doing != self.doing:
             self.doing, self.began, self.spoke = doing, now, now
             self.say(f"{doing} …")
         elif now - self.spoke >= LINE_SECONDS:
             self.spoke = now
-            if step is None:
-                self.say(f"{doing}: {so_far or f'{now - self.began:.0f} s so far'} …")
-            else:
-                left = seconds_left(step, step.epoch)
-                self.say(f"epoch {step.epoch}, step {step.step}/{step.steps}: {step_metrics(step)}, {left:.0f} s left")
+            match at:
+                case StepStatus():
+                    self.say(f"{step_name(at)}: {step_metrics(at)}, ends {time_of_day(at.seconds_left)}")
+                case PartStatus():
+                    self.say(f"{at} …")
+                case None:
+                    self.say(f"{doing}: {so_far or f'{now - self.began:.0f} s so far'} …")
 
 
 def trial_lines(trial: Trial) -> list[str]:
@@ -255,10 +303,29 @@ def trial_lines(trial: Trial) -> list[str]:
     return lines
 
 
+def most_telling(trials: Sequence[Trial], count: int) -> list[Trial]:
+    """Return as many trials as there is room for, in their order: first those that run, then those that are over."""
+    rank = {TrialStatus.RUNNING: 0, TrialStatus.WAITING: 2}
+    names = [trial.name for trial in sorted(trials, key=lambda trial: rank.get(trial.status, 1))][: max(1, count)]
+    return [trial for trial in trials if trial.name in names]
+
+
+def study_line(trials: Sequence[Trial], seconds_left: float | None) -> str:
+    """Return how many trials are over, and when all will be."""
+    counts = [sum(trial.status == status for trial in trials) for status in (TrialStatus.RUNNING, TrialStatus.WAITING)]
+    over = f"{len(trials) - sum(counts)} of {len(trials)} trials are over, {counts[0]} running, {counts[1]} waiting"
+    if seconds_left is None:
+        return f"{over}."
+    return f"{over}; all end at about {time_of_day(seconds_left)}, in {duration(seconds_left)}."
+
+
 def trial_table(trials: Sequence[Trial]) -> Table:
+    """Return where each trial stands; no column's width changes while they run."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("trial", "status", "epoch", "loss", "val top-1", "images/s", "time left"):
-        table.add_column(heading, justify="left" if heading in ("trial", "status") else "right")
+    table.add_column("trial", min_width=max((len(trial.name) for trial in trials), default=0))
+    table.add_column("status", width=STATUS_WIDTH, no_wrap=True)
+    for heading, width in (("epoch", 7), ("loss", 6), ("val top-1", 9), ("images/s", 8), ("time left", 11)):
+        table.add_column(heading, justify="right", width=width, no_wrap=True)
     for trial in trials:
         table.add_row(trial.name, *trial_cells(trial))
     return table
@@ -276,19 +343,17 @@ def trial_cells(trial: Trial) -> list[str]:
     loss = step.loss if step else newest and newest.train_loss
     speed = step.images_per_second if step else newest and newest.images_per_second
     return [
-        trial.status if trial.over else status.doing,
+        trial.status if trial.over else status.part.what if status.part else status.doing,
         f"{step.epoch if step else len(history)}/{epochs}",
         "" if loss is None else f"{loss:.3f}",
         "" if newest is None or newest.val_top1 is None else f"{newest.val_top1:.4f}",
         f"{speed:,.0f}" if speed else "",
-        "" if trial.over or step is None else str(timedelta(seconds=round(seconds_left(step, epochs)))),
+        "" if trial.over or step is None else duration(step.seconds_left),
     ]
 
 
-def seconds_left(step: StepStatus, epochs: int) -> float:
-    """Return the training time left to the end of `epochs`, without validation, at the current speed."""
-    steps = (epochs - step.epoch + 1) * step.steps - step.step
-    return steps * step.images_per_step / step.images_per_second
+def step_name(step: StepStatus) -> str:
+    return f"epoch {step.epoch}, step {step.step:,} of {step.steps:,}"
 
 
 def step_metrics(step: StepStatus) -> str:
@@ -296,17 +361,14 @@ def step_metrics(step: StepStatus) -> str:
 
 
 def epoch_line(record: EpochRecord, epochs: int) -> str:
-    """Return the line of a finished epoch."""
+    """Return the line of a finished epoch, which fits 100 columns."""
     number = f"{record.epoch:>{len(str(epochs))}}/{epochs}"
     parts = [f"epoch {number}  loss {digits(record.train_loss)}  top-1 {digits(record.train_top1)}"]
     if record.val_top1 is not None:
-        parts.append(
-            f"validation loss {digits(record.val_loss)}  top-1 {digits(record.val_top1)}  "
-            f"top-5 {digits(record.val_top5)}"
-        )
-    parts.append(f"lr {record.lr:.2g}  {record.images_per_second:,.0f} images/s  {record.seconds:.0f} s")
-    return "  |  ".join(parts)
+        parts.append(f"val loss {digits(record.val_loss)}  top-1 {digits(record.val_top1)}")
+    parts.append(f"{record.images_per_second:,.0f} images/s  {record.seconds:,.0f} s")
+    return " | ".join(parts)
 
 
 def digits(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
+    return "nan" if value is None else f"{value:.4f}"

@@ -6,24 +6,25 @@ import click
 
 from raycifar import models
 from raycifar.command import UNTIL_EXIT, command, resumable
-from raycifar.options import WIDE, recipe_options, request_options
+from raycifar.models.recipes import model_of
+from raycifar.options import Command, recipe_options, request_options
 from raycifar.terminal import Screen
 from raycifar.workflows import training
 from raycifar.workflows.requests import TrainingRequest
 
 
-@click.command(context_settings=WIDE)
-@click.option("--model", required=True, help=f"{', '.join(models.names())}, or timm:NAME.")
+@click.command(cls=Command, example="raycifar train --model vgg16 --epochs 30 --name first")
+@click.option("--model", help=f"{', '.join(models.names())}, or timm:NAME.  [that of --recipe]")
 @click.option("--dry-run", is_flag=True, help="Show what would be trained, on what and for how long; start nothing.")
 @request_options(TrainingRequest)
-@recipe_options
+@recipe_options()
 @command
-def main(debug: bool, model: str, dry_run: bool, **options: Any) -> None:
+def main(debug: bool, model: str | None, dry_run: bool, **options: Any) -> None:
     """Train one model, data-parallel, on Ray Train.
 
-    The options from --epochs on change the model's recipe, which is shown at the start.
+    The options of the recipe change the model's own, which is shown at the start.
     """
-    request, screen = TrainingRequest.of(model, **options), Screen()
+    request, screen = TrainingRequest.of(model or model_of(options["recipe"]), **options), Screen()
     if dry_run:
         from raycifar.workflows import preview  # and with it PyTorch, which training imports while it reads
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -161,20 +162,27 @@ def history(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def cluster():
-    """One Ray on loopback for the whole session, with a token: the environment that reaches it."""
+    """One Ray on loopback for the whole session, with a token: the environment that reaches it.
+
+    Its ports are free ones, so that two sessions of tests can run beside each other.
+    """
     # A short path: Ray's sockets lie in it, and a socket's path is limited to 107 bytes.
     temp = Path(tempfile.mkdtemp(prefix="rc"))
     token = temp / "token"
     token.write_text("0123456789abcdef" * 4)
+    port, dashboard_port, metrics_port = free_ports(3)
     env = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_ADDRESS": "127.0.0.1:6399",
+        "RAY_ADDRESS": f"127.0.0.1:{port}",
+        "RAYCIFAR_TEST_DASHBOARD": f"http://127.0.0.1:{dashboard_port}",
+        "RAYCIFAR_TEST_METRICS": f"http://127.0.0.1:{metrics_port}/metrics",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # as in an activated environment
     }
     ray = str(Path(sys.executable).with_name("ray"))
-    start = [ray, "start", "--head", "--node-ip-address=127.0.0.1", "--port=6399", "--num-cpus=2"]
-    start += ["--dashboard-port=8299", "--metrics-export-port=8298", "--disable-usage-stats", f"--temp-dir={temp}"]
+    start = [ray, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2"]
+    start += [f"--dashboard-port={dashboard_port}", f"--metrics-export-port={metrics_port}"]
+    start += ["--disable-usage-stats", f"--temp-dir={temp}"]
     start += ['--system-config={"metrics_report_interval_ms": 1000}']  # of runs that last only seconds
     started = {key: value for key, value in {**os.environ, **env}.items() if key != "RAY_ADDRESS"}
     try:
@@ -185,6 +193,12 @@ def cluster():
     finally:
         end_ray(token)
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as open_ones:
+        sockets = [open_ones.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in sockets]
 
 
 def end_ray(token: Path) -> None:

@@ -38,7 +38,7 @@ def answer(env: dict[str, str], there: Connection) -> None:
 
 def who_has_them(env: dict[str, str]) -> str:
     """Return all that tells why CPUs aren't free: reservations, actors, processes, Ray's own logs."""
-    ray = [Path(sys.executable).with_name("ray"), "list", "--address", "http://127.0.0.1:8299", "--filter"]
+    ray = [Path(sys.executable).with_name("ray"), "list", "--address", env["RAYCIFAR_TEST_DASHBOARD"], "--filter"]
     logs = Path(env["RAY_AUTH_TOKEN_PATH"]).parent / "session_latest/logs"
     commands = [
         [*ray, "STATE!=REMOVED", "placement-groups"],

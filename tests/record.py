@@ -13,7 +13,6 @@ from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 
 FOLDER = Path(__file__).with_name("recorded")
 CNN = ("--model", "cnn", "--workers", 0, "--no-report")
-FEW = (*CNN, "--limit", 2000, "--val-size", 1000)
 
 # Options, the kinds that an expert finds, and kinds that would be wrong.
 RECORDED = {
@@ -32,9 +31,6 @@ RECORDED = {
         {"generalization-gap"},
         {"healthy"},
     ),
-    "decay": ((*FEW, "--epochs", 8, "--weight-decay", 0.3), {"underfitting"}, {"healthy"}),
-    "dropout": ((*FEW, "--epochs", 8, "--dropout", 0.9), {"underfitting"}, {"healthy"}),
-    "early": ((*CNN, "--limit", 1000, "--val-size", 1000, "--epochs", 1), {"too-early"}, {"healthy", "underfitting"}),
 }
 LEFT_OUT = ("time", "rise", "images_per_second", "seconds", "training_seconds")  # what differs from time to time
 

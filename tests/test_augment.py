@@ -7,7 +7,18 @@ from torchvision.transforms import InterpolationMode, RandAugment, TrivialAugmen
 from torchvision.transforms.autoaugment import _apply_op
 
 from raycifar.data import CIFAR100
-from raycifar.engine.augment import ERASED_AREA, HOLE, PAD, augment, erase, mix, preprocess
+from raycifar.engine.augment import (
+    ERASED_AREA,
+    HOLE,
+    PAD,
+    REFLECTED,
+    alternating_flips,
+    as_trained,
+    augment,
+    erase,
+    mix,
+    preprocess,
+)
 from raycifar.engine.image_ops import (
     GEOMETRY,
     HISTOGRAM,
@@ -61,6 +72,31 @@ def test_crop_gives_each_image_its_own_shift_and_mirror(images):
         found.append(next(key for key, window in windows.items() if torch.equal(window, result)))
     assert len(set(found)) > 30
     assert {mirror for _, _, mirror in found} == {False, True}
+
+
+def test_alternate_reflects_images_at_their_edges_and_flips_those_it_is_told_to(images):
+    flipped = torch.arange(len(images)) % 3 == 0
+    out = augment(images, "alternate", flipped)
+    found = []
+    for image, result, mirror in zip(images, out, flipped, strict=True):
+        padded = F.pad(image[None].float(), (REFLECTED,) * 4, mode="reflect")[0].to(torch.uint8)
+        windows = {
+            (y, x): padded[:, y : y + 32, x : x + 32]
+            for y in range(2 * REFLECTED + 1)
+            for x in range(2 * REFLECTED + 1)
+        }
+        found += [at for at, window in windows.items() if torch.equal(window.flip(2) if mirror else window, result)]
+    assert len(found) == len(images)
+    assert len(set(found)) > 15
+
+
+def test_each_image_is_flipped_every_other_epoch_and_half_of_them_in_each():
+    index = torch.arange(50_000)
+    first, second, third = (alternating_flips(index, torch.tensor(epoch)) for epoch in (1, 2, 3))
+    assert torch.equal(first, third)
+    assert torch.equal(first, ~second)
+    assert 0.49 < first.float().mean() < 0.51
+    assert 0.4 < (first[1:] == first[:-1]).float().mean() < 0.6
 
 
 def test_cutout_blanks_a_square_inside_each_image(images):
@@ -236,3 +272,15 @@ def test_mixed_targets_are_shares_of_two_classes(images, kind):
     assert targets.shape == (64, 100)
     assert torch.allclose(targets.sum(1), torch.ones(64))
     assert ((targets > 0).sum(1) <= 2).all()
+
+
+def test_images_are_shown_as_they_are_trained_on(images):
+    shown = as_trained(images.numpy(), Recipe(augment="none"), 0)
+    assert (torch.from_numpy(shown) == images).all()
+    state = torch.get_rng_state()
+    recipe = Recipe(augment="cutout", erasing=1.0, mixup=1.0)
+    first, again = (as_trained(images.numpy(), recipe, 0) for _ in range(2))
+    assert first.shape == images.shape
+    assert (first == again).all()
+    assert not (torch.from_numpy(first) == images).flatten(1).all(1).any()
+    assert (torch.get_rng_state() == state).all()

@@ -62,7 +62,7 @@ def test_every_panel_becomes_an_svg_that_describes_itself(epochs):
             Panel([Line(HOSTILE, np.arange(3.0)), Line("b", np.ones(3))], HOSTILE, HOSTILE, [(2, HOSTILE)])
         ),
         lambda: bands({HOSTILE: np.ones((2, 3))}, HOSTILE, HOSTILE),
-        lambda: scatter({HOSTILE: (1.0, 0.5, 0.4, 0.6), "b": (2.0, 0.5, None, None)}, HOSTILE, HOSTILE),
+        lambda: scatter({HOSTILE: (1.0, [0.4, 0.6]), "b": (2.0, [0.5])}, HOSTILE, HOSTILE),
         lambda: differences([PAIR], HOSTILE),
     ],
 )
@@ -119,7 +119,7 @@ def test_the_figure_of_a_comparison_has_a_line_for_each_model():
     assert [axes.get_ylabel() for axes in figure.axes] == ["validation accuracy", "training loss"]
     labels = [line.get_label() for line in figure.axes[0].lines]
     assert [label for label in labels if not label.startswith("_")] == ["cnn", "vgg16"]
-    assert len(labels) == 5  # the means, and three runs
+    assert len(labels) == 4  # the means, and the runs of the model that has two
     assert len(figure.axes[0].lines[0].get_xdata()) == 5
 
 

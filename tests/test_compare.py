@@ -61,7 +61,8 @@ def made_up(tmp_path):
         test = {"images": IMAGES, "loss": 1.0, "top1": float(right.mean()), "top5": 0.9}
         result = {"status": changes.get("status", "finished"), "images_per_second": 100.0, "test": test}
         run.write_json("result.json", result)
-        run.write("predictions.parquet", to_predictions_file(probabilities, LABELS))
+        copies = changes.get("copies")
+        run.write("predictions.parquet", to_predictions_file(probabilities, LABELS, copies))
         return run.folder
 
     return make
@@ -91,6 +92,32 @@ def test_finished_runs_are_compared_without_training(made_up, compare, tmp_path)
     rows = list(csv.DictReader((tmp_path / "runs/c/comparison.csv").open()))
     assert [(row["model"], row["runs"]) for row in rows] == [("cnn", "2"), ("vgg16", "3")]
     assert float(rows[0]["top1"]) == cnn["top1"]["mean"]
+
+
+def test_new_photographs_may_rank_the_models_otherwise(made_up, compare, tmp_path):
+    copies = torch.from_numpy(np.random.default_rng(0).random(IMAGES) < 0.63)  # difficulty, as of the runs' images
+    every_seventh = torch.arange(IMAGES) % 7 == 0
+    folders = [made_up("cnn", 0, 0.60, copies=copies), made_up("vgg16", 0, 0.70, copies=copies & every_seventh)]
+    compare(*folders, "--name", "c", "--without-near-duplicates")
+    found = json.loads((tmp_path / "runs/c/comparison.json").read_text())
+    new = int((~copies).sum())
+    assert found["without_near_duplicates"]["images"] == new
+    assert found["models"]["cnn"]["top1"]["mean"] < 0.05 < found["models"]["vgg16"]["top1"]["mean"] < 0.3
+    assert found["pairs"][0]["images"] == new
+    sentence = found["without_near_duplicates"]["sentence"]
+    assert (
+        f"On the {new} test images whose photograph isn't among any run's training images, the order stays" in sentence
+    )
+    assert sentence in (tmp_path / "runs/c/report.json").read_text()
+    folders[1] = made_up("vgg16", 0, 0.55, copies=copies & every_seventh)
+    compare(*folders, "--name", "without")  # scored on all images, as ever
+    assert "without_near_duplicates" not in json.loads((tmp_path / "runs/without/comparison.json").read_text())
+
+
+def test_runs_whose_near_duplicates_are_not_known_are_not_compared_without_them(made_up, compare):
+    folder = made_up("cnn", 0, 0.60)
+    refused = compare(folder, made_up("vgg16", 0, 0.70), "--without-near-duplicates", code=2)
+    assert f"`raycifar evaluate {folder}` finds them" in " ".join(refused.stderr.split())
 
 
 def test_one_model_with_two_recipes_is_two_and_little_is_not_told_apart(made_up, compare, tmp_path):

@@ -19,7 +19,7 @@ def finished(model, seed, accuracy, **recipe):
     correct = np.random.default_rng(seed).random(2000) < accuracy
     test = {"top1": float(correct.mean()), "top5": 0.9, "loss": 1.0, "images": 2000}
     result = {"status": "finished", "images_per_second": 1000.0, "test": test}
-    return Finished(f"{model}-s{seed}", "runs", run, history.records, result, correct)
+    return Finished(f"{model}-s{seed}", "runs", run, history.records, result, correct, correct, 1.0 - correct)
 
 
 @pytest.mark.parametrize(

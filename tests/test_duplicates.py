@@ -13,9 +13,19 @@ from torch.nn.functional import interpolate, pad
 from raycifar.data.duplicates import NEAR, find_pairs
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, to_images, to_table
+from raycifar.models import Architecture
+from raycifar.storage.weights import to_file
 from raycifar.terminal import Screen
 from raycifar.workflows.datasets import write_parquet
-from raycifar.workflows.duplicates import DUPLICATES, DUPLICATES_PAGE, list_duplicates
+from raycifar.workflows.duplicates import (
+    DUPLICATES,
+    DUPLICATES_PAGE,
+    DUPLICATES_PICTURE,
+    known_duplicates,
+    known_pairs,
+    list_duplicates,
+    search,
+)
 
 NUM_TEST, NUM_TRAIN, COPIES = 1_000, 4_000, 100
 
@@ -124,14 +134,54 @@ def test_pairs_are_listed_with_their_labels_and_kept(copied, tmp_path, monkeypat
         "other_split": "train",
         "other_index": "5",
         "kind": "exact",
-        "similarity": "1",
+        "similarity": "1.0",
         "same_label": "false",
     }
     assert found.counts()["test", "train"]["exact"] == 1
     assert (folder.read(DUPLICATES_PAGE) or b"").count(b"data:image/png") == 2 * len(rows)
+    assert Image.open(io.BytesIO(folder.read(DUPLICATES_PICTURE))).size[0] > 500
     monkeypatch.setattr("raycifar.workflows.duplicates.search", None)  # the second time they come from the cache
     again, _ = list_duplicates(str(copied), str(tmp_path / "again"), Screen(quiet=True))
     assert again.to_csv() == found.to_csv()
+
+
+def test_features_bring_together_what_lighting_keeps_apart(planted):
+    _, train, _ = planted
+    images = train[:300].clone()
+    images[299] = (0.45 * images[7] + torch.linspace(0, 140, 32)[:, None]).byte()  # brighter and brighter downwards
+    features = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    features[299] = features[7]
+    pair = {(7, 299)}
+    found, by_features = (find_pairs(images, features=each) for each in (None, features))
+    assert not pair & set(zip(found.first.tolist(), found.second.tolist(), strict=True))
+    assert pair <= set(zip(by_features.first.tolist(), by_features.second.tolist(), strict=True))
+    assert len(by_features.first) == len(found.first) + 1  # each pair once
+
+
+def test_a_run_s_network_takes_part(copied, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYCIFAR_CACHE", str(tmp_path / "cache"))
+    weights = tmp_path / "cnn.safetensors"
+    architecture = Architecture("cnn", tta_flip=True)
+    weights.write_bytes(to_file(architecture.build().state_dict(), architecture))
+    found, _ = list_duplicates(str(copied), str(tmp_path / "out"), Screen(quiet=True), str(weights))
+    assert found.counts()["test", "train"]["exact"] == 1
+    assert not (tmp_path / "cache").exists()  # they are the network's own
+
+
+@pytest.mark.slow
+def test_the_pairs_that_raycifar_has_at_hand_are_those_that_it_finds(cifar):
+    source = load(cifar)
+    assert search(source, Screen(quiet=True)).equals(known_pairs(source.fingerprint()))
+
+
+def test_only_copies_among_the_rows_that_are_trained_on_count(cifar):
+    found = known_duplicates(load(cifar))
+    assert {kind: found.counts()["test", "train"][kind] for kind in ("exact", "near")} == {"exact": 10, "near": 501}
+    every, some = (found.test_copies(rows) for rows in (np.arange(50_000), np.arange(0, 50_000, 2)))
+    assert len(every) == 511
+    assert 200 < len(some) < 350
+    pairs = found.photographs("test", "train")
+    assert set(some) == {test for test, train in pairs.tolist() if train % 2 == 0}
 
 
 def test_a_cache_that_cannot_be_written_does_no_harm(copied, tmp_path, monkeypatch):

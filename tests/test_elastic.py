@@ -199,7 +199,7 @@ def test_the_autoscaler_brings_nodes_and_takes_them_away(autoscaler, tmp_path):
 
 
 def test_a_job_whose_driver_was_killed_goes_on_when_it_is_submitted_again(cluster, tmp_path):
-    env = {**os.environ, **cluster, "RAY_ADDRESS": "http://127.0.0.1:8299"}
+    env = {**os.environ, **cluster, "RAY_ADDRESS": cluster["RAYCIFAR_TEST_DASHBOARD"]}
     args = (*CNN, "--limit", 2000, "--epochs", 3, "--workers", 2, "--storage", tmp_path, "--name", "a")
     job = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "raycifar.train", *map(str, args)]
     first = subprocess.Popen(job, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from raycifar.engine.epoch_meter import EpochMeter, EpochTotals
 from raycifar.engine.loss import StopTrainingError
 from raycifar.engine.state import Progress
+from raycifar.storage.records import sampled_steps
 
 CPU = torch.device("cpu")
 STEPS = torch.tensor([[10, 40.0, 1, 2.0], [10, 30.0, 3, 5.0], [9, 20.0, 4, 3.0]], dtype=torch.float64)
@@ -32,19 +34,31 @@ def test_totals_are_sums_and_the_largest_norm_has_its_step():
 
 
 def test_an_epoch_that_is_resumed_counts_as_one_that_is_not():
-    whole = EpochMeter(1, 3, 0, EpochTotals(), CPU)
+    whole = EpochMeter(1, 3, 0, EpochTotals(), CPU, sampled=(0, 2))
     record(whole, (0, 1, 2))
     whole.collect()
-    first = EpochMeter(1, 3, 0, EpochTotals(), CPU)
+    assert whole.totals.step_losses == [4.0, 20 / 9]
+    first = EpochMeter(1, 3, 0, EpochTotals(), CPU, sampled=(0, 2))
     record(first, (0, 1))
     first.collect()
     first.totals.seconds = 100.0
-    rest = EpochMeter(1, 3, 2, first.totals, CPU)
+    rest = EpochMeter(1, 3, 2, EpochTotals(**json.loads(json.dumps(vars(first.totals)))), CPU, sampled=(0, 2))
     record(rest, (2,))
     rest.collect()
     assert rest.totals.seconds > 100
     rest.totals.seconds = whole.totals.seconds
     assert rest.totals == whole.totals
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(1, 1), (8, 3), (352, 200), (7, 999), (90_000, 3)])
+def test_the_sampled_steps_are_evenly_spaced_over_the_whole_run_and_at_most_2000(steps, epochs):
+    taken = [
+        (epoch - 1) * steps + step for epoch in range(1, epochs + 1) for step in sampled_steps(epoch, steps, epochs)
+    ]
+    assert 1 <= len(taken) <= 2000
+    assert taken[0] == 0
+    assert len(set(np.diff(taken))) <= 1
+    assert steps * epochs > 2000 or len(taken) == steps * epochs
 
 
 def test_a_gradient_that_is_not_finite_is_named_by_its_step():

@@ -2,14 +2,26 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
+from contextlib import ExitStack
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from command import Command, finish
-from conftest import ps, wait_until
+from conftest import RUN, ps, wait_until, write_archive
+
+from raycifar.data.sources import load
+from raycifar.data.tables import split_rows
+from raycifar.data.trees import RECORD
+from raycifar.errors import RequestError
+from raycifar.terminal import Screen
+from raycifar.workflows import evaluation
+from raycifar.workflows.duplicates import find_duplicates
+from raycifar.workflows.evaluation import EvaluationRequest
 
 
 class Evaluate(Command):
@@ -89,3 +101,135 @@ def test_a_run_is_evaluated_on_its_own_images_without_being_told_where_they_are(
     (tmp_path / "a/run.json").write_text(json.dumps(run))
     refused = finish(Evaluate(tmp_path / "a", "--workers", 0, storage=None, env=nowhere, cwd=tmp_path), 2)
     assert "gone.tar.gz: give --data" in refused.stderr
+
+
+def evaluate_here(network, data, out):
+    """Evaluate in this process, and return the content of evaluation.json and the page."""
+    request = EvaluationRequest(str(network), data=str(data), count=0, out=str(out))
+    with ExitStack() as connection:
+        evaluation.evaluate(request, Screen(quiet=True), connection)
+    return json.loads((out / "evaluation.json").read_text()), (out / "evaluation.html").read_text()
+
+
+# Photographs on both sides --------------------------------------------------------------------------
+
+PLANTED = 60  # the first test images are the first training images
+
+
+@pytest.fixture
+def leaking(small_files, tmp_path, monkeypatch):
+    """A data set of whose test images some are training images, and a cache that knows."""
+    monkeypatch.setenv("RAYCIFAR_CACHE", str(tmp_path / "cache"))
+    train, test = (small_files[name] for name in ("train.bin", "test.bin"))
+    files = {"train.bin": train, "test.bin": train[: PLANTED * RECORD] + test[PLANTED * RECORD :]}
+    path = write_archive(tmp_path / "leaking.tar.gz", files)
+    find_duplicates(load(path), Screen(quiet=True))
+    return path
+
+
+def test_test_images_are_counted_out_where_their_photograph_is_among_the_images_of_the_run(leaking, train, tmp_path):
+    train(*RUN, "--epochs", 1, "--workers", 0, "--data", leaking, "--name", "a", "--no-report")
+    folder = tmp_path / "runs/a"
+    test = json.loads((folder / "result.json").read_text())["test"]
+    predictions = pq.read_table(folder / "predictions.parquet")
+    marked = predictions["near_duplicate"].to_numpy() == 1
+    trained, _ = split_rows(load(leaking), 100, 200, 0)
+    assert np.array_equal(marked[:PLANTED], np.isin(np.arange(PLANTED), trained))
+    assert 5 < test["near_duplicates"] == marked.sum() < 40
+    correct = np.array([row[0] for row in predictions["top5"].to_pylist()]) == predictions["label"].to_numpy()
+    assert test["top1_without_near_duplicates"] == pytest.approx(correct[~marked].mean())
+
+    found, page = evaluate_here(folder, leaking, tmp_path / "out")
+    assert {key: found[key] for key in test} == pytest.approx(test, abs=1e-6)
+    ends = found["intervals"]["top1_without_near_duplicates"]
+    assert ends["low"] <= found["top1_without_near_duplicates"] <= ends["high"]
+    assert f"on the {300 - marked.sum()} whose photograph isn&#39;t among the training images" in page
+
+
+def test_a_data_set_whose_pairs_are_not_known_is_scored_as_ever(trained):
+    test = json.loads((trained / "result.json").read_text())["test"]
+    assert "near_duplicates" not in test
+    assert "near_duplicate" not in pq.read_schema(trained / "predictions.parquet").names
+
+
+# Other test sets ------------------------------------------------------------------------------------
+
+
+def write_pickle(path, arrays):
+    images, fine, _ = arrays["test"]
+    path.write_bytes(pickle.dumps({"data": images.reshape(len(images), -1), "fine_labels": fine.tolist()}))
+
+
+def test_a_test_set_alone_is_scored_like_the_same_images_beside_training_images(trained, small_arrays, tmp_path):
+    write_pickle(tmp_path / "test", small_arrays)
+    found, _ = evaluate_here(trained, tmp_path / "test", tmp_path / "out")
+    test = json.loads((trained / "result.json").read_text())["test"]
+    assert {key: found[key] for key in test} == pytest.approx(test, abs=1e-6)
+    assert found["findings"] == []
+
+
+def test_labels_in_another_order_than_the_run_s_are_told_of_any_data(trained, small_arrays, tmp_path):
+    shutil.copytree(trained, tmp_path / "a")
+    rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    rows[-1]["val_top1"] = 0.9  # as if it had learned something
+    (tmp_path / "a/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    images, fine, coarse = small_arrays["test"]
+    write_pickle(tmp_path / "test", {"test": (images, (fine + 1) % 100, coarse)})
+    found, page = evaluate_here(tmp_path / "a", tmp_path / "test", tmp_path / "out")
+    assert [finding["kind"] for finding in found["findings"]] == ["test-differs"]
+    assert "which sampling can&#39;t explain" in page
+
+
+def write_corruptions(folder, arrays, count=20, **changes):
+    """Write a small CIFAR-100-C: darker and darker images, and images with more and more noise."""
+    folder.mkdir()
+    images, fine = (values[:count] for values in arrays["test"][:2])
+    images, rng = images.transpose(0, 2, 3, 1).astype(float), np.random.default_rng(0)
+    made = {
+        "contrast": [images * (1 - 0.19 * k) for k in range(5)],
+        "saturate": [images] * 5,
+        "gaussian_noise": [images + 20 * k * rng.standard_normal(images.shape) for k in range(5)],
+    }
+    files = {name: np.concatenate(each).clip(0, 255).astype(np.uint8) for name, each in made.items()}
+    for name, array in {**files, "labels": np.tile(fine, 5), **changes}.items():
+        np.save(folder / f"{name}.npy", array)
+
+
+def test_corrupted_images_are_scored_by_corruption_and_severity(trained, evaluate, small_arrays, tmp_path):
+    write_corruptions(tmp_path / "CIFAR-100-C", small_arrays)
+    done = evaluate(trained, "--data", tmp_path / "CIFAR-100-C", "--workers", 0)
+    found = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
+    predictions = pq.read_table(trained / "predictions.parquet").slice(0, 20)
+    clean = np.mean([row[0] for row in predictions["top5"].to_pylist()] == predictions["label"].to_numpy())
+    assert [row["top1"] for row in found["corruptions"]["saturate"]["severities"]] == pytest.approx([clean] * 5)
+    contrast = found["corruptions"]["contrast"]
+    assert contrast["error"] == pytest.approx(1 - np.mean([row["top1"] for row in contrast["severities"]]))
+    assert found["counted"] == ["contrast", "gaussian_noise"]
+    assert found["mean_error"] == pytest.approx(
+        (contrast["error"] + found["corruptions"]["gaussian_noise"]["error"]) / 2
+    )
+    assert f"Mean error {found['mean_error']:.4f} over 2 corruptions" in done.stdout
+    assert "gaussian noise" in done.stdout
+    page = (tmp_path / "evaluation/evaluation.html").read_text()
+    assert page.count('<svg role="img"') == 1
+    assert "the mean leaves out the corruptions that are meant for tuning:\nsaturate." in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"labels": np.arange(99)}, "has 99 labels, which 5 severities can't share equally"),
+        ({"labels": np.arange(50)}, "contrast.npy has 100 images, and labels.npy 50 labels"),
+        ({"labels": np.arange(100) + 50}, "the fine label of image 50 is 100"),
+        ({"fog": np.zeros((100, 32, 32), np.uint8)}, "fog.npy is uint8 of shape"),
+        ({"fog": np.zeros((100, 28, 28, 3), np.uint8)}, "fog.npy is uint8 of shape"),
+        ({"fog": np.zeros((100, 32, 32, 3))}, "fog.npy is float64 of shape"),
+    ],
+)
+def test_corrupted_images_that_do_not_fit_are_refused(trained, small_arrays, tmp_path, changes, words):
+    write_corruptions(tmp_path / "C", small_arrays, **changes)
+    with pytest.raises(RequestError) as refusal:
+        evaluate_here(trained, tmp_path / "C", tmp_path / "out")
+    assert words in str(refusal.value)
+    assert str(refusal.value).endswith(".")
+    assert not (tmp_path / "out").exists()

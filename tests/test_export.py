@@ -37,6 +37,7 @@ def network(tmp_path, name):
     [
         pytest.param("resnet50", "onnx", marks=pytest.mark.slow),
         ("cnn", "onnx"),
+        ("cnn", "torch-export"),
         ("cnn", "torchscript"),
         ("cnn", "safetensors"),
     ],
@@ -47,13 +48,19 @@ def test_what_is_written_chooses_the_same_classes(network, small, tmp_path, kind
     done = Export(path, "--to", kind, "--out", out, "--data", small, storage=None).finish()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The same class for each of 300 test images" in done.stdout
+    assert done.stderr == ""
     images = to_images(load(small).test["image"])[:64].copy()
     with torch.inference_mode():
         expected = model(preprocess(torch.from_numpy(images))).numpy()
     match kind:
         case "onnx":
             found = onnxruntime.InferenceSession(out.read_bytes()).run(["logits"], {"images": images})[0]
+        case "torch-export":
+            program = torch.export.load(io.BytesIO(out.read_bytes()))
+            with torch.inference_mode():
+                found = program.module()(torch.from_numpy(images)).numpy()
         case "torchscript":
+            assert "--to torch-export replaces it" in done.stdout
             with torch.inference_mode():
                 found = torch.jit.load(io.BytesIO(out.read_bytes()))(torch.from_numpy(images)).numpy()
         case _:

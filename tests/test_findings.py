@@ -1,16 +1,9 @@
-"""What is read from curves: made-up ones here; the same on real, provoked runs with `-m slow`."""
-
-import json
-import subprocess
-import sys
-from pathlib import Path
+"""What is read from curves: made-up ones here; recorded ones in `test_provoked.py`."""
 
 import numpy as np
 import pytest
 import torch
-from command import ROOT
 from histories import GUESSES, OVERFITS, made_up
-from provoked import PROVOKED, SPIKE
 from torch import nn
 
 from raycifar.analysis.findings import diagnose, seed_variance
@@ -176,23 +169,3 @@ def test_seeds_that_differ_by_more_than_sampling_are_told_and_others_are_not():
     assert seed_variance("cnn", usual, 10_000) is None
     assert seed_variance("cnn", [0.6, 0.1, 0.62], 10_000).kind == "seed-variance"
     assert seed_variance("cnn", [0.6], 10_000) is None
-
-
-# On real runs ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_what_is_provoked_is_found_where_it_should_be_and_nowhere_else(cifar, tmp_path):
-    wanted = [kind for *_, kind in PROVOKED.values()]
-    table = {}
-    for name in PROVOKED:
-        script = [sys.executable, str(Path(__file__).with_name("provoked.py")), name, cifar, str(tmp_path)]
-        subprocess.run(script, cwd=ROOT, check=True, capture_output=True, timeout=1800)
-        found = json.loads((tmp_path / name.replace(" ", "-") / "report.json").read_text())["findings"]
-        table[name] = {finding["kind"]: finding for finding in found}
-        print(f"{name:<22}", *(f"{kind}{'*' if kind == PROVOKED[name][3] else ''}" for kind in table[name]))
-    for name, (*_, expected) in PROVOKED.items():
-        assert {kind for kind in table[name] if kind in wanted} == {expected}, name
-    assert table["jumps"]["spike"]["epochs"] == [SPIKE]
-    assert "ReLUs have died" in table["dies"]["collapse"]["evidence"]
-    assert table["is augmented much"]["validation-above-training"]["metrics"]["explained"]

@@ -18,7 +18,8 @@ from raycifar.engine.augment import preprocess
 from raycifar.engine.state import TrainingState
 from raycifar.errors import RequestError
 from raycifar.models import Architecture, initial_weights
-from raycifar.models.cnn import SPEEDRUN, CnnRecipe, whitening_filters
+from raycifar.models.cnn import CnnRecipe
+from raycifar.models.layers import whitening_filters
 from raycifar.models.recipe import Recipe
 from raycifar.models.recipes import recipe_for
 from raycifar.storage.weights import to_file
@@ -49,10 +50,11 @@ def test_from_scratch_the_recipe_and_the_data_set_decide_the_architecture():
 
 def test_an_architecture_makes_weights_from_the_first_images():
     source = synthetic(1200, 100)
-    start = initial_weights.load_initial_weights("cnn", SPEEDRUN, source)
+    start = initial_weights.load_initial_weights("cnn", CnnRecipe(whiten=True), source)
     pixels = to_images(source.train["image"])[:1000].astype(np.float32) / 255
     mean, std = (np.float32(values)[:, None, None] for values in (source.info.mean, source.info.std))
-    assert np.array_equal(start.weights["whiten.weight"], whitening_filters((pixels - mean) / std))
+    filters = whitening_filters(torch.from_numpy((pixels - mean) / std), 3)
+    assert np.array_equal(start.weights["whiten.weight"], filters.numpy())
     assert start.fingerprint() is None  # the images have one
     assert initial_weights.load_initial_weights("cnn", CnnRecipe(depth=2), source).weights is None
 

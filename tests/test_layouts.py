@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import pickle
 import shutil
@@ -297,6 +298,91 @@ def test_nothing_but_files_is_opened_and_no_link_to_a_folder_is_followed(tmp_pat
 def test_more_synthetic_images_than_memory_holds_are_refused_at_once():
     with pytest.raises(RequestError, match="at most 1,000,000"):
         load("synthetic:1000000000000")
+
+
+# A test set alone -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", GOOD)
+def test_a_test_set_alone_is_read_in_any_layout_where_one_is_asked_for(tmp_path, images, layout):
+    GOOD[layout](tmp_path, {"test": images["test"]})
+    source = load(str(tmp_path), test_alone=True)
+    assert len(source.train) == 0
+    assert to_images(source.test["image"]).tobytes() == images["test"][0].transpose(0, 3, 1, 2).tobytes()
+    assert source.test["fine"].to_pylist() == images["test"][1].tolist()
+    assert source.superclass_of() == CIFAR100.superclass_of
+    with pytest.raises(RequestError):
+        load(str(tmp_path))
+
+
+def test_a_file_of_test_images_is_read_by_its_own_name(tmp_path, images, small_files):
+    alone = {"test": images["test"]}
+    python(tmp_path, alone)  # as ciFAIR-100's
+    parquet(tmp_path, alone)
+    (tmp_path / "test.bin").write_bytes(small_files["test.bin"])
+    (tmp_path / "mine.parquet").write_bytes((tmp_path / "test-00000-of-00001.parquet").read_bytes())
+    for name in ("test", "test.bin", "test-00000-of-00001.parquet"):
+        assert load(str(tmp_path / name), test_alone=True).test["fine"].to_pylist() == images["test"][1].tolist()
+    with pytest.raises(RequestError, match="its name must say test"):
+        load(str(tmp_path / "mine.parquet"), test_alone=True)
+
+
+# Classes by name ------------------------------------------------------------------------------------
+
+SHUFFLED = np.random.default_rng(0).permutation(100)
+NAMES = [CIFAR100.class_names[k] for k in SHUFFLED]  # of another numbering
+NUMBERS = np.argsort(SHUFFLED)  # in it, of each class
+
+
+def renumbered(images):
+    return {split: (x, NUMBERS[fine], coarse, files) for split, (x, fine, coarse, files) in images.items()}
+
+
+def python_with_names(folder, images, names=NAMES):
+    python(folder, renumbered(images))
+    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [name.encode() for name in names]}, protocol=2))
+
+
+def binary_with_names(folder, images, names=NAMES):
+    for split, (pixels, fine, coarse, _) in renumbered(images).items():
+        flat = pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
+        records = np.concatenate([np.stack([coarse, fine], 1).astype(np.uint8), flat], axis=1)
+        (folder / f"{split}.bin").write_bytes(records.tobytes())
+    (folder / "fine_label_names.txt").write_text("\n".join([*names, ""]))
+
+
+def parquet_with_names(folder, images, names=NAMES):
+    feature = {"names": names, "_type": "ClassLabel"}
+    metadata = {"huggingface": json.dumps({"info": {"features": {"fine_label": feature}}})}
+    for split, content in renumbered(images).items():
+        pq.write_table(hub_table(content).replace_schema_metadata(metadata), folder / f"{split}.parquet")
+
+
+NAMED = {"python": python_with_names, "binary": binary_with_names, "Parquet": parquet_with_names}
+
+
+@pytest.mark.parametrize("layout", NAMED)
+def test_another_order_of_classes_is_seen_by_their_names(tmp_path, images, fingerprint, layout):
+    NAMED[layout](tmp_path, images)
+    assert load(str(tmp_path)).fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize("layout", NAMED)
+def test_names_of_other_classes_are_refused_and_one_misspelt_name_is_not(tmp_path, images, fingerprint, layout):
+    NAMED[layout](tmp_path, images, [name if name != "crab" else "cra" for name in NAMES])
+    with pytest.raises(RequestError, match="names other fine classes than CIFAR-100's"):
+        load(str(tmp_path))  # its place is another class's
+    NAMED[layout](tmp_path, images, [f"class {k}" for k in range(100)])
+    with pytest.raises(RequestError, match="such as 'class 0'"):
+        load(str(tmp_path))
+
+
+def test_the_hub_s_crabs_are_crabs(tmp_path, images, fingerprint):
+    feature = {"names": [name.replace("crab", "cra") for name in CIFAR100.class_names], "_type": "ClassLabel"}
+    metadata = {"huggingface": json.dumps({"info": {"features": {"fine_label": feature}}})}
+    for split, content in images.items():
+        pq.write_table(hub_table(content).replace_schema_metadata(metadata), tmp_path / f"{split}.parquet")
+    assert load(str(tmp_path)).fingerprint() == fingerprint
 
 
 # Test images among the training images --------------------------------------------------------------

@@ -15,10 +15,10 @@ from torch import nn
 from raycifar import models
 from raycifar.errors import RequestError
 from raycifar.models import Architecture, Preprocessing
-from raycifar.models.cnn import whitening_filters
+from raycifar.models.layers import whitening_filters
 
 
-@pytest.mark.parametrize(("name", "millions"), [("cnn", 4.2), ("vgg16", 15.0), ("resnet50", 23.7)])
+@pytest.mark.parametrize(("name", "millions"), [("cnn", 4.2), ("speedrun", 6.5), ("vgg16", 15.0), ("resnet50", 23.7)])
 def test_each_maps_images_to_logits_and_has_its_size(name, millions):
     model = Architecture(name).build()
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 100)
@@ -102,11 +102,12 @@ def test_a_network_with_tta_flip_answers_alike_for_an_image_and_its_mirror_image
         assert not torch.allclose(*both, atol=1e-3)
 
 
-def test_whitened_patches_are_uncorrelated_and_of_variance_one():
+@pytest.mark.parametrize("size", [2, 3])
+def test_whitened_patches_are_uncorrelated_and_of_variance_one(size):
     rng = np.random.default_rng(0)
     smooth = rng.normal(size=(50, 3, 34, 34)).cumsum(2).cumsum(3)
     pixels = ((smooth - smooth.mean()) / smooth.std()).astype(np.float32)
-    filters = torch.from_numpy(whitening_filters(pixels))
+    filters = whitening_filters(torch.from_numpy(pixels), size)
     out = torch.nn.functional.conv2d(torch.from_numpy(pixels), filters).permute(1, 0, 2, 3).flatten(1).double()
     strong = out.var(1) > 0.9  # the others vary less than noise, and are left small
     assert strong.sum() >= 3
@@ -197,7 +198,7 @@ def test_a_new_architecture_is_one_file(small, tmp_path):
         return done.stdout + done.stderr
 
     shown = raycifar("train", "--help")
-    assert "resnet50, tiny, vgg16" in shown
+    assert "resnet50, speedrun, tiny, vgg16" in shown
     assert "channels of the one convolution (tiny only)" in " ".join(shown.split())
     assert "lr = 0.03" in raycifar("recipes", "tiny", "--recipe", "tuned")
     run = ("--data", small, "--limit", 200, "--val-size", 100, "--epochs", 1, "--workers", 0, "--no-report")

@@ -20,13 +20,15 @@ VALUES = ("-1", "0", str(10**30), "nan", "inf", "-inf", "")
 WORKERS = {"workers", "count"}
 PARSED = {*WORKERS, "plan", "against"}  # texts that are more than a text
 ZERO = {
-    "seed", "val_size", "max_failures", "wait", "checkpoint_steps", "search", "price_per_hour", "lr", "momentum",
+    "seed", "val_size", "max_failures", "wait", "checkpoint_steps", "search", "price_per_hour", "lr", "norm_lr",
+    "momentum",
     "warmup", "weight_decay", "label_smoothing", "erasing", "mixup", "cutmix", "dropout", "ema", "clip_norm",
     "head_epochs", "image_size",
 }  # fmt: skip
 REQUIRED = {
     "train": ("--model", "cnn"), "bench": ("--model", "cnn"), "compare": ("--models", "cnn"), "evaluate": ("a",),
     "report": ("a",), "predict": ("a", "b"), "export": ("a", "--to", "onnx"), "recipes": ("cnn",), "prepare": ("a",),
+    "speedrun": ("--model", "cnn"),
 }  # fmt: skip
 
 
@@ -61,6 +63,7 @@ def run(monkeypatch):
     for module, work in (
         ("train", "training.train"), ("compare", "study.train_and_compare"), ("evaluate", "evaluate"),
         ("report", "reporting.report"), ("predict", "predict_files"), ("export", "export"), ("data.__main__", "load"),
+        ("speedrun", "speedrun"),
     ):  # fmt: skip
         importlib.import_module(f"raycifar.{module}")
         monkeypatch.setattr(f"raycifar.{module}.{work}", begin)
@@ -113,6 +116,7 @@ def test_a_recipe_s_file_is_checked_as_its_options_are(field, kind, tmp_path):
 @pytest.mark.parametrize(
     ("name", "args", "says"),
     [
+        ("speedrun", ("--pretrained", "a.pth", "--val-size", -5), "val_size is -5: it must be at least 0"),
         ("train", ("--epochs", "-3"), "epochs is -3: it must be at least 1"),
         ("train", ("--seed", 2**63), "seed is 9223372036854775808: it must be at most"),
         ("train", ("--workers", 0, "--cpus-per-worker", 999), "--cpus-per-worker 999: this machine has"),
@@ -141,3 +145,26 @@ def test_a_name_in_any_language_is_one(run):
 def test_a_number_of_synthetic_images_that_can_t_be_is_refused(name):
     with pytest.raises(RequestError, match=f"^{name}: write synthetic:N, where N is a multiple of 100"):
         load(name)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_is_short_has_an_example_and_is_grouped(name):
+    done = CliRunner().invoke(COMMANDS[name], ["--help"], env={"COLUMNS": "100"}, terminal_width=100)
+    lines = done.stdout.splitlines()
+    assert len(lines) < 60
+    assert max(map(len, lines)) <= 100
+    assert any(line.startswith("  Example: raycifar ") for line in lines)
+    if name in ("train", "compare", "bench"):
+        assert [line for line in lines if line in ("What:", "Where:", "How long:", "Other:")]
+        assert any(line.startswith("Recipe (") for line in lines)
+        assert all(
+            option.opts[0] in done.stdout or f"--[no-]{option.opts[0][2:]}" in done.stdout
+            for option in COMMANDS[name].params
+            if isinstance(option, click.Option)
+        )
+
+
+def test_bench_has_only_options_that_change_what_it_times():
+    given = {option.name for option in COMMANDS["bench"].params}
+    assert not given & {"name", "storage", "track", "report", "max_failures", "lr", "schedule", "warmup", "head_epochs"}
+    assert given >= {"batch_size", "augment", "precision", "epochs", "workers"}

@@ -1,15 +1,23 @@
 """Pages: what a name or a path says never becomes a part of the page."""
 
+import base64
+import hashlib
+import os
 import re
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
-from histories import made_up
+from browser import CHROMIUM, Browser
+from histories import GUESSES, OVERFITS, made_up
 
 from raycifar.analysis.reports import (
     ROWS,
     RunFiles,
     comparison_page,
     report_comparison,
+    report_overlay,
     report_run,
     run_page,
     to_markdown,
@@ -26,8 +34,15 @@ def page_of(history, name="a"):
 
 def test_names_are_escaped():
     page = page_of(made_up(epochs=2), TAGS)
-    assert "<script" not in page
+    assert page.count("<script") == 1
     assert "&lt;script&gt;" in page
+
+
+def test_a_page_runs_its_own_script_and_no_other():
+    page = page_of(made_up(epochs=2))
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.S)
+    (allowed,) = re.findall(r"script-src 'sha256-([^']+)'", page)
+    assert base64.b64decode(allowed) == hashlib.sha256(script.encode()).digest()
 
 
 @pytest.mark.parametrize("name", [HOSTILE, "data:text/html,x", 'a" onclick="alert(1)'])
@@ -63,7 +78,9 @@ def test_what_is_not_known_is_a_dash():
 
 def test_the_page_says_how_to_train_the_same_network_again():
     page = page_of(made_up(epochs=2, recipe={"lr": 0.1}, run={"seed": 3, "versions": {"torch": "2.15"}}))
-    assert "<code>raycifar train --model cnn --epochs 2 --lr 0.1 --seed 3</code>" in page
+    (command,) = re.findall(r"<code>(<span>raycifar train.*?)</code>", page)
+    assert re.sub("<.*?>", "", command) == "raycifar train --model cnn --epochs 2 --lr 0.1 --seed 3"
+    assert "<span>--lr 0.1</span>" in command  # no line breaks between an option and its value
     assert "batch size 128" in page
     assert "torch 2.15" in page
 
@@ -113,3 +130,69 @@ def test_labels_are_doubted_only_by_a_network_that_knows_something():
     said = "The network has learned too little for its doubts about labels to mean anything."
     assert said in page_of(made_up(epochs=2, train_eval_loss=lambda e: 4.5))
     assert said not in page_of(made_up())
+
+
+def pages(folder):
+    """Write a page of every kind, and return them by name."""
+    predictions = pa.table(
+        {"label": np.arange(200) % 100, "top5": [[k % 100] * 5 for k in range(1, 201)]}
+        | {"probabilities": np.roll(np.eye(100, dtype=np.float32), 1, 1)[np.arange(200) % 100].tolist()}
+    )
+    losses = [4.0, 3.5, 3.0]
+    interrupted = made_up(epochs=4, recipe={"epochs": 9}, step_losses=lambda e: losses, run={"name": "a"})
+    test = {"images": 10_000, "top1": 0.6, "top5": 0.9, "loss": 1.5}
+    finished = {"status": "finished", "images_per_second": 100.0, "test": test}
+    runs = {
+        "one-epoch": made_up(epochs=1),
+        "interrupted": interrupted,
+        "overfits": made_up(**OVERFITS),
+        "collapses": made_up(**GUESSES),
+        "healthy": made_up(epochs=200, result=finished, step_losses=lambda e: losses),
+    }
+    for name, history in runs.items():
+        files = RunFiles(name, history, predictions if name == "healthy" else None)
+        (folder / f"{name}.html").write_text(run_page(files, report_run(files)))
+    files = [RunFiles(name, history) for name, history in runs.items()]
+    (folder / "overlay.html").write_text(comparison_page(report_overlay(files), files, None, {}, overlay=True))
+    return {page.stem: page for page in folder.glob("*.html")}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_pages_in_a_browser(tmp_path):
+    """No page writes to the console, asks for anything, or is wider than a telephone; values are there for keys."""
+    made = pages(tmp_path)
+    axe = Path(os.environ.get("AXE_CORE", ""))  # axe.min.js, of `npm pack axe-core`
+    with Browser() as browser:
+        for name, page in made.items():
+            for width, dark in ((1280, False), (1280, True), (390, False)):
+                browser.open(page, width, dark=dark)
+                assert browser.errors == [], name
+                assert [url for url in browser.requests if not url.startswith(("file:", "data:"))] == [], name
+                assert browser.evaluate("document.documentElement.scrollWidth") == width, name
+                if axe.is_file():
+                    assert browser.violations(axe) == [], (name, width, dark)
+        browser.open(made["healthy"])
+        browser.evaluate("document.querySelector('figure').focus()")
+        browser.press("ArrowRight", 2)
+        said = browser.evaluate("document.querySelector('output').textContent")
+        assert re.fullmatch(r"epoch 3: training, as trained 0\.\d+; .*; validation 0\.\d+", said)
+        figure = "document.querySelector('figure.largest')"
+        browser.evaluate(f"{figure}.focus()")
+        browser.press("ArrowRight")
+        assert (
+            browser.evaluate(f"{figure}.querySelector('output').textContent")
+            == "apple, taken for aquarium fish: 2 of 2 images"
+        )
+        saved = browser.evaluate(
+            """(async () => { const saved = [];
+            HTMLAnchorElement.prototype.click = () => {};
+            URL.createObjectURL = blob => { saved.push(blob); return ""; };
+            for (const button of document.querySelector(".tools").children) button.click();
+            while (saved.length < 3) await new Promise(done => setTimeout(done, 20));
+            return [saved.map(blob => blob.type), await saved.find(blob => blob.type === "text/csv").text()]; })()"""
+        )
+        assert sorted(saved[0]) == ["image/png", "image/svg+xml", "text/csv"]
+        head, first, *_ = saved[1].splitlines()
+        assert head == 'epoch,"training, as trained","training, as validation",validation'
+        assert first.startswith("1,0.1")
+        assert saved[1].count("\n") == 201

@@ -13,9 +13,9 @@ def test_the_paragraph_names_scores_and_findings():
     )
     text = paragraph(history, found := diagnose(history))
     assert text.startswith(
-        "cnn is trained from scratch on 45,000 CIFAR-100 images for 20 epochs, with 5,000 more held out for "
-        "validation. Training ends at a loss of 1.255 and an accuracy of 64.9%. Validation ends at a loss of 1.451 and "
-        "an accuracy of 62.1%, its best. On the 10,000 test images, scored once, it reaches a top-1 accuracy of 61.2% "
+        "The cnn was trained from scratch on 45,000 CIFAR-100 images for 20 epochs, with 5,000 more held out for "
+        "validation. Training ended at a loss of 1.255 and an accuracy of 64.9%. Validation ended at a loss of 1.451 "
+        "and an accuracy of 62.1%, its best. On 10,000 test images, scored once, it reached a top-1 accuracy of 61.2% "
         "and a top-5 accuracy of 87.1%."
     )
     assert all(finding.evidence in text for finding in found)
@@ -23,15 +23,17 @@ def test_the_paragraph_names_scores_and_findings():
 
 def test_the_paragraph_of_one_epoch_and_of_none():
     one = made_up(epochs=1, val=0, run={"data": {"source": "/copies/cifar.tar.gz", "train": 1, "val": 0, "test": 1}})
-    assert paragraph(one, []).startswith("cnn is trained from scratch on 1 CIFAR-100 image for 1 epoch. Training ends")
+    said = "The cnn was trained from scratch on 1 CIFAR-100 image for 1 epoch. Training ended"
+    assert paragraph(one, []).startswith(said)
     none = made_up(epochs=0, recipe={"epochs": 5})
-    assert paragraph(none, []).endswith("for 0 of 5 epochs, with 5,000 more held out for validation.")
+    said = "for 5 epochs, of which none is finished, with 5,000 more held out for validation."
+    assert paragraph(none, []).endswith(said)
 
 
 @pytest.mark.parametrize(
     ("done", "result", "said"),
     [
-        (0, None, "This run is under way or was interrupted: 0 of 3 epochs are recorded."),
+        (0, None, "This run is under way or was interrupted: none of its 3 epochs is recorded yet."),
         (1, None, "This run is under way or was interrupted: 1 of 3 epochs is recorded."),
         (3, None, "All 3 epochs of this run are recorded, but not yet its result."),
         (3, {"status": "finished"}, "This run is finished, after 3 epochs."),

@@ -29,7 +29,7 @@ def reference(small, cluster, tmp_path_factory):
         if workers not in folders:
             storage = tmp_path_factory.mktemp(f"reference-{workers}")
             env = {**os.environ, **cluster, "MODEL": "cnn", "NAME": "a", "RAYCIFAR_STORAGE": str(storage)}
-            env["RAY_ADDRESS"] = "http://127.0.0.1:8299"
+            env["RAY_ADDRESS"] = cluster["RAYCIFAR_TEST_DASHBOARD"]
             job = ["jobs/train.sh", *map(str, ARGS[2:]), "--data", small, "--workers", str(workers)]
             done = subprocess.run(job, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
@@ -61,21 +61,21 @@ def worker_pids():
     return [int(line.split()[0]) for line in ps() if "ray::" in line and "RayTrainWorker" in line]
 
 
-def metric(name):
+def metric(cluster, name):
     """Return the value that Ray shows to Prometheus for run `ü`, once there is one; other runs' stay there a while."""
 
     def shown():
-        text = urllib.request.urlopen("http://127.0.0.1:8298/metrics").read().decode()
+        text = urllib.request.urlopen(cluster["RAYCIFAR_TEST_METRICS"]).read().decode()
         return re.search(rf"""^ray_raycifar_{name}{{.*model="cnn".*run="%C3%BC".*}} (\S+)$""", text, re.MULTILINE)
 
     return float(wait_until(shown, 180, f"the metric {name}")[1])
 
 
 def dashboard(cluster):
-    """Return what Ray's dashboard shows of training runs."""
+    """Return the jobs that Ray's dashboard lists."""
     token = Path(cluster["RAY_AUTH_TOKEN_PATH"]).read_text()
     request = urllib.request.Request(
-        "http://127.0.0.1:8299/api/train/v2/runs/v1", headers={"Authorization": f"Bearer {token}"}
+        f"{cluster['RAYCIFAR_TEST_DASHBOARD']}/api/jobs/", headers={"Authorization": f"Bearer {token}"}
     )
     return json.loads(urllib.request.urlopen(request).read())
 
@@ -91,14 +91,14 @@ def test_the_same_command_gives_the_same_weights_byte_for_byte(reference, train,
 def test_a_worker_killed_in_mid_epoch_changes_nothing(reference, small, cluster, tmp_path):
     command = Command(*ARGS, "--data", small, "--name", "ü", "--workers", 2, storage=tmp_path, env=cluster)
     with ThreadPoolExecutor() as pool:
-        watched = pool.submit(lambda: (metric("loss"), metric("val_top1"), dashboard(cluster)))
+        watched = pool.submit(lambda: (metric(cluster, "loss"), metric(cluster, "val_top1"), dashboard(cluster)))
         in_the_middle_of_epoch_2(command, tmp_path / "ü")
         os.kill(worker_pids()[-1], signal.SIGKILL)
         done = command.finish()
         loss, val_top1, shown = watched.result()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the workers are restarted from the last checkpoint" in done.stdout
-    assert "%C3%BC" in [run["name"] for run in shown["train_runs"]]
+    assert "ü" in [job["metadata"].get("job_name") for job in shown]
     assert 3 <= loss < 5
     assert 0 <= val_top1 <= 1
     assert "Continuing from epoch 2, step" in done.stdout
@@ -125,9 +125,9 @@ for step in range(140):
 def test_metrics_of_the_last_epoch_stay_as_long_as_the_next_one_lasts(cluster, tmp_path):
     program = Program(tmp_path / "long_epoch.py", LONG_EPOCH, env={**cluster, "PYTHONPATH": str(ROOT)})
     for _ in range(12):
-        assert metric("val_top1") == 0.25
+        assert metric(cluster, "val_top1") == 0.25
         time.sleep(5)
-    assert metric("loss") < 3.5
+    assert metric(cluster, "loss") < 3.5
     program.kill()
 
 

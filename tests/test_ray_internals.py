@@ -140,6 +140,20 @@ def test_controller_callbacks_hear_of_the_controller_and_of_its_workers():
     assert "after_controller_start" not in dir(UserCallback), "UserCallback hears of it by now: use that"
 
 
+def test_of_ray_s_callbacks_only_the_cleaner_of_placement_groups_is_left_out(tmp_path):
+    from ray.train import RunConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    def kinds(trainer):
+        made = trainer(lambda: None, run_config=RunConfig(storage_path=str(tmp_path)))._create_default_callbacks()
+        return [type(callback) for callback in made]
+
+    theirs, ours = kinds(TorchTrainer), kinds(ray_internals.trainer_class())
+    assert PlacementGroupCleanerCallback in theirs, "Ray Train starts no cleaner by now: use TorchTrainer itself"
+    assert ours == [kind for kind in theirs if kind is not PlacementGroupCleanerCallback]
+
+
 def test_what_a_worker_raised_or_died_of_is_found():
     from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 

@@ -189,6 +189,8 @@ def test_underfitting_under_weight_decay_is_laid_to_the_weight_decay():
 
 
 def test_what_is_already_so_is_not_advised():
+    assert "--augment" not in read(short_run(recipe={"augment": "trivial"}))["generalization-gap"].advice
+    assert "--augment trivial" in commands(short_run(recipe={"augment": "trivial"}))[-1]
     done = {"augment": "cutout", "mixup": 0.5, "clip_norm": 1.0}
     advice = read(short_run(recipe=done))["generalization-gap"].advice
     assert "--augment" not in advice
@@ -238,6 +240,38 @@ def test_recorded_runs_are_read_as_an_expert_reads_them(name):
     assert not wrong & found.keys()
 
 
+def test_a_learning_rate_that_is_far_too_low_is_not_lowered():
+    found = read(run(8, recipe={"lr": 1e-4}, **GUESSES))
+    assert {"underfitting", "learning-rate-low"} <= found.keys()
+    assert "collapse" not in found
+
+
+def test_a_curve_that_the_falling_learning_rate_will_settle_is_not_called_unstable():
+    swinging = {"val_top1": lambda e: 0.5 + 0.05 * (-1) ** e, "val_loss": lambda e: 1.5}
+    assert "validation-noise" not in read(run(20, recipe={"epochs": 200}, **swinging))
+    assert "validation-noise" in read(run(20, **swinging))
+    assert "validation-noise" in read(
+        run(20, recipe={"epochs": 200, "schedule": "constant", "warmup": 0.0}, **swinging)
+    )
+
+
+def test_validation_that_is_rightly_ahead_is_healthy_too():
+    found = read(made_up(train_top1=lambda e: 0.4, train_eval_top1=lambda e: 0.66 - 0.6 * np.exp(-e / 5)))
+    assert "validation-above-training" in found
+    assert "healthy" in found
+
+
 def test_no_finding_is_quite_sure():
     for history in (short_run(), run(10, **GUESSES), made_up(val_loss=lambda e: 1.6 + 0.5 * abs(e - 6))):
         assert all(finding.confidence <= 0.99 for finding in diagnose(history))
+
+
+def test_all_images_come_before_the_recipe_and_the_recipe_before_the_rest():
+    history = run(
+        12, train=2000, run={"limit": 2000}, recipe={"augment": "none"}, val_top1=line(0.1, 0.2, 12),
+        train_eval_top1=line(0.1, 0.5, 12), train_eval_loss=line(4.0, 2.0, 12), val_loss=line(4.0, 3.4, 12),
+    )  # fmt: skip
+    assert read(history)["generalization-gap"].advice == (
+        "Train on all images, without --limit. Then use --augment crop. Then try --augment cutout, --mixup 0.5 or more "
+        "weight decay."
+    )

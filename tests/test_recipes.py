@@ -8,9 +8,12 @@ from command import Command, finish
 
 from raycifar import models
 from raycifar.errors import RequestError
-from raycifar.models.cnn import SPEEDRUN, CnnRecipe
+from raycifar.models.cnn import CnnRecipe
 from raycifar.models.recipe import OPTIMIZERS, TRANSFER, Recipe, changes, describe_changes
-from raycifar.models.recipes import choose_recipe, list_recipes, recipe_for, recipe_from_json, to_toml
+from raycifar.models.recipes import choose_recipe, list_recipes, model_of, recipe_for, recipe_from_json, to_toml
+from raycifar.models.speedrun import SPEEDRUN
+
+FORMER = CnnRecipe(optimizer="muon", whiten=True, depth=2, tta_flip=True)  # as earlier versions' speedrun
 
 # What is in a recipe --------------------------------------------------------------------------------
 
@@ -69,6 +72,12 @@ def test_a_head_that_is_trained_to_the_end_stays_alone():
         {"head_epochs": 201},
         {"erasing": 1.1},
         {"optimizer": "lion"},
+        {"muon_steps": 0},
+        {"norm_lr": -1.0},
+        {"progressive": "20"},
+        {"progressive": "20:0.5,24:0.2"},
+        {"progressive": "20:1.0"},
+        {"progressive": "300:0.5"},
         {"epochs": 2.5},
         {"epochs": True},
         {"lr": "high"},
@@ -81,8 +90,15 @@ def test_senseless_values_are_refused_by_name(change):
         dataclasses.replace(Recipe(), **change)
 
 
+def test_images_are_small_at_first_where_the_recipe_says_so():
+    recipe = Recipe(epochs=2, progressive="20:0.15,24:0.5")
+    sizes = [recipe.size(epoch, step, 10) for epoch in (1, 2) for step in range(10)]
+    assert sizes == [20] * 3 + [24] * 7 + [None] * 10
+    assert Recipe().size(1, 0, 10) is None
+
+
 def test_a_recipe_says_how_it_differs_from_another():
-    assert changes(SPEEDRUN, CnnRecipe()).keys() >= {"whiten", "depth", "tta_flip", "optimizer"}
+    assert changes(FORMER, CnnRecipe()).keys() >= {"whiten", "depth", "tta_flip", "optimizer"}
     assert describe_changes(CnnRecipe(depth=2, lr=0.1), CnnRecipe()) == "lr 0.1, depth 2"
     assert describe_changes(CnnRecipe(), CnnRecipe()) == ""
 
@@ -113,7 +129,7 @@ def test_each_model_has_its_own_and_the_study_s_each_with_what_it_is_for(model):
     assert own.own
     assert own.recipe == recipe_for(model)
     assert not any(other.own for other in others)
-    assert {"scratch", "transfer", "study"} <= {each.name for each in (own, *others)}
+    assert {"scratch", "study"} <= {each.name for each in (own, *others)}
     assert all(each.purpose for each in (own, *others))
     assert choose_recipe(model, "study") == type(own.recipe)()
 
@@ -159,9 +175,17 @@ def test_what_is_shown_in_full_is_a_file_that_gives_the_same_recipe(toml, model,
 
 
 def test_a_run_s_recipe_is_taken_over(run):
-    folder = run("cnn", dataclasses.asdict(SPEEDRUN))
-    assert choose_recipe("cnn", folder) == SPEEDRUN
-    assert choose_recipe("cnn", folder, epochs=3) == dataclasses.replace(SPEEDRUN, epochs=3)
+    folder = run("cnn", dataclasses.asdict(FORMER))
+    assert choose_recipe("cnn", folder) == FORMER
+    assert choose_recipe("cnn", folder, epochs=3) == dataclasses.replace(FORMER, epochs=3)
+    assert model_of(folder) == "cnn"
+
+
+def test_a_recipe_of_one_model_brings_its_model_along(toml):
+    assert model_of("speedrun") == "speedrun"
+    for recipe in (None, "study", "scratch", "nothing", toml("lr = 1")):
+        with pytest.raises(RequestError, match=r"^give --model: cnn, "):
+            model_of(recipe)
 
 
 @pytest.mark.parametrize("model", ["cnn", "vgg16"])
@@ -177,7 +201,10 @@ def test_options_that_are_given_change_the_recipe_and_a_short_run_reaches_both_s
     assert choose_recipe("resnet50", epochs=2, lr=0.3) == Recipe(
         **{**TRANSFER, "epochs": 2, "lr": 0.3, "head_epochs": 1}
     )
-    assert choose_recipe("cnn", "speedrun", depth=1) == dataclasses.replace(SPEEDRUN, depth=1)
+    assert choose_recipe("speedrun", epochs=9) == dataclasses.replace(SPEEDRUN, epochs=9)
+    for pretrained in ("none", "a.safetensors"):
+        expected = dataclasses.replace(SPEEDRUN, pretrained=pretrained)
+        assert choose_recipe("speedrun", pretrained=pretrained) == expected
 
 
 @pytest.mark.parametrize(
@@ -203,7 +230,7 @@ def test_a_file_that_is_no_recipe_is_refused_in_a_sentence(toml, text, says):
 def test_what_is_no_recipe_of_the_model_is_refused_in_a_sentence(run, tmp_path):
     folder = run("cnn", {})
     for wanted, says in (
-        ("speedrun", "--recipe speedrun is for cnn, not for vgg16."),
+        ("speedrun", "--recipe speedrun is for --model speedrun, not for vgg16."),
         (folder, "is a run of cnn, not of vgg16."),
         (
             str(tmp_path),
@@ -225,10 +252,12 @@ class Recipes(Command):
 
 def test_the_command_lists_them_and_shows_one_in_full():
     said = finish(Recipes(storage=None)).stdout
-    assert [line.split()[:2] for line in said.splitlines() if "speedrun" in line] == [["cnn", "speedrun"]]
+    assert [line.split()[:2] for line in said.splitlines() if "speedrun" in line] == [
+        ["speedrun", name] for name in ("speedrun", "scratch", "study")
+    ]
     assert said.count("study") == len(models.names())
     assert max(map(len, said.splitlines())) <= 80
-    assert 'optimizer = "muon"' in finish(Recipes("cnn", "--recipe", "speedrun", storage=None)).stdout
+    assert 'optimizer = "muon"' in finish(Recipes("speedrun", storage=None)).stdout
     assert "needs a model" in finish(Recipes("--recipe", "speedrun", storage=None), code=2).stderr
 
 
@@ -236,7 +265,7 @@ def test_the_command_lists_them_and_shows_one_in_full():
     ("args", "says"),
     [
         (("--depth", 2), "depth is an option of cnn, not of vgg16."),
-        (("--recipe", "speedrun"), "--recipe speedrun is for cnn, not for vgg16."),
+        (("--recipe", "speedrun"), "--recipe speedrun is for --model speedrun, not for vgg16."),
         (("--epochs", 0), "epochs is 0"),
     ],
 )

@@ -13,8 +13,9 @@ import time
 
 import pytest
 from command import Command
-from moto.server import ThreadedMotoServer
+from moto.server import DomainDispatcherApplication, ThreadedMotoServer, create_backend_app
 from pyarrow import fs
+from werkzeug.serving import make_server
 
 from raycifar.errors import RequestError
 from raycifar.models.initial_weights import read_tensors
@@ -23,6 +24,12 @@ from raycifar.storage.files import list_files, locate, read_file, write_file
 from raycifar.storage.run_folder import RunFolder
 
 CONTENT = bytes(range(256)) * 4000
+
+
+@pytest.fixture(autouse=True)
+def once(monkeypatch):
+    """Nothing is tried again."""
+    monkeypatch.setattr(remote, "PAUSES", ())
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -111,7 +118,8 @@ def test_a_server_that_can_t_be_reached_has_its_own_sentence(server):
 
 
 def test_the_hub_without_a_network_is_named():
-    program = "from raycifar.data.sources import load; load('hf://datasets/a/b/c')"
+    program = "from raycifar.storage import remote; remote.PAUSES = ()\n"
+    program += "from raycifar.data.sources import load; load('hf://datasets/a/b/c')"
     env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
     assert "RequestError: hf://datasets/a/b/c can't be read: the server refuses the connection" in done.stderr
@@ -189,6 +197,81 @@ def test_a_run_in_an_object_store_is_found_by_a_uri_with_parameters(bucket):
     write_file(bucket("/a b/model.bin".replace(" ", "%20")), CONTENT)
     assert read_file(bucket("/a%20b/model.bin")) == CONTENT
     assert "runs/a b/model.bin" in list_files(*locate(bucket()))
+
+
+class Flaky:
+    """An object store that fails some of its requests, and counts them all."""
+
+    def __init__(self):
+        self.store = DomainDispatcherApplication(create_backend_app)
+        self.count, self.fails, self.status = 0, lambda count: False, "503 Slow Down"
+
+    def __call__(self, environ, start):
+        self.count += 1
+        if not self.fails(self.count):
+            return self.store(environ, start)
+        if environ.get("wsgi.input_terminated"):
+            environ["wsgi.input"].read()
+        start(self.status, [("Content-Length", "0")])
+        return [b""]
+
+
+@pytest.fixture
+def flaky(monkeypatch):
+    """A run in such an object store, and the store; three more tries are made, without much of a pause."""
+    monkeypatch.setattr(remote, "PAUSES", (0.01, 0.01, 0.01))
+    flaky = Flaky()
+    server = make_server("127.0.0.1", 0, flaky, threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    query = f"endpoint_override=127.0.0.1:{server.port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+    fs.FileSystem.from_uri(f"s3://KEY:SECRET@runs?{query}")[0].create_dir("runs")
+    yield RunFolder(f"s3://KEY:SECRET@runs?{query}", "a"), flaky
+    server.shutdown()
+
+
+def test_of_a_store_that_fails_every_third_request_nothing_is_noticed(flaky):
+    run, store = flaky
+    store.fails = lambda count: count % 3 == 0
+    for epoch in (1, 2):
+        run.write_checkpoint({"state": CONTENT}, f"checkpoint_{epoch:04}_000000")
+    run.delete_checkpoints(run.checkpoint_names()[1:])
+    assert list(run.sound_checkpoints(print)) == [("checkpoint_0002_000000", {"state": CONTENT})]
+
+
+def test_what_fails_for_a_passing_reason_is_tried_again_later(flaky):
+    """A request is sent three times by the store's own library, at once; these pauses are raycifar's."""
+    run, store = flaky
+    said = []
+    last = store.count + 4
+    store.fails = lambda count: count <= last
+    with remote.telling(said.append):
+        run.write("model.bin", CONTENT)
+    (retried,) = [text for text in said if text.endswith("; the next try is in 0.01 s")]
+    assert "503" in retried
+    last = store.count + 4
+    assert run.read("model.bin") == CONTENT
+    last = store.count + 4
+    run.delete("model.bin")
+    assert not run.exists("model.bin")
+
+
+def test_what_is_refused_is_not_tried_again(flaky):
+    run, store = flaky
+    store.fails, store.status, store.count = lambda count: True, "403 Forbidden", 0
+    with pytest.raises(OSError, match="ACCESS_DENIED"):
+        run.write("model.bin", CONTENT)
+    assert store.count == 1
+
+
+def test_a_web_server_that_fails_is_asked_again(server, monkeypatch):
+    monkeypatch.setattr(remote, "PAUSES", (0.01, 0.01))
+    said = []
+    with remote.telling(said.append), pytest.raises(OSError, match=r"the server failed \(500\)"):
+        read_file(f"{server.url}/500")
+    assert len(said) == 2
+    with remote.telling(said.append), pytest.raises(OSError, match="there is no such file"):
+        read_file(f"{server.url}/404")
+    assert len(said) == 2
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])

@@ -16,7 +16,7 @@ from raycifar.workflows.reporting import find_runs, read_files
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OUTSIDE = re.compile(
-    r'<script|<link(?! rel="icon" href="data:)|(?:src|href)="(?!data:|#|[\w.-]+/report\.html)|url\((?!#)'
+    r'<script(?!>for)|<link(?! rel="icon" href="data:)|(?:src|href)="(?!data:|#|[\w.-]+/report\.html)|url\((?!#)'
 )
 
 
@@ -64,13 +64,15 @@ def test_training_leaves_a_page_that_holds_all_it_needs(trained):
     page = (trained / "report.html").read_text()
     assert not OUTSIDE.search(page)
     labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', page)
-    assert len(labels) == 9  # accuracy, loss, gap, rate, norm, speed, calibration, classes, superclasses
+    assert len(labels) == 11  # accuracy, loss, steps, gap, rate, norm, speed, calibration, classes, two of confusion
     assert all(len(label) > 20 for label in labels)
     ids = re.findall(r' id="([^"]+)"', page)
     assert not {name for name in ids if ids.count(name) > 1 and f"#{name}" in page}
     assert len(re.findall(r'<img src="data:image/png;base64,[^"]+" alt="[^"]+"', page)) > 6
     top1 = json.loads((trained / "result.json").read_text())["test"]["top1"]
     assert f"<b>{top1:.4f}</b>" in page
+    assert page.count('alt="augmented training image') == 16
+    assert page.count("aquarium fish") > 1  # every class is named
 
 
 def test_the_page_opens_in_a_browser_without_an_error_or_a_request(trained, tmp_path):
@@ -78,7 +80,8 @@ def test_the_page_opens_in_a_browser_without_an_error_or_a_request(trained, tmp_
     assert console == []
     assert "default-src 'none'" in dom
     assert dom.count("<path") > 50
-    assert dom.count('role="img"') == 9
+    assert dom.count('role="img"') == 11
+    assert dom.count(">CSV</button>") == 11
 
 
 def test_findings_and_suspects_are_files_too(trained):
@@ -137,7 +140,7 @@ def test_a_run_in_any_state_is_reported_as_what_it_is(trained, report, small, tm
     match state:
         case "just begun":
             (folder / "metrics.jsonl").unlink()
-            said = "0 of 3 epochs are recorded"
+            said = "none of its 3 epochs is recorded yet"
         case "under way":
             said = "2 of 3 epochs are recorded"
         case "cut off while writing":
@@ -239,6 +242,20 @@ def test_a_comparison_has_a_page_of_its_own(compared, tmp_path):
     console, dom = open_in_browser(compared / "report.html", tmp_path)
     assert console == []
     assert dom.count('role="img"') == 6  # three curves, accuracy against time and size, the differences
+
+
+def test_the_verdict_is_printed_and_any_runs_are_drawn_side_by_side(compared, trained, report, tmp_path):
+    sentence = json.loads((compared / "report.json").read_text())["sentences"][0]
+    said = report(compared, "--format", "json", "--out", tmp_path / "c").stdout
+    assert "can't be told apart" in " ".join(said.split())
+    assert " ".join(said.split()).count(sentence) == 1
+    done = report(trained, compared / "vgg16-s0")
+    assert "2 runs side by side, without a verdict." in done.stdout
+    page = (tmp_path / "overlay/report.html").read_text()
+    assert "<h1>a and vgg16-s0</h1>" in page
+    assert "Conditions: 3 epochs" in page
+    assert "holds no run.json" in report(trained, tmp_path, code=2).stderr
+    assert "--data is for one run" in report(trained, compared, "--data", "x", code=2).stderr
 
 
 def test_a_comparison_under_way_shows_the_runs_that_it_has(compared, trained, report, tmp_path):

@@ -89,6 +89,12 @@ def test_trials_share_gpus(cluster_of, gpus, accelerator, workers, at_once):
     assert (each.count, each.gpus, each.accelerator, fit) == (workers, gpus, accelerator, at_once)
 
 
+@pytest.mark.parametrize(("gigabytes", "trials"), [(1, 1), (5, 2), (64, 32)])
+def test_the_head_s_memory_bounds_the_trials_whose_drivers_run_there(cluster_of, gigabytes, trials):
+    cluster_of({**A100, "memory": 500e9}, {**HEAD, "memory": gigabytes * 1e9, "node:__internal_head__": 1.0})
+    assert sizing.trials_on_head() == trials
+
+
 @pytest.mark.parametrize("ask", [size, lambda *each: size_trials(*each, trials=6)])
 def test_more_workers_than_cpus_can_be_shared_among_are_refused(cluster_of, ask):
     cluster_of(HEAD)

@@ -1,32 +1,64 @@
-"""The recipe that trains the CNN in the least time, at a small size."""
+"""The recipe for the least time, its network, its optimizer and its clock, at a small size."""
 
 import json
-from dataclasses import replace
+import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import history
-from safetensors import safe_open
+from command import Command, finish
+from conftest import checkpoints, history, wait_until
 from safetensors.torch import load_file
 
+from raycifar.data.shards import to_shard
 from raycifar.data.sources import load
-from raycifar.engine.optimizers import Muon, orthogonal
+from raycifar.data.tables import split
+from raycifar.engine.optimizers import Muon, build_optimizer, orthogonal
+from raycifar.engine.speedrun import SpeedRun
 from raycifar.engine.state import Average
 from raycifar.models import Architecture
-from raycifar.models.cnn import SPEEDRUN, CnnRecipe
 from raycifar.models.initial_weights import load_initial_weights
+from raycifar.models.recipe import Recipe
+from raycifar.models.recipes import choose_recipe
+from raycifar.storage.run_folder import RunFolder
 
-RUN = ("--model", "cnn", "--workers", 0, "--limit", 200, "--val-size", 100, "--recipe", "speedrun")
-RUN += ("--epochs", 2, "--batch-size", 100)
+CPU = torch.device("cpu")
+SMALL = ("--limit", 200, "--val-size", 100, "--epochs", 2, "--batch-size", 50)
+RUN = ("--recipe", "speedrun", *SMALL, "--no-report")
+
+
+class Speedrun(Command):
+    command = "raycifar.speedrun"
+
+
+# The network and its optimizer ----------------------------------------------------------------------
+
+
+def test_every_convolution_but_the_whitening_passes_its_inputs_on_at_first():
+    network = Architecture("speedrun").build()
+    assert not network.whiten.weight.requires_grad
+    for module in network.features.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            inputs = torch.randn(2, module.in_channels, 5, 5)
+            kept = min(module.in_channels, module.out_channels)
+            assert torch.allclose(module(inputs)[:, :kept], inputs[:, :kept], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [20, 24, 32])
+def test_the_network_takes_each_size_of_its_recipe_and_begins_undecided(size):
+    logits = Architecture("speedrun").build()(torch.randn(4, 3, size, size))
+    assert logits.shape == (4, 100)
+    assert not logits.any()
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
 def test_an_orthogonal_update_has_singular_values_near_one_and_the_gradient_s_directions(low):
-    for shape in ((64, 27, 3, 3), (512, 256, 3, 3), (100, 4, 3, 3)):
-        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            update = orthogonal(gradient)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((64, 27, 3, 3), (512, 256, 3, 3), (100, 4, 3, 3), (64, 27, 3, 3), (64, 243, 1, 1))
+    gradients = [torch.randn(shape, generator=generator) for shape in shapes]
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        updates = orthogonal(gradients, steps=5)
+    for gradient, update in zip(gradients, updates, strict=True):
         assert (update.shape, update.dtype) == (gradient.shape, gradient.dtype)
         assert torch.equal(update, update.bfloat16()) == low
         singular = torch.linalg.svdvals(update.flatten(1).double())
@@ -34,6 +66,14 @@ def test_an_orthogonal_update_has_singular_values_near_one_and_the_gradient_s_di
         left, _, right = torch.linalg.svd(gradient.flatten(1).double(), full_matrices=False)
         exact = left @ right
         assert torch.nn.functional.cosine_similarity(update.flatten().double(), exact.flatten(), dim=0) > 0.95
+
+
+def test_norms_and_biases_have_a_learning_rate_of_their_own():
+    network = Architecture("cnn").build()
+    recipe = Recipe(lr=0.1, norm_lr=3.0)
+    optimizer = build_optimizer(network, Architecture("cnn").layers(network), recipe)
+    scales = {p.ndim: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert scales == {1: 3.0, 2: 1.0, 4: 1.0}
 
 
 def test_muon_keeps_filters_at_one_norm_and_steps_like_sgd_elsewhere():
@@ -67,20 +107,86 @@ def test_the_running_average_begins_with_the_first_weights_and_looks_back_ever_f
     assert average.n_averaged == 20
 
 
-def test_it_trains_the_five_blocks_and_its_first_layer_stays(train, small, tmp_path):
-    train(*RUN, "--data", small, "--name", "a")
-    file = tmp_path / "runs/a/model.safetensors"
-    with safe_open(file, "pt") as content:
-        about = Architecture.from_json(json.loads(content.metadata()["raycifar"]))
-    assert (about.options, about.tta_flip) == ({"whiten": True, "depth": SPEEDRUN.depth}, True)
-    weights = load_file(file)
-    about.build().load_state_dict(weights)
-    filters = load_initial_weights("cnn", SPEEDRUN, load(small)).weights["whiten.weight"]
+# What it leaves behind ------------------------------------------------------------------------------
+
+
+def test_it_is_named_by_the_recipe_alone_and_follows_no_image_where_that_is_not_wanted(train, small, tmp_path):
+    train(*RUN, "--workers", 0, "--no-record", "--data", small, "--name", "a")
+    run, rows = json.loads((tmp_path / "runs/a/run.json").read_text()), history(tmp_path / "runs/a")
+    assert (run["model"], run["recipe"]["progressive"]) == ("speedrun", "20:0.15,24:0.5")
+    assert all(np.isfinite(row["train_loss"]) for row in rows)
+    assert not any(row.get("grad_norm") or row.get("rise") for row in rows)
+    assert not (tmp_path / "runs/a/example_stats.parquet").exists()
+    weights = load_file(tmp_path / "runs/a/model.safetensors")
+    filters = load_initial_weights("speedrun", choose_recipe("speedrun"), load(small)).weights["whiten.weight"]
     assert torch.equal(weights["whiten.weight"], torch.from_numpy(filters))
-    assert [weights[f"features.{k}.0.weight"].shape[0] for k in range(5)] == [64, 128, 256, 512, 512]
-    again = load_initial_weights("cnn", CnnRecipe(pretrained=str(file)), load(small))  # whose tta_flip is its own
-    assert (again.architecture, again.weights.keys()) == (replace(about, tta_flip=False), weights.keys())
-    first, last = history(tmp_path / "runs/a")
-    assert last["train_loss"] < first["train_loss"] < np.log(100) * 1.1
-    recipe = json.loads((tmp_path / "runs/a/run.json").read_text())["recipe"]
-    assert (recipe["optimizer"], recipe["whiten"], recipe["epochs"]) == ("muon", True, 2)
+
+
+@pytest.mark.slow
+def test_two_workers_that_are_killed_end_with_the_same_bytes(train, small, tmp_path, cluster):
+    args = (*RUN, "--workers", 2, "--data", small, "--checkpoint-steps", 1)
+    train(*args, "--name", "whole", env=cluster)
+    killed = Command(*args, "--name", "a", storage=tmp_path / "runs", env=cluster)
+    wait_until(lambda: len(checkpoints(tmp_path / "runs/a")) > 1, what="a checkpoint")
+    killed.kill(signal.SIGKILL)
+    assert "Continuing from " in train(*args, "--name", "a", env=cluster).stdout
+    whole, resumed = ((tmp_path / "runs" / name / "model.safetensors").read_bytes() for name in ("whole", "a"))
+    assert resumed == whole
+
+
+# The clock ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def timed(small):
+    """A recipe's runs on 200 images, and what they start from."""
+
+    def make(recipe, seed=0):
+        source = load(small)
+        tables = split(source, 100, 200, seed).tables()
+        shards = [to_shard([tables[name]], CPU, source.info) for name in ("train", "val")]
+        start = load_initial_weights("speedrun", recipe, source)
+        return SpeedRun(start.architecture, recipe, *shards, CPU, threads=1)
+
+    return make
+
+
+def test_a_run_depends_on_nothing_but_its_seed(timed):
+    runs = timed(choose_recipe("speedrun", epochs=1, batch_size=100))
+    first, other, again = (runs.run(seed) for seed in (3, 4, 3))
+    drop = {"seconds", "whole_seconds"}
+    assert {k: v for k, v in first.items() if k not in drop} == {k: v for k, v in again.items() if k not in drop}
+    assert other["train_loss"] != first["train_loss"]
+    assert first["whole_seconds"] > first["seconds"] > 0
+
+
+def test_the_program_counts_what_a_run_computes(timed):
+    work = timed(choose_recipe("speedrun", epochs=4, batch_size=100, progressive="20:0.5")).work()
+    assert (work.parameters, work.steps, work.images) == (6_492_344, 8, 800)
+    assert work.multiply_adds == {20: 56_607_776, 32: 153_990_944}
+    assert work.multiply_adds_mean == sum(work.multiply_adds.values()) / 2
+    products = 6 * 800 * work.multiply_adds_mean / 1e15
+    assert products * 0.95 < work.petaflop < products * 1.5  # the first layer needs no gradient; Muon's come on top
+    sgd = timed(choose_recipe("speedrun", epochs=4, batch_size=100, progressive="20:0.5", optimizer="sgd")).work()
+    assert products * 0.95 < sgd.petaflop < min(products, work.petaflop)
+
+
+def test_the_command_times_runs_by_the_public_rules_and_ctrl_c_shows_what_is_there(small, tmp_path):
+    command = Speedrun(*SMALL, "--data", small, "--runs", 99, "--out", tmp_path / "out", storage=None, cwd=tmp_path)
+    wait_until(lambda: command.said()[0].count("by the clock") >= 2, what="the second run")
+    done = command.kill(signal.SIGINT)
+    assert done.returncode == 130
+    found = RunFolder.at(str(tmp_path / "out")).read_json("speedrun.json")
+    assert len(found["runs"]) == found["top1"]["n"] >= 2
+    assert found["top1"]["low"] <= found["top1"]["mean"] <= found["top1"]["high"]
+    assert (found["model"], found["train_images"]) == ("speedrun", 200)
+    assert found["scored"] == {"split": "val", "images": 100}
+    assert found["work"]["steps"] == 8
+    for part in ("top-1, one view", "with the mirror image", "by the public clock", "not timed", "the user's clock"):
+        assert part in done.stdout
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_the_clock_can_not_time_is_refused(small):
+    refused = finish(Speedrun("--pretrained", "a.pth", "--data", small, storage=None), code=2)
+    assert "--pretrained a.pth: the clock is for training from scratch." in refused.stderr

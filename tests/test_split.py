@@ -5,6 +5,7 @@ import pytest
 
 from raycifar.data.synthetic import synthetic
 from raycifar.data.tables import split, to_images
+from raycifar.errors import RequestError
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +50,17 @@ def test_val_size_0_trains_on_everything(source):
 def test_training_rows_are_not_sorted_by_class(source):
     fine = split(source, 0, None, 0).train["fine"].to_numpy()
     assert len(set(fine[:200])) > 60
+
+
+def test_no_image_with_a_copy_is_held_out_and_without_copies_nothing_changes(source):
+    copied = np.random.default_rng(0).choice(5000, 1000, replace=False)
+    plain, none = (split(source, 1000, 2000, 0, copies) for copies in (None, np.array([], int)))
+    assert plain.val.equals(none.val)
+    assert plain.train.equals(none.train)
+    splits = split(source, 1000, 2000, 0, copied)
+    train, val = (table["index"].to_numpy() for table in (splits.train, splits.val))
+    assert np.bincount(splits.val["fine"].to_numpy()).tolist() == [10] * 100
+    assert np.bincount(splits.train["fine"].to_numpy()).tolist() == [20] * 100
+    assert not set(val) & {*train, *copied}
+    with pytest.raises(RequestError, match="with --separate-copies: of one class only 0 training images have no copy"):
+        split(source, 1000, None, 0, np.flatnonzero(source.train["fine"].to_numpy() == 3))

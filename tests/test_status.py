@@ -6,13 +6,22 @@ import uuid
 import pytest
 
 from raycifar.cluster import status as room
-from raycifar.cluster.status import Failure, FailureCause, ModelFacts, Phase, StatusStore, StepStatus, WorkerStatus
+from raycifar.cluster.status import (
+    Failure,
+    FailureCause,
+    ModelFacts,
+    PartStatus,
+    Phase,
+    StatusStore,
+    StepStatus,
+    WorkerStatus,
+)
 from raycifar.engine.ray_metrics import Gauges
 from raycifar.engine.reporter import Reporter
 from raycifar.storage.records import EpochRecord
 
 STEP = {"epoch": 2, "step": 3, "steps": 10, "lr": 0.1, "loss": 2.5, "top1": 0.25}
-STEP |= {"images_per_step": 128.0, "images_per_second": 1000.0}
+STEP |= {"images_per_second": 1000.0, "seconds_of_epoch": 2.0, "seconds_left": 18.0}
 MODEL = {"parameters": 1000, "device": "cpu", "threads": 2, "precision": "bfloat16"}
 RECORD = {"epoch": 1, "train_loss": 3.0, "train_top1": 0.2, "lr": 0.1, "images_per_second": 900.0}
 RECORD |= {"seconds": 5.0, "workers": 1}
@@ -35,6 +44,7 @@ def test_what_is_put_comes_back_the_same(store):
         detail="round 1 of 2",
         notices=["Note."],
         step=StepStatus(**STEP),
+        part=PartStatus(what="validating", done=2400, total=5000),
         model=ModelFacts(**MODEL),
         nodes=[None, "abc"],
     )
@@ -78,7 +88,11 @@ def test_the_reporter_tells_all_that_it_was_told_so_far(store, reporter):
     assert told.doing == "training"
     assert told.step == StepStatus(**STEP)
     assert told.model == ModelFacts(**MODEL)
+    reporter.part("validating", 2400, 5000)
+    assert str(store.worker().part) == "validating 2,400 of 5,000"
+    assert not reporter.due()
     reporter.end_epoch()
+    assert store.worker().part is None
     reporter.history([EpochRecord(**RECORD)])
     assert store.worker().step is None
     assert store.history() == [EpochRecord(**RECORD)]

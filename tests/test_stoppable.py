@@ -11,7 +11,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from raycifar.cluster.connection import connected
-from raycifar.cluster.stoppable import AbortedError, StoppableTrainer
+from raycifar.cluster.stoppable import AbortedError, StoppableTrainer, release
 
 
 def endless():
@@ -33,6 +33,7 @@ class Fit:
         self.trainer = StoppableTrainer(
             endless(),
             train_loop_config={"file": str(self.file)},
+            key=str(self.file),
             scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
             run_config=RunConfig(name="a", storage_path=str(folder)),
         )
@@ -67,6 +68,32 @@ def test_a_run_that_trains_is_ended(local_ray, tmp_path):
     assert reserved() == []
 
 
+@pytest.mark.slow
+def test_what_a_driver_leaves_that_died_in_a_job_that_goes_on_is_released(local_ray, tmp_path):
+    """As the driver of a comparison's trial does; no dashboard runs, nor a process that looks after it."""
+
+    @ray.remote(num_cpus=0)
+    class Driver:
+        def fit(self, loop, key, folder):
+            StoppableTrainer(
+                loop,
+                train_loop_config={"file": f"{folder}/began"},
+                key=key,
+                scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
+                run_config=RunConfig(name="a", storage_path=folder),
+            ).fit()
+
+    driver = Driver.remote()
+    driver.fit.remote(endless(), "left", str(tmp_path))
+    wait_until((tmp_path / "began").exists, 60, "training")
+    ray.kill(driver)
+    time.sleep(3)
+    assert ray.available_resources().get("CPU", 0) == 0
+    release("left")
+    wait_until(lambda: ray.available_resources().get("CPU") == 1, 10, "the end of what was reserved")
+    assert reserved() == []
+
+
 def test_a_run_that_waits_for_room_is_ended(local_ray, tmp_path):
     held = placement_group([{"CPU": 1}])
     ray.get(held.ready())
@@ -80,7 +107,7 @@ def test_a_run_that_waits_for_room_is_ended(local_ray, tmp_path):
 
 
 def test_a_run_that_is_ended_before_it_begins_does_not_begin(local_ray, tmp_path):
-    trainer = StoppableTrainer(endless(), run_config=RunConfig(storage_path=str(tmp_path)))
+    trainer = StoppableTrainer(endless(), key="a", run_config=RunConfig(storage_path=str(tmp_path)))
     trainer.ended.set()
     trainer.abort()
     with pytest.raises(AbortedError):

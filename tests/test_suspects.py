@@ -30,12 +30,32 @@ def test_the_smallest_margin_comes_first_and_what_was_never_seen_is_left_out():
 def test_the_table_has_the_names_of_the_data_set():
     info = DatasetInfo(("cat", "dog"), ("pet",), 32, (0.5,) * 3, (0.25,) * 3)
     assert rank_suspects(FILE).to_csv(info).splitlines() == [
-        "index,label,suggested,score",
-        "5,dog,cat,1.000000",
-        "9,dog,cat,1.000000",
-        "3,cat,dog,0.333333",
+        "index,label,suggested,score,network,copy,copy_label",
+        "5,dog,cat,1.000000,cat,,",
+        "9,dog,cat,1.000000,cat,,",
+        "3,cat,dog,0.333333,cat,,",
     ]
 
 
 def test_where_nothing_was_seen_unblended_there_is_no_ranking():
     assert rank_suspects(stats_file(index=[1], label=[0], rival=[0], margin=[float("nan")], seen=[0])) is None
+
+
+def test_a_photograph_under_two_labels_comes_first_and_a_copy_speaks_for_its_label():
+    file = stats_file(
+        index=[1, 2, 3, 4, 5, 6],
+        label=[0, 1, 0, 0, 1, 1],
+        rival=[1, 0, 1, 1, 0, 0],
+        margin=[3.0, 2.0, -5.0, -4.0, -1.0, 1.0],
+        seen=[4] * 6,
+    )
+    found = rank_suspects(file, np.array([[3, 4], [1, 2], [6, 99]]))
+    assert found.index.tolist() == [2, 1, 5, 3, 4, 6]  # 3 and 4 count as undecided
+    assert found.copy.tolist() == [1, 2, -1, 4, 3, -1]
+    assert found.contradicted().tolist() == [True, True, False, False, False, False]
+    assert found.confirmed().tolist() == [False, False, False, True, True, False]
+    assert found.suggested.tolist()[:2] == [0, 1]
+    assert found.says.tolist() == [1, 0, 0, 1, 1, 1]
+    assert (np.diff(found.score) <= 0).all()
+    info = DatasetInfo(("cat", "dog"), ("pet",), 32, (0.5,) * 3, (0.25,) * 3)
+    assert found.to_csv(info).splitlines()[1] == "2,dog,cat,1.000000,dog,1,cat"

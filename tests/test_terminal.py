@@ -4,21 +4,45 @@ import io
 import re
 import threading
 import uuid
+from dataclasses import replace
+from functools import partial
 from threading import Thread
 
+import pyte
 import pytest
 from rich.console import Console
 from rich.table import Table
 
 from raycifar import terminal as room
-from raycifar.cluster.status import Failure, FailureCause, ModelFacts, Phase, StatusStore, StepStatus, WorkerStatus
+from raycifar.cluster.status import (
+    Failure,
+    FailureCause,
+    ModelFacts,
+    PartStatus,
+    Phase,
+    StatusStore,
+    StepStatus,
+    WorkerStatus,
+)
+from raycifar.durations import duration
 from raycifar.models.recipes import recipe_for
 from raycifar.storage.records import EpochRecord
 from raycifar.terminal import PlainConsole, Screen, trial_lines, trial_table
 from raycifar.workflows.background import alongside
 from raycifar.workflows.trial import Trial, TrialStatus
 
-STEP = StepStatus(epoch=2, step=5, steps=10, lr=0.1, loss=2.5, top1=0.25, images_per_step=100.0, images_per_second=50.0)
+STEP = StepStatus(
+    epoch=2,
+    step=5,
+    steps=10,
+    lr=0.1,
+    loss=2.5,
+    top1=0.25,
+    images_per_second=50.0,
+    seconds_of_epoch=20,
+    seconds_left=7200,
+)
+SCORING = PartStatus(what="validating", done=2400, total=5000)
 MODEL = ModelFacts(parameters=4_226_212, device="cpu", threads=2, precision="bfloat16")
 
 
@@ -59,6 +83,8 @@ def test_no_name_is_obeyed(terminal):
     made.console.print(table)
     with made.waiting(name), made.line() as line:
         line.show(name, None)
+    with made.progress(name):
+        pass
     written = made.console.file.getvalue()
     assert written.count(r"[red]a[/b] :smile: \x1b]0;title\x07\r\udcff") >= 6
     assert "\x1b]" not in written
@@ -128,14 +154,20 @@ def test_a_step_is_told_every_half_minute_with_the_time_that_is_left(monkeypatch
     line = room.PlainLine(lines.append)
     line.show("training", None)
     line.show("training", STEP)
-    assert lines == ["training …", "epoch 2, step 5/10: loss 2.500  top-1 0.250  50 images/s, 10 s left"]
+    line.show("training", SCORING)
+    ends = room.time_of_day(7200)
+    assert lines == [
+        "training …",
+        f"epoch 2, step 5 of 10: loss 2.500  top-1 0.250  50 images/s, ends {ends}",
+        "validating 2,400 of 5,000 …",
+    ]
 
 
 def test_an_epoch_without_validation_or_with_a_loss_that_is_not_finite_has_a_line():
     bare = room.epoch_line(record(1, val_loss=None, val_top1=None, val_top5=None), 10)
     assert "validation" not in bare
-    assert bare.startswith("epoch  1/10  loss 3.0000  top-1 0.2000  |  lr 0.1  900 images/s")
-    assert "loss not finite" in room.epoch_line(record(1, train_loss=None), 10)
+    assert bare == "epoch  1/10  loss 3.0000  top-1 0.2000 | 900 images/s  5 s"
+    assert "loss nan" in room.epoch_line(record(1, train_loss=None), 10)
 
 
 def test_a_trial_is_told_from_its_start_to_its_end(trial, store):
@@ -169,8 +201,9 @@ def test_the_table_shows_where_each_trial_stands(trial, store):
     store.put_history([record(1)])
     store.put_worker(WorkerStatus(phase=Phase.TRAINING, step=STEP))
     epochs = trial.recipe.epochs
-    left = str(room.timedelta(seconds=((epochs - 1) * 10 - 5) * 2))
-    assert cells() == ["cnn-s0", "training", f"2/{epochs}", "2.500", "0.3000", "50", left]
+    assert cells() == ["cnn-s0", "training", f"2/{epochs}", "2.500", "0.3000", "50", "2 h 0 min"]
+    store.put_worker(WorkerStatus(phase=Phase.TRAINING, step=STEP, part=SCORING))
+    assert cells()[1] == "validating"
     trial.status = TrialStatus.FINISHED
     assert cells()[1] == "finished"
 
@@ -211,3 +244,108 @@ def test_a_run_can_be_followed_from_any_thread(store, terminal):
 def test_what_the_work_raises_is_raised():
     with pytest.raises(ZeroDivisionError):
         alongside(lambda: 1 / 0, lambda running: None, Thread.join)
+
+
+# A real terminal, read as one ------------------------------------------------------------------------
+
+
+def shown(made: Screen, height: int = 30) -> list[str]:
+    """Return what a terminal of 100 columns shows."""
+    terminal = pyte.Screen(100, height)
+    pyte.Stream(terminal).feed(made.console.file.getvalue().replace("\n", "\r\n"))
+    return [line.rstrip() for line in terminal.display]
+
+
+def terminal_screen(height: int = 30) -> Screen:
+    made = Screen()
+    made.console = PlainConsole(file=io.StringIO(), force_terminal=True, width=100, height=height)
+    return made
+
+
+def test_scoring_has_a_bar_of_its_own_and_a_long_run_says_when_it_ends(store, monkeypatch):
+    monkeypatch.setattr(room, "POLL_SECONDS", 0.3)
+    monkeypatch.setattr(room, "MEASURED_SECONDS", 0.1)
+    made, seen = terminal_screen(), []
+    statuses = [
+        WorkerStatus(attempt=1, phase=Phase.TRAINING, step=STEP),
+        WorkerStatus(attempt=1, phase=Phase.TRAINING, step=replace(STEP, step=6)),
+        WorkerStatus(attempt=1, phase=Phase.TRAINING, step=replace(STEP, step=10), part=SCORING),
+        None,
+    ]
+
+    def look(status):
+        seen.append("\n".join(shown(made)))
+        if status:
+            store.put_worker(status)
+
+    follow(made, store, [partial(look, status) for status in statuses])
+    assert re.search(r"epoch 2, step 6 of 10 ━.* loss 2.500  top-1 0.250  50 images/s  ends .*\d\d:\d\d", seen[2]), (
+        seen[2]
+    )
+    assert re.search(r"validating 2,400 of 5,000 ━", seen[3]), seen[3]
+    (told,) = [line for line in shown(made) if line.startswith("An epoch takes")]
+    assert re.fullmatch(r"An epoch takes about 20 s, scoring included; the run ends at about .*, in 2 h 0 min\.", told)
+
+
+@pytest.mark.parametrize("left", [30, 7200])
+def test_only_a_long_run_says_when_it_ends(left, monkeypatch):
+    monkeypatch.setattr(room, "MEASURED_SECONDS", 0)
+    ahead = room.Ahead()
+    assert ahead.say(replace(STEP, seconds_left=left)) == []
+    assert len(ahead.say(replace(STEP, step=6, seconds_left=left))) == (left > 60)
+    assert ahead.say(replace(STEP, step=7, seconds_left=left)) == []
+
+
+def look(made: Screen, looks: list[list[str]]) -> bool:
+    looks.append(shown(made, made.console.height))
+    return len(looks) < 3
+
+
+def test_the_columns_of_trials_keep_their_places_and_running_trials_are_in_sight(trial, store):
+    made, trials = terminal_screen(20), [replace(trial, name=f"cnn-s{k:02}") for k in range(40)]
+    trials[30] = replace(trial, name="cnn-s30", status=TrialStatus.RUNNING)
+    headings = []
+    for status in (WorkerStatus(phase=Phase.TRAINING), WorkerStatus(phase=Phase.COMPARING, step=STEP)):
+        store.put_worker(status)
+        made.console.file, looks = io.StringIO(), []
+        made.follow_trials(lambda: trials, partial(look, made, looks), lambda: None, lambda: 7200.0)
+        live = looks[-1]
+        assert any(line.startswith(" cnn-s30") for line in live), live
+        assert any(line.startswith("0 of 40 trials are over, 1 running, 39 waiting; all end at about") for line in live)
+        headings.append(next(line for line in said(made).splitlines() if "val top-1" in line))
+    assert headings[0] == headings[1]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "epochs", "speed", "seconds"), [(7, 30, 812, 56), (200, 200, 123_456, 0), (1000, 1000, 9, 5000)]
+)
+def test_an_epoch_s_line_fits_100_columns(epoch, epochs, speed, seconds):
+    line = room.epoch_line(record(epoch, images_per_second=float(speed), seconds=float(seconds)), epochs)
+    assert len(line) <= 100
+    assert "val loss 2.9000  top-1 0.3000" in line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says"),
+    [
+        (0, "0 s"),
+        (89, "89 s"),
+        (90, "2 min"),
+        (5000, "83 min"),
+        (10_380, "2 h 53 min"),
+        (86_400 * 3 + 7200, "3 days 2 h"),
+    ],
+)
+def test_lengths_of_time_are_said_as_people_say_them(seconds, says):
+    assert duration(seconds) == says
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_secret_is_shown_by_a_bar(terminal):
+    made, secret = screen(terminal=terminal), "s3://bucket/a?access_key=SECRET1&secret_key=SECRET2"
+    with made.progress(f"Reading {secret}") as progress:
+        progress(0.5)
+    with made.line() as line:
+        line.show(f"reading {secret}", None)
+    assert "***" in said(made)
+    assert "SECRET" not in said(made)

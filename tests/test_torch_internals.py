@@ -1,13 +1,22 @@
 """What is used of PyTorch's inside is still there, and does what it is used for."""
 
+import inspect
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from raycifar.engine.optimizers import OPTIMIZERS, build_optimizer
-from raycifar.engine.torch_internals import EagerAdamW, EagerOptimizer, fused_sgd_, seed_cpu, waits_for_gpu
+from raycifar.engine.torch_internals import (
+    EagerAdamW,
+    EagerOptimizer,
+    fused_sgd_,
+    seed_cpu,
+    start_tracer,
+    waits_for_gpu,
+)
 from raycifar.models import Architecture
 from raycifar.models.recipe import Recipe
 
@@ -71,3 +80,18 @@ def test_a_function_that_waits_for_the_gpu_is_known():
     output, waits = waits_for_gpu(lambda: x + x.sum().item())
     assert waits
     assert output.tolist() == [4.0] * 3
+
+
+def test_a_gpu_s_memory_is_recorded_as_pytorch_itself_documents_it():
+    wanted = inspect.signature(torch.cuda.memory._record_memory_history).parameters
+    assert {"enabled", "stacks", "max_entries"} <= wanted.keys()
+    assert callable(torch.cuda.memory._snapshot)
+
+
+def test_the_tracer_starts_without_a_word(capfd):
+    start_tracer([ProfilerActivity.CPU])
+    with profile(activities=[ProfilerActivity.CPU]) as traced:
+        torch.zeros(2) + 1
+    assert "aten::add" in [event.key for event in traced.key_averages()]
+    assert all(hasattr(event, "is_user_annotation") for event in traced.key_averages())
+    assert capfd.readouterr() == ("", "")

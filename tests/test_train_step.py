@@ -28,7 +28,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 PLAIN = {"augment": "none", "precision": "float32"}
 
 
-def build(model="cnn", device=CPU, num_images=64, first=0, notice=print, **recipe):
+def build(model="cnn", device=CPU, num_images=64, first=0, notice=print, record=True, **recipe):
     """Return the step of a network that begins with the weights of seed 0, on random images."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=generator)
@@ -39,7 +39,7 @@ def build(model="cnn", device=CPU, num_images=64, first=0, notice=print, **recip
     state = TrainingState(Architecture(model), None, recipe, 0, device)
     state.train_mode()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
-    stats = ExampleStats.blank(num_images, device)
+    stats = ExampleStats.blank(num_images, device) if record else None
     return TrainStep(state, shard, stats, autocast, exchange=dist.is_initialized(), notice=notice)
 
 
@@ -92,6 +92,34 @@ def test_a_share_that_has_run_out_changes_nothing_but_batch_norm():
     assert torch.allclose(dict(step.state.model.named_parameters())[weight], decayed)
 
 
+def test_a_step_that_records_nothing_trains_alike_and_still_tells_a_loss_that_is_not_finite():
+    recorded, other = build(), build(record=False)
+    for step in (recorded, other):
+        set_learning_rate(step.state.optimizer, 0.1)
+    metrics, others = recorded(batch(recorded)), other(batch(other))
+    assert torch.equal(metrics[:3], others[:3])
+    assert (metrics[3] > 0, others[3]) == (True, 0)
+    assert all(map(torch.equal, recorded.parameters, other.parameters))
+    with torch.no_grad():
+        other.parameters[0].fill_(torch.nan)
+    assert other(batch(other))[3].isnan()
+
+
+def test_images_are_scaled_to_the_size_of_the_step_and_flip_by_epoch():
+    step = build("speedrun", augment="alternate")
+    for size, expected in ((20, 20), (None, 32)):
+        seed(0, CPU)
+        first = step.prepare(batch(step).rows, size)[1]
+        assert first.shape == (64, 3, expected, expected)
+        step.state.progress.epoch += 1
+        seed(0, CPU)
+        second = step.prepare(batch(step).rows, size)[1]
+        assert not torch.equal(first, second)
+        step.state.progress.epoch += 1
+        seed(0, CPU)
+        assert torch.equal(first, step.prepare(batch(step).rows, size)[1])
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_workers_train_as_one_does(world_size, tmp_path):
     on_workers(Trains(tmp_path / "losses", CPU), world_size)
@@ -127,7 +155,7 @@ def test_workers_that_share_a_gpu_say_once_that_their_steps_are_not_captured(mon
     try:
         reporter = Reporter(StatusStore("shared"), Gauges("a", "cnn"), leader=True)
         for _ in range(2):  # each stage of fine-tuning has a step of its own
-            assert build(notice=reporter.notice).captured_update.__name__ == "update"
+            assert build(notice=reporter.notice).captured.__name__ == "update"
     finally:
         dist.destroy_process_group()
     (notice,) = reporter.status.notices
@@ -148,11 +176,11 @@ def one_rank_over_nccl():
 @pytest.mark.parametrize("model", ["cnn", "vgg16", "resnet50"])
 def test_a_captured_step_exchanges_gradients_and_trains_as_a_launched_one(model, one_rank_over_nccl):
     captured, launched = (build(model, CUDA, precision="bfloat16") for _ in range(2))
-    launched.captured_update = launched.update
+    launched.captured = launched.take
     assert captured.exchange
     theirs, ours = losses(launched, 50), losses(captured, 50)
-    assert captured.captured_update.possible
-    assert len(captured.captured_update.captured) == 1
+    assert captured.captured.possible
+    assert len(captured.captured.captured) == 1
     assert torch.allclose(ours, theirs, rtol=0.05)
     assert ours[-1] < ours[0] - 0.5
 
@@ -162,14 +190,47 @@ def test_a_captured_step_exchanges_gradients_and_trains_as_a_launched_one(model,
 def test_a_captured_step_trains_as_a_launched_one_with_each_optimizer(optimizer):
     lr = {"sgd": 0.05, "adamw": 0.001, "muon": 0.05}[optimizer]
     captured, launched = (build("cnn", CUDA, optimizer=optimizer, precision="bfloat16") for _ in range(2))
-    launched.captured_update = launched.update
+    launched.captured = launched.take
     theirs, ours = losses(launched, WARM_UP + 5, lr), losses(captured, WARM_UP + 5, lr)
-    assert captured.captured_update.possible
+    assert captured.captured.possible
     assert torch.allclose(ours, theirs, rtol=0.02)
     assert ours[-1] < ours[0] - 0.5
     before = captured.state.model.head[2].weight.detach().clone()
     losses(captured, 1, lr=0.0)  # the learning rate is read anew in each step
     assert torch.equal(captured.state.model.head[2].weight, before) or optimizer == "muon"
+
+
+@needs_gpu
+@pytest.mark.parametrize("record", [True, False])
+def test_each_size_of_image_has_a_graph_that_trains_as_a_launched_step(record):
+    recipe = {"optimizer": "muon", "muon_steps": 3, "augment": "alternate", "precision": "bfloat16"}
+    captured, launched = (build("speedrun", CUDA, record=record, **recipe) for _ in range(2))
+    launched.captured = launched.take
+    found = []
+    for step in (captured, launched):
+        set_learning_rate(step.state.optimizer, 0.01)
+        found.append([])
+        for number in range(3 * (WARM_UP + 5)):
+            seed(number, CUDA)
+            step.state.progress.epoch = 1 + number % 2
+            metrics = step(batch(step), (20, 24, None)[number % 3])
+            found[-1].append((metrics[1] / metrics[0]).item())
+    assert captured.captured.possible
+    assert len(captured.captured.captured) == 3
+    assert torch.allclose(*map(torch.tensor, found), rtol=0.05)
+
+
+@needs_gpu
+def test_a_captured_step_flips_other_images_in_the_next_epoch():
+    step = build(device=CUDA, augment="alternate")
+    drawn = []
+    for number in range(WARM_UP + 7):
+        seed(0, CUDA)
+        step.state.progress.epoch = 1 + number % 2
+        drawn.append(step.prepare(batch(step).rows)[1])
+    assert step.captured_inputs.captured
+    assert torch.equal(drawn[-1], drawn[-3])
+    assert not torch.equal(drawn[-1], drawn[-2])
 
 
 @needs_gpu

@@ -5,8 +5,9 @@ Ito's (2008), which color-blind readers can tell apart; lines also differ in the
 """
 
 import io
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -18,9 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from raycifar.analysis.curves import BLUE, ORANGE, Panel, panels
-from raycifar.analysis.history import RunHistory, thinned
+from raycifar.analysis.history import MOST_POINTS, RunHistory, thinned
+from raycifar.storage.records import finite
 
 INK = "#010203"  # stands for currentColor until the SVG is written
+PLOT = "plot"  # of the area between the axes
 GREEN, PURPLE = "#009e73", "#cc79a7"
 SERIES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"), ("#56b4e9", "-"), ("#d55e00", "--"))
 MARKERS = "osD^vP"
@@ -45,14 +48,44 @@ STYLE: Any = {
 }
 
 
-def to_svg(figure: Figure, description: str) -> str:
-    """Return the figure as an SVG element with a text alternative."""
+def to_svg(figure: Figure, description: str, figures: dict[str, Any] | None = None) -> str:
+    """Return the figure as an SVG element with a text alternative.
+
+    Args:
+        figures: what it draws, for a page to show by pointer and keyboard and to save: see `values_of` and
+            `confusion_chart`.
+    """
     stream = io.StringIO()
     with rc_context({"svg.hashsalt": description}):  # equal charts, equal bytes; and no id twice on a page
         figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)
+    attributes = f'role="img" aria-label="{escape(description)}"'
+    if figures:
+        attributes += f' data-figures="{escape(json.dumps(finite(figures), separators=(",", ":")))}"'
+    return svg.replace(f'id="{PLOT}"', f'class="{PLOT}"').replace("<svg", f"<svg {attributes}", 1)
+
+
+def values_of(axes: Axes, xlabel: str, x: Iterable[float], series: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Return what a page must know of a chart to show its values.
+
+    Args:
+        x: (n,) positions on the axis that `options["along"]` names, by default "x". series: (n,) values by name.
+        options: names (n,) are shown instead of positions.
+    """
+    axes.patch.set_gid(PLOT)
+    down = options.get("along") == "y"
+    interval = axes.get_ylim() if down else axes.get_xlim()
+    log = (axes.get_yscale() if down else axes.get_xscale()) == "log"
+    rounded = {name: [float(f"{value:.6g}") for value in values] for name, values in series.items()}
+    ends = [float(end) for end in interval]
+    return {
+        "xlabel": xlabel,
+        "x": [float(f"{v:.6g}") for v in x],
+        "range": ends,
+        "log": log,
+        "series": rounded,
+    } | options
 
 
 def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
@@ -66,14 +99,18 @@ def label_epochs(axes: Axes, ylabel: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
 
 
+def plain_number(value: float) -> str:
+    return f"{value / 1e6:g} M" if value >= 1e6 else f"{value:,.6g}"
+
+
 def plain_log(axes: Axes, axis: str) -> None:
-    """Make an axis, "x" or "y", logarithmic, with ticks that read 2.4, 30 or 5,000."""
+    """Make an axis, "x" or "y", logarithmic, with ticks that read 2.4, 30, 5,000 or 2 M."""
     axes.set(**{f"{axis}scale": "log"})
     scale = axes.xaxis if axis == "x" else axes.yaxis
     low, high = scale.get_view_interval()
     subs = (1.0, 3.0) if high < 1000 * low else (1.0,)
     scale.set_major_locator(MaxNLocator(nbins=4) if high < 10 * low else LogLocator(subs=subs, numticks=6))
-    scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    scale.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
     scale.set_minor_formatter(NullFormatter())
 
 
@@ -85,10 +122,11 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
     for line, marker in zip(panel.lines, MARKERS, strict=False):
         shown = thinned(len(line.values))
         marker = marker if np.isfinite(line.values).sum() < 2 else ""
-        values = line.values[shown]
-        axes.plot(shown + 1, values, line.style, color=line.color, marker=marker, linewidth=1.8, label=line.label)
+        epochs, values = panel.epochs[shown], line.values[shown]
+        width = 1.8 if len(line.values) < MOST_POINTS else 0.8
+        axes.plot(epochs, values, line.style, color=line.color, marker=marker, linewidth=width, label=line.label)
         if panel.fill:
-            axes.fill_between(shown + 1, 0, values, color=line.color, alpha=0.15, linewidth=0)
+            axes.fill_between(epochs, 0, values, color=line.color, alpha=0.15, linewidth=0)
     if panel.log:
         plain_log(axes, "y")
     if panel.from_zero:
@@ -97,8 +135,10 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
         axes.axvline(epoch, color=INK, linewidth=0.8, linestyle=":", alpha=0.7)
         place = (epoch, 1.0 + 0.07 * (k % 2))
         axes.annotate(word, place, xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
+    if len(panel.epochs) == 1:
+        axes.set_xlim(0.9, 1.4)  # room for the legend
     if len(panel.lines) > 1:
-        axes.legend(loc="best")
+        axes.legend(loc="best" if len(panel.epochs) > 1 else "right")
 
 
 def curve_chart(panel: Panel) -> str:
@@ -106,7 +146,9 @@ def curve_chart(panel: Panel) -> str:
     with rc_context(STYLE):
         figure, axes = new_axes(4.7, 2.9)
         draw_panel(axes, panel)
-        return to_svg(figure, panel.description)
+        shown = thinned(len(panel.epochs))
+        series = {line.label: line.values[shown] for line in panel.lines}
+        return to_svg(figure, panel.description, values_of(axes, "epoch", panel.epochs[shown], series))
 
 
 class NotebookFigure(Figure):
@@ -157,13 +199,14 @@ def draw_bands(axes: Axes, groups: dict[str, np.ndarray], ylabel: str) -> None:
         shown = thinned(values.shape[1])
         epochs, values = shown + 1, values[:, shown]
         color, style = SERIES[k % len(SERIES)]
-        with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
-            mean, low, high = np.nanmean(values, 0), np.nanmin(values, 0), np.nanmax(values, 0)
+        mean = column_means(values)
+        with warnings.catch_warnings(action="ignore"):
+            low, high = np.nanmin(values, 0), np.nanmax(values, 0)
         marker = MARKERS[k % len(MARKERS)] if values.shape[1] < 2 else ""
         axes.plot(epochs, mean, color=color, linestyle=style, marker=marker, linewidth=1.8, label=model)
         if len(values) > FEW_RUNS:
             axes.fill_between(epochs, low, high, color=color, alpha=0.18, linewidth=0)
-        else:
+        elif len(values) > 1:
             axes.plot(epochs, values.T, color=color, marker=marker, linewidth=0.6, alpha=0.6)
     axes.legend(loc="best")
 
@@ -173,7 +216,16 @@ def bands(groups: dict[str, np.ndarray], ylabel: str, description: str) -> str:
     with rc_context(STYLE):
         figure, axes = new_axes(4.7, 2.9)
         draw_bands(axes, groups, ylabel)
-        return to_svg(figure, description)
+        series = {model: column_means(values) for model, values in groups.items()}
+        shown = thinned(max(map(len, series.values())))
+        series = {model: np.pad(mean, (0, len(shown)), constant_values=np.nan)[shown] for model, mean in series.items()}
+        return to_svg(figure, description, values_of(axes, "epoch", shown + 1, series))
+
+
+def column_means(values: np.ndarray) -> np.ndarray:
+    """Return the mean of each column, of what is known of it."""
+    with warnings.catch_warnings(action="ignore"):
+        return np.nanmean(values, 0)
 
 
 def plot_comparison(groups: dict[str, list[RunHistory]], title: str | None = None) -> Figure:
@@ -187,42 +239,50 @@ def plot_comparison(groups: dict[str, list[RunHistory]], title: str | None = Non
         return figure
 
 
-def scatter(models: dict[str, tuple[float, float, float | None, float | None]], xlabel: str, description: str) -> str:
-    """Return test accuracy with its interval against a cost.
+def scatter(models: Mapping[str, tuple[float, Sequence[float]]], xlabel: str, description: str) -> str:
+    """Return test accuracy against a cost: a marker for the mean of each model, and a dot for each of its runs.
 
     Args:
-        models: cost, mean, low and high of each.
+        models: the cost of each, and its runs' accuracies.
     """
     with rc_context(STYLE):
         figure, axes = new_axes(4.7, 2.9)
         axes.set(xlabel=xlabel, ylabel="test accuracy")
         axes.grid(color=INK, alpha=0.12, linewidth=0.6)
-        for k, (model, (cost, mean, low, high)) in enumerate(models.items()):
+        means = {model: float(np.mean(top1)) for model, (_, top1) in models.items()}
+        for k, (model, (cost, top1)) in enumerate(models.items()):
             color, _ = SERIES[k % len(SERIES)]
-            if low is not None and high is not None:
-                axes.plot([cost, cost], [low, high], color=color, linewidth=1.4)
-            axes.plot(cost, mean, MARKERS[k % len(MARKERS)], color=color, markersize=7)
-            axes.annotate(model, (cost, mean), (7, 5), textcoords="offset points")
+            if len(top1) > 1:
+                axes.plot([cost] * len(top1), top1, ".", color=color, markersize=5, alpha=0.7)
+            axes.plot(cost, means[model], MARKERS[k % len(MARKERS)], color=color, markersize=7)
+            axes.annotate(model, (cost, means[model]), (7, 5), textcoords="offset points")
         axes.margins(0.25)
         plain_log(axes, "x")
-        return to_svg(figure, description)
+        costs = [cost for cost, _ in models.values()]
+        series = {xlabel: costs, "test accuracy": list(means.values())}
+        return to_svg(figure, description, values_of(axes, "model", costs, series, names=list(models)))
 
 
-def bars(rows: Sequence[tuple[str, float, float, float]], limit: float, xlabel: str, description: str) -> str:
-    """Return a bar for each name, its median with its range, beside a limit.
+def bars(
+    rows: Sequence[tuple[str, float, float, float]], limit: tuple[str, float], xlabel: str, title: str, description: str
+) -> str:
+    """Return a bar for each name, its median with its range, beside a named limit.
 
     Args:
         rows: name, median, low and high of each.
     """
     with rc_context(STYLE):
-        figure, axes = new_axes(6.0, 0.9 + 0.38 * len(rows))
+        figure, axes = new_axes(6.0, 1.3 + 0.38 * len(rows))
         names, medians, lows, highs = (list(column) for column in zip(*reversed(rows), strict=True))
         errors = [np.subtract(medians, lows), np.subtract(highs, medians)]
         axes.barh(names, medians, 0.6, color=BLUE, xerr=errors, error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2})
-        axes.axvline(limit, color=ORANGE, linewidth=1.5, linestyle="--")
+        axes.axvline(limit[1], color=ORANGE, linewidth=1.5, linestyle="--", label=limit[0])
         for name, median in zip(names, medians, strict=True):
             axes.annotate(f" {median:,.0f}", (0, name), color="white", va="center")
         axes.set(xlabel=xlabel)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        figure.suptitle(title, fontsize=10, y=1.02, va="bottom")
         return to_svg(figure, description)
 
 
@@ -243,7 +303,7 @@ def scaling(predicted: dict[int, float], measured: dict[int, tuple[float, float]
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, list(map(str, counts)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
         axes.set(xlabel="workers", ylabel="images per second")
         axes.set_ylim(bottom=0)
         axes.legend(loc="best")
@@ -261,7 +321,10 @@ def differences(pairs: Sequence[dict[str, Any]], description: str) -> str:
         axes.axvline(0, color=INK, linewidth=0.8, linestyle="--")
         axes.set_yticks(range(len(pairs)), [f"{pair['a']} − {pair['b']}" for pair in reversed(pairs)])
         axes.set(xlabel="difference in test accuracy (points)", ylim=(-0.6, len(pairs) - 0.4))
-        return to_svg(figure, description)
+        names = [f"{pair['a']} − {pair['b']}" for pair in reversed(pairs)]
+        series = {key: [100 * pair[key] for pair in reversed(pairs)] for key in ("difference", "low", "high")}
+        rows = values_of(axes, "difference (points)", range(len(pairs)), series, names=names, along="y")
+        return to_svg(figure, description, rows)
 
 
 # The test set ---------------------------------------------------------------------------------------
@@ -279,8 +342,10 @@ def reliability_diagram(bins: Sequence[dict[str, Any]]) -> str:
         fraction = np.array([b["images"] for b in filled]) / sum(b["images"] for b in filled)
         axes.step(centers, fraction, where="mid", color=ORANGE, linewidth=1.5, label="fraction of images")
         axes.set(xlabel="confidence", ylabel="fraction", xlim=(0, 1), ylim=(0, 1))
-        axes.legend(loc="upper left")
-        return to_svg(figure, "Reliability diagram: accuracy by confidence of the prediction")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0))
+        series = {"accuracy": [b["accuracy"] for b in filled], "images": [b["images"] for b in filled]}
+        values = values_of(axes, "confidence", centers, series)
+        return to_svg(figure, "Reliability diagram: accuracy by confidence of the prediction", values)
 
 
 def class_chart(rows: Sequence[dict[str, Any]]) -> str:
@@ -289,30 +354,59 @@ def class_chart(rows: Sequence[dict[str, Any]]) -> str:
         ranked = sorted(rows, key=lambda row: row["recall"] or 0.0)
         figure, axes = new_axes(7.2, 2.4)
         axes.bar(range(len(ranked)), [row["recall"] or 0.0 for row in ranked], 0.8, color=BLUE)
+        highest = max((row["recall"] or 0.0 for row in ranked), default=0.0)  # above all bars, or they hide the names
         for end, anchor in ((0, "left"), (len(ranked) - 1, "right")):
-            axes.annotate(
-                ranked[end]["class"].replace("_", " "),
-                (end, ranked[end]["recall"] or 0.0),
-                (0, 4),
-                textcoords="offset points",
-                ha=anchor,
-            )
+            place, name = (end, highest), ranked[end]["class"].replace("_", " ")
+            axes.annotate(name, place, (0, 4), textcoords="offset points", ha=anchor)
         axes.set(xlabel="classes, from the hardest to the easiest", ylabel="accuracy", ylim=(0, 1), xticks=[])
-        return to_svg(figure, "Accuracy of each class, from the hardest to the easiest")
+        names, recall = [row["class"].replace("_", " ") for row in ranked], [row["recall"] or 0.0 for row in ranked]
+        values = values_of(axes, "class", range(len(ranked)), {"accuracy": recall}, names=names)
+        return to_svg(figure, "Accuracy of each class, from the hardest to the easiest", values)
 
 
-def confusion_chart(matrix: np.ndarray, names: Sequence[str]) -> str:
-    """Return a confusion matrix: each row holds fractions of that class's images."""
+def confusion_chart(matrix: np.ndarray, names: Sequence[str], kind: str = "superclass") -> str:
+    """Return a confusion matrix: each row holds fractions of that class's images.
+
+    Args:
+        kind: what the names are of, "superclass" or "class".
+    """
     with rc_context(STYLE):
         fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-        figure, axes = new_axes(6.4, 5.6)
+        many = len(names) > MOST_ROWS
+        figure, axes = new_axes(10.4, 9.6) if many else new_axes(6.4, 5.6)
         cmap = LinearSegmentedColormap.from_list("transparent to orange", [to_rgba(ORANGE, 0), to_rgba(ORANGE, 1)])
         image = axes.imshow(fractions, cmap=cmap, vmin=0, vmax=max(0.5, float(fractions.max())))
         words = [name.replace("_", " ") for name in names]
-        axes.set_xticks(range(len(names)), words, rotation=60, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(names)), words)
-        axes.set(xlabel="predicted superclass", ylabel="true superclass")
+        slant, size = (90, 5.0) if many else (60, 9.0)
+        axes.set_xticks(
+            range(len(names)),
+            words,
+            rotation=slant,
+            ha="right",
+            va="center_baseline" if many else "top",
+            rotation_mode="anchor",
+            fontsize=size,
+        )
+        axes.set_yticks(range(len(names)), words, fontsize=size)
+        axes.set(xlabel=f"predicted {kind}", ylabel=f"true {kind}")
+        axes.patch.set_gid(PLOT)
         bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
         bar.outline.set_visible(False)
-        bar.set_label("fraction of the superclass's images")
-        return to_svg(figure, "Confusion matrix of the superclasses")
+        bar.set_label(f"fraction of the {kind}'s images")
+        return to_svg(figure, f"Confusion matrix of the {kind}es", {"names": words, "matrix": matrix.tolist()})
+
+
+def corruption_chart(corruptions: dict[str, dict[str, Any]]) -> str:
+    """Return the accuracy by corruption, the hardest first, and severity."""
+    with rc_context(STYLE):
+        ranked = sorted(corruptions, key=lambda name: -corruptions[name]["error"])
+        top1 = np.array([[row["top1"] for row in corruptions[name]["severities"]] for name in ranked])
+        figure, axes = new_axes(5.0, 1.1 + 0.27 * len(ranked))
+        cmap = LinearSegmentedColormap.from_list("transparent to orange", [to_rgba(ORANGE, 0), to_rgba(ORANGE, 1)])
+        axes.imshow(1 - top1, cmap=cmap, vmin=0, vmax=1, aspect="auto")
+        for row, column in np.ndindex(*top1.shape):
+            axes.text(column, row, f"{top1[row, column]:.2f}", ha="center", va="center")
+        axes.set_xticks(range(top1.shape[1]), [str(k + 1) for k in range(top1.shape[1])])
+        axes.set_yticks(range(len(ranked)), [name.replace("_", " ") for name in ranked])
+        axes.set(xlabel="severity")
+        return to_svg(figure, "Accuracy by corruption, from the hardest to the easiest, and severity")

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,10 @@ SIGNIFICANCE = 0.05
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run: the contents of its files, and whether it classifies each test image correctly."""
+    """A finished run: the contents of its files, and how it does on each test image.
+
+    near_duplicate: whether the image's photograph is among the run's training images, None where that isn't known.
+    """
 
     name: str
     folder: str
@@ -28,6 +31,9 @@ class Finished:
     history: Sequence[EpochRecord]
     result: dict[str, Any]
     correct: np.ndarray  # (images,) bool
+    top5: np.ndarray  # (images,) bool
+    loss: np.ndarray  # (images,) float32
+    near_duplicate: np.ndarray | None = None  # (images,) bool
 
     @property
     def seconds(self) -> list[float]:
@@ -71,6 +77,33 @@ def by_model(runs: Iterable[Finished]) -> dict[str, list[Finished]]:
         fields = [field for field in vars(recipe) if any(field in differing for differing in others)]
         named[" ".join([model, *(f"{field}={getattr(recipe, field)}" for field in fields)])] = members
     return named
+
+
+def new_photographs(runs: Sequence[Finished]) -> list[Finished]:
+    """Return the runs as if the test set held only images whose photograph none of them has trained on."""
+    new = ~np.any([run.near_duplicate for run in runs if run.near_duplicate is not None], axis=0)
+    kept = []
+    for run in runs:
+        correct, top5, loss = run.correct[new], run.top5[new], run.loss[new]
+        means = {"top1": float(correct.mean()), "top5": float(top5.mean()), "loss": float(loss.mean())}
+        test = {**run.result["test"], "images": int(new.sum()), **means}
+        result = {**run.result, "test": test}
+        kept.append(replace(run, result=result, correct=correct, top5=top5, loss=loss, near_duplicate=None))
+    return kept
+
+
+def whether_the_order_changes(before: dict[str, Any], after: dict[str, Any], images: int, new: int) -> str:
+    """Return in a sentence whether new photographs rank the models otherwise than all test images do."""
+    rankings = [sorted(models, key=lambda name: -models[name]["top1"]["mean"]) for models in (before, after)]
+    scores = [
+        ", ".join(f"{name} {models[name]['top1']['mean']:.4f}" for name in ranking)
+        for models, ranking in zip((before, after), rankings, strict=True)
+    ]
+    if rankings[0] == rankings[1]:
+        told = f"the order stays the same: {scores[1]}; on all {images:,}, {scores[0]}"
+    else:
+        told = f"the order changes: {scores[1]}; on all {images:,}, it is {scores[0]}"
+    return f"On the {new:,} test images whose photograph isn't among any run's training images, {told}."
 
 
 def compare(groups: dict[str, list[Finished]], flops: dict[str, int], price_per_hour: float | None) -> dict[str, Any]:
@@ -158,7 +191,7 @@ def sentence(pair: dict[str, Any]) -> str:
     """Return what a pair's metrics mean, in plain words."""
     a, b = pair["a"], pair["b"]
     low, high, mean = (100 * pair[key] for key in ("low", "high", "difference"))
-    p = f"p = {pair['p_holm']:.2g}"
+    p = f"p = {pair['p_holm']:.2g}" if pair["p_holm"] >= 1e-4 else "p < 0.0001"
     when = f"After {count(pair['epochs'], 'epoch')} on {count(pair['train_images'], 'training image')}"
     if pair["verdict"] != "undecided":
         near, far = sorted((abs(low), abs(high)))
@@ -173,7 +206,8 @@ def sentence(pair: dict[str, Any]) -> str:
         )
         if mean == 0:
             text += "There is no difference for more seeds to confirm."
-        elif needed := pair["seeds_needed"]:
+        elif pair["seeds_needed"]:
+            needed = max(pair["seeds_needed"], 1 + max(pair["runs"]))
             text += f"If the difference is as large as it looks, {needed} seeds of each model would show it."
         else:
             text += f"No number of seeds would show so small a difference on {pair['images']:,} test images."

@@ -8,6 +8,7 @@ import numpy as np
 
 from raycifar.analysis.findings import generalization_gap
 from raycifar.analysis.history import RunHistory
+from raycifar.storage.records import sampled_steps
 
 BLUE, ORANGE = "#0072b2", "#e69f00"
 MOST_MARKS = 8
@@ -25,7 +26,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart of curves by epoch. `marks` are epochs with a word each; `fill` tints the area below its line."""
+    """A chart of curves by epoch. `marks` are epochs with a word each; `fill` tints the area below its line.
+
+    at: where the values of the lines are, in epochs since the beginning; by default at the end of each epoch.
+    """
 
     lines: Sequence[Line]
     ylabel: str
@@ -34,6 +38,11 @@ class Panel:
     fill: bool = False
     log: bool = False
     from_zero: bool = False
+    at: np.ndarray | None = None
+
+    @property
+    def epochs(self) -> np.ndarray:
+        return np.arange(1, len(self.lines[0].values) + 1) if self.at is None else self.at
 
 
 def panels(history: RunHistory) -> dict[str, Panel]:
@@ -47,6 +56,7 @@ def panels(history: RunHistory) -> dict[str, Panel]:
     every = {
         "top1": score_panel(history, "top1", "accuracy", marked),
         "loss": score_panel(history, "loss", "loss", marked),
+        "steps": step_panel(history),
         "gap": Panel(
             [gap], "gap (points)", f"Training less validation accuracy, in points: {in_words(gap, 1)}.", fill=True
         ),
@@ -70,6 +80,18 @@ def score_panel(history: RunHistory, score: str, word: str, marked: Sequence[tup
     return Panel(lines, word, f"{word.capitalize()} by epoch. {words}", marked)
 
 
+def step_panel(history: RunHistory) -> Panel:
+    """Return the chart of the training loss of single steps, of 2,000 at most."""
+    steps, epochs, losses = history.steps_per_epoch, [], []
+    for record in history.records:
+        taken = sampled_steps(record.epoch, steps, history.recipe.epochs)
+        for step, loss in zip(taken, record.step_losses or [], strict=False):
+            epochs.append(record.epoch - 1 + (step + 1) / steps)
+            losses.append(np.nan if loss is None else loss)
+    line = Line("training loss of a step", np.array(losses))
+    return Panel([line], "loss", f"Training loss of single steps: {in_words(line)}.", at=np.array(epochs))
+
+
 def in_words(line: Line, digits: int = 3) -> str:
     """Return where a curve starts and ends, and its extremes."""
     known = line.values[np.isfinite(line.values)]
@@ -82,6 +104,8 @@ def in_words(line: Line, digits: int = 3) -> str:
 def marks(history: RunHistory) -> list[tuple[int, str]]:
     """Return the epochs that are worth a mark: the best, a new stage, the peak learning rate, restarts, new workers."""
     records, found = history.records, []
+    if len(records) == 1 and not records[0].restarts:
+        return []
     top1, lr = history.column("val_top1"), history.column("lr")
     if np.isfinite(top1).any():
         found.append((int(np.nanargmax(top1)) + 1, "best"))

@@ -26,10 +26,12 @@ FIT = 0.2  # McFadden (1979): a pseudo-R² of 0.2 to 0.4 is an excellent fit, le
 COARSE = 0.025  # half a 95% interval of 5 points: architectures that are compared differ by less
 DEAD = 0.9  # fraction of a layer's units that output 0 for all images, above which little passes it
 VANISHED = 1e-3  # first layer's gradient over the last's: bfloat16 keeps 3 digits of a sum
+PLAIN = ("none", "flip", "crop")  # augmentations that cutout adds to
 CONCENTRATED = 0.25  # fraction of a rise that is due to 1% of the images; equal images would cause 3 or 4%
 OFF = 8.0  # factor from a recipe's own learning rate, the range that a search covers
 MOST_SPIKES = 5  # that are told one by one
 LEARNED = 0.4  # pseudo-R² of a network that can be called healthy: the upper end of McFadden's excellent fits
+FEW_SIGMAS = 1.5  # of a loss, next to a gap that is beyond doubt
 BEYOND_DOUBT = 10.0  # standard errors of a gap next to which a noisy loss need not be significant by itself
 
 
@@ -62,6 +64,16 @@ def points(fraction: float) -> str:
     return f"{100 * fraction:.1f} points"
 
 
+def change(fraction: float) -> str:
+    """Return a fraction in points, with its sign: +0.31 or -2.00, and +0.00 of what rounds to nothing."""
+    return f"{round(100 * fraction, 2) + 0.0:+.2f}"
+
+
+def count(n: int, noun: str) -> str:
+    """Return "1 epoch" or "2 epochs"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def times(factor: float) -> str:
     return f"{factor:,.0f} times" if factor < 1000 else "more than 1,000 times"
 
@@ -73,14 +85,13 @@ def span(epochs: Sequence[int]) -> str:
 
 def diagnose(history: RunHistory) -> list[Finding]:
     """Return what the curves of a run show, what matters most first."""
-    if not history.records:
-        return divergence(history, [])
-    if history.steps < MIN_STEPS:
-        return divergence(history, []) or [too_few_steps(history)]
+    early = not history.records or history.steps < MIN_STEPS
     found: list[Finding] = []
-    for rule in RULES:
+    for rule in (divergence, learning_rate) if early else RULES:
         found += rule(history, found)
-    if all(finding.kind in TRENDS for finding in found):
+    if early:
+        return [blame_recipe(history, finding) for finding in found] or [too_few_steps(history)] * bool(history.records)
+    if all(finding.kind in TRENDS or finding.metrics.get("explained") for finding in found):
         if fit(history) >= LEARNED:
             found.insert(0, healthy(history, found))
         elif not found:
@@ -95,9 +106,8 @@ def blame_recipe(history: RunHistory, finding: Finding) -> Finding:
         return finding
     defaults = "default" if len(causes) == 1 else "defaults"
     evidence = f"A likely cause is in the recipe: {listed(list(map(str, causes)))}, the {history.model}'s {defaults}. "
-    advice = f"First of all, use {listed([cause.remedy for cause in causes])}."
-    if finding.kind in LOOSE:
-        advice += f" {finding.advice}"
+    remedies = listed([cause.remedy for cause in causes])
+    advice = regularize(history, remedies) if finding.kind in LOOSE else f"First of all, use {remedies}."
     metrics = {**finding.metrics, "recipe": {cause.field: cause.value for cause in causes}}
     return replace(finding, evidence=evidence + finding.evidence, advice=advice, metrics=metrics)
 
@@ -114,8 +124,12 @@ def fit(history: RunHistory) -> float:
 
 
 def calm(history: RunHistory) -> str:
-    clip = "" if history.recipe.clip_norm else ", or clip gradients with --clip-norm 1"
-    return f"Lower --lr or lengthen --warmup{clip}."
+    ways = [
+        "Lower --lr",
+        "lengthen --warmup",
+        *([] if history.recipe.clip_norm else ["clip gradients (--clip-norm 1)"]),
+    ]
+    return f"{listed(ways, 'or')}."
 
 
 # Too early to tell ----------------------------------------------------------------------------------
@@ -124,9 +138,9 @@ def calm(history: RunHistory) -> str:
 def too_few_steps(history: RunHistory) -> Finding:
     steps, epochs = history.steps, -(-MIN_STEPS // history.steps_per_epoch)
     evidence = (
-        f"The network has taken {steps} step{'' if steps == 1 else 's'}, in {len(history.records)} "
-        f"epoch{'' if len(history.records) == 1 else 's'}: too few to tell how well it learns. The curves can be read "
-        f"after {MIN_STEPS} steps, which take {epochs} epochs of {history.num_train:,} images."
+        f"The network has taken {count(steps, 'step')}, in {count(len(history.records), 'epoch')}: too few to tell "
+        f"how well it learns. The curves can be read after {MIN_STEPS} steps, which take {count(epochs, 'epoch')} of "
+        f"{count(history.num_train, 'image')}."
     )
     advice = "Continue this run." if history.unfinished else "Train for more --epochs, or on more images."
     return Finding("too-early", 0.95, evidence, advice, [], {"steps": steps, "epochs_needed": epochs})
@@ -134,9 +148,10 @@ def too_few_steps(history: RunHistory) -> Finding:
 
 def too_little_learned(history: RunHistory) -> Finding:
     done, epochs = len(history.records), history.recipe.epochs
+    after = f"{done} of {count(epochs, 'epoch')}" if done < epochs else count(done, "epoch")
     evidence = (
-        f"After {done} of {epochs} epoch{'' if epochs == 1 else 's'} the network has learned little: it has come "
-        f"{max(0.0, fit(history)):.0%} of the way from guessing to a perfect fit. Whether it underfits, overfits or "
+        f"After {after}, the network has learned little: its loss has come {max(0.0, fit(history)):.0%} of the way "
+        "from guessing to a perfect fit. Whether it underfits, overfits or "
     )
     if history.unfinished:
         evidence += "is healthy shows when its schedule ends."
@@ -176,7 +191,7 @@ def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Findin
         if not recovers(losses, k) and train[-1] > train[:k].min():  # else training goes on: it is overfitting
             cause, metrics = explain_spike(history, k)
             evidence = (
-                f"At epoch {k + 1} the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {times(z)} its "
+                f"At epoch {k + 1}, the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {times(z)} its "
                 f"usual variation, and it never recovers: it ends at {losses[-1]:.3f}. {cause}"
             )
             return [Finding("divergence", confidence(z), evidence, calm(history), [k + 1], metrics)]
@@ -190,14 +205,16 @@ def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         return collapse(record, history.num_train, max(MIN_STEPS, record.epoch * steps), classes) is not None
 
     last = history.records[-1]
-    if has(found, "divergence") or last.epoch * steps < MIN_STEPS or not guesses(last):
+    slow = rate_ratio(history) <= 1 / OFF  # then it has not moved far enough to collapse
+    if has(found, "divergence") or slow or last.epoch * steps < MIN_STEPS or not guesses(last):
         return []
     first = last.epoch + 1 - sum(1 for _ in takewhile(guesses, reversed(history.records)))
     epochs = list(range(first, last.epoch + 1))
     z = (history.column("train_top1")[-1] - 1 / classes) / standard_error(1 / classes, history.num_train)
     cause, metrics = explain_collapse(last.diagnostics)
+    stays = "is" if len(epochs) == 1 else "stays"
     evidence = (
-        f"{span(epochs)} the training loss stays at that of guessing ({last.train_loss:.4f}; ln({classes}) = "
+        f"{span(epochs)} the training loss {stays} at the level of guessing ({last.train_loss:.4f}; ln({classes}) = "
         f"{history.guessing_loss:.4f}). Training accuracy is {last.train_top1:.2%}, {abs(z):.1f} standard errors from "
         f"chance (1 in {classes}): the network has learned nothing. {cause}"
     )
@@ -242,22 +259,30 @@ def underfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]
         return [too_little_learned(history)]
     loss = (1 - fitted) * history.guessing_loss
     evidence = (
-        f"After epoch {last.epoch} the loss on training images, scored without augmentation, is {loss:.3f}. Guessing "
-        f"gives ln({history.info.num_classes}) = {history.guessing_loss:.3f}, so the network has come "
+        f"After epoch {last.epoch}, the loss on training images, scored without augmentation, is {loss:.3f}. Guessing "
+        f"gives ln({history.info.num_classes}) = {history.guessing_loss:.3f}, so the loss has come "
         f"{max(fitted, 0):.0%} of the way to a perfect fit; below {FIT:.0%}, a network underfits."
+        if fitted >= 0.005
+        else f"After epoch {last.epoch}, the network does no better on training images than guessing: their loss is "
+        f"{loss:.3f}, and that of guessing is ln({history.info.num_classes}) = {history.guessing_loss:.3f}."
     )
     if last.val_loss is not None:
         evidence += f" The validation loss is {last.val_loss:.3f}."
     advice = "Train for more --epochs. If that isn't enough, raise --lr, augment less or take a larger model."
+    if rate_ratio(history) <= 1 / OFF:
+        advice = "First of all, raise --lr."
     sure = confidence((FIT - fitted) / 0.02)
     return [Finding("underfitting", sure, evidence, advice, [last.epoch], {"fit": fitted})]
 
 
+def rate_ratio(history: RunHistory) -> float:
+    """Return the peak learning rate over that of the model's own recipe; 1 where their scales differ."""
+    own, same = history.own_recipe.lr, history.recipe.optimizer == history.own_recipe.optimizer
+    return history.recipe.lr / own if own and same else 1.0
+
+
 def learning_rate(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    if history.recipe.optimizer != history.own_recipe.optimizer:
-        return []  # each has a scale of its own
-    lr, own = history.recipe.lr, history.own_recipe.lr
-    ratio = lr / own if own else 1.0
+    lr, own, ratio = history.recipe.lr, history.own_recipe.lr, rate_ratio(history)
     advice = f"Use --lr {own:g}."
     if has(found, "underfitting") and ratio <= 1 / OFF:
         evidence = (
@@ -326,7 +351,7 @@ def spikes(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     for k, z in sorted(sorted(recovered, key=lambda jump: -jump[1])[:MOST_SPIKES]):
         cause, metrics = explain_spike(history, k)
         evidence = (
-            f"At epoch {k + 1} the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {times(z)} its "
+            f"At epoch {k + 1}, the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {times(z)} its "
             f"usual variation, and accuracy falls from {top1[k - 1]:.3f} to {top1[k]:.3f}; both recover. {cause}"
         )
         result.append(Finding("spike", confidence(z), evidence, advice, [k + 1], metrics))
@@ -368,8 +393,8 @@ def overfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     end, best = float(np.median(val[-3:])), int(np.argmin(val))
     z = (end - val[best]) / math.hypot(se[-1], se[best])
     gap, gap_se = (values[-1] for values in generalization_gap(history))
-    # The loss of few, hard images is noisy: next to a gap that is beyond doubt, a rise of one standard error will do.
-    rises = z >= (1.0 if gap >= BEYOND_DOUBT * gap_se else SIGMAS)
+    # The loss of few, hard images is noisy: next to a gap that is beyond doubt, half as much will do.
+    rises = z >= (FEW_SIGMAS if gap >= BEYOND_DOUBT * gap_se else SIGMAS)
     if not (rises and gap >= SIGMAS * gap_se and train[-1] < train[best]):
         return []
     last = history.records[-1]
@@ -377,10 +402,10 @@ def overfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     hidden = float(gap) - seen
     significant = f" ({z:.0f} standard errors)" if z >= SIGMAS else ""
     evidence = (
-        f"After epoch {best + 1} the validation loss rises from {val[best]:.3f} to {end:.3f}{significant}, while the "
-        f"loss on training images keeps falling ({train[best]:.3f} to {train[-1]:.3f}). In the end accuracy is "
+        f"After epoch {best + 1}, the validation loss rises from {val[best]:.3f} to {end:.3f}{significant}, while the "
+        f"loss on training images keeps falling, from {train[best]:.3f} to {train[-1]:.3f}. In the end, accuracy is "
         f"{last.train_eval_top1:.3f} on training images and {last.val_top1:.3f} on validation images, both scored "
-        f"without augmentation: a gap of {points(gap)}, {gap / gap_se:.0f} standard errors."
+        f"without augmentation, a gap of {points(gap)}, {gap / gap_se:.0f} standard errors."
     )
     if hidden >= 0.005 and seen > 0:
         evidence += f" The training curve shows {points(seen)} of it; regularization hides {points(hidden)}."
@@ -398,7 +423,7 @@ def gap_to_validation(history: RunHistory, found: Sequence[Finding]) -> list[Fin
     last, late = history.records[-1], gap[-max(4, len(gap) // 2) :]
     slope, low, _ = robust_slope(late) if len(late) >= 4 else (math.nan,) * 3
     evidence = (
-        f"After epoch {last.epoch} accuracy is {last.train_eval_top1:.3f} on training images and {last.val_top1:.3f} "
+        f"After epoch {last.epoch}, accuracy is {last.train_eval_top1:.3f} on training images and {last.val_top1:.3f} "
         f"on validation images, both scored without augmentation: a gap of {points(gap[-1])}, "
         f"{gap[-1] / gap_se[-1]:.0f} standard errors"
     )
@@ -409,18 +434,24 @@ def gap_to_validation(history: RunHistory, found: Sequence[Finding]) -> list[Fin
     return [Finding("generalization-gap", sure, f"{evidence}.", regularize(history), [last.epoch], metrics)]
 
 
-def regularize(history: RunHistory) -> str:
-    """Return what helps a network to generalize, the most effective first, of what isn't done yet."""
+def regularize(history: RunHistory, remedies: str | None = None) -> str:
+    """Return what helps a network to generalize, the most effective first, of what isn't done yet.
+
+    Args:
+        remedies: options of the model's own recipe that do.
+    """
     recipe = history.recipe
     more = {
-        "--augment cutout": recipe.augment != "cutout",
+        "--augment cutout": recipe.augment in PLAIN,
         "--mixup 0.5": recipe.mixup + recipe.cutmix < 0.5,
         "--label-smoothing 0.1": recipe.label_smoothing < 0.1,
         "more weight decay": True,
     }
     options = listed([option for option, missing in more.items() if missing], "or")
-    images = "Train on all images, without --limit. Then try" if history.run["limit"] else "Try"
-    return f"{images} {options}."
+    ways = ["train on all images, without --limit"] if history.run["limit"] else []
+    ways += [f"use {remedies}"] if remedies else []
+    first, *others = [*ways, f"try {options}"]
+    return " ".join(f"{way}." for way in [first[0].upper() + first[1:], *(f"Then {way}" for way in others)])
 
 
 def generalization_gap(history: RunHistory) -> tuple[np.ndarray, np.ndarray]:
@@ -447,7 +478,7 @@ def validation_above_training(history: RunHistory, found: Sequence[Finding]) -> 
         return []
     explained = bool(-gap < SIGMAS * gap_se)
     evidence = (
-        f"At epoch {last.epoch} accuracy is {val:.3f} on validation images and {train:.3f} on training images, "
+        f"At epoch {last.epoch}, accuracy is {val:.3f} on validation images and {train:.3f} on training images, "
         f"{points(val - train)} lower ({z:.0f} standard errors). Scored without augmentation and in evaluation mode, "
         f"training images reach {last.train_eval_top1:.3f}"
     )
@@ -476,14 +507,18 @@ def validation_noise(history: RunHistory, found: Sequence[Finding]) -> list[Find
     if not history.num_val or has(found, "collapse", "divergence"):
         return []
     top1, n = history.column("val_top1"), history.num_val
-    half = 1.96 * standard_error(float(top1[-1]), n)
+    half = min(1.0, 1.96 * standard_error(float(top1[-1]), n))
     late = top1[max(warmed_up(history), len(top1) // 2 if len(top1) >= 10 else 0) :]
     wiggle, ratio, chance = swings(history, late)
     falls = int((np.diff(late) < -half).sum())
     sampled = half >= COARSE
-    if not sampled and not (chance < 0.001 and wiggle > half and falls > 1 and not has(found, "spike")):
+    settles = history.unfinished and history.recipe.schedule != "constant"  # as the learning rate falls
+    swinging = chance < 0.001 and wiggle > half and falls > 1 and not settles and not has(found, "spike")
+    if not sampled and not swinging:
         return []
-    evidence = f"With {n:,} validation images, an accuracy of {top1[-1]:.3f} is uncertain by ± {points(half)} (95%)."
+    evidence = (
+        f"With {count(n, 'validation image')}, an accuracy of {top1[-1]:.3f} is uncertain by ± {points(half)} (95%)."
+    )
     if math.isfinite(wiggle):
         evidence += f" From epoch to epoch it fluctuates by {points(wiggle)} (standard deviation)"
         if math.isfinite(ratio):
@@ -539,14 +574,14 @@ def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     epochs = list(range(len(top1) - len(late) + 1, len(top1) + 1))
     noise = standard_error(float(top1[-1]), history.num_val)
     metrics = {"slope": slope, "low": low, "high": high, "schedule_ended": history.decayed}
-    interval = f"(95% interval: {100 * low:+.2f} to {100 * high:+.2f})"
+    interval = f"(95% interval: {change(low)} to {change(high)})"
     if low > 0 and low * len(late) > noise:
         return [improving(history, epochs, slope, interval, metrics)]
     gain = max(0.0, high) * len(late)
     if history.unfinished or gain > 2 * 1.96 * noise:  # before the end, a falling learning rate may still help
         return []
     evidence = (
-        f"{span(epochs)} validation accuracy no longer rises: it changes by {100 * slope:+.2f} points per epoch "
+        f"{span(epochs)} validation accuracy no longer rises: it changes by {change(slope)} points per epoch "
         f"{interval}."
     )
     if history.decayed:
@@ -554,8 +589,8 @@ def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         advice = "Stop here, or change the recipe: a longer schedule keeps the learning rate high for longer."
     else:
         evidence += (
-            f" As many epochs again would add at most {points(gain)}, which {history.num_val:,} validation images can "
-            "hardly show."
+            f" As many epochs again would add at most {points(gain)}, which "
+            f"{count(history.num_val, 'validation image')} can hardly show."
         )
         advice = "Stop here, or change the recipe."
         if history.recipe.schedule == "constant":
@@ -569,10 +604,11 @@ def improving(history: RunHistory, epochs: list[int], slope: float, interval: st
     if history.unfinished:
         advice = "Continue this run."
     elif history.decayed:
-        last = history.column("val_top1")[-2:]
+        before, last = history.column("val_top1")[-2:]
+        added = points(last - before) if last - before >= 0.0005 else "nothing"
         evidence += (
-            f" It rises as the learning rate falls to the end of the schedule: the last epoch adds "
-            f"{points(last[1] - last[0])}, so more of the same would add little."
+            f" It rises as the learning rate falls to the end of the schedule: the last epoch adds {added}, so more of "
+            "the same would add little."
         )
         advice = f"Train with a longer schedule: --epochs {2 * history.recipe.epochs}."
     else:

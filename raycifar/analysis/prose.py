@@ -1,12 +1,12 @@
 """A run in words: the paragraph under the figure, and what to try next, as commands."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raycifar.analysis.findings import Finding, has
+from raycifar.analysis.findings import PLAIN, Finding, count, has, listed
 from raycifar.analysis.history import RunHistory
 from raycifar.models.recipe import Recipe, changes
 from raycifar.models.recipes import recipe_for
@@ -36,9 +36,30 @@ def headline(findings: Sequence[Finding]) -> str:
     return "; ".join(dict.fromkeys(PHRASES[finding.kind] for finding in findings)) or "nothing to read yet"
 
 
-def count(n: int, noun: str) -> str:
-    """Return "1 epoch" or "2 epochs"."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+def plain_value(value: Any) -> str:
+    """Return a recipe's value as people write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def without_near_duplicates(
+    test: dict[str, Any], intervals: Mapping[str, Mapping[str, float]] | None = None
+) -> str | None:
+    """Return a test accuracy, and that on new photographs, as a clause; None where it isn't known or all are new.
+
+    Args:
+        test: the scores. intervals: low and high of each, by name.
+    """
+    if not test.get("near_duplicates") or test.get("top1_without_near_duplicates") is None:
+        return None
+
+    def score(name: str) -> str:
+        ends = (intervals or {}).get(name)
+        return f"{test[name]:.3f}" + (f" (95%: {ends['low']:.3f} to {ends['high']:.3f})" if ends else "")
+
+    others = f"the {test['images'] - test['near_duplicates']:,} whose photograph isn't among the training images"
+    return f"{score('top1')} on all test images; {score('top1_without_near_duplicates')} on {others}"
 
 
 def data_name(run: dict[str, Any]) -> str:
@@ -51,8 +72,13 @@ def state(history: RunHistory) -> str:
     done, epochs = len(history.records), history.recipe.epochs
     if history.result is None:
         if done == epochs:
-            return f"All {epochs} epochs of this run are recorded, but not yet its result."
+            all_of_it = "The one epoch of this run is" if epochs == 1 else f"All {epochs} epochs of this run are"
+            return f"{all_of_it} recorded, but not yet its result."
         recorded = f"{done} of {count(epochs, 'epoch')} {'is' if done == 1 else 'are'} recorded"
+        if not done:
+            recorded = (
+                "its one epoch is not recorded yet" if epochs == 1 else f"none of its {epochs} epochs is recorded yet"
+            )
         return f"This run is under way or was interrupted: {recorded}."
     match history.result["status"]:
         case "finished":
@@ -67,34 +93,41 @@ def state(history: RunHistory) -> str:
 def paragraph(history: RunHistory, findings: Sequence[Finding]) -> str:
     """Return what could stand under the figure, in plain English."""
     run, data, pretrained = history.run, history.run["data"], history.recipe.pretrained
-    start = "from scratch" if pretrained == "none" else f"from pretrained weights ({pretrained})"
-    done, epochs = len(history.records), history.recipe.epochs
-    text = (
-        f"{run['model']} is trained {start} on {count(data['train'], data_name(run) + ' image')} for "
-        f"{'' if done == epochs else f'{done} of '}{count(epochs, 'epoch')}"
+    start = {"none": "from scratch", "imagenet": "from ImageNet weights"}.get(
+        pretrained, f"from the weights in {PurePosixPath(pretrained).name}"
     )
-    sentences = [f"{text}, with {data['val']:,} more held out for validation." if data["val"] else f"{text}."]
+    done, epochs = len(history.records), history.recipe.epochs
+    images = f"on {count(data['train'], data_name(run) + ' image')}"
+    if done:
+        trained = f"was trained {start} {images} for {'' if done == epochs else f'{done} of '}{count(epochs, 'epoch')}"
+    else:
+        be = "was" if history.result else "is"
+        trained = f"{be} to be trained {start} {images} for {count(epochs, 'epoch')}, of which none {be} finished"
+    held_out = f", with {data['val']:,} more held out for validation" if data["val"] else ""
+    sentences = [f"The {run['model']} {trained}{held_out}."]
     if history.records:
         last = history.records[-1]
         if last.train_loss is not None and last.train_top1 is not None:
             sentences.append(
-                f"Training ends at a loss of {last.train_loss:.3f} and an accuracy of {last.train_top1:.1%}."
+                f"Training ended at a loss of {last.train_loss:.3f} and an accuracy of {last.train_top1:.1%}."
             )
         scored = [record for record in history.records if record.val_top1 is not None]
         if scored and last.val_loss is not None and last.val_top1 is not None:
             best = max(scored, key=lambda record: record.val_top1 or 0.0)
-            text = f"Validation ends at a loss of {last.val_loss:.3f} and an accuracy of {last.val_top1:.1%}"
+            text = f"Validation ended at a loss of {last.val_loss:.3f} and an accuracy of {last.val_top1:.1%}"
             later = (
-                f"; the best, {best.val_top1:.1%}, comes after epoch {best.epoch}"
-                if best.val_top1 != last.val_top1
+                f"; the best, {best.val_top1:.1%}, came after epoch {best.epoch}"
+                if f"{best.val_top1:.1%}" != f"{last.val_top1:.1%}"
                 else ", its best"
             )
             sentences.append(f"{text}{later}.")
     if test := (history.result or {}).get("test"):
         sentences.append(
-            f"On the {test['images']:,} test images, scored once, it reaches a top-1 accuracy of {test['top1']:.1%} "
+            f"On {count(test['images'], 'test image')}, scored once, it reached a top-1 accuracy of {test['top1']:.1%} "
             f"and a top-5 accuracy of {test['top5']:.1%}."
         )
+        if without := without_near_duplicates(test):
+            sentences.append(f"Top-1 is {without}.")
     return " ".join([*sentences, *(finding.evidence for finding in findings)])
 
 
@@ -160,7 +193,9 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
         if not has(findings, "overfitting", "generalization-gap", "spike"):
             return steps
     if run["limit"] and has(findings, "overfitting", "generalization-gap", "too-early"):
-        train("all images: nothing makes a network generalize better than more data", recipe, {**run, "limit": None})
+        early = has(findings, "too-early")
+        more_data = "as many epochs teach more" if early else "nothing makes a network generalize better than more data"
+        train(f"all images: {more_data}", recipe, {**run, "limit": None})
     if has(findings, "learning-rate-low"):
         recipe = replace(recipe, lr=own.lr)
         train("the learning rate of the model's own recipe", recipe)
@@ -168,7 +203,7 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
         epochs = max(findings_epochs(findings), (3 if has(findings, "underfitting") else 2) * recipe.epochs)
         train(f"more epochs, with a schedule that stretches over all {epochs}", replace(recipe, epochs=epochs))
     if departed:
-        names = " and ".join(name.replace("_", " ") for name in departed)
+        names = listed([name.replace("_", " ").replace("warmup", "warm-up") for name in departed])
         recipe = replace(recipe, **departed)
         train(f"the {names} of the {history.model}'s own recipe", recipe)
     elif broken:
@@ -183,7 +218,8 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
     if has(findings, "overfitting", "generalization-gap"):
         mixup = max(min(0.3, 1 - recipe.cutmix), recipe.mixup)
         smoothing = max(0.1, recipe.label_smoothing)
-        more = replace(recipe, augment="cutout", label_smoothing=smoothing, mixup=mixup)
+        augment = "cutout" if recipe.augment in PLAIN else recipe.augment
+        more = replace(recipe, augment=augment, label_smoothing=smoothing, mixup=mixup)
         if more != recipe:
             train("more augmentation, against the gap to validation", more)
     if has(findings, "validation-noise") and history.num_val < 5000 and (run["limit"] or history.num_train > 10_000):

@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from raycifar.analysis.findings import FIT, diagnose, fit, listed, seed_variance
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.mismatch import find_mismatch
 from raycifar.analysis.page import render
-from raycifar.analysis.results import results_table, text
+from raycifar.analysis.results import hardware, results_table, text
 from raycifar.analysis.suspects import rank_suspects
 from raycifar.data import DatasetInfo
 from raycifar.data.pictures import to_png
@@ -24,9 +25,11 @@ from raycifar.models.recipe import changes
 from raycifar.storage.records import PicturesFile, Pixels
 
 GALLERY = 24  # images of the most suspect labels
+CONTRADICTIONS = 12  # photographs under two labels that are shown
 PAIRS, EXAMPLES = 6, 4  # pairs of classes shown, and pictures of each direction
 ROWS = 300  # epochs in a page's table
 PNG = "data:image/png;base64,"
+SEEN = 16  # augmented images shown
 SAMPLE = 2000  # images of each split whose pixels are measured
 
 
@@ -34,7 +37,8 @@ SAMPLE = 2000  # images of each split whose pixels are measured
 class RunFiles:
     """What a run's folder holds; what isn't there is None, and the report says so.
 
-    storage: where the folder stands. notes: sentences about what is damaged, has changed or is missing.
+    storage: where the folder stands. notes: sentences about what is damaged, has changed or is missing. copies: pairs
+    (n, 2) of training images that show one photograph, by rows in the source.
     """
 
     name: str
@@ -44,6 +48,7 @@ class RunFiles:
     pictures: PicturesFile | None = None
     storage: str = "results"
     notes: Sequence[str] = ()
+    copies: np.ndarray | None = None
 
 
 def report_run(files: RunFiles) -> dict[str, Any]:
@@ -57,7 +62,7 @@ def report_run(files: RunFiles) -> dict[str, Any]:
         "notes": list(files.notes),
         "headline": prose.headline(found),
         "findings": [finding.to_json() for finding in found],
-        "next": prose.next_steps(files.history, found, files.storage) if files.history.records else [],
+        "next": prose.next_steps(files.history, found, files.storage) if found else [],
         "paragraph": prose.paragraph(files.history, found),
     }
 
@@ -74,12 +79,19 @@ def run_page(files: RunFiles, report: dict[str, Any]) -> str:
         {"epoch": epoch, "pictures": shown_of(pictures, "train", [(row, labels.get(row, "")) for row in rows])}
         for epoch, rows in behind_spikes(report)
     ]
+    doubted = suspects(files)
     shown = {
         "behind": [spike for spike in spikes if spike["pictures"]],
         "suspects": [
             {**image, **picture}
-            for image in suspects(files)
+            for image in doubted
+            if not image["contradicted"]
             for picture in shown_of(pictures, "train", [(image["index"], "")])
+        ],
+        "contradictions": [
+            pair
+            for one, other in contradictions(doubted)
+            if len(pair := shown_of(pictures, "train", [(row["index"], row["words"]) for row in (one, other)])) == 2
         ],
         "pairs": [{**pair, "pictures": shown_of(pictures, "test", pair["rows"])} for pair in test],
     }
@@ -98,6 +110,8 @@ def run_page(files: RunFiles, report: dict[str, Any]) -> str:
         mature=mature(history),
         has_predictions=files.predictions is not None,
         has_pictures=pictures is not None,
+        classes=every_class(files.predictions, info),
+        augmented=[PNG + image for image in (pictures.get("augmented", []) if pictures else [])],
         **shown,
     )
 
@@ -110,22 +124,36 @@ def mature(history: RunHistory) -> bool:
 def test_intervals(history: RunHistory) -> dict[str, float]:
     """Return half of the 95% interval of each test accuracy, over the choice of test images."""
     test = (history.result or {}).get("test")
-    names = ("top1", "top5", "superclass_top1")
-    return {name: 1.96 * standard_error(test[name], test["images"]) for name in names if name in test} if test else {}
+    if not test:
+        return {}
+    images = dict.fromkeys(("top1", "top5", "superclass_top1"), test["images"])
+    images["top1_without_near_duplicates"] = test["images"] - test.get("near_duplicates", 0)
+    return {name: 1.96 * standard_error(test[name], n) for name, n in images.items() if test.get(name) is not None}
 
 
 def details(history: RunHistory) -> dict[str, str]:
     """Return what a reader needs to train the same network again."""
     run, recipe = history.run, history.recipe
-    values = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    return {
+    values = {f.name.replace("_", " "): prose.plain_value(getattr(recipe, f.name)) for f in fields(recipe)}
+    known = {
         "command": prose.to_command(run, "train", recipe, seed=run["seed"]),
-        "recipe": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items()),
-        "parameters": f"{run['parameters']:,}" if run.get("parameters") else "unknown",
-        "started": run.get("created", "unknown"),
-        "precision": run.get("precision", "unknown"),
-        "versions": ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()) or "unknown",
+        "recipe": ", ".join(f"{name} {value}" for name, value in values.items()),
+        "parameters": f"{run['parameters']:,}" if run.get("parameters") else None,
+        "hardware": hardware(run),
+        "precision": run.get("precision"),
+        "versions": ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
+        "started": date(run.get("created")),
     }
+    return {name: value or "unknown" for name, value in known.items()}
+
+
+def date(created: str | None) -> str | None:
+    """Return a time of `run.json` as 27 November 2026, 01:05 UTC; as it stands if it is no time."""
+    try:
+        time = datetime.fromisoformat(created or "")
+    except ValueError:
+        return created
+    return f"{time.day} {time:%B %Y, %H:%M} {time.tzname() or ''}".rstrip()
 
 
 # The test set ---------------------------------------------------------------------------------------
@@ -138,11 +166,30 @@ def test_charts(predictions: pa.Table, pictures: PicturesFile | None, info: Data
         "reliability": charts.reliability_diagram(reliability(confidence, predicted == labels)),
         "classes": charts.class_chart(by_class(matrix, info.class_names)),
     }
+    order = np.arange(info.num_classes)
     if pictures is not None:
         superclass_of = np.array(pictures["superclass_of"])
+        order = np.argsort(superclass_of, kind="stable")
         superclasses = confusion(superclass_of[labels], superclass_of[predicted], info.num_superclasses)
         drawn["superclasses"] = charts.confusion_chart(superclasses, info.superclass_names)
+    names = [info.class_names[k] for k in order]
+    drawn["confusion"] = charts.confusion_chart(matrix[np.ix_(order, order)], names, "class")
     return drawn
+
+
+def every_class(predictions: pa.Table | None, info: DatasetInfo) -> list[dict[str, Any]]:
+    """Return the scores of each class, by name, and what it is most often taken for."""
+    if predictions is None:
+        return []
+    labels, predicted, _ = answers(predictions)
+    matrix = confusion(labels, predicted, info.num_classes)
+    errors = matrix * (1 - np.eye(len(matrix), dtype=int))
+    rows = by_class(matrix, info.class_names)
+    for row, mistaken in zip(rows, errors, strict=True):
+        most = int(mistaken.argmax())
+        row["taken_for"] = f"{plain(info.class_names[most])} ({mistaken[most]})" if mistaken[most] else "–"
+        row["class"] = plain(row["class"])
+    return sorted(rows, key=lambda row: row["class"])
 
 
 def answers(predictions: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -171,17 +218,37 @@ def confused(predictions: pa.Table | None, info: DatasetInfo) -> list[dict[str, 
 
 
 def suspects(files: RunFiles) -> list[dict[str, Any]]:
-    """Return the training images whose labels are most suspect, where the network knows enough to doubt them."""
+    """Return the training images whose labels are most suspect, where the network knows enough to doubt them.
+
+    First come pairs of images that show one photograph under two labels.
+    """
     found = None
     if files.example_stats is not None and mature(files.history):
-        found = rank_suspects(files.example_stats)
+        found = rank_suspects(files.example_stats, files.copies)
     if found is None:
         return []
-    names = files.history.info.class_names
+    contradicted, confirmed = found.contradicted(), found.confirmed()
+    names = [plain(name) for name in files.history.info.class_names]
+    rows = [*np.flatnonzero(contradicted)[: 2 * CONTRADICTIONS], *np.flatnonzero(~contradicted)[:GALLERY]]
     return [
-        {"index": int(index), "label": plain(names[label]), "suggested": plain(names[suggested])}
-        for index, label, suggested in zip(found.index, found.label, found.suggested, strict=True)
-    ][:GALLERY]
+        {
+            "index": int(found.index[row]),
+            "label": names[found.label[row]],
+            "suggested": names[found.suggested[row]],
+            "contradicted": bool(contradicted[row]),
+            "confirmed": bool(confirmed[row]),
+            "copy": int(found.copy[row]),
+            "words": f"image {found.index[row]}: {names[found.label[row]]}, the network says {names[found.says[row]]}",
+        }
+        for row in rows
+    ]
+
+
+def contradictions(doubted: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the pairs of images that show one photograph under two labels."""
+    by_index = {image["index"]: image for image in doubted if image["contradicted"]}
+    pairs = dict.fromkeys(tuple(sorted((image["index"], image["copy"]))) for image in by_index.values())
+    return [(by_index[one], by_index[other]) for one, other in pairs if one in by_index and other in by_index]
 
 
 def behind_spikes(report: dict[str, Any]) -> list[tuple[int, list[int]]]:
@@ -219,7 +286,16 @@ def choose_pictures(files: RunFiles, source: Source) -> PicturesFile:
         "test": {str(row): to_base64(source.test, row) for row in sorted(test)},
         "superclass_of": list(source.superclass_of()),
         "pixels": {"train": measured(source.train), "test": measured(source.test)},
+        "augmented": augmented(files.history, source),
     }
+
+
+def augmented(history: RunHistory, source: Source) -> list[str]:
+    """Return a few training images as the network sees them, as PNG files in base64."""
+    from raycifar.engine.augment import as_trained
+
+    images = as_trained(to_images(source.train["image"].slice(0, SEEN)), history.recipe, history.run["seed"])
+    return [base64.b64encode(to_png(image)).decode() for image in images]
 
 
 def measured(table: pa.Table) -> Pixels:
@@ -262,6 +338,7 @@ def report_comparison(
             found.append(finding)
     done = sum((run.history.result or {}).get("status") == "finished" for run in runs)
     sentences = [pair["sentence"] for pair in (comparison or {}).get("pairs", [])]
+    sentences += [part["sentence"] for part in [(comparison or {}).get("without_near_duplicates")] if part]
     sentences += [search["sentence"] for search in (comparison or {}).get("search", {}).values()]
     finished = f"{done} of {prose.count(len(runs), 'run')} finished"
     state = f"{finished}." if comparison else f"{finished}; the comparison is under way or was interrupted."
@@ -274,8 +351,59 @@ def report_comparison(
         "paragraph": " ".join([state, *sentences, *(finding.evidence for finding in found)]),
         "sentences": sentences,
         "results": results_table(comparison, {run.name: run.history for run in runs}) if comparison else None,
-        "runs": [{key: report[key] for key in ("name", "state", "headline", "findings")} for report in reports],
+        "conditions": conditions(runs),
+        "runs": about_runs(runs, reports),
         "next": next_comparison(runs, comparison, storage),
+    }
+
+
+def about_runs(runs: Sequence[RunFiles], reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what a page of several runs says of each."""
+    return [
+        {key: report[key] for key in ("name", "state", "headline", "findings")}
+        | {
+            "model": files.history.model,
+            "seed": files.history.run["seed"],
+            "images": files.history.num_train,
+            "epochs": f"{len(files.history.records)} of {files.history.recipe.epochs}",
+            "top1": ((files.history.result or {}).get("test") or {}).get("top1"),
+        }
+        for files, report in zip(runs, reports, strict=True)
+    ]
+
+
+def conditions(runs: Sequence[RunFiles]) -> str:
+    """Return what all runs have in common, in a sentence; empty where they share nothing that matters."""
+    shared = []
+    for values, noun in (
+        ({run.history.recipe.epochs for run in runs}, "epoch"),
+        ({run.history.num_train for run in runs}, "training image"),
+        ({run.history.num_val for run in runs}, "validation image"),
+        ({run.history.run["data"]["test"] for run in runs}, "test image"),
+    ):
+        if len(values) == 1:
+            shared.append(prose.count(values.pop(), noun))
+    seeds = sorted({run.history.run["seed"] for run in runs})
+    shared.append(f"seed{'' if len(seeds) == 1 else 's'} {listed(list(map(str, seeds)))}")
+    return f"Conditions: {', '.join(shared)}." if runs else ""
+
+
+def report_overlay(runs: Sequence[RunFiles]) -> dict[str, Any]:
+    """Return the report of any runs side by side, without a verdict."""
+    reports = [report_run(run) for run in runs]
+    state = f"{prose.count(len(runs), 'run')} side by side, without a verdict."
+    return {
+        "name": listed([run.name for run in runs]),
+        "state": state,
+        "notes": [note for run in runs for note in run.notes],
+        "headline": "",
+        "findings": [],
+        "paragraph": "\n\n".join(f"{report['name']}: {report['paragraph']}" for report in reports),
+        "sentences": [],
+        "results": None,
+        "conditions": conditions(runs),
+        "runs": about_runs(runs, reports),
+        "next": [],
     }
 
 
@@ -285,7 +413,8 @@ def next_comparison(runs: Sequence[RunFiles], comparison: dict[str, Any] | None,
         return []
     pairs, histories = comparison["pairs"], [run.history for run in runs]
     run, epochs = histories[0].run, max(history.recipe.epochs for history in histories)
-    seeds = max([3, *(pair.get("seeds_needed") or 0 for pair in pairs if pair["verdict"] == "undecided")])
+    undecided = [pair for pair in pairs if pair["verdict"] == "undecided"]
+    seeds = max([3, *(max(pair["seeds_needed"] or 0, 1 + max(pair.get("runs", [0]))) for pair in undecided)])
     reasons = [f"{prose.count(seeds, 'seed')} of each model"]
     if any(pair.get("immature") for pair in pairs):
         epochs *= 2
@@ -307,10 +436,20 @@ def by_model(runs: Sequence[RunFiles]) -> dict[str, list[RunFiles]]:
 
 
 def comparison_page(
-    report: dict[str, Any], runs: Sequence[RunFiles], comparison: dict[str, Any] | None, links: dict[str, str]
+    report: dict[str, Any],
+    runs: Sequence[RunFiles],
+    comparison: dict[str, Any] | None,
+    links: dict[str, str],
+    *,
+    overlay: bool = False,
 ) -> str:
-    """Return a comparison's `report.html`; `links` are the paths of its runs' pages from its own, by name."""
-    drawn, groups = {}, by_model(runs)
+    """Return the `report.html` of a comparison, or of runs side by side.
+
+    Args:
+        links: the paths of the runs' pages from this one, by name. overlay: draw each run by itself.
+    """
+    drawn: dict[str, str] = {}
+    groups = {run.name: [run] for run in runs} if overlay else by_model(runs)
     for score, words in (
         ("val_top1", "validation accuracy"),
         ("val_loss", "validation loss"),
@@ -320,19 +459,35 @@ def comparison_page(
         stacked = {model: values for model, values in stacked.items() if np.isfinite(values).any()}
         if stacked:
             ends = "; ".join(f"{model} ends at {last_mean(values):.3f}" for model, values in stacked.items())
-            description = f"{words.capitalize()} by epoch, mean over the seeds, and the runs: {ends}."
+            averaged = "" if overlay else ", mean over the seeds, and the runs"
+            description = f"{words.capitalize()} by epoch{averaged}: {ends}."
             drawn[score] = charts.bands(stacked, words, description)
     if comparison:
         models = comparison["models"]
         for key, words in (("device_seconds", "device-seconds to train"), ("parameters", "parameters")):
-            spots = {
-                name: (m[key], m["top1"]["mean"], m["top1"]["low"], m["top1"]["high"]) for name, m in models.items()
-            }
-            ends = "; ".join(f"{name}: {mean:.3f} at {cost:,.0f}" for name, (cost, mean, _, _) in spots.items())
+            spots = {name: (m[key], top1_of(m, runs)) for name, m in models.items()}
+            ends = "; ".join(f"{name}: {np.mean(top1):.3f} at {cost:,.0f}" for name, (cost, top1) in spots.items())
             drawn[key] = charts.scatter(spots, words, f"Test accuracy against {words}. {ends}.")
         if comparison["pairs"]:
             drawn["pairs"] = charts.differences(comparison["pairs"], " ".join(report["sentences"]))
-    return render("compared.html", drawn, title=report["name"], report=report, comparison=comparison, links=links)
+    several = max(map(len, groups.values()), default=0)
+    return render(
+        "compared.html",
+        drawn,
+        title=report["name"],
+        report=report,
+        comparison=comparison,
+        links=links,
+        several=several,
+        overlay=overlay,
+    )
+
+
+def top1_of(model: dict[str, Any], runs: Sequence[RunFiles]) -> list[float]:
+    """Return the test accuracy of each run of a model of a comparison; the mean alone where a run is gone."""
+    results = [run.history.result or {} for run in runs if run.name in model["runs"]]
+    top1 = [result["test"]["top1"] for result in results if "test" in result]
+    return top1 if len(top1) == len(model["runs"]) else [model["top1"]["mean"]]
 
 
 def last_mean(values: np.ndarray) -> float:
@@ -347,7 +502,7 @@ def to_markdown(report: dict[str, Any]) -> str:
     """Return a report as Markdown, without its charts."""
     lines = [f"# {text(report['name'])}", "", text(report["state"]), ""]
     lines += [part for note in report["notes"] for part in (f"Note: {text(note)}", "")]
-    lines += [text(report["paragraph"]), ""]
+    lines += [part for words in report["paragraph"].split("\n\n") for part in (text(words), "")]
     lines += [report["results"], ""] if report.get("results") else []
     lines += ["## Findings", ""] * bool(report["findings"])
     for finding in report["findings"]:

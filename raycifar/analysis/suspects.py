@@ -1,7 +1,9 @@
-"""Training images that are probably mislabeled, or hard: those with the smallest area under the margin.
+"""Training images that are probably mislabeled, or hard.
 
-A correct label is learned from other images of its class, so its margin grows early. A wrong one is learned against
-all others, late or never (Pleiss et al., 2020, arXiv:2001.10528).
+One photograph under two labels comes first: at least one of them is wrong, or the two classes can't be told apart by
+it. The others follow by their area under the margin: a correct label is learned from other images of its class, so its
+margin grows early, and a wrong one is learned against all others, late or never (Pleiss et al., 2020,
+arXiv:2001.10528). A copy with the same label speaks for it: the image then counts as if the network were undecided.
 """
 
 from dataclasses import dataclass
@@ -17,36 +19,84 @@ from raycifar.storage.spreadsheets import to_csv
 class Suspects:
     """Training images, the most suspect first.
 
-    index: (n,) rows in the source's training set. label: (n,). suggested: (n,) the class that most often ranked
-    highest besides the label. score: (n,) from 1 for the most suspect towards 0.
+    index: (n,) rows in the source's training set. label: (n,). suggested: (n,) the label of the photograph's copy where
+    that is another one, else the class that most often ranked highest besides the label. says: (n,) what the network
+    said on average, the label or the class that it ranked above it. copy: (n,) the row of another training image of the
+    photograph, -1 where there is none. copy_label: (n,). score: (n,) from 1 for the most suspect towards 0.
     """
 
     index: np.ndarray
     label: np.ndarray
     suggested: np.ndarray
+    says: np.ndarray
+    copy: np.ndarray
+    copy_label: np.ndarray
     score: np.ndarray
 
+    def contradicted(self) -> np.ndarray:
+        """Return whether each image's photograph has another label elsewhere, (n,) bool."""
+        return (self.copy >= 0) & (self.copy_label != self.label)
+
+    def confirmed(self) -> np.ndarray:
+        """Return whether each image's label stands at its copy, too, against the network, (n,) bool."""
+        return (self.copy >= 0) & (self.copy_label == self.label) & (self.says != self.label)
+
     def to_csv(self, info: DatasetInfo = CIFAR100) -> str:
-        """Return a line for each image: index, label, suggested, score."""
+        """Return a line for each image: index, label, suggested, score, network, copy, copy_label."""
         names = info.class_names
-        rows = zip(self.index, self.label, self.suggested, self.score, strict=True)
+        columns = (self.index, self.label, self.suggested, self.score, self.says, self.copy, self.copy_label)
         return to_csv(
-            ["index", "label", "suggested", "score"],
-            ([int(index), names[label], names[rival], f"{score:.6f}"] for index, label, rival, score in rows),
+            ["index", "label", "suggested", "score", "network", "copy", "copy_label"],
+            (
+                [int(index), names[label], names[rival], f"{score:.6f}", names[says]]
+                + ([int(copy), names[other]] if copy >= 0 else ["", ""])
+                for index, label, rival, score, says, copy, other in zip(*columns, strict=True)
+            ),
         )
 
 
-def rank_suspects(example_stats: pa.Table) -> Suspects | None:
+def rank_suspects(example_stats: pa.Table, pairs: np.ndarray | None = None) -> Suspects | None:
     """Return all images of a run's `example_stats.parquet` in order, or None where none was seen unblended.
 
-    The score is the fraction of images with a margin that is at least as large.
+    The score is the fraction of images that come no earlier.
+
+    Args:
+        pairs: (m, 2) int64, training images that show one photograph, the most alike first, by rows in the source.
     """
     columns = {name: example_stats[name].to_numpy() for name in ("index", "label", "rival", "margin", "seen")}
     known = columns["seen"] > 0
     if not known.any():
         return None
-    columns = {name: values[known] for name, values in columns.items()}
-    order = np.argsort(columns["margin"], kind="stable")
-    margin = columns["margin"][order]
-    score = 1 - np.searchsorted(margin, margin, side="left") / len(margin)
-    return Suspects(columns["index"][order], columns["label"][order], columns["rival"][order], score)
+    index, label, rival, margin, _ = (values[known] for values in columns.values())
+    copy = find_copies(index, label, [] if pairs is None else pairs.tolist())
+    paired = copy >= 0
+    copy_label = np.where(paired, label[copy], label)
+    contradicted, confirmed = paired & (copy_label != label), paired & (copy_label == label)
+    # The two images of a contradiction stand side by side: by the smaller margin of both, then by their own.
+    doubt = np.select([contradicted, confirmed], [np.minimum(margin, margin[copy]), margin.clip(min=0)], margin)
+    pair = np.where(contradicted, np.minimum(np.arange(len(index)), copy), 0)
+    key = np.stack([~contradicted, doubt, pair, margin])
+    order = np.lexsort(key[::-1])
+    changed = np.any(np.diff(key[:, order], axis=1, prepend=np.nan) != 0, axis=0)
+    place = np.maximum.accumulate(np.where(changed, np.arange(len(order)), 0))
+    return Suspects(
+        index=index[order],
+        label=label[order],
+        suggested=np.where(contradicted, copy_label, rival)[order],
+        says=np.where(margin > 0, label, rival)[order],
+        copy=np.where(paired, index[copy], -1)[order],
+        copy_label=copy_label[order],
+        score=1 - place / len(order),
+    )
+
+
+def find_copies(index: np.ndarray, label: np.ndarray, pairs: list[list[int]]) -> np.ndarray:
+    """Return each image's copy, one with another label if there is any, as a place in `index` (n,); -1 for none."""
+    place = dict(zip(index.tolist(), range(len(index)), strict=True))
+    copy = np.full(len(index), -1)
+    there = [(place[a], place[b]) for a, b in pairs if a in place and b in place]
+    for a, b in sorted(there, key=lambda pair: label[pair[0]] == label[pair[1]]):  # stable: then the most alike first
+        for one, other in ((a, b), (b, a)):
+            if copy[one] < 0:
+                copy[one] = other
+    return copy

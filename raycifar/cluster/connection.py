@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
+from ray.job_config import JobConfig
 
 from raycifar.cluster import ray_internals
 from raycifar.errors import RequestError, WorkError, in_a_line
@@ -24,15 +25,14 @@ LONGEST_FOLDER = 40  # bytes: Ray's sockets lie 64 below, and macOS takes 104 fo
 
 
 @contextmanager
-def connected(*, debug: bool, dashboard: bool = False) -> Iterator[None]:
+def connected(*, debug: bool, name: str | None = None) -> Iterator[None]:
     """Use the caller's Ray, else a cluster (RAY_ADDRESS, or this user's `ray start`), else start a new Ray.
 
     The caller's Ray keeps running; any other is left at the end. Changes to this process are undone.
 
     Args:
         debug: let Ray log to this process's output.
-        dashboard: start a new Ray with its dashboard. It takes time, but Ray Train needs it to clean up after a
-            training driver that died.
+        name: of the job, in the dashboard of a cluster that is joined.
 
     Raises:
         RequestError: RAY_ADDRESS isn't a cluster's address, or RAY_TMPDIR can't be used.
@@ -46,17 +46,18 @@ def connected(*, debug: bool, dashboard: bool = False) -> Iterator[None]:
             if not debug:
                 undo.enter_context(ray_internals.without_error_echo())
             undo.callback(ray.shutdown)
-            connect(debug=debug, dashboard=dashboard)
+            connect(debug=debug, name=name)
         yield
 
 
-def connect(*, debug: bool, dashboard: bool) -> None:
+def connect(*, debug: bool, name: str | None) -> None:
     options = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
     address = cluster_address()
     if address:
-        join(address, **options)
+        metadata = {"job_name": name} if name else {}
+        join(address, job_config=JobConfig(metadata=metadata), **options)
     else:
-        start(include_dashboard=dashboard, **options)
+        start(include_dashboard=False, **options)
 
 
 def cluster_address() -> str | None:
@@ -121,7 +122,6 @@ def join(address: str, **options: Any) -> None:
             f"RAY_ADDRESS={address} isn't the address of a Ray cluster: give HOST:PORT, such as 10.0.0.1:6379, or use "
             "`ray job submit` to run on a cluster from outside it."
         )
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard to show the run
     try:
         if match:  # Ray would try for minutes
             socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=CONNECT_SECONDS).close()

@@ -18,6 +18,8 @@ SMALLEST_SHARE = 0.25  # of a CPU; below, Ray's own processes starve and time ou
 MOST_NODES = 1000  # of one type that an autoscaler may add, where it sets no limit
 LOOK_SECONDS = 1  # between two looks at what is free
 VERDICT_SECONDS = 30  # for the autoscaler to say whether it can help
+TRIAL_MEMORY = 2e9  # bytes: what a trial's driver and Ray Train's processes for it take on the head, 1.96 GB measured
+HEAD = "node:__internal_head__"  # a resource that the head alone has
 ACCELERATOR = "accelerator_type:"  # and its name: the resource by which Ray tells kinds of GPUs apart
 ACCELERATOR_AMOUNT = 0.001  # of the one that a node has: Ray's own choice where an accelerator is asked for
 
@@ -167,6 +169,12 @@ def size_trials(
         cpus = each if each >= SMALLEST_SHARE else None
     workers = size(count, device, cpus, gpus, accelerator)
     return workers, max(1, placeable(nodes, workers.resources) // count)
+
+
+def trials_on_head() -> int:
+    """Return how many trials' drivers the head's memory holds at once."""
+    head = next(node for node in alive_nodes() if HEAD in node)
+    return max(1, int(head["memory"] / TRIAL_MEMORY))
 
 
 def placeable(nodes: Iterable[Resources], each: Resources) -> int:

@@ -60,8 +60,21 @@ class StepStatus(Message):
     lr: float
     loss: float  # mean over the epoch so far
     top1: float
-    images_per_step: float
     images_per_second: float  # over all workers
+    seconds_of_epoch: float  # scoring included
+    seconds_left: float  # to the end of the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartStatus(Message):
+    """How much is done of something that has a length, such as the images of a split."""
+
+    what: str  # is done, as displayed
+    done: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.done:,} of {self.total:,}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +96,7 @@ class WorkerStatus(Message):
     detail: str = ""  # of the phase
     notices: list[str] = field(default_factory=list)
     step: StepStatus | None = None
+    part: PartStatus | None = None
     model: ModelFacts | None = None
     nodes: list[str | None] = field(default_factory=list)  # the node of each worker
 
@@ -92,10 +106,11 @@ class WorkerStatus(Message):
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        step, model = values.get("step"), values.get("model")
+        step, part, model = (values.get(name) for name in ("step", "part", "model"))
         nested = {
             "phase": Phase(values["phase"]),
             "step": step and StepStatus.from_json(step),
+            "part": part and PartStatus.from_json(part),
             "model": model and ModelFacts.from_json(model),
         }
         return super().from_json({**values, **nested})

@@ -1,14 +1,12 @@
 """A Ray Train trainer that can be aborted."""
 
 import threading
-import uuid
 from typing import Any
 
 import ray
 from ray import cloudpickle
 from ray.exceptions import RayError
 from ray.train import Result
-from ray.train.torch import TorchTrainer
 from ray.util.placement_group import remove_placement_group
 
 from raycifar.cluster import ray_internals
@@ -22,16 +20,19 @@ class AbortedError(Exception):
     """The run was aborted by `StoppableTrainer.abort`."""
 
 
-class StoppableTrainer(TorchTrainer):
+class StoppableTrainer(ray_internals.trainer_class()):  # type: ignore[misc]
     """A TorchTrainer whose `fit` another thread can abort, and whose controller ends with this process.
 
     Ray Train itself aborts a run only on SIGINT, in a script whose main thread waits in `fit`.
+
+    Args:
+        key: of the run, unique in the cluster, for `release`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, key: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.key = f"raycifar/{uuid.uuid4().hex}/controller"
-        self.run_config.callbacks = [*self.run_config.callbacks, TiedToDriver(self.key)]
+        self.key = key
+        self.run_config.callbacks = [*self.run_config.callbacks, TiedToDriver(controller_key(key))]
         self.aborted, self.ended = threading.Event(), threading.Event()
 
     @property
@@ -48,13 +49,14 @@ class StoppableTrainer(TorchTrainer):
             raise AbortedError
         self.ended.clear()
         if not self.in_process:
-            ray_internals.kv_put(self.key, b"")  # forget an earlier call's controller
+            release(self.key)  # an earlier call's, or that of a process that died
+            ray_internals.kv_put(controller_key(self.key), b"")
         try:
             return super().fit()
         except RayError as error:
+            release(self.key)
             if self.aborted.is_set():
                 raise AbortedError from error
-            self.release()
             raise
         finally:
             self.ended.set()
@@ -66,16 +68,23 @@ class StoppableTrainer(TorchTrainer):
         """
         self.aborted.set()
         while not self.in_process and not self.ended.wait(LOOK_SECONDS):
-            if announced := ray_internals.kv_get(self.key):
+            if announced := ray_internals.kv_get(controller_key(self.key)):
                 _, controller = cloudpickle.loads(announced)
                 controller.abort.remote()
                 if not self.ended.wait(GRACE_SECONDS):  # a controller that waits for resources doesn't react
-                    ray.kill(controller)
+                    release(self.key)
                     self.ended.wait(GRACE_SECONDS)
-                self.release()
 
-    def release(self) -> None:
-        """Release the resources of a controller that has ended, and end workers that are left."""
-        if announced := ray_internals.kv_get(self.key):
-            for group in ray_internals.placement_groups_of(cloudpickle.loads(announced)[0]):
-                remove_placement_group(group)
+
+def controller_key(key: str) -> str:
+    """Return the key under which a run's controller announces itself."""
+    return f"raycifar/{key}/controller"
+
+
+def release(key: str) -> None:
+    """End a run's controller and workers, wherever they were started from, and release their resources."""
+    if announced := ray_internals.kv_get(controller_key(key)):
+        actor_id, controller = cloudpickle.loads(announced)
+        ray.kill(controller)
+        for group in ray_internals.placement_groups_of(actor_id):
+            remove_placement_group(group)

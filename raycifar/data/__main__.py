@@ -4,10 +4,11 @@ import click
 
 from raycifar.command import command
 from raycifar.data.sources import fetch, load
+from raycifar.options import Command
 from raycifar.storage.locations import check_location
 from raycifar.terminal import Screen
 from raycifar.workflows.datasets import summarize, write_parquet
-from raycifar.workflows.duplicates import DUPLICATES, DUPLICATES_PAGE, list_duplicates
+from raycifar.workflows.duplicates import DUPLICATES, DUPLICATES_PAGE, DUPLICATES_PICTURE, list_duplicates
 
 data_option = click.option(
     "--data", envvar="RAYCIFAR_DATA", default="cifar100", show_default=True, help="cifar100, synthetic, a path or URI."
@@ -19,14 +20,14 @@ def main() -> None:
     """Fetch, describe, check and convert the data set."""
 
 
-@main.command("fetch")
+@main.command("fetch", cls=Command, example="raycifar data fetch")
 @command
 def fetch_archive(debug: bool) -> None:
     """Download CIFAR-100 into the cache, unless it is there, and print its path."""
     Screen().say(str(fetch()))
 
 
-@main.command()
+@main.command(cls=Command, example="raycifar data describe --data s3://bucket/cifar100")
 @data_option
 @command
 def describe(debug: bool, data: str) -> None:
@@ -38,7 +39,7 @@ def describe(debug: bool, data: str) -> None:
     screen.facts(source.name, facts)
 
 
-@main.command()
+@main.command(cls=Command, example="raycifar data prepare s3://bucket/cifar100")
 @click.argument("destination")
 @data_option
 @command
@@ -56,19 +57,20 @@ def prepare(debug: bool, destination: str, data: str) -> None:
     screen.say(f"{destination} holds the same images and labels: --data {destination}")
 
 
-@main.command("duplicates")
+@main.command("duplicates", cls=Command, example="raycifar data duplicates --out copies")
 @data_option
 @click.option("--out", default="duplicates", show_default=True, help="Folder or URI to write to.")
+@click.option("--run", metavar="RUN|WEIGHTS", help="A trained network, to compare the images by its features, too.")
 @command
-def duplicates(debug: bool, data: str, out: str) -> None:
+def duplicates(debug: bool, data: str, out: str, run: str | None) -> None:
     """Find images that show one photograph, within and between the training and the test set.
 
-    Writes duplicates.csv and duplicates.html, the pairs side by side.
+    Writes duplicates.csv, duplicates.html with the pairs side by side, and duplicates.png with a few of them.
     """
     screen = Screen()
-    found, folder = list_duplicates(data, out, screen)
+    found, folder = list_duplicates(data, out, screen, run)
     screen.facts("Images with a copy", found.summary())
-    screen.say(f"Written to {folder.folder}: {DUPLICATES}, {DUPLICATES_PAGE}")
+    screen.say(f"Written to {folder.folder}: {DUPLICATES}, {DUPLICATES_PAGE}, {DUPLICATES_PICTURE}")
 
 
 if __name__ == "__main__":

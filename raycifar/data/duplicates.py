@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 NEAR, SIMILAR = 0.82, 0.72  # least similarity: from `NEAR`, nearly all pairs are one photograph
 CANDIDATES = 8  # of each image, among those that follow it
 ALIKE_AT_FIRST, ALIKE_AT_HALF = 0.7, 0.6  # least similarity in the first two stages
+ALIKE_IN_FEATURES = 0.7  # least cosine
 FREQUENCIES = 6  # in each direction
 CHROMA = 2.0  # weight of a channel's difference from gray
 ZOOMS = (1.0, 0.9, 1 / 0.9)
@@ -42,21 +43,30 @@ class Pairs:
 
 
 @torch.inference_mode()
-def find_pairs(images: Tensor, progress: Callable[[float], None] = lambda _: None) -> Pairs:
+def find_pairs(
+    images: Tensor, progress: Callable[[float], None] = lambda _: None, features: Tensor | None = None
+) -> Pairs:
     """Return the pairs of images that show one photograph, or similar ones, on the images' device.
 
-    Each image is held against the `CANDIDATES` most alike of those that follow it.
+    Each image is held against the `CANDIDATES` most alike of those that follow it, and against as many by features.
 
     Args:
         images: (N, 3, H, W) uint8, H = W.
         progress: called with the fraction that is done.
+        features: (N, d), by which a trained network tells the images apart.
     """
+    if features is not None:
+        features = normalize(features.float() - features.float().mean(0), dim=1).to(images.device)
     even, odd = map(torch.cat, zip(*map(low_frequencies, images.split(CHUNK)), strict=True))
     gray = torch.cat([to_gray(part) for part in images.split(CHUNK)])
     stages = [(Edges(images.shape[-1], step=2), ALIKE_AT_HALF), (Edges(images.shape[-1], step=1), SIMILAR)]
     found = []
     for start in range(0, len(images), CHUNK):
         first, second = candidates(even, odd, start)
+        if features is not None:
+            more = most_alike(features[start : start + CHUNK] @ features[start:].T, start, ALIKE_IN_FEATURES)
+            both = torch.stack([torch.cat(pair) for pair in zip((first, second), more, strict=True)])
+            first, second = both.unique(dim=1)
         for edges, least in stages:
             similarity = edges.similarity(gray, first, second)
             keep = similarity >= least
@@ -97,10 +107,15 @@ def candidates(even: Tensor, odd: Tensor, start: int) -> tuple[Tensor, Tensor]:
     stop = min(start + CHUNK, len(even))
     alike = even[start:stop] @ even[start:].T
     alike += (odd[start:stop] @ odd[start:].T).abs_()
-    itself = torch.ones(stop - start, stop - start, dtype=torch.bool, device=even.device).tril_()
-    alike[:, : stop - start].masked_fill_(itself, -1)
+    return most_alike(alike, start, ALIKE_AT_FIRST)
+
+
+def most_alike(alike: Tensor, start: int, least: float) -> tuple[Tensor, Tensor]:
+    """Return rows (n,) of images from `start` on, and of later ones, by how `alike` (images, later images) they are."""
+    itself = torch.ones(len(alike), len(alike), dtype=torch.bool, device=alike.device).tril_()
+    alike[:, : len(alike)].masked_fill_(itself, -1)
     top = alike.topk(min(CANDIDATES, alike.shape[1]), sorted=False)
-    row, place = (top.values >= ALIKE_AT_FIRST).nonzero(as_tuple=True)
+    row, place = (top.values >= least).nonzero(as_tuple=True)
     return start + row, start + top.indices[row, place]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from raycifar.data import CIFAR100 as INFO
 from raycifar.errors import RequestError
 
+MOST_MISSPELT = 3  # names of a numbering
 NAMES = {"fine": INFO.class_names, "coarse": INFO.superclass_names}
 
 
@@ -42,6 +43,26 @@ def to_labels(values: np.ndarray | Sequence[Any], level: str, origin: str) -> np
         else:
             raise RequestError(f"{origin}: the {level} label of image {row} is {describe(value, level)}.")
     return labels
+
+
+def numbers_of(names: Sequence[str], level: str, origin: str) -> np.ndarray:
+    """Return CIFAR-100's number of each of the classes of another numbering; no names say that it is the same one.
+
+    A few unknown names keep their numbers: the hub's copy of CIFAR-100 calls its crabs "cra".
+
+    Raises:
+        RequestError: these are names of other classes.
+    """
+    own = NAMES[level]
+    known = {simple(name): number for number, name in enumerate(own)}
+    numbers = np.array([known.get(simple(name), place) for place, name in enumerate(names)], np.int64)
+    others = [name for name in names if simple(name) not in known]
+    if not names:
+        return np.arange(len(own))
+    if len(others) > MOST_MISSPELT or sorted(numbers) != list(range(len(own))):
+        reason = f"such as {others[0][:40]!r}" if others else f"{len(names)} instead of {len(own)}"
+        raise RequestError(f"{origin} names other {level} classes than CIFAR-100's, {reason}.")
+    return numbers
 
 
 def simple(name: str) -> str:

@@ -86,6 +86,11 @@ def load_shard(name: str, device: torch.device, info: DatasetInfo = CIFAR100) ->
     # Iterating over the dataset would start an actor of Ray Data that stays on this node, which the autoscaler could
     # then never remove.
     tables = [source] if isinstance(source, pa.Table) else ray.get(source.to_arrow_refs())
+    return to_shard(tables, device, info)
+
+
+def to_shard(tables: Sequence[pa.Table], device: torch.device, info: DatasetInfo = CIFAR100) -> Shard:
+    """Return the images of tables with the columns image, fine, coarse and index."""
     images = torch.empty((sum(map(len, tables)), *info.image_shape), dtype=torch.uint8)
     start = 0
     for chunk in (chunk for table in tables for chunk in table["image"].chunks):

@@ -1,11 +1,9 @@
 """Where a data set comes from: the network, a path or URI, or nowhere."""
 
-import io
 import os
 import re
 import tempfile
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import platformdirs
 import pooch
@@ -17,7 +15,7 @@ from raycifar.data.layouts import SPLITS
 from raycifar.data.layouts.detect import find, read_tree
 from raycifar.data.synthetic import SYNTHETIC, synthetic
 from raycifar.data.tables import Source
-from raycifar.data.trees import open_folder, open_tar, open_zip
+from raycifar.data.trees import Tree, open_folder, open_tar, open_zip
 from raycifar.errors import RequestError, in_a_line
 from raycifar.machine import private_folder
 from raycifar.storage.files import file_type, locate, open_file
@@ -32,8 +30,11 @@ SYNTHETIC_SIZE = re.compile(rf"{SYNTHETIC}:(.*)")
 MOST_SYNTHETIC = 1_000_000  # images, 3 GB
 
 
-def load(name: str, seed: int = 0) -> Source:
+def load(name: str, seed: int = 0, *, test_alone: bool = False) -> Source:
     """Return the data set that `--data` names: cifar100, synthetic, a path or a URI.
+
+    Args:
+        test_alone: take a test set without training images, too.
 
     Raises:
         RequestError: the data set can't be read, or isn't CIFAR-100.
@@ -54,17 +55,20 @@ def load(name: str, seed: int = 0) -> Source:
         if kind == fs.FileType.NotFound:
             raise RequestError(f"{name} does not exist: give --data a path, a URI, cifar100 or synthetic.")
         if kind == fs.FileType.Directory:
-            return read_folder(name, filesystem, path)
-        return read_file(name, filesystem, path)
+            return read_folder(name, filesystem, path, test_alone=test_alone)
+        return read_file(name, filesystem, path, test_alone=test_alone)
     except OSError as error:
         raise RequestError(f"{name} can't be read: {in_a_line(error)}.") from error
 
 
 def absolute_name(name: str) -> str:
     """Return a name that is valid in any working directory: local paths become absolute."""
-    if name == "cifar100" or name == SYNTHETIC or SYNTHETIC_SIZE.fullmatch(name):
-        return name
-    return to_path(name) or name
+    return (to_path(name) or name) if is_location(name) else name
+
+
+def is_location(name: str) -> bool:
+    """Return whether `--data` is a path or a URI."""
+    return name not in ("cifar100", SYNTHETIC) and not SYNTHETIC_SIZE.fullmatch(name)
 
 
 def cache_folder(file: str | None = None) -> Path:
@@ -98,21 +102,24 @@ def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
         ) from error
 
 
-def read_file(name: str, filesystem: fs.FileSystem, path: str) -> Source:
-    """Return the data set in a single file: an archive."""
+def read_file(name: str, filesystem: fs.FileSystem, path: str, *, test_alone: bool = False) -> Source:
+    """Return the data set in a single file: an archive, or a file of test images."""
     with open_file(filesystem, path) as file:
-        stream: io.BufferedReader[Any] = io.BufferedReader(file)
-        head = stream.peek(8)[:8]
+        head = file.read(8)
+        file.seek(0)
         kind = next((kind for magic, kind in ONE_SPLIT.items() if head.startswith(magic)), None)
+        file_name = PurePosixPath(PurePosixPath(path).name)
+        if test_alone and any("test" in splits for splits in find([file_name]).values()):
+            tree = Tree.of(name, [file_name], lambda _: file.read())
+            return read_tree(tree, test_alone=True)
         if kind or path.endswith(".csv"):
-            raise RequestError(
-                f"{name} is a single {kind or 'CSV'} file, so one split: give the folder of train and test files."
-            )
+            needed = "its name must say test" if test_alone else "give the folder of train and test files"
+            raise RequestError(f"{name} is a single {kind or 'CSV'} file, so one split: {needed}.")
         opened = open_zip if head.startswith(b"PK") else open_tar
-        return read_tree(opened(name, stream))
+        return read_tree(opened(name, file), test_alone=test_alone)
 
 
-def read_folder(name: str, filesystem: fs.FileSystem, path: str) -> Source:
+def read_folder(name: str, filesystem: fs.FileSystem, path: str, *, test_alone: bool = False) -> Source:
     """Return the data set in a folder: its files, or the one archive that it holds."""
     tree = open_folder(name, filesystem, path)
     archives = [file for file in tree.paths if file.name.endswith(ARCHIVES)]
@@ -121,5 +128,5 @@ def read_folder(name: str, filesystem: fs.FileSystem, path: str) -> Source:
             raise RequestError(
                 f"{name} holds more than one archive, {archives[0]} and {archives[1]}: give one of them."
             )
-        return read_file(f"{name}/{archives[0]}", filesystem, f"{path}/{archives[0]}")
-    return read_tree(tree)
+        return read_file(f"{name}/{archives[0]}", filesystem, f"{path}/{archives[0]}", test_alone=test_alone)
+    return read_tree(tree, test_alone=test_alone)

@@ -31,12 +31,13 @@ class Source:
         return digest.hexdigest()
 
     def superclass_of(self) -> tuple[int, ...]:
-        """Return the superclass of each class, -1 for a class without training images.
+        """Return the superclass of each class, -1 for one without training images; a test set alone tells its own.
 
         Raises:
             RequestError: images of one class have different superclasses.
         """
-        fine, coarse = (self.train[column].to_numpy() for column in ("fine", "coarse"))
+        table = self.train if len(self.train) else self.test
+        fine, coarse = (table[column].to_numpy() for column in ("fine", "coarse"))
         superclasses = np.full(self.info.num_classes, -1)
         superclasses[fine] = coarse
         if not np.array_equal(superclasses[fine], coarse):
@@ -114,13 +115,26 @@ def from_lists(column: pa.ChunkedArray) -> np.ndarray:
     return column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
 
 
-def split(source: Source, val_size: int, limit: int | None, seed: int) -> Splits:
-    """Return the splits of a run: validation images come from the training set, never from the test set.
+def split(source: Source, val_size: int, limit: int | None, seed: int, copied: np.ndarray | None = None) -> Splits:
+    """Return the splits of a run; see `split_rows`."""
+    train, val = split_rows(source, val_size, limit, seed, copied)
+    return Splits(
+        train=take(source.train, train, source.info),
+        val=take(source.train, val, source.info),
+        test=take(source.test, np.arange(len(source.test)), source.info),
+    )
+
+
+def split_rows(
+    source: Source, val_size: int, limit: int | None, seed: int, copied: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of the training set that are trained and validated on; none of the test set are.
 
     Args:
         val_size: training images held out, equally many of each class; 0 holds out none.
         limit: training images used, equally many of each class; None uses all that remain.
         seed: selects the images that are held out and used, and the order of the training images.
+        copied: rows of training images that have copies among the others: they are not held out.
 
     Raises:
         RequestError: there are too few images, or `val_size` or `limit` is not a multiple of the number of classes.
@@ -146,18 +160,25 @@ def split(source: Source, val_size: int, limit: int | None, seed: int) -> Splits
 
     order = np.random.default_rng(seed).permutation(len(fine))
     by_class = order[np.argsort(fine[order], kind="stable")]
-    rank = np.arange(len(fine)) - np.repeat(np.cumsum(counts) - counts, counts)  # of each image in its class
+    starts = np.cumsum(counts) - counts
+    rank = np.arange(len(fine)) - np.repeat(starts, counts)  # of each image in its class
     held_out = val_size // num_classes
+    if copied is not None:
+        unique = ~np.isin(by_class, copied)
+        if (fewest := int(np.add.reduceat(unique, starts).min())) < held_out:
+            raise RequestError(
+                f"--val-size {val_size} is not possible with --separate-copies: of one class only {fewest} training "
+                "images have no copy."
+            )
+        before: np.ndarray = np.cumsum(unique) - unique
+        first = unique & (before - np.repeat(before[starts], counts) < held_out)
+        by_class = by_class[np.lexsort((~first, fine[by_class]))]  # stable: the rest stay in their order
     used = rank >= held_out if limit is None else (rank >= held_out) & (rank < held_out + limit // num_classes)
     # Sources may be sorted by class. In the seeded order, consecutive rows, and so each worker's shard, are a random
     # sample of all classes.
     chosen = np.zeros(len(fine), bool)
     chosen[by_class[used]] = True
-    return Splits(
-        train=take(source.train, order[chosen[order]], source.info),
-        val=take(source.train, np.sort(by_class[rank < held_out]), source.info),
-        test=take(source.test, np.arange(len(source.test)), source.info),
-    )
+    return order[chosen[order]], np.sort(by_class[rank < held_out])
 
 
 def take(table: pa.Table, rows: np.ndarray, info: DatasetInfo = CIFAR100) -> pa.Table:

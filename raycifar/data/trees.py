@@ -96,7 +96,7 @@ def open_zip(name: str, file: IO[bytes]) -> Tree:
     return Tree.of(name, [*files], read)
 
 
-def open_tar(name: str, stream: "io.BufferedReader[Any]") -> Tree:
+def open_tar(name: str, stream: IO[bytes]) -> Tree:
     """Return the files of a tar, which is read in one pass.
 
     Raises:
@@ -126,9 +126,10 @@ def open_tar(name: str, stream: "io.BufferedReader[Any]") -> Tree:
     return Tree.of(name, [*contents], contents.pop)
 
 
-def decompress(stream: "io.BufferedReader[Any]") -> IO[bytes]:
+def decompress(stream: IO[bytes]) -> IO[bytes]:
     """Return the content of a stream in gzip, bzip2 or xz; `tarfile` would copy all it has for each member."""
-    head = stream.peek(6)
+    head = stream.read(6)
+    stream.seek(0)
     if head.startswith(GZIP):
         return io.BufferedReader(Gunzipped(stream), CHUNK)
     if head.startswith(b"BZh"):

@@ -8,6 +8,7 @@ All random numbers come from torch's default generators, which are reseeded in e
 import functools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,26 +18,32 @@ from raycifar.models import CIFAR, Preprocessing
 from raycifar.models.recipe import Augmentation, Recipe
 
 PAD = 4  # pixels an image may be shifted, as in He et al. (2016)
+REFLECTED = 2  # pixels of reflected shifts
 HOLE = 8  # side of cutout's square, DeVries and Taylor (2017) for CIFAR-100
 RAND_OPERATIONS = 2  # of RandAugment for each image
 ERASED_AREA = (0.02, 0.33)  # range of the erased fraction of an image, as in torchvision
 ERASED_ASPECT = (0.3, 3.3)  # range of the erased rectangle's height over its width
 
 
-def augment(images: Tensor, kind: Augmentation) -> Tensor:
+def augment(images: Tensor, kind: Augmentation, flipped: Tensor | None = None) -> Tensor:
     """Return `images` (N, 3, H, W) uint8, each augmented independently.
 
     Args:
         kind: none; flip half of the images; crop: flip, and shift by up to 4 pixels (He et al., 2016); cutout: crop,
             and cut a hole (DeVries and Taylor, 2017); trivial: crop, and one operation of TrivialAugment's wide space
-            (Müller and Hutter, 2021); rand: crop, and two operations of RandAugment (Cubuk et al., 2020).
+            (Müller and Hutter, 2021); rand: crop, and two operations of RandAugment (Cubuk et al., 2020); alternate:
+            flip, and shift by up to 2 pixels, reflected at the edges.
+        flipped: (N,) bool, which images to flip; None draws them.
     """
     if kind == "none":
         return images
-    flipped = torch.rand(len(images), device=images.device) < 0.5
+    if flipped is None:
+        flipped = torch.rand(len(images), device=images.device) < 0.5
     if kind == "flip":
         return torch.where(flipped[:, None, None, None], images.flip(3), images)
-    images = shift(images, flipped)
+    if kind == "alternate":
+        return shift(images, flipped, REFLECTED, reflect=True)
+    images = shift(images, flipped, PAD)
     match kind:
         case "cutout":
             return cut_hole(images)
@@ -48,16 +55,38 @@ def augment(images: Tensor, kind: Augmentation) -> Tensor:
     return images
 
 
-def shift(images: Tensor, flipped: Tensor) -> Tensor:
-    """Return each image shifted by up to PAD pixels, padded with black, and flipped where `flipped`, by one gather."""
+def alternating_flips(index: Tensor, epoch: Tensor) -> Tensor:
+    """Return which images to flip in an epoch, (n,) bool: about half of them in the first, the others in the next, …
+
+    So each image is seen both ways in any two epochs, as in airbench (Jordan, 2024, arXiv:2404.00498).
+
+    Args:
+        index: (n,) int64, the images' rows in the source. epoch: () int64.
+    """
+    return ((index * 2654435761 >> 16) + epoch) % 2 == 0  # Knuth's multiplicative hash
+
+
+def shift(images: Tensor, flipped: Tensor, most: int, *, reflect: bool = False) -> Tensor:
+    """Return each image shifted by up to `most` pixels, and flipped where `flipped`, by one gather.
+
+    Args:
+        reflect: mirror images at their edges, rather than pad them with black.
+    """
     count, channels, height, width = images.shape
     device = images.device
-    y, x = torch.randint(0, 2 * PAD + 1, (2, count), device=device)
+    y, x = torch.randint(0, 2 * most + 1, (2, count), device=device)
     columns = torch.arange(width, device=device)
     columns = torch.where(flipped[:, None], width - 1 - columns, columns) + x[:, None]
     rows = torch.arange(height, device=device) + y[:, None]
-    pixels = (rows[:, :, None] * (width + 2 * PAD) + columns[:, None, :]).view(count, 1, height * width)
-    padded = F.pad(images, (PAD,) * 4).flatten(2)
+    if reflect:
+        padded = images.flatten(2)
+        rows, columns = (
+            size - 1 - (size - 1 - (at - most).abs()).abs() for at, size in ((rows, height), (columns, width))
+        )
+    else:
+        padded = F.pad(images, (most,) * 4).flatten(2)
+        width += 2 * most
+    pixels = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)[:, None]
     return padded.gather(2, pixels.expand(-1, channels, -1)).view(images.shape)
 
 
@@ -92,6 +121,17 @@ def blank(images: Tensor, y: Tensor, x: Tensor, rows: Tensor | int, columns: Ten
     row, column = row - y, column - x
     vertical, horizontal = (row >= 0) & (row < rows), (column >= 0) & (column < columns)
     return images * ~(vertical[:, None, :, None] & horizontal[:, None, None, :])
+
+
+def as_trained(images: np.ndarray, recipe: Recipe, seed: int) -> np.ndarray:
+    """Return `images` (N, 3, H, W) uint8 as a batch of the recipe shows them to the network, but for their scale."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pixels = augment(torch.from_numpy(images.copy()), recipe.augment)
+        mean, factor = normalization(CIFAR, pixels.device)
+        inputs = erase((pixels.float() - mean) * factor, recipe.erasing)
+        mixed, _ = mix(inputs, torch.arange(len(images)), recipe, len(images))
+    return (mixed / factor + mean).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def preprocess(images: Tensor, preprocessing: Preprocessing = CIFAR) -> Tensor:

@@ -28,10 +28,10 @@ from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, steps_per_epoch
 from raycifar.engine.state import Progress
 from raycifar.engine.trainer import Job, Trainer
+from raycifar.models import PASSES
 
 SHUFFLED_BATCHES = 10  # batches in the local shuffle buffer of Ray's documented ingest
 FEWEST_STEPS = 4  # of a stage, unless even two rounds of them take too long
-BACKWARD = 3  # a step takes about three times as long as a forward pass
 SLOWER = {"dataloader": 3, "stream": 1}  # epochs of ours that one of theirs takes, about; known once it is timed
 
 
@@ -100,7 +100,8 @@ def build_stages(trainer: Trainer, baselines: Sequence[str]) -> dict[str, Callab
 def time_round(trainer: Trainer, stages: dict[str, Callable[[], None]], rates: dict[str, list[float]]) -> float:
     """Add each stage's images per second to `rates`, and return the seconds of all."""
     first = clock(trainer)
-    for name, stage in stages.items():
+    for number, (name, stage) in enumerate(stages.items(), 1):
+        trainer.reporter.part(f"{name}, stage", number, len(stages))
         began = clock(trainer)
         stage()
         rates.setdefault(name, []).append(trainer.job.num_train_images / (clock(trainer) - began))
@@ -135,7 +136,7 @@ def time_step(trainer: Trainer) -> float:
 def work_of_round(trainer: Trainer, baselines: Sequence[str]) -> float:
     """Return how many epochs of training a round takes as long as, about."""
     scored = trainer.job.num_val_images + len(trainer.train_eval_set) * trainer.world_size
-    stages = 4 + (trainer.world_size > 1) + scored / trainer.job.num_train_images / BACKWARD
+    stages = 4 + (trainer.world_size > 1) + scored / trainer.job.num_train_images / PASSES
     return stages + sum(SLOWER[name] for name in baselines)
 
 

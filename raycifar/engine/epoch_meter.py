@@ -1,7 +1,8 @@
 """Metrics of an epoch: counted by each worker on its device, and summed over workers now and then."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class EpochTotals:
     """Sums over all workers and the current epoch's completed steps.
 
     loss: natural-log cross-entropy, summed over images. grad_norm: of each step's gradient, summed over steps.
-    grad_norm_max_step: from 0. seconds: of training.
+    grad_norm_max_step: from 0. seconds: of training. step_losses: means over the images of single steps.
     """
 
     num_images: float = 0.0
@@ -31,6 +32,15 @@ class EpochTotals:
     grad_norm_max: float = 0.0
     grad_norm_max_step: int = 0
     seconds: float = 0.0
+    step_losses: list[float] = field(default_factory=list)
+
+    def gradients(self, num_steps: int) -> dict[str, Any]:
+        """Return what an epoch's record says of the gradient's norm."""
+        return {
+            "grad_norm": self.grad_norm / num_steps,
+            "grad_norm_max": self.grad_norm_max,
+            "grad_norm_max_step": self.grad_norm_max_step,
+        }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "EpochTotals":
@@ -46,16 +56,25 @@ class EpochMeter:
 
     Args:
         epoch: from 1. num_steps: of the epoch. first_step: the first step to train, from 0.
-        totals: of earlier steps; updated in place.
+        totals: of earlier steps; updated in place. sampled: steps whose losses are kept one by one.
     """
 
-    def __init__(self, epoch: int, num_steps: int, first_step: int, totals: EpochTotals, device: torch.device) -> None:
+    def __init__(
+        self,
+        epoch: int,
+        num_steps: int,
+        first_step: int,
+        totals: EpochTotals,
+        device: torch.device,
+        sampled: Sequence[int] = (),
+    ) -> None:
         self.epoch = epoch
         self.metrics = torch.zeros(num_steps, len(STEP_METRICS), dtype=WIDEST[device.type], device=device)
-        self.totals = totals
+        self.totals, self.sampled = totals, list(sampled)
         self.first_step = first_step
         self.began = time.perf_counter()
         self.seconds_before = totals.seconds
+        self.measured_from: tuple[int, float] | None = None  # a step, and the time at its end
 
     def record(self, step: int, metrics: Tensor) -> None:
         """Store a step's metrics, (4,) float64: see `STEP_METRICS`."""
@@ -74,19 +93,29 @@ class EpochMeter:
         all_reduce_sum(counts)
         for name, value in zip(STEP_METRICS[COUNTS], counts.tolist(), strict=True):
             setattr(totals, name, getattr(totals, name) + value)
+        if self.sampled:
+            taken = self.metrics[self.sampled, COUNTS]
+            all_reduce_sum(taken)
+            totals.step_losses += [loss / images for images, loss, _ in taken.tolist() if images]
         totals.grad_norm += norms.sum().item()
         if norms.max() > totals.grad_norm_max:
             totals.grad_norm_max, totals.grad_norm_max_step = norms.max().item(), int(norms.argmax())
         self.metrics.zero_()
 
     def running(self, steps_done: int) -> dict[str, float]:
-        """Return this worker's estimate of the epoch's loss and top1, and steps per second."""
+        """Return this worker's estimate of the epoch's loss and top1, and steps per second.
+
+        Steps are timed from the first call on: before it, the network warms up.
+        """
         counts = self.metrics[:, COUNTS].sum(0).tolist()
         num_images, loss, num_correct = (
             getattr(self.totals, name) + value for name, value in zip(STEP_METRICS[COUNTS], counts, strict=True)
         )
+        now = time.perf_counter()
+        step, since = self.measured_from or (self.first_step, self.began)
+        self.measured_from = self.measured_from or (steps_done, now)
         return {
             "loss": loss / max(1, num_images),
             "top1": num_correct / max(1, num_images),
-            "steps_per_second": (steps_done - self.first_step) / (time.perf_counter() - self.began),
+            "steps_per_second": (steps_done - step) / (now - since),
         }

@@ -1,6 +1,7 @@
 """Scores of a whole split; each image counts once, whatever the number of workers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,7 @@ def predict(
     images: Tensor,
     autocast: torch.autocast,
     preprocessing: Preprocessing = CIFAR,
+    told: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Return the logits (n, classes) float32 of `images` (n, 3, H, W) uint8, on the model's device.
 
@@ -33,6 +35,7 @@ def predict(
         model: stays in evaluation mode.
         autocast: the precision to compute in.
         preprocessing: the model's.
+        told: called with the number of images that are done, now and then.
     """
     model.eval()
     count = max(1, PIXELS[images.device.type] // preprocessing.size**2)
@@ -40,6 +43,7 @@ def predict(
     for batch in images.split(count):
         with autocast:
             logits.append(model(preprocess(batch, preprocessing)).float())
+        told(min(count * len(logits), len(images)))
     return torch.cat(logits)
 
 
@@ -57,7 +61,7 @@ def per_image(logits: Tensor, labels: Tensor, coarse: Tensor, superclass_of: Seq
 
 
 @torch.inference_mode()
-def score(logits: Tensor, labels: Tensor, coarse: Tensor, superclass_of: Sequence[int]) -> dict[str, float]:
+def score(logits: Tensor, labels: Tensor, coarse: Tensor, superclass_of: Sequence[int]) -> dict[str, Any]:
     """Return the scores over all workers' images; all workers must call it together.
 
     Args:
@@ -85,22 +89,37 @@ def score(logits: Tensor, labels: Tensor, coarse: Tensor, superclass_of: Sequenc
     return scores
 
 
-def to_predictions_file(probabilities: Tensor, labels: Tensor) -> bytes:
+def score_without(near_duplicate: Tensor, correct: Tensor) -> dict[str, int | float | None]:
+    """Return how many images are near duplicates of training images, and the accuracy on the others.
+
+    Args:
+        near_duplicate, correct: (images,) bool.
+    """
+    others = correct[~near_duplicate]
+    return {
+        "near_duplicates": int(near_duplicate.sum()),
+        "top1_without_near_duplicates": others.double().mean().item() if len(others) else None,
+    }
+
+
+def to_predictions_file(probabilities: Tensor, labels: Tensor, near_duplicate: Tensor | None = None) -> bytes:
     """Return a Parquet file with a row for each image of a split, in the split's order.
 
     Args:
-        probabilities: (images, classes) float32. labels: (images,) int64.
+        probabilities: (images, classes) float32. labels: (images,) int64. near_duplicate: (images,) bool, whether
+            an image's photograph is among the training images, where that is known.
 
     Returns:
-        Columns index and label (int64), top5 (5 int64, the likeliest class first), probabilities (float32).
+        Columns index and label (int64), top5 (5 int64, the likeliest class first), probabilities (float32), and
+        near_duplicate (uint8).
     """
     top5 = probabilities.topk(5).indices
-    table = pa.table(
-        {
-            "index": np.arange(len(labels)),
-            "label": labels.cpu().numpy(),
-            "top5": to_lists(top5.cpu().numpy()),
-            "probabilities": to_lists(probabilities.cpu().numpy()),
-        }
-    )
-    return to_parquet(table)
+    columns = {
+        "index": np.arange(len(labels)),
+        "label": labels.cpu().numpy(),
+        "top5": to_lists(top5.cpu().numpy()),
+        "probabilities": to_lists(probabilities.cpu().numpy()),
+    }
+    if near_duplicate is not None:
+        columns["near_duplicate"] = near_duplicate.cpu().numpy().astype(np.uint8)
+    return to_parquet(pa.table(columns))

@@ -1,6 +1,8 @@
 """The optimizers, by the names that a recipe knows them by. A new one is a line in OPTIMIZERS."""
 
+import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,8 @@ def build_optimizer(model: nn.Module, layers: Sequence[Sequence[str]], recipe: R
     by_kind: dict[tuple[float, int], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            by_kind.setdefault((recipe.layer_decay ** distance[name], parameter.ndim), []).append(parameter)
+            scale = recipe.layer_decay ** distance[name] * (recipe.norm_lr if parameter.ndim == 1 else 1)
+            by_kind.setdefault((scale, parameter.ndim), []).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": parameters, "weight_decay": recipe.weight_decay if ndim > 1 else 0.0, "lr_scale": scale}
         for (scale, ndim), parameters in by_kind.items()
@@ -73,11 +76,13 @@ class Muon(EagerOptimizer):
 
     Args:
         lr: of filters, relative to their norm; times REST for all else.
+        steps: of the Newton–Schulz iteration.
     """
 
     REST = 0.5
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float) -> None:
+    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float, steps: int = 5) -> None:
+        self.steps = steps
         for group in groups:
             group["filters"] = group["params"][0].ndim == 4
             if not group["filters"]:
@@ -96,7 +101,7 @@ class Muon(EagerOptimizer):
             torch._foreach_add_(momenta, gradients)
             updates = list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))  # Nesterov's
             if group["filters"]:
-                updates = map_on_streams(orthogonal, updates)
+                updates = orthogonal(updates, self.steps)
             torch._foreach_mul_(updates, group["lr"])
             torch._foreach_sub_(parameters, updates)
             if group["filters"]:
@@ -106,23 +111,34 @@ class Muon(EagerOptimizer):
                 )
 
 
-def orthogonal(update: Tensor) -> Tensor:
-    """Return the nearest matrix with orthogonal rows or columns, nearly, and in the shape that `update` has.
+def orthogonal(updates: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """Return for each update the nearest matrix with orthogonal rows or columns, nearly, and in the update's shape.
 
-    By five steps of a Newton–Schulz iteration whose coefficients bring all singular values near one, not to it.
-    Bfloat16 is enough for that, and is taken where autocast is on.
+    By some steps of a Newton–Schulz iteration whose coefficients bring all singular values near one, not to it.
+    Bfloat16 is enough for that, and is taken where autocast is on. Matrices of one shape are multiplied together.
     """
-    matrix = update.flatten(1)
-    if torch.is_autocast_enabled(matrix.device.type):
-        matrix = matrix.to(torch.get_autocast_dtype(matrix.device.type))
-    wide = matrix.mT if len(matrix) > matrix.shape[1] else matrix
-    wide = wide / (wide.norm() + 1e-7)
-    for _ in range(5):
+    by_shape: dict[torch.Size, list[int]] = {}
+    for k, update in enumerate(updates):
+        by_shape.setdefault(update.shape, []).append(k)
+    stacks = [torch.stack([updates[k] for k in same]) for same in by_shape.values()]
+    found = [matrix for stack in map_on_streams(partial(newton_schulz, steps=steps), stacks) for matrix in stack]
+    order = [k for same in by_shape.values() for k in same]
+    return [matrix for _, matrix in sorted(zip(order, found, strict=True), key=operator.itemgetter(0))]
+
+
+def newton_schulz(stack: Tensor, steps: int) -> Tensor:
+    """Return a stack (n, filters, …) of nearly orthogonal matrices; see `orthogonal`."""
+    matrices = stack.flatten(2)
+    if torch.is_autocast_enabled(stack.device.type):
+        matrices = matrices.to(torch.get_autocast_dtype(stack.device.type))
+    high = matrices.shape[1] > matrices.shape[2]
+    wide = matrices.mT if high else matrices
+    wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
         square = wide @ wide.mT
-        factor = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        wide = torch.addmm(wide, factor, wide, beta=3.4445)
-    matrix = wide.mT if len(matrix) > matrix.shape[1] else wide
-    return matrix.to(update.dtype).view(update.shape)
+        factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        wide = torch.baddbmm(wide, factor, wide, beta=3.4445)
+    return (wide.mT if high else wide).to(stack.dtype).view(stack.shape)
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Recipe], torch.optim.Optimizer]] = {
@@ -132,7 +148,7 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Recipe], torch.optim.Optim
     "adamw": lambda groups, recipe: EagerAdamW(
         groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True, capturable=on_gpu(groups)
     ),
-    "muon": lambda groups, recipe: Muon(groups, recipe.lr, recipe.momentum),
+    "muon": lambda groups, recipe: Muon(groups, recipe.lr, recipe.momentum, recipe.muon_steps),
 }
 
 

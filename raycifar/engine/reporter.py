@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from raycifar.cluster.status import ModelFacts, Phase, StatusStore, StepStatus, WorkerStatus
+from raycifar.cluster.status import ModelFacts, PartStatus, Phase, StatusStore, StepStatus, WorkerStatus
 from raycifar.engine.ray_metrics import Gauges
 from raycifar.storage.records import EpochRecord
 
-STEP_SECONDS = 0.5  # between two reports of a step
+STEP_SECONDS = 0.5  # between two reports of a step, or of how much is scored
 STOP_SECONDS = 0.2  # between two checks for a request to stop
 VERDICT_SECONDS = 0.05  # between two checks for a verdict
 
@@ -25,7 +25,7 @@ class Reporter:
         self.stop = False
 
     def phase(self, phase: Phase, detail: str = "") -> None:
-        self._put(phase=phase, detail=detail)
+        self._put(phase=phase, detail=detail, part=None)
 
     def notice(self, sentence: str) -> None:
         """Say a sentence, once."""
@@ -39,8 +39,8 @@ class Reporter:
         self._put(nodes=ids)
 
     def end_epoch(self) -> None:
-        """Report that no step is being taken."""
-        self._put(step=None)
+        """Report that no step is being taken, and nothing scored."""
+        self._put(step=None, part=None)
 
     def history(self, history: Sequence[EpochRecord]) -> None:
         """Report the records of all finished epochs; the leader calls it, in any thread."""
@@ -69,7 +69,7 @@ class Reporter:
         return self.stop
 
     def due(self) -> bool:
-        """Return whether it is time to report a step."""
+        """Return whether it is time to report a step, or how much is scored."""
         return self.leader and time.perf_counter() - self.reported >= STEP_SECONDS
 
     def step(self, **values: Any) -> None:
@@ -77,6 +77,11 @@ class Reporter:
         self.reported = time.perf_counter()
         self._put(step=StepStatus(**values))
         self.gauges.set(values)
+
+    def part(self, what: str, done: int, total: int) -> None:
+        """Report how much is done of something that has a length."""
+        self.reported = time.perf_counter()
+        self._put(part=PartStatus(what=what, done=done, total=total))
 
     def _put(self, **changes: Any) -> None:
         self.status = replace(self.status, **changes)

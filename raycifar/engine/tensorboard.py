@@ -36,13 +36,12 @@ class EventLog:
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
-        files = {name: run.read(name) or b"" for name in run.file_names() if name.startswith(EVENTS)}
         self.file = EVENTS if is_local(run.filesystem) else f"{EVENTS}.{time.time():.0f}"
-        self.content = files.get(self.file, b"")
-        events = list(read_events(self.content))
-        self.content = self.content[: sum(len(frame(event)) for event in events)]  # without a last one that is cut
-        steps = [event.step for content in files.values() for event in read_events(content)]
-        self.epoch = max(steps, default=0)  # the last one that is there
+        files = {name: run.read(name) or b"" for name in run.file_names() if name.startswith(EVENTS)}
+        events = {name: list(read_events(content)) for name, content in files.items()}
+        whole = sum(len(frame(event)) for event in events.get(self.file, ()))
+        self.content = files.get(self.file, b"")[:whole]  # without a last event that is cut
+        self.epoch = max((event.step for some in events.values() for event in some), default=0)  # that is there
 
     def write(self, history: Sequence[EpochRecord]) -> None:
         """Write the epochs that are not there yet."""

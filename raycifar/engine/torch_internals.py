@@ -1,13 +1,19 @@
 """Uses of PyTorch's private interfaces, each with its reason, and a test that fails when PyTorch changes."""
 
 import inspect
+import os
+import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
+from torch.profiler import ProfilerActivity, profile
+
+MEMORY_EVENTS = 100_000  # allocations, and what frees them
 
 
 class EagerOptimizer(torch.optim.Optimizer):
@@ -40,6 +46,36 @@ def fused_sgd_(parameters: list[Tensor], gradients: list[Tensor], momenta: list[
 def seed_cpu(value: int) -> None:
     """Seed the CPU's generator only: torch.manual_seed takes 0.1 ms for devices that don't exist."""
     torch.default_generator.manual_seed(value)
+
+
+def start_tracer(activities: Iterable[ProfilerActivity]) -> None:
+    """Start PyTorch's tracer for a moment, and keep it quiet from now on.
+
+    It reports its steps to standard error, and in any thread but the one that imported PyTorch an error of no
+    consequence, which can't be switched off.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    kept = os.dup(2)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        with profile(activities=activities):
+            pass
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def record_memory() -> None:
+    """Record from now on who allocates a GPU's memory; there is no public way."""
+    torch.cuda.memory._record_memory_history(stacks="python", max_entries=MEMORY_EVENTS)
+
+
+def memory_snapshot() -> bytes:
+    """Return the record and what is allocated now, for https://pytorch.org/memory_viz, and record no more."""
+    snapshot = pickle.dumps(torch.cuda.memory._snapshot())
+    torch.cuda.memory._record_memory_history(enabled=None)
+    return snapshot
 
 
 def waits_for_gpu(function: Callable[[], Tensor]) -> tuple[Tensor, bool]:

@@ -1,6 +1,7 @@
 """One optimizer step, from the rows of a batch to new weights."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raycifar.data.shards import Shard
-from raycifar.engine.augment import augment, erase, mix, preprocess
+from raycifar.engine.augment import alternating_flips, augment, erase, mix, preprocess
 from raycifar.engine.cuda import SideStream, cuda_graphed, prefetched
 from raycifar.engine.distributed import GradientExchange
 from raycifar.engine.example_stats import ExampleStats
@@ -24,10 +25,12 @@ class TrainStep:
     """A worker's optimizer step; the network, its optimizer and its running average are those of `state`.
 
     On a GPU, batches are prepared while the steps before them are under way, and both the preparation of inputs and
-    `update` are captured as CUDA graphs: their kernels take less time than Python takes to launch them.
+    `update` are captured as CUDA graphs: their kernels take less time than Python takes to launch them. Where nothing
+    is recorded and nothing blended, all of it is one graph.
 
     Args:
-        train_set: the worker's own training images. example_stats: what is known of each of them, brought up to date.
+        train_set: the worker's own training images. example_stats: what is known of each of them, brought up to date;
+            None follows neither them nor the gradient's norm, unless it is clipped.
         autocast: the precision to compute in.
         exchange: sum the gradients over the workers of the process group.
         notice: told in a sentence why, where `update` isn't captured on a GPU.
@@ -37,7 +40,7 @@ class TrainStep:
         self,
         state: TrainingState,
         train_set: Shard,
-        example_stats: ExampleStats,
+        example_stats: ExampleStats | None,
         autocast: torch.autocast,
         *,
         exchange: bool,
@@ -52,45 +55,61 @@ class TrainStep:
         self.prepare = prefetched(self.prepare_batch, self.device)
         self.captured_inputs = cuda_graphed(self.inputs_of, self.device)
         self.obstacle = SHARED_GPU if self.exchange and dist.get_backend() == "gloo" else None
-        self.captured_update = cuda_graphed(
-            self.update, self.device, self.obstacle, lambda why: notice(f"{UNCAPTURED}: {why}.")
-        )
+        self.in_one = example_stats is None and not self.recipe.mixup + self.recipe.cutmix
+        self.take = self.prepare_and_update if self.in_one else self.update
+        self.captured = cuda_graphed(self.take, self.device, self.obstacle, lambda why: notice(f"{UNCAPTURED}: {why}."))
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Take the step, and return its metrics, (4,) float64: see `EpochMeter`."""
-        rows, inputs, targets = self.prepare(batch.rows)
-        metrics = self.captured_update(rows, inputs, targets, len(batch.rows), batch.num_images)
+    def __call__(self, batch: Batch, size: int | None = None) -> Tensor:
+        """Take the step, and return its metrics, (4,) float64: see `EpochMeter`.
+
+        Args:
+            size: side to which the images are scaled; None is that of the network.
+        """
+        tensors = (*self.on_device(batch.rows), size) if self.in_one else self.prepare(batch.rows, size)
+        metrics = self.captured(*tensors, len(batch.rows), batch.num_images)
         if self.state.average:
             self.state.average.update_parameters(self.state.model)
         return metrics
 
-    def prepare_batch(self, batch_rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    def prepare_batch(self, batch_rows: np.ndarray, size: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return rows (n,) int64, inputs (n, 3, size, size) float32 and targets, (n,) int64 or (n, classes) float32.
 
         Args:
             batch_rows: (n,) int64, rows of this worker's training images.
         """
-        rows = torch.from_numpy(batch_rows).to(self.device, non_blocking=True)
-        if len(rows) < 2:  # an elastic worker can run out of images; batch norm needs two, which the loss ignores
-            rows = torch.cat([rows, torch.arange(2, device=self.device)])
-        inputs = self.captured_inputs(rows)
+        rows, epoch = self.on_device(batch_rows)
+        inputs = self.captured_inputs(rows, epoch, size)
         if self.device.type == "cuda":
             inputs = inputs.clone()  # the graph writes the next batch to the same place
         return rows, *mix(inputs, self.train_set.labels[rows], self.recipe, self.architecture.num_classes)
 
-    def inputs_of(self, rows: Tensor) -> Tensor:
-        return self.augment_and_normalize(self.train_set.images[rows])
+    def on_device(self, batch_rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the rows of a batch (n,) int64, and the epoch () int64."""
+        rows = torch.from_numpy(batch_rows).to(self.device, non_blocking=True)
+        if len(rows) < 2:  # an elastic worker can run out of images; batch norm needs two, which the loss ignores
+            rows = torch.cat([rows, torch.arange(2, device=self.device)])
+        return rows, torch.full((), self.state.progress.epoch, device=self.device)
 
-    def augment_and_normalize(self, pixels: Tensor) -> Tensor:
-        """Return inputs (n, 3, size, size) float32 of pixels (n, 3, H, W) uint8."""
-        return erase(
-            preprocess(augment(pixels, self.recipe.augment), self.architecture.preprocessing), self.recipe.erasing
-        )
+    def inputs_of(self, rows: Tensor, epoch: Tensor, size: int | None) -> Tensor:
+        alternate = self.recipe.augment == "alternate"
+        flipped = alternating_flips(self.train_set.index[rows], epoch) if alternate else None
+        return self.augment_and_normalize(self.train_set.images[rows], flipped, size)
+
+    def augment_and_normalize(self, pixels: Tensor, flipped: Tensor | None = None, size: int | None = None) -> Tensor:
+        """Return inputs (n, 3, size, size) float32 of pixels (n, 3, H, W) uint8; see `augment`."""
+        preprocessing = self.architecture.preprocessing
+        preprocessing = replace(preprocessing, size=size or preprocessing.size)
+        return erase(preprocess(augment(pixels, self.recipe.augment, flipped), preprocessing), self.recipe.erasing)
 
     def close(self) -> None:
         """Let another step take over the network."""
         if self.exchange:
             self.exchange.close()
+
+    def prepare_and_update(self, rows: Tensor, epoch: Tensor, size: int | None, count: int, num_images: int) -> Tensor:
+        """Prepare a batch, and take the step; see `prepare_batch` and `update`."""
+        inputs = self.inputs_of(rows, epoch, size)
+        return self.update(rows, inputs, self.train_set.labels[rows], count, num_images)
 
     def update(self, rows: Tensor, inputs: Tensor, targets: Tensor, count: int, num_images: int) -> Tensor:
         """Update the weights by the mean gradient over all workers, and return the metrics.
@@ -103,14 +122,17 @@ class TrainStep:
             logits = self.state.model(inputs)  # (n, classes)
         logits, rows, targets = logits[:count].float(), rows[:count], targets[:count]
         loss, counts = loss_and_counts(logits, targets, self.recipe.label_smoothing)  # summed over the images
-        if targets.ndim == 1:  # a blended image's loss is not its own
+        if self.example_stats and targets.ndim == 1:  # a blended image's loss is not its own
             with self.side_stream.beside():
                 self.example_stats.update(rows, logits.detach(), targets)
 
         (loss * (1 / num_images)).backward()
         if self.exchange:
             self.exchange.wait()
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.example_stats or self.recipe.clip_norm:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        else:
+            norm = loss.detach() * 0  # which tells a loss that is not finite
         if self.recipe.clip_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.clip_norm, norm)
 

@@ -55,6 +55,17 @@ class Trained:
         preprocessing = self.weights.architecture.preprocessing
         return predict(self.network, images.to(self.device), self.autocast, preprocessing).cpu()
 
+    def features(self, images: Tensor) -> Tensor:
+        """Return what the last dense layer is given, (n, features) float32, on the CPU; see `logits`."""
+        found: list[Tensor] = []
+        *_, last = (module for module in self.network.modules() if isinstance(module, nn.Linear))
+        hook = last.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].flatten(1).float().cpu()))
+        self.logits(images)
+        hook.remove()
+        if self.weights.architecture.tta_flip:  # the flipped images follow
+            found = [part.unflatten(0, (2, -1)).mean(0) for part in found]
+        return torch.cat(found)
+
 
 def read_weights(location: str) -> Weights:
     """Return the final weights of a run's folder, or those of a weights file that raycifar wrote.

@@ -8,6 +8,7 @@ from enum import StrEnum
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 import ray.train.collective
@@ -25,22 +26,24 @@ from raycifar.engine.checkpoint import Checkpointer, Snapshot
 from raycifar.engine.diagnostics import examine
 from raycifar.engine.distributed import all_gather_objects, all_gather_rows
 from raycifar.engine.epoch_meter import EpochMeter
-from raycifar.engine.evaluate import per_image, predict, score, to_predictions_file
+from raycifar.engine.evaluate import per_image, predict, score, score_without, to_predictions_file
 from raycifar.engine.example_stats import ExampleStats, describe_rise, to_example_stats_file
 from raycifar.engine.hardware import choose_precision, limit_gpu_memory, retain_malloc_pages, seed, set_up
 from raycifar.engine.interruption import Interruption, InterruptionWatch, PreemptedError
 from raycifar.engine.loss import CHECK_STEPS, StopTrainingError
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, advance, step_seed, steps_per_epoch
+from raycifar.engine.profile import StepProfiler
 from raycifar.engine.ray_metrics import Gauges
 from raycifar.engine.reporter import Reporter
 from raycifar.engine.state import Progress, TrainingState
 from raycifar.engine.tensorboard import EventLog
 from raycifar.engine.train_step import TrainStep
 from raycifar.errors import FailureKind, notice
+from raycifar.models import PASSES
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
-from raycifar.storage.records import EpochRecord, Rise
+from raycifar.storage.records import EpochRecord, Rise, sampled_steps
 from raycifar.storage.run_folder import EXAMPLE_STATS, MODEL, PREDICTIONS, RUN, RunFolder
 from raycifar.storage.weights import to_file
 
@@ -54,8 +57,10 @@ class Job:
     """What the driver asks of the workers.
 
     num_val_images, num_test_images: 0 leaves that split alone. gpus, threads: of each worker. device: cpu or mps, of
-    one that has no `gpus`. in_process: without worker actors. versions: the driver's. checkpoint_steps: between two
-    checkpoints; 0: at the end of each epoch alone. rungs: epochs after which the driver says whether to stop.
+    one that has no `gpus`. in_process: without worker actors. versions: the driver's. record: follow each training
+    image and the gradient's norm. checkpoint_steps: between two checkpoints; 0: at the end of each epoch alone.
+    profile: trace some steps. rungs: epochs after which the driver says whether to stop. near_duplicates: rows of test
+    images whose photograph is among the training images, None where that isn't known.
     """
 
     run: RunFolder
@@ -74,8 +79,11 @@ class Job:
     in_process: bool
     versions: dict[str, str]
     compile: bool
+    record: bool
     checkpoint_steps: int
+    profile: bool
     rungs: Sequence[int]
+    near_duplicates: np.ndarray | None
 
 
 class Ending(StrEnum):
@@ -115,6 +123,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> Outcome:
     except StopTrainingError as stop:
         trainer.checkpointer.wait()
         return Outcome(Ending.FAILED, trainer.run.history(notice), failure=stop.kind, reason=str(stop))
+    finally:
+        if trainer.profiler:
+            trainer.profiler.stop()
 
 
 class Trainer:
@@ -130,6 +141,7 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(job.num_train_images, job.recipe.batch_size)
         self.reporter = Reporter(job.status_store, Gauges(job.run.name, self.architecture.model), leader=self.rank == 0)
         self.checkpointer = Checkpointer(job.run)
+        self.profiler = StepProfiler(job.run, self.rank, self.device) if job.profile else None
         self.interruptions = InterruptionWatch(self.reporter, in_process=job.in_process)
         # Set by `set_up`, once there are images and a network.
         self.train_set: Shard
@@ -186,12 +198,18 @@ class Trainer:
         """Take the current epoch's remaining steps, or until the run is interrupted."""
         progress = self.state.progress
         self.state.train_mode()
-        self.meter = EpochMeter(progress.epoch, self.steps_per_epoch, progress.step, progress.totals, self.device)
+        sampled = sampled_steps(progress.epoch, self.steps_per_epoch, self.recipe.epochs)
+        self.meter = EpochMeter(
+            progress.epoch, self.steps_per_epoch, progress.step, progress.totals, self.device, sampled
+        )
         for batch in self.remaining_batches():
             seed(step_seed(self.job.seed, progress.epoch, batch.step, self.world_size, self.rank), self.device)
             lr = self.recipe.learning_rate(progress.epoch, batch.step, self.steps_per_epoch)
             set_learning_rate(self.state.optimizer, lr)
-            self.meter.record(batch.step, self.train_step(batch))
+            size = self.recipe.size(progress.epoch, batch.step, self.steps_per_epoch)
+            self.meter.record(batch.step, self.train_step(batch, size))
+            if self.profiler:
+                self.profiler.step()
             progress.segments = advance(progress.segments, self.world_size)
 
             if batch.step % CHECK_STEPS[self.device.type] == 0:
@@ -232,7 +250,7 @@ class Trainer:
         scores = self.score_test_set() if self.job.num_test_images else None
         if self.rank == 0:
             self.run.write(MODEL, to_file(self.state.scored.state_dict(), self.architecture))
-            if self.state.example_stats is not None:
+            if self.job.record and self.state.example_stats is not None:
                 self.run.write(EXAMPLE_STATS, to_example_stats_file(self.state.example_stats, self.index, self.labels))
         return scores
 
@@ -246,7 +264,7 @@ class Trainer:
 
     def check_node(self) -> None:
         """Stop all workers if one's node can't take part; nodes may join after the driver's check."""
-        sees_run = self.run.read(RUN) is not None
+        sees_run = self.run.exists(RUN)
         objections = all_gather_objects(objection(None if sees_run else f"{self.run.folder}/{RUN}", self.job.versions))
         if reason := next(filter(None, objections), None):
             raise StopTrainingError(f"a node can't take part: {reason}", FailureKind.NODE_MISMATCH)
@@ -281,7 +299,7 @@ class Trainer:
         return TrainStep(
             self.state,
             self.train_set,
-            self.example_stats,
+            self.example_stats if self.job.record else None,
             self.autocast,
             exchange=exchange,
             notice=self.reporter.notice,
@@ -341,7 +359,11 @@ class Trainer:
     def report_step(self, lr: float) -> None:
         progress = self.state.progress
         running = self.meter.running(progress.step)
-        images_per_step = self.job.num_train_images / self.steps_per_epoch
+        steps_per_second, before = running["steps_per_second"], progress.history[-1:]
+        scored = self.job.num_val_images + len(self.train_eval_set) * self.world_size  # in each epoch
+        seconds = scored * self.steps_per_epoch / steps_per_second / self.job.num_train_images / PASSES
+        scoring = before[0].seconds - before[0].training_seconds if before else seconds
+        epoch = self.steps_per_epoch / steps_per_second + scoring
         self.reporter.step(
             epoch=progress.epoch,
             step=progress.step,
@@ -349,8 +371,11 @@ class Trainer:
             lr=lr,
             loss=running["loss"],
             top1=running["top1"],
-            images_per_step=images_per_step,
-            images_per_second=running["steps_per_second"] * images_per_step,
+            images_per_second=steps_per_second * self.job.num_train_images / self.steps_per_epoch,
+            seconds_of_epoch=epoch,
+            seconds_left=epoch * (self.recipe.epochs - progress.epoch + 1)
+            - progress.step / steps_per_second
+            + scoring * self.job.num_test_images / scored,
         )
 
     # Between epochs -----------------------------------------------------------------------------------
@@ -358,7 +383,7 @@ class Trainer:
     def score_epoch(self) -> EpochRecord:
         """Return the record of the trained epoch; its `seconds` don't include scoring yet."""
         progress, totals = self.state.progress, self.state.progress.totals
-        train_eval = self.score(self.train_eval_set)[1]
+        train_eval = self.score(self.train_eval_set, "scoring training images")[1]
         return EpochRecord(
             epoch=progress.epoch,
             train_loss=totals.loss / totals.num_images,
@@ -367,11 +392,10 @@ class Trainer:
             train_eval_loss=train_eval["loss"],
             train_eval_top1=train_eval["top1"],
             train_eval_images=int(train_eval["images"]),
+            step_losses=[*totals.step_losses],
             lr=self.recipe.learning_rate(progress.epoch, self.steps_per_epoch - 1, self.steps_per_epoch),
             stage=self.state.stage,
-            grad_norm=totals.grad_norm / self.steps_per_epoch,
-            grad_norm_max=totals.grad_norm_max,
-            grad_norm_max_step=totals.grad_norm_max_step,
+            **(totals.gradients(self.steps_per_epoch) if self.job.record else {}),
             rise=self.end_example_stats(),
             restarts=progress.restarts,
             images_per_second=totals.num_images / totals.seconds,
@@ -383,7 +407,7 @@ class Trainer:
 
     def validate(self, shard: Shard) -> dict[str, Any]:
         """Return the validation metrics of an epoch's record, and keep which images are classified correctly."""
-        logits, scores = self.score(shard)
+        logits, scores = self.score(shard, "validating")
         counted = per_image(logits, shard.labels, shard.coarse, self.job.superclass_of)
         losses, correct = (self.gather(counted[name].float(), self.job.num_val_images) for name in ("loss", "top1"))
         before, self.state.val_correct = self.state.val_correct, correct
@@ -394,19 +418,29 @@ class Trainer:
             "val_lost": None if before is None else int((correct < before).sum()),
         }
 
-    def score_test_set(self) -> dict[str, float]:
+    def score_test_set(self) -> dict[str, Any]:
         """Return the scores on the test set, and write the predictions."""
         self.reporter.phase(Phase.SCORING_TEST)
         test_set, num_images = load_shard("test", self.device, self.job.info), self.job.num_test_images
-        logits, scores = self.score(test_set)
+        logits, scores = self.score(test_set, Phase.SCORING_TEST)
         probabilities, labels = (self.gather(part, num_images) for part in (logits.softmax(1), test_set.labels))
+        near_duplicate, more = None, {}
+        if self.job.near_duplicates is not None:
+            near_duplicate = torch.zeros(num_images, dtype=torch.bool)
+            near_duplicate[self.job.near_duplicates] = True
+            more = score_without(near_duplicate, (probabilities.argmax(1) == labels).cpu())
         if self.rank == 0:
-            self.run.write(PREDICTIONS, to_predictions_file(probabilities, labels))
-        return scores
+            self.run.write(PREDICTIONS, to_predictions_file(probabilities, labels, near_duplicate))
+        return {**scores, **more}
 
-    def score(self, shard: Shard) -> tuple[Tensor, dict[str, float]]:
+    def score(self, shard: Shard, doing: str) -> tuple[Tensor, dict[str, float]]:
         """Return the logits of this worker's images, and the scores over all workers'."""
-        logits = predict(self.state.scored, shard.images, self.autocast, self.preprocessing)
+
+        def tell(done: int) -> None:
+            if self.reporter.due():
+                self.reporter.part(doing, done * self.world_size, len(shard) * self.world_size)
+
+        logits = predict(self.state.scored, shard.images, self.autocast, self.preprocessing, tell)
         return logits, score(logits, shard.labels, shard.coarse, self.job.superclass_of)
 
     def diagnose(self, record: EpochRecord) -> EpochRecord:

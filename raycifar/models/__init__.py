@@ -2,7 +2,7 @@
 
     build       a function that returns the network
     LAYERS      prefixes of the parameters' names for each layer, from the input to the head
-    RECIPES     by name: `scratch`, `transfer` and any others; the first is the default
+    RECIPES     by name, such as `scratch` and `transfer`; the first is the default
 
 and optionally
 
@@ -34,15 +34,15 @@ from raycifar.models.recipe import LARGEST_IMAGE, TRANSFER, Recipe, check_type, 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    import numpy as np
     from torch import Tensor, nn
 
     from raycifar.models.from_timm import FromTimm
 
     # From a recipe and training images, (N, 3, H, W) float32, preprocessed, to weights by name.
-    WeightsMaker = Callable[[Recipe, np.ndarray], dict[str, np.ndarray]]
+    WeightsMaker = Callable[[Recipe, Tensor], dict[str, Tensor]]
     ShapesTest = Callable[[Mapping[str, Sequence[int]]], bool]
 
+PASSES = 3  # forward passes that a training step takes the time of: one forward, two back
 NO_ARCHITECTURES = {"from_timm", "initial_weights", "layers", "recipe", "recipes"}  # the other files here
 TIMM = "timm:"
 TIMM_RECIPES = {"transfer": Recipe(**TRANSFER), "scratch": Recipe()}
@@ -125,22 +125,21 @@ class Architecture:
         with torch.device("meta"):
             return self.build()
 
-    def check_size(self) -> None:
-        """Check that the network can take images of its size; nothing is computed.
+    def check_size(self, size: int) -> None:
+        """Check that the network can take images of `size` pixels a side; nothing is computed.
 
         Raises:
             RequestError: it can't.
         """
         import torch
 
-        size = self.preprocessing.size
         try:
             with torch.inference_mode():
                 self.outline().eval()(torch.empty(1, 3, size, size, device="meta"))
         except Exception as error:  # networks may raise any
             raise RequestError(
-                f"{self.model} can't take images of {size} pixels ({in_a_line(error)}): give another --image-size, up "
-                f"to {LARGEST_IMAGE}, or another model."
+                f"{self.model} can't take images of {size} pixels ({in_a_line(error)}): give another --image-size or "
+                f"--progressive, up to {LARGEST_IMAGE}, or another model."
             ) from error
 
     def layers(self, network: nn.Module) -> list[list[str]]:
@@ -275,7 +274,7 @@ def flops(architecture: Architecture) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    model, size = architecture.build().eval(), architecture.preprocessing.size
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.empty(1, 3, size, size))
+    size = architecture.preprocessing.size
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.inference_mode():  # computes nothing
+        architecture.build().eval()(torch.empty(1, 3, size, size))
     return counter.get_total_flops()

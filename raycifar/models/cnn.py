@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from raycifar.models.recipe import TRANSFER, Recipe, option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
 FILTERS = (64, 128, 256, 512, 512)
 DEEPEST = 100  # convolutions in a block
 PATCH = 27  # values of a patch of 3×3 pixels
-SMALLEST_VARIANCE = 5e-4  # of a component; less is noise
 LAYERS = (*((f"features.{k}.",) for k in range(len(FILTERS))), ("head.",))
 
 
@@ -36,12 +33,8 @@ class CnnRecipe(Recipe):
             raise ValueError(f"depth is {self.depth}: it must be from 1 to {DEEPEST}")
 
 
-SPEEDRUN = CnnRecipe(
-    epochs=20, batch_size=500, optimizer="muon", lr=0.05, momentum=0.85, schedule="linear", warmup=0.15, ema=0.98,
-    label_smoothing=0.2, augment="cutout", cutmix=0.25, tta_flip=True, whiten=True, depth=2,
-)  # fmt: skip
-RECIPES = {"scratch": CnnRecipe(), "transfer": CnnRecipe(**TRANSFER), "speedrun": SPEEDRUN}
-PURPOSES = {"speedrun": "test top-1 of 0.75 in the least time", "transfer": "from a weights file, --pretrained FILE"}
+RECIPES = {"scratch": CnnRecipe(), "transfer": CnnRecipe(**TRANSFER)}
+PURPOSES = {"transfer": "from a weights file, --pretrained FILE"}
 
 
 def build(num_classes: int, dropout: float, large_stem: bool, whiten: bool, depth: int) -> nn.Module:
@@ -87,32 +80,18 @@ def block(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
 
 
 def whitening() -> nn.Conv2d:
-    """Return the layer that whitens patches; its weights come from `whitening_filters` and are not trained."""
+    """Return the layer that whitens patches; its weights come from the images, and are not trained."""
     from torch import nn
 
     return nn.Conv2d(3, PATCH, kernel_size=3, padding=1, bias=False).requires_grad_(False)
 
 
-def initial_weights_from_images(recipe: CnnRecipe, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    return {"whiten.weight": whitening_filters(pixels)} if recipe.whiten else {}
+def initial_weights_from_images(recipe: CnnRecipe, pixels: Tensor) -> dict[str, Tensor]:
+    from raycifar.models.layers import whitening_filters
+
+    return {"whiten.weight": whitening_filters(pixels, 3)} if recipe.whiten else {}
 
 
 def is_for_small_images(shapes: Mapping[str, Sequence[int]]) -> bool:
     """Return that there are no ImageNet weights."""
     return True
-
-
-def whitening_filters(pixels: np.ndarray) -> np.ndarray:
-    """Return filters (27, 3, 3, 3) float32 that make a 3×3 patch's values uncorrelated, with unit variance.
-
-    They are the patches' principal components divided by their standard deviations, as in airbench (Jordan, 2024,
-    arXiv:2404.00498).
-
-    Args:
-        pixels: (N, 3, H, W) float32, preprocessed.
-    """
-    windows = np.lib.stride_tricks.sliding_window_view(pixels, (3, 3), axis=(2, 3))
-    patches = windows.transpose(0, 2, 3, 1, 4, 5).reshape(-1, PATCH)
-    variances, components = np.linalg.eigh(np.cov(patches, rowvar=False))
-    filters = components / np.sqrt(variances + SMALLEST_VARIANCE)
-    return filters.T.reshape(PATCH, 3, 3, 3).astype(np.float32)

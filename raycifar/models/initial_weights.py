@@ -7,17 +7,19 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from raycifar import models
 from raycifar.data.tables import Source, to_images
 from raycifar.errors import RequestError, first_few, in_a_line
 from raycifar.models import Architecture, Preprocessing
-from raycifar.models.recipe import LARGEST_IMAGE, Recipe, model_options
+from raycifar.models.recipe import LARGEST_IMAGE, Recipe, model_options, parse_sizes
 from raycifar.storage.files import read_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NUM_IMAGES = 1000  # training images from which an architecture may compute weights
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of DistributedDataParallel, torch.compile, Lightning
@@ -59,7 +61,8 @@ def load_initial_weights(model: str, recipe: Recipe, source: Source) -> InitialW
         RequestError: the weights can't be loaded, or don't fit the model, or the images don't.
     """
     start = (from_scratch if recipe.pretrained == "none" else from_weights)(model, recipe, source)
-    start.architecture.check_size()
+    for size, _ in [(start.architecture.preprocessing.size, 1), *parse_sizes(recipe.progressive)]:
+        start.architecture.check_size(size)
     return start
 
 
@@ -67,7 +70,8 @@ def from_scratch(model: str, recipe: Recipe, source: Source) -> InitialWeights:
     preprocessing = cifar_preprocessing(recipe, source)
     options = model_options(recipe)
     architecture = Architecture(model, source.info.num_classes, False, preprocessing, recipe.tta_flip, options)
-    weights = compute_weights(model, recipe, source.train, preprocessing)
+    images = to_images(source.train["image"].slice(0, NUM_IMAGES))
+    weights = {name: value.numpy() for name, value in compute_weights(model, recipe, images, preprocessing).items()}
     return InitialWeights(architecture, weights or None, from_images=True)
 
 
@@ -104,14 +108,16 @@ def cifar_preprocessing(recipe: Recipe, source: Source) -> Preprocessing:
 
 
 def compute_weights(
-    model: str, recipe: Recipe, images: pa.Table, preprocessing: Preprocessing
-) -> dict[str, np.ndarray]:
-    """Return the weights that the architecture computes from training images, if any."""
+    model: str, recipe: Recipe, images: "np.ndarray | Tensor", preprocessing: Preprocessing
+) -> "dict[str, Tensor]":
+    """Return the weights that the architecture computes from training images (N, 3, H, W) uint8, if any."""
     compute = models.find(model).initial_weights_from_images
     if compute is None:
         return {}
-    pixels = to_images(images["image"].slice(0, NUM_IMAGES)).astype(np.float32) / 255
-    mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    import torch  # takes seconds
+
+    pixels = torch.asarray(images).float() / 255
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     return compute(recipe, (pixels - mean) / std)
 
 

@@ -10,12 +10,13 @@ import math
 import numbers
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
+from itertools import pairwise
 from typing import Any, Literal, get_args, get_type_hints
 
 from raycifar.data import CIFAR100
 
 Schedule = Literal["cosine", "linear", "step", "constant"]
-Augmentation = Literal["none", "flip", "crop", "cutout", "trivial", "rand"]
+Augmentation = Literal["none", "flip", "crop", "cutout", "trivial", "rand", "alternate"]
 Precision = Literal["auto", "bfloat16", "float32"]
 BatchNorm = Literal["train", "frozen"]
 Stage = Literal["head", "whole"]
@@ -50,7 +51,9 @@ class Recipe:
     epochs: int = option(200, "passes over the training images")
     batch_size: int = option(128, "images in a step, over all workers")
     optimizer: str = option("sgd", "sgd (Nesterov momentum), adamw, or muon (of filters; sgd of the rest)", OPTIMIZERS)
+    muon_steps: int = option(5, "Newton-Schulz steps of muon, 1 to 10")
     lr: float = option(0.05, "peak learning rate")
+    norm_lr: float = option(1.0, "learning rate of norms and biases, as a multiple of the others'")
     momentum: float = option(0.9, "of sgd and muon; the first beta of adamw")
     schedule: Schedule = option("cosine", "learning rate after warm-up; step divides by 5 at 30, 60 and 80 %")
     warmup: float = option(0.2, "fraction of all steps over which the learning rate rises from 0")
@@ -59,7 +62,8 @@ class Recipe:
     augment: Augmentation = option(
         "crop",
         "none; flip; crop (flip and 4-pixel shifts); cutout (crop and an 8x8 hole); trivial (crop and TrivialAugment, "
-        "Müller and Hutter, 2021); rand (crop and RandAugment, Cubuk et al., 2020)",
+        "Müller and Hutter, 2021); rand (crop and RandAugment, Cubuk et al., 2020); alternate (flip every other epoch, "
+        "and reflected 2-pixel shifts)",
     )
     erasing: float = option(0.0, "probability that a rectangle of an image is erased (Zhong et al., 2020)")
     mixup: float = option(0.0, "fraction of batches blended pairwise (Zhang et al., 2018)")
@@ -73,10 +77,14 @@ class Recipe:
         CIFAR100.image_size,
         f"side to which images are scaled, {CIFAR100.image_size} to {LARGEST_IMAGE} pixels; 0: that of the weights",
     )
+    progressive: str = option(
+        "", "smaller images at first, as PIXELS:END,... where END is a fraction of all steps, such as 20:0.15,24:0.5"
+    )
     pretrained: str = option("none", "first weights: imagenet, a file (PyTorch or safetensors), or none")
     head_epochs: int = option(0, "first epochs, which train only the head; the rest of the network is frozen")
     layer_decay: float = option(1.0, "learning rate of each layer as a fraction of the next one's; 1: all equal")
     batch_norm: BatchNorm = option("train", "running statistics: train, or frozen")
+    separate_copies: bool = option(False, "validate on no image whose photograph is also among the training images")
 
     def __post_init__(self) -> None:
         types = field_types(type(self))
@@ -84,7 +92,8 @@ class Recipe:
             check_type(f.name, getattr(self, f.name), types[f.name], choices(f, types[f.name]))
         for names, allowed, wanted in (
             (("epochs", "batch_size"), lambda v: v >= 1, "at least 1"),
-            (("lr", "weight_decay", "clip_norm"), lambda v: v >= 0, "0 or more"),
+            (("muon_steps",), lambda v: 1 <= v <= 10, "from 1 to 10"),
+            (("lr", "norm_lr", "weight_decay", "clip_norm"), lambda v: v >= 0, "0 or more"),
             (("mixup", "cutmix", "erasing"), lambda v: 0 <= v <= 1, "a fraction from 0 to 1"),
             (("layer_decay",), lambda v: 0 < v <= 1, "a fraction above 0, at most 1"),
             (
@@ -98,6 +107,7 @@ class Recipe:
             for name in names:
                 if not allowed(value := getattr(self, name)):
                     raise ValueError(f"{name} is {value}: it must be {wanted}")
+        parse_sizes(self.progressive)
         if self.mixup + self.cutmix > 1:
             raise ValueError(
                 f"mixup {self.mixup} and cutmix {self.cutmix} are fractions of the batches: their sum must be at most 1"
@@ -106,6 +116,15 @@ class Recipe:
     def stage(self, epoch: int) -> Stage:
         """Return what `epoch` (from 1) trains: the head, or the whole network."""
         return "head" if min(epoch, self.epochs) <= self.head_epochs else "whole"
+
+    def size(self, epoch: int, step: int, steps: int) -> int | None:
+        """Return the side to which the images of a step are scaled; None is that of the network.
+
+        Args:
+            epoch, step, steps: as for `learning_rate`.
+        """
+        done = ((epoch - 1) * steps + step) / (self.epochs * steps)
+        return next((size for size, end in parse_sizes(self.progressive) if done < end), None)
 
     def learning_rate(self, epoch: int, step: int, steps: int) -> float:
         """Return the head's learning rate; each stage has its own warm-up and schedule.
@@ -160,6 +179,25 @@ def check_type(name: str, value: Any, kind: Any, allowed: tuple[str, ...]) -> No
         raise ValueError(f"{name} is {value}: a finite number is needed")
     if kind in (int, float) and value > LARGEST:
         raise ValueError(f"{name} is {value}: it must be at most {LARGEST:,}")
+
+
+def parse_sizes(progressive: str) -> list[tuple[int, float]]:
+    """Return the smaller sizes of training images, in pixels a side, and the fractions of all steps where they end.
+
+    Raises:
+        ValueError: the text is no list of these.
+    """
+    try:
+        sizes = [(int(size), float(end)) for size, end in (part.split(":") for part in progressive.split(",") if part)]
+    except ValueError:
+        sizes = [(0, 0.0)]
+    ends = [0.0, *(end for _, end in sizes), 1.0]
+    if not all(1 <= size <= LARGEST_IMAGE for size, _ in sizes) or not all(a < b for a, b in pairwise(ends)):
+        raise ValueError(
+            f"progressive is {progressive!r}: it must be PIXELS:END,... with 1 to {LARGEST_IMAGE} pixels and fractions "
+            "that rise from above 0 to below 1, such as 20:0.15,24:0.5"
+        )
+    return sizes
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

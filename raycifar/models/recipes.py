@@ -4,6 +4,7 @@ import json
 import os
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -53,12 +54,28 @@ def to_toml(recipe: Recipe) -> str:
 # Choosing one ---------------------------------------------------------------------------------------
 
 
+def model_of(recipe: str | None) -> str:
+    """Return the model that a recipe is for: the name of one model's, or a run's folder.
+
+    Raises:
+        RequestError: it could be several models'.
+    """
+    owners = [name for name in models.names() if recipe in models.recipes_of(name)]
+    if len(owners) == 1:
+        return owners[0]
+    with suppress(OSError, ValueError):  # no folder, or none of a run
+        run = RunFolder.at(recipe).read_json(RUN) if recipe and not owners else None
+        if run and isinstance(run.get("model"), str):
+            return run["model"]
+    raise RequestError(f"give --model: {', '.join(models.names())}, or timm:NAME.")
+
+
 def recipe_for(model: str, pretrained: str | None = None) -> Recipe:
     """Return a model's default recipe, or if `pretrained` is given, the default for these weights."""
     recipes = models.recipes_of(model)
     if pretrained is None:
         return next(iter(recipes.values()))
-    base = recipes["scratch" if pretrained == "none" else "transfer"]
+    base = recipes.get("scratch" if pretrained == "none" else "transfer", next(iter(recipes.values())))
     return change(model, base, {"pretrained": pretrained})
 
 
@@ -97,7 +114,7 @@ def find_recipe(model: str, wanted: str, pretrained: str | None = None) -> Recip
     if wanted in own:
         return own[wanted]
     if owners := [name for name in models.names() if wanted in models.recipes_of(name)]:
-        raise RequestError(f"--recipe {wanted} is for {', '.join(owners)}, not for {model}.")
+        raise RequestError(f"--recipe {wanted} is for --model {' or '.join(owners)}, not for {model}.")
     try:
         if file_type(*locate(wanted)) == fs.FileType.File:
             return parse_toml(model, read_file(wanted), pretrained)

@@ -128,6 +128,19 @@ def clear(places: Iterable[RunFolder], claim: Claim, say: Say) -> None:
             place.delete(rival.file)
 
 
+def living_claim(folder: RunFolder) -> Claim | None:
+    """Return the claim of a process that seems to be alive: another machine's by when it was renewed last.
+
+    Raises:
+        DamagedFileError: a claim can't be read.
+    """
+    for place, claim in claims([folder]):
+        alive = claim.is_alive()
+        if alive or (alive is None and place.seconds_since_written(claim.file) < DEAD_SECONDS):
+            return claim
+    return None
+
+
 def delete_dead(folder: RunFolder) -> None:
     """Delete the claims of processes of this machine that died, of a folder that nobody trains in."""
     for place, claim in claims([folder]):

@@ -102,7 +102,8 @@ def flat(schema: pa.Schema) -> pa.Schema:
     for field in schema:
         inner = [*field.type] if types.is_struct(field.type) else []
         columns += [(field.name, field.type), *((f"{field.name}.{part.name}", part.type) for part in inner)]
-    return pa.schema((name, kind.value_type if types.is_dictionary(kind) else kind) for name, kind in columns)
+    plain = [(name, kind.value_type if types.is_dictionary(kind) else kind) for name, kind in columns]
+    return pa.schema(plain, metadata=schema.metadata)
 
 
 def expect(schema: pa.Schema, columns: Mapping[str, str]) -> None:

@@ -15,6 +15,7 @@ from typing_extensions import TypedDict, is_typeddict  # pydantic wants this one
 
 from raycifar.data import CIFAR100
 
+MOST_STEP_LOSSES = 2000
 LARGEST = 3.5e38  # the largest float32, nearly
 Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
 Positive = Annotated[int, Field(strict=True, ge=1, le=2**53)]
@@ -67,6 +68,7 @@ class EpochRecord:
     train_eval_loss: Real | None = None  # of training images scored like validation images
     train_eval_top1: Fraction | None = None
     train_eval_images: Positive | None = None  # how many these are
+    step_losses: list[Real | None] | None = None  # training loss of the steps in `sampled_steps`
     lr: Amount  # of the last step
     stage: str | None = None  # "head" or "whole": what was trained
     grad_norm: Amount | None = None  # mean over the steps
@@ -96,6 +98,16 @@ class EpochRecord:
         if isinstance(rise := row.get("rise"), dict) and "share" in rise:
             row["rise"] = {"fraction": rise["share"], "indices": rise.get("images")}
         return checked(cls, finite(row))
+
+
+def sampled_steps(epoch: int, steps: int, epochs: int) -> range:
+    """Return the steps, from 0, of an epoch (from 1) whose losses are recorded: at most 2,000 of all epochs' together.
+
+    Args:
+        steps: of each epoch.
+    """
+    stride = -(-epochs * steps // MOST_STEP_LOSSES)
+    return range(-(epoch - 1) * steps % stride, steps, stride)
 
 
 # Documents ------------------------------------------------------------------------------------------
@@ -150,6 +162,8 @@ class Scores(TypedDict):
     top5: Fraction
     superclass_top1: NotRequired[Fraction]
     ece: NotRequired[Fraction]
+    near_duplicates: NotRequired[Count]
+    top1_without_near_duplicates: NotRequired[Fraction | None]
 
 
 @keeping_unknown_fields
@@ -217,6 +231,14 @@ class Search(TypedDict):
 
 
 @keeping_unknown_fields
+class WithoutNearDuplicates(TypedDict):
+    """How a comparison ranks the models on new photographs."""
+
+    images: Count
+    sentence: str
+
+
+@keeping_unknown_fields
 class ComparisonFile(TypedDict):
     """`comparison.json`."""
 
@@ -226,6 +248,7 @@ class ComparisonFile(TypedDict):
     pairs: list[Pair]
     equal_device_seconds: NotRequired[Amount]
     search: NotRequired[dict[str, Search]]
+    without_near_duplicates: NotRequired[WithoutNearDuplicates]
     failed: NotRequired[list[dict[str, Any]]]
 
 
@@ -245,6 +268,7 @@ class PicturesFile(TypedDict):
     test: dict[str, Image]
     superclass_of: list[Annotated[int, Field(strict=True, ge=-1, lt=CIFAR100.num_superclasses)]]
     pixels: dict[Literal["train", "test"], Pixels]
+    augmented: NotRequired[list[Image]]
 
 
 # Reading --------------------------------------------------------------------------------------------

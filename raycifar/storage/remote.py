@@ -1,6 +1,7 @@
 """Object stores and web servers: reaching them, with a limit on each wait, and saying in plain words why one can't be.
 
-Everything is asked in a thread of its own, so that Ctrl-C ends a wait that a library doesn't let go of.
+Everything is asked in a thread of its own, so that Ctrl-C ends a wait that a library doesn't let go of. What fails for
+a reason that may pass, such as an overloaded server or a cut connection, is tried again after a pause.
 """
 
 import re
@@ -28,12 +29,18 @@ READ_SECONDS = 20  # without a byte
 SILENCE_SECONDS = 60  # of anything, retries included
 SLOWEST = 2.5e5  # bytes per second of an upload, which tells nothing of its progress
 TELL_SECONDS = 1
+PAUSES = (1, 4, 10)  # seconds before each new try
 CHUNK = 2**16
 LARGEST_PAGE = 2**24  # bytes of a folder's list on a web server
 MOST_LEVELS = 4  # of folders on a web server
 MEGABYTE = 1e6
 
 BUGS = (AttributeError, NameError, TypeError, AssertionError)
+
+
+class PassingError(OSError):
+    """An error that may be gone when the same is tried again."""
+
 
 tell: ContextVar[Callable[[str], None]] = ContextVar("tell", default=lambda text: None)
 
@@ -52,11 +59,21 @@ def ask(work: Callable[[Callable[[int], None]], Answer], patience: float = SILEN
     """Return what `work` returns; it is called with a function that takes the number of bytes read so far.
 
     Args:
-        patience: seconds to wait for the answer, or for more bytes.
+        patience: seconds to wait for the answer, or for more bytes, at each try.
 
     Raises:
         OSError: the message says in plain words what is wrong.
     """
+    for pause in PAUSES:
+        try:
+            return ask_once(work, patience)
+        except PassingError as error:
+            tell.get()(f"{error}; the next try is in {pause} s")
+            time.sleep(pause)
+    return ask_once(work, patience)
+
+
+def ask_once(work: Callable[[Callable[[int], None]], Answer], patience: float) -> Answer:
     heard: SimpleQueue[tuple[str, Any]] = SimpleQueue()
 
     def run() -> None:
@@ -206,29 +223,34 @@ def kind_of(address: str) -> fs.FileType:
 def plain(error: BaseException) -> OSError:
     """Return the error of a library as an `OSError` whose message says what is wrong, in plain words."""
     if status := getattr(getattr(error, "response", None), "status_code", None):
-        return FileNotFoundError(f"there is no such file ({status})") if status == 404 else OSError(refusal(status))
+        if status == 404:
+            return FileNotFoundError(f"there is no such file ({status})")
+        return (PassingError if status >= 500 or status in BUSY else OSError)(refusal(status))
     for cause in causes(error):
         match cause:
             case socket.gaierror():
                 return OSError("no host of that name is found: check the name, and the network")
             case ConnectionRefusedError():
-                return OSError("the server refuses the connection: check that it runs, and listens at that port")
+                return PassingError("the server refuses the connection: check that it runs, and listens at that port")
             case ssl.SSLError():
                 reason = getattr(cause, "verify_message", "") or getattr(cause, "reason", "") or in_a_line(cause)
                 return OSError(f"no secure connection is possible: {reason.replace('_', ' ').lower()}")
     names = {type(cause).__name__ for cause in causes(error)}
     if names & {"ConnectTimeout", "ConnectTimeoutError"}:
-        return TimeoutError(f"the server doesn't answer within {CONNECT_SECONDS} s")
+        return PassingError(f"the server doesn't answer within {CONNECT_SECONDS} s")
     if names & {"ReadTimeout", "ReadTimeoutError"}:
-        return TimeoutError(f"the server has sent nothing for {READ_SECONDS} s")
+        return PassingError(f"the server has sent nothing for {READ_SECONDS} s")
     if names & {"IncompleteRead", "RemoteDisconnected", "ConnectionResetError", "ProtocolError", "RemoteProtocolError"}:
-        return OSError("the connection was cut: try again")
+        return PassingError("the connection was cut: try again")
     text = in_a_line(error)
     for sign, sentence in SIGNS.items():
         if sign in text:
             return OSError(sentence)
+    passes = re.search(PASSING, text)
     if detail := re.search(r"AWS Error .*Details: (.*)", text):
         text = detail[1]
+    if passes:
+        return PassingError(text)
     if isinstance(error, OSError):
         return type(error)(text) if isinstance(error, FileNotFoundError | PermissionError) else OSError(text)
     if isinstance(error, ImportError):
@@ -236,6 +258,12 @@ def plain(error: BaseException) -> OSError:
     return OSError(text or type(error).__name__)
 
 
+BUSY = (408, 429)  # statuses: a time-out, and too many requests
+# What the message of an object store's library holds where a new try may help.
+PASSING = (
+    r"HTTP status (5\d\d|408|429)|NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|REQUEST_TIME_?OUT|INTERNAL_FAILURE"
+    r"|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
+)
 # What a library's message holds, and what it means.
 SIGNS = {
     "OAuth2 access token": "no credentials for Google's cloud are found: set GOOGLE_APPLICATION_CREDENTIALS, or give "

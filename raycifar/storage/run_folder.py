@@ -8,6 +8,7 @@
     example_stats.parquet  statistics of each training image over the epochs
     report.*            what the curves show; suspects.csv ranks the labels that are probably wrong
     events.out.tfevents.raycifar*  the history for TensorBoard
+    profile/            of each worker, what takes longest in a step: a trace and a table, where asked for
     best.safetensors    the weights of the epoch with the best validation top-1
     checkpoint_EPOCH_STEP  what a run resumes from; each has a manifest, written last, with a digest of each file
     pictures.json       the few images that the report shows
@@ -23,11 +24,13 @@ import errno
 import hashlib
 import io
 import json
+import math
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -40,7 +43,7 @@ from raycifar.errors import DamagedFileError, RequestError, StorageError, in_a_l
 from raycifar.redaction import shown
 from raycifar.storage.files import MOST_BYTES, append_to, ask, file_type, is_local, locate, open_file, write_whole
 from raycifar.storage.locations import check_location, join, parent_and_name
-from raycifar.storage.parquet import read_parquet
+from raycifar.storage.parquet import read_parquet, read_schema
 from raycifar.storage.records import (
     RENAMED,
     ComparisonFile,
@@ -59,10 +62,12 @@ MODEL, BEST = "model.safetensors", "best.safetensors"
 PREDICTIONS, EXAMPLE_STATS = "predictions.parquet", "example_stats.parquet"
 OLD_EXAMPLE_STATS = "images.parquet"  # their name in earlier versions
 EVALUATION, EVALUATION_PAGE = "evaluation.json", "evaluation.html"  # written by `evaluate`
+SPEEDRUN = "speedrun.json"  # written by `speedrun`
 BENCH, BENCH_CHART, PLAN_CHART = "bench.json", "bench.svg", "plan.svg"  # written by `bench`
 REPORT_PAGE, REPORT, REPORT_TEXT, SUSPECTS = "report.html", "report.json", "report.md", "suspects.csv"
 PICTURES = "pictures.json"
 EVENTS = "events.out.tfevents.raycifar"
+PROFILE = "profile"  # a folder
 MANIFEST, PROGRESS = "manifest.json", "progress.json"  # of a checkpoint
 STUDY, COMPARISON, COMPARISON_TABLE = "study.json", "comparison.json", "comparison.csv"  # of a comparison's folder
 TEXTS = (".json", ".html", ".md", ".csv")  # which may name where something lies, and never a secret
@@ -88,6 +93,7 @@ TABLES = {
     },
 }
 TABLES[OLD_EXAMPLE_STATS] = TABLES[EXAMPLE_STATS]
+OPTIONAL = {"near_duplicate": "integers"}  # columns that earlier versions lack
 CLASSES = ("label", "top5", "rival")  # columns
 LARGEST = {".json": 2**24, ".jsonl": 2**27, ".parquet": 2**28}  # bytes, by suffix
 LONGEST_LINE, MOST_LINES = 2**20, 200_000  # bytes, and epochs
@@ -141,7 +147,7 @@ class RunFolder:
         if self.is_remote and "/" not in self.root.strip("/"):
             return None  # a bucket
         around = RunFolder.at(self.storage)
-        return None if around.read(STUDY) is None else around
+        return around if around.exists(STUDY) else None
 
     def path(self, file: str = "") -> str:
         """Return the path of a file, or of the folder, on `filesystem`."""
@@ -199,6 +205,11 @@ class RunFolder:
             yield
         except OSError as error:
             raise StorageError.of(join(self.folder, file), error) from error
+
+    def seconds_since_written(self, file: str) -> float:
+        """Return a file's age by the clocks of this machine and of the storage; infinity if it doesn't exist."""
+        written = ask(self.filesystem, lambda: self.filesystem.get_file_info(self.path(file)).mtime)
+        return (datetime.now(UTC) - written).total_seconds() if written else math.inf
 
     def delete(self, file: str) -> None:
         """Delete a file if it exists."""
@@ -292,7 +303,8 @@ class RunFolder:
             return self.read_table(OLD_EXAMPLE_STATS) if file == EXAMPLE_STATS else None
         self.check_digest(file, content)
         try:
-            table = read_parquet(content, TABLES[file])
+            optional = {name: kind for name, kind in OPTIONAL.items() if name in read_schema(content).names}
+            table = read_parquet(content, TABLES[file] | optional)
             check_ranges(table)
         except ValueError as error:
             raise self._damaged(file, error) from error
@@ -312,15 +324,16 @@ class RunFolder:
         return self.file_names(fs.FileType.Directory)
 
     def runs(self) -> list["RunFolder"]:
-        """Return the runs inside this folder, which is a comparison's, sorted by name."""
+        """Return the runs inside this folder, sorted by name."""
+        return self.folders_with(RUN)
+
+    def folders_with(self, *files: str) -> list["RunFolder"]:
+        """Return the folders in this one that hold one of these files, sorted by name."""
         filesystem, folder = self._location
-        names = self._subfolders()
-        found = ask(filesystem, lambda: filesystem.get_file_info([f"{folder}/{name}/{RUN}" for name in names]))
-        return [
-            RunFolder(self.folder, name)
-            for name, file in zip(names, found, strict=True)
-            if file.type != fs.FileType.NotFound
-        ]
+        paths = {f"{folder}/{name}/{file}": name for name in self._subfolders() for file in files}
+        found = ask(filesystem, lambda: filesystem.get_file_info([*paths]))
+        names = [paths[entry.path] for entry in found if entry.type != fs.FileType.NotFound]
+        return [RunFolder(self.folder, name) for name in dict.fromkeys(names)]
 
     @contextmanager
     def marker(self) -> Iterator[str | None]:
@@ -351,11 +364,11 @@ class RunFolder:
         """Record digests of files as they are now, so that a change is noticed."""
         contents = {file: self.read(file) for file in files}
         digests = {file: digest(content) for file, content in contents.items() if content is not None}
-        self.write_json(MANIFEST, {**self._digests(), **digests})
+        self.write_json(MANIFEST, {**self._read_digests(), **digests})
 
     def lost(self, *files: str) -> list[str]:
         """Return those of `files` that no longer exist."""
-        return [file for file in files if file in self._digests() and not self.exists(file)]
+        return [file for file in files if file in self._digests and not self.exists(file)]
 
     def check_digest(self, file: str, content: bytes) -> None:
         """Compare what was read with the manifest.
@@ -366,7 +379,11 @@ class RunFolder:
         if self._has_changed(file, content):
             raise self._damaged(file, f"it has changed since {MANIFEST} was written")
 
+    @cached_property
     def _digests(self) -> dict[str, str]:
+        return self._read_digests()
+
+    def _read_digests(self) -> dict[str, str]:
         try:
             return self.read_json(MANIFEST) or {}
         except DamagedFileError as error:
@@ -374,8 +391,10 @@ class RunFolder:
             return {}
 
     def _has_changed(self, file: str, content: bytes) -> bool:
-        found = digest(content)
-        return self._digests().get(file, found) != found
+        if file not in self._digests or self._digests[file] == (found := digest(content)):
+            return False
+        vars(self)["_digests"] = self._read_digests()  # another process may have written it since
+        return self._digests.get(file, found) != found
 
     def _warn_of_change(self, file: str, content: bytes, warn: Callable[[str], None]) -> None:
         if self._has_changed(file, content):
@@ -444,10 +463,18 @@ class RunFolder:
             except ValueError as error:
                 warn(f"{name} is skipped: {error}.")
 
+    def size_of(self, names: Iterable[str]) -> int:
+        """Return the bytes of folders directly in this one."""
+        filesystem, folder = self._location
+        selectors = [fs.FileSelector(f"{folder}/{name}", recursive=True) for name in names]
+        found = ask(filesystem, lambda: [filesystem.get_file_info(selector) for selector in selectors])
+        return sum(entry.size or 0 for entries in found for entry in entries)
+
     def delete_checkpoints(self, names: list[str]) -> None:
         filesystem, folder = self._location
         for path in [f"{folder}/{name}" for name in names]:
-            ask(filesystem, partial(filesystem.delete_dir, path))
+            with suppress(FileNotFoundError):  # a try before this one, whose answer was lost
+                ask(filesystem, partial(filesystem.delete_dir, path))
 
 
 def checkpoint_name(epoch: int, step: int) -> str:
@@ -462,7 +489,9 @@ def check_ranges(table: pa.Table) -> None:
         values = (column.flatten() if pa.types.is_fixed_size_list(column.type) else column).to_numpy()
         if name in CLASSES and not 0 <= values.min() <= values.max() < CIFAR100.num_classes:
             raise ValueError(f"the column {name} has classes from {values.min()} to {values.max()}")
-        if name in ("index", "seen") and values.min() < 0:
+        if name == "near_duplicate" and values.max() > 1:
+            raise ValueError(f"the column {name} has {values.max()}")
+        if name in ("index", "seen", "near_duplicate") and values.min() < 0:
             raise ValueError(f"the column {name} has {values.min()}")
         if name == "probabilities" and not (
             column.type.list_size == CIFAR100.num_classes and ((values >= 0) & (values <= 1.001)).all()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raycifar.errors import RequestError, WorkError
+from raycifar.machine import processor
 from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import BENCH, BENCH_CHART, PLAN_CHART, RUN, RunFolder
 from raycifar.workflows import planning
@@ -46,6 +47,8 @@ LONGEST = 290  # seconds that a bench takes: all of it in five minutes
 WORKERS_START = 15  # of them that worker processes take to start
 SECONDS_OF_ROUND = 4  # in which steps of a number of workers are timed, at most
 FEW_WORKERS = 3  # are run on CPUs, however few these are
+IMPOSSIBLE = 1.05  # of the bare step's rate: more can only be noise
+UNSTEADY = 0.2  # by which rounds may differ
 POLL_SECONDS = 0.02  # between two looks whether a run has begun
 
 
@@ -98,11 +101,13 @@ def bench(
     if 0 < request.recipe.head_epochs < request.recipe.epochs:
         request = dataclasses.replace(request, recipe=dataclasses.replace(request.recipe, head_epochs=0))
     found: dict[str, Any] = {}
+    machine = processor()
     clock = Clock(1 + bool(counts) + startup)
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # interrupted, workers still write
             timed = dataclasses.replace(request, name="bench", storage=folder, checkpoint_steps=0, test=False)
             run = prepare(timed, screen, connection, debug=debug)
+            machine = f"{run.workers}, {processor()}"
             place = find_place(run, counts, interconnect) if counts else None
             screen.say(
                 f"This takes at most about {LONGEST / 60:.0f} minutes; Ctrl-C ends it, and what is timed is shown."
@@ -113,9 +118,14 @@ def bench(
         if startup:
             connection.close()  # this process's Ray would take its share of the cores
             found["startup"] = time_startup(request, rounds, screen, clock.part())
+    except KeyboardInterrupt:
+        if not found:
+            screen.say("No round is complete yet, so there is nothing to show.")
+        raise
     finally:
         if found:
-            keep({"model": request.model, "recipe": dataclasses.asdict(request.recipe), **found}, out, show)
+            about = {"model": request.model, "machine": machine, "recipe": dataclasses.asdict(request.recipe)}
+            keep(about | found, out, show)
 
 
 def keep(found: dict[str, Any], out: str, show: Callable[[dict[str, Any]], None]) -> None:
@@ -343,13 +353,14 @@ def sentences(bench: dict[str, Any]) -> list[str]:
     lines = [f"train runs at {bench['ratio']:.3f} of the bare step's rate (median of {bench['n']} rounds)."]
     if max(costs.values()) < 0.02:
         lines.append(
-            "Nothing that surrounds the step costs 2 % of it: only a cheaper step would help (--compile, --precision)."
+            "Nothing that surrounds the step costs 2% of it: only a cheaper step would help (--compile, --precision)."
         )
     else:
         most = max(costs, key=costs.__getitem__)
         lines.append(
             f"Most is lost to {STAGES[most].removeprefix('and ')}, {costs[most]:.1%} of a bare step: {HELP[most]}."
         )
+    lines += noise(bench)
     following, checkpoint = (bench[f"{name}_share"]["median"] for name in ("following", "checkpoint"))
     lines.append(f"Following every image takes {following:.2%} of this epoch, a checkpoint {checkpoint:.2%}.")
     for name, way in bench["against"].items():
@@ -363,6 +374,30 @@ def sentences(bench: dict[str, Any]) -> list[str]:
     return lines
 
 
+def noise(bench: dict[str, Any]) -> list[str]:
+    """Return why the figures can't be taken at their word, if so: rates that can't be, and rounds that differ."""
+    from raycifar.analysis.findings import listed
+
+    stages, lines = bench["stages"], []
+    faster = [name for name, stage in stages.items() if stage["share"]["median"] > IMPOSSIBLE]
+    if faster:
+        share = max(stages[name]["share"]["median"] for name in faster)
+        were = "was" if len(faster) == 1 else "were"
+        lines.append(
+            f"This is noise: {listed(faster)} can't be faster than the bare step alone, but {were} timed at up to "
+            f"{share:.2f} of its rate. Something else used the machine: time it again while it is idle."
+        )
+    rates = {name: stage["images_per_second"] for name, stage in stages.items()}
+    spreads = {name: rate["high"] / rate["low"] - 1 for name, rate in rates.items() if rate["low"]}
+    if spreads and max(spreads.values()) > UNSTEADY:
+        most = max(spreads, key=spreads.__getitem__)
+        lines.append(
+            f"This is noise: the rounds of {most} differ by {spreads[most]:.0%}, more than a fifth. Read nothing into "
+            "smaller differences: time it again on an idle machine, with more --rounds."
+        )
+    return lines
+
+
 def draw(bench: dict[str, Any]) -> str:
     """Return the bar chart."""
     from raycifar.analysis.charts import bars
@@ -372,7 +407,9 @@ def draw(bench: dict[str, Any]) -> str:
     description = "; ".join(f"{name}: {rate['median']:,.0f} images per second" for name, rate in rates.items())
     bare = bench["bare_images_per_second"]
     rows = [(name, rate["median"], rate["low"], rate["high"]) for name, rate in rates.items()]
-    return bars(rows, bare, "images per second", f"{bench['model']}. {description}.")
+    title = f"Where the time goes: {bench['model']} on {bench.get('machine', 'an unknown machine')}"
+    limit = (f"the bare step: {bare:,.0f} images per second", bare)
+    return bars(rows, limit, "images per second", title, f"{title}. {description}.")
 
 
 def draw_plan(bench: dict[str, Any]) -> str:

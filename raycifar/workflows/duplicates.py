@@ -1,25 +1,29 @@
 """Which images of a data set show one photograph: found once for a data set, listed in a table and shown on a page."""
 
+import io
+import re
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
+import pyarrow.parquet as pq
 
 from raycifar.data import CIFAR100
 from raycifar.data.sources import cache_folder, load
 from raycifar.data.tables import Source, to_images, to_parquet
-from raycifar.storage.files import locate, read_file, write_whole
+from raycifar.models.recipe import Recipe
+from raycifar.storage.files import locate, write_whole
 from raycifar.storage.locations import check_location
-from raycifar.storage.parquet import ParquetError, read_parquet
 from raycifar.storage.run_folder import RunFolder
+from raycifar.storage.spreadsheets import to_csv
 
 if TYPE_CHECKING:
     from raycifar.terminal import Screen
 
-DUPLICATES, DUPLICATES_PAGE = "duplicates.csv", "duplicates.html"
+DUPLICATES, DUPLICATES_PAGE, DUPLICATES_PICTURE = "duplicates.csv", "duplicates.html", "duplicates.png"
 KINDS = ("exact", "near", "similar")
 BETWEEN = {
     ("test", "train"): "Test images that are also among the training images",
@@ -27,7 +31,10 @@ BETWEEN = {
     ("train", "train"): "Training images that repeat another training image",
 }
 SHOWN = 60  # pairs of each kind, in each section of the page
+PICTURED = 6  # pairs of each kind, in the picture
 METHOD = 1  # counts up with each change of what is found
+KNOWN = Path(__file__).parents[1] / "data" / "known"  # CIFAR-100's own pairs: `search` returns the same
+COLUMNS = ["first", "second", "similarity", "kind"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,35 @@ class Duplicates:
     similarity: np.ndarray
     same_label: np.ndarray
 
+    @classmethod
+    def of(cls, pairs: pa.Table, source: Source) -> Self:
+        """Return the pairs of a data set's images, which are numbered from the first test image."""
+        first, second, similarity, kind = (pairs[name].to_numpy() for name in COLUMNS)
+        num_test = len(source.test)
+        fine = np.concatenate([source.test["fine"], source.train["fine"]])
+        return cls(
+            split=np.where(first < num_test, "test", "train"),
+            index=np.where(first < num_test, first, first - num_test),
+            other_split=np.where(second < num_test, "test", "train"),
+            other_index=np.where(second < num_test, second, second - num_test),
+            kind=np.array(KINDS)[kind],
+            similarity=similarity.astype(float).round(4),
+            same_label=fine[first] == fine[second],
+        )
+
     def to_csv(self) -> bytes:
-        sink = pa.BufferOutputStream()
-        pyarrow.csv.write_csv(pa.table(vars(self)), sink, pyarrow.csv.WriteOptions(quoting_style="none"))
-        return sink.getvalue().to_pybytes()
+        columns = {**vars(self), "same_label": np.where(self.same_label, "true", "false")}
+        return to_csv(columns, zip(*columns.values(), strict=True)).encode()
+
+    def photographs(self, split: str, other_split: str) -> np.ndarray:
+        """Return the pairs (n, 2) of rows of two splits that show one photograph, exact or near."""
+        rows = (self.split == split) & (self.other_split == other_split) & (self.kind != "similar")
+        return np.stack([self.index[rows], self.other_index[rows]], 1)
+
+    def test_copies(self, train_index: np.ndarray) -> np.ndarray:
+        """Return the rows of test images whose photograph is among these rows of the training set."""
+        pairs = self.photographs("test", "train")
+        return np.unique(pairs[np.isin(pairs[:, 1], train_index), 0])
 
     def counts(self) -> dict[tuple[str, str], dict[str, int]]:
         """Return, for each pair of splits, how many images have a copy there, by the kind of the best one."""
@@ -69,59 +101,101 @@ class Duplicates:
         }
 
 
-def list_duplicates(data: str, out: str, screen: "Screen") -> tuple[Duplicates, RunFolder]:
-    """Find the duplicates of a data set, and write duplicates.csv and a page of them.
+def list_duplicates(data: str, out: str, screen: "Screen", run: str | None = None) -> tuple[Duplicates, RunFolder]:
+    """Find the duplicates of a data set, and write duplicates.csv, a page and a picture of them.
 
     Args:
-        out: the folder or URI to write to.
+        out: the folder or URI to write to. run: of a network by whose features images are held against each other, too.
 
     Raises:
-        RequestError: the data set can't be read.
+        RequestError: the data set or the run can't be read.
     """
     check_location(out, "--out", to_write=True)
     with screen.waiting(f"Reading {data}"):
         source = load(data)
-    found = find_duplicates(source, screen)
+    found = Duplicates.of(search(source, screen, run), source) if run else find_duplicates(source, screen)
     folder = RunFolder.at(out)
     folder.write(DUPLICATES, found.to_csv())
     folder.write(DUPLICATES_PAGE, to_page(found, source).encode())
+    folder.write(DUPLICATES_PICTURE, to_picture(found, source))
     return found, folder
 
 
 def find_duplicates(source: Source, screen: "Screen") -> Duplicates:
-    """Return the images of a data set that show one photograph: from the cache, or found and put there."""
-    filesystem, path = locate(cache_folder() / "duplicates" / f"{source.fingerprint()}-{METHOD}.parquet")
-    columns = {"first": "integers", "second": "integers", "similarity": "real numbers", "kind": "integers"}
-    try:
-        pairs = read_parquet(read_file(path), columns)
-    except (OSError, ParquetError):
+    """Return the images of a data set that show one photograph: known ones, or found and put into the cache."""
+    fingerprint = source.fingerprint()
+    pairs = known_pairs(fingerprint)
+    if pairs is None:
         pairs = search(source, screen)
         with suppress(OSError):  # without a cache it takes longer
-            write_whole(filesystem, path, to_parquet(pairs))
-    first, second, similarity, kind = (pairs[name].to_numpy() for name in columns)
-    num_test = len(source.test)
-    fine = np.concatenate([source.test["fine"], source.train["fine"]])
-    return Duplicates(
-        split=np.where(first < num_test, "test", "train"),
-        index=np.where(first < num_test, first, first - num_test),
-        other_split=np.where(second < num_test, "test", "train"),
-        other_index=np.where(second < num_test, second, second - num_test),
-        kind=np.array(KINDS)[kind],
-        similarity=similarity.round(4),
-        same_label=fine[first] == fine[second],
-    )
+            write_whole(*locate(cached(fingerprint)), to_parquet(pairs))
+    return Duplicates.of(pairs, source)
 
 
-def search(source: Source, screen: "Screen") -> pa.Table:
-    """Return the pairs of a data set's images, numbered from the first test image; training images follow."""
+def known_duplicates(source: Source) -> Duplicates | None:
+    """Return what `find_duplicates` has found before, None where that would have to search."""
+    pairs = known_pairs(source.fingerprint())
+    return None if pairs is None else Duplicates.of(pairs, source)
+
+
+def known_training_copies(data: dict[str, Any]) -> np.ndarray | None:
+    """Return the pairs (n, 2) of rows of training images that show one photograph; None where they aren't known.
+
+    Args:
+        data: what `run.json` says of a data set.
+    """
+    pairs = known_pairs(data.get("fingerprint", ""))
+    if pairs is None:
+        return None
+    first, second, kind = (pairs[name].to_numpy() for name in ("first", "second", "kind"))
+    near = (first >= data["test"]) & (KINDS.index("near") >= kind)
+    return np.stack([first[near], second[near]], 1) - data["test"]
+
+
+def copied_images(source: Source, recipe: Recipe) -> np.ndarray | None:
+    """Return the rows of training images that a recipe doesn't validate on, or None where it validates on any."""
+    if not recipe.separate_copies:
+        return None
+    from raycifar.terminal import Screen
+
+    return np.unique(find_duplicates(source, Screen(quiet=True)).photographs("train", "train"))
+
+
+def known_pairs(fingerprint: str) -> pa.Table | None:
+    """Return the pairs of the images with a fingerprint, which a `run.json` of others may hold, or None."""
+    if not re.fullmatch("[0-9a-f]+", fingerprint):
+        return None
+    for path in (KNOWN / cached(fingerprint).name, cached(fingerprint)):
+        with suppress(OSError, pa.ArrowException, KeyError):
+            return pq.read_table(path).select(COLUMNS)
+    return None
+
+
+def cached(fingerprint: str) -> Path:
+    return cache_folder() / "duplicates" / f"{fingerprint}-{METHOD}.parquet"
+
+
+def search(source: Source, screen: "Screen", run: str | None = None) -> pa.Table:
+    """Return the pairs of a data set's images, numbered from the first test image; training images follow.
+
+    Args:
+        run: see `list_duplicates`.
+    """
     with screen.waiting("Loading PyTorch"):
         import torch
 
         from raycifar.data.duplicates import NEAR, find_pairs
     images = torch.from_numpy(np.concatenate([to_images(table["image"]) for table in (source.test, source.train)]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    features = None
+    if run:
+        from raycifar.engine.trained_model import Trained, read_weights
+
+        trained = Trained(read_weights(run))
+        with screen.waiting(f"Asking the {trained.weights.architecture.model}"):
+            features = trained.features(images)
     with screen.progress("Comparing the images") as progress:
-        pairs = find_pairs(images.to(device), progress)
+        pairs = find_pairs(images.to(device), progress, features)
     columns = {name: values.cpu().numpy() for name, values in vars(pairs).items()}
     exact, near = columns.pop("exact"), columns["similarity"] >= NEAR
     return pa.table(columns | {"kind": np.where(exact, 0, np.where(near, 1, 2))})
@@ -146,12 +220,40 @@ def to_figure(found: Duplicates, row: int, source: Source) -> dict[str, Any]:
     """Return a pair: pictures, and their places and labels."""
     from raycifar.analysis.reports import picture
 
-    pictures = []
-    for split, index in (
-        (found.split[row], int(found.index[row])),
-        (found.other_split[row], int(found.other_index[row])),
-    ):
-        table = source.test if split == "test" else source.train
-        label = CIFAR100.class_names[table["fine"][index].as_py()].replace("_", " ")
-        pictures.append({"uri": picture(table, index), "words": f"{split} {index}: {label}", "label": label})
+    pictures = [
+        {"uri": picture(getattr(source, split), index), "words": f"{split} {index}: {label}", "label": label}
+        for split, index, label in both(found, row, source)
+    ]
     return {"pictures": pictures, "similarity": found.similarity[row], "same_label": bool(found.same_label[row])}
+
+
+def both(found: Duplicates, row: int, source: Source) -> list[tuple[str, int, str]]:
+    """Return split, row there and class of the two images of a pair."""
+    places = (found.split[row], found.index[row]), (found.other_split[row], found.other_index[row])
+    labels = [getattr(source, split)["fine"][int(index)].as_py() for split, index in places]
+    names = [CIFAR100.class_names[label].replace("_", " ") for label in labels]
+    return [(str(split), int(index), name) for (split, index), name in zip(places, names, strict=True)]
+
+
+def to_picture(found: Duplicates, source: Source) -> bytes:
+    """Return `duplicates.png`: pairs of a test and a training image, a row of each kind, from the most alike on."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.3), layout="constrained")
+    grid = figure.subplots(len(KINDS), PICTURED, squeeze=False)
+    for kind, axes in zip(KINDS, grid, strict=True):
+        rows = np.flatnonzero((found.split == "test") & (found.other_split == "train") & (found.kind == kind))
+        chosen = np.unique(np.linspace(0, len(rows) - 1, PICTURED).astype(int))[: len(rows)]
+        axes[0].set_ylabel(kind)
+        for spot in axes:
+            spot.set(xticks=[], yticks=[], frame_on=False)
+        for spot, row in zip(axes, rows[chosen], strict=False):
+            pair = both(found, row, source)
+            one, other = (to_images(getattr(source, split)["image"].slice(index, 1))[0] for split, index, _ in pair)
+            gap = np.full((3, one.shape[1], 2), 255, np.uint8)
+            spot.imshow(np.concatenate([one, gap, other], axis=2).transpose(1, 2, 0))
+            names = " / ".join(dict.fromkeys(name for _, _, name in pair))
+            spot.set_title(f"{names}\n{found.similarity[row]:.2f}", fontsize=7)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=90)
+    return stream.getvalue()

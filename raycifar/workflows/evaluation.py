@@ -1,8 +1,10 @@
 """Scoring a trained network on a data set, as a Ray Data job."""
 
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,12 +12,15 @@ import pyarrow as pa
 
 from raycifar.analysis.classification import by_class, confused_pairs, confusion, intervals, reliability
 from raycifar.data import CIFAR100
-from raycifar.data.tables import Source, from_lists, take, to_images, to_lists
-from raycifar.errors import WorkError, in_a_line
-from raycifar.models.recipes import read_run
+from raycifar.data.corruptions import Corruptions, benchmark, find_corruptions
+from raycifar.data.sources import is_location
+from raycifar.data.tables import Source, from_lists, split_rows, take, to_images, to_lists
+from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
+from raycifar.models.recipes import read_run, recipe_from_json
 from raycifar.storage.locations import check_location
-from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, MANIFEST, PREDICTIONS, RunFolder
+from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, MANIFEST, PICTURES, PREDICTIONS, RunFolder
 from raycifar.workflows.datasets import warn_of_leaks
+from raycifar.workflows.duplicates import copied_images, find_duplicates
 from raycifar.workflows.reporting import is_source_of, load_images
 from raycifar.workflows.requests import WorkerSettings
 
@@ -72,31 +77,74 @@ def evaluate(
         from raycifar.engine.trained_model import check_finite, read_weights
 
         weights = read_weights(request.network)
-    with screen.waiting("Reading the images"):
-        source = load_images(run, request.data)
-    if request.split == "test":
-        warn_of_leaks(source, screen)
-    images = getattr(source, request.split)
-    table = take(images, np.arange(len(images)))
     precision = (run or {}).get("precision", "auto")  # that of the run: its scores come out the same
-    logits = ask(table, weights, precision, request, screen, connection, debug=debug)
-    check_finite(logits, request.network)
 
-    scores, predictions = score_predictions(logits, table, source)
-    evaluation = {"network": request.network, "data": source.name, "split": request.split, **scores}
-    folder = choose_folder(request, run, source)
-    folder.write(PREDICTIONS, predictions)
-    if folder.exists(MANIFEST):
-        folder.seal(PREDICTIONS)
+    def ask(tables: Sequence[pa.Table]) -> list["Tensor"]:
+        return [check_finite(logits, request.network) for logits in network.logits(tables)]
+
+    if request.data and is_location(request.data) and (corruptions := find_corruptions(request.data)):
+        if request.split != "test":
+            raise RequestError(f"--split {request.split}: {request.data} holds test images alone.")
+        network = connect(weights, precision, request, screen, connection, debug=debug)
+        scores = score_corruptions(corruptions, ask, screen)
+        evaluation = {"network": request.network, "data": request.data, "split": "test", **scores}
+        folder = RunFolder.at(request.out or "evaluation")
+    else:
+        with screen.waiting("Reading the images"):
+            source = load_images(run, request.data, test_alone=request.split == "test")
+        own = is_source_of(source, run)
+        copies = find_copies(run, source, screen) if run and own and request.split == "test" else None
+        if request.split == "test" and len(source.train):
+            warn_of_leaks(source, screen)
+        images = getattr(source, request.split)
+        table = take(images, np.arange(len(images)))
+        network = connect(weights, precision, request, screen, connection, debug=debug)
+        with screen.waiting(f"Asking the {weights.architecture.model} on {network.workers}"):
+            (logits,) = ask([table])
+        scores, predictions = score_predictions(logits, table, source, copies)
+        evaluation = {"network": request.network, "data": source.name, "split": request.split, **scores}
+        if run and request.split == "test":
+            evaluation["findings"] = hold_against_validation(folder, run, scores, logits, table)
+        # What a run predicted of its own test set is its own, and nothing else may replace it.
+        folder = RunFolder.at(request.out or (request.network if own and request.split == "test" else "evaluation"))
+        folder.write(PREDICTIONS, predictions)
+        if folder.exists(MANIFEST):
+            folder.seal(PREDICTIONS)
     folder.write_json(EVALUATION, evaluation)
     folder.write(EVALUATION_PAGE, to_page(evaluation, RunFolder.at(request.network).name).encode())
     return evaluation, folder
 
 
-def choose_folder(request: EvaluationRequest, run: dict[str, Any] | None, source: Source) -> RunFolder:
-    """Return where to write: what a run predicted of its own test set is its own, and nothing else may replace it."""
-    own = request.split == "test" and is_source_of(source, run)
-    return RunFolder.at(request.out or (request.network if own else "evaluation"))
+def find_copies(run: dict[str, Any], source: Source, screen: "Screen") -> "Tensor":
+    """Return whether the photograph of each test image is among a run's training images, (images,) bool."""
+    import torch
+
+    recipe = recipe_from_json(run["model"], run["recipe"])
+    found = find_duplicates(source, screen)
+    rows, _ = split_rows(source, run["val_size"], run["limit"], run["seed"], copied_images(source, recipe))
+    copies = torch.zeros(len(source.test), dtype=torch.bool)
+    copies[found.test_copies(rows)] = True
+    return copies
+
+
+def hold_against_validation(
+    folder: RunFolder, run: dict[str, Any], scores: dict[str, Any], logits: "Tensor", table: pa.Table
+) -> list[dict[str, Any]]:
+    """Return whether these images don't mean what the run's validation images do, as findings."""
+    from raycifar.analysis.history import RunHistory
+    from raycifar.analysis.mismatch import find_mismatch
+    from raycifar.analysis.reports import measured
+
+    try:
+        records, pictures = folder.history(notice), folder.read_json(PICTURES)
+    except DamagedFileError as error:
+        notice(str(error))
+        return []
+    history = RunHistory(run, records, {"status": "finished", "test": scores})
+    answers = pa.table({"label": table["fine"], "top5": to_lists(logits.topk(5).indices.numpy())})
+    if pictures and "train" in pictures["pixels"]:
+        pictures = {**pictures, "pixels": {"train": pictures["pixels"]["train"], "test": measured(table)}}
+    return [finding.to_json() for finding in find_mismatch(history, answers, pictures)]
 
 
 # The Ray Data job -----------------------------------------------------------------------------------
@@ -131,8 +179,33 @@ class Scorer:
         return pa.table({"index": batch["index"], "logits": to_lists(logits)})
 
 
-def ask(
-    table: pa.Table,
+@dataclass
+class Network:
+    """A network on its workers."""
+
+    scorer: dict[str, Any]
+    workers: "Workers"
+
+    def logits(self, tables: Sequence[pa.Table]) -> list["Tensor"]:
+        """Return the logits (images, classes) float32 of each table, with columns image and index."""
+        import torch
+
+        bounds = np.cumsum([0, *map(len, tables)])
+        rows = [pa.array(np.arange(*ends)) for ends in pairwise(bounds)]
+        table = pa.concat_tables(
+            pa.table({"image": table["image"], "index": index}) for table, index in zip(tables, rows, strict=True)
+        )
+        block = min(BLOCK, -(-len(table) // max(1, self.workers.count)))
+        parts = [table.slice(start, block) for start in range(0, len(table), block)]
+        if self.workers.count == 0:
+            answers = list(map(Scorer(**self.scorer), parts))
+        else:
+            answers = run_job(parts, self.scorer, self.workers)
+        logits = from_lists(pa.concat_tables(answers).sort_by("index")["logits"])
+        return [torch.from_numpy(part.copy()) for part in np.split(logits, bounds[1:-1])]
+
+
+def connect(
     weights: "Weights",
     precision: Any,
     request: EvaluationRequest,
@@ -140,10 +213,8 @@ def ask(
     connection: ExitStack,
     *,
     debug: bool,
-) -> "Tensor":
-    """Return the logits (images, classes) float32 of a split, in its order."""
-    import torch
-
+) -> Network:
+    """Connect to Ray, unless the network is asked in this process, and choose the workers."""
     from raycifar.cluster import sizing
     from raycifar.cluster.connection import connected, quiet
     from raycifar.cluster.waiting import make_room
@@ -168,12 +239,7 @@ def ask(
         "gpus": workers.gpus,
         "threads": workers.threads,
     }
-    block = min(BLOCK, -(-len(table) // max(1, workers.count)))
-    parts = [table.slice(start, block) for start in range(0, len(table), block)]
-    with screen.waiting(f"Asking the {weights.architecture.model} on {workers}"):
-        answers = list(map(Scorer(**scorer), parts)) if workers.count == 0 else run_job(parts, scorer, workers)
-    answer = pa.concat_tables(answers).sort_by("index")
-    return torch.from_numpy(from_lists(answer["logits"]).copy())
+    return Network(scorer, workers)
 
 
 def run_job(parts: list[pa.Table], scorer: dict[str, Any], workers: "Workers") -> list[pa.Table]:
@@ -213,11 +279,13 @@ def run_job(parts: list[pa.Table], scorer: dict[str, Any], workers: "Workers") -
 # Results --------------------------------------------------------------------------------------------
 
 
-def score_predictions(logits: "Tensor", table: pa.Table, source: Source) -> tuple[dict[str, Any], bytes]:
+def score_predictions(
+    logits: "Tensor", table: pa.Table, source: Source, near_duplicate: "Tensor | None" = None
+) -> tuple[dict[str, Any], bytes]:
     """Return the content of `evaluation.json`, and the predictions file."""
     import torch
 
-    from raycifar.engine.evaluate import per_image, score, to_predictions_file
+    from raycifar.engine.evaluate import per_image, score, score_without, to_predictions_file
 
     labels, coarse = (torch.from_numpy(table[column].to_numpy().copy()) for column in ("fine", "coarse"))
     superclass_of = source.superclass_of()
@@ -226,6 +294,11 @@ def score_predictions(logits: "Tensor", table: pa.Table, source: Source) -> tupl
     confidence, predicted = (values.numpy() for values in probabilities.max(1))
     of_images = {name: values.numpy() for name, values in per_image(logits, labels, coarse, superclass_of).items()}
     ends = intervals({name: of_images[name] for name in ("top1", "top5", "loss")})
+    if near_duplicate is not None:
+        correct = torch.from_numpy(of_images["top1"])
+        scores |= score_without(near_duplicate, correct)
+        if not near_duplicate.all():
+            ends |= intervals({"top1_without_near_duplicates": correct[~near_duplicate].numpy()})
     matrix = confusion(labels.numpy(), predicted, CIFAR100.num_classes)
     evaluation = {
         **scores,
@@ -239,17 +312,49 @@ def score_predictions(logits: "Tensor", table: pa.Table, source: Source) -> tupl
             coarse.numpy(), np.array(superclass_of)[predicted], CIFAR100.num_superclasses
         ).tolist(),
     }
-    return evaluation, to_predictions_file(probabilities, labels)
+    return evaluation, to_predictions_file(probabilities, labels, near_duplicate)
+
+
+def score_corruptions(
+    corruptions: Corruptions, ask: Callable[[Sequence[pa.Table]], list["Tensor"]], screen: "Screen"
+) -> dict[str, Any]:
+    """Return the scores by corruption and severity, and the mean error over the benchmark's corruptions."""
+    import torch
+
+    of_each = {}
+    with screen.progress("Scoring the corrupted images") as progress:
+        for done, name in enumerate(corruptions.names):
+            tables = corruptions.read(name)
+            rows = []
+            for logits, table in zip(ask(tables), tables, strict=True):
+                correct = (logits.argmax(1) == torch.from_numpy(table["fine"].to_numpy().copy())).numpy()
+                low, high = intervals({"top1": correct})["top1"]
+                rows.append({"top1": float(correct.mean()), "low": low, "high": high})
+            of_each[name] = {"severities": rows, "error": 1 - float(np.mean([row["top1"] for row in rows]))}
+            progress((done + 1) / len(corruptions.names))
+    counted = benchmark(corruptions.names)
+    return {
+        "images": len(corruptions.labels) * len(of_each),
+        "corruptions": of_each,
+        "counted": counted,
+        "mean_error": float(np.mean([of_each[name]["error"] for name in counted])),
+    }
 
 
 def to_page(evaluation: dict[str, Any], name: str) -> str:
     """Return `evaluation.html`."""
     from raycifar.analysis import charts
     from raycifar.analysis.page import render
+    from raycifar.analysis.prose import without_near_duplicates
 
+    if "corruptions" in evaluation:
+        drawn = {"corruptions": charts.corruption_chart(evaluation["corruptions"])}
+        return render("corruptions.html", drawn, title=f"{name}, on corrupted images", evaluation=evaluation)
     drawn = {
         "reliability": charts.reliability_diagram(evaluation["reliability"]),
         "superclasses": charts.confusion_chart(np.array(evaluation["superclasses"]), CIFAR100.superclass_names),
         "classes": charts.class_chart(evaluation["classes"]),
     }
-    return render("evaluation.html", drawn, title=f"{name}, evaluated", evaluation=evaluation)
+    evaluation = {"findings": [], **evaluation}
+    without = without_near_duplicates(evaluation, evaluation["intervals"])
+    return render("evaluation.html", drawn, title=f"{name}, evaluated", evaluation=evaluation, without=without)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from raycifar.terminal import Screen
 
 CHECKED = 1000  # images for which the exported file must predict the network's classes
-SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".pt", "safetensors": ".safetensors"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Export:
 
 
 def export(network: str, kind: str, screen: "Screen", *, out: str | None = None, data: str | None = None) -> Export:
-    """Write a network as `kind`: onnx, torchscript or safetensors.
+    """Write a network as `kind`, one of `SUFFIXES`.
 
     The result maps images (n, 3, 32, 32) uint8, channels first, to logits (n, classes) float32.
 
@@ -132,6 +132,23 @@ def ask_onnx(content: bytes, images: np.ndarray, whole: "nn.Module") -> np.ndarr
     return session.run(["logits"], {"images": images})[0]
 
 
+def to_torch_export(whole: "nn.Module") -> bytes:
+    import torch
+
+    images = torch.zeros(2, *CIFAR100.image_shape, dtype=torch.uint8)
+    program = torch.export.export(whole, (images,), dynamic_shapes=({0: torch.export.Dim("n")},))
+    stream = io.BytesIO()
+    torch.export.save(program, stream)
+    return stream.getvalue()
+
+
+def ask_torch_export(content: bytes, images: np.ndarray, whole: "nn.Module") -> np.ndarray:
+    import torch
+
+    with torch.inference_mode():
+        return torch.export.load(io.BytesIO(content)).module()(torch.from_numpy(images.copy())).numpy()
+
+
 def to_torchscript(whole: "nn.Module") -> bytes:
     import torch
 
@@ -170,6 +187,7 @@ def ask_safetensors(content: bytes, images: np.ndarray, whole: "nn.Module") -> n
 
 FORMATS = {
     "onnx": (to_onnx, ask_onnx),
+    "torch-export": (to_torch_export, ask_torch_export),
     "torchscript": (to_torchscript, ask_torchscript),
     "safetensors": (to_safetensors, ask_safetensors),
 }

@@ -7,12 +7,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from raycifar.data.sources import absolute_name
 from raycifar.data.tables import Source, Splits
 from raycifar.errors import DamagedFileError, RequestError, in_a_line
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipes import read_run, recipe_from_json
 from raycifar.storage.run_folder import MANIFEST, RESULT, RUN, RunFolder
+from raycifar.workflows.duplicates import known_duplicates
 from raycifar.workflows.requests import TrainingRequest
 
 if TYPE_CHECKING:
@@ -31,6 +34,11 @@ class Inputs:
     source: Source
     splits: Splits
     start: InitialWeights
+
+    def near_duplicates(self) -> np.ndarray | None:
+        """Return the rows of test images whose photograph is among the training images, or None if it isn't known."""
+        found = known_duplicates(self.source)
+        return None if found is None else found.test_copies(self.splits.train["index"].to_numpy())
 
 
 def identify(request: TrainingRequest, inputs: Inputs) -> dict[str, Any]:
@@ -114,7 +122,7 @@ def overview(identity: dict[str, Any], workers: object, folder: str) -> dict[str
         "data": data["source"],
         "images": f"{data['train']:,} training, {data['val']:,} validation, {data['test']:,} test",
         "workers": str(workers),
-        "recipe": ", ".join(f"{name} {value}" for name, value in recipe.items() if value != 0),
+        "recipe": ", ".join(f"{name} {value}" for name, value in recipe.items() if value),
         "folder": folder,
     }
 

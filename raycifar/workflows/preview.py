@@ -1,23 +1,19 @@
 """What a request would train, on what and for how long, without starting anything."""
 
-import time
 from contextlib import ExitStack
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from raycifar import models
 from raycifar.cluster.connection import cluster_address
+from raycifar.durations import duration
 from raycifar.engine.order import steps_per_epoch
 from raycifar.storage.run_folder import RunFolder
+from raycifar.workflows.estimate import cpu_seconds, operations_of
 from raycifar.workflows.identity import Inputs, earlier_result, identify, overview
 from raycifar.workflows.requests import TrainingRequest
 from raycifar.workflows.training import allocate_workers, read_inputs
 
 if TYPE_CHECKING:
     from raycifar.terminal import Screen
-
-PASSES = 3  # forward passes that a training step takes the time of: one forward, two back
-PROBE = 2048  # rows of the matrices by whose product the machine's rate is measured
 
 
 def preview(request: TrainingRequest, screen: "Screen", connection: ExitStack, *, debug: bool = False) -> None:
@@ -45,20 +41,10 @@ def preview(request: TrainingRequest, screen: "Screen", connection: ExitStack, *
 
 
 def estimate(request: TrainingRequest, inputs: Inputs) -> str:
-    """Return about how long training takes on this machine's CPU, from its rate in matrix products, in words."""
-    import torch
-
-    from raycifar.engine.hardware import choose_precision, find_device
+    """Return about how long training takes on this machine's CPUs, in words."""
+    from raycifar.engine.hardware import find_device
 
     if request.device != "cpu" and find_device("auto").type != "cpu":
         return "on a GPU: raycifar bench measures it"
-    dtype = choose_precision(request.recipe.precision, torch.device("cpu"))
-    a, b = torch.ones(2, PROBE, PROBE, dtype=dtype)
-    times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - began)
-    num_images = request.recipe.epochs * len(inputs.splits.train)
-    seconds = PASSES * num_images * models.flops(inputs.start.architecture) * min(times) / (2 * PROBE**3)
-    return f"about {timedelta(seconds=round(seconds))} on this machine's CPU, training alone"
+    operations = operations_of(request.recipe, inputs.start.architecture, inputs.splits)
+    return f"about {duration(cpu_seconds(operations, request.recipe))} on this machine's CPU"

@@ -43,6 +43,7 @@ def build_trainer(run: "PreparedRun", work: Work | None = None) -> StoppableTrai
     loop, config = work(job) if work else (train_loop_per_worker, {"job": job})
     return StoppableTrainer(
         loop,
+        key=run.status_store.key,
         train_loop_config=config,
         datasets=to_datasets(tables, range(workers.needed, workers.count + 1)),
         dataset_config=ExactShards(),
@@ -85,6 +86,9 @@ def build_job(run: "PreparedRun") -> Job:
         in_process=run.workers.count == 0,
         versions=versions(),
         compile=request.compile,
+        record=request.record,
         checkpoint_steps=request.checkpoint_steps,
+        profile=request.profile,
         rungs=request.rungs,
+        near_duplicates=inputs.near_duplicates() if request.test else None,
     )

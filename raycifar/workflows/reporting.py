@@ -3,13 +3,14 @@
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from raycifar.data.sources import load
 from raycifar.data.tables import Source
 from raycifar.errors import DamagedFileError, RequestError, notice
+from raycifar.models import slug
 from raycifar.models.recipes import read_run
 from raycifar.redaction import shown
 from raycifar.storage.records import finite
@@ -29,6 +30,7 @@ from raycifar.storage.run_folder import (
     SUSPECTS,
     RunFolder,
 )
+from raycifar.workflows.duplicates import known_training_copies
 
 if TYPE_CHECKING:
     from raycifar.analysis.reports import RunFiles
@@ -68,21 +70,40 @@ def report(
     return write_run(folder, source, out, kind)
 
 
+def overlay(folders: Sequence[RunFolder], out: RunFolder, kind: str = "html") -> dict[str, Any]:
+    """Write a report of any runs side by side to `out`, and return the content of `report.json`.
+
+    Raises:
+        RequestError: a folder holds no run.
+    """
+    from raycifar.analysis.reports import comparison_page, report_overlay
+
+    for folder in folders:
+        if not folder.exists(RUN):
+            raise RequestError(f"{folder.folder} holds no {RUN}: several folders must each be a run's.")
+    files = [read_files(folder) for folder in folders]
+    content = report_overlay(files)
+    if kind == "html":
+        out.write(REPORT_PAGE, comparison_page(content, files, None, {}, overlay=True).encode())
+    write_content(content, out, kind)
+    return content
+
+
 # Images ---------------------------------------------------------------------------------------------
 
 
-def load_images(run: dict[str, Any] | None, data: str | None) -> Source:
+def load_images(run: dict[str, Any] | None, data: str | None, *, test_alone: bool = False) -> Source:
     """Return the data set that `data` names, else that of a run, else the default.
 
     Args:
-        run: the content of `run.json`, or None without a run.
+        run: the content of `run.json`, or None without a run. test_alone: take a test set without training images, too.
 
     Raises:
         RequestError: the images can't be read.
     """
     default = os.environ.get("RAYCIFAR_DATA")
     if data or run is None:
-        return load(data or default or "cifar100")
+        return load(data or default or "cifar100", test_alone=test_alone)
     for location in dict.fromkeys(filter(None, (run["data"]["source"], default))):
         try:
             source = load(location)
@@ -134,7 +155,8 @@ def read_files(folder: RunFolder) -> "RunFiles":
     if result and result["status"] == "finished" and len(records) < result.get("epochs", 0):
         notes.append(f"{len(records)} of {result['epochs']} epochs are recorded.")
     history = RunHistory(run, records, result)
-    return RunFiles(folder.name, history, predictions, example_stats, pictures, shown(folder.storage), notes)
+    copies = known_training_copies(run["data"])
+    return RunFiles(folder.name, history, predictions, example_stats, pictures, shown(folder.storage), notes, copies)
 
 
 def read_report(folder: RunFolder) -> dict[str, Any]:
@@ -169,7 +191,7 @@ def write_run(
     out, content = out or folder, report_run(files)
     if kind == "html":
         out.write(REPORT_PAGE, run_page(files, content).encode())
-        if files.example_stats is not None and (found := rank_suspects(files.example_stats)):
+        if files.example_stats is not None and (found := rank_suspects(files.example_stats, files.copies)):
             out.write(SUSPECTS, found.to_csv().encode())
     write_content(content, out, kind)
     return content
@@ -242,7 +264,13 @@ def find_runs(
     """
     inside = {run.name: run for run in folder.runs()}
     if not comparison:
-        return [run for run in inside.values() if not is_search_trial(run)]
+        given = [slug(model) for model in folder.read_json(STUDY) or {}]  # in the order of --models
+        finals = [run for run in inside.values() if not is_search_trial(run)]
+
+        def place(run: RunFolder) -> int:
+            return next((k for k, name in enumerate(given) if run.name.startswith(f"{name}-s")), len(given))
+
+        return sorted(finals, key=place)
     names = [name for model in comparison["models"].values() for name in model["runs"]]
     if absent := [name for name in names if name not in inside]:
         warn(f"{folder.folder} doesn't hold these of its runs, which are left out: {', '.join(absent)}.")

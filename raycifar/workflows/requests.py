@@ -110,6 +110,7 @@ class Settings(WorkerSettings):
     report: bool = setting(True, "Draw and explain the curves, also while it runs.")
     track: str | None = setting(None, "Log runs there, too.  [none]", metavar="mlflow|wandb")
     compile: bool = setting(False, "Compile the model with torch.compile.")
+    record: bool = setting(True, "Follow each training image and the gradient's norm.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,6 +134,7 @@ class TrainingRequest(Settings):
         None, "0: this process; 1:4 elastic.  [one for each GPU, else 1]", metavar="N|MIN:MAX"
     )
     checkpoint_steps: int = setting(0, "0: at the end of each epoch alone.", least=0)
+    profile: bool = setting(False, "Trace some steps, and say what takes longest.")
     test: bool = True  # score the test set at the end
     search: bool = False  # a trial that looks for a recipe
     rungs: tuple[int, ...] = ()  # epochs after which the status store is asked whether to stop
@@ -179,6 +181,7 @@ class ComparisonRequest(Settings):
     search: int = setting(0, "Trials that look for each model's best recipe.", least=0, most=MAX_TRIALS)
     space: str | None = setting(None, "TOML file of what a search varies.  [rate, decay, batch, smoothing, augment]")
     price_per_hour: float | None = setting(None, "Of one device: shows what training cost.", least=0)
+    without_near_duplicates: bool = setting(False, "Score only test images whose photograph no run has trained on.")
     name: str = setting("", "The comparison's name; the same name continues it.  [compare and time]")
     workers: int = setting(1, "Of each trial.", least=1, most=MAX_WORKERS)
     max_trials: int | None = setting(None, "Trials at once.  [as many as the cluster holds]", least=1)
@@ -322,7 +325,7 @@ def to_arguments(request: TrainingRequest) -> list[str]:
     for name, value in values.items():
         option = name.replace("_", "-")
         if isinstance(value, bool):
-            arguments += [f"--{option}"] if value else [f"--no-{option}"] * (name != "compile")
+            arguments += [f"--{option}"] if value else [f"--no-{option}"] * (name not in ("compile", "profile"))
         elif value is not None:
             arguments += [f"--{option}", ":".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return arguments

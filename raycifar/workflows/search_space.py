@@ -26,6 +26,7 @@ from raycifar.models.recipes import models_with
 Space = dict[str, BaseDistribution]
 
 STARTUP_TRIALS = 5  # random trials before TPE (Bergstra et al., 2011)
+AUGMENTATIONS = ("none", "flip", "crop", "cutout", "trivial", "rand")
 FIXED = {"epochs", "pretrained"}  # trials are compared by epoch, and start from the same weights
 KEYS = {"min", "max", "log", "choices"}
 
@@ -43,10 +44,10 @@ def default_space(recipe: Recipe) -> Space:
     """Return the default search space around a model's recipe."""
     return {
         "lr": FloatDistribution(recipe.lr / 8, recipe.lr * 8, log=True),
-        "weight_decay": FloatDistribution(1e-5, 5e-3, log=True),
+        "weight_decay": FloatDistribution(1e-5, max(5e-3, recipe.weight_decay), log=True),
         "batch_size": CategoricalDistribution([recipe.batch_size // 2, recipe.batch_size, recipe.batch_size * 2]),
-        "label_smoothing": FloatDistribution(0.0, 0.2),
-        "augment": CategoricalDistribution(["none", "flip", "crop", "cutout", "trivial", "rand"]),
+        "label_smoothing": FloatDistribution(0.0, max(0.2, recipe.label_smoothing)),
+        "augment": CategoricalDistribution([*dict.fromkeys((*AUGMENTATIONS, recipe.augment))]),
     }
 
 

@@ -10,8 +10,17 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from raycifar import models
-from raycifar.analysis.comparison import Finished, by_model, compare, not_comparable
+from raycifar.analysis.comparison import (
+    Finished,
+    by_model,
+    compare,
+    new_photographs,
+    not_comparable,
+    whether_the_order_changes,
+)
 from raycifar.data.tables import Source, from_lists
 from raycifar.errors import RequestError, WorkError
 from raycifar.models import Architecture
@@ -35,6 +44,8 @@ from raycifar.storage.run_folder import (
 from raycifar.storage.spreadsheets import to_csv
 from raycifar.workflows.background import alongside
 from raycifar.workflows.datasets import warn_of_leaks
+from raycifar.workflows.duplicates import find_duplicates
+from raycifar.workflows.estimate import operations_of, warn_of_hours
 from raycifar.workflows.identity import writing_first_file
 from raycifar.workflows.reporting import Refresher, explain, keep_pictures, write_comparison, write_run
 from raycifar.workflows.requests import ComparisonRequest
@@ -105,6 +116,8 @@ def prepare(
         starts = {model: load_initial_weights(model, recipe, source) for model, recipe in recipes.items()}
     screen.lines(note for start in starts.values() for note in start.notes)
     warn_of_leaks(source, screen)
+    if request.without_near_duplicates:
+        find_duplicates(source, screen)  # for the trials, which take them from the cache
     agreement = agree(folder, request, spaces, source, starts)
     with writing_first_file(folder, screen):
         folder = lock.enter_context(locked(folder, screen.say, also=folder.runs()))
@@ -115,11 +128,12 @@ def prepare(
         from raycifar.cluster.nodes import check_nodes
         from raycifar.workflows.tuning import AshaByModel, Study, StudySearcher
 
-        connection.enter_context(connected(debug=debug, dashboard=True))
+        connection.enter_context(connected(debug=debug, name=request.name))
         trials = len(recipes) * (request.search + request.seeds)
         each = (request.device, request.cpus_per_worker, request.gpus_per_worker, request.accelerator)
         workers, fit = sizing.size_trials(request.workers, *each, trials)
-        most = request.max_trials or fit
+        held = sizing.trials_on_head()
+        most = request.max_trials or min(fit, held)
         with folder.marker() as file:
             check_nodes(workers, file)
     screen.facts(
@@ -129,10 +143,16 @@ def prepare(
             "trials": f"{request.seeds} of each" + f", after {request.search} to search" * bool(request.search),
             "data": source.name,
             "images": f"{len(splits.train):,} training, {len(splits.val):,} validation, {len(splits.test):,} test",
-            "at once": f"{most} trial{'s' * (most > 1)}, each with {workers}",
+            "at once": f"{most} trial{'s' * (most > 1)}, each with {workers}"
+            + "; the head's memory holds no more" * (most == held < fit),
             "folder": folder.folder,
         },
     )
+    operations = (request.search + request.seeds) * sum(
+        operations_of(recipe, starts[model].architecture, splits) for model, recipe in recipes.items()
+    )
+    longest = max(recipes.values(), key=lambda recipe: recipe.epochs)
+    screen.lines(warn_of_hours(operations, longest, len(splits.train), workers, at_once=most))
     folder.delete_leftovers()
     folder.delete(MANIFEST)
     folder.write_json(STUDY, agreement)
@@ -154,6 +174,7 @@ def run(prepared: PreparedComparison, screen: "Screen", tracking: Tracking) -> N
     from raycifar.workflows.tuning import orchestrate
 
     searcher, folder = prepared.searcher, prepared.folder
+    order = list(prepared.request.recipes)
     if done := sum(trial.over for trial in searcher.trials):
         screen.say(f"{done} trials are over already, and not run again.")
 
@@ -174,7 +195,12 @@ def run(prepared: PreparedComparison, screen: "Screen", tracking: Tracking) -> N
     tracking.log(folder)
     alongside(
         lambda: orchestrate(prepared.study, searcher, prepared.source, prepared.workers),
-        lambda running: screen.follow_trials(lambda: searcher.trials, running, refresh),
+        lambda running: screen.follow_trials(
+            lambda: sorted(searcher.trials, key=lambda trial: order.index(trial.model)),
+            running,
+            refresh,
+            searcher.seconds_left,
+        ),
         stop,
     )
 
@@ -202,7 +228,7 @@ def finish(prepared: PreparedComparison, screen: "Screen", show: Show) -> None:
             "search": {model: describe_search(searcher, model) for model in request.recipes if request.search},
             "failed": [{"run": t.name, "reason": t.reason} for t in searcher.trials if t.status == "failed"],
         }
-        show(conclude(finished, folder, request.price_per_hour, more))
+        show(conclude(finished, folder, request, more))
     if request.report:
         show_report(folder, screen)
     if missing := [f"{trial.name}: {trial.reason}" for trial in finals if trial.status != "finished"]:
@@ -319,7 +345,7 @@ def compare_runs(locations: Iterable[str], request: ComparisonRequest, screen: "
     folder = RunFolder(request.storage, request.name)
     finished = [read_finished(location) for location in locations]
     check_comparable(finished)
-    show(conclude(keep_files(finished, folder), folder, request.price_per_hour, {}))
+    show(conclude(keep_files(finished, folder), folder, request, {}))
     if request.report:
         show_report(folder, screen)
 
@@ -352,8 +378,12 @@ def read_finished(path: str) -> Finished:
     }
     if wrong := [fact for fact, holds in facts.items() if holds]:
         raise RequestError(f"{path} can't be compared: it has {' and '.join(wrong)}.")
-    correct = from_lists(predictions["top5"])[:, 0] == predictions["label"].to_numpy()
-    return Finished(run.name, run.folder, about, history, result, correct)
+    labels = predictions["label"].to_numpy()
+    correct = from_lists(predictions["top5"]) == labels[:, None]
+    likelihood = np.take_along_axis(from_lists(predictions["probabilities"]), labels[:, None], 1)[:, 0]
+    loss = -np.log(likelihood.clip(np.finfo(np.float32).tiny))
+    copies = predictions["near_duplicate"].to_numpy() > 0 if "near_duplicate" in predictions.column_names else None
+    return Finished(run.name, run.folder, about, history, result, correct[:, 0], correct.any(1), loss, copies)
 
 
 def keep_files(finished: Sequence[Finished], folder: RunFolder) -> list[Finished]:
@@ -380,7 +410,7 @@ def keep_files(finished: Sequence[Finished], folder: RunFolder) -> list[Finished
 
 
 def conclude(
-    finished: list[Finished], folder: RunFolder, price_per_hour: float | None, more: Mapping[str, Any]
+    finished: list[Finished], folder: RunFolder, request: ComparisonRequest, more: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Compare the runs, and write and return the comparison.
 
@@ -388,11 +418,23 @@ def conclude(
         RequestError: the runs can't be compared.
     """
     check_comparable(finished)
-    groups = by_model(finished)
+    without = request.without_near_duplicates
+    if unknown := [run.folder for run in finished if run.near_duplicate is None and without]:
+        raise RequestError(
+            f"{unknown[0]}/{PREDICTIONS} doesn't tell which test images are near duplicates of training images: "
+            f"`raycifar evaluate {unknown[0]}` finds them."
+        )
+    groups = by_model(new_photographs(finished) if without else finished)
     architectures = {name: read_architecture(runs[0]) for name, runs in groups.items()}
     flops = {name: models.flops(architecture) for name, architecture in architectures.items()}
     synthetic = finished[0].run["data"]["source"].startswith("synthetic")
-    comparison = {"name": folder.name, "synthetic": synthetic, **compare(groups, flops, price_per_hour), **more}
+    price = request.price_per_hour
+    comparison = {"name": folder.name, "synthetic": synthetic, **compare(groups, flops, price), **more}
+    if without:
+        before, images = compare(by_model(finished), flops, price)["models"], len(finished[0].correct)
+        new = len(next(iter(groups.values()))[0].correct)
+        told = whether_the_order_changes(before, comparison["models"], images, new)
+        comparison["without_near_duplicates"] = {"images": new, "sentence": told}
     folder.write_json(COMPARISON, comparison)
     folder.write(COMPARISON_TABLE, to_table(comparison).encode())
     folder.seal(STUDY, COMPARISON)
@@ -424,6 +466,7 @@ def sentences(comparison: Mapping[str, Any]) -> list[str]:
     if any(model["top1"]["n"] == 1 for model in comparison["models"].values()):
         lines.append("An interval needs several seeds.")
     lines += [pair["sentence"] for pair in comparison["pairs"]]
+    lines += [part["sentence"] for part in [comparison.get("without_near_duplicates")] if part]
     lines += [search["sentence"] for search in comparison.get("search", {}).values()]
     if comparison.get("synthetic"):
         lines.append("These are synthetic images: the accuracies say nothing about CIFAR-100.")

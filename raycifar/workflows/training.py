@@ -26,6 +26,7 @@ from raycifar.storage.run_folder import (
     METRICS,
     MODEL,
     PREDICTIONS,
+    PROFILE,
     REPORT_PAGE,
     RESULT,
     RUN,
@@ -33,6 +34,8 @@ from raycifar.storage.run_folder import (
 )
 from raycifar.workflows.background import alongside
 from raycifar.workflows.datasets import warn_of_leaks
+from raycifar.workflows.duplicates import copied_images
+from raycifar.workflows.estimate import operations_of, warn_of_hours
 from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, record, writing_first_file
 from raycifar.workflows.reporting import Refresher, explain, keep_pictures, write_run
 from raycifar.workflows.requests import TrainingRequest, check_batch_size
@@ -87,6 +90,9 @@ def train(request: TrainingRequest, screen: "Screen", connection: ExitStack, *, 
             screen.say(f"{run.folder.folder} is finished; nothing is trained again.")
             screen.lines(summary(run, run.result))
             return run.result
+        splits = run.inputs.splits
+        operations = operations_of(request.recipe, run.inputs.start.architecture, splits)
+        screen.lines(warn_of_hours(operations, request.recipe, len(splits.train), run.workers))
         tracking = until_end.enter_context(Tracking(request.track, screen.say))
         try:
             result = finish(run, fit(run, following(run, screen, tracking)))
@@ -94,6 +100,7 @@ def train(request: TrainingRequest, screen: "Screen", connection: ExitStack, *, 
             show_report(run, screen)
             raise
         screen.lines(summary(run, result))
+        show_profile(run, screen)
         show_report(run, screen)
         return result
 
@@ -220,7 +227,8 @@ def read_images(request: TrainingRequest) -> tuple[Source, Splits]:
     importing = Thread(target=import_module, args=("ray.train.torch",))
     importing.start()
     source = load(request.data)
-    splits = split(source, request.val_size, request.limit, request.seed)
+    copied = copied_images(source, request.recipe)
+    splits = split(source, request.val_size, request.limit, request.seed, copied)
     importing.join()
     return source, splits
 
@@ -239,7 +247,7 @@ def allocate_workers(request: TrainingRequest, folder: RunFolder, connection: Ex
     if request.workers == 0:
         connection.enter_context(quiet(debug=debug))
         return sizing.in_process(request.device, request.cpus_per_worker)
-    connection.enter_context(connected(debug=debug))
+    connection.enter_context(connected(debug=debug, name=request.name))
     workers = sizing.size(
         request.workers, request.device, request.cpus_per_worker, request.gpus_per_worker, request.accelerator
     )
@@ -302,10 +310,14 @@ def following(run: PreparedRun, screen: "Screen", tracking: Tracking) -> Callabl
 
 def summary(run: PreparedRun, result: dict[str, Any]) -> list[str]:
     """Return the lines to print for a finished run."""
+    from raycifar.analysis.prose import without_near_duplicates
+
     lines = []
     if test := result.get("test"):
         scores = (f"{word} {test[name]:.4f}" for name, word in SCORES.items() if test.get(name) is not None)
         lines.append(f"Test, {test['images']:,} images: {'  '.join(scores)}")
+        if without := without_near_duplicates(test):
+            lines.append(f"Top-1 is {without}.")
         if run.inputs.source.name.startswith("synthetic"):
             lines.append("These are synthetic images: the accuracy says nothing about CIFAR-100.")
     best = f"; best validation at epoch {result['best_epoch']}" if result.get("best_epoch") else ""
@@ -314,6 +326,18 @@ def summary(run: PreparedRun, result: dict[str, Any]) -> list[str]:
         f"{result['images_per_second']:,.0f} images/s{best}"
     )
     return [*lines, f"Run folder: {run.folder.folder}"]
+
+
+def show_profile(run: PreparedRun, screen: "Screen") -> None:
+    if not run.request.profile:
+        return
+    if (table := run.folder.read(f"{PROFILE}/worker0.txt")) is None:
+        from raycifar.engine.profile import NEEDED
+
+        screen.say(f"Nothing is traced: --profile needs {NEEDED} steps in one go.")
+        return
+    screen.say(f"What takes longest in a step of worker 0; traces are in {PROFILE}/, for TensorBoard or Perfetto:")
+    screen.lines(table.decode().splitlines())
 
 
 def show_report(run: PreparedRun, screen: "Screen") -> None:

@@ -1,5 +1,7 @@
 """The trials of a comparison, orchestrated by Ray Tune; each trains like `raycifar train`, in a run folder."""
 
+import heapq
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +12,12 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from raycifar import models
 from raycifar.cluster import ray_internals
 from raycifar.cluster.connection import environment
-from raycifar.cluster.sizing import Workers
-from raycifar.cluster.status import Failure, FailureCause
+from raycifar.cluster.sizing import HEAD, Workers
+from raycifar.cluster.status import Failure, FailureCause, StepStatus, WorkerStatus
+from raycifar.cluster.stoppable import release
 from raycifar.cluster.waiting import Waiting
 from raycifar.data.tables import Source, split
 from raycifar.errors import WorkError
@@ -24,6 +28,7 @@ from raycifar.models.recipes import recipe_from_json
 from raycifar.storage.files import ask
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
+from raycifar.workflows.duplicates import copied_images
 from raycifar.workflows.identity import Inputs
 from raycifar.workflows.requests import TrainingRequest
 from raycifar.workflows.search_space import PastTrial, Space, suggest
@@ -34,7 +39,7 @@ POLL_SECONDS = 0.25  # between two checks of a trial
 REDUCTION = 3  # ASHA (Li et al., 2020) continues one of so many trials at each rung
 RETRIES = 1  # of a trial whose driver failed; Ray Train replaces workers that died
 # A trial's driver runs on the head, which isn't preempted, and reserves no CPU, because workers may hold them all.
-DRIVER = {"node:__internal_head__": 0.001}
+DRIVER = {HEAD: 0.001}
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class StudySearcher(Searcher):
         self.searches: dict[str, list[Trial]] = {model: [] for model in study.recipes}
         self.finals: dict[str, list[Trial]] = {}
         self.running: dict[str, Trial] = {}  # by the identifier of Ray Tune's trial
+        self.steps: dict[str, tuple[StepStatus, float]] = {}  # the last of each trial, and its predicted end
         self.stopped = False
         self._advance()
 
@@ -97,6 +103,46 @@ class StudySearcher(Searcher):
         self.stopped = True
         for trial in list(self.running.values()):
             trial.status_store.request_stop()
+
+    def seconds_left(self) -> float | None:
+        """Return about how long all trials take from now on, if a search stops none; None until steps are timed."""
+        now, running = time.monotonic(), list(self.running.values())
+        for trial in running:
+            step = (trial.status_store.worker() or WorkerStatus()).step
+            if step and step != self.steps.get(trial.name, (None,))[0]:
+                self.steps[trial.name] = step, now + step.seconds_left
+        epochs = self._seconds_of_epochs()
+        if not epochs:
+            return None
+        slots = [
+            max(0.0, self.steps[trial.name][1] - now)
+            if trial.name in self.steps
+            else trial.recipe.epochs * epochs[trial.model]
+            for trial in running
+        ]
+        slots += [0.0] * (self.most_at_once - len(slots))
+        heapq.heapify(slots)
+        waiting = [trial for trial in self.trials if trial.status == TrialStatus.WAITING]
+        to_come = [trial.recipe.epochs * epochs[trial.model] for trial in waiting]
+        for model, recipe in self.study.recipes.items():
+            planned = len(self.searches[model]) + len(self.finals.get(model, []))
+            to_come += [recipe.epochs * epochs[model]] * (self.study.searches + len(self.study.seeds) - planned)
+        for seconds in to_come:
+            heapq.heapreplace(slots, slots[0] + seconds)
+        return max(slots)
+
+    def _seconds_of_epochs(self) -> dict[str, float]:
+        """Return the seconds of each model's epoch: as timed, else by its FLOPs and the pace of those that are."""
+        timed: dict[str, list[float]] = {}
+        for trial in self.trials:
+            if trial.name in self.steps:
+                timed.setdefault(trial.model, []).append(self.steps[trial.name][0].seconds_of_epoch)
+        if not timed:
+            return {}
+        flops = {model: models.flops(start.architecture) for model, start in self.study.starts.items()}
+        known = {model: statistics.mean(seconds) for model, seconds in timed.items()}
+        pace = statistics.mean(seconds / flops[model] for model, seconds in known.items())
+        return {model: known.get(model, pace * flops[model]) for model in self.study.recipes}
 
     # Ray Tune's interface --------------------------------------------------------------------------
 
@@ -256,23 +302,25 @@ def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: 
                 storage_path=folder.root,
                 storage_filesystem=folder.filesystem,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[RetryNotices()],
+                callbacks=[FailedDrivers()],
                 verbose=0,
             ),
         ).fit()
     ask(folder.filesystem, lambda: folder.filesystem.delete_dir(folder.path()))
 
 
-class RetryNotices(ray_internals.progress_callback_class()):  # type: ignore[misc]
-    """Records a trial's retry in its status store; prints nothing, unlike Ray Tune's default callback."""
+class FailedDrivers(ray_internals.progress_callback_class()):  # type: ignore[misc]
+    """Releases what a failed driver leaves, and records its retry; prints nothing, as Ray Tune by itself would."""
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         store = Trial.from_config(trial.config).status_store
+        release(store.key)
         store.add_failure(Failure(FailureCause.DRIVER, store.reason() or "it died"))
 
     def on_trial_complete(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def on_trial_error(self, *args: Any, **kwargs: Any) -> None: ...
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        release(Trial.from_config(trial.config).status_store.key)
 
 
 def directory(tune_trial: Any) -> str:
@@ -284,7 +332,8 @@ def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Wor
     trial = Trial.from_config(config)
     request, run, store = study.request(trial), study.run(trial), trial.status_store
     try:
-        splits = split(source, request.val_size, request.limit, request.seed)
+        copied = copied_images(source, request.recipe)
+        splits = split(source, request.val_size, request.limit, request.seed, copied)
         inputs = Inputs(source, splits, study.starts[trial.model])
         prepared = prepare(request, Screen(quiet=True), folder=run, inputs=inputs, workers=workers, status_store=store)
         waiting = Waiting(workers, request.wait)

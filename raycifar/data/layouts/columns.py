@@ -1,5 +1,6 @@
 """Columns of image files and labels, in Parquet or Arrow, as the Hugging Face hub and `datasets` have them."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 
@@ -7,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from raycifar.data import CIFAR100 as INFO
-from raycifar.data.labels import to_labels
+from raycifar.data.labels import numbers_of, to_labels
 from raycifar.data.pictures import decode, to_rgb
 from raycifar.data.tables import to_table
 from raycifar.data.trees import MOST_IMAGES, Tree
@@ -41,7 +42,8 @@ def read(
     for path in paths:
         origin, content = f"{tree.name}: {path}", tree.read(path)
         try:
-            chosen = choose(schema_of(content), origin)
+            schema = schema_of(content)
+            chosen = choose(schema, origin)
             columns = columns_of(content, dict(chosen.values()))
         except ParquetError as error:
             raise RequestError(f"{origin} {error}.") from error
@@ -53,6 +55,9 @@ def read(
             for level, column in values.items()
             if level != "image"
         }
+        for level, (name, kind) in chosen.items():
+            if kind == "integers" and (names := class_names(schema, name)):
+                labels[level] = numbers_of(names, level, f"{origin}, column {name},")[labels[level]]
         pixels = decode_all(values["image"], origin)
         tables.append(to_table(pixels, labels["fine"], labels.get("coarse"), origin))
     return pa.concat_tables(tables)
@@ -70,6 +75,15 @@ def choose(schema: pa.Schema, origin: str) -> dict[str, tuple[str, str]]:
             f"{origin} lacks the columns {' and '.join(missing)}; it has {', '.join(schema.names[:8]) or 'none'}."
         )
     return chosen
+
+
+def class_names(schema: pa.Schema, column: str) -> list[str]:
+    """Return the names of the classes that a column's numbers stand for, as the library `datasets` notes them."""
+    try:
+        names = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
+    except (KeyError, TypeError, ValueError):
+        return []
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def decode_all(files: pa.ChunkedArray, origin: str) -> np.ndarray:

@@ -4,6 +4,9 @@ import re
 from collections import Counter, defaultdict
 from pathlib import PurePosixPath
 
+import pyarrow as pa
+
+from raycifar.data.labels import numbers_of
 from raycifar.data.layouts import (
     SHARD,
     SPLITS,
@@ -31,27 +34,52 @@ LAYOUTS = (
     Layout("NumPy", (".npy",), "must be called x_train, y_train, x_test and y_test", arrays.place, arrays.read),
     Layout("picture", PICTURES, "must be in folders train/CLASS and test/CLASS", folders.place, folders.read),
 )
+NUMBERED = ("binary", "cifar-100-python")  # whose labels are numbers, and whose names lie beside
 Found = dict[tuple[Layout, PurePosixPath], dict[str, dict[str, list[PurePosixPath]]]]  # by split and series
 
 
-def read_tree(tree: Tree) -> Source:
+def read_tree(tree: Tree, *, test_alone: bool = False) -> Source:
     """Return the data set that a tree holds.
+
+    Args:
+        test_alone: take a test set without training images, too.
 
     Raises:
         RequestError: it holds none, more than one, or one that can't be read.
     """
     found = find(tree.paths)
     whole = {key: splits for key, splits in found.items() if len(splits) == len(SPLITS)}
+    if test_alone and not whole:
+        whole = {key: splits for key, splits in found.items() if "test" in splits}
     if len(whole) > 1:
         first, second = (f"{root} ({layout.name})" for layout, root in sorted(whole, key=lambda key: str(key[1]))[:2])
         raise RequestError(f"{tree.name} holds more than one data set, {first} and {second}: give the folder of one.")
     if not whole:
         raise RequestError(f"{tree.name} is not CIFAR-100: {what_is_there(tree.paths, found)} {READABLE}")
     ((layout, root), splits) = whole.popitem()
-    files = {split: one_series(tree, series) for split, series in splits.items()}
-    return Source(
-        tree.name, **{split: layout.read(tree, files[split], origin(tree, root, files[split])) for split in SPLITS}
-    )
+    files = {split: one_series(tree, splits[split]) for split in SPLITS if split in splits}
+    tables = {split: layout.read(tree, paths, origin(tree, root, paths)) for split, paths in files.items()}
+    for level, (names, where) in names_beside(tree, root).items() if layout.name in NUMBERED else ():
+        tables = {split: renumbered(table, level, names, where) for split, table in tables.items()}
+    return Source(tree.name, **{"train": tables["test"].slice(0, 0), **tables})
+
+
+def names_beside(tree: Tree, root: PurePosixPath) -> dict[str, tuple[list[str], str]]:
+    """Return the names of the classes that a data set's numbers stand for, by level, each with its file."""
+    found = {}
+    for level in ("fine", "coarse"):
+        if (path := root / f"{level}_label_names.txt") in tree.paths:
+            found[level] = tree.read(path).decode("utf-8", "replace").split("\n"), f"{tree.name}: {path}"
+    if (path := root / "meta") in tree.paths:
+        found |= {level: (names, f"{tree.name}: {path}") for level, names in python.read_names(tree.read(path)).items()}
+    return found
+
+
+def renumbered(table: pa.Table, level: str, names: list[str], origin: str) -> pa.Table:
+    """Return a table whose labels are numbers of `names` with CIFAR-100's own numbers."""
+    numbers = numbers_of([name.strip() for name in names if name.strip()], level, origin)
+    column = pa.array(numbers[table[level].to_numpy()])
+    return table.set_column(table.column_names.index(level), level, column)
 
 
 def find(paths: list[PurePosixPath]) -> Found:

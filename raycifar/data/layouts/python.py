@@ -12,7 +12,7 @@ from raycifar.data.labels import to_labels
 from raycifar.data.tables import to_table
 from raycifar.data.trees import MOST_IMAGES, Tree
 from raycifar.errors import RequestError, in_a_line
-from raycifar.storage.pickles import Dissector, is_array, to_array
+from raycifar.storage.pickles import Dissector, is_array, to_array, to_bytes
 
 NUMPY = ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
 NAMES = {  # in copies of CIFAR-100
@@ -48,6 +48,21 @@ def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
         raise RequestError(f"{origin} has {len(pixels):,} images and {' and '.join(f'{n:,}' for n in counts)} labels.")
     fine = to_labels(fine, "fine", origin)
     return to_table(pixels, fine, None if coarse is None else to_labels(coarse, "coarse", origin), origin)
+
+
+def read_names(content: bytes) -> dict[str, list[str]]:
+    """Return the names in the pickle `meta`, by level; none where it is damaged, for the images can do without."""
+    try:
+        found = Dissector(io.BytesIO(content), encoding="bytes").load()
+        fields = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in found.items()}
+    except Exception:  # a damaged pickle may cause any
+        return {}
+    names = {level: fields.get(f"{level}_label_names") for level in ("fine", "coarse")}
+    return {
+        level: [name.decode("latin1") if isinstance(name, bytes) else str(name) for name in map(to_bytes, each)]
+        for level, each in names.items()
+        if isinstance(each, list)
+    }
 
 
 def read_labels(value: Any) -> Any:

@@ -1,0 +1,47 @@
+"""Remove checkpoints of finished runs: `python -m raycifar.clean results`."""
+
+import click
+
+from raycifar.command import command
+from raycifar.errors import RequestError
+from raycifar.options import Command, folder_argument
+from raycifar.terminal import Screen
+from raycifar.workflows.inventory import Removable, removable, remove
+
+
+@click.command(cls=Command, example="raycifar clean results --yes")
+@folder_argument
+@click.option("--yes", is_flag=True, help="Don't ask.")
+@command
+def main(debug: bool, folder: str, yes: bool) -> None:
+    """Remove the checkpoints of finished runs, and nothing else, after saying which and asking.
+
+    Runs that are under way, stopped or failed keep theirs, to continue from. A run without checkpoints can be reported,
+    compared, evaluated and exported as before.
+    """
+    screen, found = Screen(), list(removable(folder))
+    if not found:
+        screen.say(f"No finished run in {folder} has checkpoints.")
+        return
+    for what in found:
+        screen.say(f"{what.run.folder}: {checkpoints([what])}")
+    total = f"{checkpoints(found)}, of {len(found)} finished run{'s' * (len(found) > 1)}"
+    try:
+        if not yes and input(f"Remove {total}? [y/N] ").strip().lower() not in ("y", "yes"):
+            screen.say("Nothing was removed.")
+            return
+    except EOFError as error:
+        raise RequestError("nobody can answer here, so nothing was removed: give --yes to remove them.") from error
+    for what in found:
+        remove(what, screen.say)
+    screen.say(f"Removed {total}.")
+
+
+def checkpoints(found: list[Removable]) -> str:
+    """Return how many there are, and their size."""
+    number, megabytes = sum(len(what.names) for what in found), sum(what.num_bytes for what in found) / 1e6
+    return f"{number} checkpoint{'s' * (number > 1)}, {megabytes:,.1f} MB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Training by the public rules of the CIFAR-100 speedrun: what may be prepared is, and then the clock runs."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from raycifar.data.shards import Shard
+from raycifar.engine.cuda import WARM_UP
+from raycifar.engine.evaluate import predict
+from raycifar.engine.hardware import choose_precision, seed, set_up
+from raycifar.engine.optimizers import build_optimizer, set_learning_rate
+from raycifar.engine.order import Batch, EpochOrder, step_seed, steps_per_epoch
+from raycifar.engine.state import Progress, TrainingState
+from raycifar.engine.train_step import TrainStep
+from raycifar.models import Architecture
+from raycifar.models.initial_weights import NUM_IMAGES, compute_weights
+from raycifar.models.recipe import Recipe
+
+TIMED = (
+    "the network, its optimizer and its random numbers are reset",
+    "the training images are copied to the device",
+    "the whitening is computed",
+    "all steps are taken",
+)
+UNTIMED = (
+    "the program starts, and reads the data set into memory",
+    "kernels are compiled and chosen, and steps captured as graphs, on random images",
+    "the images are scored",
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run computes, counted from the operations on tensors.
+
+    multiply_adds: of one image's forward pass, by side of the images in pixels. multiply_adds_mean: over the images of
+        all steps. petaflop: of all steps, forward, backward and optimizer; a multiply-add is two operations.
+    """
+
+    parameters: int
+    steps: int
+    images: int
+    multiply_adds: dict[int, int]
+    multiply_adds_mean: float
+    petaflop: float
+
+
+class SpeedRun:
+    """A network that is trained anew for each seed, with the same memory and so the same captured steps.
+
+    Args:
+        train_set, test_set: in the CPU's memory; the second is scored.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        recipe: Recipe,
+        train_set: Shard,
+        test_set: Shard,
+        device: torch.device,
+        threads: int,
+        *,
+        compile: bool = False,  # noqa: A002 (torch's own word)
+    ) -> None:
+        set_up(device, threads)
+        self.architecture, self.recipe, self.device, self.compile = architecture, recipe, device, compile
+        pin = Tensor.pin_memory if device.type == "cuda" else Tensor.contiguous
+        self.source = {name: pin(value) for name, value in vars(train_set).items()}
+        self.train_set = Shard(**{name: torch.empty_like(value, device=device) for name, value in self.source.items()})
+        self.test_set = Shard(**{name: value.to(device) for name, value in vars(test_set).items()})
+        self.steps_per_epoch = steps_per_epoch(len(train_set), recipe.batch_size)
+        self.dtype = choose_precision(recipe.precision, device)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        self.state = TrainingState(architecture, None, recipe, 0, device)
+        if compile:
+            self.state.model.compile()
+        self.step = TrainStep(self.state, self.train_set, None, self.autocast, exchange=False)
+
+    def prepare(self) -> None:
+        """Take steps of each size on random images, until all that they need is loaded, chosen and captured."""
+        self.train_set.images.random_(0, 256)
+        self.train_set.labels.random_(0, self.architecture.num_classes)
+        self.train_set.index.copy_(torch.arange(len(self.train_set)))
+        calls = WARM_UP + 1 if self.device.type == "cuda" else int(self.compile)
+        self.state.train_mode()
+        for batch, size in {(len(batch.rows), size): (batch, size) for _, batch, size in self.batches(0)}.values():
+            for _ in range(calls):
+                self.step(batch, size)
+        self.synchronize()
+
+    def run(self, number: int) -> dict[str, Any]:
+        """Train with the seed `number` and score the network; return the times in seconds, and the scores.
+
+        Returns:
+            seed, seconds (by the public clock), whole_seconds (scoring included), top1 (one view of each image),
+            top1_flip (each image and its mirror image), train_loss (of the last epoch).
+        """
+        self.synchronize()
+        began = time.perf_counter()
+        self.reset(number)
+        loss = self.train(number)
+        self.synchronize()
+        seconds = time.perf_counter() - began
+        scores = self.score()
+        whole = time.perf_counter() - began
+        return {"seed": number, "seconds": seconds, "whole_seconds": whole, **scores, "train_loss": loss.item()}
+
+    def reset(self, number: int) -> None:
+        """Begin with the first weights of a seed, as `TrainingState` does, and with the images on the device."""
+        torch.manual_seed(number)
+        with self.device:
+            network = self.architecture.build(self.recipe.dropout)
+        for name, value in self.source.items():
+            getattr(self.train_set, name).copy_(value, non_blocking=True)
+        first = self.train_set.index.argsort()[:NUM_IMAGES]
+        images, pixels = self.train_set.images[first], self.architecture.preprocessing
+        weights = compute_weights(self.architecture.model, self.recipe, images, pixels)
+        self.state.model.load_state_dict({**network.state_dict(), **weights})
+        for slots in self.state.optimizer.state.values():
+            for value in slots.values():
+                value.zero_()
+        if self.state.average:
+            self.state.average.n_averaged.zero_()
+
+    def train(self, number: int) -> Tensor:
+        """Take all steps; return the mean loss of the last epoch's."""
+        self.state.train_mode()
+        last = []
+        for epoch, batch, size in self.batches(number):
+            self.state.progress = Progress(epoch)
+            seed(step_seed(number, epoch, batch.step, 1, 0), self.device)
+            lr = self.recipe.learning_rate(epoch, batch.step, self.steps_per_epoch)
+            set_learning_rate(self.state.optimizer, lr)
+            metrics = self.step(batch, size)
+            if epoch == self.recipe.epochs:
+                last.append(metrics.clone())  # the next step overwrites it
+        num_images, loss = torch.stack(last).sum(0)[:2]
+        return loss / num_images
+
+    def batches(self, number: int) -> Iterator[tuple[int, Batch, int | None]]:
+        """Yield the epoch, images and size of each step of a seed."""
+        for epoch in range(1, self.recipe.epochs + 1):
+            order = EpochOrder(number, epoch, len(self.train_set), self.steps_per_epoch)
+            for batch in order.batches([], 1, 0):
+                yield epoch, batch, self.recipe.size(epoch, batch.step, self.steps_per_epoch)
+
+    def score(self) -> dict[str, float]:
+        """Return the accuracies with one view of each image, and with its mirror image too."""
+        one, other = (
+            predict(self.state.scored, view, self.autocast, self.architecture.preprocessing)
+            for view in (self.test_set.images, self.test_set.images.flip(3))
+        )
+        top1, top1_flip = (
+            (logits.argmax(1) == self.test_set.labels).double().mean().item() for logits in (one, one + other)
+        )
+        return {"top1": top1, "top1_flip": top1_flip}
+
+    def synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def work(self) -> Work:
+        """Count what a run computes."""
+        network, full = self.architecture.build(), self.architecture.preprocessing.size
+        optimizer = build_optimizer(network, self.architecture.layers(network), self.recipe)
+        images = Counter[int]()
+        for _, batch, size in self.batches(0):
+            images[size or full] += len(batch.rows)
+        forward, backward = {}, {}
+        for size in images:
+            with FlopCounterMode(display=False) as counter:
+                logits = network(torch.zeros(2, len(self.architecture.preprocessing.mean), size, size))
+            forward[size] = counter.get_total_flops() // 2
+            with counter:
+                logits.sum().backward()
+            backward[size] = counter.get_total_flops() // 2
+        with counter:
+            optimizer.step()
+        steps = self.recipe.epochs * self.steps_per_epoch
+        flops = sum(count * (forward[size] + backward[size]) for size, count in images.items())
+        return Work(
+            parameters=sum(p.numel() for p in network.parameters()),
+            steps=steps,
+            images=images.total(),
+            multiply_adds={size: forward[size] // 2 for size in sorted(images)},
+            multiply_adds_mean=sum(count * forward[size] // 2 for size, count in images.items()) / images.total(),
+            petaflop=(flops + steps * counter.get_total_flops()) / 1e15,
+        )

@@ -1,0 +1,33 @@
+"""List the runs of a folder or URI: `python -m raycifar.runs results`."""
+
+import json
+
+import click
+
+from raycifar.command import command
+from raycifar.options import Command, folder_argument
+from raycifar.tables import runs_table
+from raycifar.terminal import Screen
+from raycifar.workflows.inventory import find_runs
+
+
+@click.command(cls=Command, example="raycifar runs s3://bucket/runs --json")
+@folder_argument
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")
+@command
+def main(debug: bool, folder: str, as_json: bool) -> None:
+    """List the runs and comparisons in a folder, the newest first; of a comparison's folder, its trials.
+
+    A run that is stopped has no result yet: the command that began it continues it.
+    """
+    found = find_runs(folder)
+    if as_json:
+        click.echo(json.dumps([entry.to_json() for entry in found], indent=2))
+    elif found:
+        Screen().console.print(runs_table(found))
+    else:
+        Screen().say(f"There are no runs in {folder}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""What lies in a folder of runs, and what can be removed of it."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from raycifar.errors import DamagedFileError, RequestError
+from raycifar.storage.lock import living_claim
+from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, STUDY, RunFolder
+
+AT_ONCE = 16  # runs that are read at a time: a storage may be far away
+
+
+class State(StrEnum):
+    RUNNING = "running"
+    STOPPED = "stopped"  # without a result: the same command continues
+    FINISHED = "finished"
+    STOPPED_BY_SEARCH = "stopped by search"  # because other trials are better
+    FAILED = "failed"
+    DAMAGED = "damaged"
+
+
+OVER = (State.FINISHED, State.STOPPED_BY_SEARCH)  # for good: no command continues them
+STATES = {"finished": State.FINISHED, "stopped": State.STOPPED_BY_SEARCH, "failed": State.FAILED}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A run, or a comparison with its `trials`, as it is listed.
+
+    models: of a comparison, in the order in which they were given. host: on which it, or its comparison, is being
+    trained. of_epochs: of the recipe. val_top1: after the last epoch. test_top1: a figure for each of the `models`, a
+    mean over its runs. seconds: of training. reason: why it failed, or what is damaged.
+    """
+
+    name: str
+    folder: str
+    state: State
+    models: list[str] = field(default_factory=list)
+    host: str | None = None
+    epochs: int | None = None
+    of_epochs: int | None = None
+    val_top1: float | None = None
+    test_top1: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    created: str = ""
+    reason: str | None = None
+    trials: list["Entry"] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether nothing trains it any more, now or later."""
+        return self.state in OVER and not self.host
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def find_runs(location: str) -> list[Entry]:
+    """Return the runs and comparisons in a folder, or the run in it, the newest first; of a comparison, its trials.
+
+    Raises:
+        RequestError: there is no such folder.
+    """
+    folder = RunFolder.at(location)
+    if folder.exists(RUN):  # one run
+        return [list_run(folder, folder.comparison)]
+    if not folder.exists(""):
+        raise RequestError(f"{folder.folder} does not exist: give the folder or URI that runs are kept in.")
+    around = folder if folder.exists(STUDY) else None
+    comparisons = [] if around else folder.folders_with(STUDY, COMPARISON)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        runs = pool.map(lambda run: list_run(run, around), folder.folders_with(RUN))
+        return newest_first([*runs, *pool.map(list_comparison, comparisons)])
+
+
+def newest_first(entries: list[Entry]) -> list[Entry]:
+    def created(entry: Entry) -> tuple[float, str]:
+        try:
+            return -datetime.fromisoformat(entry.created).timestamp(), entry.name
+        except ValueError:  # of an earlier version
+            return 0.0, entry.name
+
+    return sorted(entries, key=created)
+
+
+def list_run(run: RunFolder, comparison: RunFolder | None = None) -> Entry:
+    """Return what is known of a run.
+
+    Args:
+        comparison: whose trial it is.
+    """
+    try:
+        about, result = run.read_json(RUN, ignore), run.read_json(RESULT, ignore) or {}
+        history, claim = run.history(ignore), living_claim(run) or (comparison and living_claim(comparison))
+    except DamagedFileError as error:
+        return Entry(name=run.name, folder=run.folder, state=State.DAMAGED, reason=str(error))
+    state = STATES.get(result.get("status", ""), State.RUNNING if claim else State.STOPPED)
+    return Entry(
+        name=run.name,
+        folder=run.folder,
+        state=state,
+        models=[about["model"]] if "model" in about else [],
+        host=claim.host if claim else None,
+        epochs=len(history),
+        of_epochs=about.get("recipe", {}).get("epochs"),
+        val_top1=history[-1].val_top1 if history else None,
+        test_top1=[result["test"]["top1"]] if "test" in result else [],
+        seconds=sum(record.seconds for record in history),
+        created=about.get("created", ""),
+        reason=result.get("reason"),
+    )
+
+
+def list_comparison(folder: RunFolder) -> Entry:
+    try:
+        comparison, claim = folder.read_json(COMPARISON, ignore) or {}, living_claim(folder)
+        study = folder.read_json(STUDY, ignore) or {}
+    except DamagedFileError as error:
+        return Entry(name=folder.name, folder=folder.folder, state=State.DAMAGED, reason=str(error), trials=[])
+    trials = newest_first([list_run(run, folder) for run in folder.folders_with(RUN)])
+    results = comparison.get("models", {})
+    given = [key for key, value in study.items() if isinstance(value, dict) and f"{key} weights" in study]
+    return Entry(
+        name=folder.name,
+        folder=folder.folder,
+        state=State.RUNNING if claim else State.FINISHED if results else State.STOPPED,
+        models=list(results) or given,
+        host=claim.host if claim else None,
+        test_top1=[model["top1"]["mean"] for model in results.values()],
+        seconds=sum(trial.seconds for trial in trials),
+        created=trials[0].created if trials else "",
+        trials=trials,
+    )
+
+
+def ignore(sentence: str) -> None:
+    """Keep a warning of a run's files from a list of runs: its report has it."""
+
+
+# Checkpoints that nothing needs ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Removable:
+    """The checkpoints of a run that is over, and their size."""
+
+    run: RunFolder
+    names: list[str]
+    num_bytes: int
+
+
+def removable(location: str) -> Iterator[Removable]:
+    """Yield what can be removed of the runs in a folder: nothing of runs, or comparisons, that are under way.
+
+    Raises:
+        RequestError: there is no such folder.
+    """
+    for entry in find_runs(location):
+        for each in entry.trials if entry.trials is not None else [entry]:
+            run = RunFolder.at(each.folder)
+            if each.is_over and (names := run.checkpoint_names()):
+                yield Removable(run, names, run.size_of(names))
+
+
+def remove(what: Removable, say: Callable[[str], None]) -> None:
+    """Remove checkpoints, unless their run has been begun again."""
+    if list_run(what.run, what.run.comparison).is_over:
+        what.run.delete_checkpoints(what.names)
+    else:
+        say(f"{what.run.folder} is being trained again, and is left alone.")

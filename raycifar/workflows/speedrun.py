@@ -1,0 +1,112 @@
+"""Many runs of a recipe in one process, timed by the public rules of the CIFAR-100 speedrun."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from raycifar.data.sources import load
+from raycifar.data.tables import split
+from raycifar.errors import RequestError
+from raycifar.machine import available_cpus
+from raycifar.models.initial_weights import load_initial_weights
+from raycifar.storage.locations import check_location
+from raycifar.storage.run_folder import SPEEDRUN, RunFolder
+from raycifar.workflows.requests import TrainingRequest
+
+if TYPE_CHECKING:
+    from raycifar.terminal import Screen
+
+MEANS = ("top1", "top1_flip", "seconds", "whole_seconds")
+
+
+def speedrun(
+    request: TrainingRequest, screen: "Screen", show: Callable[[dict[str, Any]], None], *, runs: int, out: str
+) -> None:
+    """Train with `runs` seeds, one after the other; write `speedrun.json`, and show it.
+
+    What is there is written and shown, too, where an error or Ctrl-C ends the rest.
+
+    Args:
+        show: called at the end. out: a folder or URI.
+
+    Raises:
+        RequestError: the request is wrong; nothing was started.
+    """
+    check_location(out, "--out", to_write=True)
+    recipe = request.recipe
+    if recipe.pretrained != "none":
+        raise RequestError(f"--pretrained {recipe.pretrained}: the clock is for training from scratch.")
+    with screen.waiting(f"Reading {request.data}"):
+        source = load(request.data, request.seed)
+        splits = split(source, request.val_size, request.limit, request.seed)
+        architecture = replace(load_initial_weights(request.model, recipe, source).architecture, tta_flip=False)
+    with screen.waiting("Loading PyTorch"):
+        import torch
+
+        from raycifar.analysis.statistics import mean_interval
+        from raycifar.cluster.nodes import versions
+        from raycifar.data.shards import to_shard
+        from raycifar.engine.hardware import find_device
+        from raycifar.engine.speedrun import TIMED, UNTIMED, SpeedRun
+
+        device = find_device(request.device)
+    scored = "val" if request.val_size else "test"
+    train_set, scored_set = (
+        to_shard([splits.tables()[name]], torch.device("cpu"), source.info) for name in ("train", scored)
+    )
+    threads = int(request.cpus_per_worker or available_cpus())
+    trainer = SpeedRun(architecture, recipe, train_set, scored_set, device, threads, compile=request.compile)
+    began = time.perf_counter()
+    with screen.waiting("Preparing the steps"):
+        trainer.prepare()
+        prepared = time.perf_counter() - began
+    found: dict[str, Any] = {
+        "model": request.model,
+        "recipe": asdict(recipe),
+        "data": source.fingerprint(),
+        "train_images": len(train_set),
+        "scored": {"split": scored, "images": len(scored_set)},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": str(trainer.dtype).removeprefix("torch."),
+        "compile": request.compile,
+        "versions": versions(),
+        "clock": {"timed": TIMED, "not_timed": UNTIMED},
+        "work": asdict(trainer.work()),
+        "preparation_seconds": prepared,
+        "runs": [],
+    }
+    try:
+        for number in range(runs):
+            found["runs"].append(run := trainer.run(request.seed + number))
+            if not number:
+                found["first_result_seconds"] = time.time() - psutil.Process().create_time()
+            screen.say(
+                f"seed {run['seed']}: top-1 {run['top1']:.4f}, with the mirror image {run['top1_flip']:.4f}, "
+                f"{run['seconds']:.3f} s by the clock, {run['whole_seconds']:.3f} s with scoring"
+            )
+    finally:
+        if found["runs"]:
+            means = {name: mean_interval([run[name] for run in found["runs"]]) for name in MEANS}
+            RunFolder.at(out).write_json(SPEEDRUN, {**found, **means})
+            show({**found, **means})
+
+
+def facts(found: dict[str, Any]) -> dict[str, str]:
+    """Return what was computed, on what, and what took time outside of the clock, in words."""
+    work, clock = found["work"], found["clock"]
+    scored = {"test": "test", "val": "validation"}[found["scored"]["split"]]
+    by_size = ", ".join(f"{count / 1e6:.1f} M at {size} px" for size, count in work["multiply_adds"].items())
+    return {
+        "device": f"{found['device']}, {found['precision']}",
+        "images": f"{found['train_images']:,} to train on, {found['scored']['images']:,} {scored} images scored",
+        "network": f"{work['parameters']:,} parameters; multiply-adds an image: {by_size}, mean "
+        f"{work['multiply_adds_mean'] / 1e6:.1f} M",
+        "a run": f"{work['steps']:,} steps, {work['images']:,} images, {work['petaflop']:.3g} PFLOP",
+        "timed": "; ".join(clock["timed"]),
+        "not timed": "; ".join(clock["not_timed"]),
+        "the user's clock": f"{found['first_result_seconds']:.1f} s from the command to the first run's scores, "
+        f"{found['preparation_seconds']:.1f} s of them to prepare the steps",
+    }

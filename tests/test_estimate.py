@@ -1,0 +1,70 @@
+"""How long work takes, before and while: on CPUs, and of a whole comparison."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from raycifar import models
+from raycifar.cluster.sizing import Workers
+from raycifar.cluster.status import StepStatus, WorkerStatus
+from raycifar.data.sources import load
+from raycifar.data.tables import split
+from raycifar.models import Architecture
+from raycifar.models.recipes import recipe_for
+from raycifar.storage.run_folder import RunFolder
+from raycifar.workflows import estimate
+from raycifar.workflows.estimate import operations_of, warn_of_hours
+from raycifar.workflows.requests import TrainingRequest
+from raycifar.workflows.trial import TrialStatus
+from raycifar.workflows.tuning import AshaByModel, Study, StudySearcher
+
+STEP = StepStatus(
+    epoch=1, step=5, steps=10, lr=0.1, loss=2.5, top1=0.25, images_per_second=50, seconds_of_epoch=10, seconds_left=100
+)
+
+
+def test_hours_on_cpus_are_said_before_with_what_is_shorter(monkeypatch):
+    recipe, architecture = recipe_for("resnet50", "none"), Architecture("resnet50")
+    splits = split(load("synthetic:5000"), 500, None, 0)
+    operations = operations_of(recipe, architecture, splits)
+    assert operations == (3 * 4500 + 500) * recipe.epochs * models.flops(architecture)
+    monkeypatch.setattr(estimate, "cpu_seconds", lambda operations, recipe: 40_000.0)
+    monkeypatch.setattr(estimate, "available_cpus", lambda: 2)
+    (line,) = warn_of_hours(operations, recipe, 4500, Workers(0, 2))
+    epochs = int(recipe.epochs * 3600 / 40_000)
+    assert line.startswith("On these CPUs this takes about 11 h 7 min: ")
+    assert f"--epochs {epochs} or --limit 400 would take about an hour" in line
+    assert "5 h 33 min" in warn_of_hours(operations, recipe, 4500, Workers(2, 2))[0]
+    assert warn_of_hours(operations, recipe, 4500, Workers(1, 4, gpus=1)) == []
+
+
+def test_what_is_short_on_any_cpu_is_not_measured(monkeypatch):
+    monkeypatch.setattr(estimate, "cpu_seconds", lambda *args: pytest.fail("measured"))
+    assert warn_of_hours(1e12, recipe_for("cnn"), 1000, Workers(0, 2)) == []
+
+
+@pytest.fixture
+def searcher(tmp_path):
+    """A comparison of two models with two seeds, of which two trials run at once."""
+    recipes = {model: recipe_for(model) for model in ("vgg16", "cnn")}
+    starts = {model: SimpleNamespace(architecture=Architecture(model)) for model in recipes}
+    folder = RunFolder(str(tmp_path), "c")
+    study = Study(TrainingRequest("cnn"), folder, recipes, starts, [0, 1], 0, {})
+    return StudySearcher(study, 2, AshaByModel({model: recipe.epochs for model, recipe in recipes.items()}))
+
+
+def test_the_time_left_of_a_comparison_counts_waiting_trials_as_many_at_once_as_run(searcher):
+    assert searcher.seconds_left() is None
+    for key in ("a", "b"):
+        assert searcher.suggest(key)
+    assert searcher.suggest("c") is None
+    assert searcher.seconds_left() is None
+    running = [trial for trial in searcher.trials if trial.status == TrialStatus.RUNNING]
+    assert [trial.model for trial in running] == ["vgg16", "vgg16"]
+    for trial in running:
+        trial.status_store.put_worker(WorkerStatus(step=STEP))
+    flops = {model: models.flops(Architecture(model)) for model in ("cnn", "vgg16")}
+    waiting = recipe_for("cnn").epochs * STEP.seconds_of_epoch * flops["cnn"] / flops["vgg16"]  # by the other's pace
+    assert searcher.seconds_left() == pytest.approx(STEP.seconds_left + waiting, abs=1)
+    searcher.most_at_once = 4
+    assert searcher.seconds_left() == pytest.approx(max(STEP.seconds_left, waiting), abs=1)

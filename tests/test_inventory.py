@@ -1,0 +1,192 @@
+"""`raycifar runs` and `raycifar clean`: what is there, and what may go."""
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
+
+from raycifar import clean as clean_door
+from raycifar import runs as runs_door
+from raycifar.errors import RequestError
+from raycifar.storage.lock import locked
+from raycifar.storage.records import EpochRecord
+from raycifar.storage.run_folder import RunFolder, checkpoint_name
+from raycifar.tables import runs_table
+from raycifar.workflows import inventory
+from raycifar.workflows.inventory import find_runs
+
+ROW = {"train_loss": 3.0, "train_top1": 0.2, "val_top1": 0.3, "lr": 0.1, "images_per_second": 9.0}
+ROW |= {"seconds": 50.0, "workers": 1}
+TEST = {"images": 100, "loss": 2.0, "top1": 0.4, "top5": 0.7}
+
+
+def make(storage, name, hour, result=None, epochs=2, model="cnn"):
+    """Write what a run leaves, with three checkpoints."""
+    run = RunFolder(str(storage), name)
+    about = {"name": name, "model": model, "recipe": {"epochs": 4}, "created": f"2026-01-02T{hour:02}:00:00+0000"}
+    run.write_json("run.json", about)
+    run.write_history([EpochRecord(epoch=k + 1, **ROW) for k in range(epochs)])
+    for epoch in range(1, 4):
+        run.write_checkpoint({"model.pt": bytes(1000)}, checkpoint_name(epoch, 0))
+    if result:
+        run.write_json(
+            "result.json",
+            {"status": result, "epochs": epochs, "reason": "it failed."}
+            | ({"test": TEST} if result == "finished" else {}),
+        )
+    return run
+
+
+@pytest.fixture
+def storage(tmp_path):
+    """Runs of each kind, a comparison that is stopped, and what is no run."""
+    storage = tmp_path / "runs"
+    make(storage, "old", 1, "finished")
+    make(storage, "failed", 2, "failed")
+    make(storage, "stopped", 3)
+    make(storage, "new", 5, "finished", epochs=4, model="vgg16")
+    RunFolder(str(storage), "broken").write("run.json", b"{")
+    make(storage / "study", "cnn-s0", 4, "finished")
+    make(storage / "study", "cnn-search-01", 4, "stopped")
+    make(storage / "study", "vgg16-s0", 4, model="vgg16")
+    study = {"seed": 0, "vgg16": {}, "vgg16 weights": "a", "cnn": {}, "cnn weights": "a"}
+    RunFolder(str(storage), "study").write_json("study.json", study)
+    (storage / "notes").mkdir()
+    return storage
+
+
+def listed(location):
+    return {entry.name: entry for entry in find_runs(str(location))}
+
+
+def test_the_newest_come_first_each_with_its_state(storage):
+    found = listed(storage)
+    assert [*found] == ["new", "study", "stopped", "failed", "old", "broken"]
+    states = {name: str(entry.state) for name, entry in found.items()}
+    assert states == {
+        "new": "finished", "study": "stopped", "stopped": "stopped", "failed": "failed", "old": "finished",
+        "broken": "damaged",
+    }  # fmt: skip
+    assert (found["new"].epochs, found["new"].of_epochs, found["new"].seconds) == (4, 4, 200)
+    assert (found["old"].val_top1, found["old"].test_top1) == (0.3, [0.4])
+    assert found["failed"].reason == "it failed."
+    assert found["study"].models == ["vgg16", "cnn"]
+    assert {trial.name: str(trial.state) for trial in found["study"].trials} == {
+        "cnn-s0": "finished", "cnn-search-01": "stopped by search", "vgg16-s0": "stopped",
+    }  # fmt: skip
+    assert [*listed(storage / "study")] == ["cnn-s0", "cnn-search-01", "vgg16-s0"]
+    assert [*listed(storage / "old")] == ["old"]
+    (row,) = [list(column.cells)[1] for column in runs_table(list(found.values())).columns][3:4]
+    assert row == "2/3 trials"
+
+
+def test_a_comparison_s_page_has_the_models_in_the_order_given_also_before_its_end(storage):
+    from raycifar.workflows.reporting import find_runs as runs_of
+
+    assert [run.name for run in runs_of(RunFolder(str(storage), "study"), None)] == ["vgg16-s0", "cnn-s0"]
+
+
+def test_a_run_under_way_has_the_host_it_runs_on(storage):
+    with locked(RunFolder(str(storage), "stopped"), print), locked(RunFolder(str(storage), "study"), print):
+        found = listed(storage)
+        for entry in (found["stopped"], found["study"], found["study"].trials[2]):
+            assert entry.state == "running"
+            assert entry.host
+        assert found["study"].trials[0].state == "finished"
+        assert [what.run.name for what in inventory.removable(str(storage))] == ["new", "old"]
+        assert list(inventory.removable(str(storage / "study"))) == []
+
+
+def test_another_machine_s_run_is_under_way_while_it_renews_its_claim(storage, monkeypatch):
+    with locked(RunFolder(str(storage), "stopped"), print):
+        monkeypatch.setattr("raycifar.storage.lock.machine", lambda: "another")
+        assert listed(storage)["stopped"].state == "running"
+        monkeypatch.setattr("raycifar.storage.lock.DEAD_SECONDS", 0)
+        assert listed(storage)["stopped"].state == "stopped"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run a command in this process, and return its exit code and what it said."""
+
+    def leave(code, sentence=None, *more, **options):
+        print(sentence or "", end="")
+        raise SystemExit(code)
+
+    monkeypatch.setattr("raycifar.command.leave", leave)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    monkeypatch.setattr("raycifar.command.end_at_second_signal", lambda: None)
+
+    def invoke(door, *args, answer=None):
+        done = CliRunner().invoke(door.main, list(map(str, args)), input=answer)
+        return done.exit_code, done.stdout
+
+    return invoke
+
+
+def checkpoints(storage):
+    return {path.parent.relative_to(storage).as_posix() for path in storage.glob("**/checkpoint_*")}
+
+
+def test_only_checkpoints_of_finished_runs_go_once_that_is_wanted(storage, run):
+    before, files = checkpoints(storage), set(storage.glob("**/*.json*"))
+    code, said = run(clean_door, storage, answer="n\n")
+    assert code == 0
+    assert "Nothing was removed." in said
+    assert f"{storage}/old: 3 checkpoints, 0.0 MB" in said
+    assert "Remove 12 checkpoints, 0.0 MB, of 4 finished runs? [y/N]" in said
+    code, said = run(clean_door, storage)
+    assert code == 2
+    assert "give --yes" in said
+    assert checkpoints(storage) == before
+    assert run(clean_door, storage, answer="y\n")[0] == 0
+    assert checkpoints(storage) == {"failed", "stopped", "study/vgg16-s0"}
+    assert {file for file in files if "checkpoint_" not in str(file)} <= set(storage.glob("**/*.json*"))
+    assert "has checkpoints" in run(clean_door, storage, "--yes")[1]
+
+
+def test_a_run_that_is_begun_again_in_the_meantime_keeps_its_checkpoints(storage):
+    (what,) = inventory.removable(str(storage / "old"))
+    what.run.delete("result.json")
+    said = []
+    inventory.remove(what, said.append)
+    assert "is being trained again" in said[0]
+    assert "old" in checkpoints(storage)
+
+
+def test_json_is_for_programs_and_what_is_no_folder_is_refused(storage, run, tmp_path):
+    rows = json.loads(run(runs_door, storage, "--json")[1])
+    assert [row["name"] for row in rows][:2] == ["new", "study"]
+    assert rows[0]["state"] == "finished"
+    assert run(runs_door, storage)[1].count("finished") == 2
+    assert "There are no runs in" in run(runs_door, storage / "notes")[1]
+    assert run(runs_door, tmp_path / "nothing")[0] == 2
+    with pytest.raises(RequestError, match="does not exist"):
+        find_runs(str(tmp_path / "nothing"))
+
+
+def test_an_object_store_is_listed_and_cleaned_as_a_disk_is(storage, monkeypatch, run):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    server = ThreadedMotoServer("127.0.0.1", 5547, verbose=False)
+    server.start()
+    try:
+        query = "?endpoint_override=127.0.0.1:5547&scheme=http&region=us-east-1&allow_bucket_creation=true"
+        filesystem, _ = fs.FileSystem.from_uri(f"s3://bucket{query}")
+        filesystem.create_dir("bucket")
+        shutil.rmtree(storage / "notes")
+        fs.copy_files(str(storage), "bucket", destination_filesystem=filesystem)
+        found = listed(f"s3://bucket{query}")
+        assert [*found] == ["new", "study", "stopped", "failed", "old", "broken"]
+        assert [trial.name for trial in find_runs(f"s3://bucket/study{query}")] == [
+            t.name for t in found["study"].trials
+        ]
+        assert run(clean_door, f"s3://bucket{query}", "--yes")[0] == 0
+        left = filesystem.get_file_info(fs.FileSelector("bucket", recursive=True))
+        kept = {entry.path.split("/checkpoint_")[0] for entry in left if "checkpoint_" in entry.path}
+        assert kept == {"bucket/failed", "bucket/stopped", "bucket/study/vgg16-s0"}
+    finally:
+        server.stop()
