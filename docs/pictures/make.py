@@ -28,13 +28,13 @@ PAGES = {
     "report": ("results/first", 930),
     "dead": ("study/dead", 1060),
     "black": ("study/black", 1060),
-    "comparison": ("results/both", 930),
+    "comparison": ("study/both", 450),
 }
 
-# The runs of the README.
+# The run of the README.
 FIRST = "train --model cnn --limit 5000 --val-size 2000 --epochs 20 --augment none --workers 0 --name first"
-SECOND = "train --model cnn --limit 5000 --val-size 2000 --epochs 20 --workers 0 --name second"
-BOTH = "compare results/first results/second --name both"
+# Two runs of the study.
+BOTH = "compare study/cnn-0 study/dead --name both --storage study"
 
 
 def main() -> None:
@@ -43,14 +43,13 @@ def main() -> None:
     said = folder / "first.txt"
     if not said.exists():
         said.write_text(raycifar(FIRST, folder))
-    raycifar(SECOND, folder)
-    print(raycifar(BOTH, folder))
     run_study(folder)
+    raycifar(BOTH, folder)
     for name, theme in (("light", DEFAULT_TERMINAL_THEME), ("dark", SVG_EXPORT_THEME)):
         draw_terminal(said.read_text(), folder, theme, PICTURES / f"terminal-{name}.svg")
         for picture, (run, height) in PAGES.items():
             photograph((folder / run / "report.html").as_uri(), PICTURES / f"{picture}-{name}.png", 1040, height)
-        photograph_tensorboard(folder / "results", PICTURES / f"tensorboard-{name}.png")
+        photograph_tensorboard(folder / "study", PICTURES / f"tensorboard-{name}.png")
 
 
 def raycifar(command: str, folder: Path) -> str:
