@@ -6,6 +6,7 @@ import click
 
 from raycifar.command import command
 from raycifar.options import Command, folder_argument
+from raycifar.redaction import shown
 from raycifar.tables import runs_table
 from raycifar.terminal import Screen
 from raycifar.workflows.inventory import find_runs
@@ -22,7 +23,7 @@ def main(debug: bool, folder: str, as_json: bool) -> None:
     """
     found = find_runs(folder)
     if as_json:
-        click.echo(json.dumps([entry.to_json() for entry in found], indent=2))
+        click.echo(shown(json.dumps([entry.to_json() for entry in found], indent=2)))
     elif found:
         Screen().console.print(runs_table(found))
     else:

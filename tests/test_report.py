@@ -91,7 +91,7 @@ def test_findings_and_suspects_are_files_too(trained):
     with (trained / "suspects.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 200
-    assert list(rows[0]) == ["index", "label", "suggested", "score"]
+    assert list(rows[0]) == ["index", "label", "suggested", "score", "network", "copy", "copy_label"]
     scores = [float(row["score"]) for row in rows]
     assert scores[0] == 1
     assert scores == sorted(scores, reverse=True)

@@ -28,13 +28,13 @@ PAGES = {
     "report": ("results/first", 930),
     "dead": ("study/dead", 1060),
     "black": ("study/black", 1060),
-    "comparison": ("results/both", 930),
+    "comparison": ("study/both", 450),
 }
 
-# The runs of the README.
+# The run of the README.
 FIRST = "train --model cnn --limit 5000 --val-size 2000 --epochs 20 --augment none --workers 0 --name first"
-SECOND = "train --model cnn --limit 5000 --val-size 2000 --epochs 20 --workers 0 --name second"
-BOTH = "compare results/first results/second --name both"
+# Two runs of the study.
+BOTH = "compare study/cnn-0 study/dead --name both --storage study"
 
 
 def main() -> None:
@@ -43,14 +43,13 @@ def main() -> None:
     said = folder / "first.txt"
     if not said.exists():
         said.write_text(raycifar(FIRST, folder))
-    raycifar(SECOND, folder)
-    print(raycifar(BOTH, folder))
     run_study(folder)
+    raycifar(BOTH, folder)
     for name, theme in (("light", DEFAULT_TERMINAL_THEME), ("dark", SVG_EXPORT_THEME)):
         draw_terminal(said.read_text(), folder, theme, PICTURES / f"terminal-{name}.svg")
         for picture, (run, height) in PAGES.items():
             photograph((folder / run / "report.html").as_uri(), PICTURES / f"{picture}-{name}.png", 1040, height)
-        photograph_tensorboard(folder / "results", PICTURES / f"tensorboard-{name}.png")
+        photograph_tensorboard(folder / "study", PICTURES / f"tensorboard-{name}.png")
 
 
 def raycifar(command: str, folder: Path) -> str:
@@ -108,8 +107,8 @@ def photograph_tensorboard(runs: Path, picture: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs), "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", runs.name, "--port", str(port)]
+    with subprocess.Popen(command, cwd=runs.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             url = f"http://127.0.0.1:{port}/"
             deadline = time.monotonic() + 60
@@ -123,7 +122,7 @@ def photograph_tensorboard(runs: Path, picture: Path) -> None:
                     time.sleep(0.5)
             time.sleep(10)  # for it to read the runs
             dark = "true" if "dark" in picture.stem else "false"
-            page = f"{url}?darkMode={dark}#scalars&_smoothingWeight=0"
+            page = f"{url}?darkMode={dark}#scalars&_smoothingWeight=0&tagFilter=loss%7Ctop-1"
             photograph(page, picture, 1280, 780, "--virtual-time-budget=20000")
         finally:
             server.terminate()

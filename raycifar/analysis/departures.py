@@ -1,6 +1,6 @@
 """Where a recipe departs far from the model's own, and which findings that explains.
 
-The learning rate isn't here: it has findings of its own.
+The learning rate isn't here: it has findings of its own, beside which a short warm-up is no cause.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ FAR: tuple[tuple[str, Callable[[Recipe, Recipe], bool], set[str]], ...] = (
     ("cutmix", lambda recipe, own: recipe.cutmix >= own.cutmix + 0.7, DULL),
     ("batch_size", lambda recipe, own: recipe.batch_size >= 16 * own.batch_size, DULL),
     ("momentum", lambda recipe, own: recipe.momentum >= 0.98 > own.momentum, UNSTABLE),
-    ("warmup", lambda recipe, own: recipe.warmup <= own.warmup / 4, UNSTABLE),
+    ("warmup", lambda recipe, own: recipe.warmup <= own.warmup / 4 and recipe.lr < 8 * own.lr, UNSTABLE),
     ("batch_size", lambda recipe, own: recipe.batch_size <= own.batch_size / 16, {*UNSTABLE, *NOISY}),
     ("schedule", lambda recipe, own: recipe.schedule == "constant" != own.schedule, NOISY),
     ("augment", lambda recipe, own: recipe.augment == "none" != own.augment, LOOSE),

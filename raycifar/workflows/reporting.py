@@ -127,6 +127,7 @@ def read_files(folder: RunFolder) -> "RunFiles":
     Raises:
         DamagedFileError: `run.json` is damaged, without which nothing can be said.
     """
+    from raycifar.analysis.findings import count
     from raycifar.analysis.history import RunHistory
     from raycifar.analysis.reports import RunFiles
 
@@ -153,7 +154,8 @@ def read_files(folder: RunFolder) -> "RunFiles":
         f"{folder.folder}/{file} is missing." for file in folder.lost(METRICS, RESULT, PREDICTIONS, EXAMPLE_STATS)
     ]
     if result and result["status"] == "finished" and len(records) < result.get("epochs", 0):
-        notes.append(f"{len(records)} of {result['epochs']} epochs are recorded.")
+        there, verb = len(records) or "None", "is" if len(records) < 2 else "are"
+        notes.append(f"{there} of {count(result['epochs'], 'epoch')} {verb} recorded.")
     history = RunHistory(run, records, result)
     copies = known_training_copies(run["data"])
     return RunFiles(folder.name, history, predictions, example_stats, pictures, shown(folder.storage), notes, copies)
