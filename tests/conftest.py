@@ -31,6 +31,11 @@ from raycifar.data.synthetic import synthetic
 from raycifar.data.tables import to_images
 
 SMALL = {"train": 800, "test": 300}
+RAY_FIXTURES = {"cluster", "local_ray", "nodes"}
+OWN_RAY = {  # files whose tests start a Ray by themselves
+    f"test_{name}.py"
+    for name in ("api", "cluster", "connection", "deploy", "elastic", "evidence", "options", "quiet", "ray_internals")
+} | {f"test_{name}.py" for name in ("sizing", "spot", "status", "stoppable", "train", "tracking", "transfer")}
 RUN = ("--model", "cnn", "--limit", 200, "--val-size", 100, "--epochs", 3, "--batch-size", 20)  # 10 steps an epoch
 
 
@@ -46,6 +51,16 @@ def no_cache(tmp_path_factory):
 def cache(no_cache, tmp_path_factory, monkeypatch):
     """An empty cache for each test: what another has found of a data set changes what a run says of it."""
     monkeypatch.setenv("RAYCIFAR_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def pytest_collection_modifyitems(items):
+    """Have one process take all tests that start Ray, and deal out the others by file: see `-n` in pyproject.toml.
+
+    Ray's tests count processes and CPUs, and wait for others more than they compute.
+    """
+    for item in items:
+        its_own = item.path.name in OWN_RAY or RAY_FIXTURES & set(item.fixturenames)
+        item.add_marker(pytest.mark.xdist_group("ray" if its_own else item.path.name))
 
 
 @pytest.fixture(scope="session")

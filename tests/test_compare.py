@@ -147,7 +147,7 @@ def test_runs_that_are_not_comparable_are_refused_with_the_reason(made_up, compa
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("--models", "cnn,alexnet"), "no model is named 'alexnet': choose from cnn, resnet50, vgg16"),
+        (("--models", "cnn,alexnet"), "no model is named 'alexnet': choose from cnn, resnet50, speedrun, vgg16"),
         (("--models", "cnn, cnn"), "names a model twice"),
         (("--models", "cnn", "--workers", 4, "--batch-size", 7), "leaves less than 2 images for each of 4 workers"),
         (("--models", "cnn", "--search", 3, "--val-size", 0), "needs --val-size above 0"),
