@@ -196,3 +196,19 @@ def test_pages_in_a_browser(tmp_path):
         assert head == 'epoch,"training, as trained","training, as validation",validation'
         assert first.startswith("1,0.1")
         assert saved[1].count("\n") == 201
+
+
+def test_one_model_with_two_recipes_is_drawn_as_two_and_its_runs_are_no_seeds_of_one():
+    runs = []
+    for augment, top1 in (("crop", 0.6), ("none", 0.3)):
+        result = {
+            "status": "finished",
+            "epochs": 20,
+            "test": {"images": 10_000, "top1": top1, "top5": 0.9, "superclass_top1": 0.8, "loss": 1.5, "ece": 0.1},
+        }
+        runs.append(RunFiles(augment, made_up(result=result, recipe={"augment": augment}), None, None))
+    report = report_comparison("c", runs, None)
+    assert not report["findings"]
+    page = comparison_page(report, runs, None, {})
+    assert "cnn augment=crop ends at" in page
+    assert "cnn augment=none ends at" in page

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from raycifar.analysis.statistics import difference, holm, mcnemar, mean_interva
 from raycifar.models.recipe import Recipe, changes
 from raycifar.models.recipes import recipe_from_json
 from raycifar.storage.records import EpochRecord
+
+Run = TypeVar("Run")
 
 SIGNIFICANCE = 0.05
 
@@ -66,11 +68,19 @@ def not_comparable(runs: Sequence[Finished]) -> list[str]:
 
 
 def by_model(runs: Iterable[Finished]) -> dict[str, list[Finished]]:
-    """Return the runs of each model; one with several recipes counts as several, named by what differs."""
-    groups: dict[tuple[str, Recipe], list[Finished]] = {}
-    for run in runs:
-        model = run.run["model"]
-        groups.setdefault((model, recipe_from_json(model, run.run["recipe"])), []).append(run)
+    """Return the runs of each model; see `group`."""
+    return group((run.run["model"], recipe_from_json(run.run["model"], run.run["recipe"]), run) for run in runs)
+
+
+def group(runs: Iterable[tuple[str, Recipe, Run]]) -> dict[str, list[Run]]:
+    """Return the runs of each model; one with several recipes counts as several, named by what differs.
+
+    Args:
+        runs: model, recipe and run.
+    """
+    groups: dict[tuple[str, Recipe], list[Run]] = {}
+    for model, recipe, run in runs:
+        groups.setdefault((model, recipe), []).append(run)
     named = {}
     for (model, recipe), members in groups.items():
         others = [changes(recipe, other) for name, other in groups if name == model]

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from raycifar.analysis import charts, prose
 from raycifar.analysis.classification import by_class, confused_pairs, confusion, reliability
+from raycifar.analysis.comparison import group
 from raycifar.analysis.curves import panels
 from raycifar.analysis.findings import FIT, diagnose, fit, listed, seed_variance, standard_error
 from raycifar.analysis.history import RunHistory
@@ -332,8 +333,8 @@ def report_comparison(
     """Return the report of a comparison as `report.json` holds it; `comparison` is None while it is under way."""
     reports = [report_run(run) for run in runs]
     found = []
-    for model, group in by_model(runs).items():
-        tested = [run.history.result["test"] for run in group if run.history.result and "test" in run.history.result]
+    for model, same in by_model(runs).items():
+        tested = [run.history.result["test"] for run in same if run.history.result and "test" in run.history.result]
         if tested and (finding := seed_variance(model, [test["top1"] for test in tested], tested[0]["images"])):
             found.append(finding)
     done = sum((run.history.result or {}).get("status") == "finished" for run in runs)
@@ -424,15 +425,14 @@ def next_comparison(runs: Sequence[RunFiles], comparison: dict[str, Any] | None,
         reasons.append("all images")
     shared = set.intersection(*(set(changes(history.recipe, history.own_recipe).items()) for history in histories))
     recipe = replace(histories[0].own_recipe, **{**dict(shared), "epochs": epochs})
-    command = prose.to_command(run, "compare", recipe, list(by_model(runs)), seeds=seeds, **prose.at(storage))
+    models = list(dict.fromkeys(history.model for history in histories))
+    command = prose.to_command(run, "compare", recipe, models, seeds=seeds, **prose.at(storage))
     return [{"command": command, "reason": listed(reasons)}]
 
 
 def by_model(runs: Sequence[RunFiles]) -> dict[str, list[RunFiles]]:
-    groups: dict[str, list[RunFiles]] = {}
-    for run in runs:
-        groups.setdefault(run.history.model, []).append(run)
-    return groups
+    """Return the runs of each model; one with several recipes counts as several."""
+    return group((run.history.model, run.history.recipe, run) for run in runs)
 
 
 def comparison_page(
@@ -455,7 +455,7 @@ def comparison_page(
         ("val_loss", "validation loss"),
         ("train_loss", "training loss"),
     ):
-        stacked = {model: charts.stack([run.history.column(score) for run in group]) for model, group in groups.items()}
+        stacked = {model: charts.stack([run.history.column(score) for run in same]) for model, same in groups.items()}
         stacked = {model: values for model, values in stacked.items() if np.isfinite(values).any()}
         if stacked:
             ends = "; ".join(f"{model} ends at {last_mean(values):.3f}" for model, values in stacked.items())
