@@ -230,13 +230,18 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
+def processes_of_ray(token: Path) -> list[psutil.Process]:
+    """Return the processes that were started with this token's path in their environment."""
+    everything = psutil.process_iter(["environ", "name"])
+    return [each for each in everything if (each.info["environ"] or {}).get("RAY_AUTH_TOKEN_PATH") == str(token)]
+
+
 def end_ray(token: Path) -> None:
     """Kill the processes that were started with this token's path in their environment, and those they started."""
     its = []
-    for process in psutil.process_iter(["environ"]):
-        if (process.info["environ"] or {}).get("RAY_AUTH_TOKEN_PATH") == str(token):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                its += [process, *process.children(recursive=True)]
+    for process in processes_of_ray(token):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            its += [process, *process.children(recursive=True)]
     for process in its:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

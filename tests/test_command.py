@@ -48,6 +48,7 @@ main()
 def test_a_second_signal_ends_a_command_that_hangs_in_a_library(number):
     process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "stuck\n"
+    time.sleep(0.5)  # until it is
     for _ in range(2):  # one, which `timeout` and `uv run` pass on twice
         process.send_signal(number)
     time.sleep(0.7)

@@ -9,6 +9,7 @@ from raycifar.analysis.comparison import Finished, by_model, compare, not_compar
 PAIR = {
     "a": "cnn", "b": "vgg16", "difference": 0.03, "low": 0.01, "high": 0.05, "p_holm": 0.004, "verdict": "better",
     "seeds_measured": True, "seeds_needed": 5, "images": 10_000, "epochs": 2, "train_images": 2000, "immature": False,
+    "runs": [1, 1],
 }  # fmt: skip
 
 

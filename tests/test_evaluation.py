@@ -156,8 +156,9 @@ def test_a_data_set_whose_pairs_are_not_known_is_scored_as_ever(trained):
 
 
 def write_pickle(path, arrays):
-    images, fine, _ = arrays["test"]
-    path.write_bytes(pickle.dumps({"data": images.reshape(len(images), -1), "fine_labels": fine.tolist()}))
+    images, fine, coarse = arrays["test"]
+    labels = {"fine_labels": fine.tolist(), "coarse_labels": coarse.tolist()}
+    path.write_bytes(pickle.dumps({"data": images.reshape(len(images), -1), **labels}))
 
 
 def test_a_test_set_alone_is_scored_like_the_same_images_beside_training_images(trained, small_arrays, tmp_path):

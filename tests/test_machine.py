@@ -33,6 +33,7 @@ import raycifar.data.sources as sources
 from raycifar.machine import provide_home
 
 os.environ.pop("HOME")
+os.environ.pop("RAYCIFAR_CACHE", None)
 os.setuid(12345)
 provide_home()
 print(Path.home(), sources.cache_folder(), os.environ.get("MPLCONFIGDIR"))

@@ -199,7 +199,8 @@ def test_a_new_architecture_is_one_file(small, tmp_path):
 
     shown = raycifar("train", "--help")
     assert "resnet50, speedrun, tiny, vgg16" in shown
-    assert "channels of the one convolution (tiny only)" in " ".join(shown.split())
+    assert "--width N" in " ".join(shown.split())
+    assert "channels of the one convolution" in raycifar("recipes", "tiny")
     assert "lr = 0.03" in raycifar("recipes", "tiny", "--recipe", "tuned")
     run = ("--data", small, "--limit", 200, "--val-size", 100, "--epochs", 1, "--workers", 0, "--no-report")
     run += ("--storage", tmp_path / "runs", "--name", "a")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from command import ROOT, Command, Program
-from conftest import RUN, checkpoints, history, ps, wait_until
+from conftest import RUN, checkpoints, history, processes_of_ray, wait_until
 
 ARGS = (*RUN, "--checkpoint-steps", 4, "--no-report")
 
@@ -57,8 +57,10 @@ def in_the_middle_of_epoch_2(command, folder):
     wait_until(condition, 180, "a checkpoint in the middle of epoch 2")
 
 
-def worker_pids():
-    return [int(line.split()[0]) for line in ps() if "ray::" in line and "RayTrainWorker" in line]
+def worker_pids(cluster):
+    """Return the session's own training workers."""
+    its = processes_of_ray(Path(cluster["RAY_AUTH_TOKEN_PATH"]))
+    return [process.pid for process in its if process.info["name"].startswith("ray::RayTrainWo")]
 
 
 def metric(cluster, name):
@@ -93,7 +95,7 @@ def test_a_worker_killed_in_mid_epoch_changes_nothing(reference, small, cluster,
     with ThreadPoolExecutor() as pool:
         watched = pool.submit(lambda: (metric(cluster, "loss"), metric(cluster, "val_top1"), dashboard(cluster)))
         in_the_middle_of_epoch_2(command, tmp_path / "ü")
-        os.kill(worker_pids()[-1], signal.SIGKILL)
+        os.kill(worker_pids(cluster)[-1], signal.SIGKILL)
         done = command.finish()
         loss, val_top1, shown = watched.result()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -147,7 +149,7 @@ def test_the_driver_killed_and_started_again_changes_nothing(reference, train, s
     command = Command(*args, storage=tmp_path / "runs", env=cluster)
     in_the_middle_of_epoch_2(command, tmp_path / "runs/a")
     command.kill()
-    wait_until(lambda: not worker_pids(), 60, "the end of the orphaned workers")
+    wait_until(lambda: not worker_pids(cluster), 60, "the end of the orphaned workers")
     train(*args, env=cluster)
     assert weights(tmp_path / "runs/a") == weights(reference(2))
     assert [row["epoch"] for row in history(tmp_path / "runs/a")] == [1, 2, 3]
@@ -161,7 +163,7 @@ def test_three_workers_resume_exactly_and_score_each_image_once(reference, train
     command = Command(*args, storage=tmp_path / "runs", env=cluster)
     in_the_middle_of_epoch_2(command, tmp_path / "runs/a")
     command.kill(signal.SIGINT)
-    wait_until(lambda: not worker_pids(), 60, "the end of the interrupted workers")
+    wait_until(lambda: not worker_pids(cluster), 60, "the end of the interrupted workers")
     train(*args, env=cluster)
     assert weights(tmp_path / "runs/a") == weights(reference(3))
 

@@ -70,7 +70,7 @@ def from_scratch(model: str, recipe: Recipe, source: Source) -> InitialWeights:
     preprocessing = cifar_preprocessing(recipe, source)
     options = model_options(recipe)
     architecture = Architecture(model, source.info.num_classes, False, preprocessing, recipe.tta_flip, options)
-    images = to_images(source.train["image"].slice(0, NUM_IMAGES))
+    images = to_images(source.train["image"].slice(0, NUM_IMAGES), source.info)
     weights = {name: value.numpy() for name, value in compute_weights(model, recipe, images, preprocessing).items()}
     return InitialWeights(architecture, weights or None, from_images=True)
 
