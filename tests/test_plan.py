@@ -143,6 +143,7 @@ def test_a_plan_for_many_such_machines_is_written_and_drawn(small, tmp_path):
     assert "<svg" in (tmp_path / "bench/plan.svg").read_text()
 
 
+@pytest.mark.slow
 def test_a_bench_that_is_stopped_shows_the_rounds_that_are_done(small, tmp_path):
     bench = Bench(*TINY, "--data", small, "--workers", 0, "--rounds", 100, storage=None, cwd=tmp_path)
     wait_until(lambda: "timing, round 2" in bench.said()[0], what="the second round")

@@ -105,6 +105,7 @@ class Report(Command):
     command = "raycifar.report"
 
 
+@pytest.mark.slow
 def test_a_run_on_signed_data_says_it_nowhere_and_goes_on_with_another_signature(small, tmp_path):
     with serving(Path(small).parent, Guarded) as url:
         address = f"{url.replace('//', '//me:HIDDEN@')}/{Path(small).name}?sig=HIDDEN"
