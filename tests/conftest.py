@@ -199,7 +199,7 @@ def cluster():
     temp = Path(tempfile.mkdtemp(prefix="rc"))
     token = temp / "token"
     token.write_text("0123456789abcdef" * 4)
-    port, dashboard_port, metrics_port = free_ports(3)
+    port, dashboard_port, metrics_port, agent_port = free_ports(4)
     env = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
@@ -211,6 +211,7 @@ def cluster():
     ray = str(Path(sys.executable).with_name("ray"))
     start = [ray, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2"]
     start += [f"--dashboard-port={dashboard_port}", f"--metrics-export-port={metrics_port}"]
+    start += [f"--dashboard-agent-listen-port={agent_port}"]  # the usual one may be another Ray's: then no job starts
     start += ["--disable-usage-stats", f"--temp-dir={temp}"]
     start += ['--system-config={"metrics_report_interval_ms": 1000}']  # of runs that last only seconds
     started = {key: value for key, value in {**os.environ, **env}.items() if key != "RAY_ADDRESS"}

@@ -80,7 +80,9 @@ PROVOKED = {
     "is slow": Provoked({"underfitting", "learning-rate-low"}, changes={**MANY_STEPS, "lr": 1e-4}),
     "is too fast": Provoked({"learning-rate-high"}, BROKEN, changes={**MANY_STEPS, "lr": 5.0, "warmup": 0.0}),
     "overfits": Provoked({"overfitting"}, changes=BARE, train=600, val=1000, lengths=(25,), thin=4),
-    "overfits in part": Provoked({"generalization-gap"}, changes=BARE, train=600, val=1000, lengths=(8,), thin=4),
+    "overfits in part": Provoked(
+        {"generalization-gap"}, frozenset({"overfitting"}), changes=BARE, train=600, val=1000, lengths=(8,), thin=4
+    ),
     "has a gap": Provoked({"generalization-gap"}, changes=SMALL, train=1500, val=1000, lengths=(25,)),
     "spikes": Provoked({"spike"}, UNDERFITS, changes=CALM, train=2000, val=1500, lengths=(25,), burst=30.0),
     "is validated by few": Provoked({"validation-noise"}, GAP | UNDERFITS, changes=SMALL, train=2000, val=100),
