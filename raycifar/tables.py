@@ -140,7 +140,8 @@ def runs_table(entries: Sequence[Entry]) -> Table:
     """Return the runs of a folder; a comparison is one row, with how many of its trials are over."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("name", "model", "state", "epochs", "val top-1", "test top-1", "time"):
-        table.add_column(heading, justify="left" if heading in ("name", "model", "state") else "right")
+        text = heading in ("name", "model", "state")
+        table.add_column(heading, justify="left" if text else "right", overflow="fold", no_wrap=not text)
     for entry in entries:
         table.add_row(
             entry.name,

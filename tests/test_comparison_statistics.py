@@ -9,7 +9,7 @@ from raycifar.analysis.comparison import Finished, by_model, compare, not_compar
 PAIR = {
     "a": "cnn", "b": "vgg16", "difference": 0.03, "low": 0.01, "high": 0.05, "p_holm": 0.004, "verdict": "better",
     "seeds_measured": True, "seeds_needed": 5, "images": 10_000, "epochs": 2, "train_images": 2000, "immature": False,
-    "runs": [1, 1],
+    "runs": [1, 1], "too_early": False,
 }  # fmt: skip
 
 
@@ -45,6 +45,11 @@ def finished(model, seed, accuracy, **recipe):
             "No number of seeds would show so small a difference on 10,000 test images.",
         ),
         ({"verdict": "undecided", "difference": 0.0}, "There is no difference for more seeds to confirm."),
+        (
+            {"verdict": "undecided", "too_early": True},
+            "it is too early to compare cnn with vgg16: they have hardly learned anything. Their test accuracy differs "
+            "by +3.00 points (95% interval: +1.00 to +5.00).",
+        ),
         ({"immature": True}, "Both have more to learn, and longer training may change the order."),
         ({"epochs": 1, "train_images": 1}, "After 1 epoch on 1 training image, cnn is better"),
         (

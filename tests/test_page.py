@@ -212,3 +212,8 @@ def test_one_model_with_two_recipes_is_drawn_as_two_and_its_runs_are_no_seeds_of
     page = comparison_page(report, runs, None, {})
     assert "cnn augment=crop ends at" in page
     assert "cnn augment=none ends at" in page
+
+
+def test_no_command_compares_two_recipes_of_a_model():
+    runs = [RunFiles(name, made_up(epochs=2, recipe={"augment": name}), None, None) for name in ("crop", "none")]
+    assert report_comparison("c", runs, {"models": {}, "pairs": [pair_of()]})["next"] == []

@@ -18,6 +18,7 @@ from raycifar.storage.records import EpochRecord
 Run = TypeVar("Run")
 
 SIGNIFICANCE = 0.05
+IMMATURE = {"too-early", "underfitting", "improving"}  # findings of runs that have not learned what they could
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,12 @@ def compare(groups: dict[str, list[Finished]], flops: dict[str, int], price_per_
     pairs = [compare_pair(a, groups[a], b, groups[b]) for a, b in itertools.combinations(groups, 2)]
     first = next(iter(groups.values()))[0].run
     for pair, p_value in zip(pairs, holm([pair["p_value"] for pair in pairs]), strict=True):
+        found = [kinds(run) for name in (pair["a"], pair["b"]) for run in groups[name]]
         pair["p_holm"] = p_value
+        pair["too_early"] = any("too-early" in shown for shown in found)
+        pair["immature"] = all(shown & IMMATURE for shown in found)
         pair["verdict"] = verdict(pair)
         pair["epochs"], pair["train_images"] = first["recipe"]["epochs"], first["data"]["train"]
-        pair["immature"] = all(immature(run) for name in (pair["a"], pair["b"]) for run in groups[name])
         pair["sentence"] = sentence(pair)
     return {"models": models, "pairs": pairs, "equal_device_seconds": budget}
 
@@ -186,15 +189,14 @@ def compare_pair(a: str, runs_a: Sequence[Finished], b: str, runs_b: Sequence[Fi
 
 
 def verdict(pair: dict[str, Any]) -> str:
-    if pair["p_holm"] >= SIGNIFICANCE:
+    if pair["p_holm"] >= SIGNIFICANCE or pair["too_early"]:
         return "undecided"
     return "better" if pair["difference"] > 0 else "worse"
 
 
-def immature(run: Finished) -> bool:
-    """Return whether a run's curves say that it has not learned what it could."""
-    found = diagnose(RunHistory(run.run, run.history, run.result))
-    return any(finding.kind in ("too-early", "underfitting", "improving") for finding in found)
+def kinds(run: Finished) -> set[str]:
+    """Return the kinds of what a run's curves show."""
+    return {finding.kind for finding in diagnose(RunHistory(run.run, run.history, run.result))}
 
 
 def sentence(pair: dict[str, Any]) -> str:
@@ -208,6 +210,11 @@ def sentence(pair: dict[str, Any]) -> str:
         text = (
             f"{when}, {a} is {pair['verdict']} than {b}, by {abs(mean):.2f} points of test accuracy (95% interval: "
             f"{near:.2f} to {far:.2f}, {p})."
+        )
+    elif pair["too_early"]:
+        return (
+            f"{when}, it is too early to compare {a} with {b}: they have hardly learned anything. Their test accuracy "
+            f"differs by {mean:+.2f} points (95% interval: {low:+.2f} to {high:+.2f})."
         )
     else:
         text = (

@@ -188,6 +188,7 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
 
     broken = has(findings, "collapse", "divergence", "learning-rate-high")
     departed = {name: getattr(own, name) for finding in findings for name in finding.metrics.get("recipe", ())}
+    departed_names = listed([name.replace("_", " ").replace("warmup", "warm-up") for name in departed])
     if history.unfinished and not broken:
         train("the rest of this run, under the same name", recipe, seed=run["seed"], name=run["name"])
         if not has(findings, "overfitting", "generalization-gap", "spike"):
@@ -195,7 +196,8 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
     if run["limit"] and has(findings, "overfitting", "generalization-gap", "too-early"):
         early = has(findings, "too-early")
         more_data = "as many epochs teach more" if early else "nothing makes a network generalize better than more data"
-        train(f"all images: {more_data}", recipe, {**run, "limit": None})
+        mended = f", with the {history.model}'s own {departed_names}" if departed else ""
+        train(f"all images{mended}: {more_data}", replace(recipe, **departed), {**run, "limit": None})
     if has(findings, "learning-rate-low"):
         recipe = replace(recipe, lr=own.lr)
         train("the learning rate of the model's own recipe", recipe)
@@ -203,9 +205,8 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
         epochs = max(findings_epochs(findings), (3 if has(findings, "underfitting") else 2) * recipe.epochs)
         train(f"more epochs, with a schedule that stretches over all {epochs}", replace(recipe, epochs=epochs))
     if departed:
-        names = listed([name.replace("_", " ").replace("warmup", "warm-up") for name in departed])
         recipe = replace(recipe, **departed)
-        train(f"the {names} of the {history.model}'s own recipe", recipe)
+        train(f"the {departed_names} of the {history.model}'s own recipe", recipe)
     elif broken:
         rate = own.lr if has(findings, "learning-rate-high") else min(own.lr, recipe.lr) / 2
         gentle = replace(recipe, lr=rate, warmup=max(own.warmup, recipe.warmup), clip_norm=1.0)

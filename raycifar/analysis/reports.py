@@ -416,16 +416,18 @@ def next_comparison(runs: Sequence[RunFiles], comparison: dict[str, Any] | None,
     run, epochs = histories[0].run, max(history.recipe.epochs for history in histories)
     undecided = [pair for pair in pairs if pair["verdict"] == "undecided"]
     seeds = max([3, *(max(pair["seeds_needed"] or 0, 1 + max(pair.get("runs", [0]))) for pair in undecided)])
+    models = list(dict.fromkeys(history.model for history in histories))
+    if len(models) < len(by_model(runs)):  # a command takes one recipe of each model
+        return []
     reasons = [f"{prose.count(seeds, 'seed')} of each model"]
     if any(pair.get("immature") for pair in pairs):
         epochs *= 2
-        reasons.append(f"{epochs} epochs, as the networks have more to learn")
+        reasons.append(f"{epochs} epochs")
     if run["limit"]:
         run = {**run, "limit": None}
         reasons.append("all images")
     shared = set.intersection(*(set(changes(history.recipe, history.own_recipe).items()) for history in histories))
     recipe = replace(histories[0].own_recipe, **{**dict(shared), "epochs": epochs})
-    models = list(dict.fromkeys(history.model for history in histories))
     command = prose.to_command(run, "compare", recipe, models, seeds=seeds, **prose.at(storage))
     return [{"command": command, "reason": listed(reasons)}]
 

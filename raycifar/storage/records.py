@@ -221,6 +221,7 @@ class Pair(TypedDict):
     sentence: str
     seeds_needed: Count | None
     immature: NotRequired[Flag]
+    too_early: NotRequired[Flag]
 
 
 @keeping_unknown_fields
