@@ -29,6 +29,12 @@ def test_cifar_100_is_what_its_authors_describe():
     assert (CIFAR100.class_names[23], CIFAR100.superclass_names[10]) == ("cloud", "large_natural_outdoor_scenes")
 
 
+def test_a_class_without_images_keeps_its_fixed_superclass():
+    pixels, fine = np.zeros((2, *CIFAR100.image_shape), np.uint8), np.array([3, 7])
+    table = to_table(pixels, fine, None, "few")
+    assert Source("few", table[:0], table, CIFAR100).superclass_of() == CIFAR100.superclass_of
+
+
 def test_images_of_another_data_set_are_split_by_its_classes(source):
     splits = split(source, val_size=6, limit=9, seed=0)
     assert np.bincount(splits.val["fine"].to_numpy()).tolist() == [2, 2, 2]
