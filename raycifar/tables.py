@@ -46,14 +46,14 @@ def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
 
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
     """Return the hardest, the easiest and the most confused classes."""
-    classes = sorted(evaluation["classes"], key=lambda row: row["recall"] or 0.0)
+    classes = sorted((row for row in evaluation["classes"] if row["images"]), key=lambda row: row["recall"])
     table = Table("hardest classes", "recall", "easiest", "recall", "most confused", "images", box=box.SIMPLE_HEAD)
     for worst, best, pair in zip(classes[:10], classes[::-1][:10], evaluation["confused"][:10], strict=False):
         table.add_row(
             worst["class"],
-            f"{worst['recall'] or 0:.2f}",
+            f"{worst['recall']:.2f}",
             best["class"],
-            f"{best['recall'] or 0:.2f}",
+            f"{best['recall']:.2f}",
             f"{pair['a']}, {pair['b']}",
             str(pair["images"]),
         )

@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from raycifar.data import CIFAR100, DatasetInfo
 from raycifar.data.tables import Source, split, to_images, to_table
 from raycifar.errors import RequestError
 from raycifar.models.initial_weights import load_initial_weights
 from raycifar.models.recipe import Recipe
+from raycifar.tables import evaluation_table
+from raycifar.workflows.evaluation import score_predictions, to_page
 
 SMALL = DatasetInfo(("cat", "dog", "oak"), ("animal", "plant"), 16, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
 
@@ -27,6 +30,17 @@ def test_cifar_100_is_what_its_authors_describe():
     assert (CIFAR100.num_classes, CIFAR100.num_superclasses) == (100, 20)
     assert (CIFAR100.image_shape, CIFAR100.image_bytes) == ((3, 32, 32), 3072)
     assert (CIFAR100.class_names[23], CIFAR100.superclass_names[10]) == ("cloud", "large_natural_outdoor_scenes")
+
+
+def test_a_test_set_may_lack_classes():
+    pixels, fine = np.zeros((2, *CIFAR100.image_shape), np.uint8), np.array([3, 7])
+    table = to_table(pixels, fine, None, "few")
+    source = Source("few", table[:0], table, CIFAR100)
+    assert source.superclass_of() == CIFAR100.superclass_of
+    evaluation, _ = score_predictions(torch.eye(100)[[4, 8]], table, source)
+    assert {*evaluation_table(evaluation).columns[0].cells} == {"bear", "beetle"}
+    page = to_page({"network": "a", "data": "few", "split": "test", **evaluation}, "a")
+    assert page.index("<td>bear</td>") < page.index("<td>apple</td>")
 
 
 def test_images_of_another_data_set_are_split_by_its_classes(source):

@@ -166,6 +166,10 @@ def test_json_is_for_programs_and_what_is_no_folder_is_refused(storage, run, tmp
     assert run(runs_door, tmp_path / "nothing")[0] == 2
     with pytest.raises(RequestError, match="does not exist"):
         find_runs(str(tmp_path / "nothing"))
+    (tmp_path / "file").touch()
+    assert run(runs_door, tmp_path / "file")[0] == run(clean_door, tmp_path / "file")[0] == 2
+    with pytest.raises(RequestError, match="file is not a folder"):
+        find_runs(str(tmp_path / "file"))
 
 
 def test_an_object_store_is_listed_and_cleaned_as_a_disk_is(storage, monkeypatch, run):

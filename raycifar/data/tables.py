@@ -31,14 +31,16 @@ class Source:
         return digest.hexdigest()
 
     def superclass_of(self) -> tuple[int, ...]:
-        """Return the superclass of each class, -1 for one without training images; a test set alone tells its own.
+        """Return the superclass of each class by the training images, or by those of a test set alone.
+
+        A class that has none keeps its fixed superclass; it is -1 where none is fixed.
 
         Raises:
             RequestError: images of one class have different superclasses.
         """
         table = self.train if len(self.train) else self.test
         fine, coarse = (table[column].to_numpy() for column in ("fine", "coarse"))
-        superclasses = np.full(self.info.num_classes, -1)
+        superclasses = np.array(self.info.superclass_of or [-1] * self.info.num_classes)
         superclasses[fine] = coarse
         if not np.array_equal(superclasses[fine], coarse):
             raise RequestError(f"{self.name}: images of one class have different superclasses.")

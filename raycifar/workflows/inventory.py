@@ -7,7 +7,10 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from pyarrow.fs import FileType
+
 from raycifar.errors import DamagedFileError, RequestError
+from raycifar.storage.files import file_type
 from raycifar.storage.lock import living_claim
 from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, STUDY, RunFolder
 
@@ -66,6 +69,8 @@ def find_runs(location: str) -> list[Entry]:
         RequestError: there is no such folder.
     """
     folder = RunFolder.at(location)
+    if file_type(folder.filesystem, folder.path()) in (FileType.File, FileType.Unknown):
+        raise RequestError(f"{folder.folder} is not a folder: give the folder or URI that runs are kept in.")
     if folder.exists(RUN):  # one run
         return [list_run(folder, folder.comparison)]
     if not folder.exists(""):
