@@ -7,7 +7,6 @@ import click
 from raycifar import models
 from raycifar.command import UNTIL_EXIT, command
 from raycifar.options import Command, recipe_options, request_options
-from raycifar.storage.run_folder import BENCH, RunFolder
 from raycifar.tables import bench_table, plan_table
 from raycifar.terminal import Screen
 from raycifar.workflows.benchmark import STAGES, WAYS, bench, sentences
@@ -54,7 +53,6 @@ def main(debug: bool, model: str, **options: Any) -> None:
         if "plan" in found:
             screen.console.print(plan_table(found["plan"]["workers"]))
             screen.lines([*found["plan"]["sentences"], *found["plan"]["assumptions"]])
-        screen.say(f"Written to {RunFolder.at(own['out']).folder}: {BENCH} and charts")
 
     bench(request, screen, UNTIL_EXIT, show, against=ways, **own, debug=debug)
 

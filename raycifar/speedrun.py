@@ -7,7 +7,6 @@ import click
 from raycifar import models
 from raycifar.command import command
 from raycifar.options import Command, recipe_options, request_options
-from raycifar.storage.run_folder import SPEEDRUN, RunFolder
 from raycifar.tables import speedrun_table
 from raycifar.terminal import Screen
 from raycifar.workflows.requests import MAX_TRIALS, TrainingRequest, settings_of
@@ -38,7 +37,6 @@ def main(debug: bool, runs: int, model: str, out: str, **options: Any) -> None:
     def show(found: dict[str, Any]) -> None:
         screen.console.print(speedrun_table(found))
         screen.facts("These runs", facts(found))
-        screen.say(f"Written to {RunFolder.at(out).folder}: {SPEEDRUN}")
 
     speedrun(request, screen, show, runs=runs, out=out)
 

@@ -125,17 +125,17 @@ def bench(
     finally:
         if found:
             about = {"model": request.model, "machine": machine, "recipe": dataclasses.asdict(request.recipe)}
-            keep(about | found, out, show)
+            show(found)  # first, so that no figure is lost where a file can't be written
+            keep(about | found, RunFolder.at(out))
+            screen.say(f"Written to {RunFolder.at(out).folder}: {BENCH} and charts")
 
 
-def keep(found: dict[str, Any], out: str, show: Callable[[dict[str, Any]], None]) -> None:
-    folder = RunFolder.at(out)
+def keep(found: dict[str, Any], folder: RunFolder) -> None:
     folder.write_json(BENCH, found)
     if "stages" in found:
         folder.write(BENCH_CHART, draw(found).encode())
     if len(found.get("plan", {}).get("workers", {})) > 1:
         folder.write(PLAN_CHART, draw_plan(found).encode())
-    show(found)
 
 
 class Clock:

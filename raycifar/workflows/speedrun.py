@@ -87,8 +87,10 @@ def speedrun(
     finally:
         if found["runs"]:
             means = {name: mean_interval([run[name] for run in found["runs"]]) for name in MEANS}
-            RunFolder.at(out).write_json(SPEEDRUN, {**found, **means})
-            show({**found, **means})
+            show({**found, **means})  # first, so that no figure is lost where the file can't be written
+            folder = RunFolder.at(out)
+            folder.write_json(SPEEDRUN, {**found, **means})
+            screen.say(f"Written to {folder.folder}: {SPEEDRUN}")
 
 
 def facts(found: dict[str, Any]) -> dict[str, str]:
