@@ -172,6 +172,7 @@ def at(storage: str) -> dict[str, str]:
     return {} if Path(storage).resolve() == Path("results").resolve() else {"storage": storage}
 
 
+IN_WORDS = {"augment": "augmentation", "lr": "learning rate", "warmup": "warm-up"}  # fields of the recipe
 Step = dict[str, str]  # a command, and the reason for it
 
 
@@ -188,7 +189,7 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
 
     broken = has(findings, "collapse", "divergence", "learning-rate-high")
     departed = {name: getattr(own, name) for finding in findings for name in finding.metrics.get("recipe", ())}
-    departed_names = listed([name.replace("_", " ").replace("warmup", "warm-up") for name in departed])
+    departed_names = listed([IN_WORDS.get(name, name.replace("_", " ")) for name in departed])
     if history.unfinished and not broken:
         train("the rest of this run, under the same name", recipe, seed=run["seed"], name=run["name"])
         if not has(findings, "overfitting", "generalization-gap", "spike"):
