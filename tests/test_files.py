@@ -65,7 +65,7 @@ WRITERS = {
         RunFolder.at(str(run)), Screen(quiet=True), out=RunFolder.at(out), kind="md"
     ),
     "data prepare": lambda run, out: write_parquet(synthetic(200, 100), out),
-    "bench --out": lambda run, out: benchmark.keep({}, out, print),
+    "bench --out": lambda run, out: benchmark.keep({}, RunFolder.at(out)),
 }
 
 
