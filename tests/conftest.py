@@ -34,8 +34,11 @@ SMALL = {"train": 800, "test": 300}
 RAY_FIXTURES = {"cluster", "local_ray", "nodes"}
 OWN_RAY = {  # files whose tests start a Ray by themselves
     f"test_{name}.py"
-    for name in ("api", "cluster", "connection", "deploy", "elastic", "evidence", "options", "quiet", "ray_internals")
-} | {f"test_{name}.py" for name in ("sizing", "spot", "status", "stoppable", "train", "tracking", "transfer")}
+    for name in (
+        *("api", "cluster", "connection", "deploy", "elastic", "evidence", "options", "quiet", "ray_internals"),
+        *("sizing", "spot", "status", "stoppable", "train", "tracking", "transfer"),
+    )
+}
 RUN = ("--model", "cnn", "--limit", 200, "--val-size", 100, "--epochs", 3, "--batch-size", 20)  # 10 steps an epoch
 
 

@@ -16,7 +16,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from raycifar.analysis.curves import BLUE, ORANGE, Panel, panels
 from raycifar.analysis.history import MOST_POINTS, RunHistory, thinned
@@ -99,7 +99,8 @@ def label_epochs(axes: Axes, ylabel: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
 
 
-def plain_number(value: float) -> str:
+def plain_number(value: float, position: float = 0) -> str:
+    """Return a tick's label; Matplotlib gives its position, too."""
     return f"{value / 1e6:g} M" if value >= 1e6 else f"{value:,.6g}"
 
 
@@ -110,7 +111,7 @@ def plain_log(axes: Axes, axis: str) -> None:
     low, high = scale.get_view_interval()
     subs = (1.0, 3.0) if high < 1000 * low else (1.0,)
     scale.set_major_locator(MaxNLocator(nbins=4) if high < 10 * low else LogLocator(subs=subs, numticks=6))
-    scale.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
+    scale.set_major_formatter(plain_number)
     scale.set_minor_formatter(NullFormatter())
 
 
@@ -280,7 +281,7 @@ def bars(
         for name, median in zip(names, medians, strict=True):
             axes.annotate(f" {median:,.0f}", (0, name), color="white", va="center")
         axes.set(xlabel=xlabel)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
+        axes.xaxis.set_major_formatter(plain_number)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
         figure.suptitle(title, fontsize=10, y=1.02, va="bottom")
         return to_svg(figure, description)
@@ -303,7 +304,7 @@ def scaling(predicted: dict[int, float], measured: dict[int, tuple[float, float]
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, list(map(str, counts)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
+        axes.yaxis.set_major_formatter(plain_number)
         axes.set(xlabel="workers", ylabel="images per second")
         axes.set_ylim(bottom=0)
         axes.legend(loc="best")

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,10 @@ class Source:
 
     def fingerprint(self) -> str:
         """Return a digest of all images and labels, in their order."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for table in (self.train, self.test):
             for chunk in table["image"].chunks:

@@ -86,10 +86,10 @@ def speedrun(
             )
     finally:
         if found["runs"]:
-            means = {name: mean_interval([run[name] for run in found["runs"]]) for name in MEANS}
-            show({**found, **means})  # first, so that no figure is lost where the file can't be written
+            found |= {name: mean_interval([run[name] for run in found["runs"]]) for name in MEANS}
+            show(found)  # first, so that no figure is lost where the file can't be written
             folder = RunFolder.at(out)
-            folder.write_json(SPEEDRUN, {**found, **means})
+            folder.write_json(SPEEDRUN, found)
             screen.say(f"Written to {folder.folder}: {SPEEDRUN}")
 
 

@@ -227,10 +227,14 @@ def read_images(request: TrainingRequest) -> tuple[Source, Splits]:
     importing = Thread(target=import_module, args=("ray.train.torch",))
     importing.start()
     source = load(request.data)
-    copied = copied_images(source, request.recipe)
-    splits = split(source, request.val_size, request.limit, request.seed, copied)
+    splits = split_images(source, request)
     importing.join()
     return source, splits
+
+
+def split_images(source: Source, request: TrainingRequest) -> Splits:
+    copied = copied_images(source, request.recipe)
+    return split(source, request.val_size, request.limit, request.seed, copied)
 
 
 def and_weights(recipes: Iterable[Recipe]) -> str:

@@ -19,7 +19,7 @@ from raycifar.cluster.sizing import HEAD, Workers
 from raycifar.cluster.status import Failure, FailureCause, StepStatus, WorkerStatus
 from raycifar.cluster.stoppable import release
 from raycifar.cluster.waiting import Waiting
-from raycifar.data.tables import Source, split
+from raycifar.data.tables import Source
 from raycifar.errors import WorkError
 from raycifar.models import slug
 from raycifar.models.initial_weights import InitialWeights
@@ -28,11 +28,10 @@ from raycifar.models.recipes import recipe_from_json
 from raycifar.storage.files import ask
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
-from raycifar.workflows.duplicates import copied_images
 from raycifar.workflows.identity import Inputs
 from raycifar.workflows.requests import TrainingRequest
 from raycifar.workflows.search_space import PastTrial, Space, suggest
-from raycifar.workflows.training import finish, fit, prepare
+from raycifar.workflows.training import finish, fit, prepare, split_images
 from raycifar.workflows.trial import Trial, TrialStatus
 
 POLL_SECONDS = 0.25  # between two checks of a trial
@@ -332,9 +331,7 @@ def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Wor
     trial = Trial.from_config(config)
     request, run, store = study.request(trial), study.run(trial), trial.status_store
     try:
-        copied = copied_images(source, request.recipe)
-        splits = split(source, request.val_size, request.limit, request.seed, copied)
-        inputs = Inputs(source, splits, study.starts[trial.model])
+        inputs = Inputs(source, split_images(source, request), study.starts[trial.model])
         prepared = prepare(request, Screen(quiet=True), folder=run, inputs=inputs, workers=workers, status_store=store)
         waiting = Waiting(workers, request.wait)
         if not prepared.result:
