@@ -136,7 +136,7 @@ def to_command(
 ) -> str:
     """Return a command that trains a run's model, or several, on its data with `recipe`."""
     model = run["model"]
-    base = recipe_for(model, recipe.pretrained)
+    base = recipe_for(model, recipe.pretrained, options.get("epochs", recipe.epochs))
     chosen = ["--models", ",".join(models or [model])] if command == "compare" else ["--model", model]
     parts = ["raycifar", command, *chosen]
     if run["data"]["source"] != "cifar100":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from raycifar.models.recipe import TRANSFER, Recipe, option
+from raycifar.models.recipe import LONG, TRANSFER, Recipe, option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,8 +33,8 @@ class CnnRecipe(Recipe):
             raise ValueError(f"depth is {self.depth}: it must be from 1 to {DEEPEST}")
 
 
-RECIPES = {"scratch": CnnRecipe(), "transfer": CnnRecipe(**TRANSFER)}
-PURPOSES = {"transfer": "from a weights file, --pretrained FILE"}
+RECIPES = {"scratch": CnnRecipe(**LONG), "transfer": CnnRecipe(**TRANSFER)}
+PURPOSES = {"scratch": "best known for 100 epochs or more", "transfer": "from a weights file, --pretrained FILE"}
 
 
 def build(num_classes: int, dropout: float, large_stem: bool, whiten: bool, depth: int) -> nn.Module:

@@ -155,6 +155,9 @@ TRANSFER: dict[str, Any] = {
 }  # fmt: skip
 """How a recipe that starts from ImageNet weights differs from the default."""
 
+LONG: dict[str, Any] = {"augment": "trivial", "cutmix": 0.5, "lr": 0.1, "warmup": 0.05}
+"""How a recipe for long training from scratch differs from the default: a network must not memorize its images."""
+
 
 def field_types(recipe_type: type[Recipe]) -> dict[str, Any]:
     """Return the types of a recipe's fields, by name."""
