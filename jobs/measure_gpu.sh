@@ -67,7 +67,7 @@ speedrun() { # speedrun NAME RUNS SECONDS OPTION...
         --runs "$times" "$@" "${few[@]}"
 }
 
-measure tests 150 "" "$python" -m pytest -q -rs -p no:cacheprovider "${tests[@]}"
+measure tests 150 "" "$python" -m pytest -q -rs -p no:cacheprovider -o addopts= -m "not slow" "${tests[@]}"
 bench vgg16 90
 bench cnn 90
 bench resnet50 120
