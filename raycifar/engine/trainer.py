@@ -383,7 +383,7 @@ class Trainer:
     def score_epoch(self) -> EpochRecord:
         """Return the record of the trained epoch; its `seconds` don't include scoring yet."""
         progress, totals = self.state.progress, self.state.progress.totals
-        train_eval = self.score(self.train_eval_set, "scoring training images")[1]
+        train_eval = score(self.predict(self.train_eval_set, "scoring training images")[1])
         return EpochRecord(
             epoch=progress.epoch,
             train_loss=totals.loss / totals.num_images,
@@ -391,7 +391,7 @@ class Trainer:
             **(self.validate(self.val_set) if self.val_set else {}),
             train_eval_loss=train_eval["loss"],
             train_eval_top1=train_eval["top1"],
-            train_eval_images=int(train_eval["images"]),
+            train_eval_images=train_eval["images"],
             step_losses=[*totals.step_losses],
             lr=self.recipe.learning_rate(progress.epoch, self.steps_per_epoch - 1, self.steps_per_epoch),
             stage=self.state.stage,
@@ -407,9 +407,9 @@ class Trainer:
 
     def validate(self, shard: Shard) -> dict[str, Any]:
         """Return the validation metrics of an epoch's record, and keep which images are classified correctly."""
-        logits, scores = self.score(shard, "validating")
-        counted = per_image(logits, shard.labels, shard.coarse, self.job.superclass_of)
-        losses, correct = (self.gather(counted[name].float(), self.job.num_val_images) for name in ("loss", "top1"))
+        _, images = self.predict(shard, "validating")
+        scores = score(images)
+        losses, correct = (self.gather(images[name].float(), self.job.num_val_images) for name in ("loss", "top1"))
         before, self.state.val_correct = self.state.val_correct, correct
         return {
             **{f"val_{name}": scores[name] for name in ("loss", "top1", "top5")},
@@ -422,26 +422,25 @@ class Trainer:
         """Return the scores on the test set, and write the predictions."""
         self.reporter.phase(Phase.SCORING_TEST)
         test_set, num_images = load_shard("test", self.device, self.job.info), self.job.num_test_images
-        logits, scores = self.score(test_set, Phase.SCORING_TEST)
+        logits, images = self.predict(test_set, Phase.SCORING_TEST)
+        scores = score(images)
         probabilities, labels = (self.gather(part, num_images) for part in (logits.softmax(1), test_set.labels))
-        near_duplicate, more = None, {}
         if self.job.near_duplicates is not None:
-            near_duplicate = torch.zeros(num_images, dtype=torch.bool)
-            near_duplicate[self.job.near_duplicates] = True
-            more = score_without(near_duplicate, (probabilities.argmax(1) == labels).cpu())
+            correct = (probabilities.argmax(1) == labels).cpu().numpy()
+            scores |= score_without(self.job.near_duplicates, correct)
         if self.rank == 0:
-            self.run.write(PREDICTIONS, to_predictions_file(probabilities, labels, near_duplicate))
-        return {**scores, **more}
+            self.run.write(PREDICTIONS, to_predictions_file(probabilities, labels, self.job.near_duplicates))
+        return scores
 
-    def score(self, shard: Shard, doing: str) -> tuple[Tensor, dict[str, float]]:
-        """Return the logits of this worker's images, and the scores over all workers'."""
+    def predict(self, shard: Shard, doing: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the logits of this worker's images, and how they are scored: see `per_image`."""
 
-        def tell(done: int) -> None:
+        def progress(done: int) -> None:
             if self.reporter.due():
                 self.reporter.part(doing, done * self.world_size, len(shard) * self.world_size)
 
-        logits = predict(self.state.scored, shard.images, self.autocast, self.preprocessing, tell)
-        return logits, score(logits, shard.labels, shard.coarse, self.job.superclass_of)
+        logits = predict(self.state.scored, shard.images, self.autocast, self.preprocessing, progress)
+        return logits, per_image(logits, shard.labels, shard.coarse, self.job.superclass_of)
 
     def diagnose(self, record: EpochRecord) -> EpochRecord:
         """Return the record with diagnostics if the network isn't learning; warn of that in the first epochs."""
