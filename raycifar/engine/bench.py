@@ -24,6 +24,7 @@ from raycifar.engine import baseline_dataloader
 from raycifar.engine.augment import mix
 from raycifar.engine.cuda import WARM_UP, cuda_graphed
 from raycifar.engine.example_stats import describe_rise
+from raycifar.engine.hardware import synchronize
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, steps_per_epoch
 from raycifar.engine.state import Progress
@@ -111,8 +112,7 @@ def time_round(trainer: Trainer, stages: dict[str, Callable[[], None]], rates: d
 
 def clock(trainer: Trainer) -> float:
     """Return the time at which all workers are done."""
-    if trainer.device.type != "cpu":
-        torch.accelerator.synchronize(trainer.device)
+    synchronize(trainer.device)
     if dist.is_initialized():
         dist.barrier()
     return time.perf_counter()

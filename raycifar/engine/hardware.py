@@ -85,6 +85,17 @@ def choose_precision(wanted: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if able else torch.float32
 
 
+def autocast_to(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Return the context in which products are computed in bfloat16, or float32; see `choose_precision`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until all work on the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def gains_by_bfloat16(device: torch.device) -> bool:
     """Return whether the hardware multiplies faster in bfloat16 than in float32.
 

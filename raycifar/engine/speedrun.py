@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from raycifar.data.shards import Shard
 from raycifar.engine.cuda import WARM_UP
 from raycifar.engine.evaluate import predict
-from raycifar.engine.hardware import choose_precision, seed, set_up
+from raycifar.engine.hardware import autocast_to, choose_precision, seed, set_up, synchronize
 from raycifar.engine.optimizers import build_optimizer, set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, step_seed, steps_per_epoch
 from raycifar.engine.state import Progress, TrainingState
@@ -77,7 +77,7 @@ class SpeedRun:
         self.test_set = Shard(**{name: value.to(device) for name, value in vars(test_set).items()})
         self.steps_per_epoch = steps_per_epoch(len(train_set), recipe.batch_size)
         self.dtype = choose_precision(recipe.precision, device)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        self.autocast = autocast_to(self.dtype, device)
         self.state = TrainingState(architecture, None, recipe, 0, device)
         if compile:
             self.state.model.compile()
@@ -93,7 +93,7 @@ class SpeedRun:
         for batch, size in {(len(batch.rows), size): (batch, size) for _, batch, size in self.batches(0)}.values():
             for _ in range(calls):
                 self.step(batch, size)
-        self.synchronize()
+        synchronize(self.device)
 
     def run(self, number: int) -> dict[str, Any]:
         """Train with the seed `number` and score the network; return the times in seconds, and the scores.
@@ -102,11 +102,11 @@ class SpeedRun:
             seed, seconds (by the public clock), whole_seconds (scoring included), top1 (one view of each image),
             top1_flip (each image and its mirror image), train_loss (of the last epoch).
         """
-        self.synchronize()
+        synchronize(self.device)
         began = time.perf_counter()
         self.reset(number)
         loss = self.train(number)
-        self.synchronize()
+        synchronize(self.device)
         seconds = time.perf_counter() - began
         scores = self.score()
         whole = time.perf_counter() - began
@@ -161,10 +161,6 @@ class SpeedRun:
             (logits.argmax(1) == self.test_set.labels).double().mean().item() for logits in (one, one + other)
         )
         return {"top1": top1, "top1_flip": top1_flip}
-
-    def synchronize(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
 
     def work(self) -> Work:
         """Count what a run computes."""

@@ -1,6 +1,5 @@
 """How long a step takes, by the number of images in it, and how long its exchange of gradients."""
 
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,7 +16,7 @@ from raycifar.engine.bench import clock, time_step, train_epoch, use_fewer_image
 from raycifar.engine.cuda import WARM_UP
 from raycifar.engine.distributed import BUCKET_BYTES, all_gather_objects, group_by_size
 from raycifar.engine.example_stats import ExampleStats
-from raycifar.engine.hardware import choose_precision
+from raycifar.engine.hardware import autocast_to, choose_precision, synchronize
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
@@ -109,8 +108,7 @@ class Repeated:
 
 def build_step(job: Job, device: torch.device, batch_size: int, *, exchange: bool) -> TrainStep:
     """Return a step of random images."""
-    dtype = choose_precision(job.recipe.precision, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    autocast = autocast_to(choose_precision(job.recipe.precision, device), device)
     pixels = torch.randint(0, 256, (batch_size, *job.info.image_shape), dtype=torch.uint8, device=device)
     labels = torch.randint(0, job.info.num_classes, (batch_size,), device=device)
     state = TrainingState(job.initial.architecture, job.initial.weights, job.recipe, job.seed, device)
@@ -143,18 +141,11 @@ def time_all_reduce(num_bytes: int, device: torch.device) -> float:
     return (time.perf_counter() - began) / EXCHANGES
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 @contextmanager
 def process_group_of_one(device: torch.device) -> Iterator[None]:
     """Be the one rank of a process group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", address, rank=0, world_size=1)
+    store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)  # at a free port
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
     try:
         yield
     finally:

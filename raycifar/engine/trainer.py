@@ -28,7 +28,7 @@ from raycifar.engine.distributed import all_gather_objects, all_gather_rows
 from raycifar.engine.epoch_meter import EpochMeter
 from raycifar.engine.evaluate import per_image, predict, score, score_without, to_predictions_file
 from raycifar.engine.example_stats import ExampleStats, describe_rise, to_example_stats_file
-from raycifar.engine.hardware import choose_precision, limit_gpu_memory, retain_malloc_pages, seed, set_up
+from raycifar.engine.hardware import autocast_to, choose_precision, limit_gpu_memory, retain_malloc_pages, seed, set_up
 from raycifar.engine.interruption import Interruption, InterruptionWatch, PreemptedError
 from raycifar.engine.loss import CHECK_STEPS, StopTrainingError
 from raycifar.engine.optimizers import set_learning_rate
@@ -173,7 +173,7 @@ class Trainer:
 
         self.reporter.phase(Phase.BUILDING_MODEL)
         self.dtype = choose_precision(self.recipe.precision, self.device)
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        self.autocast = autocast_to(self.dtype, self.device)
         self.state = TrainingState(self.architecture, self.job.initial.weights, self.recipe, self.job.seed, self.device)
         self.resume()
         if self.job.compile:
