@@ -15,7 +15,7 @@ import pyarrow as pa
 import ray.train
 import torch
 
-from raycifar.data import CIFAR100, DatasetInfo
+from raycifar.data import CIFAR100
 from raycifar.data.tables import to_images
 
 
@@ -80,21 +80,21 @@ class Shard:
         return Shard(self.images[:rows], self.labels[:rows], self.coarse[:rows], self.index[:rows])
 
 
-def load_shard(name: str, device: torch.device, info: DatasetInfo = CIFAR100) -> Shard:
+def load_shard(name: str, device: torch.device) -> Shard:
     """Return this worker's shard of the split `name`; all workers must call it together."""
     source = ray.train.get_dataset_shard(name)
     # Iterating over the dataset would start an actor of Ray Data that stays on this node, which the autoscaler could
     # then never remove.
     tables = [source] if isinstance(source, pa.Table) else ray.get(source.to_arrow_refs())
-    return to_shard(tables, device, info)
+    return to_shard(tables, device)
 
 
-def to_shard(tables: Sequence[pa.Table], device: torch.device, info: DatasetInfo = CIFAR100) -> Shard:
+def to_shard(tables: Sequence[pa.Table], device: torch.device) -> Shard:
     """Return the images of tables with the columns image, fine, coarse and index."""
-    images = torch.empty((sum(map(len, tables)), *info.image_shape), dtype=torch.uint8)
+    images = torch.empty((sum(map(len, tables)), *CIFAR100.image_shape), dtype=torch.uint8)
     start = 0
     for chunk in (chunk for table in tables for chunk in table["image"].chunks):
-        images.numpy()[start : start + len(chunk)] = to_images(chunk, info)
+        images.numpy()[start : start + len(chunk)] = to_images(chunk)
         start += len(chunk)
     fine, coarse, index = (
         torch.from_numpy(np.concatenate([table[column].to_numpy() for table in tables])).to(device)

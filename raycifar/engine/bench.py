@@ -19,6 +19,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor
 
 from raycifar.cluster.status import Phase
+from raycifar.data import CIFAR100
 from raycifar.data.shards import Shard, bounds
 from raycifar.engine import baseline_dataloader
 from raycifar.engine.augment import mix
@@ -238,7 +239,7 @@ def random_batch(trainer: Trainer) -> tuple[Tensor, Tensor]:
     size, batch_size = trainer.preprocessing.size, batch_size_per_worker(trainer)
     channels = len(trainer.preprocessing.mean)
     inputs = torch.randn(batch_size, channels, size, size, device=trainer.device)
-    targets = torch.randint(0, trainer.job.info.num_classes, (batch_size,), device=trainer.device)
+    targets = torch.randint(0, CIFAR100.num_classes, (batch_size,), device=trainer.device)
     return inputs.contiguous(memory_format=torch.channels_last), targets
 
 
@@ -261,7 +262,7 @@ def train_epoch(trainer: Trainer, *, finish: bool = False) -> None:
 
 def update_example_stats(trainer: Trainer) -> Callable[[], None]:
     """Return what follows every image for an epoch, and does nothing else: too small a part to be a difference."""
-    logits = torch.randn(trainer.recipe.batch_size, trainer.job.info.num_classes, device=trainer.device)
+    logits = torch.randn(trainer.recipe.batch_size, CIFAR100.num_classes, device=trainer.device)
     stats = trainer.example_stats
 
     def update(rows: Tensor) -> Tensor:
@@ -322,7 +323,7 @@ def stream(trainer: Trainer) -> Callable[[], None]:
     step = BareStep(trainer, exchange=True)
 
     def collate(batch: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
-        pixels = np.frombuffer(b"".join(batch["image"]), np.uint8).reshape(-1, *trainer.job.info.image_shape)
+        pixels = np.frombuffer(b"".join(batch["image"]), np.uint8).reshape(-1, *CIFAR100.image_shape)
         return torch.from_numpy(pixels.copy()), torch.from_numpy(batch["fine"].astype(np.int64))
 
     def run() -> None:
@@ -331,7 +332,7 @@ def stream(trainer: Trainer) -> Callable[[], None]:
         batches = shard.iter_torch_batches(**options, collate_fn=collate)
         for pixels, labels in itertools.islice(batches, trainer.steps_per_epoch):
             inputs = trainer.train_step.augment_and_normalize(pixels.to(trainer.device))
-            step(*mix(inputs, labels.to(trainer.device), trainer.recipe, trainer.job.info.num_classes))
+            step(*mix(inputs, labels.to(trainer.device), trainer.recipe, CIFAR100.num_classes))
 
     return run
 

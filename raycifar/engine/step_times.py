@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from raycifar.cluster.status import Phase
+from raycifar.data import CIFAR100
 from raycifar.data.shards import Shard
 from raycifar.engine.bench import clock, time_step, train_epoch, use_fewer_images
 from raycifar.engine.cuda import WARM_UP
@@ -109,8 +110,8 @@ class Repeated:
 def build_step(job: Job, device: torch.device, batch_size: int, *, exchange: bool) -> TrainStep:
     """Return a step of random images."""
     autocast = autocast_to(choose_precision(job.recipe.precision, device), device)
-    pixels = torch.randint(0, 256, (batch_size, *job.info.image_shape), dtype=torch.uint8, device=device)
-    labels = torch.randint(0, job.info.num_classes, (batch_size,), device=device)
+    pixels = torch.randint(0, 256, (batch_size, *CIFAR100.image_shape), dtype=torch.uint8, device=device)
+    labels = torch.randint(0, CIFAR100.num_classes, (batch_size,), device=device)
     state = TrainingState(job.initial.architecture, job.initial.weights, job.recipe, job.seed, device)
     set_learning_rate(state.optimizer, 1e-6)  # random images teach nothing
     state.train_mode()

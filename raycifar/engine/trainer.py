@@ -19,7 +19,7 @@ from torch import Tensor
 from raycifar.analysis.collapse import collapse
 from raycifar.cluster.nodes import objection
 from raycifar.cluster.status import ModelFacts, Phase, StatusStore
-from raycifar.data import DatasetInfo
+from raycifar.data import CIFAR100
 from raycifar.data.shards import Shard, bounds, load_shard
 from raycifar.engine.augment import preprocess
 from raycifar.engine.checkpoint import Checkpointer, Snapshot
@@ -68,7 +68,6 @@ class Job:
     initial: InitialWeights
     recipe: Recipe
     seed: int
-    info: DatasetInfo
     superclass_of: Sequence[int]
     num_train_images: int
     num_val_images: int
@@ -166,10 +165,10 @@ class Trainer:
             retain_malloc_pages()
         self.reporter.phase(Phase.LOADING_IMAGES)
         self.check_node()
-        self.train_set = load_shard("train", self.device, self.job.info)
+        self.train_set = load_shard("train", self.device)
         num_eval = math.ceil(len(self.train_set) * min(1, TRAIN_EVAL_IMAGES / self.job.num_train_images))
         self.train_eval_set = self.train_set.head(num_eval)
-        self.val_set = load_shard("val", self.device, self.job.info) if self.job.num_val_images else None
+        self.val_set = load_shard("val", self.device) if self.job.num_val_images else None
 
         self.reporter.phase(Phase.BUILDING_MODEL)
         self.dtype = choose_precision(self.recipe.precision, self.device)
@@ -421,7 +420,7 @@ class Trainer:
     def score_test_set(self) -> dict[str, Any]:
         """Return the scores on the test set, and write the predictions."""
         self.reporter.phase(Phase.SCORING_TEST)
-        test_set, num_images = load_shard("test", self.device, self.job.info), self.job.num_test_images
+        test_set, num_images = load_shard("test", self.device), self.job.num_test_images
         logits, images = self.predict(test_set, Phase.SCORING_TEST)
         scores = score(images)
         probabilities, labels = (self.gather(part, num_images) for part in (logits.softmax(1), test_set.labels))
@@ -446,7 +445,7 @@ class Trainer:
         """Return the record with diagnostics if the network isn't learning; warn of that in the first epochs."""
         num_steps = record.epoch * self.steps_per_epoch
         num_images = int(self.state.progress.totals.num_images)
-        warning = collapse(record, num_images, num_steps, self.job.info.num_classes)
+        warning = collapse(record, num_images, num_steps, CIFAR100.num_classes)
         if warning is None:
             return record
         if record.epoch <= WARNED_EPOCHS:

@@ -53,7 +53,7 @@ def speedrun(
         device = find_device(request.device)
     scored = "val" if request.val_size else "test"
     tables, cpu = inputs.splits.tables(), torch.device("cpu")
-    train_set, scored_set = (to_shard([tables[name]], cpu, source.info) for name in ("train", scored))
+    train_set, scored_set = (to_shard([tables[name]], cpu) for name in ("train", scored))
     threads = int(request.cpus_per_worker or available_cpus())
     trainer = SpeedRun(architecture, recipe, train_set, scored_set, device, threads, compile=request.compile)
     began = time.perf_counter()
