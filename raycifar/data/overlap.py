@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-import numpy as np
+import pyarrow.compute as pc
 
-from raycifar.data import CIFAR100
-from raycifar.data.tables import Source, to_images
+from raycifar.data.tables import Source
 
 
 @dataclass(frozen=True)
@@ -18,15 +17,8 @@ class Repeats:
 
 def count_repeats(source: Source) -> Repeats:
     """Return how many images repeat others; 60,000 take a fraction of a second."""
-    train, test = (to_images(table["image"]) for table in (source.train, source.test))
-    weights = np.random.default_rng(0).integers(0, 2**63, CIFAR100.image_bytes // 8).astype(np.uint64)
-    train_keys, test_keys = (images.reshape(len(images), -1).view(np.uint64) @ weights for images in (train, test))
-    distinct, counts = np.unique(train_keys, return_counts=True)
-    again = np.isin(train_keys, distinct[counts > 1])
-    both = np.isin(train_keys, test_keys)
-    # Few images have a key in common; only these are compared.
-    known = {image.tobytes() for image in train[both]}
+    train, test = source.train["image"], source.test["image"]
     return Repeats(
-        within_training=int(again.sum()) - len({image.tobytes() for image in train[again]}),
-        test_in_training=sum(image.tobytes() in known for image in test[np.isin(test_keys, train_keys)]),
+        within_training=len(train) - pc.count_distinct(train).as_py(),
+        test_in_training=pc.sum(pc.is_in(test, value_set=train)).as_py() or 0,
     )

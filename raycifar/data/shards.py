@@ -15,7 +15,6 @@ import pyarrow as pa
 import ray.train
 import torch
 
-from raycifar.data import CIFAR100
 from raycifar.data.tables import to_images
 
 
@@ -91,13 +90,7 @@ def load_shard(name: str, device: torch.device) -> Shard:
 
 def to_shard(tables: Sequence[pa.Table], device: torch.device) -> Shard:
     """Return the images of tables with the columns image, fine, coarse and index."""
-    images = torch.empty((sum(map(len, tables)), *CIFAR100.image_shape), dtype=torch.uint8)
-    start = 0
-    for chunk in (chunk for table in tables for chunk in table["image"].chunks):
-        images.numpy()[start : start + len(chunk)] = to_images(chunk)
-        start += len(chunk)
-    fine, coarse, index = (
-        torch.from_numpy(np.concatenate([table[column].to_numpy() for table in tables])).to(device)
-        for column in ("fine", "coarse", "index")
-    )
-    return Shard(images.to(device), fine, coarse, index)
+    table = pa.concat_tables(tables)
+    images = np.concatenate([to_images(chunk) for chunk in table["image"].chunks])
+    fine, coarse, index = (torch.tensor(table[name].to_numpy(), device=device) for name in ("fine", "coarse", "index"))
+    return Shard(torch.from_numpy(images).to(device), fine, coarse, index)

@@ -145,8 +145,7 @@ def split_rows(
     """
     num_classes = CIFAR100.num_classes
     fine = source.train["fine"].to_numpy()
-    counts = np.bincount(fine, minlength=num_classes)
-    smallest = int(counts.min())
+    smallest = int(np.bincount(fine, minlength=num_classes).min())
     for option, size in (("--val-size", val_size), ("--limit", limit)):
         if size is not None and size % num_classes:
             raise RequestError(
@@ -162,32 +161,32 @@ def split_rows(
             f"{num_classes * smallest - val_size} training images remain."
         )
 
-    order = np.random.default_rng(seed).permutation(len(fine))
-    by_class = order[np.argsort(fine[order], kind="stable")]
-    starts = np.cumsum(counts) - counts
-    rank = np.arange(len(fine)) - np.repeat(starts, counts)  # of each image in its class
-    held_out = val_size // num_classes
-    if copied is not None:
-        unique = ~np.isin(by_class, copied)
-        if (fewest := int(np.add.reduceat(unique, starts).min())) < held_out:
-            raise RequestError(
-                f"--val-size {val_size} is not possible with --separate-copies: of one class only {fewest} training "
-                "images have no copy."
-            )
-        before: np.ndarray = np.cumsum(unique) - unique
-        first = unique & (before - np.repeat(before[starts], counts) < held_out)
-        by_class = by_class[np.lexsort((~first, fine[by_class]))]  # stable: the rest stay in their order
-    used = rank >= held_out if limit is None else (rank >= held_out) & (rank < held_out + limit // num_classes)
     # Sources may be sorted by class. In the seeded order, consecutive rows, and so each worker's shard, are a random
     # sample of all classes.
-    chosen = np.zeros(len(fine), bool)
-    chosen[by_class[used]] = True
-    return order[chosen[order]], np.sort(by_class[rank < held_out])
+    order = np.random.default_rng(seed).permutation(len(fine))
+    unique = order if copied is None else order[~np.isin(order, copied)]
+    fewest = int(np.bincount(fine[unique], minlength=num_classes).min())
+    if fewest < val_size // num_classes:
+        raise RequestError(
+            f"--val-size {val_size} is not possible with --separate-copies: of one class only {fewest} training "
+            "images have no copy."
+        )
+    val = first_of_each_class(unique, fine, val_size // num_classes)
+    train = order[~np.isin(order, val)]
+    if limit is not None:
+        train = first_of_each_class(train, fine, limit // num_classes)
+    return train, np.sort(val)
+
+
+def first_of_each_class(rows: np.ndarray, fine: np.ndarray, count: int) -> np.ndarray:
+    """Return the first `count` rows of each class, in their order; `fine` has the class of every row."""
+    classes = fine[rows]
+    by_class = classes.argsort(kind="stable")
+    rank = np.empty_like(rows)  # of each image in its class
+    rank[by_class] = np.arange(len(rows)) - np.searchsorted(classes[by_class], classes[by_class])
+    return rows[rank < count]
 
 
 def take(table: pa.Table, rows: np.ndarray) -> pa.Table:
     """Return rows of a table, contiguous in memory, with their numbers as the column `index`."""
-    buffer = pa.py_buffer(to_images(table["image"])[rows])
-    images = pa.FixedSizeBinaryArray.from_buffers(pa.binary(CIFAR100.image_bytes), len(rows), [None, buffer])
-    labels = {name: pa.array(table[name].to_numpy()[rows]) for name in ("fine", "coarse")}
-    return pa.table({"image": images, **labels, "index": pa.array(rows.astype(np.int64))})
+    return table.take(rows).append_column("index", pa.array(rows))
