@@ -9,8 +9,7 @@ from raycifar.data.tables import to_parquet
 from raycifar.engine.hardware import WIDEST
 from raycifar.storage.records import Rise
 
-COLUMNS = ("loss", "before", "margin", "seen", "rival", "votes")
-LOSS, BEFORE, MARGIN, SEEN, RIVAL, VOTES = range(len(COLUMNS))
+LOSS, BEFORE, MARGIN, SEEN, RIVAL, VOTES = COLUMNS = range(6)
 UNSEEN = -1.0  # in place of a cross-entropy, which is never negative
 MOST_INDICES = 12  # images listed with a rise of the loss
 TOP_FRACTION = 0.01  # of images, whose part in a rise is recorded
@@ -64,7 +63,6 @@ class ExampleStats:
             dim=1,
         )
 
-    @torch.no_grad()
     def end_epoch(self) -> None:
         """Move this epoch's losses to `before`."""
         self.values[:, BEFORE] = self.values[:, LOSS]

@@ -9,8 +9,8 @@ and optionally
     IMAGENET    torchvision's name for the ImageNet weights
     PURPOSES    the purposes of recipes other than `scratch` and `transfer`
     initial_weights_from_images     a function that computes weights from training images
-    is_for_small_images             a function that tells from the shapes of weights, by name, whether they were trained
-                                    on CIFAR's image size rather than ImageNet's
+    is_for_small_images             where there are ImageNet weights: a function that tells from the shapes of weights,
+                                    by name, whether they were trained on CIFAR's image size instead
 
 An architecture's options are fields of a subclass of `Recipe`; `build` takes them by name. Every command imports all
 architectures, so they import PyTorch, which takes seconds, only when they build a network.
@@ -177,7 +177,9 @@ class Builtin:
         self.module = module
         self.weights: str | None = getattr(module, "IMAGENET", None)
         self.initial_weights_from_images: WeightsMaker | None = getattr(module, "initial_weights_from_images", None)
-        self.is_for_small_images: ShapesTest = getattr(module, "is_for_small_images", lambda shapes: False)
+        self.is_for_small_images: ShapesTest = getattr(
+            module, "is_for_small_images", lambda shapes: self.weights is None
+        )
 
     def build(self, num_classes: int, dropout: float, large_stem: bool, size: int, **options: Any) -> nn.Module:
         return self.module.build(num_classes, dropout, large_stem, **options)

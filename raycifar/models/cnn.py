@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 from raycifar.models.recipe import TRANSFER, Recipe, option
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from torch import Tensor, nn
 
 FILTERS = (64, 128, 256, 512, 512)
@@ -90,8 +88,3 @@ def initial_weights_from_images(recipe: CnnRecipe, pixels: Tensor) -> dict[str, 
     from raycifar.models.layers import whitening_filters
 
     return {"whiten.weight": whitening_filters(pixels, 3)} if recipe.whiten else {}
-
-
-def is_for_small_images(shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Return that there are no ImageNet weights."""
-    return True

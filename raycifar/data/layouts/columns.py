@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -23,21 +24,14 @@ COLUMNS = {  # the first of these names that a file has
 }
 
 
-def read_parquet_files(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
-    return read(tree, paths, read_schema, read_parquet)
-
-
-def read_arrow_files(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
-    return read(tree, paths, read_arrow_schema, read_arrow)
-
-
 def read(
-    tree: Tree,
-    paths: list[PurePosixPath],
     schema_of: Callable[[bytes], pa.Schema],
     columns_of: Callable[[bytes, Mapping[str, str]], pa.Table],
+    tree: Tree,
+    paths: list[PurePosixPath],
+    origin: str,
 ) -> pa.Table:
-    """Return a table of all files' images."""
+    """Return a table of all files' images, by functions that read a file's schema and some of its columns."""
     tables: list[pa.Table] = []
     for path in paths:
         origin, content = f"{tree.name}: {path}", tree.read(path)
@@ -61,6 +55,10 @@ def read(
         pixels = decode_all(values["image"], origin)
         tables.append(to_table(pixels, labels["fine"], labels.get("coarse"), origin))
     return pa.concat_tables(tables)
+
+
+read_parquet_files = partial(read, read_schema, read_parquet)
+read_arrow_files = partial(read, read_arrow_schema, read_arrow)
 
 
 def choose(schema: pa.Schema, origin: str) -> dict[str, tuple[str, str]]:
