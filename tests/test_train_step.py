@@ -34,7 +34,7 @@ def build(model="cnn", device=CPU, num_images=64, first=0, notice=print, record=
     pixels = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 100, (256,), generator=generator)
     mine = slice(first, first + num_images)
-    shard = Shard(*(t.to(device) for t in (pixels[mine], labels[mine], labels[mine] // 5, torch.arange(256)[mine])))
+    shard = Shard(pixels, labels, labels // 5, torch.arange(256)).map(lambda values: values[mine].to(device))
     recipe = Recipe(**PLAIN | recipe)
     state = TrainingState(Architecture(model), None, recipe, 0, device)
     state.train_mode()

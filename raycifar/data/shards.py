@@ -5,7 +5,7 @@ the blocks exactly at the boundaries between workers, so splitting them takes no
 always gets the same rows, and nothing waits for a free CPU, which there is none where workers hold them all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -75,8 +75,11 @@ class Shard:
     def __len__(self) -> int:
         return len(self.images)
 
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Shard":
+        return Shard(*map(function, vars(self).values()))
+
     def head(self, rows: int) -> "Shard":
-        return Shard(self.images[:rows], self.labels[:rows], self.coarse[:rows], self.index[:rows])
+        return self.map(lambda values: values[:rows])
 
 
 def load_shard(name: str, device: torch.device) -> Shard:

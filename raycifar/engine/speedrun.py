@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,9 +73,9 @@ class SpeedRun:
         set_up(device, threads)
         self.architecture, self.recipe, self.device, self.compile = architecture, recipe, device, compile
         pin = Tensor.pin_memory if device.type == "cuda" else Tensor.contiguous
-        self.source = {name: pin(value) for name, value in vars(train_set).items()}
-        self.train_set = Shard(**{name: torch.empty_like(value, device=device) for name, value in self.source.items()})
-        self.test_set = Shard(**{name: value.to(device) for name, value in vars(test_set).items()})
+        self.source = train_set.map(pin)
+        self.train_set = train_set.map(partial(torch.empty_like, device=device))
+        self.test_set = test_set.map(lambda values: values.to(device))
         self.steps_per_epoch = steps_per_epoch(len(train_set), recipe.batch_size)
         self.dtype = choose_precision(recipe.precision, device)
         self.autocast = autocast_to(self.dtype, device)
@@ -117,8 +118,8 @@ class SpeedRun:
         torch.manual_seed(number)
         with self.device:
             network = self.architecture.build(self.recipe.dropout)
-        for name, value in self.source.items():
-            getattr(self.train_set, name).copy_(value, non_blocking=True)
+        for own, value in zip(vars(self.train_set).values(), vars(self.source).values(), strict=True):
+            own.copy_(value, non_blocking=True)
         first = self.train_set.index.argsort()[:NUM_IMAGES]
         images, pixels = self.train_set.images[first], self.architecture.preprocessing
         weights = compute_weights(self.architecture.model, self.recipe, images, pixels)

@@ -294,13 +294,12 @@ class Trainer:
 
     def build_train_step(self) -> TrainStep:
         """Return the current stage's step: each stage trains, and so exchanges, other parameters."""
-        exchange = self.world_size > 1
         return TrainStep(
             self.state,
             self.train_set,
             self.example_stats if self.job.record else None,
             self.autocast,
-            exchange=exchange,
+            exchange=self.world_size > 1,
             notice=self.reporter.notice,
         )
 
