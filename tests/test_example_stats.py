@@ -82,21 +82,8 @@ def test_the_file_has_each_training_image_once():
 @pytest.mark.slow
 def test_wrong_labels_are_found_in_real_images(cifar, tmp_path):
     changed = set(relabel(cifar, tmp_path / "data", 0.05, seed=7).tolist())
-    args = (
-        "--model",
-        "cnn",
-        "--workers",
-        0,
-        "--epochs",
-        5,
-        "--limit",
-        20_000,
-        "--data",
-        tmp_path / "data",
-        "--name",
-        "a",
-    )
-    done = Command(*args, storage=tmp_path).finish(timeout=1800)
+    args = ("--model", "cnn", "--workers", 0, "--epochs", 5, "--limit", 20_000, "--name", "a")
+    done = Command(*args, "--data", tmp_path / "data", storage=tmp_path).finish(timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split(",") for line in (tmp_path / "a/suspects.csv").read_text().splitlines()[1:]]
     wrong = np.array([int(row[0]) in changed for row in rows])

@@ -92,17 +92,6 @@ def test_the_first_batch_gives_the_features_of_torchvision_s_own_model(published
     assert torch.allclose(features, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("saved", ["prefixed", "wrapped", "safetensors"])
-def test_other_ways_to_save_the_same_weights_are_read_alike(published_resnet50, resnet50_file, tmp_path, saved):
-    tensors, path = published_resnet50.state_dict(), tmp_path / "weights"
-    if saved == "safetensors":
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
-    else:
-        prefixed = {f"module.{name}": value for name, value in tensors.items()}
-        torch.save({"epoch": 90, "state_dict": prefixed} if saved == "wrapped" else prefixed, path)
-    assert load_initial_weights(path).fingerprint() == load_initial_weights(resnet50_file).fingerprint()
-
-
 def test_a_head_for_other_classes_is_dropped_and_one_for_the_same_is_kept(resnet50_file, tmp_path):
     assert "fc.weight" not in load_initial_weights(resnet50_file).weights
     torch.manual_seed(2)

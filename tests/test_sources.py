@@ -6,8 +6,6 @@ import http.server
 import io
 import os
 import pickle
-import subprocess
-import sys
 import threading
 from functools import partial
 
@@ -15,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from command import ROOT
 from conftest import write_archive
 from PIL import Image
 
@@ -245,18 +242,6 @@ def test_bad_inputs_are_refused_with_a_sentence(tmp_path, small_files, small_arr
     assert not (tmp_path / "mark").exists()
 
 
-def command(*args, env=None):
-    return subprocess.run(
-        [sys.executable, "-m", "raycifar.train", "--model", "cnn", *args],
-        env={**os.environ, **(env or {})},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -270,12 +255,9 @@ def command(*args, env=None):
         (["--name", "../up"], "'../up' is no folder's name"),
     ],
 )
-def test_a_wrong_request_ends_with_2_and_one_sentence_and_writes_nothing(small, tmp_path, args, words):
-    options = ["--data", small, "--storage", str(tmp_path / "runs"), *args]
-    done = command(*options, env={"RAYCIFAR_CACHE": str(tmp_path)})
-    assert done.returncode == 2, done.stderr
+def test_a_wrong_request_ends_with_2_and_one_sentence_and_writes_nothing(train, small, tmp_path, args, words):
+    done = train("--model", "cnn", "--data", small, *args, code=2, env={"RAYCIFAR_CACHE": str(tmp_path)})
     assert words in done.stderr
-    assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from test_distributed import free_port, on_workers
+from test_cuda import needs_gpu
+from test_distributed import on_workers
 
 from raycifar.cluster.status import StatusStore
 from raycifar.data.shards import Shard
@@ -24,7 +25,6 @@ from raycifar.models import Architecture
 from raycifar.models.recipe import Recipe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that PyTorch can use")
 PLAIN = {"augment": "none", "precision": "float32"}
 
 
@@ -151,7 +151,7 @@ def test_workers_that_share_a_gpu_say_once_that_their_steps_are_not_captured(mon
         return cuda_graphed(function, CUDA if obstacle else device, obstacle, explain)
 
     monkeypatch.setattr(train_step, "cuda_graphed", on_a_gpu)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         reporter = Reporter(StatusStore("shared"), Gauges("a", "cnn"), leader=True)
         for _ in range(2):  # each stage of fine-tuning has a step of its own
@@ -165,9 +165,8 @@ def test_workers_that_share_a_gpu_say_once_that_their_steps_are_not_captured(mon
 
 @pytest.fixture
 def one_rank_over_nccl():
-    dist.init_process_group(
-        "nccl", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1, device_id=torch.device("cuda:0")
-    )
+    store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda:0"))
     yield
     dist.destroy_process_group()
 

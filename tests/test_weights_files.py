@@ -57,6 +57,7 @@ def prefixed(prefix, state):
 
 WAYS = {
     "plain": lambda w: dict(w),
+    "distributed": lambda w: prefixed("module.", w),
     "compiled, then distributed": lambda w: prefixed("module._orig_mod.", w),
     "distributed, then compiled": lambda w: prefixed("_orig_mod.module.", w),
     "net": lambda w: {"net": prefixed("module.", w), "acc": 60.1, "epoch": 9},
@@ -85,6 +86,12 @@ def test_the_same_weights_are_read_however_they_were_saved(weights, tmp_path, wa
         assert np.array_equal(values, weights[name].numpy())
     assert len(start.weights) == len(weights) - 2  # all but the head
     assert start.notes == (f"The head of {tmp_path}/w.pth is left out: it is for 1,000 classes.",)
+
+
+def test_the_same_weights_are_read_from_safetensors(weights, tmp_path):
+    torch.save(weights, tmp_path / "w.pth")
+    save_file(weights, tmp_path / "w.safetensors")
+    assert load(tmp_path / "w.pth").fingerprint() == load(tmp_path / "w.safetensors").fingerprint()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
