@@ -178,8 +178,8 @@ def test_a_captured_step_exchanges_gradients_and_trains_as_a_launched_one(model,
     launched.captured = launched.take
     assert captured.exchange
     theirs, ours = losses(launched, 50), losses(captured, 50)
-    assert captured.captured.possible
-    assert len(captured.captured.captured) == 1
+    assert captured.captured.capturable
+    assert len(captured.captured.graphs) == 1
     assert torch.allclose(ours, theirs, rtol=0.05)
     assert ours[-1] < ours[0] - 0.5
 
@@ -191,7 +191,7 @@ def test_a_captured_step_trains_as_a_launched_one_with_each_optimizer(optimizer)
     captured, launched = (build("cnn", CUDA, optimizer=optimizer, precision="bfloat16") for _ in range(2))
     launched.captured = launched.take
     theirs, ours = losses(launched, WARM_UP + 5, lr), losses(captured, WARM_UP + 5, lr)
-    assert captured.captured.possible
+    assert captured.captured.capturable
     assert torch.allclose(ours, theirs, rtol=0.02)
     assert ours[-1] < ours[0] - 0.5
     before = captured.state.model.head[2].weight.detach().clone()
@@ -214,8 +214,8 @@ def test_each_size_of_image_has_a_graph_that_trains_as_a_launched_step(record):
             step.state.progress.epoch = 1 + number % 2
             metrics = step(batch(step), (20, 24, None)[number % 3])
             found[-1].append((metrics[1] / metrics[0]).item())
-    assert captured.captured.possible
-    assert len(captured.captured.captured) == 3
+    assert captured.captured.capturable
+    assert len(captured.captured.graphs) == 3
     assert torch.allclose(*map(torch.tensor, found), rtol=0.05)
 
 
@@ -227,7 +227,7 @@ def test_a_captured_step_flips_other_images_in_the_next_epoch():
         seed(0, CUDA)
         step.state.progress.epoch = 1 + number % 2
         drawn.append(step.prepare(batch(step).rows)[1])
-    assert step.captured_inputs.captured
+    assert step.captured_inputs.graphs
     assert torch.equal(drawn[-1], drawn[-3])
     assert not torch.equal(drawn[-1], drawn[-2])
 
@@ -241,7 +241,7 @@ def test_captured_inputs_are_those_of_a_launched_preparation(augment):
     for number in range(WARM_UP + 7):
         seed(number // 2, CUDA)  # the last ones, replayed, in pairs
         drawn.append(step.prepare(rows)[1])
-    assert step.captured_inputs.captured
+    assert step.captured_inputs.graphs
     assert torch.equal(drawn[-1], drawn[-2]) != torch.equal(drawn[-1], drawn[-3])
     assert all(abs(inputs.mean() - drawn[0].mean()) < 0.3 for inputs in drawn)
     assert step.prepare(rows)[1].is_contiguous(memory_format=torch.channels_last)

@@ -46,8 +46,9 @@ def augment(images: Tensor, kind: Augmentation, flipped: Tensor | None = None) -
     images = shift(images, flipped, PAD)
     if kind == "cutout":
         return cut_hole(images)
-    for _ in range(OPERATIONS.get(kind, 0)):
-        images = apply_operations(images, sample_operations(kind, images))
+    if kind == "trivial" or kind == "rand":
+        for _ in range(OPERATIONS[kind]):
+            images = apply_operations(images, sample_operations(kind, images))
     return images
 
 

@@ -173,13 +173,9 @@ def use_fewer_images(trainer: Trainer, num_steps: int) -> None:
     trainer.train_set = shorten(trainer.train_set, num_images)
     trainer.train_eval_set = trainer.train_eval_set.head(max(1, len(trainer.train_eval_set) * num_images // before))
     trainer.val_set = shorten(trainer.val_set, num_val_images) if trainer.val_set else None
-    trainer.index, trainer.labels = (
-        trainer.gather(part) for part in (trainer.train_set.index, trainer.train_set.labels)
-    )
     trainer.state.example_stats = None
-    trainer.example_stats = trainer.begin_example_stats()
     trainer.train_step.close()
-    trainer.train_step = trainer.build_train_step()
+    trainer.begin_training_set()
 
 
 # raycifar's own stages -------------------------------------------------------------------------------

@@ -32,6 +32,11 @@ def find_device(wanted: str) -> torch.device:
     return torch.device("cpu")
 
 
+def device_name(device: torch.device) -> str:
+    """Return a GPU's name, or the type of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def set_up(device: torch.device, threads: int) -> None:
     """Set the number of CPU threads, and have a GPU benchmark its algorithms."""
     torch.set_num_threads(threads)

@@ -28,7 +28,15 @@ from raycifar.engine.distributed import all_gather_objects, all_gather_rows
 from raycifar.engine.epoch_meter import EpochMeter
 from raycifar.engine.evaluate import per_image, predict, score, score_without, to_predictions_file
 from raycifar.engine.example_stats import ExampleStats, describe_rise, to_example_stats_file
-from raycifar.engine.hardware import autocast_to, choose_precision, limit_gpu_memory, retain_malloc_pages, seed, set_up
+from raycifar.engine.hardware import (
+    autocast_to,
+    choose_precision,
+    device_name,
+    limit_gpu_memory,
+    retain_malloc_pages,
+    seed,
+    set_up,
+)
 from raycifar.engine.interruption import Interruption, InterruptionWatch, PreemptedError
 from raycifar.engine.loss import CHECK_STEPS, StopTrainingError
 from raycifar.engine.optimizers import set_learning_rate
@@ -177,9 +185,7 @@ class Trainer:
         self.resume()
         if self.job.compile:
             self.state.model.compile()
-        self.index, self.labels = (self.gather(part) for part in (self.train_set.index, self.train_set.labels))
-        self.example_stats = self.begin_example_stats()
-        self.train_step = self.build_train_step()
+        self.begin_training_set()
 
     def train(self) -> Outcome:
         """Train to the end, score the test set, and save the weights."""
@@ -292,6 +298,17 @@ class Trainer:
         self.run.delete_checkpoints(skipped[: skipped.index(found[0])] if found else skipped)
         return found
 
+    def begin_training_set(self) -> None:
+        """Prepare what belongs to `train_set`: the rows of all workers, the images' statistics, and the step."""
+        self.index, self.labels = (self.gather(part) for part in (self.train_set.index, self.train_set.labels))
+        if self.state.example_stats is None:
+            self.example_stats = ExampleStats.blank(len(self.train_set), self.device)
+        else:
+            first = bounds(self.job.num_train_images, self.world_size)[self.rank]
+            mine = self.state.example_stats[first : first + len(self.train_set)]
+            self.example_stats = ExampleStats(mine.clone())
+        self.train_step = self.build_train_step()
+
     def build_train_step(self) -> TrainStep:
         """Return the current stage's step: each stage trains, and so exchanges, other parameters."""
         return TrainStep(
@@ -303,18 +320,11 @@ class Trainer:
             notice=self.reporter.notice,
         )
 
-    def begin_example_stats(self) -> ExampleStats:
-        """Return the statistics of this worker's training images."""
-        if self.state.example_stats is None:
-            return ExampleStats.blank(len(self.train_set), self.device)
-        first = bounds(self.job.num_train_images, self.world_size)[self.rank]
-        return ExampleStats(self.state.example_stats[first : first + len(self.train_set)].clone())
-
     def describe(self) -> None:
         """Tell what trains on what: on the screen, and in the run's record, with the time at which training begins."""
         facts = ModelFacts(
             parameters=sum(p.numel() for p in self.state.model.parameters()),
-            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            device=device_name(self.device),
             threads=torch.get_num_threads(),
             precision=str(self.dtype).removeprefix("torch."),
         )

@@ -47,7 +47,7 @@ def speedrun(
         from raycifar.analysis.statistics import mean_interval
         from raycifar.cluster.nodes import versions
         from raycifar.data.shards import to_shard
-        from raycifar.engine.hardware import find_device
+        from raycifar.engine.hardware import device_name, find_device
         from raycifar.engine.speedrun import TIMED, UNTIMED, SpeedRun
 
         device = find_device(request.device)
@@ -66,7 +66,7 @@ def speedrun(
         "data": source.fingerprint(),
         "train_images": len(train_set),
         "scored": {"split": scored, "images": len(scored_set)},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
         "precision": str(trainer.dtype).removeprefix("torch."),
         "compile": request.compile,
         "versions": versions(),
