@@ -367,11 +367,16 @@ class Trainer:
     def report_step(self, lr: float) -> None:
         progress = self.state.progress
         running = self.meter.running(progress.step)
-        steps_per_second, before = running["steps_per_second"], progress.history[-1:]
-        scored = self.job.num_val_images + len(self.train_eval_set) * self.world_size  # in each epoch
-        seconds = scored * self.steps_per_epoch / steps_per_second / self.job.num_train_images / PASSES
-        scoring = before[0].seconds - before[0].training_seconds if before else seconds
+        steps_per_second = running["steps_per_second"]
+        images_per_second = steps_per_second * self.job.num_train_images / self.steps_per_epoch
+        num_scored = self.job.num_val_images + len(self.train_eval_set) * self.world_size  # after each epoch
+        if progress.history:
+            scoring = progress.history[-1].seconds - progress.history[-1].training_seconds
+        else:
+            scoring = num_scored / images_per_second / PASSES
         epoch = self.steps_per_epoch / steps_per_second + scoring
+        epochs_left = self.recipe.epochs - progress.epoch + 1
+        trained, test_scoring = progress.step / steps_per_second, scoring * self.job.num_test_images / num_scored
         self.reporter.step(
             epoch=progress.epoch,
             step=progress.step,
@@ -379,11 +384,9 @@ class Trainer:
             lr=lr,
             loss=running["loss"],
             top1=running["top1"],
-            images_per_second=steps_per_second * self.job.num_train_images / self.steps_per_epoch,
+            images_per_second=images_per_second,
             seconds_of_epoch=epoch,
-            seconds_left=epoch * (self.recipe.epochs - progress.epoch + 1)
-            - progress.step / steps_per_second
-            + scoring * self.job.num_test_images / scored,
+            seconds_left=epochs_left * epoch - trained + test_scoring,
         )
 
     # Between epochs -----------------------------------------------------------------------------------

@@ -125,17 +125,21 @@ class Architecture:
         with torch.device("meta"):
             return self.build()
 
+    def outline_forward(self, size: int) -> None:
+        """Pass an image of `size` pixels a side through the `outline`; nothing is computed."""
+        import torch
+
+        with torch.inference_mode():
+            self.outline().eval()(torch.empty(1, 3, size, size, device="meta"))
+
     def check_size(self, size: int) -> None:
-        """Check that the network can take images of `size` pixels a side; nothing is computed.
+        """Check that the network can take images of `size` pixels a side.
 
         Raises:
             RequestError: it can't.
         """
-        import torch
-
         try:
-            with torch.inference_mode():
-                self.outline().eval()(torch.empty(1, 3, size, size, device="meta"))
+            self.outline_forward(size)
         except Exception as error:  # networks may raise any
             raise RequestError(
                 f"{self.model} can't take images of {size} pixels ({in_a_line(error)}): give another --image-size or "
@@ -273,10 +277,8 @@ def slug(name: str) -> str:
 @functools.cache
 def flops(architecture: Architecture) -> int:
     """Return the floating-point operations of one image's forward pass; a multiply-add counts as two."""
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    size = architecture.preprocessing.size
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.inference_mode():  # computes nothing
-        architecture.build().eval()(torch.empty(1, 3, size, size))
+    with FlopCounterMode(display=False) as counter:
+        architecture.outline_forward(architecture.preprocessing.size)
     return counter.get_total_flops()
