@@ -13,7 +13,7 @@ from raycifar.cluster.status import StatusStore
 from raycifar.data.shards import Shard
 from raycifar.engine import train_step
 from raycifar.engine.cuda import WARM_UP, cuda_graphed
-from raycifar.engine.example_stats import LOSS, SEEN, ExampleStats
+from raycifar.engine.example_stats import LOSS, SEEN, blank_stats
 from raycifar.engine.hardware import seed
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch
@@ -38,9 +38,8 @@ def build(model="cnn", device=CPU, num_images=64, first=0, notice=print, record=
     recipe = Recipe(**PLAIN | recipe)
     state = TrainingState(Architecture(model), None, recipe, 0, device)
     state.train_mode()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
-    stats = ExampleStats.blank(num_images, device) if record else None
-    return TrainStep(state, shard, stats, autocast, exchange=dist.is_initialized(), notice=notice)
+    stats = blank_stats(num_images, device) if record else None
+    return TrainStep(state, shard, stats, exchange=dist.is_initialized(), notice=notice)
 
 
 def batch(step, num_images=None):
@@ -74,7 +73,7 @@ def test_a_step_is_the_textbook_s():
     assert norm == pytest.approx(expected_norm.item(), rel=1e-4)
     for p, q in zip(step.state.model.parameters(), model.parameters(), strict=True):
         assert torch.allclose(p, q - 0.1 * q.grad, atol=1e-6)
-    stats = step.example_stats.values
+    stats = step.example_stats
     assert torch.allclose(stats[:, LOSS], F.cross_entropy(logits, labels, reduction="none"), atol=1e-4)
     assert (stats[:, SEEN] == 1).all()
 
@@ -86,7 +85,7 @@ def test_a_share_that_has_run_out_changes_nothing_but_batch_norm():
     metrics = step(Batch(0, torch.arange(0).numpy(), 64))
     assert metrics[:3].tolist() == [0, 0, 0]
     assert metrics[3] == 0
-    assert (step.example_stats.values[:, SEEN] == 0).all()
+    assert (step.example_stats[:, SEEN] == 0).all()
     weight = "head.2.weight"
     decayed = before[weight] * (1 - 0.1 * 5e-4 * 1.9)  # Nesterov's first step of weight decay alone
     assert torch.allclose(dict(step.state.model.named_parameters())[weight], decayed)

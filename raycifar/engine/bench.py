@@ -24,7 +24,7 @@ from raycifar.data.shards import Shard, bounds
 from raycifar.engine import baseline_dataloader
 from raycifar.engine.augment import mix
 from raycifar.engine.cuda import WARM_UP, cuda_graphed
-from raycifar.engine.example_stats import describe_rise
+from raycifar.engine.example_stats import describe_rise, end_epoch, update_stats
 from raycifar.engine.hardware import synchronize
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, steps_per_epoch
@@ -207,7 +207,7 @@ class BareStep:
     """Forward, loss, backward and optimizer, as `train` takes them on this device, and nothing else."""
 
     def __init__(self, trainer: Trainer, *, exchange: bool) -> None:
-        self.state, self.autocast = trainer.state, trainer.autocast
+        self.state, self.autocast = trainer.state, trainer.state.autocast
         self.exchange, self.exchanges = trainer.train_step.exchange, exchange
         self.captured = cuda_graphed(self.take, trainer.device, trainer.train_step.obstacle if exchange else None)
 
@@ -262,16 +262,16 @@ def update_example_stats(trainer: Trainer) -> Callable[[], None]:
     stats = trainer.example_stats
 
     def update(rows: Tensor) -> Tensor:
-        stats.update(rows, logits[: len(rows)], trainer.train_set.labels[rows])
-        return stats.values
+        update_stats(stats, rows, logits[: len(rows)], trainer.train_set.labels[rows])
+        return stats
 
     captured = cuda_graphed(update, trainer.device)
 
     def run() -> None:
         for batch in epoch_batches(trainer):
             captured(torch.from_numpy(batch.rows).to(trainer.device, non_blocking=True))
-        describe_rise(trainer.gather(stats.values), trainer.index)
-        stats.end_epoch()
+        describe_rise(trainer.gather(stats), trainer.index)
+        end_epoch(stats)
 
     return run
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from raycifar.data.shards import Shard
 from raycifar.engine.cuda import WARM_UP
 from raycifar.engine.evaluate import predict
-from raycifar.engine.hardware import autocast_to, choose_precision, seed, set_up, synchronize
+from raycifar.engine.hardware import seed, set_up, synchronize
 from raycifar.engine.optimizers import build_optimizer, set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, step_seed, steps_per_epoch
 from raycifar.engine.state import Progress, TrainingState
@@ -77,12 +77,10 @@ class SpeedRun:
         self.train_set = train_set.map(partial(torch.empty_like, device=device))
         self.test_set = test_set.map(lambda values: values.to(device))
         self.steps_per_epoch = steps_per_epoch(len(train_set), recipe.batch_size)
-        self.dtype = choose_precision(recipe.precision, device)
-        self.autocast = autocast_to(self.dtype, device)
         self.state = TrainingState(architecture, None, recipe, 0, device)
         if compile:
             self.state.model.compile()
-        self.step = TrainStep(self.state, self.train_set, None, self.autocast, exchange=False)
+        self.step = TrainStep(self.state, self.train_set, None, exchange=False)
 
     def prepare(self) -> None:
         """Take steps of each size on random images, until all that they need is loaded, chosen and captured."""
@@ -155,7 +153,7 @@ class SpeedRun:
     def score(self) -> dict[str, float]:
         """Return the accuracies with one view of each image, and with its mirror image too."""
         one, other = (
-            predict(self.state.scored, view, self.autocast, self.architecture.preprocessing)
+            predict(self.state.scored, view, self.state.autocast, self.architecture.preprocessing)
             for view in (self.test_set.images, self.test_set.images.flip(3))
         )
         top1, top1_flip = (

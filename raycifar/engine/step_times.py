@@ -16,8 +16,8 @@ from raycifar.data.shards import Shard
 from raycifar.engine.bench import clock, time_step, train_epoch, use_fewer_images
 from raycifar.engine.cuda import WARM_UP
 from raycifar.engine.distributed import BUCKET_BYTES, all_gather_objects, group_by_size
-from raycifar.engine.example_stats import ExampleStats
-from raycifar.engine.hardware import autocast_to, choose_precision, synchronize
+from raycifar.engine.example_stats import blank_stats
+from raycifar.engine.hardware import synchronize
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
@@ -109,7 +109,6 @@ class Repeated:
 
 def build_step(job: Job, device: torch.device, batch_size: int, *, exchange: bool) -> TrainStep:
     """Return a step of random images."""
-    autocast = autocast_to(choose_precision(job.recipe.precision, device), device)
     pixels = torch.randint(0, 256, (batch_size, *CIFAR100.image_shape), dtype=torch.uint8, device=device)
     labels = torch.randint(0, CIFAR100.num_classes, (batch_size,), device=device)
     state = TrainingState(job.initial.architecture, job.initial.weights, job.recipe, job.seed, device)
@@ -118,7 +117,7 @@ def build_step(job: Job, device: torch.device, batch_size: int, *, exchange: boo
     if job.compile:
         state.model.compile()
     train_set = Shard(pixels, labels, labels, torch.arange(batch_size, device=device))
-    return TrainStep(state, train_set, ExampleStats.blank(batch_size, device), autocast, exchange=exchange)
+    return TrainStep(state, train_set, blank_stats(batch_size, device), exchange=exchange)
 
 
 def measure_link(device: torch.device) -> tuple[float, float]:

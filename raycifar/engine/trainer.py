@@ -21,22 +21,14 @@ from raycifar.cluster.nodes import objection
 from raycifar.cluster.status import ModelFacts, Phase, StatusStore
 from raycifar.data import CIFAR100
 from raycifar.data.shards import Shard, bounds, load_shard
+from raycifar.engine import hardware
 from raycifar.engine.augment import preprocess
 from raycifar.engine.checkpoint import Checkpointer, Snapshot
 from raycifar.engine.diagnostics import examine
 from raycifar.engine.distributed import all_gather_objects, all_gather_rows
 from raycifar.engine.epoch_meter import EpochMeter
 from raycifar.engine.evaluate import per_image, predict, score, score_without, to_predictions_file
-from raycifar.engine.example_stats import ExampleStats, describe_rise, to_example_stats_file
-from raycifar.engine.hardware import (
-    autocast_to,
-    choose_precision,
-    device_name,
-    limit_gpu_memory,
-    retain_malloc_pages,
-    seed,
-    set_up,
-)
+from raycifar.engine.example_stats import blank_stats, describe_rise, end_epoch, to_example_stats_file
 from raycifar.engine.interruption import Interruption, InterruptionWatch, PreemptedError
 from raycifar.engine.loss import CHECK_STEPS, StopTrainingError
 from raycifar.engine.optimizers import set_learning_rate
@@ -155,11 +147,8 @@ class Trainer:
         self.train_eval_set: Shard
         self.val_set: Shard | None
         self.index: Tensor  # (n,) int64, of all workers' training images: rows in the source
-        self.labels: Tensor  # (n,) int64
-        self.dtype: torch.dtype
-        self.autocast: torch.autocast
         self.state: TrainingState
-        self.example_stats: ExampleStats
+        self.example_stats: Tensor  # of this worker's images
         self.train_step: TrainStep
         self.meter: EpochMeter
 
@@ -167,10 +156,10 @@ class Trainer:
 
     def set_up(self) -> None:
         """Load the images, and build or resume the network."""
-        set_up(self.device, self.job.threads)
-        limit_gpu_memory(self.job.gpus)
+        hardware.set_up(self.device, self.job.threads)
+        hardware.limit_gpu_memory(self.job.gpus)
         if self.device.type == "cpu":
-            retain_malloc_pages()
+            hardware.retain_malloc_pages()
         self.reporter.phase(Phase.LOADING_IMAGES)
         self.check_node()
         self.train_set = load_shard("train", self.device)
@@ -179,8 +168,6 @@ class Trainer:
         self.val_set = load_shard("val", self.device) if self.job.num_val_images else None
 
         self.reporter.phase(Phase.BUILDING_MODEL)
-        self.dtype = choose_precision(self.recipe.precision, self.device)
-        self.autocast = autocast_to(self.dtype, self.device)
         self.state = TrainingState(self.architecture, self.job.initial.weights, self.recipe, self.job.seed, self.device)
         self.resume()
         if self.job.compile:
@@ -208,7 +195,7 @@ class Trainer:
             progress.epoch, self.steps_per_epoch, progress.step, progress.totals, self.device, sampled
         )
         for batch in self.remaining_batches():
-            seed(step_seed(self.job.seed, progress.epoch, batch.step, self.world_size, self.rank), self.device)
+            hardware.seed(step_seed(self.job.seed, progress.epoch, batch.step, self.world_size, self.rank), self.device)
             lr = self.recipe.learning_rate(progress.epoch, batch.step, self.steps_per_epoch)
             set_learning_rate(self.state.optimizer, lr)
             size = self.recipe.size(progress.epoch, batch.step, self.steps_per_epoch)
@@ -253,10 +240,11 @@ class Trainer:
     def finish(self) -> dict[str, Any] | None:
         """Score the test set, write the final weights and the images' statistics, and return the scores."""
         scores = self.score_test_set() if self.job.num_test_images else None
+        labels = self.gather(self.train_set.labels)
         if self.rank == 0:
             self.run.write(MODEL, to_file(self.state.scored.state_dict(), self.architecture))
             if self.job.record and self.state.example_stats is not None:
-                self.run.write(EXAMPLE_STATS, to_example_stats_file(self.state.example_stats, self.index, self.labels))
+                self.run.write(EXAMPLE_STATS, to_example_stats_file(self.state.example_stats, self.index, labels))
         return scores
 
     def outcome(self, ending: Ending, test: dict[str, Any] | None = None) -> Outcome:
@@ -300,13 +288,12 @@ class Trainer:
 
     def begin_training_set(self) -> None:
         """Prepare what belongs to `train_set`: the rows of all workers, the images' statistics, and the step."""
-        self.index, self.labels = (self.gather(part) for part in (self.train_set.index, self.train_set.labels))
+        self.index = self.gather(self.train_set.index)
         if self.state.example_stats is None:
-            self.example_stats = ExampleStats.blank(len(self.train_set), self.device)
+            self.example_stats = blank_stats(len(self.train_set), self.device)
         else:
             first = bounds(self.job.num_train_images, self.world_size)[self.rank]
-            mine = self.state.example_stats[first : first + len(self.train_set)]
-            self.example_stats = ExampleStats(mine.clone())
+            self.example_stats = self.state.example_stats[first : first + len(self.train_set)].clone()
         self.train_step = self.build_train_step()
 
     def build_train_step(self) -> TrainStep:
@@ -315,7 +302,6 @@ class Trainer:
             self.state,
             self.train_set,
             self.example_stats if self.job.record else None,
-            self.autocast,
             exchange=self.world_size > 1,
             notice=self.reporter.notice,
         )
@@ -324,9 +310,9 @@ class Trainer:
         """Tell what trains on what: on the screen, and in the run's record, with the time at which training begins."""
         facts = ModelFacts(
             parameters=sum(p.numel() for p in self.state.model.parameters()),
-            device=device_name(self.device),
+            device=hardware.device_name(self.device),
             threads=torch.get_num_threads(),
-            precision=str(self.dtype).removeprefix("torch."),
+            precision=str(self.state.dtype).removeprefix("torch."),
         )
         self.reporter.about(facts)
         if self.rank == 0:
@@ -362,7 +348,7 @@ class Trainer:
     def collect(self) -> None:
         """Update the epoch's totals and the statistics of all images."""
         self.meter.collect()
-        self.state.example_stats = self.gather(self.example_stats.values)
+        self.state.example_stats = self.gather(self.example_stats)
 
     def report_step(self, lr: float) -> None:
         progress = self.state.progress
@@ -450,7 +436,7 @@ class Trainer:
             if self.reporter.due():
                 self.reporter.part(doing, done * self.world_size, len(shard) * self.world_size)
 
-        logits = predict(self.state.scored, shard.images, self.autocast, self.preprocessing, progress)
+        logits = predict(self.state.scored, shard.images, self.state.autocast, self.preprocessing, progress)
         return logits, per_image(logits, shard.labels, shard.coarse, self.job.superclass_of)
 
     def diagnose(self, record: EpochRecord) -> EpochRecord:
@@ -470,8 +456,8 @@ class Trainer:
         """Start a new epoch of the images' statistics, and return the rise of this one's losses."""
         assert self.state.example_stats is not None
         rise = describe_rise(self.state.example_stats, self.index)
-        for stats in (self.example_stats, ExampleStats(self.state.example_stats)):
-            stats.end_epoch()
+        for stats in (self.example_stats, self.state.example_stats):
+            end_epoch(stats)
         return rise
 
     def told_to_stop(self) -> bool:

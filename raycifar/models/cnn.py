@@ -43,9 +43,12 @@ def build(num_classes: int, dropout: float, large_stem: bool, whiten: bool, dept
     from torch import nn
 
     channels = (PATCH if whiten else 3, *FILTERS)
+    whitening = {}
+    if whiten:  # by weights that come from the images, and are not trained
+        whitening["whiten"] = nn.Conv2d(3, PATCH, kernel_size=3, padding=1, bias=False).requires_grad_(False)
     return nn.Sequential(
         OrderedDict(
-            **({"whiten": whitening()} if whiten else {}),
+            **whitening,
             features=nn.Sequential(*(block(*sizes, depth) for sizes in pairwise(channels))),
             pool=nn.AdaptiveAvgPool2d(1),
             head=nn.Sequential(
@@ -75,13 +78,6 @@ def block(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
         return nn.Sequential(convolution, norm, nn.MaxPool2d(2), relu)
     more = (Residual(conv_bn_relu(out_channels, out_channels)) for _ in range(depth - 1))
     return nn.Sequential(convolution, norm, relu, *more, nn.MaxPool2d(2))
-
-
-def whitening() -> nn.Conv2d:
-    """Return the layer that whitens patches; its weights come from the images, and are not trained."""
-    from torch import nn
-
-    return nn.Conv2d(3, PATCH, kernel_size=3, padding=1, bias=False).requires_grad_(False)
 
 
 def initial_weights_from_images(recipe: CnnRecipe, pixels: Tensor) -> dict[str, Tensor]:

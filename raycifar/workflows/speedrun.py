@@ -67,7 +67,7 @@ def speedrun(
         "train_images": len(train_set),
         "scored": {"split": scored, "images": len(scored_set)},
         "device": device_name(device),
-        "precision": str(trainer.dtype).removeprefix("torch."),
+        "precision": str(trainer.state.dtype).removeprefix("torch."),
         "compile": request.compile,
         "versions": versions(),
         "clock": {"timed": TIMED, "not_timed": UNTIMED},
