@@ -167,7 +167,7 @@ def choices(field: Field[Any], kind: Any) -> tuple[str, ...]:
     return get_args(kind) or field.metadata["choices"]
 
 
-def check_type(name: str, value: Any, kind: Any, allowed: tuple[str, ...]) -> None:
+def check_type(name: str, value: Any, kind: Any, allowed: tuple[str, ...] = ()) -> None:
     if allowed:
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}: choose from {', '.join(allowed)}")
