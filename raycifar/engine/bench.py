@@ -34,7 +34,7 @@ from raycifar.models import PASSES
 
 SHUFFLED_BATCHES = 10  # batches in the local shuffle buffer of Ray's documented ingest
 FEWEST_STEPS = 4  # of a stage, unless even two rounds of them take too long
-SLOWER = {"dataloader": 3, "stream": 1}  # epochs of ours that one of theirs takes, about; known once it is timed
+SLOWER = {"dataloader": 3, "stream": 1}  # about how many of our epochs one of theirs takes; known once it is timed
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def time_step(trainer: Trainer) -> float:
 
 
 def work_of_round(trainer: Trainer, baselines: Sequence[str]) -> float:
-    """Return how many epochs of training a round takes as long as, about."""
+    """Return about how many epochs of training take as long as a round."""
     scored = trainer.job.num_val_images + len(trainer.train_eval_set) * trainer.world_size
     stages = 4 + (trainer.world_size > 1) + scored / trainer.job.num_train_images / PASSES
     return stages + sum(SLOWER[name] for name in baselines)
@@ -257,7 +257,7 @@ def train_epoch(trainer: Trainer, *, finish: bool = False) -> None:
 
 
 def update_example_stats(trainer: Trainer) -> Callable[[], None]:
-    """Return what follows every image for an epoch, and does nothing else: too small a part to be a difference."""
+    """Return what follows every image for an epoch, and does nothing else: a difference of stages would not show it."""
     logits = torch.randn(trainer.recipe.batch_size, CIFAR100.num_classes, device=trainer.device)
     stats = trainer.example_stats
 

@@ -28,7 +28,7 @@ class CudaGraphRunner:
 
     Args:
         function: of tensors and numbers; it returns a tensor, which the next call may overwrite.
-        explain: told why, where the function goes on as it is.
+        explain: called with the reason, if the function goes on as it is.
     """
 
     def __init__(self, function: Callable[..., Tensor], explain: Callable[[str], None] = lambda why: None) -> None:
@@ -93,7 +93,7 @@ def cuda_graphed(
     """Return the function, replayed on a GPU; on a CPU, or where there is an obstacle, it stays as it is.
 
     Args:
-        explain: told the obstacle, this one or what `CudaGraphRunner` finds.
+        explain: called with the obstacle, this one or what `CudaGraphRunner` finds.
     """
     if device.type != "cuda":
         return function

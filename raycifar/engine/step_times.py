@@ -55,10 +55,10 @@ def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(timed.job)
     trainer.set_up()
     trainer.describe()
-    alone, world_size = trainer.world_size == 1, trainer.world_size
-    trainer.reporter.phase(Phase.TIMING, f"{world_size} worker{'s' * (not alone)}, up to {timed.seconds:.0f} s")
+    world_size, single = trainer.world_size, trainer.world_size == 1
+    trainer.reporter.phase(Phase.TIMING, f"{world_size} worker{'s' * (not single)}, up to {timed.seconds:.0f} s")
     with nullcontext() if dist.is_initialized() else process_group_of_one(trainer.device):
-        ways = {"alone": False, "exchanging": True} if alone else {"alone": False}
+        ways = {"alone": False, "exchanging": True} if single else {"alone": False}
         seconds = timed.seconds / (len(timed.batch_sizes) * len(ways) + 1) / (timed.rounds + 1)
         steps = {
             (way, size): Repeated(build_step(timed.job, trainer.device, size, exchange=exchange), seconds)
@@ -75,13 +75,13 @@ def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
             began = clock(trainer)
             train_epoch(trainer)
             rates.append(trainer.job.num_train_images / (clock(trainer) - began))
-            if not alone:
+            if not single:
                 links.append(measure_link(trainer.device))
     trained = [p for p in trainer.state.model.parameters() if p.requires_grad]
     return {
         **{way: {size: min(times[way, size]) for size in timed.batch_sizes} for way in ways},
         "buckets": [sum(p.nbytes for p in group) for group in group_by_size(trained[::-1])],
-        "link": None if alone else (min(seconds for seconds, _ in links), max(rate for _, rate in links)),
+        "link": None if single else (min(seconds for seconds, _ in links), max(rate for _, rate in links)),
         "rates": rates,
     }
 

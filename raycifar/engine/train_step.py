@@ -32,7 +32,7 @@ class TrainStep:
         train_set: the worker's own training images. example_stats: their statistics, brought up to date; None follows
             neither them nor the gradient's norm, unless it is clipped.
         exchange: sum the gradients over the workers of the process group.
-        notice: told in a sentence why, where `update` isn't captured on a GPU.
+        notice: called with the reason, in a sentence, if `update` isn't captured on a GPU.
     """
 
     def __init__(
