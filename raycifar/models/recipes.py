@@ -154,7 +154,8 @@ def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
         ValueError: there is no such field, or its value is not allowed; the message names the field.
     """
     known = field_types(type(base))
-    for name in [name for name in values if name not in known]:
+    if unknown := [name for name in values if name not in known]:
+        name = unknown[0]
         if owners := models_with(name):
             raise ValueError(f"{name} is an option of {', '.join(owners)}, not of {model}")
         raise ValueError(f"a recipe has no field {name!r}; the nearest is {nearest(name, known)!r}")
