@@ -99,7 +99,7 @@ def choose_recipe(model: str, recipe: str | None = None, **values: Any) -> Recip
     return changed
 
 
-def find_recipe(model: str, wanted: str, pretrained: str | None = None) -> Recipe:
+def find_recipe(model: str, wanted: str, pretrained: str | None) -> Recipe:
     """Return the recipe of a name, a TOML file or a run.
 
     Args:
@@ -132,7 +132,7 @@ def find_recipe(model: str, wanted: str, pretrained: str | None = None) -> Recip
     return recipe_from_json(model, run["recipe"])
 
 
-def parse_toml(model: str, content: bytes, pretrained: str | None = None) -> Recipe:
+def parse_toml(model: str, content: bytes, pretrained: str | None) -> Recipe:
     """Return the recipe of a TOML file; fields that it lacks are as in the model's default.
 
     Raises:

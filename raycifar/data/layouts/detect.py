@@ -39,7 +39,7 @@ NUMBERED = ("binary", "cifar-100-python")  # whose labels are numbers, and whose
 Found = dict[tuple[Layout, PurePosixPath], dict[str, dict[str, list[PurePosixPath]]]]  # by split and series
 
 
-def read_tree(tree: Tree, *, test_alone: bool = False) -> Source:
+def read_tree(tree: Tree, *, test_alone: bool) -> Source:
     """Return the data set that a tree holds.
 
     Args:
