@@ -332,7 +332,7 @@ class Trainer:
             PreemptedError: a node is being preempted; the run continues elsewhere.
         """
         step = self.state.progress.step
-        interruption = self.interruptions.look()
+        interruption = self.interruptions.check()
         due = self.job.checkpoint_steps and step % self.job.checkpoint_steps == 0
         if step == self.steps_per_epoch or not (due or interruption):
             return None
