@@ -15,6 +15,7 @@ import pyarrow as pa
 import ray.train
 import torch
 
+from raycifar.data import CIFAR100
 from raycifar.data.tables import to_images
 
 
@@ -94,6 +95,7 @@ def load_shard(name: str, device: torch.device) -> Shard:
 def to_shard(tables: Sequence[pa.Table], device: torch.device) -> Shard:
     """Return the images of tables with the columns image, fine, coarse and index."""
     table = pa.concat_tables(tables)
-    images = np.concatenate([to_images(chunk) for chunk in table["image"].chunks])
+    none = np.empty((0, *CIFAR100.image_shape), np.uint8)  # a table of no images has no chunks
+    images = np.concatenate([none, *map(to_images, table["image"].chunks)])
     fine, coarse, index = (torch.tensor(table[name].to_numpy(), device=device) for name in ("fine", "coarse", "index"))
     return Shard(torch.from_numpy(images).to(device), fine, coarse, index)
