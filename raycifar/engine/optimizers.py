@@ -146,14 +146,10 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Recipe], torch.optim.Optim
         groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True
     ),
     "adamw": lambda groups, recipe: EagerAdamW(
-        groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True, capturable=on_gpu(groups)
+        groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True, capturable=groups[0]["params"][0].is_cuda
     ),
     "muon": lambda groups, recipe: Muon(groups, recipe.lr, recipe.momentum, recipe.muon_steps),
 }
-
-
-def on_gpu(groups: list[dict[str, Any]]) -> bool:
-    return groups[0]["params"][0].is_cuda
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
