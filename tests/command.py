@@ -1,9 +1,11 @@
 """The commands, in processes of their own, forked from one that has imported PyTorch and Ray: that takes seconds."""
 
+import contextlib
 import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -64,6 +66,12 @@ class Program(Command):
 
 class Compare(Command):
     command = "raycifar.compare"
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as open_ones:
+        sockets = [open_ones.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in sockets]
 
 
 def run(args: list[str], env: dict[str, str], cwd: Path, files: list[Path]) -> None:

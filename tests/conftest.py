@@ -8,7 +8,6 @@ import io
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -21,7 +20,7 @@ import psutil
 import pytest
 import ray
 import torch
-from command import Command, finish, reset_auth_token_state
+from command import Command, finish, free_ports, reset_auth_token_state
 from cpus import free_cpus, who_has_them
 from ray.cluster_utils import Cluster
 from torchvision.models import resnet50
@@ -226,12 +225,6 @@ def cluster():
     finally:
         end_ray(token)
         shutil.rmtree(temp, ignore_errors=True)
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as open_ones:
-        sockets = [open_ones.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in sockets]
 
 
 def processes_of_ray(token: Path) -> list[psutil.Process]:

@@ -70,7 +70,6 @@ def test_a_head_that_is_trained_to_the_end_stays_alone():
         {"image_size": 16},
         {"layer_decay": 0.0},
         {"head_epochs": 201},
-        {"erasing": 1.1},
         {"optimizer": "lion"},
         {"muon_steps": 0},
         {"norm_lr": -1.0},

@@ -113,9 +113,9 @@ def test_a_comparison_gives_each_model_its_own_recipe_and_hands_on_the_rest():
 
 @pytest.mark.parametrize("model", [None, 3, ["cnn"]])
 def test_what_is_no_name_of_a_model_is_refused(model):
-    with pytest.raises(RequestError, match="is not the name of a model"):
+    with pytest.raises(RequestError, match="no model is named"):
         TrainingRequest.of(model)
-    with pytest.raises(RequestError, match="is not the name of a model"):
+    with pytest.raises(RequestError, match="no model is named"):
         ComparisonRequest.of(["cnn", model])
 
 

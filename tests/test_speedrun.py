@@ -144,7 +144,7 @@ def timed(small):
     def make(recipe, seed=0):
         source = load(small)
         tables = split(source, 100, 200, seed).tables()
-        shards = [to_shard([tables[name]], CPU, source.info) for name in ("train", "val")]
+        shards = [to_shard([tables[name]], CPU) for name in ("train", "val")]
         start = load_initial_weights("speedrun", recipe, source)
         return SpeedRun(start.architecture, recipe, *shards, CPU, threads=1)
 

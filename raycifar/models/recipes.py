@@ -109,7 +109,7 @@ def choose_recipe(model: str, recipe: str | None = None, **values: Any) -> Recip
     return changed
 
 
-def find_recipe(model: str, wanted: str, pretrained: str | None = None, epochs: int | None = None) -> Recipe:
+def find_recipe(model: str, wanted: str, pretrained: str | None, epochs: int | None) -> Recipe:
     """Return the recipe of a name, a TOML file or a run.
 
     Args:
@@ -142,7 +142,7 @@ def find_recipe(model: str, wanted: str, pretrained: str | None = None, epochs: 
     return recipe_from_json(model, run["recipe"])
 
 
-def parse_toml(model: str, content: bytes, pretrained: str | None = None, epochs: int | None = None) -> Recipe:
+def parse_toml(model: str, content: bytes, pretrained: str | None, epochs: int | None) -> Recipe:
     """Return the recipe of a TOML file; fields that it lacks are as in the model's default.
 
     Raises:
@@ -165,7 +165,8 @@ def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
         ValueError: there is no such field, or its value is not allowed; the message names the field.
     """
     known = field_types(type(base))
-    for name in [name for name in values if name not in known]:
+    if unknown := [name for name in values if name not in known]:
+        name = unknown[0]
         if owners := models_with(name):
             raise ValueError(f"{name} is an option of {', '.join(owners)}, not of {model}")
         raise ValueError(f"a recipe has no field {name!r}; the nearest is {nearest(name, known)!r}")

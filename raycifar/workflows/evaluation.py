@@ -115,16 +115,12 @@ def evaluate(
     return evaluation, folder
 
 
-def find_copies(run: dict[str, Any], source: Source, screen: "Screen") -> "Tensor":
-    """Return whether the photograph of each test image is among a run's training images, (images,) bool."""
-    import torch
-
+def find_copies(run: dict[str, Any], source: Source, screen: "Screen") -> np.ndarray:
+    """Return the rows of test images whose photograph is among a run's training images."""
     recipe = recipe_from_json(run["model"], run["recipe"])
     found = find_duplicates(source, screen)
     rows, _ = split_rows(source, run["val_size"], run["limit"], run["seed"], copied_images(source, recipe))
-    copies = torch.zeros(len(source.test), dtype=torch.bool)
-    copies[found.test_copies(rows)] = True
-    return copies
+    return found.test_copies(rows)
 
 
 def hold_against_validation(
@@ -280,7 +276,7 @@ def run_job(parts: list[pa.Table], scorer: dict[str, Any], workers: "Workers") -
 
 
 def score_predictions(
-    logits: "Tensor", table: pa.Table, source: Source, near_duplicate: "Tensor | None" = None
+    logits: "Tensor", table: pa.Table, source: Source, near_duplicates: np.ndarray | None = None
 ) -> tuple[dict[str, Any], bytes]:
     """Return the content of `evaluation.json`, and the predictions file."""
     import torch
@@ -289,16 +285,16 @@ def score_predictions(
 
     labels, coarse = (torch.from_numpy(table[column].to_numpy().copy()) for column in ("fine", "coarse"))
     superclass_of = source.superclass_of()
-    scores = score(logits, labels, coarse, superclass_of)
+    images = per_image(logits, labels, coarse, superclass_of)
+    scores = score(images)
     probabilities = logits.softmax(1)
-    confidence, predicted = (values.numpy() for values in probabilities.max(1))
-    of_images = {name: values.numpy() for name, values in per_image(logits, labels, coarse, superclass_of).items()}
-    ends = intervals({name: of_images[name] for name in ("top1", "top5", "loss")})
-    if near_duplicate is not None:
-        correct = torch.from_numpy(of_images["top1"])
-        scores |= score_without(near_duplicate, correct)
-        if not near_duplicate.all():
-            ends |= intervals({"top1_without_near_duplicates": correct[~near_duplicate].numpy()})
+    predicted = probabilities.argmax(1).numpy()
+    correct = images["top1"].numpy()
+    ends = intervals({name: images[name].numpy() for name in ("top1", "top5", "loss")})
+    if near_duplicates is not None:
+        scores |= score_without(near_duplicates, correct)
+        if len(near_duplicates) < len(correct):
+            ends |= intervals({"top1_without_near_duplicates": np.delete(correct, near_duplicates)})
     matrix = confusion(labels.numpy(), predicted, CIFAR100.num_classes)
     evaluation = {
         **scores,
@@ -307,12 +303,12 @@ def score_predictions(
         "intervals": {name: {"low": low, "high": high} for name, (low, high) in ends.items()},
         "classes": by_class(matrix, CIFAR100.class_names),
         "confused": confused_pairs(matrix, CIFAR100.class_names),
-        "reliability": reliability(confidence, of_images["top1"]),
+        "reliability": reliability(images["confidence"].numpy(), correct),
         "superclasses": confusion(
             coarse.numpy(), np.array(superclass_of)[predicted], CIFAR100.num_superclasses
         ).tolist(),
     }
-    return evaluation, to_predictions_file(probabilities, labels, near_duplicate)
+    return evaluation, to_predictions_file(probabilities, labels, near_duplicates)
 
 
 def score_corruptions(

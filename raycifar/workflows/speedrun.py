@@ -47,13 +47,13 @@ def speedrun(
         from raycifar.analysis.statistics import mean_interval
         from raycifar.cluster.nodes import versions
         from raycifar.data.shards import to_shard
-        from raycifar.engine.hardware import find_device
+        from raycifar.engine.hardware import device_name, find_device
         from raycifar.engine.speedrun import TIMED, UNTIMED, SpeedRun
 
         device = find_device(request.device)
     scored = "val" if request.val_size else "test"
     tables, cpu = inputs.splits.tables(), torch.device("cpu")
-    train_set, scored_set = (to_shard([tables[name]], cpu, source.info) for name in ("train", scored))
+    train_set, scored_set = (to_shard([tables[name]], cpu) for name in ("train", scored))
     threads = int(request.cpus_per_worker or available_cpus())
     trainer = SpeedRun(architecture, recipe, train_set, scored_set, device, threads, compile=request.compile)
     began = time.perf_counter()
@@ -66,8 +66,8 @@ def speedrun(
         "data": source.fingerprint(),
         "train_images": len(train_set),
         "scored": {"split": scored, "images": len(scored_set)},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "precision": str(trainer.dtype).removeprefix("torch."),
+        "device": device_name(device),
+        "precision": str(trainer.state.dtype).removeprefix("torch."),
         "compile": request.compile,
         "versions": versions(),
         "clock": {"timed": TIMED, "not_timed": UNTIMED},
