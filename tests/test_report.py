@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 import pytest
-from command import Command, Compare, finish
+from command import Command, Compare, Report, finish
 from conftest import RUN
 
 from raycifar.storage.run_folder import RunFolder
@@ -18,10 +18,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 OUTSIDE = re.compile(
     r'<script(?!>for)|<link(?! rel="icon" href="data:)|(?:src|href)="(?!data:|#|[\w.-]+/report\.html)|url\((?!#)'
 )
-
-
-class Report(Command):
-    command = "raycifar.report"
 
 
 @pytest.fixture
