@@ -261,9 +261,9 @@ def command(*args, env=None):
     ("args", "words"),
     [
         (["--data", "nowhere"], "nowhere does not exist"),
-        (["--val-size", "150"], "--val-size 150 can't be divided among 100 classes"),
+        (["--val-size", "150"], "--val-size 150 can't be divided among 100 classes: give 100 or 200."),
         (["--val-size", "800"], "leaves nothing to train on"),
-        (["--limit", "50", "--val-size", "100"], "--limit 50 can't be divided among 100 classes"),
+        (["--limit", "50", "--val-size", "100"], "--limit 50 can't be divided among 100 classes: give 100."),
         (["--limit", "800", "--val-size", "100"], "700 training images remain"),
         (["--limit", "0", "--val-size", "100"], "limit is 0: it must be at least 1"),
         (["--epochs", "0"], "epochs is 0"),
