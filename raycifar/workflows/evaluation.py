@@ -17,7 +17,6 @@ from raycifar.data.sources import is_location
 from raycifar.data.tables import Source, from_lists, split_rows, take, to_images, to_lists
 from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
 from raycifar.models.recipes import read_run, recipe_from_json
-from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, MANIFEST, PICTURES, PREDICTIONS, RunFolder
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images, find_duplicates
@@ -53,8 +52,6 @@ class EvaluationRequest(WorkerSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_workers(self.count)
-        if self.out is not None:
-            check_location(self.out, "--out", to_write=True)
 
 
 def evaluate(
@@ -71,7 +68,8 @@ def evaluate(
     Raises:
         RequestError: there is no such network, or there are no such images.
     """
-    folder = RunFolder.at(request.network)
+    folder, predictions = RunFolder.at(request.network), None
+    out = RunFolder.for_output(request.out) if request.out is not None else None
     run = None if folder.name.endswith(".safetensors") else read_run(folder)
     with screen.waiting("Loading PyTorch"):
         from raycifar.engine.trained_model import check_finite, read_weights
@@ -85,14 +83,16 @@ def evaluate(
     if request.data and is_location(request.data) and (corruptions := find_corruptions(request.data)):
         if request.split != "test":
             raise RequestError(f"--split {request.split}: {request.data} holds test images alone.")
+        out = out or RunFolder.for_output("evaluation")
         network = connect(weights, precision, request, screen, connection, debug=debug)
         scores = score_corruptions(corruptions, ask, screen)
         evaluation = {"network": request.network, "data": request.data, "split": "test", **scores}
-        folder = RunFolder.at(request.out or "evaluation")
     else:
         with screen.waiting("Reading the images"):
             source = load_images(run, request.data, test_alone=request.split == "test")
         own = is_source_of(source, run)
+        # What a run predicted of its own test set is its own, and nothing else may replace it.
+        out = out or RunFolder.for_output(request.network if own and request.split == "test" else "evaluation")
         copies = find_copies(run, source, screen) if run and own and request.split == "test" else None
         if request.split == "test" and len(source.train):
             warn_of_leaks(source, screen)
@@ -105,14 +105,14 @@ def evaluate(
         evaluation = {"network": request.network, "data": source.name, "split": request.split, **scores}
         if run and request.split == "test":
             evaluation["findings"] = hold_against_validation(folder, run, scores, logits, table)
-        # What a run predicted of its own test set is its own, and nothing else may replace it.
-        folder = RunFolder.at(request.out or (request.network if own and request.split == "test" else "evaluation"))
-        folder.write(PREDICTIONS, predictions)
-        if folder.exists(MANIFEST):
-            folder.seal(PREDICTIONS)
-    folder.write_json(EVALUATION, evaluation)
-    folder.write(EVALUATION_PAGE, to_page(evaluation, RunFolder.at(request.network).name).encode())
-    return evaluation, folder
+    page = to_page(evaluation, folder.name).encode()  # before anything is written
+    if predictions is not None:
+        out.write(PREDICTIONS, predictions)
+        if out.exists(MANIFEST):
+            out.seal(PREDICTIONS)
+    out.write_json(EVALUATION, evaluation)
+    out.write(EVALUATION_PAGE, page)
+    return evaluation, out
 
 
 def find_copies(run: dict[str, Any], source: Source, screen: "Screen") -> "Tensor":
@@ -227,9 +227,7 @@ def connect(
             import ray.data  # noqa: F401 (it sets the level of its log, which the connection then lowers)
 
             connection.enter_context(connected(debug=debug))
-            workers = sizing.size(
-                request.count, request.device, request.cpus_per_worker, request.gpus_per_worker, request.accelerator
-            )
+            workers = sizing.size(request.count, *request.sizing)
         with screen.line() as line:
             make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
     scorer = {
