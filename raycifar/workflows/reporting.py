@@ -30,6 +30,7 @@ from raycifar.storage.run_folder import (
     SUSPECTS,
     RunFolder,
 )
+from raycifar.words import count
 from raycifar.workflows.duplicates import known_training_copies
 
 if TYPE_CHECKING:
@@ -127,7 +128,6 @@ def read_files(folder: RunFolder) -> "RunFiles":
     Raises:
         DamagedFileError: `run.json` is damaged, without which nothing can be said.
     """
-    from raycifar.analysis.findings import count
     from raycifar.analysis.history import RunHistory
     from raycifar.analysis.reports import RunFiles
 
@@ -183,7 +183,6 @@ def write_run(
         out: the folder to write to, by default the run's.
     """
     from raycifar.analysis.reports import choose_pictures, report_run, run_page
-    from raycifar.analysis.suspects import rank_suspects
 
     files = read_files(folder)
     if source is not None:
@@ -193,8 +192,8 @@ def write_run(
     out, content = out or folder, report_run(files)
     if kind == "html":
         out.write(REPORT_PAGE, run_page(files, content).encode())
-        if files.example_stats is not None and (found := rank_suspects(files.example_stats, files.copies)):
-            out.write(SUSPECTS, found.to_csv().encode())
+        if files.suspects:
+            out.write(SUSPECTS, files.suspects.to_csv().encode())
     write_content(content, out, kind)
     return content
 
@@ -313,3 +312,10 @@ def explain(write: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except Exception as error:
         log.debug("The report failed.", exc_info=True)
         return {"headline": f"the report failed ({type(error).__name__}: {error})"}
+
+
+def show_report(write: Callable[[], dict[str, Any]], screen: "Screen") -> None:
+    """Write a report, and say what it shows."""
+    with screen.waiting("Drawing the report"):
+        headline = explain(write)["headline"]
+    screen.say((f"What the curves show: {headline}. " if headline else "") + f"See {REPORT_PAGE}")
