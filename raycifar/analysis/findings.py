@@ -18,6 +18,7 @@ from raycifar.analysis.departures import LOOSE, departures
 from raycifar.analysis.history import RunHistory, thinned
 from raycifar.errors import FailureKind
 from raycifar.storage.records import Diagnostics, EpochRecord, finite
+from raycifar.words import count, listed
 
 SIGMAS = 3.0  # a difference of so many standard errors is taken as real: Shewhart (1931), p = 0.0027
 SURE = 0.99  # no finding is surer than that
@@ -67,11 +68,6 @@ def points(fraction: float) -> str:
 def change(fraction: float) -> str:
     """Return a fraction in points, with its sign: +0.31 or -2.00, and +0.00 of what rounds to nothing."""
     return f"{round(100 * fraction, 2) + 0.0:+.2f}"
-
-
-def count(n: int, noun: str) -> str:
-    """Return "1 epoch" or "2 epochs"."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def times(factor: float) -> str:
@@ -497,10 +493,6 @@ def validation_above_training(history: RunHistory, found: Sequence[Finding]) -> 
         advice = "Check whether the validation images are easier, or are also among the training images."
     metrics = {"explained": explained}
     return [Finding("validation-above-training", confidence(z), evidence, advice, [last.epoch], metrics)]
-
-
-def listed(words: Sequence[str], last: str = "and") -> str:
-    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def validation_noise(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:

@@ -9,6 +9,7 @@ from typing import Literal
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from raycifar import words
 from raycifar.cluster import ray_internals
 from raycifar.errors import RequestError
 from raycifar.machine import available_cpus
@@ -73,7 +74,7 @@ class Workers:
         if self.count == 0:
             return "this process"
         span = "" if self.least is None else f"{self.least} to "
-        return f"{span}{self.count} worker{'s' * (self.count > 1)} of {describe(self.resources)}"
+        return f"{span}{words.count(self.count, 'worker')} of {describe(self.resources)}"
 
 
 def describe(resources: Resources) -> str:
@@ -129,7 +130,7 @@ def size(
         )
     less = "--workers, --cpus-per-worker or --gpus-per-worker" if gpus else "--workers or --cpus-per-worker"
     raise RequestError(
-        f"{workers.needed} worker{'s' * (workers.needed > 1)} of {describe(workers.resources)} each can't be placed: "
+        f"{words.count(workers.needed, 'worker')} of {describe(workers.resources)} each can't be placed: "
         f"this cluster {has} {total(nodes)}, room for at most {placeable(nodes, workers.resources)} of them. Ask for "
         f"less of {less}{', or --device cpu' if gpus else ''}."
     )
