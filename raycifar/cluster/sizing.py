@@ -109,7 +109,7 @@ def size(
         RequestError: the cluster can never hold that; the message names the most that fit.
     """
     alive, groups = alive_nodes(), growth()
-    everything = alive + [resources for resources, extra in groups or () for _ in range(extra)]
+    everything = alive + new_nodes(groups)
     there, nodes = (with_accelerator(some, accelerator) for some in (alive, everything))
     any_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
     if device == "cpu" or (device == "auto" and gpus == 1 and not accelerator and not any_gpu):
@@ -163,7 +163,7 @@ def size_trials(
     Args:
         count: workers of each run. device, cpus, gpus, accelerator: as `size` takes them. trials: how many runs.
     """
-    nodes = alive_nodes() + [resources for resources, extra in growth() or () for _ in range(extra)]
+    nodes = alive_nodes() + new_nodes(growth())
     if not cpus and (device == "cpu" or not any(node.get("GPU") for node in nodes)):
         free = [usable_cpus(node.get("CPU", 0)) for node in nodes]
         each = largest_share(free, count * max(1, min(trials, sum(amount > 0 for amount in free))))
@@ -225,6 +225,11 @@ def growth() -> list[tuple[Resources, int]] | None:
         if name != config.get("head_node_type", "ray.head.default"):
             groups.append((resources, max(0, min(most, MOST_NODES) - like_it)))
     return groups
+
+
+def new_nodes(groups: list[tuple[Resources, int]] | None) -> list[Resources]:
+    """Return the resources of each node that the autoscaler may add; see `growth`."""
+    return [resources for resources, extra in groups or () for _ in range(extra)]
 
 
 def autoscaler_can(bundles: list[Resources]) -> bool:

@@ -259,8 +259,7 @@ def time_startup(request: TrainingRequest, rounds: int, screen: "Screen", second
         with screen.waiting(f"Timing the start, {number + 1} of {rounds}"):
             took["first_step_seconds"].append(time_first_step(dataclasses.replace(request, workers=workers)))
             took["floor_seconds"].append(time_floor(workers))
-    ratios = [a / b for a, b in zip(*took.values(), strict=True)]
-    return {name: spread(values) for name, values in took.items()} | {"ratio": spread(ratios)}
+    return {name: spread(values) for name, values in took.items()} | {"ratio": spread(ratios(*took.values()))}
 
 
 def time_first_step(request: TrainingRequest) -> float:
@@ -315,13 +314,15 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "n": len(values)}
 
 
+def ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Return what each is to the other of the same round."""
+    return [a / b for a, b in zip(values, others, strict=True)]
+
+
 def summarise(rates: dict[str, list[float]], against: Sequence[str]) -> dict[str, Any]:
     """Return what `bench.json` holds of the stages."""
-    shares = {name: [a / b for a, b in zip(values, rates["bare"], strict=True)] for name, values in rates.items()}
-    following, checkpoint = (
-        [a / b for a, b in zip(rates["train"], rates[name], strict=True)] for name in ("following", "checkpoint")
-    )
-    speedups = {name: [a / b for a, b in zip(rates["train"], rates[name], strict=True)] for name in against}
+    shares = {name: ratios(values, rates["bare"]) for name, values in rates.items()}
+    speedups = {name: spread(ratios(rates["train"], rates[name])) for name in against}
     return {
         "n": len(rates["bare"]),
         "bare_images_per_second": statistics.median(rates["bare"]),
@@ -332,13 +333,13 @@ def summarise(rates: dict[str, list[float]], against: Sequence[str]) -> dict[str
             for name in rates
             if name in STAGES and name not in against
         },
-        "following_share": spread(following),
-        "checkpoint_share": spread(checkpoint),
+        "following_share": spread(ratios(rates["train"], rates["following"])),
+        "checkpoint_share": spread(ratios(rates["train"], rates["checkpoint"])),
         "against": {
             name: {
                 "images_per_second": statistics.median(rates[name]),
-                "speedup": statistics.median(speedups[name]),
-                "spread": {"images_per_second": spread(rates[name]), "speedup": spread(speedups[name])},
+                "speedup": speedups[name]["median"],
+                "spread": {"images_per_second": spread(rates[name]), "speedup": speedups[name]},
             }
             for name in against
         },

@@ -154,11 +154,7 @@ def hold_against_validation(
 class Scorer:
     """Asks the network, on a worker of Ray Data."""
 
-    weights: "Weights"
-    precision: Any
-    device: str
-    gpus: float
-    threads: int
+    network: "Network"
 
     def __post_init__(self) -> None:
         import torch
@@ -166,9 +162,10 @@ class Scorer:
         from raycifar.engine.hardware import limit_gpu_memory
         from raycifar.engine.trained_model import Trained
 
-        torch.set_num_threads(self.threads)
-        limit_gpu_memory(self.gpus)
-        self.trained = Trained(self.weights, self.device, self.precision)
+        workers = self.network.workers
+        torch.set_num_threads(workers.threads)
+        limit_gpu_memory(workers.gpus)
+        self.trained = Trained(self.network.weights, workers.device, self.network.precision)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return, for a batch with columns image and index, index and logits."""
@@ -183,7 +180,8 @@ class Scorer:
 class Network:
     """A network on its workers."""
 
-    scorer: dict[str, Any]
+    weights: "Weights"
+    precision: Any
     workers: "Workers"
 
     def logits(self, tables: Sequence[pa.Table]) -> list["Tensor"]:
@@ -197,10 +195,7 @@ class Network:
         )
         block = min(BLOCK, -(-len(table) // max(1, self.workers.count)))
         parts = [table.slice(start, block) for start in range(0, len(table), block)]
-        if self.workers.count == 0:
-            answers = list(map(Scorer(**self.scorer), parts))
-        else:
-            answers = run_job(parts, self.scorer, self.workers)
+        answers = run_job(parts, self) if self.workers.count else list(map(Scorer(self), parts))
         logits = from_lists(pa.concat_tables(answers).sort_by("index")["logits"])
         return [torch.from_numpy(part.copy()) for part in np.split(logits, bounds[1:-1])]
 
@@ -230,17 +225,10 @@ def connect(
             workers = sizing.size(request.count, *request.sizing)
         with screen.line() as line:
             make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
-    scorer = {
-        "weights": weights,
-        "precision": precision,
-        "device": workers.device,
-        "gpus": workers.gpus,
-        "threads": workers.threads,
-    }
-    return Network(scorer, workers)
+    return Network(weights, precision, workers)
 
 
-def run_job(parts: list[pa.Table], scorer: dict[str, Any], workers: "Workers") -> list[pa.Table]:
+def run_job(parts: list[pa.Table], network: Network) -> list[pa.Table]:
     """Return the answers of the workers; the job is run again if one of them dies.
 
     Raises:
@@ -250,11 +238,12 @@ def run_job(parts: list[pa.Table], scorer: dict[str, Any], workers: "Workers") -
     from ray.exceptions import RayActorError
 
     ray.data.DataContext.get_current().enable_progress_bars = False
+    workers = network.workers
     options: dict[str, Any] = {"max_restarts": 0}  # Ray prints an error about actors that it may restart
     with warnings.catch_warnings(action="ignore"):  # the option has no name of its own
         dataset = ray.data.from_blocks([part.select(["image", "index"]) for part in parts]).map_batches(
             Scorer,
-            fn_constructor_kwargs=scorer,
+            fn_constructor_args=(network,),
             batch_size=BLOCK,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=workers.count),

@@ -3,10 +3,10 @@
 # Ray and PyTorch take seconds to import: see `training`.
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -167,9 +167,7 @@ def run(prepared: PreparedComparison, screen: "Screen", tracking: Tracking) -> N
 
     def stop(thread: Thread) -> None:
         searcher.stop()
-        deadline = time.monotonic() + STOP_SECONDS
-        while thread.is_alive() and time.monotonic() < deadline:
-            thread.join(0.1)
+        thread.join(STOP_SECONDS)
 
     redraw = Refresher(lambda: write_comparison(folder)) if prepared.request.report else lambda: None
 
@@ -203,13 +201,10 @@ def finish(prepared: PreparedComparison, screen: "Screen", show: Show) -> None:
     finished = [read_finished(prepared.study.run(trial).folder) for trial in finals if trial.status == "finished"]
     order = list(request.recipes)
     finished.sort(key=lambda run: (order.index(run.run["model"]), run.run["seed"]))
-    if request.report:
-        with screen.waiting("Drawing the reports of the runs"):
-            for each in finished:
-                explain(lambda each=each: write_run(RunFolder.at(each.folder), prepared.source))  # type: ignore[misc]
-    else:
+    draw, doing = (write_run, "Drawing the reports") if request.report else (keep_pictures, "Keeping the pictures")
+    with screen.waiting(f"{doing} of the runs"):
         for each in finished:
-            explain(lambda each=each: keep_pictures(RunFolder.at(each.folder), prepared.source))  # type: ignore[misc]
+            explain(partial(draw, RunFolder.at(each.folder), prepared.source))
     if finished:
         more = {
             "search": {model: describe_search(searcher, model) for model in request.recipes if request.search},
