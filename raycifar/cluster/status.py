@@ -6,9 +6,10 @@ otherwise in this process. It is stored as JSON; keys of another version are ign
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from raycifar.storage.records import EpochRecord, checked
@@ -183,24 +184,23 @@ class StatusStore:
         self._put("stop", True)
 
     def _put(self, topic: str, value: Any) -> None:
-        content = json.dumps(value).encode()
-        if in_a_cluster():
-            from raycifar.cluster import ray_internals
-            from raycifar.cluster.watch import answered
-
-            answered(lambda: ray_internals.kv_put(f"raycifar/{self.key}/{topic}", content))
-        else:
-            _here[f"{self.key}/{topic}"] = content
+        put, _ = store()
+        put(f"raycifar/{self.key}/{topic}", json.dumps(value).encode())
 
     def _get(self, topic: str) -> Any:
-        if in_a_cluster():
-            from raycifar.cluster import ray_internals
-            from raycifar.cluster.watch import answered
-
-            content = answered(lambda: ray_internals.kv_get(f"raycifar/{self.key}/{topic}"))
-        else:
-            content = _here.get(f"{self.key}/{topic}")
+        _, get = store()
+        content = get(f"raycifar/{self.key}/{topic}")
         return None if content is None else json.loads(content)
+
+
+def store() -> tuple[Callable[[str, bytes], None], Callable[[str], bytes | None]]:
+    """Return how a value is put under a key, and how it is got."""
+    if not in_a_cluster():
+        return _here.__setitem__, _here.get
+    from raycifar.cluster.ray_internals import kv_get, kv_put
+    from raycifar.cluster.watch import answered
+
+    return lambda key, content: answered(partial(kv_put, key, content)), lambda key: answered(partial(kv_get, key))
 
 
 def in_a_cluster() -> bool:

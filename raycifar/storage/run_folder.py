@@ -33,6 +33,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
+from itertools import filterfalse
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -499,18 +500,12 @@ class RunFolder:
 
 def local_names(folder: str, kind: fs.FileType) -> list[str]:
     """Return what `RunFolder.file_names` does, of a disk; names that aren't UTF-8, as no run's is, are passed over."""
-    if not os.path.lexists(folder):
-        return []
-    names = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not (entry.is_file if kind == fs.FileType.File else entry.is_dir)(follow_symlinks=False):
-                continue
-            if is_utf8(entry.name):
-                names.append(entry.name)
-            else:
-                notice(f"{folder}/{entry.name} is passed over: its name isn't UTF-8.")
-    return sorted(names)
+    is_one = Path.is_file if kind == fs.FileType.File else Path.is_dir
+    entries = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    names = [path.name for path in entries if is_one(path) and not path.is_symlink()]
+    for name in filterfalse(is_utf8, names):
+        notice(f"{folder}/{name} is passed over: its name isn't UTF-8.")
+    return sorted(filter(is_utf8, names))
 
 
 def checkpoint_name(epoch: int, step: int) -> str:
