@@ -64,8 +64,13 @@ class Program(Command):
         super().__init__(*args, storage=None, env=env, cwd=file.parent)
 
 
-class Compare(Command):
-    command = "raycifar.compare"
+def named(command: str) -> type[Command]:
+    """Return the command of a name: `python -m raycifar.NAME`."""
+    return type(command.capitalize(), (Command,), {"command": f"raycifar.{command}"})
+
+
+Bench, Compare, Evaluate, Export = map(named, ("bench", "compare", "evaluate", "export"))
+Data, Predict, Recipes, Report, Speedrun = map(named, ("data", "predict", "recipes", "report", "speedrun"))
 
 
 def free_ports(count: int) -> list[int]:

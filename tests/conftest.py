@@ -15,11 +15,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 import psutil
 import pytest
 import ray
 import torch
+from click.testing import CliRunner
 from command import Command, finish, free_ports, reset_auth_token_state
 from cpus import free_cpus, who_has_them
 from ray.cluster_utils import Cluster
@@ -168,6 +170,26 @@ def train(tmp_path):
 
     def run(*args, code=0, storage=tmp_path / "runs", env=None):
         return finish(Command(*args, storage=storage, env=env), code)
+
+    return run
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Run a command in this process; return its exit code and what it said."""
+
+    def leave(code, sentence=None, *more, **options):
+        if sentence:
+            click.echo(sentence, err=True)
+        raise SystemExit(code)
+
+    monkeypatch.setattr("raycifar.command.leave", leave)
+    monkeypatch.setattr("raycifar.command.end_at_second_signal", lambda: None)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+
+    def run(command, *args, answer=None):
+        done = CliRunner().invoke(command, [*map(str, args)], input=answer)
+        return done.exit_code, done.output
 
     return run
 

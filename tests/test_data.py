@@ -1,14 +1,10 @@
 """`raycifar data`: what a data set holds, and taking it elsewhere."""
 
 import pytest
-from command import Command, finish
+from command import Data, finish
 
 from raycifar.data import CIFAR100
 from raycifar.data.sources import load
-
-
-class Data(Command):
-    command = "raycifar.data"
 
 
 def test_a_data_set_is_described(small):

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from command import Command, finish
+from command import Evaluate, finish
 from conftest import RUN, ps, wait_until, write_archive
 
 from raycifar.data import CIFAR100
@@ -25,10 +25,6 @@ from raycifar.terminal import Screen
 from raycifar.workflows import evaluation
 from raycifar.workflows.duplicates import find_duplicates
 from raycifar.workflows.evaluation import EvaluationRequest
-
-
-class Evaluate(Command):
-    command = "raycifar.evaluate"
 
 
 @pytest.fixture
@@ -112,6 +108,13 @@ def evaluate_here(network, data, out):
     with ExitStack() as connection:
         evaluation.evaluate(request, Screen(quiet=True), connection)
     return json.loads((out / "evaluation.json").read_text()), (out / "evaluation.html").read_text()
+
+
+def test_a_page_that_can_not_be_drawn_leaves_no_file(trained, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "to_page", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate_here(trained, small, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # Photographs on both sides --------------------------------------------------------------------------

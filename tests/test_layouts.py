@@ -263,6 +263,24 @@ def test_an_array_is_looked_at_before_it_is_made(tmp_path):
         load(str(tmp_path / "a.npz"))
 
 
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (b"", "holds a bytes, not the dictionary of cifar-100-python"),
+        ({"data": b"", "fine_labels": []}, "a bytes stands where an array should"),
+        ({"data": b"x", "fine_labels": []}, "a bytes stands where an array should"),
+        ({"data": {}, "fine_labels": []}, "a dictionary stands where an array should"),
+        ({"data": np.zeros((0, 3072), np.uint8), "fine_labels": []}, "train holds no images"),
+    ],
+)
+def test_a_pickle_of_other_things_is_named_as_what_it_is_in_every_protocol(tmp_path, protocol, fields, says):
+    for split in ("train", "test"):
+        (tmp_path / split).write_bytes(pickle.dumps(fields, protocol))
+    with pytest.raises(RequestError, match=says):
+        load(str(tmp_path))
+
+
 def test_an_archive_is_refused_before_it_is_read(tmp_path):
     def zeros(path, name, size, kind=tarfile.REGTYPE):
         header = tarfile.TarInfo(name)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from command import ROOT, Command, finish
+from command import ROOT, Bench, finish
 from conftest import wait_until
 
 from raycifar.analysis.charts import scaling
@@ -29,10 +29,6 @@ from raycifar.workflows.planning import (
 
 GPUS, ONE_MACHINE = Place(use_gpu=True, shared=False, most=1), Place(use_gpu=False, shared=True, most=3)
 TINY = ("--model", "timm:test_resnet", "--pretrained", "none", "--batch-size", 50, "--limit", 200, "--val-size", 100)
-
-
-class Bench(Command):
-    command = "raycifar.bench"
 
 
 def linear(counts, place=GPUS, *, interconnect="nvlink", fixed=0.001, buckets=(1_000_000, 25_000_000)):

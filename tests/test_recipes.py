@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from command import Command, finish
+from command import Recipes, finish
 
 from raycifar import models
 from raycifar.errors import RequestError
@@ -253,10 +253,6 @@ def test_what_is_no_recipe_of_the_model_is_refused_in_a_sentence(run, tmp_path):
 
 
 # The commands ---------------------------------------------------------------------------------------
-
-
-class Recipes(Command):
-    command = "raycifar.recipes"
 
 
 def test_the_command_lists_them_and_shows_one_in_full():

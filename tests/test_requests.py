@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,8 @@ from raycifar import api, compare, train
 from raycifar.errors import RequestError
 from raycifar.models.cnn import CnnRecipe
 from raycifar.models.recipe import TRANSFER, Recipe
+from raycifar.models.recipes import recipe_for
+from raycifar.workflows.identity import describe_recipe
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest, parse_workers, to_arguments
 
 
@@ -109,6 +112,25 @@ def test_a_comparison_gives_each_model_its_own_recipe_and_hands_on_the_rest():
     trial = request.training("cnn")
     assert (trial.limit, trial.max_failures, trial.recipe.epochs, trial.checkpoint_steps) == (500, 1, 4, 200)
     assert trial.gpus_per_worker == 0.25
+
+
+OFF = Recipe()
+
+
+def test_a_recipe_is_told_by_what_differs_and_without_what_is_switched_off():
+    own = recipe_for("cnn")
+    told = describe_recipe("cnn", own)
+    assert told.startswith(
+        f"the cnn's own: epochs {own.epochs}, batch_size {own.batch_size}, optimizer {own.optimizer}"
+    )
+    off = [
+        name for name in ("muon_steps", "layer_decay", "norm_lr", "mixup") if getattr(own, name) == getattr(OFF, name)
+    ]
+    assert not [name for name in off if name in told]
+    changed = describe_recipe("cnn", replace(own, mixup=0.55, epochs=3))
+    assert changed.startswith("epochs 3, mixup 0.55; else the cnn's own: batch_size ")
+    assert changed.count("epochs") == 1
+    assert "pretrained imagenet" in describe_recipe("resnet50", recipe_for("resnet50"))
 
 
 @pytest.mark.parametrize("model", [None, 3, ["cnn"]])

@@ -232,9 +232,9 @@ def test_bad_inputs_are_refused_with_a_sentence(tmp_path, small_files, small_arr
     ("args", "words"),
     [
         (["--data", "nowhere"], "nowhere does not exist"),
-        (["--val-size", "150"], "--val-size 150 can't be divided among 100 classes"),
+        (["--val-size", "150"], "--val-size 150 can't be divided among 100 classes: give 100 or 200."),
         (["--val-size", "800"], "leaves nothing to train on"),
-        (["--limit", "50", "--val-size", "100"], "--limit 50 can't be divided among 100 classes"),
+        (["--limit", "50", "--val-size", "100"], "--limit 50 can't be divided among 100 classes: give 100."),
         (["--limit", "800", "--val-size", "100"], "700 training images remain"),
     ],
 )

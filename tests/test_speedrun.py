@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from command import Command, finish
+from command import Command, Speedrun, finish
 from conftest import checkpoints, history, wait_until
 from safetensors.torch import load_file
 
@@ -25,10 +25,6 @@ from raycifar.storage.run_folder import RunFolder
 CPU = torch.device("cpu")
 SMALL = ("--limit", 200, "--val-size", 100, "--epochs", 2, "--batch-size", 50)
 RUN = ("--recipe", "speedrun", *SMALL, "--no-report")
-
-
-class Speedrun(Command):
-    command = "raycifar.speedrun"
 
 
 # The network and its optimizer ----------------------------------------------------------------------

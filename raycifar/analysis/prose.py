@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raycifar.analysis.findings import PLAIN, Finding, count, has, listed
+from raycifar.analysis.departures import plain_value
+from raycifar.analysis.findings import PLAIN, Finding, has
 from raycifar.analysis.history import RunHistory
 from raycifar.models.recipe import Recipe, changes
 from raycifar.models.recipes import recipe_for
+from raycifar.words import count, listed
 
 PHRASES = {
     "test-differs": "the test set doesn't match the validation images",
@@ -34,13 +36,6 @@ PHRASES = {
 def headline(findings: Sequence[Finding]) -> str:
     """Return what was found, in a phrase."""
     return "; ".join(dict.fromkeys(PHRASES[finding.kind] for finding in findings)) or "nothing to read yet"
-
-
-def plain_value(value: Any) -> str:
-    """Return a recipe's value as people write it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def without_near_duplicates(
@@ -155,7 +150,7 @@ def to_command(
         if isinstance(value, bool):
             parts.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
         elif name != "pretrained":
-            parts += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+            parts += [f"--{name.replace('_', '-')}", plain_value(value)]
     return shlex.join(parts)
 
 

@@ -148,9 +148,9 @@ def split_rows(
     smallest = int(np.bincount(fine, minlength=num_classes).min())
     for option, size in (("--val-size", val_size), ("--limit", limit)):
         if size is not None and size % num_classes:
-            raise RequestError(
-                f"{option} {size} can't be divided among {num_classes} classes: give a multiple of {num_classes}."
-            )
+            less = max(0, size // num_classes) * num_classes
+            near = f"{less} or " * (less > 0) + str(less + num_classes)
+            raise RequestError(f"{option} {size} can't be divided among {num_classes} classes: give {near}.")
     if val_size < 0 or (val_size and val_size // num_classes >= smallest):
         raise RequestError(
             f"--val-size {val_size} leaves nothing to train on: the smallest class has {smallest} training images."

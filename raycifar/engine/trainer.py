@@ -316,7 +316,7 @@ class Trainer:
         )
         self.reporter.about(facts)
         if self.rank == 0:
-            self.run.write_json(RUN, {**self.run.read_json(RUN), **facts.to_json(), "training_began": time.time()})
+            self.run.write_json(RUN, {**self.run.read_json(RUN), **vars(facts), "training_began": time.time()})
 
     # Within an epoch ----------------------------------------------------------------------------------
 

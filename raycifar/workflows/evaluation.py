@@ -17,7 +17,6 @@ from raycifar.data.sources import is_location
 from raycifar.data.tables import Source, from_lists, split_rows, take, to_images, to_lists
 from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
 from raycifar.models.recipes import read_run, recipe_from_json
-from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, MANIFEST, PICTURES, PREDICTIONS, RunFolder
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images, find_duplicates
@@ -53,8 +52,6 @@ class EvaluationRequest(WorkerSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_workers(self.count)
-        if self.out is not None:
-            check_location(self.out, "--out", to_write=True)
 
 
 def evaluate(
@@ -71,7 +68,8 @@ def evaluate(
     Raises:
         RequestError: there is no such network, or there are no such images.
     """
-    folder = RunFolder.at(request.network)
+    folder, predictions = RunFolder.at(request.network), None
+    out = RunFolder.for_output(request.out) if request.out is not None else None
     run = None if folder.name.endswith(".safetensors") else read_run(folder)
     with screen.waiting("Loading PyTorch"):
         from raycifar.engine.trained_model import check_finite, read_weights
@@ -85,14 +83,16 @@ def evaluate(
     if request.data and is_location(request.data) and (corruptions := find_corruptions(request.data)):
         if request.split != "test":
             raise RequestError(f"--split {request.split}: {request.data} holds test images alone.")
+        out = out or RunFolder.for_output("evaluation")
         network = connect(weights, precision, request, screen, connection, debug=debug)
         scores = score_corruptions(corruptions, ask, screen)
         evaluation = {"network": request.network, "data": request.data, "split": "test", **scores}
-        folder = RunFolder.at(request.out or "evaluation")
     else:
         with screen.waiting("Reading the images"):
             source = load_images(run, request.data, test_alone=request.split == "test")
         own = is_source_of(source, run)
+        # What a run predicted of its own test set is its own, and nothing else may replace it.
+        out = out or RunFolder.for_output(request.network if own and request.split == "test" else "evaluation")
         copies = find_copies(run, source, screen) if run and own and request.split == "test" else None
         if request.split == "test" and len(source.train):
             warn_of_leaks(source, screen)
@@ -105,14 +105,14 @@ def evaluate(
         evaluation = {"network": request.network, "data": source.name, "split": request.split, **scores}
         if run and request.split == "test":
             evaluation["findings"] = hold_against_validation(folder, run, scores, logits, table)
-        # What a run predicted of its own test set is its own, and nothing else may replace it.
-        folder = RunFolder.at(request.out or (request.network if own and request.split == "test" else "evaluation"))
-        folder.write(PREDICTIONS, predictions)
-        if folder.exists(MANIFEST):
-            folder.seal(PREDICTIONS)
-    folder.write_json(EVALUATION, evaluation)
-    folder.write(EVALUATION_PAGE, to_page(evaluation, RunFolder.at(request.network).name).encode())
-    return evaluation, folder
+    page = to_page(evaluation, folder.name).encode()  # before anything is written
+    if predictions is not None:
+        out.write(PREDICTIONS, predictions)
+        if out.exists(MANIFEST):
+            out.seal(PREDICTIONS)
+    out.write_json(EVALUATION, evaluation)
+    out.write(EVALUATION_PAGE, page)
+    return evaluation, out
 
 
 def find_copies(run: dict[str, Any], source: Source, screen: "Screen") -> np.ndarray:
@@ -150,11 +150,7 @@ def hold_against_validation(
 class Scorer:
     """Asks the network, on a worker of Ray Data."""
 
-    weights: "Weights"
-    precision: Any
-    device: str
-    gpus: float
-    threads: int
+    network: "Network"
 
     def __post_init__(self) -> None:
         import torch
@@ -162,9 +158,10 @@ class Scorer:
         from raycifar.engine.hardware import limit_gpu_memory
         from raycifar.engine.trained_model import Trained
 
-        torch.set_num_threads(self.threads)
-        limit_gpu_memory(self.gpus)
-        self.trained = Trained(self.weights, self.device, self.precision)
+        workers = self.network.workers
+        torch.set_num_threads(workers.threads)
+        limit_gpu_memory(workers.gpus)
+        self.trained = Trained(self.network.weights, workers.device, self.network.precision)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return, for a batch with columns image and index, index and logits."""
@@ -179,7 +176,8 @@ class Scorer:
 class Network:
     """A network on its workers."""
 
-    scorer: dict[str, Any]
+    weights: "Weights"
+    precision: Any
     workers: "Workers"
 
     def logits(self, tables: Sequence[pa.Table]) -> list["Tensor"]:
@@ -193,10 +191,7 @@ class Network:
         )
         block = min(BLOCK, -(-len(table) // max(1, self.workers.count)))
         parts = [table.slice(start, block) for start in range(0, len(table), block)]
-        if self.workers.count == 0:
-            answers = list(map(Scorer(**self.scorer), parts))
-        else:
-            answers = run_job(parts, self.scorer, self.workers)
+        answers = run_job(parts, self) if self.workers.count else list(map(Scorer(self), parts))
         logits = from_lists(pa.concat_tables(answers).sort_by("index")["logits"])
         return [torch.from_numpy(part.copy()) for part in np.split(logits, bounds[1:-1])]
 
@@ -223,22 +218,13 @@ def connect(
             import ray.data  # noqa: F401 (it sets the level of its log, which the connection then lowers)
 
             connection.enter_context(connected(debug=debug))
-            workers = sizing.size(
-                request.count, request.device, request.cpus_per_worker, request.gpus_per_worker, request.accelerator
-            )
+            workers = sizing.size(request.count, *request.sizing)
         with screen.line() as line:
             make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
-    scorer = {
-        "weights": weights,
-        "precision": precision,
-        "device": workers.device,
-        "gpus": workers.gpus,
-        "threads": workers.threads,
-    }
-    return Network(scorer, workers)
+    return Network(weights, precision, workers)
 
 
-def run_job(parts: list[pa.Table], scorer: dict[str, Any], workers: "Workers") -> list[pa.Table]:
+def run_job(parts: list[pa.Table], network: Network) -> list[pa.Table]:
     """Return the answers of the workers; the job is run again if one of them dies.
 
     Raises:
@@ -248,11 +234,12 @@ def run_job(parts: list[pa.Table], scorer: dict[str, Any], workers: "Workers") -
     from ray.exceptions import RayActorError
 
     ray.data.DataContext.get_current().enable_progress_bars = False
+    workers = network.workers
     options: dict[str, Any] = {"max_restarts": 0}  # Ray prints an error about actors that it may restart
     with warnings.catch_warnings(action="ignore"):  # the option has no name of its own
         dataset = ray.data.from_blocks([part.select(["image", "index"]) for part in parts]).map_batches(
             Scorer,
-            fn_constructor_kwargs=scorer,
+            fn_constructor_args=(network,),
             batch_size=BLOCK,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=workers.count),

@@ -9,7 +9,6 @@ import psutil
 
 from raycifar.errors import RequestError
 from raycifar.machine import available_cpus
-from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import SPEEDRUN, RunFolder
 from raycifar.workflows.requests import TrainingRequest
 from raycifar.workflows.training import read_inputs
@@ -33,11 +32,11 @@ def speedrun(
     Raises:
         RequestError: the request is wrong; nothing was started.
     """
-    check_location(out, "--out", to_write=True)
     recipe = request.recipe
     for name, usual in (("pretrained", "none"), ("head_epochs", 0)):
         if (value := getattr(recipe, name)) != usual:
             raise RequestError(f"{name} is {value}: the clock is for training from scratch, so for {name} {usual}.")
+    folder = RunFolder.for_output(out)
     with screen.waiting(f"Reading {request.data}"):
         inputs = read_inputs(request)
     source, architecture = inputs.source, replace(inputs.start.architecture, tta_flip=False)
@@ -88,7 +87,6 @@ def speedrun(
         if found["runs"]:
             found |= {name: mean_interval([run[name] for run in found["runs"]]) for name in MEANS}
             show(found)  # first, so that no figure is lost where the file can't be written
-            folder = RunFolder.at(out)
             folder.write_json(SPEEDRUN, found)
             screen.say(f"Written to {folder.folder}: {SPEEDRUN}")
 

@@ -16,7 +16,7 @@ from raycifar.storage.pickles import Dissector, is_array, to_array, to_bytes
 
 NUMPY = ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
 NAMES = {  # in copies of CIFAR-100
-    *("numpy.ndarray", "numpy.dtype", "_codecs.encode", "collections.OrderedDict"),
+    *("numpy.ndarray", "numpy.dtype", "_codecs.encode", "collections.OrderedDict", "__builtin__.bytes"),
     *(f"{core}.{name}" for core in ("numpy.core", "numpy._core") for name in NUMPY),
 }
 
