@@ -186,9 +186,9 @@ def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Findin
     """Return the jump of the loss from which a run never came back, if there is one."""
     if has(found, "collapse", "divergence"):
         return []
-    (name, losses), train = judged_loss(history), history.column("train_loss")
+    (name, losses, top1), train = judged(history), history.column("train_loss")
     for k, z in jumps(losses):
-        if not recovers(losses, k) and train[-1] > train[:k].min():  # else training goes on: it is overfitting
+        if not recovers(losses, top1, k) and train[-1] > train[:k].min():  # else training goes on: it is overfitting
             cause, metrics = explain_spike(history, k)
             evidence = (
                 f"At epoch {k + 1}, the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {times(z)} its "
@@ -312,10 +312,10 @@ def spread_of_changes(values: np.ndarray) -> float:
     return float(stats.median_abs_deviation(changes, scale="normal")) if len(changes) else math.inf
 
 
-def judged_loss(history: RunHistory) -> tuple[str, np.ndarray]:
-    """Return the loss by which jumps are judged, and its name: validation's, where images are held out."""
-    name, column = ("validation", "val_loss") if history.num_val else ("training", "train_loss")
-    return name, history.column(column)
+def judged(history: RunHistory) -> tuple[str, np.ndarray, np.ndarray]:
+    """Return the name of the split by which jumps are judged, validation where there is one, its loss and accuracy."""
+    name, split = ("validation", "val") if history.num_val else ("training", "train")
+    return name, history.column(f"{split}_loss"), history.column(f"{split}_top1")
 
 
 def jumps(losses: np.ndarray) -> list[tuple[int, float]]:
@@ -330,22 +330,23 @@ def jumps(losses: np.ndarray) -> list[tuple[int, float]]:
     return [(k, float(scores[k - 1])) for k in range(1, len(losses) - 1) if scores[k - 1] > SPIKE_SIGMAS]
 
 
-def recovers(losses: np.ndarray, k: int) -> bool:
-    """Return whether at least half of the rise at epoch k is undone later."""
-    return bool(losses[k + 1 :].min() < (losses[k - 1] + losses[k]) / 2)
+def recovers(losses: np.ndarray, top1: np.ndarray, k: int) -> bool:
+    """Return whether at least half of the loss's rise at epoch k, and of accuracy's fall, is undone later."""
+    loss, accuracy = ((values[k - 1] + values[k]) / 2 for values in (losses, top1))
+    return bool(losses[k + 1 :].min() < loss and top1[k + 1 :].max() >= accuracy)
 
 
 def spikes(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     if has(found, "collapse", "divergence"):
         return []
-    (name, losses), val = judged_loss(history), history.num_val
-    top1, n = history.column("val_top1" if val else "train_top1"), val or history.num_train
+    (name, losses, top1), val = judged(history), history.num_val
+    n = val or history.num_train
     noise = history.column("val_loss_se") * math.sqrt(2) if val else np.zeros(len(losses))
     advice = calm(history)
     recovered = []
     for k, z in jumps(losses):
         dip = (top1[k - 1] - top1[k]) / (standard_error(top1[k], n) * math.sqrt(2))
-        if recovers(losses, k) and dip > SIGMAS and losses[k] - losses[k - 1] > SIGMAS * noise[k]:
+        if recovers(losses, top1, k) and dip > SIGMAS and losses[k] - losses[k - 1] > SIGMAS * noise[k]:
             recovered.append((k, z))
     result = []
     for k, z in sorted(sorted(recovered, key=lambda jump: -jump[1])[:MOST_SPIKES]):
