@@ -581,9 +581,9 @@ def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     gain = max(0.0, high) * len(late)
     if history.unfinished or gain > 2 * 1.96 * noise:  # before the end, a falling learning rate may still help
         return []
+    stalls = "hardly rises" if low > 0 else "no longer rises"
     evidence = (
-        f"{span(epochs)} validation accuracy no longer rises: it changes by {change(slope)} points per epoch "
-        f"{interval}."
+        f"{span(epochs)} validation accuracy {stalls}: it changes by {change(slope)} points per epoch {interval}."
     )
     if history.decayed:
         evidence += " The learning rate has fallen to the end of its schedule, so more of the same would change little."

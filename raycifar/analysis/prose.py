@@ -40,7 +40,7 @@ def plain_value(value: Any) -> str:
     """Return a recipe's value as people write it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
 def without_near_duplicates(
