@@ -9,6 +9,7 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ MARKERS = "osD^vP"
 COMPARED = {"val_top1": "validation accuracy", "train_loss": "training loss"}
 FEW_RUNS = 3  # are drawn one by one
 MOST_ROWS = 20  # of a chart
+LONG_NAME = 24  # characters: of a model that is named with its recipe
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -209,7 +211,10 @@ def draw_bands(axes: Axes, groups: dict[str, np.ndarray], ylabel: str) -> None:
             axes.fill_between(epochs, low, high, color=color, alpha=0.18, linewidth=0)
         elif len(values) > 1:
             axes.plot(epochs, values.T, color=color, marker=marker, linewidth=0.6, alpha=0.6)
-    axes.legend(loc="best")
+    if max(map(len, groups), default=0) <= LONG_NAME:
+        axes.legend(loc="best")
+    else:  # above the curves, or it hides them
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def bands(groups: dict[str, np.ndarray], ylabel: str, description: str) -> str:
@@ -256,7 +261,7 @@ def scatter(models: Mapping[str, tuple[float, Sequence[float]]], xlabel: str, de
             if len(top1) > 1:
                 axes.plot([cost] * len(top1), top1, ".", color=color, markersize=5, alpha=0.7)
             axes.plot(cost, means[model], MARKERS[k % len(MARKERS)], color=color, markersize=7)
-            axes.annotate(model, (cost, means[model]), (7, 5), textcoords="offset points")
+            axes.annotate(fill(model, LONG_NAME), (cost, means[model]), (7, 5), textcoords="offset points")
         axes.margins(0.25)
         plain_log(axes, "x")
         costs = [cost for cost, _ in models.values()]
@@ -320,9 +325,9 @@ def differences(pairs: Sequence[dict[str, Any]], description: str) -> str:
             axes.plot([100 * pair["low"], 100 * pair["high"]], [k, k], color=BLUE, linewidth=1.8)
             axes.plot(100 * pair["difference"], k, "o", color=BLUE)
         axes.axvline(0, color=INK, linewidth=0.8, linestyle="--")
-        axes.set_yticks(range(len(pairs)), [f"{pair['a']} − {pair['b']}" for pair in reversed(pairs)])
-        axes.set(xlabel="difference in test accuracy (points)", ylim=(-0.6, len(pairs) - 0.4))
         names = [f"{pair['a']} − {pair['b']}" for pair in reversed(pairs)]
+        axes.set_yticks(range(len(pairs)), [fill(name, 2 * LONG_NAME) for name in names])
+        axes.set(xlabel="difference in test accuracy (points)", ylim=(-0.6, len(pairs) - 0.4))
         series = {key: [100 * pair[key] for pair in reversed(pairs)] for key in ("difference", "low", "high")}
         rows = values_of(axes, "difference (points)", range(len(pairs)), series, names=names, along="y")
         return to_svg(figure, description, rows)
