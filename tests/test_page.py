@@ -223,6 +223,7 @@ def test_a_comparison_says_its_verdict_once():
     runs = [RunFiles(model, made_up(epochs=2, run={"model": model}), None, None) for model in ("cnn", "vgg16")]
     scores = {key: {"mean": 0.5, "low": None, "high": None, "n": 1} for key in ("top1", "top5", "loss")}
     costs = {"parameters": 1, "flops": 1, "images_per_second": 1.0, "device_seconds": 1.0, "cost": None}
-    comparison = {"models": {run.name: {"runs": [run.name], **scores, **costs} for run in runs}, "pairs": [pair_of()]}
+    models = {run.name: {"runs": [run.name], "seeds": [0], **scores, **costs} for run in runs}
+    comparison = {"models": models, "pairs": [pair_of()]}
     page = comparison_page(report_comparison("c", runs, comparison), runs, comparison, {})
     assert re.sub("<svg.*?</svg>", "", page, flags=re.DOTALL).count("Nothing is certain.") == 1

@@ -32,7 +32,7 @@ PAGES = {
 }
 
 # The README's commands. What each of them writes is kept in FOLDER, for the README to quote.
-TRAIN = "train --model cnn --limit 2000 --val-size 1500 --epochs 10 --batch-size 64"
+TRAIN = "train --model cnn --limit 5000 --val-size 2000 --epochs 20"
 COMMANDS = {
     "first": f"{TRAIN} --augment none --workers 0 --name first",
     "report": "report results/first",
