@@ -45,7 +45,7 @@ class Provoked:
     that must be blamed. changes: of the recipe. train, val: images.
     lengths: numbers of epochs in which it can be seen. seeds: of each. thin: the fraction of the cnn's filters that the
     network has, as a divisor. batch_norm: whether it has any. burst: the factor by which the learning rate is too high
-    in a single epoch, in mid-run.
+    in a single epoch, in mid-run. test: whether the test set is scored.
     """
 
     found: set[str]
@@ -59,6 +59,7 @@ class Provoked:
     thin: int = 8
     batch_norm: bool = True
     burst: float = 1.0
+    test: bool = False
 
 
 SMALL = {"batch_size": 32, "lr": 0.02}
@@ -86,6 +87,19 @@ PROVOKED = {
     "has a gap": Provoked({"generalization-gap"}, changes=SMALL, train=1500, val=1000, lengths=(25,)),
     "spikes": Provoked({"spike"}, UNDERFITS, changes=CALM, train=2000, val=1500, lengths=(25,), burst=30.0),
     "is validated by few": Provoked({"validation-noise"}, GAP | UNDERFITS, changes=SMALL, train=2000, val=100),
+}
+
+# Milder forms, of which docs/report.md shows the charts.
+PICTURED = {
+    "never recovers": Provoked(
+        {"divergence"}, changes={**CALM, "clip_norm": 0.0}, train=800, val=1000, lengths=(12,), seeds=1, burst=60.0
+    ),
+    "is unstable": Provoked(
+        {"learning-rate-high"}, BROKEN, changes={**MANY_STEPS, "lr": 2.0}, train=800, lengths=(8,), seeds=1
+    ),
+    "differs by seed": Provoked(
+        set(), UNDERFITS | BROKEN, changes={"batch_size": 32, "lr": 1.0}, lengths=(8,), test=True
+    ),
 }
 
 
@@ -119,7 +133,7 @@ def record(disease: Provoked, epochs: int, seed: int, data: str) -> dict[str, An
             "cnn", epochs=epochs, **disease.changes, val_size=disease.val, limit=disease.train, seed=seed, name="a",
             workers=0, device="cpu", data=data, storage=storage, report=False,
         )  # fmt: skip
-        object.__setattr__(request, "test", False)
+        object.__setattr__(request, "test", disease.test)
         try:
             train(request, Screen(quiet=True), ExitStack())
         except WorkError as error:
@@ -159,8 +173,9 @@ def file_of(name: str) -> Path:
 def main(data: str, seconds: float = math.inf) -> None:
     torch.set_num_threads(1)
     ends = time.monotonic() + seconds
-    for seed in range(max(disease.seeds for disease in PROVOKED.values())):
-        for name, disease in PROVOKED.items():
+    diseases = PROVOKED | PICTURED
+    for seed in range(max(disease.seeds for disease in diseases.values())):
+        for name, disease in diseases.items():
             there = {(run.recipe.epochs, run.run["seed"]) for run in recorded(name)}
             for epochs in disease.lengths if seed < disease.seeds else ():
                 if (epochs, seed) in there:

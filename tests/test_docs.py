@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -35,7 +36,7 @@ from raycifar.storage.run_folder import (
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-DRAWN = sorted(path for path in (DOCS / "pictures").iterdir() if path.suffix in (".png", ".svg"))
+DRAWN = sorted(path for path in (DOCS / "pictures").rglob("*") if path.suffix in (".png", ".svg"))
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]+) -->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r'(?:\]\(|src(?:set)?=")([^)"#:]+)(?:#[^)"]*)?[)"]')
 SMALL = {"limit": 100, "val_size": 100, "epochs": 1, "batch_size": 20}
@@ -214,4 +215,14 @@ def test_a_picture_is_small_and_there_in_light_and_dark(picture):
     assert picture.stat().st_size < 200_000
     kind, other = ("light", "dark") if picture.stem.endswith("light") else ("dark", "light")
     assert picture.with_stem(picture.stem.replace(kind, other)).exists()
+    if picture.parent.name == "findings":
+        assert "prefers-color-scheme: dark" in picture.read_text()
     assert any(picture.name in page.read_text() for page in PAGES)
+
+
+def test_the_page_of_findings_quotes_what_is_found_in_the_runs_that_it_shows():
+    text = " ".join((DOCS / "report.md").read_text().replace("\n>", "\n").split())
+    for finding, _ in runpy.run_path(str(DOCS / "pictures/findings.py"))["found"]():
+        section = text.partition(f"### `{finding.kind}`")[2].partition("###")[0]
+        assert f"pictures/findings/{finding.kind}.svg" in section
+        assert f"{finding.evidence} **{finding.advice}**" in section

@@ -217,3 +217,13 @@ def test_one_model_with_two_recipes_is_drawn_as_two_and_its_runs_are_no_seeds_of
 def test_no_command_compares_two_recipes_of_a_model():
     runs = [RunFiles(name, made_up(epochs=2, recipe={"augment": name}), None, None) for name in ("crop", "none")]
     assert report_comparison("c", runs, {"models": {}, "pairs": [pair_of()]})["next"] == []
+
+
+def test_a_comparison_says_its_verdict_once():
+    runs = [RunFiles(model, made_up(epochs=2, run={"model": model}), None, None) for model in ("cnn", "vgg16")]
+    scores = {key: {"mean": 0.5, "low": None, "high": None, "n": 1} for key in ("top1", "top5", "loss")}
+    costs = {"parameters": 1, "flops": 1, "images_per_second": 1.0, "device_seconds": 1.0, "cost": None}
+    models = {run.name: {"runs": [run.name], "seeds": [0], **scores, **costs} for run in runs}
+    comparison = {"models": models, "pairs": [pair_of()]}
+    page = comparison_page(report_comparison("c", runs, comparison), runs, comparison, {})
+    assert re.sub("<svg.*?</svg>", "", page, flags=re.DOTALL).count("Nothing is certain.") == 1

@@ -7,9 +7,9 @@ import json
 from collections import Counter
 
 import pytest
-from provoked import FOLDER, LENGTHS, PROVOKED, TRENDS, recorded, to_history
+from provoked import FOLDER, LENGTHS, PICTURED, PROVOKED, TRENDS, recorded, to_history
 
-from raycifar.analysis.findings import COARSE, Finding, diagnose, generalization_gap
+from raycifar.analysis.findings import COARSE, Finding, diagnose, generalization_gap, seed_variance
 from raycifar.analysis.history import RunHistory
 
 WHOLE = FOLDER.parent / "whole.jsonl"  # runs on all 45,000 images, up to 185 epochs, on an H100
@@ -38,9 +38,9 @@ def healthy_readings() -> list[tuple[str, int, set[str]]]:
     return readings
 
 
-@pytest.mark.parametrize("name", PROVOKED)
+@pytest.mark.parametrize("name", PROVOKED | PICTURED)
 def test_what_is_provoked_is_found_and_nothing_else(name):
-    disease, runs = PROVOKED[name], list(recorded(name))
+    disease, runs = (PROVOKED | PICTURED)[name], list(recorded(name))
     assert {run.recipe.epochs for run in runs} == set(disease.lengths)
     for run in runs:
         found = {finding.kind: finding for finding in diagnose(run)}
@@ -51,6 +51,11 @@ def test_what_is_provoked_is_found_and_nothing_else(name):
         assert "healthy" not in found, where
         if disease.cause:
             assert any(disease.cause in finding.metrics.get("recipe", {}) for finding in found.values()), where
+
+
+def test_seeds_of_an_unstable_recipe_differ_by_more_than_sampling():
+    tests = [run.result["test"] for run in recorded("differs by seed")]
+    assert seed_variance("cnn", [test["top1"] for test in tests], tests[0]["images"])
 
 
 def test_healthy_runs_are_alarmed_at_most_once_in_fifty_readings():

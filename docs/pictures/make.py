@@ -28,28 +28,32 @@ PAGES = {
     "report": ("results/first", 1380),
     "dead": ("study/dead", 1060),
     "black": ("study/black", 1060),
-    "comparison": ("study/both", 450),
+    "comparison": ("results/both", 806),
 }
 
-# The run of the README.
-FIRST = "train --model cnn --limit 5000 --val-size 2000 --epochs 20 --augment none --workers 0 --name first"
-# Two runs of the study.
-BOTH = "compare study/cnn-0 study/dead --name both --storage study"
+# The README's commands. What each of them writes is kept in FOLDER, for the README to quote.
+TRAIN = "train --model cnn --limit 5000 --val-size 2000 --epochs 20"
+COMMANDS = {
+    "first": f"{TRAIN} --augment none --workers 0 --name first",
+    "report": "report results/first",
+    "second": f"{TRAIN} --workers 0 --name second",
+    "both": "compare results/first results/second --name both",
+}
 
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "pictures-runs").resolve()
     folder.mkdir(exist_ok=True)
-    said = folder / "first.txt"
-    if not said.exists():
-        said.write_text(raycifar(FIRST, folder))
+    for name, command in COMMANDS.items():
+        said = folder / f"{name}.txt"
+        if not said.exists():
+            said.write_text(raycifar(command, folder))
     run_study(folder)
-    raycifar(BOTH, folder)
     for name, theme in (("light", DEFAULT_TERMINAL_THEME), ("dark", SVG_EXPORT_THEME)):
-        draw_terminal(said.read_text(), folder, theme, PICTURES / f"terminal-{name}.svg")
+        draw_terminal((folder / "first.txt").read_text(), folder, theme, PICTURES / f"terminal-{name}.svg")
         for picture, (run, height) in PAGES.items():
             photograph((folder / run / "report.html").as_uri(), PICTURES / f"{picture}-{name}.png", 1040, height)
-        photograph_tensorboard(folder / "study", PICTURES / f"tensorboard-{name}.png")
+        photograph_tensorboard(folder / "results", PICTURES / f"tensorboard-{name}.png")
 
 
 def raycifar(command: str, folder: Path) -> str:
@@ -60,22 +64,22 @@ def raycifar(command: str, folder: Path) -> str:
 
 
 def run_study(folder: Path) -> None:
-    """Execute the study's notebook, without what needs a download."""
+    """Train the study's two networks that score 0.01, by those cells of its notebook that do so."""
     notebook = nbformat.read(PICTURES.parent / "study.ipynb", 4)
-    notebook["cells"] = [cell for cell in notebook["cells"] if "download" not in cell["metadata"].get("tags", ())]
+    notebook["cells"] = [cell for cell in notebook["cells"] if "picture" in cell["metadata"].get("tags", ())]
     print("Executing study.ipynb", flush=True)
     nbclient.NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(folder)}}).execute()
 
 
 def draw_terminal(text: str, folder: Path, theme: TerminalTheme, picture: Path) -> None:
-    """Draw what a command wrote, without the lines on steps of slow machines, and without this machine's paths."""
+    """Draw what the first run wrote, without the lines on steps of slow machines, and without this machine's paths."""
     for path, name in ((os.environ.get("RAYCIFAR_DATA"), "cifar100"), (f"{folder}/", "")):
         text = text.replace(path, name) if path else text
     lines = [line for line in text.splitlines() if ", step " not in line and not line.endswith(" …")]
     epochs = [line for line in lines if line.startswith("epoch ")]
     hidden = set(epochs[3:-3])
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), highlight=False, markup=False, emoji=False)
-    console.print(f"$ raycifar {FIRST}")
+    console.print(f"$ raycifar {COMMANDS['first']}")
     for line in lines:
         if line not in hidden:
             console.print(line)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import cycle
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ TRANSPARENT_TO_ORANGE = LinearSegmentedColormap.from_list("", [to_rgba(ORANGE, 0
 COMPARED = {"val_top1": "validation accuracy", "train_loss": "training loss"}
 FEW_RUNS = 3  # are drawn one by one
 MOST_ROWS = 20  # of a chart
+LONG_NAME = 24  # characters: of a model that is named with its recipe
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -217,7 +219,10 @@ def draw_bands(axes: Axes, groups: dict[str, np.ndarray], ylabel: str) -> tuple[
         elif len(values) > 1:
             axes.plot(shown + 1, values.T, color=color, marker=point, linewidth=0.6, alpha=0.6)
         means[model] = mean
-    axes.legend(loc="best")
+    if max(map(len, groups), default=0) <= LONG_NAME:
+        axes.legend(loc="best")
+    else:  # above the curves, or it hides them
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1))
     return shown + 1, means
 
 
@@ -253,7 +258,7 @@ def scatter(models: Mapping[str, tuple[float, Sequence[float]]], xlabel: str, de
         if len(top1) > 1:
             axes.plot([cost] * len(top1), top1, ".", color=color, markersize=5, alpha=0.7)
         axes.plot(cost, means[model], MARKERS[k % len(MARKERS)], color=color, markersize=7)
-        axes.annotate(model, (cost, means[model]), (7, 5), textcoords="offset points")
+        axes.annotate(fill(model, LONG_NAME), (cost, means[model]), (7, 5), textcoords="offset points")
     axes.margins(0.25)
     plain_log(axes, "x")
     costs = [cost for cost, _ in models.values()]
@@ -318,7 +323,7 @@ def differences(pairs: Sequence[dict[str, Any]], description: str) -> str:
         axes.plot(100 * pair["difference"], k, "o", color=BLUE)
     axes.axvline(0, color=INK, linewidth=0.8, linestyle="--")
     names = [f"{pair['a']} − {pair['b']}" for pair in pairs]
-    axes.set_yticks(range(len(pairs)), names)
+    axes.set_yticks(range(len(pairs)), [fill(name, 2 * LONG_NAME) for name in names])
     axes.set(xlabel="difference in test accuracy (points)", ylim=(-0.6, len(pairs) - 0.4))
     series = {key: [100 * pair[key] for pair in pairs] for key in ("difference", "low", "high")}
     rows = values_of(axes, "difference (points)", range(len(pairs)), series, names=names, along="y")

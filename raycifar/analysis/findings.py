@@ -181,9 +181,10 @@ def divergence(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
 
 def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     """Return the jump of the loss from which a run never came back, if there is one."""
-    (name, losses), train = judged_loss(history), history.column("train_loss")
+    (name, losses, top1, images), train = judged(history), history.column("train_loss")
     for k, z in jumps(losses):
-        if not recovers(losses, k) and train[-1] > train[:k].min():  # else training goes on: it is overfitting
+        recovered = recovers(losses, top1, k, images)
+        if not recovered and train[-1] > train[:k].min():  # else training goes on: it is overfitting
             cause, metrics = explain_spike(history, k)
             evidence = (
                 f"At epoch {k + 1}, the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {times(z)} its "
@@ -305,10 +306,11 @@ def spread_of_changes(values: np.ndarray) -> float:
     return float(stats.median_abs_deviation(changes, scale="normal")) if len(changes) else math.inf
 
 
-def judged_loss(history: RunHistory) -> tuple[str, np.ndarray]:
-    """Return the loss by which jumps are judged, and its name: validation's, where images are held out."""
-    name, column = ("validation", "val_loss") if history.num_val else ("training", "train_loss")
-    return name, history.column(column)
+def judged(history: RunHistory) -> tuple[str, np.ndarray, np.ndarray, int]:
+    """Return what jumps are judged by, validation where there is one: its name, loss, accuracy and number of images."""
+    name, split = ("validation", "val") if history.num_val else ("training", "train")
+    images = history.num_val or history.num_train
+    return name, history.column(f"{split}_loss"), history.column(f"{split}_top1"), images
 
 
 def jumps(losses: np.ndarray) -> list[tuple[int, float]]:
@@ -323,20 +325,30 @@ def jumps(losses: np.ndarray) -> list[tuple[int, float]]:
     return [(k, float(scores[k - 1])) for k in range(1, len(losses) - 1) if scores[k - 1] > SPIKE_SIGMAS]
 
 
-def recovers(losses: np.ndarray, k: int) -> bool:
-    """Return whether at least half of the rise at epoch k is undone later."""
-    return bool(losses[k + 1 :].min() < (losses[k - 1] + losses[k]) / 2)
+def dips(top1: np.ndarray, k: int, images: int) -> bool:
+    """Return whether accuracy falls at epoch k by more than sampling explains."""
+    return bool(top1[k - 1] - top1[k] > least_change(top1[k], images))
+
+
+def least_change(p: float, images: int) -> float:
+    """Return by how much an accuracy must change from `p` to be significant."""
+    return SIGMAS * standard_error(p, images) * math.sqrt(2)
+
+
+def recovers(losses: np.ndarray, top1: np.ndarray, k: int, images: int) -> bool:
+    """Return whether at least half of the loss's rise at epoch k is undone later, and accuracy rises if it dips."""
+    rises = top1[k + 1 :].max() - top1[k] > least_change(top1[k], images)
+    return bool(losses[k + 1 :].min() < (losses[k - 1] + losses[k]) / 2 and (rises or not dips(top1, k, images)))
 
 
 def spikes(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    (name, losses), val = judged_loss(history), history.num_val
-    top1, n = history.column("val_top1" if val else "train_top1"), val or history.num_train
-    noise = history.column("val_loss_se") * math.sqrt(2) if val else np.zeros(len(losses))
+    name, losses, top1, images = judged(history)
+    noise = history.column("val_loss_se") * math.sqrt(2) if history.num_val else np.zeros(len(losses))
     advice = calm(history)
     recovered = []
     for k, z in jumps(losses):
-        dip = (top1[k - 1] - top1[k]) / (standard_error(top1[k], n) * math.sqrt(2))
-        if recovers(losses, k) and dip > SIGMAS and losses[k] - losses[k - 1] > SIGMAS * noise[k]:
+        seen = dips(top1, k, images) and losses[k] - losses[k - 1] > SIGMAS * noise[k]
+        if seen and recovers(losses, top1, k, images):
             recovered.append((k, z))
     result = []
     for k, z in sorted(sorted(recovered, key=lambda jump: -jump[1])[:MOST_SPIKES]):
@@ -567,9 +579,9 @@ def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     gain = max(0.0, high) * len(late)
     if history.unfinished or gain > 2 * 1.96 * noise:  # before the end, a falling learning rate may still help
         return []
+    stalls = "hardly rises" if low > 0 else "no longer rises"
     evidence = (
-        f"{span(epochs)} validation accuracy no longer rises: it changes by {change(slope)} points per epoch "
-        f"{interval}."
+        f"{span(epochs)} validation accuracy {stalls}: it changes by {change(slope)} points per epoch {interval}."
     )
     if history.decayed:
         evidence += " The learning rate has fallen to the end of its schedule, so more of the same would change little."

@@ -160,7 +160,7 @@ def test_intervals(history: RunHistory) -> dict[str, float]:
 def details(history: RunHistory) -> dict[str, str]:
     """Return what a reader needs to train the same network again."""
     run, recipe = history.run, history.recipe
-    values = {f.name.replace("_", " "): plain_value(getattr(recipe, f.name)) for f in fields(recipe)}
+    values = {f.name.replace("_", " "): plain_value(getattr(recipe, f.name)) or "none" for f in fields(recipe)}
     known = {
         "command": prose.to_command(run, "train", recipe, seed=run["seed"]),
         "recipe": ", ".join(f"{name} {value}" for name, value in values.items()),
