@@ -124,7 +124,7 @@ def record(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any]
 
 def describe_recipe(model: str, recipe: Recipe) -> str:
     """Return the fields of a recipe that are in force, those that differ from the model's own first."""
-    own, plain = recipe_for(model, recipe.pretrained), models.recipe_type(model)()
+    own, plain = recipe_for(model, recipe.pretrained, recipe.epochs), models.recipe_type(model)()
     differs, shown = describe_changes(recipe, own), dict.fromkeys(IN_FORCE) | changes(recipe, plain)
     same = ", ".join(f"{name} {getattr(recipe, name)}" for name in shown if name not in changes(recipe, own))
     return f"{differs}; else the {model}'s own: {same}" if differs else f"the {model}'s own: {same}"
