@@ -9,7 +9,7 @@ import pytest
 from raycifar import api, compare, train
 from raycifar.errors import RequestError
 from raycifar.models.cnn import CnnRecipe
-from raycifar.models.recipe import TRANSFER, Recipe
+from raycifar.models.recipe import LONG, TRANSFER, Recipe
 from raycifar.models.recipes import recipe_for
 from raycifar.workflows.identity import describe_recipe
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest, parse_workers, to_arguments
@@ -19,7 +19,7 @@ def test_a_model_alone_is_a_request(monkeypatch):
     for name in ("RAYCIFAR_DATA", "RAYCIFAR_STORAGE"):
         monkeypatch.delenv(name, raising=False)
     request = TrainingRequest("cnn")
-    assert request.recipe == CnnRecipe()
+    assert request.recipe == CnnRecipe(**LONG)
     assert (request.data, request.storage, request.workers) == ("cifar100", "results", None)
     assert request.name.startswith("cnn-s0-")
     assert TrainingRequest("resnet50").recipe == Recipe(**TRANSFER)
