@@ -76,14 +76,15 @@ class Browser:
     def do(self, method: str, **params: Any) -> dict[str, Any]:
         return self.loop.run_until_complete(self.send(method, **params))
 
-    def open(self, page: Path, width: int = 1280, *, dark: bool = False) -> None:
+    def open(self, page: Path | str, width: int = 1280, *, dark: bool = False) -> None:
+        """Open a file or an address."""
         self.errors.clear()
         self.requests.clear()
         self.loaded = False
         self.do("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.do("Emulation.setEmulatedMedia", features=features)
-        self.do("Page.navigate", url=page.as_uri())
+        self.do("Page.navigate", url=page.as_uri() if isinstance(page, Path) else page)
         for _ in range(300):
             if self.loaded:
                 return

@@ -98,9 +98,9 @@ def take_environment(env: dict[str, str]) -> None:
     reset_auth_token_state()  # the one thing that Ray has read from the environment when it was imported
 
 
-def finish(command: Command, code: int = 0) -> subprocess.CompletedProcess:
+def finish(command: Command, code: int = 0, timeout: float = 240) -> subprocess.CompletedProcess:
     """Wait for a command's end; it must end with the exit code `code`, and without a traceback."""
-    done = command.finish()
+    done = command.finish(timeout)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stdout + done.stderr
     return done

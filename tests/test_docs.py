@@ -114,7 +114,7 @@ def run_page(page: Path, folder: Path, data: str, trained: Path, *, slow: bool) 
     env = {"RAYCIFAR_DATA": data, "RAY_AUTH_MODE": "disabled", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     steps = steps_of(page, folder, data, slow=slow)
     options = {**SMALL, "workers": 0, "data": data}
-    finish(Program(folder / "page.py", RUNNER, json.dumps([steps, options]), env=env))
+    finish(Program(folder / "page.py", RUNNER, json.dumps([steps, options]), env=env), timeout=120 * len(steps))
 
 
 RUNNING = [page for page in PAGES if any(block["kind"] in ("bash", "python") for block in blocks(page))]

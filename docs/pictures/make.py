@@ -6,7 +6,6 @@ FOLDER keeps the runs, and what is there isn't trained again. Needs Chromium and
 import io
 import os
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,15 +20,14 @@ from rich.console import Console
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME, SVG_EXPORT_THEME, TerminalTheme
 
 PICTURES = Path(__file__).parent
+sys.path.insert(0, str(PICTURES.parents[1] / "tests"))
+
+from browser import Browser  # noqa: E402
+
 MOST_BYTES = 200_000
 COLUMNS = 128
-# The runs whose reports are shown, and how many pixels of them.
-PAGES = {
-    "report": ("results/first", 1380),
-    "dead": ("study/dead", 1060),
-    "black": ("study/black", 1060),
-    "comparison": ("results/both", 806),
-}
+# The reports that are shown.
+PAGES = {"report": "results/first", "dead": "study/dead", "black": "study/black", "comparison": "results/both"}
 
 # The README's commands. What each of them writes is kept in FOLDER, for the README to quote.
 TRAIN = "train --model cnn --limit 5000 --val-size 2000 --epochs 20"
@@ -51,8 +49,8 @@ def main() -> None:
     run_study(folder)
     for name, theme in (("light", DEFAULT_TERMINAL_THEME), ("dark", SVG_EXPORT_THEME)):
         draw_terminal((folder / "first.txt").read_text(), folder, theme, PICTURES / f"terminal-{name}.svg")
-        for picture, (run, height) in PAGES.items():
-            photograph((folder / run / "report.html").as_uri(), PICTURES / f"{picture}-{name}.png", 1040, height)
+        for picture, run in PAGES.items():
+            photograph(folder / run / "report.html", PICTURES / f"{picture}-{name}.png")
         photograph_tensorboard(folder / "results", PICTURES / f"tensorboard-{name}.png")
 
 
@@ -90,21 +88,14 @@ def draw_terminal(text: str, folder: Path, theme: TerminalTheme, picture: Path) 
     picture.write_text(faces[0] + faces[-1].partition("}")[2])
 
 
-def photograph(url: str, picture: Path, width: int, height: int, *more: str) -> None:
-    """Take a picture of a page, with at most 200 kB."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        raise SystemExit("This needs Chromium.")
-    scheme = 1 if "light" in picture.stem else 0
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    options += [f"--blink-settings=preferredColorScheme={scheme}", f"--window-size={width},{height}", *more]
-    subprocess.run([chromium, *options, f"--screenshot={picture}", url], check=True, capture_output=True)
-    image = Image.open(picture).convert("RGB")
-    for colors in (256, 128, 64, 32):
-        image.quantize(colors, dither=Image.Dither.NONE).save(picture, optimize=True)
-        if picture.stat().st_size < MOST_BYTES:
-            return
-    raise SystemExit(f"{picture} is too large.")
+def photograph(page: Path, picture: Path) -> None:
+    """Take a picture of a report, down to its first two charts."""
+    with Browser() as browser:
+        browser.open(page, 1040, dark="dark" in picture.stem)
+        charts = "[...document.querySelectorAll('.columns section')].slice(0, 2)"
+        bottom = browser.evaluate(f"Math.max(...{charts}.map(chart => chart.getBoundingClientRect().bottom))")
+        browser.whole(picture, most=round(bottom) + 16)
+    shrink(picture)
 
 
 def photograph_tensorboard(runs: Path, picture: Path) -> None:
@@ -125,11 +116,27 @@ def photograph_tensorboard(runs: Path, picture: Path) -> None:
                         raise
                     time.sleep(0.5)
             time.sleep(10)  # for it to read the runs
-            dark = "true" if "dark" in picture.stem else "false"
-            page = f"{url}?darkMode={dark}#scalars&_smoothingWeight=0&tagFilter=loss%7Ctop-1"
-            photograph(page, picture, 1280, 780, "--virtual-time-budget=20000")
+            dark = "dark" in picture.stem
+            options = "_smoothingWeight=0&tagFilter=loss%7Ctop-1"
+            with Browser() as browser:
+                browser.open(f"{url}data/runs")
+                browser.evaluate("localStorage.setItem('_ignoreYOutliers', 'false')")  # or it cuts curves off
+                browser.open(f"{url}?darkMode={str(dark).lower()}#scalars&{options}", 1440, dark=dark)
+                browser.evaluate("new Promise(drawn => setTimeout(drawn, 10_000))")
+                browser.whole(picture, most=746)
         finally:
             server.terminate()
+    shrink(picture)
+
+
+def shrink(picture: Path) -> None:
+    """Save a picture with as many colors as fit into 200 kB."""
+    image = Image.open(picture).convert("RGB")
+    for colors in (256, 128, 64, 32):
+        image.quantize(colors, dither=Image.Dither.NONE).save(picture, optimize=True)
+        if picture.stat().st_size < MOST_BYTES:
+            return
+    raise SystemExit(f"{picture} is too large.")
 
 
 if __name__ == "__main__":
