@@ -120,7 +120,7 @@ def test_a_recipe_is_told_by_what_differs_and_without_what_is_switched_off():
     assert told.startswith(f"the cnn's own: epochs {own.epochs}, batch_size {own.batch_size}, optimizer ")
     for name in ("muon_steps", "layer_decay", "norm_lr", "mixup"):
         assert (f"{name} " in told) == (getattr(own, name) != getattr(off, name))
-    changed = describe_recipe("cnn", replace(own, mixup=0.55, epochs=3))
+    changed = describe_recipe("cnn", CnnRecipe(mixup=0.55, epochs=3))
     assert changed.startswith("epochs 3, mixup 0.55; else the cnn's own: batch_size ")
     assert changed.count("epochs") == 1
     assert "pretrained imagenet" in describe_recipe("resnet50", recipe_for("resnet50"))
