@@ -2,7 +2,6 @@
 
 import inspect
 import math
-from dataclasses import replace
 
 import pytest
 
