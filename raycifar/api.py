@@ -256,11 +256,7 @@ class Comparison(_InFolder):
 
 @with_options(ComparisonRequest)
 def compare(
-    models: str | Iterable[str] = (),
-    *,
-    runs: Iterable["str | Path | Run"] = (),
-    progress: bool = True,
-    **options: Any,
+    models: str | Iterable[str] = (), *, runs: Iterable["str | Path | Run"] = (), progress: bool = True, **options: Any
 ) -> Comparison:
     """Train several models with several seeds, orchestrated by Ray Tune, and compare them.
 

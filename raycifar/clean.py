@@ -6,6 +6,7 @@ from raycifar.command import command
 from raycifar.errors import RequestError
 from raycifar.options import Command, folder_argument
 from raycifar.terminal import Screen
+from raycifar.words import count
 from raycifar.workflows.inventory import Removable, removable, remove
 
 
@@ -25,12 +26,13 @@ def main(debug: bool, folder: str, yes: bool) -> None:
         return
     for what in found:
         screen.say(f"{what.run.folder}: {checkpoints([what])}")
-    total = f"{checkpoints(found)}, of {len(found)} finished run{'s' * (len(found) > 1)}"
+    total = f"{checkpoints(found)}, of {count(len(found), 'finished run')}"
     try:
         if not yes and input(f"Remove {total}? [y/N] ").strip().lower() not in ("y", "yes"):
             screen.say("Nothing was removed.")
             return
     except EOFError as error:
+        screen.say()  # ends the line of the question
         raise RequestError("nobody can answer here, so nothing was removed: give --yes to remove them.") from error
     for what in found:
         remove(what, screen.say)
@@ -40,7 +42,7 @@ def main(debug: bool, folder: str, yes: bool) -> None:
 def checkpoints(found: list[Removable]) -> str:
     """Return how many there are, and their size."""
     number, megabytes = sum(len(what.names) for what in found), sum(what.num_bytes for what in found) / 1e6
-    return f"{number} checkpoint{'s' * (number > 1)}, {megabytes:,.1f} MB"
+    return f"{count(number, 'checkpoint')}, {megabytes:,.1f} MB"
 
 
 if __name__ == "__main__":

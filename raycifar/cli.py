@@ -26,6 +26,10 @@ COMMANDS = {
 class LazyCommands(click.Group):
     """Imports a command only when it is used."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = dict.fromkeys(COMMANDS)  # type: ignore[assignment]  # among which click finds the nearest
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 

@@ -18,10 +18,11 @@ from raycifar.workflows.requests import ComparisonRequest
 @click.command(cls=Command, example="raycifar compare --models cnn,vgg16 --seeds 3 --epochs 30")
 @click.argument("runs", nargs=-1, metavar="[RUN]...")
 @click.option("--models", "names", help=f"Comma-separated, of {', '.join(models.names())}, timm:NAME.")
+@click.option("--dry-run", is_flag=True, help="Show what would be trained, and for how long; start nothing.")
 @request_options(ComparisonRequest)
 @recipe_options()
 @command
-def main(debug: bool, runs: tuple[str, ...], names: str | None, **options: Any) -> None:
+def main(debug: bool, runs: tuple[str, ...], names: str | None, dry_run: bool, **options: Any) -> None:
     """Train several models and seeds, orchestrated by Ray Tune, and report which is better, with its uncertainty.
 
     Given the folders of finished runs, compare these instead. The options of the recipe change each model's own.
@@ -36,6 +37,13 @@ def main(debug: bool, runs: tuple[str, ...], names: str | None, **options: Any) 
         screen.lines(study.sentences(comparison))
         screen.say(f"Comparison: {RunFolder(request.storage, request.name).folder}")
 
+    if dry_run:
+        if runs:
+            raise RequestError("--dry-run shows what --models would train: finished runs are compared at once.")
+        from raycifar.workflows import preview  # and with it PyTorch, which training imports while it reads
+
+        preview.preview_comparison(request, screen)
+        return
     if runs:
         study.compare_runs(runs, request, screen, show)
         return

@@ -10,7 +10,8 @@ from raycifar.errors import WorkError
 from raycifar.options import Command
 from raycifar.tables import predictions_table
 from raycifar.terminal import Screen
-from raycifar.workflows.prediction import predict_files
+from raycifar.words import count
+from raycifar.workflows.prediction import predict_files, warn_of_chance
 from raycifar.workflows.requests import Device
 
 
@@ -32,8 +33,10 @@ def main(debug: bool, network: str, images: tuple[str, ...], as_json: bool, devi
         click.echo(json.dumps(answers, indent=2))
     else:
         Screen().console.print(predictions_table(answers))
+    if warning := warn_of_chance(network):
+        click.echo(warning, err=True)
     if others:
-        click.echo(f"{others} file{'s' * (others > 1)} passed over: not an image.", err=True)
+        click.echo(f"{count(others, 'file')} passed over: not an image.", err=True)
     if broken := [f"{answer['image']}: {answer['error']}" for answer in answers if "error" in answer]:
         raise WorkError(f"{len(broken)} of {len(answers)} images can't be read: {'; '.join(broken)}.")
 

@@ -18,7 +18,7 @@ def main(debug: bool, model: str | None, recipe: str | None) -> None:
     """List the recipes, or print one of MODEL's as a TOML file for --recipe."""
     screen = Screen()
     if model:
-        screen.say(to_toml(choose_recipe(model, recipe)))
+        screen.lines(to_toml(choose_recipe(model, recipe)).splitlines())
         return
     if recipe:
         raise click.UsageError(f"--recipe {recipe} needs a model: raycifar recipes MODEL --recipe {recipe}.")

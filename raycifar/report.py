@@ -5,7 +5,6 @@ import click
 from raycifar.command import command
 from raycifar.errors import RequestError
 from raycifar.options import Command
-from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import REPORT, REPORT_PAGE, REPORT_TEXT, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows import reporting
@@ -26,15 +25,13 @@ def main(debug: bool, folders: tuple[str, ...], kind: str, data: str | None, out
     training images by how likely their labels are wrong. With --format md or json, writes only that.
     """
     screen, subjects = Screen(), [RunFolder.at(folder) for folder in folders]
-    if out is not None:
-        check_location(out, "--out", to_write=True)
     if len(subjects) > 1:
         if data:
             raise RequestError("--data is for one run: give one folder, or leave --data out.")
-        where = RunFolder.at(out or "overlay")
+        where = RunFolder.for_output(out or "overlay")
         report = reporting.overlay(subjects, where, kind)
     else:
-        where = RunFolder.at(out) if out else subjects[0]
+        where = RunFolder.for_output(out) if out else subjects[0]
         report = reporting.report(subjects[0], screen, data=data, out=where, kind=kind)
     screen.say(report["state"])
     screen.lines(f"Note: {note}" for note in report["notes"])
@@ -42,7 +39,7 @@ def main(debug: bool, folders: tuple[str, ...], kind: str, data: str | None, out
     for finding in report["findings"]:
         screen.say(f"{finding['kind']} ({finding['confidence']:.2f}): {finding['evidence']} {finding['advice']}")
     for step in report["next"]:
-        screen.say(f"Next, {step['reason']}:\n  {step['command']}")
+        screen.lines([f"Next, {step['reason']}:", f"  {step['command']}"])
     screen.say(f"Report: {where.folder}/{FILES[kind]}")
 
 

@@ -21,13 +21,14 @@ def main(debug: bool, folder: str, as_json: bool) -> None:
 
     A run that is stopped has no result yet: the command that began it continues it.
     """
-    found = find_runs(folder)
+    screen, found = Screen(), find_runs(folder)
     if as_json:
         click.echo(shown(json.dumps([entry.to_json() for entry in found], indent=2)))
     elif found:
-        Screen().console.print(runs_table(found))
+        screen.console.print(runs_table(found))
+        screen.lines(f"{entry.name}: {entry.reason}" for entry in found if entry.reason)
     else:
-        Screen().say(f"There are no runs in {folder}.")
+        screen.say(f"There are no runs in {folder}.")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from raycifar.durations import duration
 from raycifar.models.recipes import NamedRecipe
+from raycifar.words import duration
 from raycifar.workflows.inventory import OVER, Entry, State
 
+OF_SCORES = 4  # of a comparison's columns, which come first
 SPEEDRUN_ROWS = {
     "top1": "top-1, one view",
     "top1_flip": "top-1, with the mirror image",
@@ -18,30 +19,32 @@ SPEEDRUN_ROWS = {
 }
 
 
+def new_table(texts: Sequence[str], numbers: Sequence[str] = (), more: Sequence[str] = ()) -> Table:
+    """Return a table with columns of text, which may take several lines, of numbers, and of more text."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in (*texts, *numbers, *more):
+        number = heading in numbers
+        table.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=number)
+    return table
+
+
 def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
     """Return the models' scores and their costs; each table fits 80 columns."""
-    from raycifar.analysis.results import interval  # and with it SciPy, which --help can do without
+    from raycifar.analysis.results import cells  # and with it SciPy, which --help can do without
 
-    budget = comparison["equal_device_seconds"]
-    priced = any(model["cost"] is not None for model in comparison["models"].values())
-    scores, costs = Table(box=box.SIMPLE_HEAD, pad_edge=False), Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    headings = ("parameters", "GFLOPs", "images/s", "device-s", *["cost"] * priced, f"val top-1 at {budget:,.0f} s")
-    for table, columns in ((scores, ("runs", "test top-1", "test top-5", "test loss")), (costs, headings)):
-        table.add_column("model")
-        for column in columns:
-            table.add_column(column, justify="right", no_wrap=True)
-    for name, model in comparison["models"].items():
-        scores.add_row(name, str(model["top1"]["n"]), *(interval(model[score]) for score in ("top1", "top5", "loss")))
-        costs.add_row(
-            name,
-            f"{model['parameters'] / 1e6:.1f} M",
-            f"{model['flops'] / 1e9:.2f}",
-            f"{model['images_per_second']:,.0f}",
-            f"{model['device_seconds']:,.0f}",
-            *([f"{model['cost']:.4g}"] if priced else []),
-            "no epoch" if model["at_equal_time"] is None else f"{model['at_equal_time']:.4f}",
-        )
-    return [scores, costs]
+    at_equal_time = f"val top-1 at {comparison['equal_device_seconds']:,.0f} s"
+    rows = {
+        name: cells(model)
+        | {at_equal_time: "no epoch" if model["at_equal_time"] is None else f"{model['at_equal_time']:.4f}"}
+        for name, model in comparison["models"].items()
+    }
+    headings = [*next(iter(rows.values()))]
+    tables = []
+    for part in (headings[:OF_SCORES], headings[OF_SCORES:]):
+        tables.append(new_table(["model"], part))
+        for name, row in rows.items():
+            tables[-1].add_row(name, *(row[heading] for heading in part))
+    return tables
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
@@ -62,9 +65,7 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
 
 def corruption_table(evaluation: dict[str, Any]) -> Table:
     """Return the accuracy by corruption and severity, and each corruption's mean error."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("corruption", "1", "2", "3", "4", "5", "mean error"):
-        table.add_column(heading, justify="left" if heading == "corruption" else "right")
+    table = new_table(["corruption"], ["1", "2", "3", "4", "5", "mean error"])
     for name, row in evaluation["corruptions"].items():
         scores = (f"{score['top1']:.3f}" for score in row["severities"])
         table.add_row(name.replace("_", " "), *scores, f"{row['error']:.3f}")
@@ -72,9 +73,7 @@ def corruption_table(evaluation: dict[str, Any]) -> Table:
 
 
 def predictions_table(predictions: list[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("image", "top 5"):
-        table.add_column(heading, overflow="fold")
+    table = new_table(["image", "top 5"])
     for row in predictions:
         classes = ", ".join(f"{likely['class']} {likely['probability']:.2f}" for likely in row.get("top5", []))
         table.add_row(row["image"], classes or f"can't be read: {row['error']}")
@@ -83,9 +82,7 @@ def predictions_table(predictions: list[dict[str, Any]]) -> Table:
 
 def bench_table(bench: dict[str, Any], stages: dict[str, str]) -> Table:
     """Return the rate of each stage; `stages` are their descriptions by name."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("stage", "", "images/s", "low to high", "share of bare"):
-        table.add_column(heading, justify="left" if heading in ("stage", "") else "right")
+    table = new_table(["stage", ""], ["images/s", "low to high", "share of bare"])
     rows = dict(bench["stages"])
     bare = bench["bare_images_per_second"]
     for name, way in bench["against"].items():
@@ -101,9 +98,7 @@ def bench_table(bench: dict[str, Any], stages: dict[str, str]) -> Table:
 def plan_table(workers: dict[int, dict[str, Any]]) -> Table:
     """Return what each number of workers would take."""
     priced = any(figures["cost"] is not None for figures in workers.values())
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("workers", "images/s", "hours", "device-hours", *["cost"] * priced):
-        table.add_column(heading, justify="right")
+    table = new_table([], ["workers", "images/s", "hours", "device-hours", *["cost"] * priced])
     for count, figures in workers.items():
         table.add_row(
             str(count),
@@ -117,9 +112,7 @@ def plan_table(workers: dict[int, dict[str, Any]]) -> Table:
 
 def speedrun_table(found: dict[str, Any]) -> Table:
     """Return the means over a speedrun's runs."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("", f"mean of {len(found['runs'])}", "95 % interval"):
-        table.add_column(heading, justify="right" if heading else "left")
+    table = new_table([""], [f"mean of {len(found['runs'])}", "95 % interval"])
     for name, digits in (("top1", 4), ("top1_flip", 4), ("seconds", 3), ("whole_seconds", 3)):
         mean, *ends = (found[name][part] for part in ("mean", "low", "high"))
         interval = "" if ends[0] is None else " to ".join(f"{end:.{digits}f}" for end in ends)
@@ -128,9 +121,7 @@ def speedrun_table(found: dict[str, Any]) -> Table:
 
 
 def recipes_table(recipes: Iterable[NamedRecipe]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("model", "recipe", "epochs", "for"):
-        table.add_column(heading, justify="right" if heading == "epochs" else "left")
+    table = new_table(["model", "recipe"], ["epochs"], ["for"])
     for row in recipes:
         table.add_row(row.model, row.name + " (its own)" * row.own, str(row.recipe.epochs), row.purpose)
     return table
@@ -138,10 +129,7 @@ def recipes_table(recipes: Iterable[NamedRecipe]) -> Table:
 
 def runs_table(entries: Sequence[Entry]) -> Table:
     """Return the runs of a folder; a comparison is one row, with how many of its trials are over."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("name", "model", "state", "epochs", "val top-1", "test top-1", "time"):
-        text = heading in ("name", "model", "state")
-        table.add_column(heading, justify="left" if text else "right", overflow="fold", no_wrap=not text)
+    table = new_table(["name", "model", "state"], ["epochs", "val top-1", "test top-1", "time"])
     for entry in entries:
         table.add_row(
             entry.name,

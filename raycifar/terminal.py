@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from raycifar.cluster.status import PartStatus, Phase, StatusStore, StepStatus, WorkerStatus
-from raycifar.durations import duration, time_of_day
 from raycifar.errors import printable
 from raycifar.redaction import shown
 from raycifar.storage.records import EpochRecord
 from raycifar.storage.remote import telling
+from raycifar.words import duration, time_of_day
 from raycifar.workflows.trial import Trial, TrialStatus
 
 POLL_SECONDS = 0.25
@@ -31,7 +31,7 @@ AROUND_TABLE = 7  # lines of a terminal beside the rows of trials
 
 
 class PlainConsole(Console):
-    """Shows all text as it is: no markup, no emoji codes, no control characters are obeyed; without secrets.
+    """Shows each text as it is, in a line: no markup, emoji code or control character is obeyed; without secrets.
 
     Raises:
         BrokenPipeError: nobody reads the output any more.
@@ -41,7 +41,7 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, highlight=False, force_jupyter=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(printable(shown(text)), **options)
+        return super().render_str(printable(shown(text)).replace("\n", r"\n"), **options)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -85,9 +85,16 @@ class Screen:
             self.say(line)
 
     def facts(self, title: str, pairs: dict[str, str]) -> None:
-        width = max(map(len, pairs))
+        """Show values under a title; one that is longer than a terminal's line goes on below itself."""
         self.console.print(title, style="bold")
-        self.lines(f"  {name:<{width}}  {value}" for name, value in pairs.items())
+        width = max(map(len, pairs))
+        if not self.console.is_terminal:
+            self.lines(f"  {name:<{width}}  {value}" for name, value in pairs.items())
+            return
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for name, value in pairs.items():
+            table.add_row(f"  {name:<{width}}", value)
+        self.console.print(table)
 
     @contextmanager
     def waiting(self, for_what: str) -> Iterator[None]:
@@ -151,7 +158,9 @@ class Screen:
                         refresh()
                 self.lines(ahead.say(status.step))
                 starting = alive and status.phase == Phase.STARTING
-                line.show((waiting() if starting else None) or status.doing, status.part or status.step)
+                # The last epoch is told once its checkpoint is stored, while the test set is scored already.
+                if status.phase != Phase.SCORING_TEST or epoch == epochs:
+                    line.show((waiting() if starting else None) or status.doing, status.part or status.step)
                 if not alive:
                     return
                 time.sleep(POLL_SECONDS)

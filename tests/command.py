@@ -1,9 +1,11 @@
 """The commands, in processes of their own, forked from one that has imported PyTorch and Ray: that takes seconds."""
 
+import contextlib
 import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -62,8 +64,19 @@ class Program(Command):
         super().__init__(*args, storage=None, env=env, cwd=file.parent)
 
 
-class Compare(Command):
-    command = "raycifar.compare"
+def named(command: str) -> type[Command]:
+    """Return the command of a name: `python -m raycifar.NAME`."""
+    return type(command.capitalize(), (Command,), {"command": f"raycifar.{command}"})
+
+
+Bench, Compare, Evaluate, Export = map(named, ("bench", "compare", "evaluate", "export"))
+Data, Predict, Recipes, Report, Speedrun = map(named, ("data", "predict", "recipes", "report", "speedrun"))
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as open_ones:
+        sockets = [open_ones.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in sockets]
 
 
 def run(args: list[str], env: dict[str, str], cwd: Path, files: list[Path]) -> None:

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -16,12 +15,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 import psutil
 import pytest
 import ray
 import torch
-from command import Command, finish, reset_auth_token_state
+from click.testing import CliRunner
+from command import Command, finish, free_ports, reset_auth_token_state
 from cpus import free_cpus, who_has_them
 from ray.cluster_utils import Cluster
 from torchvision.models import resnet50
@@ -173,6 +174,26 @@ def train(tmp_path):
     return run
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """Run a command in this process; return its exit code and what it said."""
+
+    def leave(code, sentence=None, *more, **options):
+        if sentence:
+            click.echo(sentence, err=True)
+        raise SystemExit(code)
+
+    monkeypatch.setattr("raycifar.command.leave", leave)
+    monkeypatch.setattr("raycifar.command.end_at_second_signal", lambda: None)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+
+    def run(command, *args, answer=None):
+        done = CliRunner().invoke(command, [*map(str, args)], input=answer)
+        return done.exit_code, done.output
+
+    return run
+
+
 def wait_until(condition, seconds: float = 120, what: str = "it"):
     """Wait for a condition of the run under way, and return its value."""
     deadline = time.monotonic() + seconds
@@ -226,12 +247,6 @@ def cluster():
     finally:
         end_ray(token)
         shutil.rmtree(temp, ignore_errors=True)
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as open_ones:
-        sockets = [open_ones.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in sockets]
 
 
 def processes_of_ray(token: Path) -> list[psutil.Process]:

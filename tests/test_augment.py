@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_cuda import needs_gpu
 from torchvision.transforms import InterpolationMode, RandAugment, TrivialAugmentWide
 from torchvision.transforms.autoaugment import _apply_op
 
@@ -36,7 +37,6 @@ from raycifar.engine.image_ops import (
 from raycifar.models.recipe import Recipe
 
 SPACE = magnitudes("trivial", 32, 32)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that PyTorch can use")
 
 
 @pytest.fixture

@@ -4,23 +4,17 @@ import json
 
 import psutil
 import pytest
-from command import Command, finish
+from command import Bench, finish
 from conftest import wait_until
 
 from raycifar.workflows.benchmark import draw, sentences, summarise
-
-
-class Bench(Command):
-    command = "raycifar.bench"
-
 
 TINY = ("--model", "timm:test_resnet", "--pretrained", "none")
 ARGS = ("--limit", 200, "--val-size", 100, "--rounds", 2, "--batch-size", 50)
 
 
 @pytest.mark.parametrize(
-    ("workers", "against"),
-    [(0, "dataloader"), pytest.param(2, "dataloader,stream", marks=pytest.mark.slow)],
+    ("workers", "against"), [(0, "dataloader"), pytest.param(2, "dataloader,stream", marks=pytest.mark.slow)]
 )
 def test_the_figures_are_written_shown_and_drawn(small, tmp_path, request, workers, against):
     env = request.getfixturevalue("cluster") if workers else None

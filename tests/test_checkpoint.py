@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load
+from test_cuda import needs_gpu
 
 import raycifar.engine.checkpoint
 from raycifar.engine.checkpoint import MAX_PENDING, Checkpointer, HostCopy, Snapshot
@@ -14,7 +15,6 @@ from raycifar.models.recipe import Recipe
 from raycifar.storage.run_folder import BEST, KEPT, RunFolder, checkpoint_name
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that PyTorch can use")
 
 
 @pytest.fixture

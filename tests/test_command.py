@@ -10,7 +10,9 @@ from importlib.metadata import PackageNotFoundError
 
 import click
 import pytest
+from click.testing import CliRunner
 
+from raycifar import cli
 from raycifar.command import CLOSED_OUTPUT, ending
 from raycifar.errors import RequestError, StorageError, WorkError
 
@@ -26,6 +28,13 @@ from raycifar.errors import RequestError, StorageError, WorkError
 )
 def test_each_error_has_its_code_and_is_its_own_sentence(error, code, sentence):
     assert ending(error) == (code, sentence)
+
+
+def test_a_misspelt_command_is_answered_with_the_nearest():
+    for args, nearest in ((["trian"], "'train'"), (["data", "descibe"], "'describe'")):
+        done = CliRunner().invoke(cli.main, args)
+        assert done.exit_code == 2
+        assert f"Did you mean {nearest}?" in done.stderr
 
 
 STUCK = """

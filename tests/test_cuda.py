@@ -98,7 +98,7 @@ def test_each_shape_has_a_graph_and_each_seed_its_numbers():
     for number in range(2 * STEPS):
         torch.cuda.manual_seed(number // 2)
         drawn.append(take(torch.ones(1000 + 500 * (number // STEPS), device=CUDA)).item())
-    assert len(take.captured) == 2
+    assert len(take.graphs) == 2
     assert all(drawn[k] == drawn[k + 1] for k in range(0, len(drawn), 2))
     assert len(set(drawn)) > STEPS // 2
 
@@ -115,8 +115,8 @@ def test_what_waits_for_the_gpu_goes_on_as_it_is():
     take = CudaGraphRunner(looks)
     for _ in range(STEPS):
         take(torch.ones(3, device=CUDA))
-    assert not take.possible
-    assert not take.captured
+    assert not take.capturable
+    assert not take.graphs
     assert total.tolist() == [STEPS] * 3
 
 

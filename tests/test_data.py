@@ -1,13 +1,10 @@
 """`raycifar data`: what a data set holds, and taking it elsewhere."""
 
 import pytest
-from command import Command, finish
+from command import Data, finish
 
+from raycifar.data import CIFAR100
 from raycifar.data.sources import load
-
-
-class Data(Command):
-    command = "raycifar.data"
 
 
 def test_a_data_set_is_described(small):
@@ -18,6 +15,7 @@ def test_a_data_set_is_described(small):
 
 
 def test_cifar_100_is_what_its_authors_describe(cifar):
+    assert (CIFAR100.class_names[23], CIFAR100.superclass_names[10]) == ("cloud", "large_natural_outdoor_scenes")
     said = finish(Data("describe", "--data", cifar, storage=None)).stdout
     assert "50,000, 500 of each of 100 classes in 20 superclasses" in said
     assert "10,000, 100 of each" in said

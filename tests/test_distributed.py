@@ -1,13 +1,12 @@
 """What workers exchange, by processes that meet over gloo."""
 
 import copy
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from command import FORK
+from command import FORK, free_ports
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,12 +21,6 @@ from raycifar.engine.distributed import (
 )
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def meet(rank, function, world_size, port):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
@@ -38,7 +31,7 @@ def meet(rank, function, world_size, port):
 def on_workers(function, world_size):
     """Call `function(rank, world_size)` in as many processes; raise what one raises."""
     assert FORK.get_start_method() == "forkserver"  # which has imported PyTorch
-    mp.start_processes(meet, (function, world_size, free_port()), nprocs=world_size, start_method="forkserver")
+    mp.start_processes(meet, (function, world_size, *free_ports(1)), nprocs=world_size, start_method="forkserver")
 
 
 def network():

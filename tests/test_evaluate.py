@@ -6,7 +6,7 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from raycifar.engine.augment import preprocess
-from raycifar.engine.evaluate import predict, score
+from raycifar.engine.evaluate import per_image, predict, score
 from raycifar.engine.loss import loss_and_counts
 
 SUPERCLASS_OF = [label // 5 for label in range(100)]
@@ -24,7 +24,7 @@ def test_scores_match_torchmetrics():
         easy = torch.arange(1234) < 600
         labels[easy] = guesses.argmax(1)[easy]
     logits = predict(model, images, torch.autocast("cpu", torch.bfloat16, enabled=False))
-    scores = score(logits, labels, labels // 5, SUPERCLASS_OF)
+    scores = score(per_image(logits, labels, labels // 5, SUPERCLASS_OF))
 
     def accuracy(predicted, target, **options):
         return multiclass_accuracy(predicted, target, average="micro", **options).item()

@@ -11,21 +11,20 @@ from contextlib import ExitStack
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from command import Command, finish
+import torch
+from command import Evaluate, finish
 from conftest import RUN, ps, wait_until, write_archive
 
+from raycifar.data import CIFAR100
 from raycifar.data.sources import load
-from raycifar.data.tables import split_rows
+from raycifar.data.tables import Source, split_rows, to_table
 from raycifar.data.trees import RECORD
 from raycifar.errors import RequestError
+from raycifar.tables import evaluation_table
 from raycifar.terminal import Screen
 from raycifar.workflows import evaluation
 from raycifar.workflows.duplicates import find_duplicates
 from raycifar.workflows.evaluation import EvaluationRequest
-
-
-class Evaluate(Command):
-    command = "raycifar.evaluate"
 
 
 @pytest.fixture
@@ -111,6 +110,13 @@ def evaluate_here(network, data, out):
     return json.loads((out / "evaluation.json").read_text()), (out / "evaluation.html").read_text()
 
 
+def test_a_page_that_can_not_be_drawn_leaves_no_file(trained, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "to_page", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate_here(trained, small, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # Photographs on both sides --------------------------------------------------------------------------
 
 PLANTED = 60  # the first test images are the first training images
@@ -153,6 +159,17 @@ def test_a_data_set_whose_pairs_are_not_known_is_scored_as_ever(trained):
 
 
 # Other test sets ------------------------------------------------------------------------------------
+
+
+def test_a_test_set_may_lack_classes():
+    pixels, fine = np.zeros((2, *CIFAR100.image_shape), np.uint8), np.array([3, 7])
+    table = to_table(pixels, fine, None, "few")
+    source = Source("few", table[:0], table)
+    assert source.superclass_of() == CIFAR100.superclass_of
+    evaluated, _ = evaluation.score_predictions(torch.eye(100)[[4, 8]], table, source)
+    assert {*evaluation_table(evaluated).columns[0].cells} == {"bear", "beetle"}
+    page = evaluation.to_page({"network": "a", "data": "few", "split": "test", **evaluated}, "a")
+    assert page.index("<td>bear</td>") < page.index("<td>apple</td>")
 
 
 def write_pickle(path, arrays):

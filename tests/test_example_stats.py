@@ -17,9 +17,11 @@ from raycifar.engine.example_stats import (
     MARGIN,
     RIVAL,
     SEEN,
-    ExampleStats,
+    blank_stats,
     describe_rise,
+    end_epoch,
     to_example_stats_file,
+    update_stats,
 )
 
 
@@ -30,22 +32,22 @@ def test_margins_losses_and_rivals_are_those_of_the_epochs():
     logits = torch.randn(epochs, images, 10, generator=generator)
     logits[:, :20, 3] += 5.0  # for these, one class is nearly always the likeliest
     labels[:20] = 7
-    stats = ExampleStats.blank(images, torch.device("cpu"))
+    stats = blank_stats(images, torch.device("cpu"))
     for epoch in range(epochs):
         for rows in torch.randperm(images, generator=generator).split(8):
-            stats.update(rows, logits[epoch, rows], labels[rows])
-        before = stats.values[:, BEFORE].clone()
+            update_stats(stats, rows, logits[epoch, rows], labels[rows])
+        before = stats[:, BEFORE].clone()
         loss = F.cross_entropy(logits[epoch], labels, reduction="none")
-        assert torch.allclose(stats.values[:, LOSS], loss, atol=1e-5)
-        stats.end_epoch()
+        assert torch.allclose(stats[:, LOSS], loss, atol=1e-5)
+        end_epoch(stats)
         assert epoch == 0 or torch.allclose(
             before, F.cross_entropy(logits[epoch - 1], labels, reduction="none"), atol=1e-5
         )
     own = logits.gather(2, labels.expand(epochs, -1)[..., None])[..., 0]
     others = logits.scatter(2, labels.expand(epochs, -1)[..., None], -torch.inf)
-    assert torch.allclose(stats.values[:, MARGIN], (own - others.amax(2)).sum(0), atol=1e-4)
-    assert (stats.values[:, SEEN] == epochs).all()
-    assert (stats.values[:20, RIVAL] == 3).float().mean() > 0.9
+    assert torch.allclose(stats[:, MARGIN], (own - others.amax(2)).sum(0), atol=1e-4)
+    assert (stats[:, SEEN] == epochs).all()
+    assert (stats[:20, RIVAL] == 3).float().mean() > 0.9
 
 
 def test_a_rise_is_told_with_the_images_that_make_it():
@@ -55,7 +57,7 @@ def test_a_rise_is_told_with_the_images_that_make_it():
     rise = describe_rise(values, torch.arange(1000) + 5000)
     assert rise["fraction"] == pytest.approx(1.0)
     assert rise["indices"][0] == 5017
-    assert describe_rise(ExampleStats.blank(10, torch.device("cpu")).values, torch.arange(10)) is None
+    assert describe_rise(blank_stats(10, torch.device("cpu")), torch.arange(10)) is None
 
 
 def test_suspects_are_sorted_by_their_margin():
@@ -82,21 +84,8 @@ def test_the_file_has_each_training_image_once():
 @pytest.mark.slow
 def test_wrong_labels_are_found_in_real_images(cifar, tmp_path):
     changed = set(relabel(cifar, tmp_path / "data", 0.05, seed=7).tolist())
-    args = (
-        "--model",
-        "cnn",
-        "--workers",
-        0,
-        "--epochs",
-        5,
-        "--limit",
-        20_000,
-        "--data",
-        tmp_path / "data",
-        "--name",
-        "a",
-    )
-    done = Command(*args, storage=tmp_path).finish(timeout=1800)
+    args = ("--model", "cnn", "--workers", 0, "--epochs", 5, "--limit", 20_000, "--name", "a")
+    done = Command(*args, "--data", tmp_path / "data", storage=tmp_path).finish(timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split(",") for line in (tmp_path / "a/suspects.csv").read_text().splitlines()[1:]]
     wrong = np.array([int(row[0]) in changed for row in rows])

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from command import Command, finish
+from command import Export, finish
 from safetensors.torch import load_file
 
 from raycifar.data.sources import load
@@ -14,10 +14,6 @@ from raycifar.data.tables import to_images
 from raycifar.engine.augment import preprocess
 from raycifar.models import Architecture
 from raycifar.storage.weights import to_file
-
-
-class Export(Command):
-    command = "raycifar.export"
 
 
 @pytest.fixture

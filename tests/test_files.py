@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import quote
 
@@ -20,8 +21,11 @@ from raycifar.storage.run_folder import RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows import benchmark, reporting
 from raycifar.workflows.datasets import write_parquet
+from raycifar.workflows.duplicates import list_duplicates
+from raycifar.workflows.evaluation import EvaluationRequest, evaluate
 from raycifar.workflows.exporting import export
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
+from raycifar.workflows.speedrun import speedrun
 
 LOCAL = fs.LocalFileSystem()
 
@@ -98,6 +102,23 @@ def test_every_writer_says_in_one_sentence_what_it_can_t_write(writer, out, says
     assert sentence.startswith(f"Error: {tmp_path / out}")
     assert sentence.endswith(f"can't be written: {says.format(tmp=tmp_path)}.")
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"file"}
+
+
+@pytest.mark.parametrize("out", ["file", "file/x", "/proc/x"])
+def test_a_folder_for_results_that_can_t_be_written_is_refused_before_the_work(out, tmp_path):
+    (tmp_path / "file").touch()
+    place = str(tmp_path / out)
+    request = {"data": "synthetic:200", "val_size": 0, "workers": 0, "limit": 100}
+    quiet, nothing = Screen(quiet=True), ExitStack()
+    for work in (
+        lambda: speedrun(TrainingRequest.of("cnn", **request), quiet, pytest.fail, runs=1, out=place),
+        lambda: benchmark.bench(TrainingRequest.of("cnn", **request), quiet, nothing, pytest.fail, rounds=1, out=place),
+        lambda: evaluate(EvaluationRequest("nowhere", out=place), quiet, nothing),
+        lambda: list_duplicates("synthetic:200", place, quiet),
+    ):
+        with pytest.raises(RequestError, match=r"can't be written: .*\. Give another --out\."):
+            work()
+    assert {path.name for path in tmp_path.rglob("*")} == {"file"}
 
 
 # Reading --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""When a run looks whether it is to be left."""
+"""When a run is interrupted."""
 
 import pytest
 
@@ -16,28 +16,28 @@ class FakeReporter:
 @pytest.fixture
 def ray_train(monkeypatch):
     """One worker of Ray Train's, whose node may be announced to go."""
-    looks = []
+    checks = []
 
     class Train:
         preempted = None
 
         def broadcast(self, value):
-            looks.append(value)
+            checks.append(value)
             return value
 
     train = Train()
     monkeypatch.setattr(interruption.ray.train.collective, "broadcast_from_rank_zero", train.broadcast)
     monkeypatch.setattr(interruption.ray.train, "get_preemption_info", lambda: train.preempted)
-    train.looks = looks
+    train.checks = checks
     return train
 
 
 def test_in_one_process_a_request_to_stop_is_seen_after_the_next_step():
     reporter = FakeReporter()
     watch = InterruptionWatch(reporter, in_process=True)
-    assert watch.look() is None
+    assert watch.check() is None
     reporter.stop = True
-    assert watch.look() is Interruption.STOP
+    assert watch.check() is Interruption.STOP
 
 
 def test_workers_look_every_two_seconds_not_after_each_step(ray_train, monkeypatch):
@@ -46,15 +46,15 @@ def test_workers_look_every_two_seconds_not_after_each_step(ray_train, monkeypat
     watch = InterruptionWatch(FakeReporter(), in_process=False)
     for _ in range(1000):
         now[0] += 0.01  # 100 steps a second, so 10 s
-        assert watch.look() is None
-    assert 5 <= len(ray_train.looks) <= 7
+        assert watch.check() is None
+    assert 5 <= len(ray_train.checks) <= 7
 
 
 def test_a_request_to_stop_comes_before_a_preemption(ray_train):
     reporter = FakeReporter()
     ray_train.preempted = object()
     watch = InterruptionWatch(reporter, in_process=False)
-    assert [watch.look() for _ in range(2)] == [None, Interruption.PREEMPTION]
+    assert [watch.check() for _ in range(2)] == [None, Interruption.PREEMPTION]
     reporter.stop = True
-    watch.next_look = 0
-    assert watch.look() is Interruption.STOP
+    watch.next_check = 0
+    assert watch.check() is Interruption.STOP

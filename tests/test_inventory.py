@@ -1,10 +1,10 @@
 """`raycifar runs` and `raycifar clean`: what is there, and what may go."""
 
 import json
+import os
 import shutil
 
 import pytest
-from click.testing import CliRunner
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
@@ -109,22 +109,8 @@ def test_another_machine_s_run_is_under_way_while_it_renews_its_claim(storage, m
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """Run a command in this process, and return its exit code and what it said."""
-
-    def leave(code, sentence=None, *more, **options):
-        print(sentence or "", end="")
-        raise SystemExit(code)
-
-    monkeypatch.setattr("raycifar.command.leave", leave)
-    monkeypatch.setattr("signal.signal", lambda number, handler: None)
-    monkeypatch.setattr("raycifar.command.end_at_second_signal", lambda: None)
-
-    def invoke(door, *args, answer=None):
-        done = CliRunner().invoke(door.main, list(map(str, args)), input=answer)
-        return done.exit_code, done.stdout
-
-    return invoke
+def run(in_process):
+    return lambda door, *args, **options: in_process(door.main, *args, **options)
 
 
 def checkpoints(storage):
@@ -135,12 +121,12 @@ def test_only_checkpoints_of_finished_runs_go_once_that_is_wanted(storage, run):
     before, files = checkpoints(storage), set(storage.glob("**/*.json*"))
     code, said = run(clean_door, storage, answer="n\n")
     assert code == 0
-    assert "Nothing was removed." in said
+    assert "Nothing was removed." in said.splitlines()[-1]
     assert f"{storage}/old: 3 checkpoints, 0.0 MB" in said
     assert "Remove 12 checkpoints, 0.0 MB, of 4 finished runs? [y/N]" in said
     code, said = run(clean_door, storage)
     assert code == 2
-    assert "give --yes" in said
+    assert said.splitlines()[-1].startswith("Error: nobody can answer here, so nothing was removed: give --yes")
     assert checkpoints(storage) == before
     assert run(clean_door, storage, answer="y\n")[0] == 0
     assert checkpoints(storage) == {"failed", "stopped", "study/vgg16-s0"}
@@ -170,6 +156,22 @@ def test_json_is_for_programs_and_what_is_no_folder_is_refused(storage, run, tmp
     assert run(runs_door, tmp_path / "file")[0] == run(clean_door, tmp_path / "file")[0] == 2
     with pytest.raises(RequestError, match="file is not a folder"):
         find_runs(str(tmp_path / "file"))
+
+
+def test_names_that_others_gave_break_no_line_and_what_is_wrong_is_said_below(storage, run):
+    make(storage, "two\nlines", 7, "finished")
+    (storage / os.fsdecode(b"not-\xff-utf-8")).mkdir()
+    (storage / "old" / os.fsdecode(b"\xff")).touch()
+    code, said = run(runs_door, storage)
+    assert code == 0
+    lines = [line.strip() for line in said.splitlines()]
+    assert [line for line in lines if line.startswith(r"two\nlines")]
+    assert f"broken: {storage}/broken/run.json is damaged: " in said
+    assert "failed: it failed." in lines
+    assert rf"{storage}/two\nlines: 3 checkpoints, 0.0 MB" in run(clean_door, storage, answer="n\n")[1].splitlines()
+    code, said = run(runs_door, storage / os.fsdecode(b"not-\xff-utf-8"))
+    assert code == 2
+    assert "isn't UTF-8: rename the file or folder" in said
 
 
 def test_an_object_store_is_listed_and_cleaned_as_a_disk_is(storage, monkeypatch, run):

@@ -47,13 +47,20 @@ def png(pixels, size=(32, 32)):
     return file.getvalue()
 
 
-def python(folder, images, **changes):
+def python(folder, images, protocol=2, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     for split, (pixels, fine, coarse, _) in images.items():
         flat = pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
         fields = {b"data": flat, b"fine_labels": fine.tolist(), b"coarse_labels": coarse.tolist()}
         fields |= {name.encode(): value for name, value in changes.items()}
-        (folder / split).write_bytes(pickle.dumps(fields, protocol=2))
+        (folder / split).write_bytes(pickle.dumps(fields, protocol))
+
+
+def binary(folder, images):
+    for split, (pixels, fine, coarse, _) in images.items():
+        flat = pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
+        records = np.concatenate([np.stack([coarse, fine], 1).astype(np.uint8), flat], axis=1)
+        (folder / f"{split}.bin").write_bytes(records.tobytes())
 
 
 def hub_table(content, image="img", fine="fine_label", coarse="coarse_label", cells=None, labels=None):
@@ -120,6 +127,9 @@ def archived(folder, images, kind):
 
 
 GOOD = {
+    "binary files": binary,
+    "pickles of today": lambda f, x: python(f, x, protocol=5),
+    "Parquet as on the hub": parquet,
     "class folders": lambda f, x: pictures(f, x, "{split}/{fine}"),
     "superclass folders": lambda f, x: pictures(f, x, "cifar/{split}/{coarse}/{fine}"),
     "Parquet of images and labels": lambda f, x: parquet(f, x, image="image", fine="label", coarse=None),
@@ -253,6 +263,24 @@ def test_an_array_is_looked_at_before_it_is_made(tmp_path):
         load(str(tmp_path / "a.npz"))
 
 
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (b"", "holds a bytes, not the dictionary of cifar-100-python"),
+        ({"data": b"", "fine_labels": []}, "a bytes stands where an array should"),
+        ({"data": b"x", "fine_labels": []}, "a bytes stands where an array should"),
+        ({"data": {}, "fine_labels": []}, "a dictionary stands where an array should"),
+        ({"data": np.zeros((0, 3072), np.uint8), "fine_labels": []}, "train holds no images"),
+    ],
+)
+def test_a_pickle_of_other_things_is_named_as_what_it_is_in_every_protocol(tmp_path, protocol, fields, says):
+    for split in ("train", "test"):
+        (tmp_path / split).write_bytes(pickle.dumps(fields, protocol))
+    with pytest.raises(RequestError, match=says):
+        load(str(tmp_path))
+
+
 def test_an_archive_is_refused_before_it_is_read(tmp_path):
     def zeros(path, name, size, kind=tarfile.REGTYPE):
         header = tarfile.TarInfo(name)
@@ -338,23 +366,20 @@ def renumbered(images):
     return {split: (x, NUMBERS[fine], coarse, files) for split, (x, fine, coarse, files) in images.items()}
 
 
-def python_with_names(folder, images, names=NAMES):
-    python(folder, renumbered(images))
+def python_with_names(folder, images, names):
+    python(folder, images)
     (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [name.encode() for name in names]}, protocol=2))
 
 
-def binary_with_names(folder, images, names=NAMES):
-    for split, (pixels, fine, coarse, _) in renumbered(images).items():
-        flat = pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
-        records = np.concatenate([np.stack([coarse, fine], 1).astype(np.uint8), flat], axis=1)
-        (folder / f"{split}.bin").write_bytes(records.tobytes())
+def binary_with_names(folder, images, names):
+    binary(folder, images)
     (folder / "fine_label_names.txt").write_text("\n".join([*names, ""]))
 
 
-def parquet_with_names(folder, images, names=NAMES):
+def parquet_with_names(folder, images, names):
     feature = {"names": names, "_type": "ClassLabel"}
     metadata = {"huggingface": json.dumps({"info": {"features": {"fine_label": feature}}})}
-    for split, content in renumbered(images).items():
+    for split, content in images.items():
         pq.write_table(hub_table(content).replace_schema_metadata(metadata), folder / f"{split}.parquet")
 
 
@@ -363,25 +388,22 @@ NAMED = {"python": python_with_names, "binary": binary_with_names, "Parquet": pa
 
 @pytest.mark.parametrize("layout", NAMED)
 def test_another_order_of_classes_is_seen_by_their_names(tmp_path, images, fingerprint, layout):
-    NAMED[layout](tmp_path, images)
+    NAMED[layout](tmp_path, renumbered(images), NAMES)
     assert load(str(tmp_path)).fingerprint() == fingerprint
 
 
 @pytest.mark.parametrize("layout", NAMED)
 def test_names_of_other_classes_are_refused_and_one_misspelt_name_is_not(tmp_path, images, fingerprint, layout):
-    NAMED[layout](tmp_path, images, [name if name != "crab" else "cra" for name in NAMES])
+    NAMED[layout](tmp_path, renumbered(images), [name if name != "crab" else "cra" for name in NAMES])
     with pytest.raises(RequestError, match="names other fine classes than CIFAR-100's"):
         load(str(tmp_path))  # its place is another class's
-    NAMED[layout](tmp_path, images, [f"class {k}" for k in range(100)])
+    NAMED[layout](tmp_path, renumbered(images), [f"class {k}" for k in range(100)])
     with pytest.raises(RequestError, match="such as 'class 0'"):
         load(str(tmp_path))
 
 
 def test_the_hub_s_crabs_are_crabs(tmp_path, images, fingerprint):
-    feature = {"names": [name.replace("crab", "cra") for name in CIFAR100.class_names], "_type": "ClassLabel"}
-    metadata = {"huggingface": json.dumps({"info": {"features": {"fine_label": feature}}})}
-    for split, content in images.items():
-        pq.write_table(hub_table(content).replace_schema_metadata(metadata), tmp_path / f"{split}.parquet")
+    parquet_with_names(tmp_path, images, [name.replace("crab", "cra") for name in CIFAR100.class_names])
     assert load(str(tmp_path)).fingerprint() == fingerprint
 
 

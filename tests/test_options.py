@@ -2,14 +2,13 @@
 
 import importlib
 import re
-import signal
 import time
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from raycifar import cli, command
+from raycifar import cli
 from raycifar.data.sources import load
 from raycifar.errors import RequestError
 from raycifar.models.recipe import Recipe, field_types
@@ -46,19 +45,12 @@ COMMANDS = dict(commands(cli.main, click.Context(cli.main)))
 
 
 @pytest.fixture
-def run(monkeypatch):
+def run(in_process, monkeypatch):
     """Run a command in this process up to where its work begins, and return its exit code and what it said."""
-
-    def leave(code, sentence=None, **options):
-        click.echo(sentence, err=True)
-        raise SystemExit(code)
 
     def begin(*args, **options):
         raise AcceptedError
 
-    monkeypatch.setattr(command, "leave", leave)
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    monkeypatch.setattr(command, "end_at_second_signal", lambda: None)
     monkeypatch.setattr(benchmark, "prepare", begin)
     for module, work in (
         ("train", "training.train"), ("compare", "study.train_and_compare"), ("evaluate", "evaluate"),
@@ -70,9 +62,9 @@ def run(monkeypatch):
 
     def invoke(name, *args):
         began = time.monotonic()
-        done = CliRunner().invoke(COMMANDS[name], [*REQUIRED.get(name, ()), *args])
+        done = in_process(COMMANDS[name], *REQUIRED.get(name, ()), *args)
         assert time.monotonic() - began < 2
-        return done.exit_code, done.stderr
+        return done
 
     return invoke
 

@@ -9,7 +9,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from command import Command, finish
+from command import Predict, finish
 from PIL import Image
 from pyarrow import fs
 
@@ -21,10 +21,6 @@ from raycifar.storage.weights import to_file
 from raycifar.workflows.prediction import read_images
 
 LOCAL = fs.LocalFileSystem()
-
-
-class Predict(Command):
-    command = "raycifar.predict"
 
 
 @pytest.fixture
@@ -158,12 +154,7 @@ def test_only_the_images_of_a_folder_are_found(tmp_path, photo):
     os.mkfifo(tmp_path / "fifo")
     os.mkfifo(tmp_path / "fifo.png")
     found, others = find_images(str(tmp_path))
-    assert [file.name.removeprefix(f"{tmp_path}/") for file in found] == [
-        "a.png",
-        "b",
-        "e.jpg",
-        "more/d.webp",
-    ]
+    assert [file.name.removeprefix(f"{tmp_path}/") for file in found] == ["a.png", "b", "e.jpg", "more/d.webp"]
     assert others == 3
     with pytest.raises(OSError, match="not a file"):
         read_image(LOCAL, str(tmp_path / "fifo.png"))
@@ -215,6 +206,15 @@ def test_a_folder_of_mixed_and_broken_files(tmp_path, weights, photo):
     for said in (table.stdout, table.stderr):
         assert r"/\udcff[/red].png" in said
         assert "\x1b" not in said
+
+
+@pytest.mark.parametrize(("top1", "chance"), [(0.012, True), (0.02, False)])
+def test_answers_of_a_network_that_guesses_are_called_so(tmp_path, weights, photo, top1, chance):
+    photo.save(tmp_path / "a.png")
+    result = {"status": "finished", "test": {"images": 10_000, "loss": 4.6, "top1": top1, "top5": 0.05}}
+    (tmp_path / "run/result.json").write_text(json.dumps(result))
+    said = predict(tmp_path / "run", tmp_path / "a.png", "--json").stderr
+    assert ("is at the level of chance: it is right on 1.20% of its 10,000 test images" in said) == chance
 
 
 def test_the_answer_is_the_network_s(tmp_path, weights, photo):

@@ -1,7 +1,9 @@
 """`--dry-run`: the whole plan, and nothing else."""
 
+import re
+
 import pytest
-from command import Command, finish
+from command import Command, Compare, finish
 from conftest import RUN
 
 
@@ -9,7 +11,7 @@ def test_the_plan_is_shown_and_nothing_is_written_or_started(small, tmp_path):
     args = (*RUN, "--data", small, "--dry-run", "--name", "a", "--accelerator", "H100")
     out = finish(Command(*args, storage=tmp_path / "runs")).stdout
     assert "in a Ray that is started on this machine; whether it has H100 can't be told before" in out
-    for words in ("cnn, seed 0", "200 training, 100 validation, 300 test", "epochs 3"):
+    for words in ("cnn, seed 0", "200 training, 100 validation, 300 test", "  epochs 3, batch_size 20; else the cnn"):
         assert words in out
     assert "10 in each epoch" in out
     assert "on this machine's CPU" in out or "raycifar bench measures it" in out
@@ -24,6 +26,17 @@ def test_a_finished_run_is_named_as_such_and_another_recipe_refused(trained, sma
         "is another run: lr 0.05 there, 0.3 here"
         in finish(Command(*args, "--lr", 0.3, storage=trained.parent), code=2).stderr
     )
+
+
+def test_the_trials_of_a_comparison_are_shown_and_nothing_is_written_or_started(small, tmp_path):
+    args = ("--models", "cnn,vgg16", "--seeds", 2, "--search", 3, "--limit", 200, "--val-size", 100, "--epochs", 3)
+    out = finish(Compare(*args, "--data", small, "--dry-run", "--name", "a", storage=tmp_path / "runs")).stdout
+    for model in ("cnn", "vgg16"):
+        assert re.search(rf"  {model} +3 search trials, then seeds 0 to 1.*; epochs 3; else the {model}'s own: ", out)
+    assert "2 of each, after 3 to search" in out
+    assert "no step was timed" in out or "raycifar bench measures it" in out
+    assert "Nothing was started." in out
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("option", [("--val-size", 7), ("--recipe", "nothing.toml"), ("--depth", 0)])

@@ -4,13 +4,12 @@ import pytest
 from histories import OVERFITS, made_up
 
 from raycifar.analysis.findings import diagnose
-from raycifar.analysis.prose import PHRASES, count, headline, next_steps, paragraph, state
+from raycifar.analysis.prose import PHRASES, headline, next_steps, paragraph, state
+from raycifar.words import count
 
 
 def test_the_paragraph_names_scores_and_findings():
-    history = made_up(
-        result={"status": "finished", "test": {"images": 10_000, "top1": 0.6123, "top5": 0.8712}},
-    )
+    history = made_up(result={"status": "finished", "test": {"images": 10_000, "top1": 0.6123, "top5": 0.8712}})
     text = paragraph(history, found := diagnose(history))
     assert text.startswith(
         "The cnn was trained from scratch on 45,000 CIFAR-100 images for 20 epochs, with 5,000 more held out for "

@@ -4,12 +4,12 @@ import dataclasses
 import json
 
 import pytest
-from command import Command, finish
+from command import Recipes, finish
 
 from raycifar import models
 from raycifar.errors import RequestError
 from raycifar.models.cnn import CnnRecipe
-from raycifar.models.recipe import OPTIMIZERS, TRANSFER, Recipe, changes, describe_changes
+from raycifar.models.recipe import LONG, OPTIMIZERS, TRANSFER, Recipe, changes, describe_changes
 from raycifar.models.recipes import choose_recipe, list_recipes, model_of, recipe_for, recipe_from_json, to_toml
 from raycifar.models.speedrun import SPEEDRUN
 
@@ -70,7 +70,6 @@ def test_a_head_that_is_trained_to_the_end_stays_alone():
         {"image_size": 16},
         {"layer_decay": 0.0},
         {"head_epochs": 201},
-        {"erasing": 1.1},
         {"optimizer": "lion"},
         {"muon_steps": 0},
         {"norm_lr": -1.0},
@@ -118,9 +117,19 @@ def test_every_optimizer_is_one_that_training_knows():
 
 def test_the_study_s_resnet_50_begins_with_imagenet_weights_and_the_others_with_none():
     assert recipe_for("vgg16") == recipe_for("resnet50", "none") == Recipe()
-    assert recipe_for("cnn") == CnnRecipe()
     assert recipe_for("resnet50") == recipe_for("timm:test_vit") == Recipe(**TRANSFER)
     assert recipe_for("vgg16", "a.pth") == Recipe(**{**TRANSFER, "pretrained": "a.pth", "image_size": 0})
+
+
+def test_short_training_is_plain_unless_a_recipe_is_named(toml):
+    assert recipe_for("cnn") == choose_recipe("cnn", epochs=200) == CnnRecipe(**LONG)
+    assert choose_recipe("cnn", epochs=100).augment == "trivial"
+    assert choose_recipe("cnn", epochs=99) == choose_recipe("cnn", "study", epochs=99) == CnnRecipe(epochs=99)
+    assert choose_recipe("cnn", "scratch", epochs=5).augment == "trivial"
+    assert choose_recipe("cnn", toml("epochs = 5")) == CnnRecipe(epochs=5)
+    assert choose_recipe("cnn", toml("lr = 0.2"), epochs=5) == CnnRecipe(epochs=5, lr=0.2)
+    assert choose_recipe("speedrun", epochs=5) == dataclasses.replace(SPEEDRUN, epochs=5)
+    assert choose_recipe("cnn", pretrained="a.pth", epochs=5).head_epochs == TRANSFER["head_epochs"]
 
 
 @pytest.mark.parametrize("model", models.names())
@@ -160,7 +169,7 @@ def run(tmp_path):
 
 def test_what_a_file_leaves_out_is_the_model_s_own(toml):
     file = toml("lr = 1\naugment = 'cutout'\ndepth = 2\ntta_flip = true\n")
-    assert choose_recipe("cnn", file) == CnnRecipe(lr=1.0, augment="cutout", depth=2, tta_flip=True)
+    assert choose_recipe("cnn", file) == CnnRecipe(**LONG | {"lr": 1.0, "augment": "cutout"}, depth=2, tta_flip=True)
     assert choose_recipe("cnn", file, lr=0.2).lr == 0.2
     assert choose_recipe("resnet50", toml("pretrained = 'none'")) == Recipe()
     assert choose_recipe("resnet50", toml("epochs = 1")) == Recipe(**{**TRANSFER, "epochs": 1, "head_epochs": 0})
@@ -244,10 +253,6 @@ def test_what_is_no_recipe_of_the_model_is_refused_in_a_sentence(run, tmp_path):
 
 
 # The commands ---------------------------------------------------------------------------------------
-
-
-class Recipes(Command):
-    command = "raycifar.recipes"
 
 
 def test_the_command_lists_them_and_shows_one_in_full():

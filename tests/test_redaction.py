@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from command import Command, finish
+from command import Command, Evaluate, Report, finish
 from conftest import RUN
 from test_sources import Quiet, serving
 
@@ -95,14 +95,6 @@ class Guarded(Quiet):
             super().do_GET()
         else:
             self.send_error(403)
-
-
-class Evaluate(Command):
-    command = "raycifar.evaluate"
-
-
-class Report(Command):
-    command = "raycifar.report"
 
 
 @pytest.mark.slow

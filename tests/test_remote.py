@@ -12,7 +12,7 @@ import threading
 import time
 
 import pytest
-from command import Command
+from command import Report
 from moto.server import DomainDispatcherApplication, ThreadedMotoServer, create_backend_app
 from pyarrow import fs
 from werkzeug.serving import make_server
@@ -291,10 +291,6 @@ def test_a_store_that_says_nothing_is_waited_for_no_longer_than_the_limit(scheme
             RunFolder.at(uri).read("run.json")
         assert time.monotonic() - began < 5
         assert said[0] == "no answer for 1 s, of 2 s at most"
-
-
-class Report(Command):
-    command = "raycifar.report"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

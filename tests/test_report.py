@@ -5,23 +5,18 @@ import json
 import os
 import re
 import shutil
-import subprocess
 
 import pytest
-from command import Command, Compare, finish
+from browser import CHROMIUM, Browser
+from command import Command, Compare, Report, finish
 from conftest import RUN
 
 from raycifar.storage.run_folder import RunFolder
 from raycifar.workflows.reporting import find_runs, read_files
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OUTSIDE = re.compile(
     r'<script(?!>for)|<link(?! rel="icon" href="data:)|(?:src|href)="(?!data:|#|[\w.-]+/report\.html)|url\((?!#)'
 )
-
-
-class Report(Command):
-    command = "raycifar.report"
 
 
 @pytest.fixture
@@ -32,29 +27,23 @@ def report(tmp_path):
     return run
 
 
-def open_in_browser(page, tmp_path):
-    """Open a page in headless Chromium; return what it wrote to its console, and its DOM.
+def open_in_browser(page):
+    """Return what a page writes to its console, and its DOM.
 
     The page forbids itself to ask any host for anything; an attempt is an error on the console.
     """
     if CHROMIUM is None:
         pytest.skip("needs Chromium to open a page: apt-get install chromium")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    flags += [
-        "--disable-background-networking",
-        "--disable-component-update",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    command = [CHROMIUM, *flags, "--enable-logging=stderr", "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return [line for line in done.stderr.splitlines() if "CONSOLE" in line], done.stdout
+    with Browser() as browser:
+        browser.open(page)
+        return [*browser.errors], browser.evaluate("document.documentElement.outerHTML")
 
 
 def test_a_page_that_asks_a_host_for_something_is_noticed(tmp_path):
     page = tmp_path / "page.html"
     policy = "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'\">"
     page.write_text(f"<html><head>{policy}</head><body><img src='http://127.0.0.1:9/a.png'></body></html>")
-    assert open_in_browser(page, tmp_path)[0] != []
+    assert open_in_browser(page)[0] != []
 
 
 # A run ----------------------------------------------------------------------------------------------
@@ -75,8 +64,8 @@ def test_training_leaves_a_page_that_holds_all_it_needs(trained):
     assert page.count("aquarium fish") > 1  # every class is named
 
 
-def test_the_page_opens_in_a_browser_without_an_error_or_a_request(trained, tmp_path):
-    console, dom = open_in_browser(trained / "report.html", tmp_path)
+def test_the_page_opens_in_a_browser_without_an_error_or_a_request(trained):
+    console, dom = open_in_browser(trained / "report.html")
     assert console == []
     assert "default-src 'none'" in dom
     assert dom.count("<path") > 50
@@ -235,11 +224,11 @@ def compared(trained, tmp_path_factory):
     return storage / "c"
 
 
-def test_a_comparison_has_a_page_of_its_own(compared, tmp_path):
+def test_a_comparison_has_a_page_of_its_own(compared):
     page = (compared / "report.html").read_text()
     assert not OUTSIDE.search(page)
     assert "it is too early to compare cnn with vgg16" in page
-    console, dom = open_in_browser(compared / "report.html", tmp_path)
+    console, dom = open_in_browser(compared / "report.html")
     assert console == []
     assert dom.count('role="img"') == 6  # three curves, accuracy against time and size, the differences
 

@@ -2,13 +2,16 @@
 
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 
 from raycifar import api, compare, train
 from raycifar.errors import RequestError
 from raycifar.models.cnn import CnnRecipe
-from raycifar.models.recipe import TRANSFER, Recipe
+from raycifar.models.recipe import LONG, TRANSFER, Recipe
+from raycifar.models.recipes import recipe_for
+from raycifar.workflows.identity import describe_recipe
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest, parse_workers, to_arguments
 
 
@@ -16,7 +19,7 @@ def test_a_model_alone_is_a_request(monkeypatch):
     for name in ("RAYCIFAR_DATA", "RAYCIFAR_STORAGE"):
         monkeypatch.delenv(name, raising=False)
     request = TrainingRequest("cnn")
-    assert request.recipe == CnnRecipe()
+    assert request.recipe == CnnRecipe(**LONG)
     assert (request.data, request.storage, request.workers) == ("cifar100", "results", None)
     assert request.name.startswith("cnn-s0-")
     assert TrainingRequest("resnet50").recipe == Recipe(**TRANSFER)
@@ -111,11 +114,23 @@ def test_a_comparison_gives_each_model_its_own_recipe_and_hands_on_the_rest():
     assert trial.gpus_per_worker == 0.25
 
 
+def test_a_recipe_is_told_by_what_differs_and_without_what_is_switched_off():
+    own, off = recipe_for("cnn"), Recipe()
+    told = describe_recipe("cnn", own)
+    assert told.startswith(f"the cnn's own: epochs {own.epochs}, batch_size {own.batch_size}, optimizer ")
+    for name in ("muon_steps", "layer_decay", "norm_lr", "mixup"):
+        assert (f"{name} " in told) == (getattr(own, name) != getattr(off, name))
+    changed = describe_recipe("cnn", replace(own, mixup=0.55, epochs=3))
+    assert changed.startswith("epochs 3, mixup 0.55; else the cnn's own: batch_size ")
+    assert changed.count("epochs") == 1
+    assert "pretrained imagenet" in describe_recipe("resnet50", recipe_for("resnet50"))
+
+
 @pytest.mark.parametrize("model", [None, 3, ["cnn"]])
 def test_what_is_no_name_of_a_model_is_refused(model):
-    with pytest.raises(RequestError, match="is not the name of a model"):
+    with pytest.raises(RequestError, match="no model is named"):
         TrainingRequest.of(model)
-    with pytest.raises(RequestError, match="is not the name of a model"):
+    with pytest.raises(RequestError, match="no model is named"):
         ComparisonRequest.of(["cnn", model])
 
 

@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from command import Command, finish
+from command import Command, Speedrun, finish
 from conftest import checkpoints, history, wait_until
 from safetensors.torch import load_file
 
@@ -25,10 +25,6 @@ from raycifar.storage.run_folder import RunFolder
 CPU = torch.device("cpu")
 SMALL = ("--limit", 200, "--val-size", 100, "--epochs", 2, "--batch-size", 50)
 RUN = ("--recipe", "speedrun", *SMALL, "--no-report")
-
-
-class Speedrun(Command):
-    command = "raycifar.speedrun"
 
 
 # The network and its optimizer ----------------------------------------------------------------------
@@ -144,7 +140,7 @@ def timed(small):
     def make(recipe, seed=0):
         source = load(small)
         tables = split(source, 100, 200, seed).tables()
-        shards = [to_shard([tables[name]], CPU, source.info) for name in ("train", "val")]
+        shards = [to_shard([tables[name]], CPU) for name in ("train", "val")]
         start = load_initial_weights("speedrun", recipe, source)
         return SpeedRun(start.architecture, recipe, *shards, CPU, threads=1)
 

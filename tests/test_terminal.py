@@ -24,10 +24,10 @@ from raycifar.cluster.status import (
     StepStatus,
     WorkerStatus,
 )
-from raycifar.durations import duration
 from raycifar.models.recipes import recipe_for
 from raycifar.storage.records import EpochRecord
 from raycifar.terminal import PlainConsole, Screen, trial_lines, trial_table
+from raycifar.words import duration
 from raycifar.workflows.background import alongside
 from raycifar.workflows.trial import Trial, TrialStatus
 
@@ -74,8 +74,8 @@ def said(made: Screen) -> str:
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_no_name_is_obeyed(terminal):
-    """Markup and emoji codes of rich, an escape sequence, a carriage return and a byte that is no text."""
-    name, made = "[red]a[/b] :smile: \x1b]0;title\x07\r\udcff", screen(terminal=terminal)
+    """Markup and emoji codes of rich, an escape sequence, line ends and a byte that is no text."""
+    name, made = "[red]a[/b] :smile: \x1b]0;title\x07\r\n\udcff", screen(terminal=terminal)
     table = Table(name)
     table.add_row(name)
     made.say(name)
@@ -86,7 +86,7 @@ def test_no_name_is_obeyed(terminal):
     with made.progress(name):
         pass
     written = made.console.file.getvalue()
-    assert written.count(r"[red]a[/b] :smile: \x1b]0;title\x07\r\udcff") >= 6
+    assert written.count(r"[red]a[/b] :smile: \x1b]0;title\x07\r\n\udcff") >= 6
     assert "\x1b]" not in written
     assert "\x07" not in written
 
@@ -103,6 +103,15 @@ def follow(made, store, looks, waiting=lambda: None):
 
     made.follow(store, running, 3, waiting, lambda: refreshed.append(1))
     return refreshed
+
+
+def test_the_test_set_is_scored_after_the_last_epoch_s_line_though_that_is_stored_later(store, monkeypatch):
+    monkeypatch.setattr(room, "POLL_SECONDS", 0.01)
+    scoring = WorkerStatus(attempt=1, phase=Phase.SCORING_TEST)
+    looks = [lambda: store.put_worker(scoring), lambda: store.put_history([record(e) for e in (1, 2, 3)])]
+    made = screen()
+    follow(made, store, looks)
+    assert [line.split(" ")[0] for line in said(made).splitlines()[-4:]] == ["epoch", "epoch", "epoch", "scoring"]
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -96,11 +96,16 @@ def test_a_finished_run_is_shown_and_another_recipe_refused(trained, train, smal
     refused = train(*ARGS, "--lr", 0.3, "--seed", 1, "--data", small, "--name", "a", storage=trained.parent, code=2)
     assert f"lr {Recipe().lr} there, 0.3 here" in refused.stderr
     assert "seed 0 there, 1 here" in refused.stderr
+    refused = train(*ARGS, "--val-size", 200, "--data", small, "--name", "a", storage=trained.parent, code=2)
+    assert refused.stderr.count("100 there, 200 here") == 1
     assert {file: file.stat().st_mtime_ns for file in trained.rglob("*")} == before
 
 
 def test_lines_are_plain_where_there_is_no_terminal(train, small):
     out = train(*ARGS, "--data", small, "--epochs", 1, "--name", "plain").stdout
+    assert "starting the workers" not in out
+    assert out.index("epoch 1/1  loss ") < out.index("Test, ")
+    assert "scoring" not in out[: out.index("epoch 1/1  loss ")]
     assert "\x1b" not in out
     assert "\r" not in out
     assert "epoch 1/1  loss " in out

@@ -6,13 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from test_distributed import free_port, on_workers
+from test_cuda import needs_gpu
+from test_distributed import on_workers
 
 from raycifar.cluster.status import StatusStore
 from raycifar.data.shards import Shard
 from raycifar.engine import train_step
 from raycifar.engine.cuda import WARM_UP, cuda_graphed
-from raycifar.engine.example_stats import LOSS, SEEN, ExampleStats
+from raycifar.engine.example_stats import LOSS, SEEN, blank_stats
 from raycifar.engine.hardware import seed
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch
@@ -24,7 +25,6 @@ from raycifar.models import Architecture
 from raycifar.models.recipe import Recipe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that PyTorch can use")
 PLAIN = {"augment": "none", "precision": "float32"}
 
 
@@ -34,13 +34,12 @@ def build(model="cnn", device=CPU, num_images=64, first=0, notice=print, record=
     pixels = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 100, (256,), generator=generator)
     mine = slice(first, first + num_images)
-    shard = Shard(*(t.to(device) for t in (pixels[mine], labels[mine], labels[mine] // 5, torch.arange(256)[mine])))
+    shard = Shard(pixels, labels, labels // 5, torch.arange(256)).map(lambda values: values[mine].to(device))
     recipe = Recipe(**PLAIN | recipe)
     state = TrainingState(Architecture(model), None, recipe, 0, device)
     state.train_mode()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
-    stats = ExampleStats.blank(num_images, device) if record else None
-    return TrainStep(state, shard, stats, autocast, exchange=dist.is_initialized(), notice=notice)
+    stats = blank_stats(num_images, device) if record else None
+    return TrainStep(state, shard, stats, exchange=dist.is_initialized(), notice=notice)
 
 
 def batch(step, num_images=None):
@@ -74,7 +73,7 @@ def test_a_step_is_the_textbook_s():
     assert norm == pytest.approx(expected_norm.item(), rel=1e-4)
     for p, q in zip(step.state.model.parameters(), model.parameters(), strict=True):
         assert torch.allclose(p, q - 0.1 * q.grad, atol=1e-6)
-    stats = step.example_stats.values
+    stats = step.example_stats
     assert torch.allclose(stats[:, LOSS], F.cross_entropy(logits, labels, reduction="none"), atol=1e-4)
     assert (stats[:, SEEN] == 1).all()
 
@@ -86,7 +85,7 @@ def test_a_share_that_has_run_out_changes_nothing_but_batch_norm():
     metrics = step(Batch(0, torch.arange(0).numpy(), 64))
     assert metrics[:3].tolist() == [0, 0, 0]
     assert metrics[3] == 0
-    assert (step.example_stats.values[:, SEEN] == 0).all()
+    assert (step.example_stats[:, SEEN] == 0).all()
     weight = "head.2.weight"
     decayed = before[weight] * (1 - 0.1 * 5e-4 * 1.9)  # Nesterov's first step of weight decay alone
     assert torch.allclose(dict(step.state.model.named_parameters())[weight], decayed)
@@ -151,7 +150,7 @@ def test_workers_that_share_a_gpu_say_once_that_their_steps_are_not_captured(mon
         return cuda_graphed(function, CUDA if obstacle else device, obstacle, explain)
 
     monkeypatch.setattr(train_step, "cuda_graphed", on_a_gpu)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         reporter = Reporter(StatusStore("shared"), Gauges("a", "cnn"), leader=True)
         for _ in range(2):  # each stage of fine-tuning has a step of its own
@@ -165,9 +164,8 @@ def test_workers_that_share_a_gpu_say_once_that_their_steps_are_not_captured(mon
 
 @pytest.fixture
 def one_rank_over_nccl():
-    dist.init_process_group(
-        "nccl", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1, device_id=torch.device("cuda:0")
-    )
+    store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda:0"))
     yield
     dist.destroy_process_group()
 
@@ -179,8 +177,8 @@ def test_a_captured_step_exchanges_gradients_and_trains_as_a_launched_one(model,
     launched.captured = launched.take
     assert captured.exchange
     theirs, ours = losses(launched, 50), losses(captured, 50)
-    assert captured.captured.possible
-    assert len(captured.captured.captured) == 1
+    assert captured.captured.capturable
+    assert len(captured.captured.graphs) == 1
     assert torch.allclose(ours, theirs, rtol=0.05)
     assert ours[-1] < ours[0] - 0.5
 
@@ -192,7 +190,7 @@ def test_a_captured_step_trains_as_a_launched_one_with_each_optimizer(optimizer)
     captured, launched = (build("cnn", CUDA, optimizer=optimizer, precision="bfloat16") for _ in range(2))
     launched.captured = launched.take
     theirs, ours = losses(launched, WARM_UP + 5, lr), losses(captured, WARM_UP + 5, lr)
-    assert captured.captured.possible
+    assert captured.captured.capturable
     assert torch.allclose(ours, theirs, rtol=0.02)
     assert ours[-1] < ours[0] - 0.5
     before = captured.state.model.head[2].weight.detach().clone()
@@ -215,8 +213,8 @@ def test_each_size_of_image_has_a_graph_that_trains_as_a_launched_step(record):
             step.state.progress.epoch = 1 + number % 2
             metrics = step(batch(step), (20, 24, None)[number % 3])
             found[-1].append((metrics[1] / metrics[0]).item())
-    assert captured.captured.possible
-    assert len(captured.captured.captured) == 3
+    assert captured.captured.capturable
+    assert len(captured.captured.graphs) == 3
     assert torch.allclose(*map(torch.tensor, found), rtol=0.05)
 
 
@@ -228,7 +226,7 @@ def test_a_captured_step_flips_other_images_in_the_next_epoch():
         seed(0, CUDA)
         step.state.progress.epoch = 1 + number % 2
         drawn.append(step.prepare(batch(step).rows)[1])
-    assert step.captured_inputs.captured
+    assert step.captured_inputs.graphs
     assert torch.equal(drawn[-1], drawn[-3])
     assert not torch.equal(drawn[-1], drawn[-2])
 
@@ -242,7 +240,7 @@ def test_captured_inputs_are_those_of_a_launched_preparation(augment):
     for number in range(WARM_UP + 7):
         seed(number // 2, CUDA)  # the last ones, replayed, in pairs
         drawn.append(step.prepare(rows)[1])
-    assert step.captured_inputs.captured
+    assert step.captured_inputs.graphs
     assert torch.equal(drawn[-1], drawn[-2]) != torch.equal(drawn[-1], drawn[-3])
     assert all(abs(inputs.mean() - drawn[0].mean()) < 0.3 for inputs in drawn)
     assert step.prepare(rows)[1].is_contiguous(memory_format=torch.channels_last)

@@ -9,23 +9,12 @@ import pytest
 import torch
 from command import Command
 from conftest import checkpoints, history, wait_until
+from test_initial_weights import load_initial_weights, state_of
 
-from raycifar.data.synthetic import synthetic
-from raycifar.engine.state import TrainingState
-from raycifar.models import Architecture, initial_weights
+from raycifar.models import Architecture
 from raycifar.models.recipes import recipe_for
 
-CPU = torch.device("cpu")
 PROOF = Path("/tmp/raycifar-was-here")
-
-
-def load_initial_weights(path, model="resnet50", **changes):
-    recipe = dataclasses.replace(recipe_for(model, str(path)), **changes)
-    return initial_weights.load_initial_weights(model, recipe, synthetic(100, 100))
-
-
-def state_of(start, recipe, seed=0):
-    return TrainingState(start.architecture, start.weights, recipe, seed, CPU)
 
 
 class Malicious:

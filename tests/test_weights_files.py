@@ -22,7 +22,7 @@ from raycifar.data import CIFAR100
 from raycifar.data.synthetic import synthetic
 from raycifar.engine.trained_model import Weights, read_weights
 from raycifar.errors import RequestError, WorkError
-from raycifar.models import Architecture
+from raycifar.models import CIFAR, Architecture
 from raycifar.models.initial_weights import load_initial_weights
 from raycifar.models.recipes import choose_recipe
 from raycifar.storage.pickles import MOST_STEPS
@@ -57,6 +57,7 @@ def prefixed(prefix, state):
 
 WAYS = {
     "plain": lambda w: dict(w),
+    "distributed": lambda w: prefixed("module.", w),
     "compiled, then distributed": lambda w: prefixed("module._orig_mod.", w),
     "distributed, then compiled": lambda w: prefixed("_orig_mod.module.", w),
     "net": lambda w: {"net": prefixed("module.", w), "acc": 60.1, "epoch": 9},
@@ -85,6 +86,12 @@ def test_the_same_weights_are_read_however_they_were_saved(weights, tmp_path, wa
         assert np.array_equal(values, weights[name].numpy())
     assert len(start.weights) == len(weights) - 2  # all but the head
     assert start.notes == (f"The head of {tmp_path}/w.pth is left out: it is for 1,000 classes.",)
+
+
+def test_the_same_weights_are_read_from_safetensors(weights, tmp_path):
+    torch.save(weights, tmp_path / "w.pth")
+    save_file(weights, tmp_path / "w.safetensors")
+    assert load(tmp_path / "w.pth").fingerprint() == load(tmp_path / "w.safetensors").fingerprint()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -154,6 +161,11 @@ def test_a_map_of_one_pixel_means_small_images_and_another_head_is_left_out(tmp_
         {n: torch.ones(v.shape, dtype=v.dtype) for n, v in own.outline().state_dict().items()}, tmp_path / "w.pth"
     )
     assert "classifier.4.weight" in load(tmp_path / "w.pth", "vgg16").weights
+
+
+def test_a_model_without_imagenet_weights_means_small_images(tmp_path):
+    torch.save(Architecture("cnn").build().state_dict(), tmp_path / "w.pth")
+    assert load(tmp_path / "w.pth", "cnn").architecture.preprocessing == CIFAR
 
 
 def test_raycifar_s_own_weights_keep_their_image_size_unless_another_is_given(tmp_path):

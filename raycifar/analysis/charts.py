@@ -9,6 +9,7 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import cycle
 from textwrap import fill
 from typing import Any
 
@@ -28,6 +29,7 @@ PLOT = "plot"  # of the area between the axes
 GREEN, PURPLE = "#009e73", "#cc79a7"
 SERIES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"), ("#56b4e9", "-"), ("#d55e00", "--"))
 MARKERS = "osD^vP"
+TRANSPARENT_TO_ORANGE = LinearSegmentedColormap.from_list("", [to_rgba(ORANGE, 0), to_rgba(ORANGE, 1)])
 COMPARED = {"val_top1": "validation accuracy", "train_loss": "training loss"}
 FEW_RUNS = 3  # are drawn one by one
 MOST_ROWS = 20  # of a chart
@@ -79,14 +81,16 @@ def values_of(axes: Axes, xlabel: str, x: Iterable[float], series: dict[str, Any
     down = options.get("along") == "y"
     interval = axes.get_ylim() if down else axes.get_xlim()
     log = (axes.get_yscale() if down else axes.get_xscale()) == "log"
-    rounded = {name: [float(f"{value:.6g}") for value in values] for name, values in series.items()}
-    ends = [float(end) for end in interval]
+
+    def rounded(values: Iterable[float]) -> list[float]:
+        return [float(f"{value:.6g}") for value in values]
+
     return {
         "xlabel": xlabel,
-        "x": [float(f"{v:.6g}") for v in x],
-        "range": ends,
+        "x": rounded(x),
+        "range": [float(end) for end in interval],
         "log": log,
-        "series": rounded,
+        "series": {name: rounded(values) for name, values in series.items()},
     } | options
 
 
@@ -144,14 +148,14 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
         axes.legend(loc="best" if len(panel.epochs) > 1 else "right")
 
 
+@rc_context(STYLE)
 def curve_chart(panel: Panel) -> str:
     """Return the SVG of one panel."""
-    with rc_context(STYLE):
-        figure, axes = new_axes(4.7, 2.9)
-        draw_panel(axes, panel)
-        shown = thinned(len(panel.epochs))
-        series = {line.label: line.values[shown] for line in panel.lines}
-        return to_svg(figure, panel.description, values_of(axes, "epoch", panel.epochs[shown], series))
+    figure, axes = new_axes(4.7, 2.9)
+    draw_panel(axes, panel)
+    shown = thinned(len(panel.epochs))
+    series = {line.label: line.values[shown] for line in panel.lines}
+    return to_svg(figure, panel.description, values_of(axes, "epoch", panel.epochs[shown], series))
 
 
 class NotebookFigure(Figure):
@@ -171,15 +175,15 @@ def new_grid(panels: int, title: str | None) -> tuple[Figure, list[Axes]]:
     return figure, [figure.add_subplot(rows, 2, k + 1) for k in range(panels)]
 
 
+@rc_context(STYLE)
 def plot_history(history: RunHistory, title: str | None = None) -> Figure:
     """Return a figure of a run's accuracy, loss, generalization gap and learning rate by epoch."""
     drawn = panels(history)
     shown = [drawn[name] for name in ("top1", "loss", "gap", "lr") if name in drawn]
-    with rc_context(STYLE):
-        figure, grid = new_grid(len(shown), title)
-        for axes, panel in zip(grid, shown, strict=True):
-            draw_panel(axes, panel)
-        return figure
+    figure, grid = new_grid(len(shown), title)
+    for axes, panel in zip(grid, shown, strict=True):
+        draw_panel(axes, panel)
+    return figure
 
 
 # Comparisons ----------------------------------------------------------------------------------------
@@ -191,84 +195,78 @@ def stack(columns: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([np.pad(column, (0, longest - len(column)), constant_values=np.nan) for column in columns])
 
 
-def draw_bands(axes: Axes, groups: dict[str, np.ndarray], ylabel: str) -> None:
+def draw_bands(axes: Axes, groups: dict[str, np.ndarray], ylabel: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Draw the mean over seeds of each model's curve, and its runs: each of up to three, the range of more.
 
     Args:
         groups: (runs, epochs) by model, not a number where a run has no such epoch.
+
+    Returns:
+        The epochs that are drawn, and the models' means there.
     """
     label_epochs(axes, ylabel)
-    for k, (model, values) in enumerate(groups.items()):
-        shown = thinned(values.shape[1])
-        epochs, values = shown + 1, values[:, shown]
-        color, style = SERIES[k % len(SERIES)]
-        mean = column_means(values)
-        with warnings.catch_warnings(action="ignore"):
-            low, high = np.nanmin(values, 0), np.nanmax(values, 0)
-        marker = MARKERS[k % len(MARKERS)] if values.shape[1] < 2 else ""
-        axes.plot(epochs, mean, color=color, linestyle=style, marker=marker, linewidth=1.8, label=model)
+    longest = max((values.shape[1] for values in groups.values()), default=0)
+    shown, means = thinned(longest), {}
+    for (model, values), (color, style), marker in zip(groups.items(), cycle(SERIES), cycle(MARKERS), strict=False):
+        padding = (0, 0), (0, longest - values.shape[1])
+        values = np.pad(values, padding, constant_values=np.nan)[:, shown]
+        with warnings.catch_warnings(action="ignore"):  # of epochs of which nothing is known
+            mean, low, high = np.nanmean(values, 0), np.nanmin(values, 0), np.nanmax(values, 0)
+        point = marker if np.isfinite(mean).sum() < 2 else ""
+        axes.plot(shown + 1, mean, color=color, linestyle=style, marker=point, linewidth=1.8, label=model)
         if len(values) > FEW_RUNS:
-            axes.fill_between(epochs, low, high, color=color, alpha=0.18, linewidth=0)
+            axes.fill_between(shown + 1, low, high, color=color, alpha=0.18, linewidth=0)
         elif len(values) > 1:
-            axes.plot(epochs, values.T, color=color, marker=marker, linewidth=0.6, alpha=0.6)
+            axes.plot(shown + 1, values.T, color=color, marker=point, linewidth=0.6, alpha=0.6)
+        means[model] = mean
     if max(map(len, groups), default=0) <= LONG_NAME:
         axes.legend(loc="best")
     else:  # above the curves, or it hides them
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1))
+    return shown + 1, means
 
 
+@rc_context(STYLE)
 def bands(groups: dict[str, np.ndarray], ylabel: str, description: str) -> str:
     """Return the SVG of the models' curves; see `draw_bands`."""
-    with rc_context(STYLE):
-        figure, axes = new_axes(4.7, 2.9)
-        draw_bands(axes, groups, ylabel)
-        series = {model: column_means(values) for model, values in groups.items()}
-        shown = thinned(max(map(len, series.values())))
-        series = {model: np.pad(mean, (0, len(shown)), constant_values=np.nan)[shown] for model, mean in series.items()}
-        return to_svg(figure, description, values_of(axes, "epoch", shown + 1, series))
+    figure, axes = new_axes(4.7, 2.9)
+    return to_svg(figure, description, values_of(axes, "epoch", *draw_bands(axes, groups, ylabel)))
 
 
-def column_means(values: np.ndarray) -> np.ndarray:
-    """Return the mean of each column, of what is known of it."""
-    with warnings.catch_warnings(action="ignore"):
-        return np.nanmean(values, 0)
-
-
+@rc_context(STYLE)
 def plot_comparison(groups: dict[str, list[RunHistory]], title: str | None = None) -> Figure:
     """Return a figure of the models' validation accuracy and training loss: means over the seeds, and ranges."""
-    with rc_context(STYLE):
-        figure, grid = new_grid(2, title)
-        for axes, (column, ylabel) in zip(grid, COMPARED.items(), strict=True):
-            draw_bands(
-                axes, {model: stack([run.column(column) for run in runs]) for model, runs in groups.items()}, ylabel
-            )
-        return figure
+    figure, grid = new_grid(2, title)
+    for axes, (column, ylabel) in zip(grid, COMPARED.items(), strict=True):
+        draw_bands(axes, {model: stack([run.column(column) for run in runs]) for model, runs in groups.items()}, ylabel)
+    return figure
 
 
+@rc_context(STYLE)
 def scatter(models: Mapping[str, tuple[float, Sequence[float]]], xlabel: str, description: str) -> str:
     """Return test accuracy against a cost: a marker for the mean of each model, and a dot for each of its runs.
 
     Args:
         models: the cost of each, and its runs' accuracies.
     """
-    with rc_context(STYLE):
-        figure, axes = new_axes(4.7, 2.9)
-        axes.set(xlabel=xlabel, ylabel="test accuracy")
-        axes.grid(color=INK, alpha=0.12, linewidth=0.6)
-        means = {model: float(np.mean(top1)) for model, (_, top1) in models.items()}
-        for k, (model, (cost, top1)) in enumerate(models.items()):
-            color, _ = SERIES[k % len(SERIES)]
-            if len(top1) > 1:
-                axes.plot([cost] * len(top1), top1, ".", color=color, markersize=5, alpha=0.7)
-            axes.plot(cost, means[model], MARKERS[k % len(MARKERS)], color=color, markersize=7)
-            axes.annotate(fill(model, LONG_NAME), (cost, means[model]), (7, 5), textcoords="offset points")
-        axes.margins(0.25)
-        plain_log(axes, "x")
-        costs = [cost for cost, _ in models.values()]
-        series = {xlabel: costs, "test accuracy": list(means.values())}
-        return to_svg(figure, description, values_of(axes, "model", costs, series, names=list(models)))
+    figure, axes = new_axes(4.7, 2.9)
+    axes.set(xlabel=xlabel, ylabel="test accuracy")
+    axes.grid(color=INK, alpha=0.12, linewidth=0.6)
+    means = {model: float(np.mean(top1)) for model, (_, top1) in models.items()}
+    for k, (model, (cost, top1)) in enumerate(models.items()):
+        color, _ = SERIES[k % len(SERIES)]
+        if len(top1) > 1:
+            axes.plot([cost] * len(top1), top1, ".", color=color, markersize=5, alpha=0.7)
+        axes.plot(cost, means[model], MARKERS[k % len(MARKERS)], color=color, markersize=7)
+        axes.annotate(fill(model, LONG_NAME), (cost, means[model]), (7, 5), textcoords="offset points")
+    axes.margins(0.25)
+    plain_log(axes, "x")
+    costs = [cost for cost, _ in models.values()]
+    series = {xlabel: costs, "test accuracy": list(means.values())}
+    return to_svg(figure, description, values_of(axes, "model", costs, series, names=list(models)))
 
 
+@rc_context(STYLE)
 def bars(
     rows: Sequence[tuple[str, float, float, float]], limit: tuple[str, float], xlabel: str, title: str, description: str
 ) -> str:
@@ -277,142 +275,137 @@ def bars(
     Args:
         rows: name, median, low and high of each.
     """
-    with rc_context(STYLE):
-        figure, axes = new_axes(6.0, 1.3 + 0.38 * len(rows))
-        names, medians, lows, highs = (list(column) for column in zip(*reversed(rows), strict=True))
-        errors = [np.subtract(medians, lows), np.subtract(highs, medians)]
-        axes.barh(names, medians, 0.6, color=BLUE, xerr=errors, error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2})
-        axes.axvline(limit[1], color=ORANGE, linewidth=1.5, linestyle="--", label=limit[0])
-        for name, median in zip(names, medians, strict=True):
-            axes.annotate(f" {median:,.0f}", (0, name), color="white", va="center")
-        axes.set(xlabel=xlabel)
-        axes.xaxis.set_major_formatter(plain_number)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
-        figure.suptitle(title, fontsize=10, y=1.02, va="bottom")
-        return to_svg(figure, description)
+    figure, axes = new_axes(6.0, 1.3 + 0.38 * len(rows))
+    names, medians, lows, highs = (list(column) for column in zip(*reversed(rows), strict=True))
+    errors = [np.subtract(medians, lows), np.subtract(highs, medians)]
+    axes.barh(names, medians, 0.6, color=BLUE, xerr=errors, error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2})
+    axes.axvline(limit[1], color=ORANGE, linewidth=1.5, linestyle="--", label=limit[0])
+    for name, median in zip(names, medians, strict=True):
+        axes.annotate(f" {median:,.0f}", (0, name), color="white", va="center")
+    axes.set(xlabel=xlabel)
+    axes.xaxis.set_major_formatter(plain_number)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.suptitle(title, fontsize=10, y=1.02, va="bottom")
+    return to_svg(figure, description)
 
 
+@rc_context(STYLE)
 def scaling(predicted: dict[int, float], measured: dict[int, tuple[float, float]], description: str) -> str:
     """Return rates by number of workers, beside as many times the first, and what was measured.
 
     Args:
         measured: the slowest and the fastest of each.
     """
-    with rc_context(STYLE):
-        figure, axes = new_axes(6.0, 3.2)
-        counts, rates = list(predicted), list(predicted.values())
-        axes.plot(counts, rates, "o-", color=BLUE, linewidth=1.8, label="predicted")
-        ideal = [rates[0] * count / counts[0] for count in counts]
-        axes.plot(counts, ideal, color=ORANGE, linewidth=1.5, linestyle="--", label="in proportion")
-        lows, highs = (np.array(column) for column in zip(*measured.values(), strict=True))
-        axes.errorbar(list(measured), highs, [highs - lows, 0 * highs], fmt="s", color=GREEN, label="measured")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(counts, list(map(str, counts)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(plain_number)
-        axes.set(xlabel="workers", ylabel="images per second")
-        axes.set_ylim(bottom=0)
-        axes.legend(loc="best")
-        return to_svg(figure, description)
+    figure, axes = new_axes(6.0, 3.2)
+    counts, rates = list(predicted), list(predicted.values())
+    axes.plot(counts, rates, "o-", color=BLUE, linewidth=1.8, label="predicted")
+    ideal = [rates[0] * count / counts[0] for count in counts]
+    axes.plot(counts, ideal, color=ORANGE, linewidth=1.5, linestyle="--", label="in proportion")
+    lows, highs = (np.array(column) for column in zip(*measured.values(), strict=True))
+    axes.errorbar(list(measured), highs, [highs - lows, 0 * highs], fmt="s", color=GREEN, label="measured")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, list(map(str, counts)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(plain_number)
+    axes.set(xlabel="workers", ylabel="images per second")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="best")
+    return to_svg(figure, description)
 
 
+@rc_context(STYLE)
 def differences(pairs: Sequence[dict[str, Any]], description: str) -> str:
     """Return the difference of each pair of models with its interval, in points: of the 20 largest at most."""
-    pairs = sorted(pairs, key=lambda pair: -abs(pair["difference"]))[:MOST_ROWS]
-    with rc_context(STYLE):
-        figure, axes = new_axes(4.7, 0.8 + 0.45 * len(pairs))
-        for k, pair in enumerate(reversed(pairs)):
-            axes.plot([100 * pair["low"], 100 * pair["high"]], [k, k], color=BLUE, linewidth=1.8)
-            axes.plot(100 * pair["difference"], k, "o", color=BLUE)
-        axes.axvline(0, color=INK, linewidth=0.8, linestyle="--")
-        names = [f"{pair['a']} − {pair['b']}" for pair in reversed(pairs)]
-        axes.set_yticks(range(len(pairs)), [fill(name, 2 * LONG_NAME) for name in names])
-        axes.set(xlabel="difference in test accuracy (points)", ylim=(-0.6, len(pairs) - 0.4))
-        series = {key: [100 * pair[key] for pair in reversed(pairs)] for key in ("difference", "low", "high")}
-        rows = values_of(axes, "difference (points)", range(len(pairs)), series, names=names, along="y")
-        return to_svg(figure, description, rows)
+    pairs = sorted(pairs, key=lambda pair: -abs(pair["difference"]))[:MOST_ROWS][::-1]  # the largest on top
+    figure, axes = new_axes(4.7, 0.8 + 0.45 * len(pairs))
+    for k, pair in enumerate(pairs):
+        axes.plot([100 * pair["low"], 100 * pair["high"]], [k, k], color=BLUE, linewidth=1.8)
+        axes.plot(100 * pair["difference"], k, "o", color=BLUE)
+    axes.axvline(0, color=INK, linewidth=0.8, linestyle="--")
+    names = [f"{pair['a']} − {pair['b']}" for pair in pairs]
+    axes.set_yticks(range(len(pairs)), [fill(name, 2 * LONG_NAME) for name in names])
+    axes.set(xlabel="difference in test accuracy (points)", ylim=(-0.6, len(pairs) - 0.4))
+    series = {key: [100 * pair[key] for pair in pairs] for key in ("difference", "low", "high")}
+    rows = values_of(axes, "difference (points)", range(len(pairs)), series, names=names, along="y")
+    return to_svg(figure, description, rows)
 
 
 # The test set ---------------------------------------------------------------------------------------
 
 
+@rc_context(STYLE)
 def reliability_diagram(bins: Sequence[dict[str, Any]]) -> str:
     """Return accuracy against confidence, with the number of images of each bin."""
-    with rc_context(STYLE):
-        filled = [b for b in bins if b["images"]]
-        figure, axes = new_axes(4.2, 3.6)
-        centers = [(b["from"] + b["to"]) / 2 for b in filled]
-        widths = [b["to"] - b["from"] for b in filled]
-        axes.bar(centers, [b["accuracy"] for b in filled], widths, color=BLUE, edgecolor="none", label="accuracy")
-        axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--", label="perfectly calibrated")
-        fraction = np.array([b["images"] for b in filled]) / sum(b["images"] for b in filled)
-        axes.step(centers, fraction, where="mid", color=ORANGE, linewidth=1.5, label="fraction of images")
-        axes.set(xlabel="confidence", ylabel="fraction", xlim=(0, 1), ylim=(0, 1))
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0))
-        series = {"accuracy": [b["accuracy"] for b in filled], "images": [b["images"] for b in filled]}
-        values = values_of(axes, "confidence", centers, series)
-        return to_svg(figure, "Reliability diagram: accuracy by confidence of the prediction", values)
+    filled = [b for b in bins if b["images"]]
+    figure, axes = new_axes(4.2, 3.6)
+    centers = [(b["from"] + b["to"]) / 2 for b in filled]
+    widths = [b["to"] - b["from"] for b in filled]
+    axes.bar(centers, [b["accuracy"] for b in filled], widths, color=BLUE, edgecolor="none", label="accuracy")
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--", label="perfectly calibrated")
+    fraction = np.array([b["images"] for b in filled]) / sum(b["images"] for b in filled)
+    axes.step(centers, fraction, where="mid", color=ORANGE, linewidth=1.5, label="fraction of images")
+    axes.set(xlabel="confidence", ylabel="fraction", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0))
+    series = {"accuracy": [b["accuracy"] for b in filled], "images": [b["images"] for b in filled]}
+    values = values_of(axes, "confidence", centers, series)
+    return to_svg(figure, "Reliability diagram: accuracy by confidence of the prediction", values)
 
 
+@rc_context(STYLE)
 def class_chart(rows: Sequence[dict[str, Any]]) -> str:
     """Return the accuracy of each class, the hardest first."""
-    with rc_context(STYLE):
-        ranked = sorted(rows, key=lambda row: row["recall"] or 0.0)
-        figure, axes = new_axes(7.2, 2.4)
-        axes.bar(range(len(ranked)), [row["recall"] or 0.0 for row in ranked], 0.8, color=BLUE)
-        highest = max((row["recall"] or 0.0 for row in ranked), default=0.0)  # above all bars, or they hide the names
-        for end, anchor in ((0, "left"), (len(ranked) - 1, "right")):
-            place, name = (end, highest), ranked[end]["class"].replace("_", " ")
-            axes.annotate(name, place, (0, 4), textcoords="offset points", ha=anchor)
-        axes.set(xlabel="classes, from the hardest to the easiest", ylabel="accuracy", ylim=(0, 1), xticks=[])
-        names, recall = [row["class"].replace("_", " ") for row in ranked], [row["recall"] or 0.0 for row in ranked]
-        values = values_of(axes, "class", range(len(ranked)), {"accuracy": recall}, names=names)
-        return to_svg(figure, "Accuracy of each class, from the hardest to the easiest", values)
+    recall, names = zip(*sorted((row["recall"] or 0.0, row["class"].replace("_", " ")) for row in rows), strict=True)
+    figure, axes = new_axes(7.2, 2.4)
+    axes.bar(range(len(names)), recall, 0.8, color=BLUE)
+    for end, anchor in ((0, "left"), (len(names) - 1, "right")):
+        place = end, recall[-1]  # above all bars, or they hide the names
+        axes.annotate(names[end], place, (0, 4), textcoords="offset points", ha=anchor)
+    axes.set(xlabel="classes, from the hardest to the easiest", ylabel="accuracy", ylim=(0, 1), xticks=[])
+    values = values_of(axes, "class", range(len(names)), {"accuracy": recall}, names=names)
+    return to_svg(figure, "Accuracy of each class, from the hardest to the easiest", values)
 
 
+@rc_context(STYLE)
 def confusion_chart(matrix: np.ndarray, names: Sequence[str], kind: str = "superclass") -> str:
     """Return a confusion matrix: each row holds fractions of that class's images.
 
     Args:
         kind: what the names are of, "superclass" or "class".
     """
-    with rc_context(STYLE):
-        fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-        many = len(names) > MOST_ROWS
-        figure, axes = new_axes(10.4, 9.6) if many else new_axes(6.4, 5.6)
-        cmap = LinearSegmentedColormap.from_list("transparent to orange", [to_rgba(ORANGE, 0), to_rgba(ORANGE, 1)])
-        image = axes.imshow(fractions, cmap=cmap, vmin=0, vmax=max(0.5, float(fractions.max())))
-        words = [name.replace("_", " ") for name in names]
-        slant, size = (90, 5.0) if many else (60, 9.0)
-        axes.set_xticks(
-            range(len(names)),
-            words,
-            rotation=slant,
-            ha="right",
-            va="center_baseline" if many else "top",
-            rotation_mode="anchor",
-            fontsize=size,
-        )
-        axes.set_yticks(range(len(names)), words, fontsize=size)
-        axes.set(xlabel=f"predicted {kind}", ylabel=f"true {kind}")
-        axes.patch.set_gid(PLOT)
-        bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
-        bar.outline.set_visible(False)
-        bar.set_label(f"fraction of the {kind}'s images")
-        return to_svg(figure, f"Confusion matrix of the {kind}es", {"names": words, "matrix": matrix.tolist()})
+    fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    many = len(names) > MOST_ROWS
+    figure, axes = new_axes(10.4, 9.6) if many else new_axes(6.4, 5.6)
+    image = axes.imshow(fractions, cmap=TRANSPARENT_TO_ORANGE, vmin=0, vmax=max(0.5, float(fractions.max())))
+    words = [name.replace("_", " ") for name in names]
+    slant, size = (90, 5.0) if many else (60, 9.0)
+    axes.set_xticks(
+        range(len(names)),
+        words,
+        rotation=slant,
+        ha="right",
+        va="center_baseline" if many else "top",
+        rotation_mode="anchor",
+        fontsize=size,
+    )
+    axes.set_yticks(range(len(names)), words, fontsize=size)
+    axes.set(xlabel=f"predicted {kind}", ylabel=f"true {kind}")
+    axes.patch.set_gid(PLOT)
+    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+    bar.outline.set_visible(False)
+    bar.set_label(f"fraction of the {kind}'s images")
+    return to_svg(figure, f"Confusion matrix of the {kind}es", {"names": words, "matrix": matrix.tolist()})
 
 
+@rc_context(STYLE)
 def corruption_chart(corruptions: dict[str, dict[str, Any]]) -> str:
     """Return the accuracy by corruption, the hardest first, and severity."""
-    with rc_context(STYLE):
-        ranked = sorted(corruptions, key=lambda name: -corruptions[name]["error"])
-        top1 = np.array([[row["top1"] for row in corruptions[name]["severities"]] for name in ranked])
-        figure, axes = new_axes(5.0, 1.1 + 0.27 * len(ranked))
-        cmap = LinearSegmentedColormap.from_list("transparent to orange", [to_rgba(ORANGE, 0), to_rgba(ORANGE, 1)])
-        axes.imshow(1 - top1, cmap=cmap, vmin=0, vmax=1, aspect="auto")
-        for row, column in np.ndindex(*top1.shape):
-            axes.text(column, row, f"{top1[row, column]:.2f}", ha="center", va="center")
-        axes.set_xticks(range(top1.shape[1]), [str(k + 1) for k in range(top1.shape[1])])
-        axes.set_yticks(range(len(ranked)), [name.replace("_", " ") for name in ranked])
-        axes.set(xlabel="severity")
-        return to_svg(figure, "Accuracy by corruption, from the hardest to the easiest, and severity")
+    ranked = sorted(corruptions, key=lambda name: -corruptions[name]["error"])
+    top1 = np.array([[row["top1"] for row in corruptions[name]["severities"]] for name in ranked])
+    figure, axes = new_axes(5.0, 1.1 + 0.27 * len(ranked))
+    axes.imshow(1 - top1, cmap=TRANSPARENT_TO_ORANGE, vmin=0, vmax=1, aspect="auto")
+    for row, column in np.ndindex(*top1.shape):
+        axes.text(column, row, f"{top1[row, column]:.2f}", ha="center", va="center")
+    axes.set_xticks(range(top1.shape[1]), [str(k + 1) for k in range(top1.shape[1])])
+    axes.set_yticks(range(len(ranked)), [name.replace("_", " ") for name in ranked])
+    axes.set(xlabel="severity")
+    return to_svg(figure, "Accuracy by corruption, from the hardest to the easiest, and severity")

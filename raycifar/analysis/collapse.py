@@ -7,6 +7,12 @@ from raycifar.storage.records import EpochRecord
 MIN_STEPS = 100  # before that, a healthy network may still stand at chance
 
 
+def chance_level(num_images: int, num_classes: int) -> float:
+    """Return the accuracy that guessing hardly ever exceeds: three standard deviations above 1 / classes."""
+    chance = 1 / num_classes
+    return chance + 3 * math.sqrt(chance * (1 - chance) / num_images)
+
+
 def collapse(record: EpochRecord, num_images: int, steps: int, num_classes: int) -> str | None:
     """Return a warning if an epoch's training loss and accuracy are those of guessing, else None.
 
@@ -19,9 +25,14 @@ def collapse(record: EpochRecord, num_images: int, steps: int, num_classes: int)
         steps: taken since training began.
     """
     guessing, chance = math.log(num_classes), 1 / num_classes
-    noise = 3 * math.sqrt(chance * (1 - chance) / num_images)
     loss, top1 = record.train_loss, record.train_top1
-    if steps < MIN_STEPS or loss is None or top1 is None or loss < guessing - 0.01 or top1 > chance + noise:
+    if (
+        steps < MIN_STEPS
+        or loss is None
+        or top1 is None
+        or loss < guessing - 0.01
+        or top1 > chance_level(num_images, num_classes)
+    ):
         return None
     return (
         f"after epoch {record.epoch} the network is not learning. Its loss is {loss:.4f} and its accuracy "

@@ -1,7 +1,7 @@
 """From finished runs to which model is better, how sure that is, and what it cost."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -9,11 +9,11 @@ import numpy as np
 
 from raycifar.analysis.findings import diagnose
 from raycifar.analysis.history import RunHistory
-from raycifar.analysis.prose import count
 from raycifar.analysis.statistics import difference, holm, mcnemar, mean_interval
 from raycifar.models.recipe import Recipe, changes
 from raycifar.models.recipes import recipe_from_json
 from raycifar.storage.records import EpochRecord
+from raycifar.words import count
 
 Run = TypeVar("Run")
 
@@ -141,6 +141,12 @@ def compare(groups: dict[str, list[Finished]], flops: dict[str, int], price_per_
         pair["epochs"], pair["train_images"] = first["recipe"]["epochs"], first["data"]["train"]
         pair["sentence"] = sentence(pair)
     return {"models": models, "pairs": pairs, "equal_device_seconds": budget}
+
+
+def conclusions(comparison: Mapping[str, Any]) -> list[str]:
+    """Return the sentences of a comparison: of its pairs, of new photographs, and of its searches."""
+    parts = [*comparison["pairs"], comparison.get("without_near_duplicates"), *comparison.get("search", {}).values()]
+    return [part["sentence"] for part in parts if part]
 
 
 def summarize(runs: Sequence[Finished], budget: float, price_per_hour: float | None) -> dict[str, Any]:

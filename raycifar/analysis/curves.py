@@ -9,6 +9,7 @@ import numpy as np
 from raycifar.analysis.findings import generalization_gap
 from raycifar.analysis.history import RunHistory
 from raycifar.storage.records import sampled_steps
+from raycifar.words import count
 
 BLUE, ORANGE = "#0072b2", "#e69f00"
 MOST_MARKS = 8
@@ -115,6 +116,6 @@ def marks(history: RunHistory) -> list[tuple[int, str]]:
         if record.stage != before.stage:
             found.append((record.epoch, "whole network"))
         if record.workers != before.workers:
-            found.append((record.epoch, f"{record.workers} worker{'' if record.workers == 1 else 's'}"))
+            found.append((record.epoch, count(record.workers, "worker")))
     found += [(record.epoch, "restart") for record in records if record.restarts]
     return found[:MOST_MARKS]

@@ -41,7 +41,7 @@ class Departure:
     own: Any
 
     def __str__(self) -> str:
-        return f"{self.option} is {shown(self.value)} instead of {shown(self.own)}"
+        return f"{self.option} is {plain_value(self.value)} instead of {plain_value(self.own)}"
 
     @property
     def option(self) -> str:
@@ -49,10 +49,13 @@ class Departure:
 
     @property
     def remedy(self) -> str:
-        return f"{self.option} {shown(self.own)}"
+        return f"{self.option} {plain_value(self.own)}"
 
 
-def shown(value: Any) -> str:
+def plain_value(value: Any) -> str:
+    """Return a recipe's value as people write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -18,6 +18,7 @@ from raycifar.analysis.departures import LOOSE, departures
 from raycifar.analysis.history import RunHistory, thinned
 from raycifar.errors import FailureKind
 from raycifar.storage.records import Diagnostics, EpochRecord, finite
+from raycifar.words import count, listed
 
 SIGMAS = 3.0  # a difference of so many standard errors is taken as real: Shewhart (1931), p = 0.0027
 SURE = 0.99  # no finding is surer than that
@@ -69,11 +70,6 @@ def change(fraction: float) -> str:
     return f"{round(100 * fraction, 2) + 0.0:+.2f}"
 
 
-def count(n: int, noun: str) -> str:
-    """Return "1 epoch" or "2 epochs"."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
-
-
 def times(factor: float) -> str:
     return f"{factor:,.0f} times" if factor < 1000 else "more than 1,000 times"
 
@@ -88,7 +84,8 @@ def diagnose(history: RunHistory) -> list[Finding]:
     early = not history.records or history.steps < MIN_STEPS
     found: list[Finding] = []
     for rule in (divergence, learning_rate) if early else RULES:
-        found += rule(history, found)
+        if rule in ALWAYS or not has(found, "collapse", "divergence"):
+            found += rule(history, found)
     if early:
         return [blame_recipe(history, finding) for finding in found] or [too_few_steps(history)] * bool(history.records)
     if all(finding.kind in TRENDS or finding.metrics.get("explained") for finding in found):
@@ -184,8 +181,6 @@ def divergence(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
 
 def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     """Return the jump of the loss from which a run never came back, if there is one."""
-    if has(found, "collapse", "divergence"):
-        return []
     (name, losses, top1, images), train = judged(history), history.column("train_loss")
     for k, z in jumps(losses):
         recovered = recovers(losses, top1, k, images)
@@ -251,8 +246,6 @@ def explain_collapse(diagnostics: Diagnostics | None) -> tuple[str, dict[str, An
 
 
 def underfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    if has(found, "collapse", "divergence"):
-        return []
     last, fitted = history.records[-1], fit(history)
     if not fitted < FIT:
         return []
@@ -349,8 +342,6 @@ def recovers(losses: np.ndarray, top1: np.ndarray, k: int, images: int) -> bool:
 
 
 def spikes(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    if has(found, "collapse", "divergence"):
-        return []
     name, losses, top1, images = judged(history)
     noise = history.column("val_loss_se") * math.sqrt(2) if history.num_val else np.zeros(len(losses))
     advice = calm(history)
@@ -399,7 +390,7 @@ def explain_spike(history: RunHistory, k: int) -> tuple[str, dict[str, Any]]:
 
 
 def overfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    if not history.num_val or len(history.records) < 3 or has(found, "collapse", "divergence"):
+    if not history.num_val or len(history.records) < 3:
         return []
     val, train, se = (history.column(name) for name in ("val_loss", "train_eval_loss", "val_loss_se"))
     end, best = float(np.median(val[-3:])), int(np.argmin(val))
@@ -427,7 +418,7 @@ def overfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
 
 
 def gap_to_validation(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    if not history.num_val or has(found, "collapse", "divergence", "overfitting"):
+    if not history.num_val or has(found, "overfitting"):
         return []
     gap, gap_se = generalization_gap(history)
     if not gap[-1] - SIGMAS * gap_se[-1] > COARSE:
@@ -480,7 +471,7 @@ def generalization_gap(history: RunHistory) -> tuple[np.ndarray, np.ndarray]:
 
 def validation_above_training(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     # A first epoch's training accuracy is a mean over all of its learning: validation after it must be higher.
-    if not history.num_val or len(history.records) < 2 or has(found, "collapse", "divergence"):
+    if not history.num_val or len(history.records) < 2:
         return []
     recipe, last = history.recipe, history.records[-1]
     train, val = (float(history.column(name)[-1]) for name in ("train_top1", "val_top1"))
@@ -511,12 +502,8 @@ def validation_above_training(history: RunHistory, found: Sequence[Finding]) -> 
     return [Finding("validation-above-training", confidence(z), evidence, advice, [last.epoch], metrics)]
 
 
-def listed(words: Sequence[str], last: str = "and") -> str:
-    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
 def validation_noise(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    if not history.num_val or has(found, "collapse", "divergence"):
+    if not history.num_val:
         return []
     top1, n = history.column("val_top1"), history.num_val
     half = min(1.0, 1.96 * standard_error(float(top1[-1]), n))
@@ -576,7 +563,7 @@ def swings(history: RunHistory, top1: np.ndarray) -> tuple[float, float, float]:
 
 
 def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    if not history.num_val or has(found, "collapse", "divergence", "overfitting"):
+    if not history.num_val or has(found, "overfitting"):
         return []
     top1 = history.column("val_top1")
     late = top1[max(warmed_up(history), len(top1) - max(4, len(top1) // 2)) :]
@@ -663,6 +650,7 @@ RULES: Sequence[Callable[[RunHistory, Sequence[Finding]], list[Finding]]] = (
     validation_noise,
     trend,
 )
+ALWAYS = (divergence, collapsed, learning_rate)  # the others are of networks that learn
 TRENDS = {"improving", "plateau"}
 
 

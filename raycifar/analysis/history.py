@@ -40,8 +40,8 @@ class RunHistory:
 
     @cached_property
     def own_recipe(self) -> Recipe:
-        """The recipe that the model is trained with by default."""
-        return recipe_for(self.model, self.recipe.pretrained)
+        """The recipe that the model is trained with by default, for so many epochs."""
+        return recipe_for(self.model, self.recipe.pretrained, self.recipe.epochs)
 
     @property
     def num_train(self) -> int:

@@ -12,11 +12,7 @@ from markupsafe import Markup
 FOLDER = Path(__file__).with_name("templates")
 SCRIPT = FOLDER.joinpath("page.js").read_text(encoding="utf-8")
 TEMPLATES = Environment(
-    loader=FileSystemLoader(FOLDER),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
+    loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
 # A page runs this script and no other, whatever a name in it may hold.
 TEMPLATES.globals["script"] = Markup(SCRIPT)

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raycifar.analysis.findings import PLAIN, Finding, count, has, listed
+from raycifar.analysis.departures import plain_value
+from raycifar.analysis.findings import PLAIN, Finding, has
 from raycifar.analysis.history import RunHistory
 from raycifar.models.recipe import Recipe, changes
 from raycifar.models.recipes import recipe_for
+from raycifar.words import count, listed
 
 PHRASES = {
     "test-differs": "the test set doesn't match the validation images",
@@ -34,13 +36,6 @@ PHRASES = {
 def headline(findings: Sequence[Finding]) -> str:
     """Return what was found, in a phrase."""
     return "; ".join(dict.fromkeys(PHRASES[finding.kind] for finding in findings)) or "nothing to read yet"
-
-
-def plain_value(value: Any) -> str:
-    """Return a recipe's value as people write it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
 def without_near_duplicates(
@@ -136,7 +131,7 @@ def to_command(
 ) -> str:
     """Return a command that trains a run's model, or several, on its data with `recipe`."""
     model = run["model"]
-    base = recipe_for(model, recipe.pretrained)
+    base = recipe_for(model, recipe.pretrained, options.get("epochs", recipe.epochs))
     chosen = ["--models", ",".join(models or [model])] if command == "compare" else ["--model", model]
     parts = ["raycifar", command, *chosen]
     if run["data"]["source"] != "cifar100":
@@ -155,7 +150,7 @@ def to_command(
         if isinstance(value, bool):
             parts.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
         elif name != "pretrained":
-            parts += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+            parts += [f"--{name.replace('_', '-')}", plain_value(value)]
     return shlex.join(parts)
 
 

@@ -4,26 +4,28 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from raycifar.analysis import charts, prose
 from raycifar.analysis.classification import by_class, confused_pairs, confusion, reliability
-from raycifar.analysis.comparison import group
+from raycifar.analysis.comparison import conclusions, group
 from raycifar.analysis.curves import panels
-from raycifar.analysis.findings import FIT, diagnose, fit, listed, seed_variance, standard_error
+from raycifar.analysis.departures import plain_value
+from raycifar.analysis.findings import FIT, diagnose, fit, seed_variance, standard_error
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.mismatch import find_mismatch
 from raycifar.analysis.page import render
-from raycifar.analysis.results import hardware, results_table, text
-from raycifar.analysis.suspects import rank_suspects
-from raycifar.data import DatasetInfo
+from raycifar.analysis.results import cells, hardware, results_table, text
+from raycifar.analysis.suspects import Suspects, rank_suspects
 from raycifar.data.pictures import to_png
 from raycifar.data.tables import Source, from_lists, to_images
 from raycifar.models.recipe import changes
 from raycifar.storage.records import PicturesFile, Pixels
+from raycifar.words import count, listed
 
 GALLERY = 24  # images of the most suspect labels
 CONTRADICTIONS = 12  # photographs under two labels that are shown
@@ -31,6 +33,7 @@ PAIRS, EXAMPLES = 6, 4  # pairs of classes shown, and pictures of each direction
 ROWS = 300  # epochs in a page's table
 PNG = "data:image/png;base64,"
 SEEN = 16  # augmented images shown
+NOTHING_FOUND: dict[str, Any] = {"headline": "", "findings": [], "sentences": [], "results": None, "next": []}
 SAMPLE = 2000  # images of each split whose pixels are measured
 
 
@@ -51,6 +54,30 @@ class RunFiles:
     notes: Sequence[str] = ()
     copies: np.ndarray | None = None
 
+    @cached_property
+    def answers(self) -> "Answers | None":
+        """What the network says of the test images."""
+        if self.predictions is None:
+            return None
+        labels, probabilities = self.predictions["label"].to_numpy(), from_lists(self.predictions["probabilities"])
+        predicted = probabilities.argmax(1)
+        matrix = confusion(labels, predicted, self.history.info.num_classes)
+        return Answers(labels, predicted, probabilities.max(1), matrix)
+
+    @cached_property
+    def suspects(self) -> Suspects | None:
+        """The training images, those with the most suspect labels first."""
+        return None if self.example_stats is None else rank_suspects(self.example_stats, self.copies)
+
+
+class Answers(NamedTuple):
+    """Of each test image its label, its likeliest class and the probability of this; and the confusion matrix."""
+
+    labels: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    matrix: np.ndarray
+
 
 def report_run(files: RunFiles) -> dict[str, Any]:
     """Return the report of a run as `report.json` holds it."""
@@ -70,11 +97,9 @@ def report_run(files: RunFiles) -> dict[str, Any]:
 
 def run_page(files: RunFiles, report: dict[str, Any]) -> str:
     """Return a run's `report.html`."""
-    history, info, pictures = files.history, files.history.info, files.pictures
+    history, pictures = files.history, files.pictures
     drawn = {name: charts.curve_chart(panel) for name, panel in panels(history).items()} if history.records else {}
-    test = confused(files.predictions, info)
-    if files.predictions is not None:
-        drawn |= test_charts(files.predictions, pictures, info)
+    drawn |= test_charts(files)
     labels = labels_of(files)
     spikes = [
         {"epoch": epoch, "pictures": shown_of(pictures, "train", [(row, labels.get(row, "")) for row in rows])}
@@ -94,7 +119,7 @@ def run_page(files: RunFiles, report: dict[str, Any]) -> str:
             for one, other in contradictions(doubted)
             if len(pair := shown_of(pictures, "train", [(row["index"], row["words"]) for row in (one, other)])) == 2
         ],
-        "pairs": [{**pair, "pictures": shown_of(pictures, "test", pair["rows"])} for pair in test],
+        "pairs": [{**pair, "pictures": shown_of(pictures, "test", pair["rows"])} for pair in confused(files)],
     }
     return render(
         "report.html",
@@ -111,7 +136,7 @@ def run_page(files: RunFiles, report: dict[str, Any]) -> str:
         mature=mature(history),
         has_predictions=files.predictions is not None,
         has_pictures=pictures is not None,
-        classes=every_class(files.predictions, info),
+        classes=every_class(files),
         augmented=[PNG + image for image in (pictures.get("augmented", []) if pictures else [])],
         **shown,
     )
@@ -135,7 +160,7 @@ def test_intervals(history: RunHistory) -> dict[str, float]:
 def details(history: RunHistory) -> dict[str, str]:
     """Return what a reader needs to train the same network again."""
     run, recipe = history.run, history.recipe
-    values = {f.name.replace("_", " "): prose.plain_value(getattr(recipe, f.name)) for f in fields(recipe)}
+    values = {f.name.replace("_", " "): plain_value(getattr(recipe, f.name)) or "none" for f in fields(recipe)}
     known = {
         "command": prose.to_command(run, "train", recipe, seed=run["seed"]),
         "recipe": ", ".join(f"{name} {value}" for name, value in values.items()),
@@ -160,9 +185,10 @@ def date(created: str | None) -> str | None:
 # The test set ---------------------------------------------------------------------------------------
 
 
-def test_charts(predictions: pa.Table, pictures: PicturesFile | None, info: DatasetInfo) -> dict[str, str]:
-    labels, predicted, confidence = answers(predictions)
-    matrix = confusion(labels, predicted, info.num_classes)
+def test_charts(files: RunFiles) -> dict[str, str]:
+    if files.answers is None:
+        return {}
+    (labels, predicted, confidence, matrix), info, pictures = files.answers, files.history.info, files.pictures
     drawn = {
         "reliability": charts.reliability_diagram(reliability(confidence, predicted == labels)),
         "classes": charts.class_chart(by_class(matrix, info.class_names)),
@@ -178,12 +204,11 @@ def test_charts(predictions: pa.Table, pictures: PicturesFile | None, info: Data
     return drawn
 
 
-def every_class(predictions: pa.Table | None, info: DatasetInfo) -> list[dict[str, Any]]:
+def every_class(files: RunFiles) -> list[dict[str, Any]]:
     """Return the scores of each class, by name, and what it is most often taken for."""
-    if predictions is None:
+    if files.answers is None:
         return []
-    labels, predicted, _ = answers(predictions)
-    matrix = confusion(labels, predicted, info.num_classes)
+    matrix, info = files.answers.matrix, files.history.info
     errors = matrix * (1 - np.eye(len(matrix), dtype=int))
     rows = by_class(matrix, info.class_names)
     for row, mistaken in zip(rows, errors, strict=True):
@@ -193,21 +218,15 @@ def every_class(predictions: pa.Table | None, info: DatasetInfo) -> list[dict[st
     return sorted(rows, key=lambda row: row["class"])
 
 
-def answers(predictions: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the label of each test image, its likeliest class, and the probability of this."""
-    probabilities = from_lists(predictions["probabilities"])
-    return predictions["label"].to_numpy(), probabilities.argmax(1), probabilities.max(1)
-
-
 # Single images --------------------------------------------------------------------------------------
 
 
-def confused(predictions: pa.Table | None, info: DatasetInfo) -> list[dict[str, Any]]:
+def confused(files: RunFiles) -> list[dict[str, Any]]:
     """Return the pairs of classes that are most often confused, each with its clearest test images and their words."""
-    if predictions is None:
+    if files.answers is None:
         return []
-    labels, predicted, confidence = answers(predictions)
-    pairs = confused_pairs(confusion(labels, predicted, info.num_classes), info.class_names)[:PAIRS]
+    (labels, predicted, confidence, matrix), info = files.answers, files.history.info
+    pairs = confused_pairs(matrix, info.class_names)[:PAIRS]
     for pair in pairs:
         pair["rows"] = []
         for label, taken_for in ((pair["a"], pair["b"]), (pair["b"], pair["a"])):
@@ -223,10 +242,7 @@ def suspects(files: RunFiles) -> list[dict[str, Any]]:
 
     First come pairs of images that show one photograph under two labels.
     """
-    found = None
-    if files.example_stats is not None and mature(files.history):
-        found = rank_suspects(files.example_stats, files.copies)
-    if found is None:
+    if not mature(files.history) or (found := files.suspects) is None:
         return []
     contradicted, confirmed = found.contradicted(), found.confirmed()
     names = [plain(name) for name in files.history.info.class_names]
@@ -278,10 +294,9 @@ def plain(class_name: str) -> str:
 
 def choose_pictures(files: RunFiles, source: Source) -> PicturesFile:
     """Return the content of `pictures.json`: what the report shows of a data set, a few hundred kilobytes."""
-    info = files.history.info
     train = {image["index"] for image in suspects(files)}
     train |= {row for _, rows in behind_spikes(report_run(files)) for row in rows}
-    test = {row for pair in confused(files.predictions, info) for row, _ in pair["rows"]}
+    test = {row for pair in confused(files) for row, _ in pair["rows"]}
     return {
         "train": {str(row): to_base64(source.train, row) for row in sorted(train)},
         "test": {str(row): to_base64(source.test, row) for row in sorted(test)},
@@ -338,10 +353,8 @@ def report_comparison(
         if tested and (finding := seed_variance(model, [test["top1"] for test in tested], tested[0]["images"])):
             found.append(finding)
     done = sum((run.history.result or {}).get("status") == "finished" for run in runs)
-    sentences = [pair["sentence"] for pair in (comparison or {}).get("pairs", [])]
-    sentences += [part["sentence"] for part in [(comparison or {}).get("without_near_duplicates")] if part]
-    sentences += [search["sentence"] for search in (comparison or {}).get("search", {}).values()]
-    finished = f"{done} of {prose.count(len(runs), 'run')} finished"
+    sentences = conclusions(comparison) if comparison else []
+    finished = f"{done} of {count(len(runs), 'run')} finished"
     state = f"{finished}." if comparison else f"{finished}; the comparison is under way or was interrupted."
     return {
         "name": name,
@@ -383,28 +396,24 @@ def conditions(runs: Sequence[RunFiles]) -> str:
         ({run.history.run["data"]["test"] for run in runs}, "test image"),
     ):
         if len(values) == 1:
-            shared.append(prose.count(values.pop(), noun))
+            shared.append(count(values.pop(), noun))
     seeds = sorted({run.history.run["seed"] for run in runs})
-    shared.append(f"seed{'' if len(seeds) == 1 else 's'} {listed(list(map(str, seeds)))}")
+    shared.append(f"seed{'s' * (len(seeds) > 1)} {listed(list(map(str, seeds)))}")
     return f"Conditions: {', '.join(shared)}." if runs else ""
 
 
 def report_overlay(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """Return the report of any runs side by side, without a verdict."""
     reports = [report_run(run) for run in runs]
-    state = f"{prose.count(len(runs), 'run')} side by side, without a verdict."
+    state = f"{count(len(runs), 'run')} side by side, without a verdict."
     return {
+        **NOTHING_FOUND,
         "name": listed([run.name for run in runs]),
         "state": state,
         "notes": [note for run in runs for note in run.notes],
-        "headline": "",
-        "findings": [],
         "paragraph": "\n\n".join(f"{report['name']}: {report['paragraph']}" for report in reports),
-        "sentences": [],
-        "results": None,
         "conditions": conditions(runs),
         "runs": about_runs(runs, reports),
-        "next": [],
     }
 
 
@@ -419,7 +428,7 @@ def next_comparison(runs: Sequence[RunFiles], comparison: dict[str, Any] | None,
     models = list(dict.fromkeys(history.model for history in histories))
     if len(models) < len(by_model(runs)):  # a command takes one recipe of each model
         return []
-    reasons = [f"{prose.count(seeds, 'seed')} of each model"]
+    reasons = [f"{count(seeds, 'seed')} of each model"]
     if any(pair.get("immature") for pair in pairs):
         epochs *= 2
         reasons.append(f"{epochs} epochs")
@@ -479,6 +488,7 @@ def comparison_page(
         title=report["name"],
         report=report,
         comparison=comparison,
+        models={name: cells(model) for name, model in (comparison or {"models": {}})["models"].items()},
         links=links,
         several=several,
         overlay=overlay,

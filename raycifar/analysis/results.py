@@ -39,6 +39,21 @@ def text(words: str) -> str:
     return escaped.replace("&", "&amp;").replace("<", "&lt;")
 
 
+def cells(model: dict[str, Any]) -> dict[str, str]:
+    """Return a model's scores and costs in a comparison as they are shown, by heading."""
+    return {
+        "runs": str(model["top1"]["n"]),
+        "test top-1": interval(model["top1"]),
+        "test top-5": interval(model["top5"]),
+        "test loss": interval(model["loss"]),
+        "parameters": f"{model['parameters'] / 1e6:.1f} M",
+        "GFLOPs": f"{model['flops'] / 1e9:.2f}",
+        "images/s": f"{model['images_per_second']:,.0f}",
+        "device-s": f"{model['device_seconds']:,.0f}",
+        **({} if model["cost"] is None else {"cost": f"{model['cost']:.4g}"}),
+    }
+
+
 def interval(score: dict[str, Any]) -> str:
     half = "" if score["low"] is None else f" ± {score['high'] - score['mean']:.4f}"
     return f"{score['mean']:.4f}{half}"

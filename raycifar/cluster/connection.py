@@ -168,25 +168,10 @@ def quiet(*, debug: bool) -> Iterator[None]:
 
 
 def restore_environment(before: dict[str, str]) -> None:
-    """Give the variables that Ray sets in its caller's process their former values."""
+    """Give the variables that are set for Ray, or by it in its caller's process, their former values."""
     for name in os.environ.keys() | before.keys():
-        if name.startswith("RAY_") or name == "PYTHONBREAKPOINT":
+        if name.startswith(("RAY_", "TUNE_")) or name == "PYTHONBREAKPOINT":
             if name in before:
                 os.environ[name] = before[name]
             else:
                 os.environ.pop(name, None)
-
-
-@contextmanager
-def environment(**values: str) -> Iterator[None]:
-    """Set environment variables temporarily."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

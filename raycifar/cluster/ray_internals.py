@@ -6,7 +6,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,18 +127,24 @@ def is_answered(address: str, seconds: float) -> bool:
 
 
 @contextmanager
-def loopback_alone() -> Iterator[None]:
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Give a name of a module another value for a while."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def loopback_alone() -> AbstractContextManager[None]:
     """Have a new Ray listen on the loopback interface alone.
 
     Ray takes `_node_ip_address="127.0.0.1"` for the machine's outer address, unless it is one that forms no clusters.
     """
     from ray._private import ray_constants
 
-    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+    return replaced(ray_constants, "ENABLE_RAY_CLUSTER", False)
 
 
 def read_token_again() -> None:
@@ -150,36 +156,25 @@ def read_token_again() -> None:
     ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
-@contextmanager
-def without_error_echo() -> Iterator[None]:
+def without_error_echo() -> AbstractContextManager[None]:
     """Keep Ray from printing cluster errors, such as a lost node's last log, to this process's output.
 
     `ray.init(log_to_driver=False)` silences only the workers' output.
     """
     from ray._private import worker
 
-    before = worker.print_to_stdstream
-    worker.print_to_stdstream = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        worker.print_to_stdstream = before
+    return replaced(worker, "print_to_stdstream", lambda *args, **kwargs: None)
 
 
-@contextmanager
-def entrypoint_without_secrets() -> Iterator[None]:
+def entrypoint_without_secrets() -> AbstractContextManager[None]:
     """Keep passwords and signatures in this command's arguments out of what Ray records of its job.
 
     There is no public way to name the command otherwise.
     """
     from ray._private import utils
 
-    before = utils.get_entrypoint_name
-    utils.get_entrypoint_name = lambda: shown(before())
-    try:
-        yield
-    finally:
-        utils.get_entrypoint_name = before
+    name_of = utils.get_entrypoint_name
+    return replaced(utils, "get_entrypoint_name", lambda: shown(name_of()))
 
 
 def forbid_auto_init() -> None:

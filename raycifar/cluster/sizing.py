@@ -9,6 +9,7 @@ from typing import Literal
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from raycifar import words
 from raycifar.cluster import ray_internals
 from raycifar.errors import RequestError
 from raycifar.machine import available_cpus
@@ -73,7 +74,7 @@ class Workers:
         if self.count == 0:
             return "this process"
         span = "" if self.least is None else f"{self.least} to "
-        return f"{span}{self.count} worker{'s' * (self.count > 1)} of {describe(self.resources)}"
+        return f"{span}{words.count(self.count, 'worker')} of {describe(self.resources)}"
 
 
 def describe(resources: Resources) -> str:
@@ -108,7 +109,7 @@ def size(
         RequestError: the cluster can never hold that; the message names the most that fit.
     """
     alive, groups = alive_nodes(), growth()
-    everything = alive + [resources for resources, extra in groups or () for _ in range(extra)]
+    everything = alive + new_nodes(groups)
     there, nodes = (with_accelerator(some, accelerator) for some in (alive, everything))
     any_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
     if device == "cpu" or (device == "auto" and gpus == 1 and not accelerator and not any_gpu):
@@ -129,7 +130,7 @@ def size(
         )
     less = "--workers, --cpus-per-worker or --gpus-per-worker" if gpus else "--workers or --cpus-per-worker"
     raise RequestError(
-        f"{workers.needed} worker{'s' * (workers.needed > 1)} of {describe(workers.resources)} each can't be placed: "
+        f"{words.count(workers.needed, 'worker')} of {describe(workers.resources)} each can't be placed: "
         f"this cluster {has} {total(nodes)}, room for at most {placeable(nodes, workers.resources)} of them. Ask for "
         f"less of {less}{', or --device cpu' if gpus else ''}."
     )
@@ -162,7 +163,7 @@ def size_trials(
     Args:
         count: workers of each run. device, cpus, gpus, accelerator: as `size` takes them. trials: how many runs.
     """
-    nodes = alive_nodes() + [resources for resources, extra in growth() or () for _ in range(extra)]
+    nodes = alive_nodes() + new_nodes(growth())
     if not cpus and (device == "cpu" or not any(node.get("GPU") for node in nodes)):
         free = [usable_cpus(node.get("CPU", 0)) for node in nodes]
         each = largest_share(free, count * max(1, min(trials, sum(amount > 0 for amount in free))))
@@ -224,6 +225,11 @@ def growth() -> list[tuple[Resources, int]] | None:
         if name != config.get("head_node_type", "ray.head.default"):
             groups.append((resources, max(0, min(most, MOST_NODES) - like_it)))
     return groups
+
+
+def new_nodes(groups: list[tuple[Resources, int]] | None) -> list[Resources]:
+    """Return the resources of each node that the autoscaler may add; see `growth`."""
+    return [resources for resources, extra in groups or () for _ in range(extra)]
 
 
 def autoscaler_can(bundles: list[Resources]) -> bool:

@@ -1,17 +1,18 @@
 """A run's status, which its workers, Ray Train's controller and the driver exchange.
 
 In a cluster the status is kept in Ray's key-value store, which needs no extra process and is reachable from all nodes;
-otherwise in this process.
+otherwise in this process. It is stored as JSON; keys of another version are ignored.
 """
 
 import json
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any, Self
+from functools import partial
+from typing import Any
 
-from raycifar.storage.records import EpochRecord
+from raycifar.storage.records import EpochRecord, checked
 
 _here: dict[str, bytes] = {}
 
@@ -39,19 +40,8 @@ class FailureCause(StrEnum):
     DRIVER = "driver"  # of a trial: its process failed
 
 
-class Message:
-    """A dataclass that is stored as JSON; unknown keys are ignored."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload]
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})  # type: ignore[arg-type]
-
-
 @dataclass(frozen=True, kw_only=True)
-class StepStatus(Message):
+class StepStatus:
     """The current epoch's progress."""
 
     epoch: int  # from 1
@@ -66,7 +56,7 @@ class StepStatus(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartStatus(Message):
+class PartStatus:
     """How much is done of something that has a length, such as the images of a split."""
 
     what: str  # is done, as displayed
@@ -78,7 +68,7 @@ class PartStatus(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFacts(Message):
+class ModelFacts:
     """Facts about the network and its hardware."""
 
     parameters: int
@@ -88,7 +78,7 @@ class ModelFacts(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerStatus(Message):
+class WorkerStatus:
     """The first worker's status. The history is stored separately, as it is longer and changes rarely."""
 
     attempt: int | None = None  # process ID, which a restart changes
@@ -104,20 +94,9 @@ class WorkerStatus(Message):
     def doing(self) -> str:
         return f"{self.phase}, {self.detail}" if self.detail else self.phase
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        step, part, model = (values.get(name) for name in ("step", "part", "model"))
-        nested = {
-            "phase": Phase(values["phase"]),
-            "step": step and StepStatus.from_json(step),
-            "part": part and PartStatus.from_json(part),
-            "model": model and ModelFacts.from_json(model),
-        }
-        return super().from_json({**values, **nested})
-
 
 @dataclass(frozen=True)
-class Failure(Message):
+class Failure:
     """A failure after which the run continues.
 
     ranks: of the workers that failed. nodes: of all workers.
@@ -127,10 +106,6 @@ class Failure(Message):
     reason: str
     ranks: list[int] = field(default_factory=list)
     nodes: list[str | None] = field(default_factory=list)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        return super().from_json({**values, "kind": FailureCause(values["kind"])})
 
     def __str__(self) -> str:
         if self.kind == FailureCause.PREEMPTED:
@@ -154,10 +129,10 @@ class StatusStore:
     def worker(self) -> WorkerStatus | None:
         """Return the first worker's last status, or None if there is none yet."""
         values = self._get("worker")
-        return None if values is None else WorkerStatus.from_json(values)
+        return None if values is None else checked(WorkerStatus, values)
 
     def put_worker(self, status: WorkerStatus) -> None:
-        self._put("worker", status.to_json())
+        self._put("worker", asdict(status))
 
     def history(self) -> list[EpochRecord]:
         """Return the records of the finished epochs."""
@@ -168,10 +143,10 @@ class StatusStore:
 
     def failures(self) -> list[Failure]:
         """Return the failures so far, the oldest first."""
-        return [Failure.from_json(values) for values in self._get("failures") or []]
+        return [checked(Failure, values) for values in self._get("failures") or []]
 
     def add_failure(self, failure: Failure) -> None:
-        self._put("failures", [*(self._get("failures") or []), failure.to_json()])
+        self._put("failures", [*(self._get("failures") or []), asdict(failure)])
 
     def verdict(self, epoch: int) -> bool | None:
         """Return whether the trial stops after an epoch, or None if that is not decided yet."""
@@ -209,24 +184,23 @@ class StatusStore:
         self._put("stop", True)
 
     def _put(self, topic: str, value: Any) -> None:
-        content = json.dumps(value).encode()
-        if in_a_cluster():
-            from raycifar.cluster import ray_internals
-            from raycifar.cluster.watch import answered
-
-            answered(lambda: ray_internals.kv_put(f"raycifar/{self.key}/{topic}", content))
-        else:
-            _here[f"{self.key}/{topic}"] = content
+        put, _ = store()
+        put(f"raycifar/{self.key}/{topic}", json.dumps(value).encode())
 
     def _get(self, topic: str) -> Any:
-        if in_a_cluster():
-            from raycifar.cluster import ray_internals
-            from raycifar.cluster.watch import answered
-
-            content = answered(lambda: ray_internals.kv_get(f"raycifar/{self.key}/{topic}"))
-        else:
-            content = _here.get(f"{self.key}/{topic}")
+        _, get = store()
+        content = get(f"raycifar/{self.key}/{topic}")
         return None if content is None else json.loads(content)
+
+
+def store() -> tuple[Callable[[str, bytes], None], Callable[[str], bytes | None]]:
+    """Return how a value is put under a key, and how it is got."""
+    if not in_a_cluster():
+        return _here.__setitem__, _here.get
+    from raycifar.cluster.ray_internals import kv_get, kv_put
+    from raycifar.cluster.watch import answered
+
+    return lambda key, content: answered(partial(kv_put, key, content)), lambda key: answered(partial(kv_get, key))
 
 
 def in_a_cluster() -> bool:

@@ -10,6 +10,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from raycifar.cluster import ray_internals
 from raycifar.cluster.sizing import LOOK_SECONDS, Workers, alive_nodes, describe, placeable
 from raycifar.errors import WorkError
+from raycifar.words import count
 
 
 class Waiting:
@@ -68,10 +69,10 @@ def lacking(workers: Workers) -> str | None:
     capacity = placeable(nodes, workers.resources)
     used = f", {capacity - fit} in use" if capacity > fit else ""
     coming = len(status.pending_nodes) + sum(launch.count for launch in status.pending_launches)
-    arriving = f"; {coming} node{'s' * (coming > 1)} on the way" if coming else ""
+    arriving = f"; {count(coming, 'node')} on the way" if coming else ""
     return (
-        f"waiting for {workers.needed} worker{'s' * (workers.needed > 1)} of {describe(workers.resources)}: "
-        f"room for {capacity}{used}, on {len(nodes)} node{'s' * (len(nodes) > 1)}{arriving}"
+        f"waiting for {count(workers.needed, 'worker')} of {describe(workers.resources)}: "
+        f"room for {capacity}{used}, on {count(len(nodes), 'node')}{arriving}"
     )
 
 

@@ -16,10 +16,10 @@ from raycifar.data.names import COARSE, FINE, SUPERCLASS_OF
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Facts about a data set, which travel with its images.
+    """Facts about a data set.
 
     image_size: pixels per side. mean, std: of the training images, per channel, for pixels from 0 to 1.
-    superclass_of: the superclass of each class, where it is fixed.
+    superclass_of: the superclass of each class.
     """
 
     class_names: tuple[str, ...]
@@ -27,7 +27,7 @@ class DatasetInfo:
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    superclass_of: tuple[int, ...] = ()
+    superclass_of: tuple[int, ...]
 
     @property
     def num_classes(self) -> int:

@@ -13,6 +13,13 @@ MOST_MISSPELT = 3  # names of a numbering
 NAMES = {"fine": INFO.class_names, "coarse": INFO.superclass_names}
 
 
+def simple(name: str) -> str:
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+NUMBERS = {level: {simple(name): number for number, name in enumerate(names)} for level, names in NAMES.items()}
+
+
 def to_labels(values: np.ndarray | Sequence[Any], level: str, origin: str) -> np.ndarray:
     """Return labels as (N,) int64, each of a class of this level.
 
@@ -32,8 +39,7 @@ def to_labels(values: np.ndarray | Sequence[Any], level: str, origin: str) -> np
         if not len(values) or 0 <= values.min() <= values.max() < len(NAMES[level]):
             return values.ravel().astype(np.int64)
         values = values.ravel().tolist()
-    known = {simple(name): number for number, name in enumerate(NAMES[level])}
-    known |= {str(number): number for number in known.values()}
+    known = NUMBERS[level] | {str(number): number for number in range(len(NAMES[level]))}
     labels = np.empty(len(values), np.int64)
     for row, value in enumerate(values):
         if type(value) is int and 0 <= value < len(NAMES[level]):
@@ -53,8 +59,7 @@ def numbers_of(names: Sequence[str], level: str, origin: str) -> np.ndarray:
     Raises:
         RequestError: these are names of other classes.
     """
-    own = NAMES[level]
-    known = {simple(name): number for number, name in enumerate(own)}
+    own, known = NAMES[level], NUMBERS[level]
     numbers = np.array([known.get(simple(name), place) for place, name in enumerate(names)], np.int64)
     others = [name for name in names if simple(name) not in known]
     if not names:
@@ -63,10 +68,6 @@ def numbers_of(names: Sequence[str], level: str, origin: str) -> np.ndarray:
         reason = f"such as {others[0][:40]!r}" if others else f"{len(names)} instead of {len(own)}"
         raise RequestError(f"{origin} names other {level} classes than CIFAR-100's, {reason}.")
     return numbers
-
-
-def simple(name: str) -> str:
-    return name.strip().lower().replace(" ", "_").replace("-", "_")
 
 
 def describe(value: Any, level: str) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from raycifar.data import CIFAR100
 from raycifar.data.tables import Source, to_images
 
 
@@ -17,8 +18,8 @@ class Repeats:
 
 def count_repeats(source: Source) -> Repeats:
     """Return how many images repeat others; 60,000 take a fraction of a second."""
-    train, test = (to_images(table["image"], source.info) for table in (source.train, source.test))
-    weights = np.random.default_rng(0).integers(0, 2**63, source.info.image_bytes // 8).astype(np.uint64)
+    train, test = (to_images(table["image"]) for table in (source.train, source.test))
+    weights = np.random.default_rng(0).integers(0, 2**63, CIFAR100.image_bytes // 8).astype(np.uint64)
     train_keys, test_keys = (images.reshape(len(images), -1).view(np.uint64) @ weights for images in (train, test))
     distinct, counts = np.unique(train_keys, return_counts=True)
     again = np.isin(train_keys, distinct[counts > 1])

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from pyarrow import fs
 
-from raycifar.data import CIFAR100, DatasetInfo
+from raycifar.data import CIFAR100
 from raycifar.errors import RequestError
 from raycifar.storage.files import file_type, list_files, locate, open_file
 from raycifar.storage.locations import join
@@ -87,15 +87,15 @@ def find_images(location: str) -> tuple[list[ImageFile], int]:
     return found, others
 
 
-def read_image(filesystem: fs.FileSystem, path: str, info: DatasetInfo = CIFAR100) -> np.ndarray:
-    """Return an image file as (3, H, W) uint8, of the data set's size; see `to_pixels`.
+def read_image(filesystem: fs.FileSystem, path: str) -> np.ndarray:
+    """Return an image file as (3, 32, 32) uint8; see `to_pixels`.
 
     Raises:
         ValueError: the file is damaged, or not an image.
         OSError: the file can't be read, or is too large.
     """
     with open_file(filesystem, path, most_bytes=MOST_BYTES) as file:
-        return to_pixels(decode(file.read()), info)
+        return to_pixels(decode(file.read()))
 
 
 def decode(content: bytes, size: tuple[int, int] | None = None) -> Image.Image:
@@ -125,8 +125,8 @@ def decode(content: bytes, size: tuple[int, int] | None = None) -> Image.Image:
     return image
 
 
-def to_pixels(image: Image.Image, info: DatasetInfo = CIFAR100) -> np.ndarray:
-    """Return an image of any size and mode as (3, H, W) uint8, of the data set's size.
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """Return an image of any size and mode as (3, 32, 32) uint8.
 
     The image is rotated by its EXIF orientation, put on white where it is transparent, scaled until its shorter side
     fits, and cropped to its center.
@@ -134,7 +134,7 @@ def to_pixels(image: Image.Image, info: DatasetInfo = CIFAR100) -> np.ndarray:
     Raises:
         ValueError: its values have no known range, or no RGB.
     """
-    size = (info.image_size, info.image_size)
+    size = (CIFAR100.image_size, CIFAR100.image_size)
     return np.asarray(ImageOps.fit(to_rgb(upright(image)), size, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 

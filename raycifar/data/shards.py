@@ -5,7 +5,7 @@ the blocks exactly at the boundaries between workers, so splitting them takes no
 always gets the same rows, and nothing waits for a free CPU, which there is none where workers hold them all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,7 +15,7 @@ import pyarrow as pa
 import ray.train
 import torch
 
-from raycifar.data import CIFAR100, DatasetInfo
+from raycifar.data import CIFAR100
 from raycifar.data.tables import to_images
 
 
@@ -76,28 +76,26 @@ class Shard:
     def __len__(self) -> int:
         return len(self.images)
 
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Shard":
+        return Shard(*map(function, vars(self).values()))
+
     def head(self, rows: int) -> "Shard":
-        return Shard(self.images[:rows], self.labels[:rows], self.coarse[:rows], self.index[:rows])
+        return self.map(lambda values: values[:rows])
 
 
-def load_shard(name: str, device: torch.device, info: DatasetInfo = CIFAR100) -> Shard:
+def load_shard(name: str, device: torch.device) -> Shard:
     """Return this worker's shard of the split `name`; all workers must call it together."""
     source = ray.train.get_dataset_shard(name)
     # Iterating over the dataset would start an actor of Ray Data that stays on this node, which the autoscaler could
     # then never remove.
     tables = [source] if isinstance(source, pa.Table) else ray.get(source.to_arrow_refs())
-    return to_shard(tables, device, info)
+    return to_shard(tables, device)
 
 
-def to_shard(tables: Sequence[pa.Table], device: torch.device, info: DatasetInfo = CIFAR100) -> Shard:
+def to_shard(tables: Sequence[pa.Table], device: torch.device) -> Shard:
     """Return the images of tables with the columns image, fine, coarse and index."""
-    images = torch.empty((sum(map(len, tables)), *info.image_shape), dtype=torch.uint8)
-    start = 0
-    for chunk in (chunk for table in tables for chunk in table["image"].chunks):
-        images.numpy()[start : start + len(chunk)] = to_images(chunk, info)
-        start += len(chunk)
-    fine, coarse, index = (
-        torch.from_numpy(np.concatenate([table[column].to_numpy() for table in tables])).to(device)
-        for column in ("fine", "coarse", "index")
-    )
-    return Shard(images.to(device), fine, coarse, index)
+    table = pa.concat_tables(tables)
+    none = np.empty((0, *CIFAR100.image_shape), np.uint8)  # a table of no images has no chunks
+    images = np.concatenate([none, *map(to_images, table["image"].chunks)])
+    fine, coarse, index = (torch.tensor(table[name].to_numpy(), device=device) for name in ("fine", "coarse", "index"))
+    return Shard(torch.from_numpy(images).to(device), fine, coarse, index)

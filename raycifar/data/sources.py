@@ -30,7 +30,7 @@ SYNTHETIC_SIZE = re.compile(rf"{SYNTHETIC}:(.*)")
 MOST_SYNTHETIC = 1_000_000  # images, 3 GB
 
 
-def load(name: str, seed: int = 0, *, test_alone: bool = False) -> Source:
+def load(name: str, *, test_alone: bool = False) -> Source:
     """Return the data set that `--data` names: cifar100, synthetic, a path or a URI.
 
     Args:
@@ -40,7 +40,7 @@ def load(name: str, seed: int = 0, *, test_alone: bool = False) -> Source:
         RequestError: the data set can't be read, or isn't CIFAR-100.
     """
     if name == SYNTHETIC:
-        return synthetic(seed=seed)
+        return synthetic()
     if match := SYNTHETIC_SIZE.fullmatch(name):
         count = int(match[1]) if re.fullmatch(r"\d{1,9}", match[1]) else 0
         if not 0 < count <= MOST_SYNTHETIC or count % INFO.num_classes:
@@ -48,7 +48,7 @@ def load(name: str, seed: int = 0, *, test_alone: bool = False) -> Source:
                 f"{name}: write {SYNTHETIC}:N, where N is a multiple of {INFO.num_classes}, for equally many images of "
                 f"each class, and at most {MOST_SYNTHETIC:,}."
             )
-        return synthetic(count, seed=seed)
+        return synthetic(count)
     filesystem, path = locate(fetch() if name == "cifar100" else name)
     try:
         kind = file_type(filesystem, path)
@@ -82,7 +82,7 @@ def cache_folder(file: str | None = None) -> Path:
     return private_folder("raycifar", tempfile.gettempdir())
 
 
-def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
+def fetch(url: str = URL, md5: str = MD5) -> Path:
     """Return the archive's path in the cache; the archive is downloaded once, checked and renamed into place.
 
     Raises:
@@ -93,7 +93,7 @@ def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
     store = pooch.create(path=cache_folder(file), base_url=base, registry={file: f"md5:{md5}"}, retry_if_failed=2)
     pooch.get_logger().setLevel("ERROR")
     try:
-        return Path(store.fetch(file, downloader=pooch.HTTPDownloader(progressbar=progress, timeout=30)))
+        return Path(store.fetch(file, downloader=pooch.HTTPDownloader(progressbar=True, timeout=30)))
     except (requests.RequestException, OSError, ValueError) as error:
         reason = "its md5 differs" if isinstance(error, ValueError) else type(error).__name__
         raise RequestError(
@@ -102,7 +102,7 @@ def fetch(url: str = URL, md5: str = MD5, *, progress: bool = True) -> Path:
         ) from error
 
 
-def read_file(name: str, filesystem: fs.FileSystem, path: str, *, test_alone: bool = False) -> Source:
+def read_file(name: str, filesystem: fs.FileSystem, path: str, *, test_alone: bool) -> Source:
     """Return the data set in a single file: an archive, or a file of test images."""
     with open_file(filesystem, path) as file:
         head = file.read(8)
@@ -119,7 +119,7 @@ def read_file(name: str, filesystem: fs.FileSystem, path: str, *, test_alone: bo
         return read_tree(opened(name, file), test_alone=test_alone)
 
 
-def read_folder(name: str, filesystem: fs.FileSystem, path: str, *, test_alone: bool = False) -> Source:
+def read_folder(name: str, filesystem: fs.FileSystem, path: str, *, test_alone: bool) -> Source:
     """Return the data set in a folder: its files, or the one archive that it holds."""
     tree = open_folder(name, filesystem, path)
     archives = [file for file in tree.paths if file.name.endswith(ARCHIVES)]

@@ -27,7 +27,7 @@ def synthetic(train: int = NUM_IMAGES, test: int = 10_000, seed: int = 0) -> Sou
     """
     train_rng, test_rng = np.random.default_rng(seed).spawn(2)
     name = SYNTHETIC if train == NUM_IMAGES else f"{SYNTHETIC}:{train}"
-    return Source(name, make_table(train, train_rng), make_table(test, test_rng), INFO)
+    return Source(name, make_table(train, train_rng), make_table(test, test_rng))
 
 
 def make_table(num_images: int, rng: np.random.Generator) -> pa.Table:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raycifar.data import CIFAR100, DatasetInfo
+from raycifar.data import CIFAR100
 from raycifar.errors import RequestError
 
 
@@ -19,7 +19,6 @@ class Source:
     name: str
     train: pa.Table
     test: pa.Table
-    info: DatasetInfo = CIFAR100
 
     def fingerprint(self) -> str:
         """Return a digest of all images and labels, in their order."""
@@ -30,7 +29,7 @@ class Source:
         digest = hashlib.blake2b(digest_size=16)
         for table in (self.train, self.test):
             for chunk in table["image"].chunks:
-                digest.update(to_images(chunk, self.info).data)
+                digest.update(to_images(chunk).data)
             for column in ("fine", "coarse"):
                 digest.update(table[column].to_numpy().data)
         return digest.hexdigest()
@@ -38,14 +37,14 @@ class Source:
     def superclass_of(self) -> tuple[int, ...]:
         """Return the superclass of each class by the training images, or by those of a test set alone.
 
-        A class that has none keeps its fixed superclass; it is -1 where none is fixed.
+        A class that has no images keeps CIFAR-100's.
 
         Raises:
             RequestError: images of one class have different superclasses.
         """
         table = self.train if len(self.train) else self.test
         fine, coarse = (table[column].to_numpy() for column in ("fine", "coarse"))
-        superclasses = np.array(self.info.superclass_of or [-1] * self.info.num_classes)
+        superclasses = np.array(CIFAR100.superclass_of)
         superclasses[fine] = coarse
         if not np.array_equal(superclasses[fine], coarse):
             raise RequestError(f"{self.name}: images of one class have different superclasses.")
@@ -65,9 +64,7 @@ class Splits:
         return {name: table for name, table in vars(self).items() if len(table)}
 
 
-def to_table(
-    pixels: np.ndarray, fine: np.ndarray, coarse: np.ndarray | None, origin: str, info: DatasetInfo = CIFAR100
-) -> pa.Table:
+def to_table(pixels: np.ndarray, fine: np.ndarray, coarse: np.ndarray | None, origin: str) -> pa.Table:
     """Return a table of images and their labels.
 
     Args:
@@ -80,29 +77,29 @@ def to_table(
     """
     if not len(pixels):
         raise RequestError(f"{origin} holds no images.")
-    for name, labels, count in (("fine", fine, info.num_classes), ("coarse", coarse, info.num_superclasses)):
+    for name, labels, count in (("fine", fine, CIFAR100.num_classes), ("coarse", coarse, CIFAR100.num_superclasses)):
         if labels is not None and not 0 <= labels.min() <= labels.max() < count:
             row = int(np.flatnonzero((labels < 0) | (labels >= count))[0])
             raise RequestError(
                 f"{origin}: the {name} label of image {row} is {labels[row]}; CIFAR-100's range from 0 to {count - 1}."
             )
     if coarse is None:
-        coarse = np.array(info.superclass_of)[fine]
+        coarse = np.array(CIFAR100.superclass_of)[fine]
     buffer = pa.py_buffer(np.ascontiguousarray(pixels, np.uint8))
     return pa.table(
         {
-            "image": pa.FixedSizeBinaryArray.from_buffers(pa.binary(info.image_bytes), len(pixels), [None, buffer]),
+            "image": pa.FixedSizeBinaryArray.from_buffers(pa.binary(CIFAR100.image_bytes), len(pixels), [None, buffer]),
             "fine": pa.array(fine.astype(np.int64)),
             "coarse": pa.array(coarse.astype(np.int64)),
         }
     )
 
 
-def to_images(column: pa.Array | pa.ChunkedArray, info: DatasetInfo = CIFAR100) -> np.ndarray:
+def to_images(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """Return a column of images as (N, 3, H, W) uint8; a single chunk is not copied."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    first, last = (row * info.image_bytes for row in (array.offset, array.offset + len(array)))
-    return np.frombuffer(array.buffers()[1], np.uint8)[first:last].reshape(-1, *info.image_shape)
+    first, last = (row * CIFAR100.image_bytes for row in (array.offset, array.offset + len(array)))
+    return np.frombuffer(array.buffers()[1], np.uint8)[first:last].reshape(-1, *CIFAR100.image_shape)
 
 
 def to_parquet(table: pa.Table) -> bytes:
@@ -126,9 +123,9 @@ def split(source: Source, val_size: int, limit: int | None, seed: int, copied: n
     """Return the splits of a run; see `split_rows`."""
     train, val = split_rows(source, val_size, limit, seed, copied)
     return Splits(
-        train=take(source.train, train, source.info),
-        val=take(source.train, val, source.info),
-        test=take(source.test, np.arange(len(source.test)), source.info),
+        train=take(source.train, train),
+        val=take(source.train, val),
+        test=take(source.test, np.arange(len(source.test))),
     )
 
 
@@ -146,15 +143,14 @@ def split_rows(
     Raises:
         RequestError: there are too few images, or `val_size` or `limit` is not a multiple of the number of classes.
     """
-    num_classes = source.info.num_classes
+    num_classes = CIFAR100.num_classes
     fine = source.train["fine"].to_numpy()
-    counts = np.bincount(fine, minlength=num_classes)
-    smallest = int(counts.min())
+    smallest = int(np.bincount(fine, minlength=num_classes).min())
     for option, size in (("--val-size", val_size), ("--limit", limit)):
         if size is not None and size % num_classes:
-            raise RequestError(
-                f"{option} {size} can't be divided among {num_classes} classes: give a multiple of {num_classes}."
-            )
+            less = max(0, size // num_classes) * num_classes
+            near = f"{less} or " * (less > 0) + str(less + num_classes)
+            raise RequestError(f"{option} {size} can't be divided among {num_classes} classes: give {near}.")
     if val_size < 0 or (val_size and val_size // num_classes >= smallest):
         raise RequestError(
             f"--val-size {val_size} leaves nothing to train on: the smallest class has {smallest} training images."
@@ -165,32 +161,32 @@ def split_rows(
             f"{num_classes * smallest - val_size} training images remain."
         )
 
-    order = np.random.default_rng(seed).permutation(len(fine))
-    by_class = order[np.argsort(fine[order], kind="stable")]
-    starts = np.cumsum(counts) - counts
-    rank = np.arange(len(fine)) - np.repeat(starts, counts)  # of each image in its class
-    held_out = val_size // num_classes
-    if copied is not None:
-        unique = ~np.isin(by_class, copied)
-        if (fewest := int(np.add.reduceat(unique, starts).min())) < held_out:
-            raise RequestError(
-                f"--val-size {val_size} is not possible with --separate-copies: of one class only {fewest} training "
-                "images have no copy."
-            )
-        before: np.ndarray = np.cumsum(unique) - unique
-        first = unique & (before - np.repeat(before[starts], counts) < held_out)
-        by_class = by_class[np.lexsort((~first, fine[by_class]))]  # stable: the rest stay in their order
-    used = rank >= held_out if limit is None else (rank >= held_out) & (rank < held_out + limit // num_classes)
     # Sources may be sorted by class. In the seeded order, consecutive rows, and so each worker's shard, are a random
     # sample of all classes.
-    chosen = np.zeros(len(fine), bool)
-    chosen[by_class[used]] = True
-    return order[chosen[order]], np.sort(by_class[rank < held_out])
+    order = np.random.default_rng(seed).permutation(len(fine))
+    unique = order if copied is None else order[~np.isin(order, copied)]
+    fewest = int(np.bincount(fine[unique], minlength=num_classes).min())
+    if fewest < val_size // num_classes:
+        raise RequestError(
+            f"--val-size {val_size} is not possible with --separate-copies: of one class only {fewest} training "
+            "images have no copy."
+        )
+    val = first_of_each_class(unique, fine, val_size // num_classes)
+    train = order[~np.isin(order, val)]
+    if limit is not None:
+        train = first_of_each_class(train, fine, limit // num_classes)
+    return train, np.sort(val)
 
 
-def take(table: pa.Table, rows: np.ndarray, info: DatasetInfo = CIFAR100) -> pa.Table:
+def first_of_each_class(rows: np.ndarray, fine: np.ndarray, count: int) -> np.ndarray:
+    """Return the first `count` rows of each class, in their order; `fine` has the class of every row."""
+    classes = fine[rows]
+    by_class = classes.argsort(kind="stable")
+    rank = np.empty_like(rows)  # of each image in its class
+    rank[by_class] = np.arange(len(rows)) - np.searchsorted(classes[by_class], classes[by_class])
+    return rows[rank < count]
+
+
+def take(table: pa.Table, rows: np.ndarray) -> pa.Table:
     """Return rows of a table, contiguous in memory, with their numbers as the column `index`."""
-    buffer = pa.py_buffer(to_images(table["image"], info)[rows])
-    images = pa.FixedSizeBinaryArray.from_buffers(pa.binary(info.image_bytes), len(rows), [None, buffer])
-    labels = {name: pa.array(table[name].to_numpy()[rows]) for name in ("fine", "coarse")}
-    return pa.table({"image": images, **labels, "index": pa.array(rows.astype(np.int64))})
+    return table.take(rows).append_column("index", pa.array(rows))

@@ -51,6 +51,12 @@ class Tree:
         return cls(name, [path for path in shown if runs.isdisjoint(path.parents)], read)
 
 
+def check_count(images: int, origin: str) -> None:
+    """Refuse more images than are read; the message begins with `origin`."""
+    if images > MOST_IMAGES:
+        raise RequestError(f"{origin}: more than {MOST_IMAGES:,} images are not read.")
+
+
 def most_bytes(path: PurePosixPath) -> int:
     """Return how large a file of that name may be."""
     return {".bin": MOST_IMAGES * RECORD, **dict.fromkeys(PICTURES, 2**20)}.get(path.suffix.lower(), MOST_BYTES)

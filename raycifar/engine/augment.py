@@ -20,7 +20,7 @@ from raycifar.models.recipe import Augmentation, Recipe
 PAD = 4  # pixels an image may be shifted, as in He et al. (2016)
 REFLECTED = 2  # pixels of reflected shifts
 HOLE = 8  # side of cutout's square, DeVries and Taylor (2017) for CIFAR-100
-RAND_OPERATIONS = 2  # of RandAugment for each image
+OPERATIONS = {"trivial": 1, "rand": 2}  # of a policy, for each image
 ERASED_AREA = (0.02, 0.33)  # range of the erased fraction of an image, as in torchvision
 ERASED_ASPECT = (0.3, 3.3)  # range of the erased rectangle's height over its width
 
@@ -44,14 +44,11 @@ def augment(images: Tensor, kind: Augmentation, flipped: Tensor | None = None) -
     if kind == "alternate":
         return shift(images, flipped, REFLECTED, reflect=True)
     images = shift(images, flipped, PAD)
-    match kind:
-        case "cutout":
-            return cut_hole(images)
-        case "trivial":
-            return apply_operations(images, sample_operations(kind, images))
-        case "rand":
-            for _ in range(RAND_OPERATIONS):
-                images = apply_operations(images, sample_operations(kind, images))
+    if kind == "cutout":
+        return cut_hole(images)
+    if kind == "trivial" or kind == "rand":
+        for _ in range(OPERATIONS[kind]):
+            images = apply_operations(images, sample_operations(kind, images))
     return images
 
 

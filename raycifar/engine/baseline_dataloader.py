@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from raycifar.engine.hardware import set_up
+from raycifar.engine.hardware import set_up, synchronize
 from raycifar.models import Architecture
 
 
@@ -93,8 +93,7 @@ class Training:
             self.optimizer.zero_grad()
             F.cross_entropy(self.model(inputs), targets).backward()
             self.optimizer.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
 
 
 training: Training

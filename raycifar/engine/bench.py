@@ -19,11 +19,13 @@ from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor
 
 from raycifar.cluster.status import Phase
+from raycifar.data import CIFAR100
 from raycifar.data.shards import Shard, bounds
 from raycifar.engine import baseline_dataloader
 from raycifar.engine.augment import mix
 from raycifar.engine.cuda import WARM_UP, cuda_graphed
-from raycifar.engine.example_stats import describe_rise
+from raycifar.engine.example_stats import describe_rise, end_epoch, update_stats
+from raycifar.engine.hardware import synchronize
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, steps_per_epoch
 from raycifar.engine.state import Progress
@@ -32,7 +34,7 @@ from raycifar.models import PASSES
 
 SHUFFLED_BATCHES = 10  # batches in the local shuffle buffer of Ray's documented ingest
 FEWEST_STEPS = 4  # of a stage, unless even two rounds of them take too long
-SLOWER = {"dataloader": 3, "stream": 1}  # epochs of ours that one of theirs takes, about; known once it is timed
+SLOWER = {"dataloader": 3, "stream": 1}  # about how many of our epochs one of theirs takes; known once it is timed
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,7 @@ def time_round(trainer: Trainer, stages: dict[str, Callable[[], None]], rates: d
 
 def clock(trainer: Trainer) -> float:
     """Return the time at which all workers are done."""
-    if trainer.device.type != "cpu":
-        torch.accelerator.synchronize(trainer.device)
+    synchronize(trainer.device)
     if dist.is_initialized():
         dist.barrier()
     return time.perf_counter()
@@ -134,7 +135,7 @@ def time_step(trainer: Trainer) -> float:
 
 
 def work_of_round(trainer: Trainer, baselines: Sequence[str]) -> float:
-    """Return how many epochs of training a round takes as long as, about."""
+    """Return about how many epochs of training take as long as a round."""
     scored = trainer.job.num_val_images + len(trainer.train_eval_set) * trainer.world_size
     stages = 4 + (trainer.world_size > 1) + scored / trainer.job.num_train_images / PASSES
     return stages + sum(SLOWER[name] for name in baselines)
@@ -172,13 +173,9 @@ def use_fewer_images(trainer: Trainer, num_steps: int) -> None:
     trainer.train_set = shorten(trainer.train_set, num_images)
     trainer.train_eval_set = trainer.train_eval_set.head(max(1, len(trainer.train_eval_set) * num_images // before))
     trainer.val_set = shorten(trainer.val_set, num_val_images) if trainer.val_set else None
-    trainer.index, trainer.labels = (
-        trainer.gather(part) for part in (trainer.train_set.index, trainer.train_set.labels)
-    )
     trainer.state.example_stats = None
-    trainer.example_stats = trainer.begin_example_stats()
     trainer.train_step.close()
-    trainer.train_step = trainer.build_train_step()
+    trainer.begin_training_set()
 
 
 # raycifar's own stages -------------------------------------------------------------------------------
@@ -210,7 +207,7 @@ class BareStep:
     """Forward, loss, backward and optimizer, as `train` takes them on this device, and nothing else."""
 
     def __init__(self, trainer: Trainer, *, exchange: bool) -> None:
-        self.state, self.autocast = trainer.state, trainer.autocast
+        self.state, self.autocast = trainer.state, trainer.state.autocast
         self.exchange, self.exchanges = trainer.train_step.exchange, exchange
         self.captured = cuda_graphed(self.take, trainer.device, trainer.train_step.obstacle if exchange else None)
 
@@ -238,7 +235,7 @@ def random_batch(trainer: Trainer) -> tuple[Tensor, Tensor]:
     size, batch_size = trainer.preprocessing.size, batch_size_per_worker(trainer)
     channels = len(trainer.preprocessing.mean)
     inputs = torch.randn(batch_size, channels, size, size, device=trainer.device)
-    targets = torch.randint(0, trainer.job.info.num_classes, (batch_size,), device=trainer.device)
+    targets = torch.randint(0, CIFAR100.num_classes, (batch_size,), device=trainer.device)
     return inputs.contiguous(memory_format=torch.channels_last), targets
 
 
@@ -260,21 +257,21 @@ def train_epoch(trainer: Trainer, *, finish: bool = False) -> None:
 
 
 def update_example_stats(trainer: Trainer) -> Callable[[], None]:
-    """Return what follows every image for an epoch, and does nothing else: too small a part to be a difference."""
-    logits = torch.randn(trainer.recipe.batch_size, trainer.job.info.num_classes, device=trainer.device)
+    """Return what follows every image for an epoch, and does nothing else: a difference of stages would not show it."""
+    logits = torch.randn(trainer.recipe.batch_size, CIFAR100.num_classes, device=trainer.device)
     stats = trainer.example_stats
 
     def update(rows: Tensor) -> Tensor:
-        stats.update(rows, logits[: len(rows)], trainer.train_set.labels[rows])
-        return stats.values
+        update_stats(stats, rows, logits[: len(rows)], trainer.train_set.labels[rows])
+        return stats
 
     captured = cuda_graphed(update, trainer.device)
 
     def run() -> None:
         for batch in epoch_batches(trainer):
             captured(torch.from_numpy(batch.rows).to(trainer.device, non_blocking=True))
-        describe_rise(trainer.gather(stats.values), trainer.index)
-        stats.end_epoch()
+        describe_rise(trainer.gather(stats), trainer.index)
+        end_epoch(stats)
 
     return run
 
@@ -322,7 +319,7 @@ def stream(trainer: Trainer) -> Callable[[], None]:
     step = BareStep(trainer, exchange=True)
 
     def collate(batch: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
-        pixels = np.frombuffer(b"".join(batch["image"]), np.uint8).reshape(-1, *trainer.job.info.image_shape)
+        pixels = np.frombuffer(b"".join(batch["image"]), np.uint8).reshape(-1, *CIFAR100.image_shape)
         return torch.from_numpy(pixels.copy()), torch.from_numpy(batch["fine"].astype(np.int64))
 
     def run() -> None:
@@ -331,7 +328,7 @@ def stream(trainer: Trainer) -> Callable[[], None]:
         batches = shard.iter_torch_batches(**options, collate_fn=collate)
         for pixels, labels in itertools.islice(batches, trainer.steps_per_epoch):
             inputs = trainer.train_step.augment_and_normalize(pixels.to(trainer.device))
-            step(*mix(inputs, labels.to(trainer.device), trainer.recipe, trainer.job.info.num_classes))
+            step(*mix(inputs, labels.to(trainer.device), trainer.recipe, CIFAR100.num_classes))
 
     return run
 

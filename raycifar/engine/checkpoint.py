@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Semaphore
 from typing import Any
 
 import ray.train
@@ -64,7 +63,6 @@ class Checkpointer:
         self.run = run
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.pending: list[Future[None]] = []
-        self.room = Semaphore(MAX_PENDING)
 
     def save(
         self,
@@ -83,8 +81,7 @@ class Checkpointer:
         ray.train.report(metrics)
         if snapshot is None:
             return
-        self.room.acquire()
-        while self.pending and self.pending[0].done():
+        while self.pending and (self.pending[0].done() or len(self.pending) == MAX_PENDING):
             self.pending.pop(0).result()
         self.pending.append(self.thread.submit(self._store, snapshot, stored))
         if wait:
@@ -96,9 +93,6 @@ class Checkpointer:
             self.pending.pop(0).result()
 
     def _store(self, snapshot: Snapshot, stored: Callable[[], None]) -> None:
-        try:
-            snapshot.write(self.run)
-            stored()
-            self.run.delete_checkpoints(self.run.checkpoint_names()[KEPT:])
-        finally:
-            self.room.release()
+        snapshot.write(self.run)
+        stored()
+        self.run.delete_checkpoints(self.run.checkpoint_names()[KEPT:])

@@ -14,7 +14,7 @@ from raycifar.engine.torch_internals import waits_for_gpu
 WARM_UP = 3  # calls before a graph is captured: libraries are loaded in them, and algorithms chosen
 MEMORY = 1 / 3  # of the process's share of a GPU that a step may need, to be captured: it then needs as much again
 AHEAD = 3  # batches prepared before their step's turn, at most: each takes memory
-LANES = 4  # streams that take turns
+SIDE_STREAMS = 4  # that take turns
 WAITS = "something in it waits for the GPU"
 TOO_LARGE = "it needs more than a third of this process's GPU memory, and capturing it as much again"
 
@@ -28,30 +28,30 @@ class CudaGraphRunner:
 
     Args:
         function: of tensors and numbers; it returns a tensor, which the next call may overwrite.
-        explain: told why, where the function goes on as it is.
+        explain: called with the reason, if the function goes on as it is.
     """
 
     def __init__(self, function: Callable[..., Tensor], explain: Callable[[str], None] = lambda why: None) -> None:
         self.function, self.explain = function, explain
         self.calls: Counter[tuple[Any, ...]] = Counter()
-        self.captured: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self.graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        self.possible = True
+        self.capturable = True
 
     def __call__(self, *arguments: Any) -> Tensor:
         key = tuple((a.shape, a.dtype) if torch.is_tensor(a) else a for a in arguments)
         self.calls[key] += 1
-        if self.possible and self.calls[key] == WARM_UP:
+        if self.capturable and self.calls[key] == WARM_UP:
             output, obstacle = self._try(arguments)
             if obstacle:
-                self.possible = False
+                self.capturable = False
                 self.explain(obstacle)
             return output
-        if not self.possible or self.calls[key] < WARM_UP:
+        if not self.capturable or self.calls[key] < WARM_UP:
             return self._call(arguments)
-        if key not in self.captured:
-            self.captured[key] = self._capture(arguments)
-        graph, inputs, output = self.captured[key]
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(arguments)
+        graph, inputs, output = self.graphs[key]
         for own, given in zip(inputs, filter(torch.is_tensor, arguments), strict=True):
             own.copy_(given)
         graph.replay()
@@ -93,7 +93,7 @@ def cuda_graphed(
     """Return the function, replayed on a GPU; on a CPU, or where there is an obstacle, it stays as it is.
 
     Args:
-        explain: told the obstacle, this one or what `CudaGraphRunner` finds.
+        explain: called with the obstacle, this one or what `CudaGraphRunner` finds.
     """
     if device.type != "cuda":
         return function
@@ -154,9 +154,9 @@ class SideStream:
 
 def map_on_streams(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the function of each tensor; on a GPU, of several at a time."""
-    sides, results = lanes(tensors[0].device), []
+    sides, results = side_streams(tensors[0].device), []
     for k, tensor in enumerate(tensors):
-        with sides[k % LANES].beside():
+        with sides[k % SIDE_STREAMS].beside():
             results.append(function(tensor))
     for side in sides:
         side.join()
@@ -164,5 +164,5 @@ def map_on_streams(function: Callable[[Tensor], Tensor], tensors: Sequence[Tenso
 
 
 @functools.cache
-def lanes(device: torch.device) -> list[SideStream]:
-    return [SideStream(device) for _ in range(LANES)]
+def side_streams(device: torch.device) -> list[SideStream]:
+    return [SideStream(device) for _ in range(SIDE_STREAMS)]

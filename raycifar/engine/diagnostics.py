@@ -1,5 +1,6 @@
 """A look inside a network that doesn't learn: dead ReLUs, and gradients that vanish or explode."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ from raycifar.storage.records import Diagnostics
 
 
 def examine(model: nn.Module, inputs: Tensor, labels: Tensor) -> Diagnostics:
-    """Return diagnostics of one batch, in evaluation mode and float32; the network and its gradients don't change.
+    """Return diagnostics of one batch, in float32; the network and its gradients don't change.
 
     Args:
-        inputs: (n, 3, H, W) float32, preprocessed. labels: (n,) int64.
+        model: stays in evaluation mode. inputs: (n, 3, H, W) float32, preprocessed. labels: (n,) int64.
 
     Returns:
         dead_relus: by layer name, the fraction of a ReLU's channels that are 0 for all images and positions;
@@ -20,25 +21,16 @@ def examine(model: nn.Module, inputs: Tensor, labels: Tensor) -> Diagnostics:
     """
     dead: dict[str, float | None] = {}
 
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            active = output.detach().flatten(2).amax((0, 2)) if output.ndim > 2 else output.detach().amax(0)
-            dead[name] = (active <= 0).float().mean().item()
-
-        return hook
+    def record(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        active = output.detach().flatten(2).amax((0, 2)) if output.ndim > 2 else output.detach().amax(0)
+        dead[name] = (active <= 0).float().mean().item()
 
     relus = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ReLU)]
-    hooks = [module.register_forward_hook(record(name)) for name, module in relus]
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        loss = nn.functional.cross_entropy(model(inputs).float(), labels)
-        weights = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
-        gradients = torch.autograd.grad(loss, list(weights.values()))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in training.items():
-            module.training = mode
+    hooks = [module.register_forward_hook(partial(record, name)) for name, module in relus]
+    logits = model.eval()(inputs).float()
+    for hook in hooks:
+        hook.remove()
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
+    gradients = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), list(weights.values()))
     norms = {name: gradient.norm().item() for name, gradient in zip(weights, gradients, strict=True)}
     return {"dead_relus": dead, "gradient_norms": norms}

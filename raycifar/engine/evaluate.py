@@ -27,7 +27,7 @@ def predict(
     images: Tensor,
     autocast: torch.autocast,
     preprocessing: Preprocessing = CIFAR,
-    told: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Return the logits (n, classes) float32 of `images` (n, 3, H, W) uint8, on the model's device.
 
@@ -35,7 +35,7 @@ def predict(
         model: stays in evaluation mode.
         autocast: the precision to compute in.
         preprocessing: the model's.
-        told: called with the number of images that are done, now and then.
+        progress: called with the number of images that are done, now and then.
     """
     model.eval()
     count = max(1, PIXELS[images.device.type] // preprocessing.size**2)
@@ -43,13 +43,18 @@ def predict(
     for batch in images.split(count):
         with autocast:
             logits.append(model(preprocess(batch, preprocessing)).float())
-        told(min(count * len(logits), len(images)))
+        progress(min(count * len(logits), len(images)))
     return torch.cat(logits)
 
 
 @torch.inference_mode()
 def per_image(logits: Tensor, labels: Tensor, coarse: Tensor, superclass_of: Sequence[int]) -> dict[str, Tensor]:
-    """Return each image's loss, top1, top5 and superclass_top1, (n,) each; the arguments are those of `score`."""
+    """Return each image's loss, top1, top5 and superclass_top1, and the confidence in its predicted class, (n,) each.
+
+    Args:
+        logits: (n, classes) float32. labels, coarse: (n,) int64, the classes and superclasses.
+        superclass_of: the superclass of each class.
+    """
     ranked = logits.topk(5).indices
     correct = ranked == labels[:, None]
     return {
@@ -57,57 +62,55 @@ def per_image(logits: Tensor, labels: Tensor, coarse: Tensor, superclass_of: Seq
         "top1": correct[:, 0],
         "top5": correct.any(1),
         "superclass_top1": torch.tensor(superclass_of, device=logits.device)[ranked[:, 0]] == coarse,
+        "confidence": logits.softmax(1).amax(1),
     }
 
 
 @torch.inference_mode()
-def score(logits: Tensor, labels: Tensor, coarse: Tensor, superclass_of: Sequence[int]) -> dict[str, Any]:
+def score(images: dict[str, Tensor]) -> dict[str, Any]:
     """Return the scores over all workers' images; all workers must call it together.
 
     Args:
-        logits: (n, classes) float32, of this worker's images.
-        labels, coarse: (n,) int64, their classes and superclasses.
-        superclass_of: the superclass of each class.
+        images: of this worker, as `per_image` returns them.
 
     Returns:
         images, loss (natural-log cross-entropy), top1, top5, superclass_top1 (of the predicted classes' superclasses),
         ece (expected calibration error over 15 bins of equal width).
     """
-    device, dtype = logits.device, WIDEST[logits.device.type]
-    counted = per_image(logits, labels, coarse, superclass_of)
-    totals = torch.stack([values.to(dtype).sum() for values in (torch.ones_like(labels), *counted.values())])
-
-    confidence = logits.softmax(1).amax(1).to(dtype)
+    widest = WIDEST[images["loss"].device.type]
+    images = {name: values.to(widest) for name, values in images.items()}
+    confidence, correct = images.pop("confidence"), images["top1"]
+    sums = torch.stack([torch.ones_like(confidence).sum(), *(values.sum() for values in images.values())])
     bin_of = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-    bins = torch.zeros((2, BINS), dtype=dtype, device=device)  # confidence, correct
-    for row, values in enumerate((confidence, counted["top1"].to(dtype))):
-        bins[row].scatter_add_(0, bin_of, values)
-    all_reduce_sum(totals, bins)
-    num_images = totals[0].item()
-    scores = {"images": int(num_images), **dict(zip(counted, (totals[1:] / num_images).tolist(), strict=True))}
-    scores["ece"] = ((bins[0] - bins[1]).abs().sum() / num_images).item()
-    return scores
-
-
-def score_without(near_duplicate: Tensor, correct: Tensor) -> dict[str, int | float | None]:
-    """Return how many images are near duplicates of training images, and the accuracy on the others.
-
-    Args:
-        near_duplicate, correct: (images,) bool.
-    """
-    others = correct[~near_duplicate]
+    bins = confidence.new_zeros(2, BINS).scatter_add_(1, bin_of.expand(2, -1), torch.stack([confidence, correct]))
+    all_reduce_sum(sums, bins)
+    num_images = sums[0].item()
     return {
-        "near_duplicates": int(near_duplicate.sum()),
-        "top1_without_near_duplicates": others.double().mean().item() if len(others) else None,
+        "images": int(num_images),
+        **dict(zip(images, (sums[1:] / num_images).tolist(), strict=True)),
+        "ece": ((bins[0] - bins[1]).abs().sum() / num_images).item(),
     }
 
 
-def to_predictions_file(probabilities: Tensor, labels: Tensor, near_duplicate: Tensor | None = None) -> bytes:
+def score_without(near_duplicates: np.ndarray, correct: np.ndarray) -> dict[str, int | float | None]:
+    """Return how many images are near duplicates of training images, and the accuracy on the others.
+
+    Args:
+        near_duplicates: their rows. correct: (images,) bool.
+    """
+    others = np.delete(correct, near_duplicates)
+    return {
+        "near_duplicates": len(near_duplicates),
+        "top1_without_near_duplicates": float(others.mean()) if len(others) else None,
+    }
+
+
+def to_predictions_file(probabilities: Tensor, labels: Tensor, near_duplicates: np.ndarray | None = None) -> bytes:
     """Return a Parquet file with a row for each image of a split, in the split's order.
 
     Args:
-        probabilities: (images, classes) float32. labels: (images,) int64. near_duplicate: (images,) bool, whether
-            an image's photograph is among the training images, where that is known.
+        probabilities: (images, classes) float32. labels: (images,) int64. near_duplicates: rows of images whose
+            photograph is among the training images, where that is known.
 
     Returns:
         Columns index and label (int64), top5 (5 int64, the likeliest class first), probabilities (float32), and
@@ -120,6 +123,6 @@ def to_predictions_file(probabilities: Tensor, labels: Tensor, near_duplicate: T
         "top5": to_lists(top5.cpu().numpy()),
         "probabilities": to_lists(probabilities.cpu().numpy()),
     }
-    if near_duplicate is not None:
-        columns["near_duplicate"] = near_duplicate.cpu().numpy().astype(np.uint8)
+    if near_duplicates is not None:
+        columns["near_duplicate"] = np.isin(columns["index"], near_duplicates).astype(np.uint8)
     return to_parquet(pa.table(columns))

@@ -32,6 +32,11 @@ def find_device(wanted: str) -> torch.device:
     return torch.device("cpu")
 
 
+def device_name(device: torch.device) -> str:
+    """Return a GPU's name, or the type of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def set_up(device: torch.device, threads: int) -> None:
     """Set the number of CPU threads, and have a GPU benchmark its algorithms."""
     torch.set_num_threads(threads)
@@ -83,6 +88,17 @@ def choose_precision(wanted: Precision, device: torch.device) -> torch.dtype:
     if dist.is_initialized():
         dist.all_reduce(able, op=dist.ReduceOp.MIN)
     return torch.bfloat16 if able else torch.float32
+
+
+def autocast_to(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Return the context in which products are computed in bfloat16, or float32; see `choose_precision`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until all work on the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def gains_by_bfloat16(device: torch.device) -> bool:

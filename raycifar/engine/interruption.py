@@ -34,19 +34,19 @@ class InterruptionWatch:
 
     def __init__(self, reporter: Reporter, *, in_process: bool) -> None:
         self.reporter, self.in_process = reporter, in_process
-        self.num_steps, self.next_look = 0, 2
+        self.num_steps, self.next_check = 0, 2
         self.began = time.perf_counter()
 
-    def look(self) -> Interruption | None:
+    def check(self) -> Interruption | None:
         """Return why the run is interrupted now, or None; each worker calls this after each step."""
         if self.in_process:
             return Interruption.STOP if self.reporter.stop_requested() else None
         self.num_steps += 1
-        if self.num_steps < self.next_look:
+        if self.num_steps < self.next_check:
             return None
         rate = self.num_steps / (time.perf_counter() - self.began)
         rate, stop = ray.train.collective.broadcast_from_rank_zero((rate, self.reporter.stop_requested()))
-        self.next_look += max(1, round(rate * CHECK_SECONDS))
+        self.next_check += max(1, round(rate * CHECK_SECONDS))
         if stop:
             return Interruption.STOP
         return Interruption.PREEMPTION if ray.train.get_preemption_info() is not None else None

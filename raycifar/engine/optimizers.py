@@ -1,6 +1,5 @@
 """The optimizers, by the names that a recipe knows them by. A new one is a line in OPTIMIZERS."""
 
-import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -123,7 +122,8 @@ def orthogonal(updates: Sequence[Tensor], steps: int) -> list[Tensor]:
     stacks = [torch.stack([updates[k] for k in same]) for same in by_shape.values()]
     found = [matrix for stack in map_on_streams(partial(newton_schulz, steps=steps), stacks) for matrix in stack]
     order = [k for same in by_shape.values() for k in same]
-    return [matrix for _, matrix in sorted(zip(order, found, strict=True), key=operator.itemgetter(0))]
+    matrix_of = dict(zip(order, found, strict=True))
+    return [matrix_of[k] for k in range(len(updates))]
 
 
 def newton_schulz(stack: Tensor, steps: int) -> Tensor:
@@ -146,14 +146,10 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Recipe], torch.optim.Optim
         groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True
     ),
     "adamw": lambda groups, recipe: EagerAdamW(
-        groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True, capturable=on_gpu(groups)
+        groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True, capturable=groups[0]["params"][0].is_cuda
     ),
     "muon": lambda groups, recipe: Muon(groups, recipe.lr, recipe.momentum, recipe.muon_steps),
 }
-
-
-def on_gpu(groups: list[dict[str, Any]]) -> bool:
-    return groups[0]["params"][0].is_cuda
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from raycifar.data.shards import Shard
 from raycifar.engine.cuda import WARM_UP
 from raycifar.engine.evaluate import predict
-from raycifar.engine.hardware import choose_precision, seed, set_up
+from raycifar.engine.hardware import seed, set_up, synchronize
 from raycifar.engine.optimizers import build_optimizer, set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, step_seed, steps_per_epoch
 from raycifar.engine.state import Progress, TrainingState
@@ -72,16 +73,14 @@ class SpeedRun:
         set_up(device, threads)
         self.architecture, self.recipe, self.device, self.compile = architecture, recipe, device, compile
         pin = Tensor.pin_memory if device.type == "cuda" else Tensor.contiguous
-        self.source = {name: pin(value) for name, value in vars(train_set).items()}
-        self.train_set = Shard(**{name: torch.empty_like(value, device=device) for name, value in self.source.items()})
-        self.test_set = Shard(**{name: value.to(device) for name, value in vars(test_set).items()})
+        self.source = train_set.map(pin)
+        self.train_set = train_set.map(partial(torch.empty_like, device=device))
+        self.test_set = test_set.map(lambda values: values.to(device))
         self.steps_per_epoch = steps_per_epoch(len(train_set), recipe.batch_size)
-        self.dtype = choose_precision(recipe.precision, device)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         self.state = TrainingState(architecture, None, recipe, 0, device)
         if compile:
             self.state.model.compile()
-        self.step = TrainStep(self.state, self.train_set, None, self.autocast, exchange=False)
+        self.step = TrainStep(self.state, self.train_set, None, exchange=False)
 
     def prepare(self) -> None:
         """Take steps of each size on random images, until all that they need is loaded, chosen and captured."""
@@ -93,7 +92,7 @@ class SpeedRun:
         for batch, size in {(len(batch.rows), size): (batch, size) for _, batch, size in self.batches(0)}.values():
             for _ in range(calls):
                 self.step(batch, size)
-        self.synchronize()
+        synchronize(self.device)
 
     def run(self, number: int) -> dict[str, Any]:
         """Train with the seed `number` and score the network; return the times in seconds, and the scores.
@@ -102,11 +101,11 @@ class SpeedRun:
             seed, seconds (by the public clock), whole_seconds (scoring included), top1 (one view of each image),
             top1_flip (each image and its mirror image), train_loss (of the last epoch).
         """
-        self.synchronize()
+        synchronize(self.device)
         began = time.perf_counter()
         self.reset(number)
         loss = self.train(number)
-        self.synchronize()
+        synchronize(self.device)
         seconds = time.perf_counter() - began
         scores = self.score()
         whole = time.perf_counter() - began
@@ -117,8 +116,8 @@ class SpeedRun:
         torch.manual_seed(number)
         with self.device:
             network = self.architecture.build(self.recipe.dropout)
-        for name, value in self.source.items():
-            getattr(self.train_set, name).copy_(value, non_blocking=True)
+        for own, value in zip(vars(self.train_set).values(), vars(self.source).values(), strict=True):
+            own.copy_(value, non_blocking=True)
         first = self.train_set.index.argsort()[:NUM_IMAGES]
         images, pixels = self.train_set.images[first], self.architecture.preprocessing
         weights = compute_weights(self.architecture.model, self.recipe, images, pixels)
@@ -154,17 +153,13 @@ class SpeedRun:
     def score(self) -> dict[str, float]:
         """Return the accuracies with one view of each image, and with its mirror image too."""
         one, other = (
-            predict(self.state.scored, view, self.autocast, self.architecture.preprocessing)
+            predict(self.state.scored, view, self.state.autocast, self.architecture.preprocessing)
             for view in (self.test_set.images, self.test_set.images.flip(3))
         )
         top1, top1_flip = (
             (logits.argmax(1) == self.test_set.labels).double().mean().item() for logits in (one, one + other)
         )
         return {"top1": top1, "top1_flip": top1_flip}
-
-    def synchronize(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
 
     def work(self) -> Work:
         """Count what a run computes."""

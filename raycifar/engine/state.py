@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from raycifar.engine.distributed import all_reduce_mean, broadcast
 from raycifar.engine.epoch_meter import EpochTotals
-from raycifar.engine.hardware import to_device
+from raycifar.engine.hardware import autocast_to, choose_precision, to_device
 from raycifar.engine.optimizers import build_optimizer
 from raycifar.engine.order import Segment
 from raycifar.models import Architecture
@@ -90,12 +90,14 @@ class TrainingState:
         # Arrays in Ray's object store are read-only.
         model.load_state_dict({name: torch.tensor(value) for name, value in (weights or {}).items()}, strict=False)
         self.architecture, self.recipe, self.layers = architecture, recipe, architecture.layers(model)
+        self.dtype = choose_precision(recipe.precision, device)
+        self.autocast = autocast_to(self.dtype, device)  # the precision to compute in
         self.fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         self.model = to_device(model, device)
         broadcast(parameters_and_buffers(self.model))
         self.average = Average(self.model, recipe.ema) if recipe.ema else None
         self.progress = Progress()
-        self.example_stats: Tensor | None = None  # `ExampleStats.values` of all workers
+        self.example_stats: Tensor | None = None  # of all workers' images: see `example_stats`
         self.val_correct: Tensor | None = None  # (n,) float32: 1 where the last validation was correct
         self.stage: Stage | None = None
         self.enter_stage()

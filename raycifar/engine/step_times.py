@@ -1,6 +1,5 @@
 """How long a step takes, by the number of images in it, and how long its exchange of gradients."""
 
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 from raycifar.cluster.status import Phase
+from raycifar.data import CIFAR100
 from raycifar.data.shards import Shard
 from raycifar.engine.bench import clock, time_step, train_epoch, use_fewer_images
 from raycifar.engine.cuda import WARM_UP
 from raycifar.engine.distributed import BUCKET_BYTES, all_gather_objects, group_by_size
-from raycifar.engine.example_stats import ExampleStats
-from raycifar.engine.hardware import choose_precision
+from raycifar.engine.example_stats import blank_stats
+from raycifar.engine.hardware import synchronize
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
@@ -55,10 +55,10 @@ def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(timed.job)
     trainer.set_up()
     trainer.describe()
-    alone, world_size = trainer.world_size == 1, trainer.world_size
-    trainer.reporter.phase(Phase.TIMING, f"{world_size} worker{'s' * (not alone)}, up to {timed.seconds:.0f} s")
+    world_size, single = trainer.world_size, trainer.world_size == 1
+    trainer.reporter.phase(Phase.TIMING, f"{world_size} worker{'s' * (not single)}, up to {timed.seconds:.0f} s")
     with nullcontext() if dist.is_initialized() else process_group_of_one(trainer.device):
-        ways = {"alone": False, "exchanging": True} if alone else {"alone": False}
+        ways = {"alone": False, "exchanging": True} if single else {"alone": False}
         seconds = timed.seconds / (len(timed.batch_sizes) * len(ways) + 1) / (timed.rounds + 1)
         steps = {
             (way, size): Repeated(build_step(timed.job, trainer.device, size, exchange=exchange), seconds)
@@ -75,13 +75,13 @@ def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
             began = clock(trainer)
             train_epoch(trainer)
             rates.append(trainer.job.num_train_images / (clock(trainer) - began))
-            if not alone:
+            if not single:
                 links.append(measure_link(trainer.device))
     trained = [p for p in trainer.state.model.parameters() if p.requires_grad]
     return {
         **{way: {size: min(times[way, size]) for size in timed.batch_sizes} for way in ways},
         "buckets": [sum(p.nbytes for p in group) for group in group_by_size(trained[::-1])],
-        "link": None if alone else (min(seconds for seconds, _ in links), max(rate for _, rate in links)),
+        "link": None if single else (min(seconds for seconds, _ in links), max(rate for _, rate in links)),
         "rates": rates,
     }
 
@@ -109,17 +109,15 @@ class Repeated:
 
 def build_step(job: Job, device: torch.device, batch_size: int, *, exchange: bool) -> TrainStep:
     """Return a step of random images."""
-    dtype = choose_precision(job.recipe.precision, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    pixels = torch.randint(0, 256, (batch_size, *job.info.image_shape), dtype=torch.uint8, device=device)
-    labels = torch.randint(0, job.info.num_classes, (batch_size,), device=device)
+    pixels = torch.randint(0, 256, (batch_size, *CIFAR100.image_shape), dtype=torch.uint8, device=device)
+    labels = torch.randint(0, CIFAR100.num_classes, (batch_size,), device=device)
     state = TrainingState(job.initial.architecture, job.initial.weights, job.recipe, job.seed, device)
     set_learning_rate(state.optimizer, 1e-6)  # random images teach nothing
     state.train_mode()
     if job.compile:
         state.model.compile()
     train_set = Shard(pixels, labels, labels, torch.arange(batch_size, device=device))
-    return TrainStep(state, train_set, ExampleStats.blank(batch_size, device), autocast, exchange=exchange)
+    return TrainStep(state, train_set, blank_stats(batch_size, device), exchange=exchange)
 
 
 def measure_link(device: torch.device) -> tuple[float, float]:
@@ -143,18 +141,11 @@ def time_all_reduce(num_bytes: int, device: torch.device) -> float:
     return (time.perf_counter() - began) / EXCHANGES
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 @contextmanager
 def process_group_of_one(device: torch.device) -> Iterator[None]:
     """Be the one rank of a process group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", address, rank=0, world_size=1)
+    store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)  # at a free port
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
     try:
         yield
     finally:

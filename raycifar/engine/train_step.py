@@ -12,7 +12,7 @@ from raycifar.data.shards import Shard
 from raycifar.engine.augment import alternating_flips, augment, erase, mix, preprocess
 from raycifar.engine.cuda import SideStream, cuda_graphed, prefetched
 from raycifar.engine.distributed import GradientExchange
-from raycifar.engine.example_stats import ExampleStats
+from raycifar.engine.example_stats import update_stats
 from raycifar.engine.loss import loss_and_counts
 from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
@@ -29,25 +29,23 @@ class TrainStep:
     is recorded and nothing blended, all of it is one graph.
 
     Args:
-        train_set: the worker's own training images. example_stats: what is known of each of them, brought up to date;
-            None follows neither them nor the gradient's norm, unless it is clipped.
-        autocast: the precision to compute in.
+        train_set: the worker's own training images. example_stats: their statistics, brought up to date; None follows
+            neither them nor the gradient's norm, unless it is clipped.
         exchange: sum the gradients over the workers of the process group.
-        notice: told in a sentence why, where `update` isn't captured on a GPU.
+        notice: called with the reason, in a sentence, if `update` isn't captured on a GPU.
     """
 
     def __init__(
         self,
         state: TrainingState,
         train_set: Shard,
-        example_stats: ExampleStats | None,
-        autocast: torch.autocast,
+        example_stats: Tensor | None,
         *,
         exchange: bool,
         notice: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self.state, self.train_set, self.example_stats = state, train_set, example_stats
-        self.recipe, self.architecture, self.autocast = state.recipe, state.architecture, autocast
+        self.recipe, self.architecture, self.autocast = state.recipe, state.architecture, state.autocast
         self.device = train_set.images.device
         self.parameters = [p for p in state.model.parameters() if p.requires_grad]
         self.exchange = GradientExchange(self.parameters) if exchange else None
@@ -122,14 +120,14 @@ class TrainStep:
             logits = self.state.model(inputs)  # (n, classes)
         logits, rows, targets = logits[:count].float(), rows[:count], targets[:count]
         loss, counts = loss_and_counts(logits, targets, self.recipe.label_smoothing)  # summed over the images
-        if self.example_stats and targets.ndim == 1:  # a blended image's loss is not its own
+        if self.example_stats is not None and targets.ndim == 1:  # a blended image's loss is not its own
             with self.side_stream.beside():
-                self.example_stats.update(rows, logits.detach(), targets)
+                update_stats(self.example_stats, rows, logits.detach(), targets)
 
         (loss * (1 / num_images)).backward()
         if self.exchange:
             self.exchange.wait()
-        if self.example_stats or self.recipe.clip_norm:
+        if self.example_stats is not None or self.recipe.clip_norm:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         else:
             norm = loss.detach() * 0  # which tells a loss that is not finite

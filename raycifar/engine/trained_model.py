@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from raycifar.data import CIFAR100
 from raycifar.engine.evaluate import predict
-from raycifar.engine.hardware import choose_precision, find_device, to_device
+from raycifar.engine.hardware import autocast_to, choose_precision, find_device, to_device
 from raycifar.errors import RequestError, WorkError
 from raycifar.machine import available_cpus
 from raycifar.models import Architecture
@@ -47,8 +47,7 @@ class Trained:
         self.weights = weights
         self.device = find_device(device)
         self.network = to_device(weights.build(), self.device)
-        dtype = choose_precision(precision, self.device)
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+        self.autocast = autocast_to(choose_precision(precision, self.device), self.device)
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the logits (n, classes) float32, on the CPU, of `images` (n, 3, 32, 32) uint8."""

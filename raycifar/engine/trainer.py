@@ -19,16 +19,16 @@ from torch import Tensor
 from raycifar.analysis.collapse import collapse
 from raycifar.cluster.nodes import objection
 from raycifar.cluster.status import ModelFacts, Phase, StatusStore
-from raycifar.data import DatasetInfo
+from raycifar.data import CIFAR100
 from raycifar.data.shards import Shard, bounds, load_shard
+from raycifar.engine import hardware
 from raycifar.engine.augment import preprocess
 from raycifar.engine.checkpoint import Checkpointer, Snapshot
 from raycifar.engine.diagnostics import examine
 from raycifar.engine.distributed import all_gather_objects, all_gather_rows
 from raycifar.engine.epoch_meter import EpochMeter
 from raycifar.engine.evaluate import per_image, predict, score, score_without, to_predictions_file
-from raycifar.engine.example_stats import ExampleStats, describe_rise, to_example_stats_file
-from raycifar.engine.hardware import choose_precision, limit_gpu_memory, retain_malloc_pages, seed, set_up
+from raycifar.engine.example_stats import blank_stats, describe_rise, end_epoch, to_example_stats_file
 from raycifar.engine.interruption import Interruption, InterruptionWatch, PreemptedError
 from raycifar.engine.loss import CHECK_STEPS, StopTrainingError
 from raycifar.engine.optimizers import set_learning_rate
@@ -68,7 +68,6 @@ class Job:
     initial: InitialWeights
     recipe: Recipe
     seed: int
-    info: DatasetInfo
     superclass_of: Sequence[int]
     num_train_images: int
     num_val_images: int
@@ -148,11 +147,8 @@ class Trainer:
         self.train_eval_set: Shard
         self.val_set: Shard | None
         self.index: Tensor  # (n,) int64, of all workers' training images: rows in the source
-        self.labels: Tensor  # (n,) int64
-        self.dtype: torch.dtype
-        self.autocast: torch.autocast
         self.state: TrainingState
-        self.example_stats: ExampleStats
+        self.example_stats: Tensor  # of this worker's images
         self.train_step: TrainStep
         self.meter: EpochMeter
 
@@ -160,27 +156,23 @@ class Trainer:
 
     def set_up(self) -> None:
         """Load the images, and build or resume the network."""
-        set_up(self.device, self.job.threads)
-        limit_gpu_memory(self.job.gpus)
+        hardware.set_up(self.device, self.job.threads)
+        hardware.limit_gpu_memory(self.job.gpus)
         if self.device.type == "cpu":
-            retain_malloc_pages()
+            hardware.retain_malloc_pages()
         self.reporter.phase(Phase.LOADING_IMAGES)
         self.check_node()
-        self.train_set = load_shard("train", self.device, self.job.info)
+        self.train_set = load_shard("train", self.device)
         num_eval = math.ceil(len(self.train_set) * min(1, TRAIN_EVAL_IMAGES / self.job.num_train_images))
         self.train_eval_set = self.train_set.head(num_eval)
-        self.val_set = load_shard("val", self.device, self.job.info) if self.job.num_val_images else None
+        self.val_set = load_shard("val", self.device) if self.job.num_val_images else None
 
         self.reporter.phase(Phase.BUILDING_MODEL)
-        self.dtype = choose_precision(self.recipe.precision, self.device)
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         self.state = TrainingState(self.architecture, self.job.initial.weights, self.recipe, self.job.seed, self.device)
         self.resume()
         if self.job.compile:
             self.state.model.compile()
-        self.index, self.labels = (self.gather(part) for part in (self.train_set.index, self.train_set.labels))
-        self.example_stats = self.begin_example_stats()
-        self.train_step = self.build_train_step()
+        self.begin_training_set()
 
     def train(self) -> Outcome:
         """Train to the end, score the test set, and save the weights."""
@@ -203,7 +195,7 @@ class Trainer:
             progress.epoch, self.steps_per_epoch, progress.step, progress.totals, self.device, sampled
         )
         for batch in self.remaining_batches():
-            seed(step_seed(self.job.seed, progress.epoch, batch.step, self.world_size, self.rank), self.device)
+            hardware.seed(step_seed(self.job.seed, progress.epoch, batch.step, self.world_size, self.rank), self.device)
             lr = self.recipe.learning_rate(progress.epoch, batch.step, self.steps_per_epoch)
             set_learning_rate(self.state.optimizer, lr)
             size = self.recipe.size(progress.epoch, batch.step, self.steps_per_epoch)
@@ -248,10 +240,11 @@ class Trainer:
     def finish(self) -> dict[str, Any] | None:
         """Score the test set, write the final weights and the images' statistics, and return the scores."""
         scores = self.score_test_set() if self.job.num_test_images else None
+        labels = self.gather(self.train_set.labels)
         if self.rank == 0:
             self.run.write(MODEL, to_file(self.state.scored.state_dict(), self.architecture))
             if self.job.record and self.state.example_stats is not None:
-                self.run.write(EXAMPLE_STATS, to_example_stats_file(self.state.example_stats, self.index, self.labels))
+                self.run.write(EXAMPLE_STATS, to_example_stats_file(self.state.example_stats, self.index, labels))
         return scores
 
     def outcome(self, ending: Ending, test: dict[str, Any] | None = None) -> Outcome:
@@ -293,36 +286,37 @@ class Trainer:
         self.run.delete_checkpoints(skipped[: skipped.index(found[0])] if found else skipped)
         return found
 
+    def begin_training_set(self) -> None:
+        """Prepare what belongs to `train_set`: the rows of all workers, the images' statistics, and the step."""
+        self.index = self.gather(self.train_set.index)
+        if self.state.example_stats is None:
+            self.example_stats = blank_stats(len(self.train_set), self.device)
+        else:
+            first = bounds(self.job.num_train_images, self.world_size)[self.rank]
+            self.example_stats = self.state.example_stats[first : first + len(self.train_set)].clone()
+        self.train_step = self.build_train_step()
+
     def build_train_step(self) -> TrainStep:
         """Return the current stage's step: each stage trains, and so exchanges, other parameters."""
-        exchange = self.world_size > 1
         return TrainStep(
             self.state,
             self.train_set,
             self.example_stats if self.job.record else None,
-            self.autocast,
-            exchange=exchange,
+            exchange=self.world_size > 1,
             notice=self.reporter.notice,
         )
-
-    def begin_example_stats(self) -> ExampleStats:
-        """Return the statistics of this worker's training images."""
-        if self.state.example_stats is None:
-            return ExampleStats.blank(len(self.train_set), self.device)
-        first = bounds(self.job.num_train_images, self.world_size)[self.rank]
-        return ExampleStats(self.state.example_stats[first : first + len(self.train_set)].clone())
 
     def describe(self) -> None:
         """Tell what trains on what: on the screen, and in the run's record, with the time at which training begins."""
         facts = ModelFacts(
             parameters=sum(p.numel() for p in self.state.model.parameters()),
-            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            device=hardware.device_name(self.device),
             threads=torch.get_num_threads(),
-            precision=str(self.dtype).removeprefix("torch."),
+            precision=str(self.state.dtype).removeprefix("torch."),
         )
         self.reporter.about(facts)
         if self.rank == 0:
-            self.run.write_json(RUN, {**self.run.read_json(RUN), **facts.to_json(), "training_began": time.time()})
+            self.run.write_json(RUN, {**self.run.read_json(RUN), **vars(facts), "training_began": time.time()})
 
     # Within an epoch ----------------------------------------------------------------------------------
 
@@ -338,7 +332,7 @@ class Trainer:
             PreemptedError: a node is being preempted; the run continues elsewhere.
         """
         step = self.state.progress.step
-        interruption = self.interruptions.look()
+        interruption = self.interruptions.check()
         due = self.job.checkpoint_steps and step % self.job.checkpoint_steps == 0
         if step == self.steps_per_epoch or not (due or interruption):
             return None
@@ -354,16 +348,21 @@ class Trainer:
     def collect(self) -> None:
         """Update the epoch's totals and the statistics of all images."""
         self.meter.collect()
-        self.state.example_stats = self.gather(self.example_stats.values)
+        self.state.example_stats = self.gather(self.example_stats)
 
     def report_step(self, lr: float) -> None:
         progress = self.state.progress
         running = self.meter.running(progress.step)
-        steps_per_second, before = running["steps_per_second"], progress.history[-1:]
-        scored = self.job.num_val_images + len(self.train_eval_set) * self.world_size  # in each epoch
-        seconds = scored * self.steps_per_epoch / steps_per_second / self.job.num_train_images / PASSES
-        scoring = before[0].seconds - before[0].training_seconds if before else seconds
+        steps_per_second = running["steps_per_second"]
+        images_per_second = steps_per_second * self.job.num_train_images / self.steps_per_epoch
+        num_scored = self.job.num_val_images + len(self.train_eval_set) * self.world_size  # after each epoch
+        if progress.history:
+            scoring = progress.history[-1].seconds - progress.history[-1].training_seconds
+        else:
+            scoring = num_scored / images_per_second / PASSES
         epoch = self.steps_per_epoch / steps_per_second + scoring
+        epochs_left = self.recipe.epochs - progress.epoch + 1
+        trained, test_scoring = progress.step / steps_per_second, scoring * self.job.num_test_images / num_scored
         self.reporter.step(
             epoch=progress.epoch,
             step=progress.step,
@@ -371,11 +370,9 @@ class Trainer:
             lr=lr,
             loss=running["loss"],
             top1=running["top1"],
-            images_per_second=steps_per_second * self.job.num_train_images / self.steps_per_epoch,
+            images_per_second=images_per_second,
             seconds_of_epoch=epoch,
-            seconds_left=epoch * (self.recipe.epochs - progress.epoch + 1)
-            - progress.step / steps_per_second
-            + scoring * self.job.num_test_images / scored,
+            seconds_left=epochs_left * epoch - trained + test_scoring,
         )
 
     # Between epochs -----------------------------------------------------------------------------------
@@ -383,7 +380,7 @@ class Trainer:
     def score_epoch(self) -> EpochRecord:
         """Return the record of the trained epoch; its `seconds` don't include scoring yet."""
         progress, totals = self.state.progress, self.state.progress.totals
-        train_eval = self.score(self.train_eval_set, "scoring training images")[1]
+        train_eval = score(self.predict(self.train_eval_set, "scoring training images")[1])
         return EpochRecord(
             epoch=progress.epoch,
             train_loss=totals.loss / totals.num_images,
@@ -391,7 +388,7 @@ class Trainer:
             **(self.validate(self.val_set) if self.val_set else {}),
             train_eval_loss=train_eval["loss"],
             train_eval_top1=train_eval["top1"],
-            train_eval_images=int(train_eval["images"]),
+            train_eval_images=train_eval["images"],
             step_losses=[*totals.step_losses],
             lr=self.recipe.learning_rate(progress.epoch, self.steps_per_epoch - 1, self.steps_per_epoch),
             stage=self.state.stage,
@@ -407,9 +404,9 @@ class Trainer:
 
     def validate(self, shard: Shard) -> dict[str, Any]:
         """Return the validation metrics of an epoch's record, and keep which images are classified correctly."""
-        logits, scores = self.score(shard, "validating")
-        counted = per_image(logits, shard.labels, shard.coarse, self.job.superclass_of)
-        losses, correct = (self.gather(counted[name].float(), self.job.num_val_images) for name in ("loss", "top1"))
+        _, images = self.predict(shard, "validating")
+        scores = score(images)
+        losses, correct = (self.gather(images[name].float(), self.job.num_val_images) for name in ("loss", "top1"))
         before, self.state.val_correct = self.state.val_correct, correct
         return {
             **{f"val_{name}": scores[name] for name in ("loss", "top1", "top5")},
@@ -421,33 +418,32 @@ class Trainer:
     def score_test_set(self) -> dict[str, Any]:
         """Return the scores on the test set, and write the predictions."""
         self.reporter.phase(Phase.SCORING_TEST)
-        test_set, num_images = load_shard("test", self.device, self.job.info), self.job.num_test_images
-        logits, scores = self.score(test_set, Phase.SCORING_TEST)
+        test_set, num_images = load_shard("test", self.device), self.job.num_test_images
+        logits, images = self.predict(test_set, Phase.SCORING_TEST)
+        scores = score(images)
         probabilities, labels = (self.gather(part, num_images) for part in (logits.softmax(1), test_set.labels))
-        near_duplicate, more = None, {}
         if self.job.near_duplicates is not None:
-            near_duplicate = torch.zeros(num_images, dtype=torch.bool)
-            near_duplicate[self.job.near_duplicates] = True
-            more = score_without(near_duplicate, (probabilities.argmax(1) == labels).cpu())
+            correct = (probabilities.argmax(1) == labels).cpu().numpy()
+            scores |= score_without(self.job.near_duplicates, correct)
         if self.rank == 0:
-            self.run.write(PREDICTIONS, to_predictions_file(probabilities, labels, near_duplicate))
-        return {**scores, **more}
+            self.run.write(PREDICTIONS, to_predictions_file(probabilities, labels, self.job.near_duplicates))
+        return scores
 
-    def score(self, shard: Shard, doing: str) -> tuple[Tensor, dict[str, float]]:
-        """Return the logits of this worker's images, and the scores over all workers'."""
+    def predict(self, shard: Shard, doing: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the logits of this worker's images, and how they are scored: see `per_image`."""
 
-        def tell(done: int) -> None:
+        def progress(done: int) -> None:
             if self.reporter.due():
                 self.reporter.part(doing, done * self.world_size, len(shard) * self.world_size)
 
-        logits = predict(self.state.scored, shard.images, self.autocast, self.preprocessing, tell)
-        return logits, score(logits, shard.labels, shard.coarse, self.job.superclass_of)
+        logits = predict(self.state.scored, shard.images, self.state.autocast, self.preprocessing, progress)
+        return logits, per_image(logits, shard.labels, shard.coarse, self.job.superclass_of)
 
     def diagnose(self, record: EpochRecord) -> EpochRecord:
         """Return the record with diagnostics if the network isn't learning; warn of that in the first epochs."""
         num_steps = record.epoch * self.steps_per_epoch
         num_images = int(self.state.progress.totals.num_images)
-        warning = collapse(record, num_images, num_steps, self.job.info.num_classes)
+        warning = collapse(record, num_images, num_steps, CIFAR100.num_classes)
         if warning is None:
             return record
         if record.epoch <= WARNED_EPOCHS:
@@ -460,8 +456,8 @@ class Trainer:
         """Start a new epoch of the images' statistics, and return the rise of this one's losses."""
         assert self.state.example_stats is not None
         rise = describe_rise(self.state.example_stats, self.index)
-        for stats in (self.example_stats, ExampleStats(self.state.example_stats)):
-            stats.end_epoch()
+        for stats in (self.example_stats, self.state.example_stats):
+            end_epoch(stats)
         return rise
 
     def told_to_stop(self) -> bool:

@@ -9,8 +9,8 @@ and optionally
     IMAGENET    torchvision's name for the ImageNet weights
     PURPOSES    the purposes of recipes other than `scratch` and `transfer`
     initial_weights_from_images     a function that computes weights from training images
-    is_for_small_images             a function that tells from the shapes of weights, by name, whether they were trained
-                                    on CIFAR's image size rather than ImageNet's
+    is_for_small_images             where there are ImageNet weights: a function that tells from the shapes of weights,
+                                    by name, whether they were trained on CIFAR's image size instead
 
 An architecture's options are fields of a subclass of `Recipe`; `build` takes them by name. Every command imports all
 architectures, so they import PyTorch, which takes seconds, only when they build a network.
@@ -70,8 +70,8 @@ class Preprocessing:
         mean, std = (tuple(values[name]) for name in ("mean", "std"))
         channels = [*zip(mean, std, strict=True)]
         for value in (*mean, *std):
-            check_type("mean or std", value, float, ())
-        check_type("size", values["size"], int, ())
+            check_type("mean or std", value, float)
+        check_type("size", values["size"], int)
         check_type("interpolation", values["interpolation"], str, INTERPOLATIONS)
         if not 0 < values["size"] <= MOST_PIXELS or len(channels) != len(CIFAR100.mean) or min(std) <= 0:
             raise ValueError(f"its preprocessing is {values}")
@@ -99,7 +99,7 @@ class Architecture:
 
     def __post_init__(self) -> None:
         for name, kind in (("num_classes", int), ("large_stem", bool), ("tta_flip", bool)):
-            check_type(name, getattr(self, name), kind, ())
+            check_type(name, getattr(self, name), kind)
         if self.num_classes < 1:
             raise ValueError(f"num_classes is {self.num_classes}: it must be at least 1")
         object.__setattr__(self, "options", model_options(recipe_type(self.model)(**self.options)))
@@ -125,17 +125,21 @@ class Architecture:
         with torch.device("meta"):
             return self.build()
 
+    def outline_forward(self, size: int) -> None:
+        """Pass an image of `size` pixels a side through the `outline`; nothing is computed."""
+        import torch
+
+        with torch.inference_mode():
+            self.outline().eval()(torch.empty(1, 3, size, size, device="meta"))
+
     def check_size(self, size: int) -> None:
-        """Check that the network can take images of `size` pixels a side; nothing is computed.
+        """Check that the network can take images of `size` pixels a side.
 
         Raises:
             RequestError: it can't.
         """
-        import torch
-
         try:
-            with torch.inference_mode():
-                self.outline().eval()(torch.empty(1, 3, size, size, device="meta"))
+            self.outline_forward(size)
         except Exception as error:  # networks may raise any
             raise RequestError(
                 f"{self.model} can't take images of {size} pixels ({in_a_line(error)}): give another --image-size or "
@@ -162,7 +166,7 @@ class Architecture:
             ValueError, KeyError, TypeError: the values are not those of an architecture.
         """
         values = {RENAMED.get(name, name): value for name, value in values.items()}
-        check_type("model", values["model"], str, ())
+        check_type("model", values["model"], str)
         preprocessing = Preprocessing.from_json(values.pop("preprocessing"))
         common = {name: values[name] for name in ("model", "num_classes", "large_stem", "tta_flip") if name in values}
         given = {**values, **values.get("options", {})}  # earlier versions wrote the options beside the rest
@@ -177,7 +181,9 @@ class Builtin:
         self.module = module
         self.weights: str | None = getattr(module, "IMAGENET", None)
         self.initial_weights_from_images: WeightsMaker | None = getattr(module, "initial_weights_from_images", None)
-        self.is_for_small_images: ShapesTest = getattr(module, "is_for_small_images", lambda shapes: False)
+        self.is_for_small_images: ShapesTest = getattr(
+            module, "is_for_small_images", lambda shapes: self.weights is None
+        )
 
     def build(self, num_classes: int, dropout: float, large_stem: bool, size: int, **options: Any) -> nn.Module:
         return self.module.build(num_classes, dropout, large_stem, **options)
@@ -222,9 +228,7 @@ def find(name: str) -> Builtin | FromTimm:
     Raises:
         RequestError: no architecture has that name.
     """
-    if not isinstance(name, str):
-        raise RequestError(f"{name!r} is not the name of a model: choose from {', '.join(names())}, or timm:NAME.")
-    if name.startswith(TIMM):
+    if isinstance(name, str) and name.startswith(TIMM):
         from raycifar.models.from_timm import FromTimm
 
         return FromTimm(name.removeprefix(TIMM))
@@ -271,10 +275,8 @@ def slug(name: str) -> str:
 @functools.cache
 def flops(architecture: Architecture) -> int:
     """Return the floating-point operations of one image's forward pass; a multiply-add counts as two."""
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    size = architecture.preprocessing.size
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.inference_mode():  # computes nothing
-        architecture.build().eval()(torch.empty(1, 3, size, size))
+    with FlopCounterMode(display=False) as counter:
+        architecture.outline_forward(architecture.preprocessing.size)
     return counter.get_total_flops()

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from raycifar.models.recipe import TRANSFER, Recipe, option
+from raycifar.models.recipe import LONG, TRANSFER, Recipe, option
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from torch import Tensor, nn
 
 FILTERS = (64, 128, 256, 512, 512)
@@ -33,8 +31,8 @@ class CnnRecipe(Recipe):
             raise ValueError(f"depth is {self.depth}: it must be from 1 to {DEEPEST}")
 
 
-RECIPES = {"scratch": CnnRecipe(), "transfer": CnnRecipe(**TRANSFER)}
-PURPOSES = {"transfer": "from a weights file, --pretrained FILE"}
+RECIPES = {"scratch": CnnRecipe(**LONG), "transfer": CnnRecipe(**TRANSFER)}
+PURPOSES = {"scratch": "best known for 100 epochs or more", "transfer": "from a weights file, --pretrained FILE"}
 
 
 def build(num_classes: int, dropout: float, large_stem: bool, whiten: bool, depth: int) -> nn.Module:
@@ -45,9 +43,12 @@ def build(num_classes: int, dropout: float, large_stem: bool, whiten: bool, dept
     from torch import nn
 
     channels = (PATCH if whiten else 3, *FILTERS)
+    whitening = {}
+    if whiten:  # by weights that come from the images, and are not trained
+        whitening["whiten"] = nn.Conv2d(3, PATCH, kernel_size=3, padding=1, bias=False).requires_grad_(False)
     return nn.Sequential(
         OrderedDict(
-            **({"whiten": whitening()} if whiten else {}),
+            **whitening,
             features=nn.Sequential(*(block(*sizes, depth) for sizes in pairwise(channels))),
             pool=nn.AdaptiveAvgPool2d(1),
             head=nn.Sequential(
@@ -79,19 +80,7 @@ def block(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
     return nn.Sequential(convolution, norm, relu, *more, nn.MaxPool2d(2))
 
 
-def whitening() -> nn.Conv2d:
-    """Return the layer that whitens patches; its weights come from the images, and are not trained."""
-    from torch import nn
-
-    return nn.Conv2d(3, PATCH, kernel_size=3, padding=1, bias=False).requires_grad_(False)
-
-
 def initial_weights_from_images(recipe: CnnRecipe, pixels: Tensor) -> dict[str, Tensor]:
     from raycifar.models.layers import whitening_filters
 
     return {"whiten.weight": whitening_filters(pixels, 3)} if recipe.whiten else {}
-
-
-def is_for_small_images(shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Return that there are no ImageNet weights."""
-    return True

@@ -14,7 +14,7 @@ import numpy as np
 from raycifar import models
 from raycifar.data.tables import Source, to_images
 from raycifar.errors import RequestError, first_few, in_a_line
-from raycifar.models import Architecture, Preprocessing
+from raycifar.models import CIFAR, Architecture, Preprocessing
 from raycifar.models.recipe import LARGEST_IMAGE, Recipe, model_options, parse_sizes
 from raycifar.storage.files import read_file
 
@@ -60,26 +60,26 @@ def load_initial_weights(model: str, recipe: Recipe, source: Source) -> InitialW
     Raises:
         RequestError: the weights can't be loaded, or don't fit the model, or the images don't.
     """
-    start = (from_scratch if recipe.pretrained == "none" else from_weights)(model, recipe, source)
+    scratch = recipe.pretrained == "none"
+    start = from_scratch(model, recipe, source) if scratch else from_weights(model, recipe)
     for size, _ in [(start.architecture.preprocessing.size, 1), *parse_sizes(recipe.progressive)]:
         start.architecture.check_size(size)
     return start
 
 
 def from_scratch(model: str, recipe: Recipe, source: Source) -> InitialWeights:
-    preprocessing = cifar_preprocessing(recipe, source)
-    options = model_options(recipe)
-    architecture = Architecture(model, source.info.num_classes, False, preprocessing, recipe.tta_flip, options)
-    images = to_images(source.train["image"].slice(0, NUM_IMAGES), source.info)
+    preprocessing, options = cifar_preprocessing(recipe), model_options(recipe)
+    architecture = Architecture(model, preprocessing=preprocessing, tta_flip=recipe.tta_flip, options=options)
+    images = to_images(source.train["image"].slice(0, NUM_IMAGES))
     weights = {name: value.numpy() for name, value in compute_weights(model, recipe, images, preprocessing).items()}
     return InitialWeights(architecture, weights or None, from_images=True)
 
 
-def from_weights(model: str, recipe: Recipe, source: Source) -> InitialWeights:
+def from_weights(model: str, recipe: Recipe) -> InitialWeights:
     check_no_options(model, recipe)
     family, origin = models.find(model), recipe.pretrained
     preprocessing = family.imagenet_preprocessing(recipe.image_size or LARGEST_IMAGE)
-    architecture = Architecture(model, source.info.num_classes, True, preprocessing, recipe.tta_flip)
+    architecture = Architecture(model, large_stem=True, preprocessing=preprocessing, tta_flip=recipe.tta_flip)
     notes = []
     if origin == "imagenet":
         tensors = fetch_imagenet_weights(model)
@@ -93,7 +93,7 @@ def from_weights(model: str, recipe: Recipe, source: Source) -> InitialWeights:
         if saved:
             architecture = adopt_architecture(saved, architecture, recipe)
         elif family.is_for_small_images({name: value.shape for name, value in tensors.items()}):
-            preprocessing = cifar_preprocessing(recipe, source)
+            preprocessing = cifar_preprocessing(recipe)
             architecture = replace(architecture, large_stem=False, preprocessing=preprocessing)
             notes.append(
                 f"{origin} is from small images: here, too, they have {preprocessing.size} pixels a side, and are "
@@ -103,8 +103,8 @@ def from_weights(model: str, recipe: Recipe, source: Source) -> InitialWeights:
     return InitialWeights(architecture, weights, notes=(*notes, *left_out))
 
 
-def cifar_preprocessing(recipe: Recipe, source: Source) -> Preprocessing:
-    return Preprocessing(recipe.image_size or source.info.image_size, source.info.mean, source.info.std)
+def cifar_preprocessing(recipe: Recipe) -> Preprocessing:
+    return replace(CIFAR, size=recipe.image_size or CIFAR.size)
 
 
 def compute_weights(

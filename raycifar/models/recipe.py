@@ -155,6 +155,9 @@ TRANSFER: dict[str, Any] = {
 }  # fmt: skip
 """How a recipe that starts from ImageNet weights differs from the default."""
 
+LONG: dict[str, Any] = {"augment": "trivial", "cutmix": 0.5, "lr": 0.1, "warmup": 0.05}
+"""How a recipe for long training from scratch differs from the default: a network must not memorize its images."""
+
 
 def field_types(recipe_type: type[Recipe]) -> dict[str, Any]:
     """Return the types of a recipe's fields, by name."""
@@ -167,7 +170,7 @@ def choices(field: Field[Any], kind: Any) -> tuple[str, ...]:
     return get_args(kind) or field.metadata["choices"]
 
 
-def check_type(name: str, value: Any, kind: Any, allowed: tuple[str, ...]) -> None:
+def check_type(name: str, value: Any, kind: Any, allowed: tuple[str, ...] = ()) -> None:
     if allowed:
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}: choose from {', '.join(allowed)}")
@@ -207,14 +210,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def model_options(recipe: Recipe) -> dict[str, Any]:
     """Return the fields that the architecture adds, which determine how the network is built."""
-    common = field_types(Recipe)
-    return {name: getattr(recipe, name) for name in field_types(type(recipe)) if name not in common}
+    return {name: value for name, value in vars(recipe).items() if name not in Recipe.__dataclass_fields__}
 
 
 def changes(recipe: Recipe, base: Recipe) -> dict[str, Any]:
     """Return the fields in which `recipe` differs from `base`, a recipe of the same model."""
-    values = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    return {name: value for name, value in values.items() if value != getattr(base, name)}
+    return {name: value for name, value in vars(recipe).items() if value != getattr(base, name)}
 
 
 def describe_changes(recipe: Recipe, base: Recipe) -> str:

@@ -22,6 +22,7 @@ PURPOSES = {
     "transfer": "best known from pretrained weights",
     "study": "plain, the same for all models",
 }
+LONG_EPOCHS = 100  # from which a recipe for long training is a model's default
 RENAMED = {"mirror": "tta_flip"}  # fields of earlier versions
 
 
@@ -70,13 +71,22 @@ def model_of(recipe: str | None) -> str:
     raise RequestError(f"give --model: {', '.join(models.names())}, or timm:NAME.")
 
 
-def recipe_for(model: str, pretrained: str | None = None) -> Recipe:
-    """Return a model's default recipe, or if `pretrained` is given, the default for these weights."""
+def recipe_for(model: str, pretrained: str | None = None, epochs: int | None = None) -> Recipe:
+    """Return a model's default recipe.
+
+    A recipe for long training, from scratch, regularizes too strongly for a short one: its default is `study`.
+
+    Args:
+        pretrained: the first weights, if they are given.
+        epochs: for how long it is trained, if that is given. The recipe returned may be for longer.
+    """
     recipes = models.recipes_of(model)
-    if pretrained is None:
-        return next(iter(recipes.values()))
-    base = recipes.get("scratch" if pretrained == "none" else "transfer", next(iter(recipes.values())))
-    return change(model, base, {"pretrained": pretrained})
+    base = next(iter(recipes.values()))
+    if pretrained is not None:
+        base = recipes.get("scratch" if pretrained == "none" else "transfer", base)
+        base = change(model, base, {"pretrained": pretrained})
+    is_short = isinstance(epochs, int) and epochs < LONG_EPOCHS <= base.epochs
+    return recipes["study"] if is_short and base.pretrained == "none" else base
 
 
 def choose_recipe(model: str, recipe: str | None = None, **values: Any) -> Recipe:
@@ -89,8 +99,8 @@ def choose_recipe(model: str, recipe: str | None = None, **values: Any) -> Recip
     Raises:
         RequestError: there is no such recipe, or a value is not allowed.
     """
-    pretrained = values.get("pretrained")
-    base = find_recipe(model, recipe, pretrained) if recipe else recipe_for(model, pretrained)
+    pretrained, epochs = values.get("pretrained"), values.get("epochs")
+    base = find_recipe(model, recipe, pretrained, epochs) if recipe else recipe_for(model, pretrained, epochs)
     try:
         changed = change(model, base, values)
     except ValueError as error:
@@ -99,11 +109,11 @@ def choose_recipe(model: str, recipe: str | None = None, **values: Any) -> Recip
     return changed
 
 
-def find_recipe(model: str, wanted: str, pretrained: str | None = None) -> Recipe:
+def find_recipe(model: str, wanted: str, pretrained: str | None, epochs: int | None) -> Recipe:
     """Return the recipe of a name, a TOML file or a run.
 
     Args:
-        pretrained: the first weights, if they are given in addition to the recipe.
+        pretrained, epochs: if they are given in addition to the recipe.
 
     Raises:
         RequestError: there is no such recipe, or it belongs to another model.
@@ -117,7 +127,7 @@ def find_recipe(model: str, wanted: str, pretrained: str | None = None) -> Recip
         raise RequestError(f"--recipe {wanted} is for --model {' or '.join(owners)}, not for {model}.")
     try:
         if file_type(*locate(wanted)) == fs.FileType.File:
-            return parse_toml(model, read_file(wanted), pretrained)
+            return parse_toml(model, read_file(wanted), pretrained, epochs)
         run = RunFolder.at(wanted).read_json(RUN)
     except (OSError, ValueError) as error:
         raise RequestError(f"--recipe {wanted}: {in_a_line(error)}.") from error
@@ -132,7 +142,7 @@ def find_recipe(model: str, wanted: str, pretrained: str | None = None) -> Recip
     return recipe_from_json(model, run["recipe"])
 
 
-def parse_toml(model: str, content: bytes, pretrained: str | None = None) -> Recipe:
+def parse_toml(model: str, content: bytes, pretrained: str | None, epochs: int | None) -> Recipe:
     """Return the recipe of a TOML file; fields that it lacks are as in the model's default.
 
     Raises:
@@ -142,7 +152,8 @@ def parse_toml(model: str, content: bytes, pretrained: str | None = None) -> Rec
         values = tomllib.loads(content.decode())
     except ValueError as error:
         raise ValueError(f"it is not a TOML file: {error}") from error
-    return change(model, recipe_for(model, pretrained or values.get("pretrained")), values)
+    base = recipe_for(model, pretrained or values.get("pretrained"), epochs or values.get("epochs"))
+    return change(model, base, values)
 
 
 def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
@@ -154,7 +165,8 @@ def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
         ValueError: there is no such field, or its value is not allowed; the message names the field.
     """
     known = field_types(type(base))
-    for name in [name for name in values if name not in known]:
+    if unknown := [name for name in values if name not in known]:
+        name = unknown[0]
         if owners := models_with(name):
             raise ValueError(f"{name} is an option of {', '.join(owners)}, not of {model}")
         raise ValueError(f"a recipe has no field {name!r}; the nearest is {nearest(name, known)!r}")

@@ -85,8 +85,3 @@ def initial_weights_from_images(recipe: Recipe, pixels: Tensor) -> dict[str, Ten
 
     filters = whitening_filters(pixels, PATCH)
     return {"whiten.weight": torch.cat([filters, -filters])}
-
-
-def is_for_small_images(shapes: object) -> bool:
-    """Return that there are no ImageNet weights."""
-    return True

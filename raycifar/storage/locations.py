@@ -26,6 +26,8 @@ def check_location(location: Location, what: str = "", *, to_write: bool = False
     text, option = os.fspath(location), f"{what} " if what else ""
     if not text.strip() or "\0" in text:
         raise RequestError(f"{option}{text!r} is no path: give a folder, a file or a URI.")
+    if not is_utf8(text):
+        raise RequestError(f"{option}{text!r} is refused, because it isn't UTF-8: rename the file or folder.")
     if not (match := URI.match(text)):
         return text
     scheme, schemes = match[1].lower(), WRITABLE if to_write else SCHEMES
@@ -41,6 +43,11 @@ def check_location(location: Location, what: str = "", *, to_write: bool = False
     elif "***" in text:
         raise RequestError(f"{option}{text} lacks its secret, which is never written down: put it in the place of ***.")
     return text
+
+
+def is_utf8(name: str) -> bool:
+    """Return whether a file's name is UTF-8, as Arrow's file systems want it; Python gives others surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def to_path(text: str) -> str | None:

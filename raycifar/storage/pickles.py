@@ -45,12 +45,19 @@ class Items(dict[Any, Any]):
     To hash a nested tuple takes as much of the stack as it is deep.
     """
 
+    name: ClassVar[str] = "dictionary"
+
     def __setitem__(self, key: Any, value: Any) -> None:
         if isinstance(key := to_bytes(key), str | bytes | int):
             super().__setitem__(key, value)
 
     def __setstate__(self, state: Any) -> None:
         """Pass over its attributes."""
+
+
+def no_bytes() -> bytes:
+    """Return b"", which Python 3 writes as a call in protocol 2; a call with arguments is damage."""
+    return b""
 
 
 class Dissector(pickle._Unpickler):
@@ -70,7 +77,7 @@ class Dissector(pickle._Unpickler):
         super().__init__(content, **options)
         self.content, self.persistent, self.left = content, persistent, MOST_STEPS
         self._file_read = self.read_some
-        self.named: dict[str, type] = {"collections.OrderedDict": Items}
+        self.named: dict[str, Any] = {"collections.OrderedDict": Items, "__builtin__.bytes": no_bytes}
 
     def read_some(self, size: int) -> bytes:
         self.left -= 1
@@ -137,6 +144,7 @@ def to_array(value: Any) -> np.ndarray:
         ValueError: it is no array of numbers, or is malformed.
     """
     if not is_array(value):
+        value = to_bytes(value)
         raise ValueError(f"a {getattr(value, 'name', type(value).__name__)} stands where an array should")
     match value.name.rpartition(".")[2], value.args, value.state:
         case "_reconstruct", _, (_, shape, dtype, fortran, data):

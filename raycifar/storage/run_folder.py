@@ -25,6 +25,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,6 +33,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, partial
+from itertools import filterfalse
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -42,7 +44,7 @@ from raycifar.data import CIFAR100
 from raycifar.errors import DamagedFileError, RequestError, StorageError, in_a_line, notice
 from raycifar.redaction import shown
 from raycifar.storage.files import MOST_BYTES, append_to, ask, file_type, is_local, locate, open_file, write_whole
-from raycifar.storage.locations import check_location, join, parent_and_name
+from raycifar.storage.locations import check_location, is_utf8, join, parent_and_name
 from raycifar.storage.parquet import read_parquet, read_schema
 from raycifar.storage.records import (
     RENAMED,
@@ -115,6 +117,18 @@ class RunFolder:
     def at(cls, location: str) -> "RunFolder":
         """Return the run folder at a path or URI."""
         return cls(*parent_and_name(check_location(location)))
+
+    @classmethod
+    def for_output(cls, location: str, option: str = "--out") -> "RunFolder":
+        """Return the folder that an option names for results, before the work that has them.
+
+        Raises:
+            RequestError: it can't be written; of a remote one, that shows only at the end.
+        """
+        check_location(location, option, to_write=True)
+        folder = cls.at(location)
+        with folder.marker(option):
+            return folder
 
     def __repr__(self) -> str:
         return f"RunFolder({shown(join(self.storage, self.name))!r})"
@@ -316,9 +330,10 @@ class RunFolder:
     def file_names(self, kind: fs.FileType = fs.FileType.File) -> list[str]:
         """Return the names of the files, or of the folders, directly in this one, sorted; links are left out."""
         filesystem, folder = self._location
+        if is_local(filesystem):
+            return local_names(folder, kind)
         entries = ask(filesystem, lambda: filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)))
-        names = sorted(entry.base_name for entry in entries if entry.type == kind)
-        return [name for name in names if not is_local(filesystem) or not Path(folder, name).is_symlink()]
+        return sorted(entry.base_name for entry in entries if entry.type == kind)
 
     def _subfolders(self) -> list[str]:
         return self.file_names(fs.FileType.Directory)
@@ -336,23 +351,29 @@ class RunFolder:
         return [RunFolder(self.folder, name) for name in dict.fromkeys(names)]
 
     @contextmanager
-    def marker(self) -> Iterator[str | None]:
-        """Create an empty file beside the folder for other nodes to look for; yield its path, None if remote.
+    def marker(self, option: str = "--storage") -> Iterator[str | None]:
+        """Create an empty file where the folder is, or is to be, for other nodes to look for.
+
+        Args:
+            option: that names the folder.
+
+        Yields:
+            The file's path; None if the folder is remote, which isn't tried.
 
         Raises:
-            RequestError: the storage can't be written.
+            RequestError: the folder can't be written.
         """
-        if not is_local(self.filesystem):
+        if self.is_remote:
             yield None
             return
-        existing = next(path for path in (Path(self.root), *Path(self.root).parents) if path.is_dir())
+        path = Path(self.path())
+        existing = next(place for place in (path, *path.parents) if os.path.lexists(place))
         marker = existing / f".raycifar-{uuid.uuid4().hex}"
         try:
             marker.touch()
         except OSError as error:
-            raise RequestError(
-                f"{self.folder} can't be written: {in_a_line(error)}. Give another --storage."
-            ) from error
+            reason = in_a_line(error) if existing.is_dir() else f"{existing} is not a folder"
+            raise RequestError(f"{self.folder} can't be written: {reason}. Give another {option}.") from error
         try:
             yield str(marker)
         finally:
@@ -475,6 +496,16 @@ class RunFolder:
         for path in [f"{folder}/{name}" for name in names]:
             with suppress(FileNotFoundError):  # a try before this one, whose answer was lost
                 ask(filesystem, partial(filesystem.delete_dir, path))
+
+
+def local_names(folder: str, kind: fs.FileType) -> list[str]:
+    """Return what `RunFolder.file_names` does, of a disk; names that aren't UTF-8, as no run's is, are passed over."""
+    is_one = Path.is_file if kind == fs.FileType.File else Path.is_dir
+    entries = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    names = [path.name for path in entries if is_one(path) and not path.is_symlink()]
+    for name in filterfalse(is_utf8, names):
+        notice(f"{folder}/{name} is passed over: its name isn't UTF-8.")
+    return sorted(filter(is_utf8, names))
 
 
 def checkpoint_name(epoch: int, step: int) -> str:

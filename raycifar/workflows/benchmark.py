@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from raycifar.errors import RequestError, WorkError
 from raycifar.machine import processor
-from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import BENCH, BENCH_CHART, PLAN_CHART, RUN, RunFolder
+from raycifar.words import listed
 from raycifar.workflows import planning
 from raycifar.workflows.planning import INTERCONNECTS, Measured, Place, Plan
 from raycifar.workflows.requests import TrainingRequest, check_value, to_arguments
@@ -82,7 +82,6 @@ def bench(
     Raises:
         RequestError: the request is wrong; nothing was started.
     """
-    check_location(out, "--out", to_write=True)
     if unknown := set(against) - set(WAYS):
         raise RequestError(f"--against {sorted(unknown)[0]}: choose from {', '.join(WAYS)}.")
     if "stream" in against and request.workers == 0:
@@ -100,12 +99,13 @@ def bench(
         )
     if 0 < request.recipe.head_epochs < request.recipe.epochs:
         request = dataclasses.replace(request, recipe=dataclasses.replace(request.recipe, head_epochs=0))
+    folder = RunFolder.for_output(out)
     found: dict[str, Any] = {}
     machine = processor()
     clock = Clock(1 + bool(counts) + startup)
     try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # interrupted, workers still write
-            timed = dataclasses.replace(request, name="bench", storage=folder, checkpoint_steps=0, test=False)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as storage:  # interrupted, workers still write
+            timed = dataclasses.replace(request, name="bench", storage=storage, checkpoint_steps=0, test=False)
             run = prepare(timed, screen, connection, debug=debug)
             machine = f"{run.workers}, {processor()}"
             place = find_place(run, counts, interconnect) if counts else None
@@ -126,8 +126,8 @@ def bench(
         if found:
             about = {"model": request.model, "machine": machine, "recipe": dataclasses.asdict(request.recipe)}
             show(found)  # first, so that no figure is lost where a file can't be written
-            keep(about | found, RunFolder.at(out))
-            screen.say(f"Written to {RunFolder.at(out).folder}: {BENCH} and charts")
+            keep(about | found, folder)
+            screen.say(f"Written to {folder.folder}: {BENCH} and charts")
 
 
 def keep(found: dict[str, Any], folder: RunFolder) -> None:
@@ -194,8 +194,7 @@ def time_plan(
             break
         sizes = tuple(planning.sizes_to_time(counts, count, place, request.recipe.batch_size))
         timed = dataclasses.replace(request, name=f"plan-{count}", workers=run.workers.count and count)
-        asked = (count, request.device, request.cpus_per_worker, request.gpus_per_worker, request.accelerator)
-        workers = size(*asked) if run.workers.count else run.workers
+        workers = size(count, *request.sizing) if run.workers.count else run.workers
         few = prepare(timed, type(screen)(quiet=True), inputs=run.inputs, workers=workers)
         seconds = min(SECONDS_OF_ROUND * rounds, max(SECONDS_OF_ROUND, left))
         job_of = partial(StepTimesJob, batch_sizes=sizes, rounds=rounds, seconds=seconds)
@@ -260,8 +259,7 @@ def time_startup(request: TrainingRequest, rounds: int, screen: "Screen", second
         with screen.waiting(f"Timing the start, {number + 1} of {rounds}"):
             took["first_step_seconds"].append(time_first_step(dataclasses.replace(request, workers=workers)))
             took["floor_seconds"].append(time_floor(workers))
-    ratios = [a / b for a, b in zip(*took.values(), strict=True)]
-    return {name: spread(values) for name, values in took.items()} | {"ratio": spread(ratios)}
+    return {name: spread(values) for name, values in took.items()} | {"ratio": spread(ratios(*took.values()))}
 
 
 def time_first_step(request: TrainingRequest) -> float:
@@ -316,13 +314,15 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "n": len(values)}
 
 
+def ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Return what each is to the other of the same round."""
+    return [a / b for a, b in zip(values, others, strict=True)]
+
+
 def summarise(rates: dict[str, list[float]], against: Sequence[str]) -> dict[str, Any]:
     """Return what `bench.json` holds of the stages."""
-    shares = {name: [a / b for a, b in zip(values, rates["bare"], strict=True)] for name, values in rates.items()}
-    following, checkpoint = (
-        [a / b for a, b in zip(rates["train"], rates[name], strict=True)] for name in ("following", "checkpoint")
-    )
-    speedups = {name: [a / b for a, b in zip(rates["train"], rates[name], strict=True)] for name in against}
+    shares = {name: ratios(values, rates["bare"]) for name, values in rates.items()}
+    speedups = {name: spread(ratios(rates["train"], rates[name])) for name in against}
     return {
         "n": len(rates["bare"]),
         "bare_images_per_second": statistics.median(rates["bare"]),
@@ -333,13 +333,13 @@ def summarise(rates: dict[str, list[float]], against: Sequence[str]) -> dict[str
             for name in rates
             if name in STAGES and name not in against
         },
-        "following_share": spread(following),
-        "checkpoint_share": spread(checkpoint),
+        "following_share": spread(ratios(rates["train"], rates["following"])),
+        "checkpoint_share": spread(ratios(rates["train"], rates["checkpoint"])),
         "against": {
             name: {
                 "images_per_second": statistics.median(rates[name]),
-                "speedup": statistics.median(speedups[name]),
-                "spread": {"images_per_second": spread(rates[name]), "speedup": spread(speedups[name])},
+                "speedup": speedups[name]["median"],
+                "spread": {"images_per_second": spread(rates[name]), "speedup": speedups[name]},
             }
             for name in against
         },
@@ -376,8 +376,6 @@ def sentences(bench: dict[str, Any]) -> list[str]:
 
 def noise(bench: dict[str, Any]) -> list[str]:
     """Return why the figures can't be taken at their word, if so: rates that can't be, and rounds that differ."""
-    from raycifar.analysis.findings import listed
-
     stages, lines = bench["stages"], []
     faster = [name for name, stage in stages.items() if stage["share"]["median"] > IMPOSSIBLE]
     if faster:

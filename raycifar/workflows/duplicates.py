@@ -16,7 +16,6 @@ from raycifar.data.sources import cache_folder, load
 from raycifar.data.tables import Source, to_images, to_parquet
 from raycifar.models.recipe import Recipe
 from raycifar.storage.files import locate, write_whole
-from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import RunFolder
 from raycifar.storage.spreadsheets import to_csv
 
@@ -110,11 +109,10 @@ def list_duplicates(data: str, out: str, screen: "Screen", run: str | None = Non
     Raises:
         RequestError: the data set or the run can't be read.
     """
-    check_location(out, "--out", to_write=True)
+    folder = RunFolder.for_output(out)
     with screen.waiting(f"Reading {data}"):
         source = load(data)
     found = Duplicates.of(search(source, screen, run), source) if run else find_duplicates(source, screen)
-    folder = RunFolder.at(out)
     folder.write(DUPLICATES, found.to_csv())
     folder.write(DUPLICATES_PAGE, to_page(found, source).encode())
     folder.write(DUPLICATES_PICTURE, to_picture(found, source))

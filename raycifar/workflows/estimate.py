@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 from raycifar import models
 from raycifar.data.tables import Splits
-from raycifar.durations import duration
 from raycifar.machine import available_cpus
 from raycifar.models.recipe import Recipe
+from raycifar.words import duration
 
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers

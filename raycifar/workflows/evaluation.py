@@ -17,7 +17,6 @@ from raycifar.data.sources import is_location
 from raycifar.data.tables import Source, from_lists, split_rows, take, to_images, to_lists
 from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
 from raycifar.models.recipes import read_run, recipe_from_json
-from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, MANIFEST, PICTURES, PREDICTIONS, RunFolder
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images, find_duplicates
@@ -53,8 +52,6 @@ class EvaluationRequest(WorkerSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_workers(self.count)
-        if self.out is not None:
-            check_location(self.out, "--out", to_write=True)
 
 
 def evaluate(
@@ -71,7 +68,8 @@ def evaluate(
     Raises:
         RequestError: there is no such network, or there are no such images.
     """
-    folder = RunFolder.at(request.network)
+    folder, predictions = RunFolder.at(request.network), None
+    out = RunFolder.for_output(request.out) if request.out is not None else None
     run = None if folder.name.endswith(".safetensors") else read_run(folder)
     with screen.waiting("Loading PyTorch"):
         from raycifar.engine.trained_model import check_finite, read_weights
@@ -85,14 +83,16 @@ def evaluate(
     if request.data and is_location(request.data) and (corruptions := find_corruptions(request.data)):
         if request.split != "test":
             raise RequestError(f"--split {request.split}: {request.data} holds test images alone.")
+        out = out or RunFolder.for_output("evaluation")
         network = connect(weights, precision, request, screen, connection, debug=debug)
         scores = score_corruptions(corruptions, ask, screen)
         evaluation = {"network": request.network, "data": request.data, "split": "test", **scores}
-        folder = RunFolder.at(request.out or "evaluation")
     else:
         with screen.waiting("Reading the images"):
             source = load_images(run, request.data, test_alone=request.split == "test")
         own = is_source_of(source, run)
+        # What a run predicted of its own test set is its own, and nothing else may replace it.
+        out = out or RunFolder.for_output(request.network if own and request.split == "test" else "evaluation")
         copies = find_copies(run, source, screen) if run and own and request.split == "test" else None
         if request.split == "test" and len(source.train):
             warn_of_leaks(source, screen)
@@ -105,26 +105,22 @@ def evaluate(
         evaluation = {"network": request.network, "data": source.name, "split": request.split, **scores}
         if run and request.split == "test":
             evaluation["findings"] = hold_against_validation(folder, run, scores, logits, table)
-        # What a run predicted of its own test set is its own, and nothing else may replace it.
-        folder = RunFolder.at(request.out or (request.network if own and request.split == "test" else "evaluation"))
-        folder.write(PREDICTIONS, predictions)
-        if folder.exists(MANIFEST):
-            folder.seal(PREDICTIONS)
-    folder.write_json(EVALUATION, evaluation)
-    folder.write(EVALUATION_PAGE, to_page(evaluation, RunFolder.at(request.network).name).encode())
-    return evaluation, folder
+    page = to_page(evaluation, folder.name).encode()  # before anything is written
+    if predictions is not None:
+        out.write(PREDICTIONS, predictions)
+        if out.exists(MANIFEST):
+            out.seal(PREDICTIONS)
+    out.write_json(EVALUATION, evaluation)
+    out.write(EVALUATION_PAGE, page)
+    return evaluation, out
 
 
-def find_copies(run: dict[str, Any], source: Source, screen: "Screen") -> "Tensor":
-    """Return whether the photograph of each test image is among a run's training images, (images,) bool."""
-    import torch
-
+def find_copies(run: dict[str, Any], source: Source, screen: "Screen") -> np.ndarray:
+    """Return the rows of test images whose photograph is among a run's training images."""
     recipe = recipe_from_json(run["model"], run["recipe"])
     found = find_duplicates(source, screen)
     rows, _ = split_rows(source, run["val_size"], run["limit"], run["seed"], copied_images(source, recipe))
-    copies = torch.zeros(len(source.test), dtype=torch.bool)
-    copies[found.test_copies(rows)] = True
-    return copies
+    return found.test_copies(rows)
 
 
 def hold_against_validation(
@@ -154,11 +150,7 @@ def hold_against_validation(
 class Scorer:
     """Asks the network, on a worker of Ray Data."""
 
-    weights: "Weights"
-    precision: Any
-    device: str
-    gpus: float
-    threads: int
+    network: "Network"
 
     def __post_init__(self) -> None:
         import torch
@@ -166,9 +158,10 @@ class Scorer:
         from raycifar.engine.hardware import limit_gpu_memory
         from raycifar.engine.trained_model import Trained
 
-        torch.set_num_threads(self.threads)
-        limit_gpu_memory(self.gpus)
-        self.trained = Trained(self.weights, self.device, self.precision)
+        workers = self.network.workers
+        torch.set_num_threads(workers.threads)
+        limit_gpu_memory(workers.gpus)
+        self.trained = Trained(self.network.weights, workers.device, self.network.precision)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return, for a batch with columns image and index, index and logits."""
@@ -183,7 +176,8 @@ class Scorer:
 class Network:
     """A network on its workers."""
 
-    scorer: dict[str, Any]
+    weights: "Weights"
+    precision: Any
     workers: "Workers"
 
     def logits(self, tables: Sequence[pa.Table]) -> list["Tensor"]:
@@ -197,10 +191,7 @@ class Network:
         )
         block = min(BLOCK, -(-len(table) // max(1, self.workers.count)))
         parts = [table.slice(start, block) for start in range(0, len(table), block)]
-        if self.workers.count == 0:
-            answers = list(map(Scorer(**self.scorer), parts))
-        else:
-            answers = run_job(parts, self.scorer, self.workers)
+        answers = run_job(parts, self) if self.workers.count else list(map(Scorer(self), parts))
         logits = from_lists(pa.concat_tables(answers).sort_by("index")["logits"])
         return [torch.from_numpy(part.copy()) for part in np.split(logits, bounds[1:-1])]
 
@@ -227,22 +218,13 @@ def connect(
             import ray.data  # noqa: F401 (it sets the level of its log, which the connection then lowers)
 
             connection.enter_context(connected(debug=debug))
-            workers = sizing.size(
-                request.count, request.device, request.cpus_per_worker, request.gpus_per_worker, request.accelerator
-            )
+            workers = sizing.size(request.count, *request.sizing)
         with screen.line() as line:
             make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
-    scorer = {
-        "weights": weights,
-        "precision": precision,
-        "device": workers.device,
-        "gpus": workers.gpus,
-        "threads": workers.threads,
-    }
-    return Network(scorer, workers)
+    return Network(weights, precision, workers)
 
 
-def run_job(parts: list[pa.Table], scorer: dict[str, Any], workers: "Workers") -> list[pa.Table]:
+def run_job(parts: list[pa.Table], network: Network) -> list[pa.Table]:
     """Return the answers of the workers; the job is run again if one of them dies.
 
     Raises:
@@ -252,11 +234,12 @@ def run_job(parts: list[pa.Table], scorer: dict[str, Any], workers: "Workers") -
     from ray.exceptions import RayActorError
 
     ray.data.DataContext.get_current().enable_progress_bars = False
+    workers = network.workers
     options: dict[str, Any] = {"max_restarts": 0}  # Ray prints an error about actors that it may restart
     with warnings.catch_warnings(action="ignore"):  # the option has no name of its own
         dataset = ray.data.from_blocks([part.select(["image", "index"]) for part in parts]).map_batches(
             Scorer,
-            fn_constructor_kwargs=scorer,
+            fn_constructor_args=(network,),
             batch_size=BLOCK,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=workers.count),
@@ -280,7 +263,7 @@ def run_job(parts: list[pa.Table], scorer: dict[str, Any], workers: "Workers") -
 
 
 def score_predictions(
-    logits: "Tensor", table: pa.Table, source: Source, near_duplicate: "Tensor | None" = None
+    logits: "Tensor", table: pa.Table, source: Source, near_duplicates: np.ndarray | None = None
 ) -> tuple[dict[str, Any], bytes]:
     """Return the content of `evaluation.json`, and the predictions file."""
     import torch
@@ -289,16 +272,16 @@ def score_predictions(
 
     labels, coarse = (torch.from_numpy(table[column].to_numpy().copy()) for column in ("fine", "coarse"))
     superclass_of = source.superclass_of()
-    scores = score(logits, labels, coarse, superclass_of)
+    images = per_image(logits, labels, coarse, superclass_of)
+    scores = score(images)
     probabilities = logits.softmax(1)
-    confidence, predicted = (values.numpy() for values in probabilities.max(1))
-    of_images = {name: values.numpy() for name, values in per_image(logits, labels, coarse, superclass_of).items()}
-    ends = intervals({name: of_images[name] for name in ("top1", "top5", "loss")})
-    if near_duplicate is not None:
-        correct = torch.from_numpy(of_images["top1"])
-        scores |= score_without(near_duplicate, correct)
-        if not near_duplicate.all():
-            ends |= intervals({"top1_without_near_duplicates": correct[~near_duplicate].numpy()})
+    predicted = probabilities.argmax(1).numpy()
+    correct = images["top1"].numpy()
+    ends = intervals({name: images[name].numpy() for name in ("top1", "top5", "loss")})
+    if near_duplicates is not None:
+        scores |= score_without(near_duplicates, correct)
+        if len(near_duplicates) < len(correct):
+            ends |= intervals({"top1_without_near_duplicates": np.delete(correct, near_duplicates)})
     matrix = confusion(labels.numpy(), predicted, CIFAR100.num_classes)
     evaluation = {
         **scores,
@@ -307,12 +290,12 @@ def score_predictions(
         "intervals": {name: {"low": low, "high": high} for name, (low, high) in ends.items()},
         "classes": by_class(matrix, CIFAR100.class_names),
         "confused": confused_pairs(matrix, CIFAR100.class_names),
-        "reliability": reliability(confidence, of_images["top1"]),
+        "reliability": reliability(images["confidence"].numpy(), correct),
         "superclasses": confusion(
             coarse.numpy(), np.array(superclass_of)[predicted], CIFAR100.num_superclasses
         ).tolist(),
     }
-    return evaluation, to_predictions_file(probabilities, labels, near_duplicate)
+    return evaluation, to_predictions_file(probabilities, labels, near_duplicates)
 
 
 def score_corruptions(

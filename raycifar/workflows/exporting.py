@@ -1,8 +1,10 @@
 """Exporting a trained network for other programs, with its preprocessing."""
 
+import copy
 import io
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +21,12 @@ from raycifar.storage.run_folder import RunFolder
 from raycifar.workflows.reporting import load_images
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from raycifar.engine.trained_model import Weights
     from raycifar.terminal import Screen
+
+Network = Callable[["Tensor"], "Tensor"]  # images (n, 3, 32, 32) uint8 to logits (n, classes)
 
 CHECKED = 1000  # images for which the exported file must predict the network's classes
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".pt", "safetensors": ".safetensors"}
@@ -65,11 +69,12 @@ def export(network: str, kind: str, screen: "Screen", *, out: str | None = None,
         images = to_images(load_images(run, data).test["image"].slice(0, CHECKED))
     expected = check_finite(trained.logits(torch.from_numpy(images.copy())), network).numpy()
     whole = with_preprocessing(trained.weights)
-    convert, ask = FORMATS[kind]
+    convert, load_back = FORMATS[kind]
     with screen.waiting(f"Writing {kind}"), warnings.catch_warnings(action="ignore"):  # the result is checked
         try:
             content = convert(whole)
-            found = ask(content, images, whole)
+            with torch.inference_mode():
+                found = load_back(content, whole)(torch.from_numpy(images.copy())).numpy()
         except ImportError as error:
             raise RequestError(f"--to {kind} needs the package {error.name}: pip install 'raycifar[onnx]'.") from error
     differing = int((found.argmax(1) != expected.argmax(1)).sum())
@@ -125,11 +130,12 @@ def to_onnx(whole: "nn.Module") -> bytes:
     return program.model_proto.SerializeToString()
 
 
-def ask_onnx(content: bytes, images: np.ndarray, whole: "nn.Module") -> np.ndarray:
+def load_onnx(content: bytes, whole: "nn.Module") -> Network:
     import onnxruntime
+    import torch
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return session.run(["logits"], {"images": images})[0]
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
 def to_torch_export(whole: "nn.Module") -> bytes:
@@ -142,11 +148,10 @@ def to_torch_export(whole: "nn.Module") -> bytes:
     return stream.getvalue()
 
 
-def ask_torch_export(content: bytes, images: np.ndarray, whole: "nn.Module") -> np.ndarray:
+def load_torch_export(content: bytes, whole: "nn.Module") -> Network:
     import torch
 
-    with torch.inference_mode():
-        return torch.export.load(io.BytesIO(content)).module()(torch.from_numpy(images.copy())).numpy()
+    return torch.export.load(io.BytesIO(content)).module()
 
 
 def to_torchscript(whole: "nn.Module") -> bytes:
@@ -157,11 +162,10 @@ def to_torchscript(whole: "nn.Module") -> bytes:
     return stream.getvalue()
 
 
-def ask_torchscript(content: bytes, images: np.ndarray, whole: "nn.Module") -> np.ndarray:
+def load_torchscript(content: bytes, whole: "nn.Module") -> Network:
     import torch
 
-    with torch.inference_mode():
-        return torch.jit.load(io.BytesIO(content))(torch.from_numpy(images.copy())).numpy()
+    return torch.jit.load(io.BytesIO(content))
 
 
 def to_safetensors(whole: Any) -> bytes:
@@ -171,23 +175,19 @@ def to_safetensors(whole: Any) -> bytes:
     return safetensors.torch.save(tensors, metadata={"preprocessing": json.dumps(asdict(whole.preprocessing))})
 
 
-def ask_safetensors(content: bytes, images: np.ndarray, whole: "nn.Module") -> np.ndarray:
-    import copy
-
+def load_safetensors(content: bytes, whole: "nn.Module") -> Network:
     import safetensors.torch
-    import torch
 
     empty = copy.deepcopy(whole)
     for value in empty.state_dict().values():
         value.zero_()
     empty.load_state_dict(safetensors.torch.load(content))
-    with torch.inference_mode():
-        return empty(torch.from_numpy(images.copy())).numpy()
+    return empty
 
 
 FORMATS = {
-    "onnx": (to_onnx, ask_onnx),
-    "torch-export": (to_torch_export, ask_torch_export),
-    "torchscript": (to_torchscript, ask_torchscript),
-    "safetensors": (to_safetensors, ask_safetensors),
+    "onnx": (to_onnx, load_onnx),
+    "torch-export": (to_torch_export, load_torch_export),
+    "torchscript": (to_torchscript, load_torchscript),
+    "safetensors": (to_safetensors, load_safetensors),
 }

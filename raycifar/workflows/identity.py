@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raycifar import models
 from raycifar.data.sources import absolute_name
 from raycifar.data.tables import Source, Splits
 from raycifar.errors import DamagedFileError, RequestError, in_a_line
 from raycifar.models.initial_weights import InitialWeights
-from raycifar.models.recipes import read_run, recipe_from_json
+from raycifar.models.recipe import Recipe, changes, describe_changes
+from raycifar.models.recipes import read_run, recipe_for, recipe_from_json
 from raycifar.storage.run_folder import MANIFEST, RESULT, RUN, RunFolder
 from raycifar.workflows.duplicates import known_duplicates
 from raycifar.workflows.requests import TrainingRequest
@@ -23,8 +25,13 @@ if TYPE_CHECKING:
     from raycifar.terminal import Screen
 
 # What may differ when a run is resumed: the same images and the same weights may lie elsewhere by then, and so may
-# the run itself. The architecture follows from model, recipe and weights.
-FREE = ("name", "source", "pretrained", "recipe", "data", "architecture")
+# the run itself. The architecture follows from model, recipe and weights; `val` is told as `val_size`.
+FREE = ("name", "source", "pretrained", "recipe", "data", "architecture", "val")
+# Fields of a recipe that are in force whatever their value; the others are switched off by their defaults.
+IN_FORCE = (
+    *("epochs", "batch_size", "optimizer", "lr", "momentum", "schedule", "warmup", "weight_decay", "label_smoothing"),
+    "augment",
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def earlier_result(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any
 
 def flatten(identity: dict[str, Any]) -> dict[str, Any]:
     recipe = recipe_from_json(identity["model"], identity["recipe"])  # with the fields of this version
-    values = {**identity, **asdict(recipe), **identity["data"]}
+    values = {**identity, **asdict(recipe), **identity["data"], "val_size": identity["data"]["val"]}
     return {name: value for name, value in values.items() if name not in FREE}
 
 
@@ -115,14 +122,22 @@ def record(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any]
     )
 
 
+def describe_recipe(model: str, recipe: Recipe) -> str:
+    """Return the fields of a recipe that are in force, those that differ from the model's own first."""
+    own, plain = recipe_for(model, recipe.pretrained, recipe.epochs), models.recipe_type(model)()
+    differs, shown = describe_changes(recipe, own), dict.fromkeys(IN_FORCE) | changes(recipe, plain)
+    same = ", ".join(f"{name} {getattr(recipe, name)}" for name in shown if name not in changes(recipe, own))
+    return f"{differs}; else the {model}'s own: {same}" if differs else f"the {model}'s own: {same}"
+
+
 def overview(identity: dict[str, Any], workers: object, folder: str) -> dict[str, str]:
-    recipe, data = identity["recipe"], identity["data"]
+    recipe, data = recipe_from_json(identity["model"], identity["recipe"]), identity["data"]
     return {
         "model": f"{identity['model']}, seed {identity['seed']}",
         "data": data["source"],
         "images": f"{data['train']:,} training, {data['val']:,} validation, {data['test']:,} test",
         "workers": str(workers),
-        "recipe": ", ".join(f"{name} {value}" for name, value in recipe.items() if value),
+        "recipe": describe_recipe(identity["model"], recipe),
         "folder": folder,
     }
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raycifar import words
 from raycifar.errors import RequestError
 from raycifar.models.recipe import Recipe
 from raycifar.workflows.requests import check_batch_size
@@ -259,8 +260,8 @@ def advice(plan: Plan, workers: Mapping[int, Mapping[str, Any]]) -> list[str]:
 
 def say_checked(check: Mapping[str, Any]) -> str:
     """Return a prediction beside what was measured, in words."""
-    count, predicted, measured = check["workers"], check["predicted"], check["measured"]
-    line = f"{count} worker{'s' * (count > 1)}: predicted {predicted:,.0f}, measured {measured:,.0f} images/s"
+    predicted, measured = check["predicted"], check["measured"]
+    line = f"{words.count(check['workers'], 'worker')}: predicted {predicted:,.0f}, measured {measured:,.0f} images/s"
     if abs(predicted / measured - 1) <= CLOSE:
         return f"{line}."
     return f"{line}: {predicted / measured - 1:+.0%}, for what surrounds a step, and other work here, isn't predicted."

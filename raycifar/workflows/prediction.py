@@ -1,15 +1,18 @@
 """Predicting the classes of images with a trained network."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from raycifar.analysis.collapse import chance_level
 from raycifar.data import CIFAR100
 from raycifar.data.pictures import find_images, read_image, to_pixels
-from raycifar.errors import RequestError
+from raycifar.errors import DamagedFileError, RequestError
 from raycifar.redaction import shown
+from raycifar.storage.run_folder import RESULT, RunFolder
 
 if TYPE_CHECKING:
     from raycifar.engine.trained_model import Weights
@@ -141,6 +144,18 @@ def predict_files(network: str, locations: Iterable[str], device: str = "auto") 
             if "error" not in row:
                 row["top5"] = likeliest(next(probabilities), model.class_names)
     return rows, sum(others for _, others in found)
+
+
+def warn_of_chance(network: str) -> str | None:
+    """Return a sentence if a run's scores on its test set, where it has them, are no better than guesses."""
+    with suppress(DamagedFileError):
+        test = (RunFolder.at(network).read_json(RESULT) or {}).get("test")
+        if test and test["top1"] <= chance_level(test["images"], CIFAR100.num_classes):
+            return (
+                f"This network is at the level of chance: it is right on {test['top1']:.2%} of its {test['images']:,} "
+                f"test images, and a guess on {1 / CIFAR100.num_classes:.0%}. Its answers mean nothing."
+            )
+    return None
 
 
 def reason(error: Exception) -> str:

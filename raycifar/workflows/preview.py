@@ -4,12 +4,17 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from raycifar.cluster.connection import cluster_address
-from raycifar.durations import duration
+from raycifar.data.tables import Splits
+from raycifar.engine.hardware import find_device
 from raycifar.engine.order import steps_per_epoch
+from raycifar.models.initial_weights import InitialWeights
+from raycifar.models.recipe import Recipe
 from raycifar.storage.run_folder import RunFolder
+from raycifar.words import count, duration
+from raycifar.workflows import study
 from raycifar.workflows.estimate import cpu_seconds, operations_of
-from raycifar.workflows.identity import Inputs, earlier_result, identify, overview
-from raycifar.workflows.requests import TrainingRequest
+from raycifar.workflows.identity import describe_recipe, earlier_result, identify, overview
+from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.training import allocate_workers, read_inputs
 
 if TYPE_CHECKING:
@@ -36,15 +41,45 @@ def preview(request: TrainingRequest, screen: "Screen", connection: ExitStack, *
         workers = f"{request.workers or 'one'}, in a Ray that is started on this machine{unchecked}"
     num_steps = steps_per_epoch(len(inputs.splits.train), request.recipe.batch_size)
     facts = {**overview(identity, workers, folder.folder), "steps": f"{num_steps:,} in each epoch"}
-    screen.facts(request.name, facts | {"time": estimate(request, inputs)})
+    seconds = estimate(request.device, request.recipe, inputs.start, inputs.splits)
+    screen.facts(request.name, facts | {"time": in_words(seconds)})
     screen.say("This run is finished: nothing would be trained." if finished else "Nothing was started.")
 
 
-def estimate(request: TrainingRequest, inputs: Inputs) -> str:
-    """Return about how long training takes on this machine's CPUs, in words."""
-    from raycifar.engine.hardware import find_device
+def preview_comparison(request: ComparisonRequest, screen: "Screen") -> None:
+    """Show the trials of a comparison, and an estimate of their time; write nothing, and start no Ray.
 
-    if request.device != "cpu" and find_device("auto").type != "cpu":
+    Raises:
+        RequestError: the request is wrong.
+    """
+    folder, spaces = RunFolder(request.storage, request.name), study.build_spaces(request)
+    _, source, splits, starts = study.read_inputs(request, screen)
+    study.agree(folder, request, spaces, source, starts)
+    at_once = f"as many as fit, each with {count(request.workers, 'worker')}"
+    facts = study.overview(request, source, splits, at_once, folder)
+    number, last = request.search + request.seeds, request.seed + request.seeds - 1
+    seeds = f"seeds {request.seed} to {last}" if request.seeds > 1 else f"seed {last}"
+    total = 0.0
+    for model, recipe in request.recipes.items():
+        seconds = estimate(request.device, recipe, starts[model], splits)
+        total += number * (seconds or 0)
+        searched = f"{request.search} search trials, then " if request.search else ""
+        each = f", {duration(seconds)} each" if seconds else ""
+        facts[model] = f"{searched}{seeds}{each}; {describe_recipe(model, recipe)}"
+    facts["time"] = in_words(total or None) + "; a search stops trials that fall behind" * bool(request.search)
+    screen.facts(request.name, facts)
+    screen.say("Nothing was started.")
+
+
+def estimate(device: str, recipe: Recipe, start: InitialWeights, splits: Splits) -> float | None:
+    """Return about how long training takes on this machine's CPUs, in seconds; None where it would be on a GPU."""
+    if device != "cpu" and find_device("auto").type != "cpu":
+        return None
+    return cpu_seconds(operations_of(recipe, start.architecture, splits), recipe)
+
+
+def in_words(seconds: float | None) -> str:
+    """Return an estimate with what it rests on: how far training is off that differs by network, so it has no range."""
+    if seconds is None:
         return "on a GPU: raycifar bench measures it"
-    operations = operations_of(request.recipe, inputs.start.architecture, inputs.splits)
-    return f"about {duration(cpu_seconds(operations, request.recipe))} on this machine's CPU"
+    return f"about {duration(seconds)} on this machine's CPU, by the rate of its matrix products; no step was timed"

@@ -14,7 +14,6 @@ from ray.train.torch import TorchConfig
 from raycifar.cluster.controller_callbacks import FailureCounter
 from raycifar.cluster.nodes import versions
 from raycifar.cluster.stoppable import StoppableTrainer
-from raycifar.data import CIFAR100
 from raycifar.data.shards import ExactShards, to_datasets
 from raycifar.engine.trainer import Job, train_loop_per_worker
 from raycifar.redaction import shown
@@ -75,7 +74,6 @@ def build_job(run: "PreparedRun") -> Job:
         initial=inputs.start,
         recipe=replace(request.recipe, pretrained=shown(request.recipe.pretrained)),  # Ray's dashboard shows it
         seed=request.seed,
-        info=CIFAR100,
         superclass_of=inputs.source.superclass_of(),
         num_train_images=len(inputs.splits.train),
         num_val_images=len(inputs.splits.val),

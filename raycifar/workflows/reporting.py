@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from raycifar.data.sources import load
@@ -30,6 +31,7 @@ from raycifar.storage.run_folder import (
     SUSPECTS,
     RunFolder,
 )
+from raycifar.words import count
 from raycifar.workflows.duplicates import known_training_copies
 
 if TYPE_CHECKING:
@@ -127,29 +129,20 @@ def read_files(folder: RunFolder) -> "RunFiles":
     Raises:
         DamagedFileError: `run.json` is damaged, without which nothing can be said.
     """
-    from raycifar.analysis.findings import count
     from raycifar.analysis.history import RunHistory
     from raycifar.analysis.reports import RunFiles
 
     notes: list[str] = []
-
-    def read(method: Callable[[str], Any], file: str) -> Any:
-        try:
-            return method(file)
-        except DamagedFileError as error:
-            notes.append(f"{error} It is left out.")
-            return None
-
-    def read_json(file: str) -> Any:
-        return folder.read_json(file, notes.append)
-
     run = read_run(folder, notes.append)
     if run is None:
         raise DamagedFileError(f"{folder.folder} holds no {RUN}.")
-    records = read(lambda file: folder.history(notes.append), METRICS) or []
-    result = read(read_json, RESULT)
-    predictions, example_stats = (read(folder.read_table, file) for file in (PREDICTIONS, EXAMPLE_STATS))
-    pictures = read(read_json, PICTURES)
+    records = unless_damaged(lambda: folder.history(notes.append), notes) or []
+    result, pictures = (
+        unless_damaged(partial(folder.read_json, file, notes.append), notes) for file in (RESULT, PICTURES)
+    )
+    predictions, example_stats = (
+        unless_damaged(partial(folder.read_table, file), notes) for file in (PREDICTIONS, EXAMPLE_STATS)
+    )
     notes += [
         f"{folder.folder}/{file} is missing." for file in folder.lost(METRICS, RESULT, PREDICTIONS, EXAMPLE_STATS)
     ]
@@ -159,6 +152,15 @@ def read_files(folder: RunFolder) -> "RunFiles":
     history = RunHistory(run, records, result)
     copies = known_training_copies(run["data"])
     return RunFiles(folder.name, history, predictions, example_stats, pictures, shown(folder.storage), notes, copies)
+
+
+def unless_damaged(read: Callable[[], Any], notes: list[str]) -> Any:
+    """Return what `read` returns; None, with a note, if a file is damaged."""
+    try:
+        return read()
+    except DamagedFileError as error:
+        notes.append(f"{error} It is left out.")
+        return None
 
 
 def read_report(folder: RunFolder) -> dict[str, Any]:
@@ -183,7 +185,6 @@ def write_run(
         out: the folder to write to, by default the run's.
     """
     from raycifar.analysis.reports import choose_pictures, report_run, run_page
-    from raycifar.analysis.suspects import rank_suspects
 
     files = read_files(folder)
     if source is not None:
@@ -193,8 +194,8 @@ def write_run(
     out, content = out or folder, report_run(files)
     if kind == "html":
         out.write(REPORT_PAGE, run_page(files, content).encode())
-        if files.example_stats is not None and (found := rank_suspects(files.example_stats, files.copies)):
-            out.write(SUSPECTS, found.to_csv().encode())
+        if files.suspects:
+            out.write(SUSPECTS, files.suspects.to_csv().encode())
     write_content(content, out, kind)
     return content
 
@@ -232,11 +233,7 @@ def compile_comparison(folder: RunFolder) -> tuple[dict[str, Any], list["RunFile
     from raycifar.analysis.reports import report_comparison
 
     notes: list[str] = []
-    try:
-        comparison = folder.read_json(COMPARISON, notes.append)
-    except DamagedFileError as error:
-        notes.append(f"{error} It is left out.")
-        comparison = None
+    comparison = unless_damaged(lambda: folder.read_json(COMPARISON, notes.append), notes)
     notes += [f"{folder.folder}/{file} is missing." for file in folder.lost(COMPARISON)]
     files = []
     for run in find_runs(folder, comparison, notes.append):
@@ -313,3 +310,10 @@ def explain(write: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except Exception as error:
         log.debug("The report failed.", exc_info=True)
         return {"headline": f"the report failed ({type(error).__name__}: {error})"}
+
+
+def show_report(write: Callable[[], dict[str, Any]], screen: "Screen") -> None:
+    """Write a report, and say what it shows."""
+    with screen.waiting("Drawing the report"):
+        headline = explain(write)["headline"]
+    screen.say((f"What the curves show: {headline}. " if headline else "") + f"See {REPORT_PAGE}")

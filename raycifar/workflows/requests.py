@@ -71,6 +71,11 @@ class WorkerSettings:
         if self.device == "cpu":
             self.check_no_gpu_is_chosen("--device cpu")
 
+    @property
+    def sizing(self) -> tuple[str, float | None, float, str | None]:
+        """What each worker is to have, as `cluster.sizing` takes it."""
+        return self.device, self.cpus_per_worker, self.gpus_per_worker, self.accelerator
+
     def check_no_gpu_is_chosen(self, where: str) -> None:
         for chosen, option in (
             (self.gpus_per_worker != 1, f"--gpus-per-worker {self.gpus_per_worker:g}"),

@@ -9,7 +9,6 @@ import psutil
 
 from raycifar.errors import RequestError
 from raycifar.machine import available_cpus
-from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import SPEEDRUN, RunFolder
 from raycifar.workflows.requests import TrainingRequest
 from raycifar.workflows.training import read_inputs
@@ -33,11 +32,11 @@ def speedrun(
     Raises:
         RequestError: the request is wrong; nothing was started.
     """
-    check_location(out, "--out", to_write=True)
     recipe = request.recipe
     for name, usual in (("pretrained", "none"), ("head_epochs", 0)):
         if (value := getattr(recipe, name)) != usual:
             raise RequestError(f"{name} is {value}: the clock is for training from scratch, so for {name} {usual}.")
+    folder = RunFolder.for_output(out)
     with screen.waiting(f"Reading {request.data}"):
         inputs = read_inputs(request)
     source, architecture = inputs.source, replace(inputs.start.architecture, tta_flip=False)
@@ -47,13 +46,13 @@ def speedrun(
         from raycifar.analysis.statistics import mean_interval
         from raycifar.cluster.nodes import versions
         from raycifar.data.shards import to_shard
-        from raycifar.engine.hardware import find_device
+        from raycifar.engine.hardware import device_name, find_device
         from raycifar.engine.speedrun import TIMED, UNTIMED, SpeedRun
 
         device = find_device(request.device)
     scored = "val" if request.val_size else "test"
     tables, cpu = inputs.splits.tables(), torch.device("cpu")
-    train_set, scored_set = (to_shard([tables[name]], cpu, source.info) for name in ("train", scored))
+    train_set, scored_set = (to_shard([tables[name]], cpu) for name in ("train", scored))
     threads = int(request.cpus_per_worker or available_cpus())
     trainer = SpeedRun(architecture, recipe, train_set, scored_set, device, threads, compile=request.compile)
     began = time.perf_counter()
@@ -66,8 +65,8 @@ def speedrun(
         "data": source.fingerprint(),
         "train_images": len(train_set),
         "scored": {"split": scored, "images": len(scored_set)},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "precision": str(trainer.dtype).removeprefix("torch."),
+        "device": device_name(device),
+        "precision": str(trainer.state.dtype).removeprefix("torch."),
         "compile": request.compile,
         "versions": versions(),
         "clock": {"timed": TIMED, "not_timed": UNTIMED},
@@ -88,7 +87,6 @@ def speedrun(
         if found["runs"]:
             found |= {name: mean_interval([run[name] for run in found["runs"]]) for name in MEANS}
             show(found)  # first, so that no figure is lost where the file can't be written
-            folder = RunFolder.at(out)
             folder.write_json(SPEEDRUN, found)
             screen.say(f"Written to {folder.folder}: {SPEEDRUN}")
 

@@ -3,10 +3,10 @@
 # Ray and PyTorch take seconds to import: see `training`.
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,12 @@ from raycifar.analysis.comparison import (
     Finished,
     by_model,
     compare,
+    conclusions,
     new_photographs,
     not_comparable,
     whether_the_order_changes,
 )
-from raycifar.data.tables import Source, from_lists
+from raycifar.data.tables import Source, Splits, from_lists
 from raycifar.errors import RequestError, WorkError
 from raycifar.models import Architecture
 from raycifar.models.initial_weights import InitialWeights, load_initial_weights
@@ -35,20 +36,20 @@ from raycifar.storage.run_folder import (
     MANIFEST,
     METRICS,
     PREDICTIONS,
-    REPORT_PAGE,
     RESULT,
     RUN,
     STUDY,
     RunFolder,
 )
 from raycifar.storage.spreadsheets import to_csv
+from raycifar.words import count
 from raycifar.workflows.background import alongside
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import find_duplicates
 from raycifar.workflows.estimate import operations_of, warn_of_hours
 from raycifar.workflows.identity import writing_first_file
-from raycifar.workflows.reporting import Refresher, explain, keep_pictures, write_comparison, write_run
-from raycifar.workflows.requests import ComparisonRequest
+from raycifar.workflows.reporting import Refresher, explain, keep_pictures, show_report, write_comparison, write_run
+from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.tracking import Tracking
 from raycifar.workflows.training import STOP_SECONDS, and_weights, read_images
 
@@ -109,12 +110,8 @@ def prepare(
         RequestError: the request is wrong; nothing was started or written.
     """
     recipes, folder = request.recipes, RunFolder(request.storage, request.name)
-    spaces = build_spaces(request) if request.search else {}
-    with screen.waiting(f"Reading {request.data}{and_weights(recipes.values())}"):
-        first = request.training(next(iter(recipes)))
-        source, splits = read_images(first)
-        starts = {model: load_initial_weights(model, recipe, source) for model, recipe in recipes.items()}
-    screen.lines(note for start in starts.values() for note in start.notes)
+    spaces = build_spaces(request)
+    first, source, splits, starts = read_inputs(request, screen)
     warn_of_leaks(source, screen)
     if request.without_near_duplicates:
         find_duplicates(source, screen)  # for the trials, which take them from the cache
@@ -130,24 +127,14 @@ def prepare(
 
         connection.enter_context(connected(debug=debug, name=request.name))
         trials = len(recipes) * (request.search + request.seeds)
-        each = (request.device, request.cpus_per_worker, request.gpus_per_worker, request.accelerator)
-        workers, fit = sizing.size_trials(request.workers, *each, trials)
+        workers, fit = sizing.size_trials(request.workers, *request.sizing, trials)
         held = sizing.trials_on_head()
         most = request.max_trials or min(fit, held)
         with folder.marker() as file:
             check_nodes(workers, file)
-    screen.facts(
-        request.name,
-        {
-            "models": ", ".join(recipes),
-            "trials": f"{request.seeds} of each" + f", after {request.search} to search" * bool(request.search),
-            "data": source.name,
-            "images": f"{len(splits.train):,} training, {len(splits.val):,} validation, {len(splits.test):,} test",
-            "at once": f"{most} trial{'s' * (most > 1)}, each with {workers}"
-            + "; the head's memory holds no more" * (most == held < fit),
-            "folder": folder.folder,
-        },
-    )
+    at_once = f"{count(most, 'trial')}, each with {workers}"
+    at_once += "; the head's memory holds no more" * (most == held < fit)
+    screen.facts(request.name, overview(request, source, splits, at_once, folder))
     operations = (request.search + request.seeds) * sum(
         operations_of(recipe, starts[model].architecture, splits) for model, recipe in recipes.items()
     )
@@ -180,9 +167,7 @@ def run(prepared: PreparedComparison, screen: "Screen", tracking: Tracking) -> N
 
     def stop(thread: Thread) -> None:
         searcher.stop()
-        deadline = time.monotonic() + STOP_SECONDS
-        while thread.is_alive() and time.monotonic() < deadline:
-            thread.join(0.1)
+        thread.join(STOP_SECONDS)
 
     redraw = Refresher(lambda: write_comparison(folder)) if prepared.request.report else lambda: None
 
@@ -216,13 +201,10 @@ def finish(prepared: PreparedComparison, screen: "Screen", show: Show) -> None:
     finished = [read_finished(prepared.study.run(trial).folder) for trial in finals if trial.status == "finished"]
     order = list(request.recipes)
     finished.sort(key=lambda run: (order.index(run.run["model"]), run.run["seed"]))
-    if request.report:
-        with screen.waiting("Drawing the reports of the runs"):
-            for each in finished:
-                explain(lambda each=each: write_run(RunFolder.at(each.folder), prepared.source))  # type: ignore[misc]
-    else:
+    draw, doing = (write_run, "Drawing the reports") if request.report else (keep_pictures, "Keeping the pictures")
+    with screen.waiting(f"{doing} of the runs"):
         for each in finished:
-            explain(lambda each=each: keep_pictures(RunFolder.at(each.folder), prepared.source))  # type: ignore[misc]
+            explain(partial(draw, RunFolder.at(each.folder), prepared.source))
     if finished:
         more = {
             "search": {model: describe_search(searcher, model) for model in request.recipes if request.search},
@@ -230,7 +212,7 @@ def finish(prepared: PreparedComparison, screen: "Screen", show: Show) -> None:
         }
         show(conclude(finished, folder, request, more))
     if request.report:
-        show_report(folder, screen)
+        show_report(lambda: write_comparison(folder), screen)
     if missing := [f"{trial.name}: {trial.reason}" for trial in finals if trial.status != "finished"]:
         raise WorkError(
             f"{len(missing)} of {len(finals)} trials failed: {'; '.join(missing)} The same command with --name "
@@ -241,8 +223,36 @@ def finish(prepared: PreparedComparison, screen: "Screen", show: Show) -> None:
 # Preparation ----------------------------------------------------------------------------------------
 
 
+def read_inputs(
+    request: ComparisonRequest, screen: "Screen"
+) -> tuple[TrainingRequest, Source, Splits, dict[str, InitialWeights]]:
+    """Return the request for a trial of the first model, the images, the splits, and each model's first weights."""
+    recipes = request.recipes
+    with screen.waiting(f"Reading {request.data}{and_weights(recipes.values())}"):
+        first = request.training(next(iter(recipes)))
+        source, splits = read_images(first)
+        starts = {model: load_initial_weights(model, recipe, source) for model, recipe in recipes.items()}
+    screen.lines(note for start in starts.values() for note in start.notes)
+    return first, source, splits, starts
+
+
+def overview(
+    request: ComparisonRequest, source: Source, splits: Splits, at_once: str, folder: RunFolder
+) -> dict[str, str]:
+    return {
+        "models": ", ".join(request.recipes),
+        "trials": f"{request.seeds} of each" + f", after {request.search} to search" * bool(request.search),
+        "data": source.name,
+        "images": f"{len(splits.train):,} training, {len(splits.val):,} validation, {len(splits.test):,} test",
+        "at once": at_once,
+        "folder": folder.folder,
+    }
+
+
 def build_spaces(request: ComparisonRequest) -> dict[str, Any]:
-    """Return each model's search space, without fields that are given as options."""
+    """Return each model's search space, without fields that are given as options; none where nothing is searched."""
+    if not request.search:
+        return {}
     from raycifar.workflows.search_space import default_space, read_space
 
     spaces = {
@@ -347,7 +357,7 @@ def compare_runs(locations: Iterable[str], request: ComparisonRequest, screen: "
     check_comparable(finished)
     show(conclude(keep_files(finished, folder), folder, request, {}))
     if request.report:
-        show_report(folder, screen)
+        show_report(lambda: write_comparison(folder), screen)
 
 
 def read_finished(path: str) -> Finished:
@@ -453,21 +463,12 @@ def read_architecture(run: Finished) -> Architecture:
         raise RequestError(f"{run.folder}/{RUN} is damaged: its architecture lacks {error}.") from error
 
 
-def show_report(folder: RunFolder, screen: "Screen") -> None:
-    with screen.waiting("Drawing the report"):
-        report = explain(lambda: write_comparison(folder))
-    shown = f"What the curves show: {report['headline']}. " if report["headline"] else ""
-    screen.say(f"{shown}See {REPORT_PAGE}")
-
-
 def sentences(comparison: Mapping[str, Any]) -> list[str]:
     """Return a comparison's conclusions in words."""
     lines = []
     if any(model["top1"]["n"] == 1 for model in comparison["models"].values()):
         lines.append("An interval needs several seeds.")
-    lines += [pair["sentence"] for pair in comparison["pairs"]]
-    lines += [part["sentence"] for part in [comparison.get("without_near_duplicates")] if part]
-    lines += [search["sentence"] for search in comparison.get("search", {}).values()]
+    lines += conclusions(comparison)
     if comparison.get("synthetic"):
         lines.append("These are synthetic images: the accuracies say nothing about CIFAR-100.")
     return lines

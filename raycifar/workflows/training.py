@@ -27,27 +27,21 @@ from raycifar.storage.run_folder import (
     MODEL,
     PREDICTIONS,
     PROFILE,
-    REPORT_PAGE,
     RESULT,
     RUN,
     RunFolder,
 )
+from raycifar.words import count
 from raycifar.workflows.background import alongside
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images
 from raycifar.workflows.estimate import operations_of, warn_of_hours
 from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, record, writing_first_file
-from raycifar.workflows.reporting import Refresher, explain, keep_pictures, write_run
+from raycifar.workflows.reporting import Refresher, explain, keep_pictures, show_report, write_run
 from raycifar.workflows.requests import TrainingRequest, check_batch_size
 from raycifar.workflows.tracking import Tracking
 
-SCORES = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "superclass_top1": "superclass",
-    "loss": "loss",
-    "ece": "calibration error",
-}
+SCORES = {"top1": "top-1", "top5": "top-5", "superclass_top1": "superclass", "loss": "loss", "ece": "calibration error"}
 STOP_SECONDS = 10  # for a run that is interrupted to save what it has trained
 
 if TYPE_CHECKING:
@@ -97,11 +91,11 @@ def train(request: TrainingRequest, screen: "Screen", connection: ExitStack, *, 
         try:
             result = finish(run, fit(run, following(run, screen, tracking)))
         except WorkError:
-            show_report(run, screen)
+            report(run, screen)
             raise
         screen.lines(summary(run, result))
         show_profile(run, screen)
-        show_report(run, screen)
+        report(run, screen)
         return result
 
 
@@ -149,6 +143,8 @@ def prepare(
     screen.facts(request.name, overview(identity, workers, folder.folder))
     record(folder, request, identity, workers)
     status_store = status_store or StatusStore(uuid.uuid4().hex)
+    if not workers.count:  # there are none to be started
+        status_store.put_worker(WorkerStatus(phase=Phase.LOADING_IMAGES))
     return PreparedRun(request, folder, loaded, workers, status_store, debug=debug)
 
 
@@ -252,9 +248,7 @@ def allocate_workers(request: TrainingRequest, folder: RunFolder, connection: Ex
         connection.enter_context(quiet(debug=debug))
         return sizing.in_process(request.device, request.cpus_per_worker)
     connection.enter_context(connected(debug=debug, name=request.name))
-    workers = sizing.size(
-        request.workers, request.device, request.cpus_per_worker, request.gpus_per_worker, request.accelerator
-    )
+    workers = sizing.size(request.workers, *request.sizing)
     check_batch_size(request.recipe, workers.count)
     with folder.marker() as file:
         check_nodes(workers, file)
@@ -326,7 +320,7 @@ def summary(run: PreparedRun, result: dict[str, Any]) -> list[str]:
             lines.append("These are synthetic images: the accuracy says nothing about CIFAR-100.")
     best = f"; best validation at epoch {result['best_epoch']}" if result.get("best_epoch") else ""
     lines.append(
-        f"Trained {result['epochs']} epoch{'s' * (result['epochs'] > 1)} in {result['train_seconds']:.0f} s, "
+        f"Trained {count(result['epochs'], 'epoch')} in {result['train_seconds']:.0f} s, "
         f"{result['images_per_second']:,.0f} images/s{best}"
     )
     return [*lines, f"Run folder: {run.folder.folder}"]
@@ -344,10 +338,9 @@ def show_profile(run: PreparedRun, screen: "Screen") -> None:
     screen.lines(table.decode().splitlines())
 
 
-def show_report(run: PreparedRun, screen: "Screen") -> None:
-    if not run.request.report:
+def report(run: PreparedRun, screen: "Screen") -> None:
+    """Write the report, or without one keep what a later one shows."""
+    if run.request.report:
+        show_report(lambda: write_run(run.folder, run.inputs.source), screen)
+    else:
         explain(lambda: keep_pictures(run.folder, run.inputs.source))
-        return
-    with screen.waiting("Drawing the report"):
-        report = explain(lambda: write_run(run.folder, run.inputs.source))
-    screen.say(f"What the curves show: {report['headline']}. See {REPORT_PAGE}")

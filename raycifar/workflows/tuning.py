@@ -1,6 +1,7 @@
 """The trials of a comparison, orchestrated by Ray Tune; each trains like `raycifar train`, in a run folder."""
 
 import heapq
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,6 @@ from ray.tune.search import Searcher
 
 from raycifar import models
 from raycifar.cluster import ray_internals
-from raycifar.cluster.connection import environment
 from raycifar.cluster.sizing import HEAD, Workers
 from raycifar.cluster.status import Failure, FailureCause, StepStatus, WorkerStatus
 from raycifar.cluster.stoppable import release
@@ -290,21 +290,21 @@ def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: 
     trainable = tune.with_parameters(run_trial, study=study, source=source, workers=workers)
     folder = RunFolder(study.folder.folder, "tune")
     # Ray Tune's loggers would repeat the run folders' content, and its new output prints even with verbose=0.
-    with environment(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0"):
-        tune.Tuner(
-            tune.with_resources(trainable, tune.PlacementGroupFactory([DRIVER])),
-            tune_config=tune.TuneConfig(
-                search_alg=searcher, scheduler=searcher.stopper, num_samples=-1, trial_dirname_creator=directory
-            ),
-            run_config=tune.RunConfig(
-                name=folder.name,
-                storage_path=folder.root,
-                storage_filesystem=folder.filesystem,
-                failure_config=tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[FailedDrivers()],
-                verbose=0,
-            ),
-        ).fit()
+    os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0")  # until `connected` ends
+    tune.Tuner(
+        tune.with_resources(trainable, tune.PlacementGroupFactory([DRIVER])),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher, scheduler=searcher.stopper, num_samples=-1, trial_dirname_creator=directory
+        ),
+        run_config=tune.RunConfig(
+            name=folder.name,
+            storage_path=folder.root,
+            storage_filesystem=folder.filesystem,
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
+            callbacks=[FailedDrivers()],
+            verbose=0,
+        ),
+    ).fit()
     ask(folder.filesystem, lambda: folder.filesystem.delete_dir(folder.path()))
 
 

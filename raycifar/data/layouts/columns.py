@@ -1,7 +1,8 @@
 """Columns of image files and labels, in Parquet or Arrow, as the Hugging Face hub and `datasets` have them."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -11,7 +12,7 @@ from raycifar.data import CIFAR100 as INFO
 from raycifar.data.labels import numbers_of, to_labels
 from raycifar.data.pictures import decode, to_rgb
 from raycifar.data.tables import to_table
-from raycifar.data.trees import MOST_IMAGES, Tree
+from raycifar.data.trees import Tree, check_count
 from raycifar.errors import RequestError
 from raycifar.storage.arrow import read_arrow, read_arrow_schema
 from raycifar.storage.parquet import KINDS, ParquetError, read_parquet, read_schema
@@ -23,21 +24,14 @@ COLUMNS = {  # the first of these names that a file has
 }
 
 
-def read_parquet_files(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
-    return read(tree, paths, read_schema, read_parquet)
-
-
-def read_arrow_files(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
-    return read(tree, paths, read_arrow_schema, read_arrow)
-
-
 def read(
-    tree: Tree,
-    paths: list[PurePosixPath],
     schema_of: Callable[[bytes], pa.Schema],
     columns_of: Callable[[bytes, Mapping[str, str]], pa.Table],
+    tree: Tree,
+    paths: list[PurePosixPath],
+    origin: str,
 ) -> pa.Table:
-    """Return a table of all files' images."""
+    """Return a table of all files' images, by functions that read a file's schema and some of its columns."""
     tables: list[pa.Table] = []
     for path in paths:
         origin, content = f"{tree.name}: {path}", tree.read(path)
@@ -47,8 +41,7 @@ def read(
             columns = columns_of(content, dict(chosen.values()))
         except ParquetError as error:
             raise RequestError(f"{origin} {error}.") from error
-        if len(columns) + sum(len(table) for table in tables) > MOST_IMAGES:
-            raise RequestError(f"{origin}: more than {MOST_IMAGES:,} images are not read.")
+        check_count(len(columns) + sum(map(len, tables)), origin)
         values = {role: columns[name] for role, (name, _) in chosen.items()}
         labels = {
             level: to_labels(column.to_numpy() if KINDS["integers"](column.type) else column.to_pylist(), level, origin)
@@ -58,9 +51,14 @@ def read(
         for level, (name, kind) in chosen.items():
             if kind == "integers" and (names := class_names(schema, name)):
                 labels[level] = numbers_of(names, level, f"{origin}, column {name},")[labels[level]]
-        pixels = decode_all(values["image"], origin)
+        files = ((file.as_py(), f"{origin}: image {row}") for row, file in enumerate(values["image"]))
+        pixels = decode_all(files, len(columns))
         tables.append(to_table(pixels, labels["fine"], labels.get("coarse"), origin))
     return pa.concat_tables(tables)
+
+
+read_parquet_files = partial(read, read_schema, read_parquet)
+read_arrow_files = partial(read, read_arrow_schema, read_arrow)
 
 
 def choose(schema: pa.Schema, origin: str) -> dict[str, tuple[str, str]]:
@@ -86,21 +84,17 @@ def class_names(schema: pa.Schema, column: str) -> list[str]:
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
-def decode_all(files: pa.ChunkedArray, origin: str) -> np.ndarray:
-    """Return image files as (N, 3, H, W) uint8."""
-    pixels = np.empty((len(files), *INFO.image_shape), np.uint8)
-    for row, file in enumerate(files):
-        pixels[row] = decode_one(file.as_py(), f"{origin}: image {row}")
-    return pixels
-
-
-def decode_one(content: bytes, origin: str) -> np.ndarray:
-    """Return an image file as (3, H, W) uint8.
+def decode_all(files: Iterable[tuple[bytes, str]], count: int) -> np.ndarray:
+    """Return `count` image files as (N, 3, H, W) uint8; with each comes the start of an error's message.
 
     Raises:
-        RequestError: it isn't an image of the data set's size, which is looked at before it is decoded.
+        RequestError: one isn't an image of the data set's size, which is looked at before it is decoded.
     """
-    try:
-        return np.asarray(to_rgb(decode(content, (INFO.image_size, INFO.image_size)))).transpose(2, 0, 1)
-    except ValueError as error:
-        raise RequestError(f"{origin} can't be read: {error}.") from error
+    pixels = np.empty((count, *INFO.image_shape), np.uint8)
+    for row, (content, origin) in enumerate(files):
+        try:
+            image = to_rgb(decode(content, (INFO.image_size, INFO.image_size)))
+        except ValueError as error:
+            raise RequestError(f"{origin} can't be read: {error}.") from error
+        pixels[row] = np.asarray(image).transpose(2, 0, 1)
+    return pixels

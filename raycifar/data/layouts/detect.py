@@ -34,11 +34,12 @@ LAYOUTS = (
     Layout("NumPy", (".npy",), "must be called x_train, y_train, x_test and y_test", arrays.place, arrays.read),
     Layout("picture", PICTURES, "must be in folders train/CLASS and test/CLASS", folders.place, folders.read),
 )
+BY_SUFFIX = {suffix: layout for layout in LAYOUTS for suffix in layout.suffixes}
 NUMBERED = ("binary", "cifar-100-python")  # whose labels are numbers, and whose names lie beside
 Found = dict[tuple[Layout, PurePosixPath], dict[str, dict[str, list[PurePosixPath]]]]  # by split and series
 
 
-def read_tree(tree: Tree, *, test_alone: bool = False) -> Source:
+def read_tree(tree: Tree, *, test_alone: bool) -> Source:
     """Return the data set that a tree holds.
 
     Args:
@@ -85,9 +86,8 @@ def renumbered(table: pa.Table, level: str, names: list[str], origin: str) -> pa
 def find(paths: list[PurePosixPath]) -> Found:
     """Return the files of each layout, by the folder of their data set, their split and their series."""
     found: Found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    by_suffix = {suffix: layout for layout in LAYOUTS for suffix in layout.suffixes}
     for path in paths:
-        layout = by_suffix.get(path.suffix.lower())
+        layout = BY_SUFFIX.get(path.suffix.lower())
         if layout and (place := layout.place(path)):
             found[layout, place.root][place.split][place.series].append(path)
     return found
@@ -127,14 +127,14 @@ def origin(tree: Tree, root: PurePosixPath, paths: list[PurePosixPath]) -> str:
 
 def what_is_there(paths: list[PurePosixPath], found: Found) -> str:
     """Return why none of these files are a data set, and how those that are nearest to one would be."""
-    for (layout, _), splits in found.items():
+    if found:
+        (layout, _), splits = next(iter(found.items()))
         (missing,) = set(SPLITS) - set(splits)
         (there,) = splits
         example = next(iter(splits[there].values()))[0]
         return f"it has no {missing} split beside {example}; {layout.name} files {layout.hint}."
     suffixes = Counter(path.suffix.lower() for path in paths)
-    by_suffix = {suffix: layout for layout in LAYOUTS for suffix in layout.suffixes if suffix}
-    known = [suffix for suffix, _ in suffixes.most_common() if suffix in by_suffix]
+    known = [suffix for suffix, _ in suffixes.most_common() if suffix and suffix in BY_SUFFIX]
     examples = ", ".join(str(path) for path in sorted(paths)[:4]) or "nothing"
-    hint = f"; its {known[0]} files {by_suffix[known[0]].hint}" if known else ""
+    hint = f"; its {known[0]} files {BY_SUFFIX[known[0]].hint}" if known else ""
     return f"it holds {examples}{hint}."

@@ -2,16 +2,13 @@
 
 from pathlib import PurePosixPath
 
-import numpy as np
 import pyarrow as pa
 
-from raycifar.data import CIFAR100 as INFO
 from raycifar.data.labels import to_labels
 from raycifar.data.layouts import Place, split_in
-from raycifar.data.layouts.columns import decode_one
+from raycifar.data.layouts.columns import decode_all
 from raycifar.data.tables import to_table
-from raycifar.data.trees import MOST_IMAGES, Tree
-from raycifar.errors import RequestError
+from raycifar.data.trees import Tree, check_count
 
 
 def place(path: PurePosixPath) -> Place | None:
@@ -24,13 +21,10 @@ def place(path: PurePosixPath) -> Place | None:
 
 def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
     """Return the pictures in the order of their own names, whichever class they are of."""
-    if len(paths) > MOST_IMAGES:
-        raise RequestError(f"{origin}: more than {MOST_IMAGES:,} images are not read.")
+    check_count(len(paths), origin)
     fine = to_labels([path.parent.name for path in paths], "fine", origin)
     coarse = None
     if split_in(paths[0].parts[-4] if len(paths[0].parts) > 3 else ""):
         coarse = to_labels([path.parent.parent.name for path in paths], "coarse", origin)
-    pixels = np.empty((len(paths), *INFO.image_shape), np.uint8)
-    for row, path in enumerate(paths):
-        pixels[row] = decode_one(tree.read(path), f"{tree.name}: {path}")
+    pixels = decode_all(((tree.read(path), f"{tree.name}: {path}") for path in paths), len(paths))
     return to_table(pixels, fine, coarse, origin)

@@ -16,7 +16,7 @@ from raycifar.storage.pickles import Dissector, is_array, to_array, to_bytes
 
 NUMPY = ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
 NAMES = {  # in copies of CIFAR-100
-    *("numpy.ndarray", "numpy.dtype", "_codecs.encode", "collections.OrderedDict"),
+    *("numpy.ndarray", "numpy.dtype", "_codecs.encode", "collections.OrderedDict", "__builtin__.bytes"),
     *(f"{core}.{name}" for core in ("numpy.core", "numpy._core") for name in NUMPY),
 }
 
@@ -31,7 +31,7 @@ def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
         raise RequestError(f"{origin} is refused: the pickle asks for {others[0]}, which no copy of CIFAR-100 needs.")
     if not isinstance(found, dict):
         raise RequestError(f"{origin} holds a {type(found).__name__}, not the dictionary of cifar-100-python.")
-    fields = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in found.items()}
+    fields = {to_text(key): value for key, value in found.items()}
     if missing := [name for name in ("data", "fine_labels") if name not in fields]:
         raise RequestError(f"{origin} is not from cifar-100-python: it lacks {' and '.join(missing)}.")
     try:
@@ -54,15 +54,17 @@ def read_names(content: bytes) -> dict[str, list[str]]:
     """Return the names in the pickle `meta`, by level; none where it is damaged, for the images can do without."""
     try:
         found = Dissector(io.BytesIO(content), encoding="bytes").load()
-        fields = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in found.items()}
+        fields = {to_text(key): value for key, value in found.items()}
     except Exception:  # a damaged pickle may cause any
         return {}
     names = {level: fields.get(f"{level}_label_names") for level in ("fine", "coarse")}
-    return {
-        level: [name.decode("latin1") if isinstance(name, bytes) else str(name) for name in map(to_bytes, each)]
-        for level, each in names.items()
-        if isinstance(each, list)
-    }
+    found = {level: each for level, each in names.items() if isinstance(each, list)}
+    return {level: [str(to_text(to_bytes(name))) for name in each] for level, each in found.items()}
+
+
+def to_text(value: Any) -> Any:
+    """Return text that Python 2 pickled, as bytes, and all else as it is."""
+    return value.decode("latin1") if isinstance(value, bytes) else value
 
 
 def read_labels(value: Any) -> Any:

@@ -10,7 +10,7 @@ from pyarrow import csv as arrow_csv
 from raycifar.data import CIFAR100 as INFO
 from raycifar.data.labels import to_labels
 from raycifar.data.tables import to_table
-from raycifar.data.trees import MOST_IMAGES, Tree
+from raycifar.data.trees import Tree, check_count
 from raycifar.errors import RequestError, in_a_line
 
 LABELS = {"fine": ("fine_label", "label", "fine", "class"), "coarse": ("coarse_label", "coarse", "superclass")}
@@ -50,8 +50,7 @@ def read_file(content: bytes, origin: str) -> pa.Table:
             blocks.append(np.stack([batch.column(name).to_numpy() for name in pixels], axis=1))
             for level, values in labels.items():
                 values += batch.column(found[level]).to_pylist()
-            if sum(map(len, blocks)) > MOST_IMAGES:
-                raise RequestError(f"{origin}: more than {MOST_IMAGES:,} images are not read.")
+            check_count(sum(map(len, blocks)), origin)
     except pa.ArrowException as error:
         raise RequestError(f"{origin} is not a readable CSV file: {in_a_line(error)}.") from error
     if not blocks:

@@ -1,6 +1,17 @@
-"""Lengths and ends of time, in words."""
+"""Numbers, lists and times in words."""
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
+
+
+def count(n: int, noun: str) -> str:
+    """Return "1 epoch" or "2 epochs"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def listed(words: Sequence[str], last: str = "and") -> str:
+    """Return "a", "a and b" or "a, b and c"."""
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def duration(seconds: float) -> str:
