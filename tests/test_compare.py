@@ -62,7 +62,8 @@ def made_up(tmp_path):
         result = {"status": changes.get("status", "finished"), "images_per_second": 100.0, "test": test}
         run.write_json("result.json", result)
         copies = changes.get("copies")
-        run.write("predictions.parquet", to_predictions_file(probabilities, LABELS, copies))
+        rows = None if copies is None else copies.nonzero()[:, 0].numpy()
+        run.write("predictions.parquet", to_predictions_file(probabilities, LABELS, rows))
         return run.folder
 
     return make

@@ -66,6 +66,7 @@ def test_a_door_writes_nothing_but_its_own_lines(door, args, cleaned, small, tmp
     places = {"run": cleaned, "parent": cleaned.parent, "out": tmp_path}
     args = [str(arg).format(**places) for arg in args]
     done = finish(Door(door, *args, env={"RAYCIFAR_DATA": small}, cwd=tmp_path))
-    assert done.stderr == ""
+    of_chance = "This network is at the level of chance: "  # as `predict` says of these runs
+    assert [line for line in done.stderr.splitlines() if door != "predict" or not line.startswith(of_chance)] == []
     assert done.stdout
     assert not OTHERS.search(done.stdout), done.stdout
