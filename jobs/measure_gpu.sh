@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures what only a GPU can show: the tests that need one, step times and how many workers pay, the common
-# script beside ours, the full recipes, and the speedrun. Each result is appended to a JSON Lines file as soon as it is there. Called again, the script does what is
-# missing; a training that was cut off goes on from its last checkpoint.
+# script beside ours, the full recipes, and the speedrun. Each result is appended to a JSON Lines file as soon as it is
+# there. Called again, the script does what is missing; a training that was cut off goes on from its last checkpoint.
 #
 #   jobs/measure_gpu.sh 60                 stop before 60 minutes are over
 #   jobs/measure_gpu.sh 60 gpu.jsonl       the file of results; runs are kept beside it, in gpu-runs/
@@ -68,6 +68,10 @@ speedrun() { # speedrun NAME RUNS SECONDS OPTION...
 }
 
 measure tests 150 "" "$python" -m pytest -q -rs -p no:cacheprovider -o addopts= -m "not slow" "${tests[@]}"
+speedrun speedrun-compiled "$times" 120 --compile
+train speedrun-profile 60 --recipe speedrun --val-size 0 --no-record --profile # where the milliseconds are
+train speedrun-train 60 --recipe speedrun --val-size 0 --no-record # inside Ray; `seconds` is the user's clock
+speedrun speedrun "$times" 100
 bench vgg16 90
 bench cnn 90
 [ -n "${SMALL:-}" ] || bench resnet50 120 # on a CPU it takes ten minutes, however few its images
@@ -76,17 +80,13 @@ train cnn 120 --model cnn
 long=(--augment trivial --cutmix 0.5 --lr 0.1 --warmup 0.05) # the cnn's own, which the others haven't been tried with
 train vgg16-long 240 --model vgg16 "${long[@]}"
 train resnet50 1000 --model resnet50 --pretrained none
-train speedrun-profile 60 --recipe speedrun --val-size 0 --no-record --profile # where the milliseconds are
-train speedrun-train 60 --recipe speedrun --val-size 0 --no-record # inside Ray; `seconds` is the user's clock
-speedrun speedrun "$times" 150
-speedrun speedrun-compiled "$times" 300 --compile
 [ -n "${SMALL:-}" ] && exit
 # Variations, by validation; the first is what the others are compared with.
 speedrun speedrun-base 5 60 --val-size 5000
-speedrun speedrun-muon-steps-2 5 60 --val-size 5000 --muon-steps 2
-for epochs in 8 9 11 12; do speedrun "speedrun-epochs-$epochs" 5 60 --val-size 5000 --epochs $epochs; done
-for lr in 0.09 0.13 0.25; do speedrun "speedrun-lr-$lr" 5 60 --val-size 5000 --lr $lr; done
-for norm_lr in 0.5 1 4; do speedrun "speedrun-norm-$norm_lr" 5 60 --val-size 5000 --norm-lr $norm_lr; done
-for sizes in 24:0.5 20:0.3,24:0.6 16:0.15,24:0.5; do
+for epochs in 9 10 12 13; do speedrun "speedrun-epochs-$epochs" 5 60 --val-size 5000 --epochs $epochs; done
+for smoothing in 0.2 0.35; do speedrun "speedrun-smoothing-$smoothing" 5 60 --val-size 5000 --label-smoothing $smoothing; done
+for lr in 0.15 0.21; do speedrun "speedrun-lr-$lr" 5 60 --val-size 5000 --lr $lr; done
+for norm_lr in 4 16; do speedrun "speedrun-norm-$norm_lr" 5 60 --val-size 5000 --norm-lr $norm_lr; done
+for sizes in 20:0.3,24:0.6 24:0.5 20:0.2,24:0.4,28:0.7; do
     speedrun "speedrun-sizes-$sizes" 5 60 --val-size 5000 --progressive $sizes
 done

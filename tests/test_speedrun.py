@@ -18,6 +18,7 @@ from raycifar.engine.speedrun import SpeedRun
 from raycifar.engine.state import Average
 from raycifar.models import Architecture
 from raycifar.models.initial_weights import load_initial_weights
+from raycifar.models.layers import MaxPool
 from raycifar.models.recipe import Recipe
 from raycifar.models.recipes import choose_recipe
 from raycifar.storage.run_folder import RunFolder
@@ -45,6 +46,25 @@ def test_the_network_takes_each_size_of_its_recipe_and_begins_undecided(size):
     logits = Architecture("speedrun").build()(torch.randn(4, 3, size, size))
     assert logits.shape == (4, 100)
     assert not logits.any()
+
+
+@pytest.mark.parametrize("size", [(31, 31), (8, 7), (2, 2)])
+def test_a_compiled_pooling_has_the_values_and_gradients_of_pytorch_s(size):
+    pool, images = MaxPool(), torch.randn(4, 8, *size).to(memory_format=torch.channels_last).requires_grad_()
+    gradient = torch.randn_like(pool(images))
+    plain, compiled = (
+        (out := function(images), *torch.autograd.grad(out, images, gradient))
+        for function in (pool, torch.compile(lambda x: pool(x), backend="aot_eager", dynamic=False))
+    )
+    assert torch.equal(plain[0], compiled[0])
+    assert torch.equal(plain[1], compiled[1])
+    assert compiled[1].is_contiguous(memory_format=torch.channels_last)  # else a convolution copies it first
+
+
+def test_equal_largest_values_share_a_compiled_pooling_s_gradient():
+    images, pool = torch.ones(1, 1, 3, 3, requires_grad=True), MaxPool()
+    torch.compile(lambda x: pool(x), backend="aot_eager")(images).sum().backward()
+    assert images.grad[0, 0].tolist() == [[0.25, 0.25, 0], [0.25, 0.25, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
@@ -158,8 +178,8 @@ def test_a_run_depends_on_nothing_but_its_seed(timed):
 
 def test_the_program_counts_what_a_run_computes(timed):
     work = timed(choose_recipe("speedrun", epochs=4, batch_size=100, progressive="20:0.5")).work()
-    assert (work.parameters, work.steps, work.images) == (6_492_344, 8, 800)
-    assert work.multiply_adds == {20: 56_607_776, 32: 153_990_944}
+    assert (work.parameters, work.steps, work.images) == (6_508_984, 8, 800)
+    assert work.multiply_adds == {20: 56_869_920, 32: 154_793_760}
     assert work.multiply_adds_mean == sum(work.multiply_adds.values()) / 2
     products = 6 * 800 * work.multiply_adds_mean / 1e15
     sgd = timed(choose_recipe("speedrun", epochs=4, batch_size=100, progressive="20:0.5", optimizer="sgd")).work()

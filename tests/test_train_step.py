@@ -1,6 +1,7 @@
 """One optimizer step: what it computes, on one worker and on several, launched and captured."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PLAIN = {"augment": "none", "precision": "float32"}
 
 
-def build(model="cnn", device=CPU, num_images=64, first=0, notice=print, record=True, **recipe):
+def build(model="cnn", device=CPU, num_images=64, first=0, notice=print, record=True, compile=False, **recipe):  # noqa: A002
     """Return the step of a network that begins with the weights of seed 0, on random images."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=generator)
@@ -39,7 +40,7 @@ def build(model="cnn", device=CPU, num_images=64, first=0, notice=print, record=
     state = TrainingState(Architecture(model), None, recipe, 0, device)
     state.train_mode()
     stats = blank_stats(num_images, device) if record else None
-    return TrainStep(state, shard, stats, exchange=dist.is_initialized(), notice=notice)
+    return TrainStep(state, shard, stats, exchange=dist.is_initialized(), compile=compile, notice=notice)
 
 
 def batch(step, num_images=None):
@@ -162,6 +163,25 @@ def test_workers_that_share_a_gpu_say_once_that_their_steps_are_not_captured(mon
     assert "over gloo, which is slow, and right." in notice
 
 
+@pytest.mark.parametrize("model", ["cnn", "speedrun"])
+def test_a_compiled_step_is_one_graph_for_each_size_and_trains_as_a_plain_one(model, monkeypatch):
+    from torch._dynamo.backends.debugging import aot_eager  # takes 2 s, which other tests save
+
+    graphs = []
+
+    def backend(graph, inputs):  # the real one takes a minute for each graph
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    plain = losses(build(model, num_images=8), 3)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    step = build(model, num_images=8, compile=True)
+    assert torch.allclose(losses(step, 3), plain, rtol=1e-3)
+    assert len(graphs) == 2  # the network and its loss
+    step.prepare_and_update(*step.on_device(batch(step).rows), 40, 8, 8)
+    assert len(graphs) == 3
+
+
 @pytest.fixture
 def one_rank_over_nccl():
     store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
@@ -196,6 +216,14 @@ def test_a_captured_step_trains_as_a_launched_one_with_each_optimizer(optimizer)
     before = captured.state.model.head[2].weight.detach().clone()
     losses(captured, 1, lr=0.0)  # the learning rate is read anew in each step
     assert torch.equal(captured.state.model.head[2].weight, before) or optimizer == "muon"
+
+
+@needs_gpu
+@pytest.mark.parametrize("model", ["cnn", "speedrun"])
+def test_a_compiled_and_captured_step_trains_as_a_plain_one(model):
+    compiled, plain = (build(model, CUDA, compile=compile, precision="bfloat16") for compile in (True, False))  # noqa: A001
+    assert torch.allclose(losses(compiled, WARM_UP + 5), losses(plain, WARM_UP + 5), rtol=0.02)
+    assert compiled.captured.graphs
 
 
 @needs_gpu

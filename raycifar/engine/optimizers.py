@@ -104,10 +104,10 @@ class Muon(EagerOptimizer):
             torch._foreach_mul_(updates, group["lr"])
             torch._foreach_sub_(parameters, updates)
             if group["filters"]:
-                norms = torch._foreach_norm(parameters)
-                torch._foreach_mul_(
-                    parameters, [len(p) ** 0.5 / norm for p, norm in zip(parameters, norms, strict=True)]
-                )
+                scales = torch._foreach_norm(parameters)
+                torch._foreach_reciprocal_(scales)
+                torch._foreach_mul_(scales, [len(p) ** 0.5 for p in parameters])
+                torch._foreach_mul_(parameters, scales)
 
 
 def orthogonal(updates: Sequence[Tensor], steps: int) -> list[Tensor]:
@@ -119,18 +119,18 @@ def orthogonal(updates: Sequence[Tensor], steps: int) -> list[Tensor]:
     by_shape: dict[torch.Size, list[int]] = {}
     for k, update in enumerate(updates):
         by_shape.setdefault(update.shape, []).append(k)
-    stacks = [torch.stack([updates[k] for k in same]) for same in by_shape.values()]
+    on, dtype = updates[0].device.type, updates[0].dtype
+    low = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else dtype
+    stacks = [torch.stack([as_it_lies(updates[k]).to(low) for k in same]) for same in by_shape.values()]
     found = [matrix for stack in map_on_streams(partial(newton_schulz, steps=steps), stacks) for matrix in stack]
     order = [k for same in by_shape.values() for k in same]
     matrix_of = dict(zip(order, found, strict=True))
-    return [matrix_of[k] for k in range(len(updates))]
+    return [matrix_of[k].to(dtype).permute(0, 3, 1, 2) for k in range(len(updates))]
 
 
 def newton_schulz(stack: Tensor, steps: int) -> Tensor:
     """Return a stack (n, filters, …) of nearly orthogonal matrices; see `orthogonal`."""
     matrices = stack.flatten(2)
-    if torch.is_autocast_enabled(stack.device.type):
-        matrices = matrices.to(torch.get_autocast_dtype(stack.device.type))
     high = matrices.shape[1] > matrices.shape[2]
     wide = matrices.mT if high else matrices
     wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -138,7 +138,7 @@ def newton_schulz(stack: Tensor, steps: int) -> Tensor:
         square = wide @ wide.mT
         factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
         wide = torch.baddbmm(wide, factor, wide, beta=3.4445)
-    return (wide.mT if high else wide).to(stack.dtype).view(stack.shape)
+    return (wide.mT if high else wide).view(stack.shape)
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Recipe], torch.optim.Optimizer]] = {

@@ -78,9 +78,7 @@ class SpeedRun:
         self.test_set = test_set.map(lambda values: values.to(device))
         self.steps_per_epoch = steps_per_epoch(len(train_set), recipe.batch_size)
         self.state = TrainingState(architecture, None, recipe, 0, device)
-        if compile:
-            self.state.model.compile()
-        self.step = TrainStep(self.state, self.train_set, None, exchange=False)
+        self.step = TrainStep(self.state, self.train_set, None, exchange=False, compile=compile)
 
     def prepare(self) -> None:
         """Take steps of each size on random images, until all that they need is loaded, chosen and captured."""

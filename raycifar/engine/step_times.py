@@ -114,10 +114,8 @@ def build_step(job: Job, device: torch.device, batch_size: int, *, exchange: boo
     state = TrainingState(job.initial.architecture, job.initial.weights, job.recipe, job.seed, device)
     set_learning_rate(state.optimizer, 1e-6)  # random images teach nothing
     state.train_mode()
-    if job.compile:
-        state.model.compile()
     train_set = Shard(pixels, labels, labels, torch.arange(batch_size, device=device))
-    return TrainStep(state, train_set, blank_stats(batch_size, device), exchange=exchange)
+    return TrainStep(state, train_set, blank_stats(batch_size, device), exchange=exchange, compile=job.compile)
 
 
 def measure_link(device: torch.device) -> tuple[float, float]:

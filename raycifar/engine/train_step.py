@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ class TrainStep:
     Args:
         train_set: the worker's own training images. example_stats: their statistics, brought up to date; None follows
             neither them nor the gradient's norm, unless it is clipped.
-        exchange: sum the gradients over the workers of the process group.
+        exchange: sum the gradients over the workers of the process group. compile: the network and its loss, once for
+            each shape of their inputs.
         notice: called with the reason, in a sentence, if `update` isn't captured on a GPU.
     """
 
@@ -42,6 +44,7 @@ class TrainStep:
         example_stats: Tensor | None,
         *,
         exchange: bool,
+        compile: bool = False,  # noqa: A002 (torch's own word)
         notice: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self.state, self.train_set, self.example_stats = state, train_set, example_stats
@@ -49,6 +52,9 @@ class TrainStep:
         self.device = train_set.images.device
         self.parameters = [p for p in state.model.parameters() if p.requires_grad]
         self.exchange = GradientExchange(self.parameters) if exchange else None
+        compiled = partial(torch.compile, dynamic=False) if compile else lambda function: function
+        self.forward = compiled(lambda inputs: self.state.model(inputs))
+        self.loss_and_counts = compiled(loss_and_counts)
         self.side_stream = SideStream(self.device)
         self.prepare = prefetched(self.prepare_batch, self.device)
         self.captured_inputs = cuda_graphed(self.inputs_of, self.device)
@@ -117,9 +123,9 @@ class TrainStep:
             num_images: of the step, over all workers.
         """
         with self.autocast:
-            logits = self.state.model(inputs)  # (n, classes)
+            logits = self.forward(inputs)  # (n, classes)
         logits, rows, targets = logits[:count].float(), rows[:count], targets[:count]
-        loss, counts = loss_and_counts(logits, targets, self.recipe.label_smoothing)  # summed over the images
+        loss, counts = self.loss_and_counts(logits, targets, self.recipe.label_smoothing)  # summed over the images
         if self.example_stats is not None and targets.ndim == 1:  # a blended image's loss is not its own
             with self.side_stream.beside():
                 update_stats(self.example_stats, rows, logits.detach(), targets)

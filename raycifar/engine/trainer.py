@@ -170,8 +170,6 @@ class Trainer:
         self.reporter.phase(Phase.BUILDING_MODEL)
         self.state = TrainingState(self.architecture, self.job.initial.weights, self.recipe, self.job.seed, self.device)
         self.resume()
-        if self.job.compile:
-            self.state.model.compile()
         self.begin_training_set()
 
     def train(self) -> Outcome:
@@ -303,6 +301,7 @@ class Trainer:
             self.train_set,
             self.example_stats if self.job.record else None,
             exchange=self.world_size > 1,
+            compile=self.job.compile,
             notice=self.reporter.notice,
         )
 

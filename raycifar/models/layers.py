@@ -1,6 +1,7 @@
 """Layers that architectures share."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,50 @@ class Residual(nn.Module):
         return x + self.layers(x)
 
 
+class MaxPool(nn.MaxPool2d):
+    """The largest of 2×2 values: (N, C, H, W) to (N, C, H // 2, W // 2).
+
+    Where it is compiled, it is elementwise operations, which are fused with those after it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return LargestOfFour.apply(x) if torch.compiler.is_compiling() else super().forward(x)
+
+
+class LargestOfFour(torch.autograd.Function):
+    """As `MaxPool`; equal largest values share the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        a, b, c, d = quarters(x)
+        largest = torch.maximum(torch.maximum(a, b), torch.maximum(c, d))
+        ctx.save_for_backward(x, largest)
+        return largest
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        x, largest = ctx.saved_tensors
+        share = gradient / sum((quarter == largest).to(gradient.dtype) for quarter in quarters(x))
+        odd = (0, x.shape[3] % 2, 0, x.shape[2] % 2)
+        share, largest = (F.pad(F.interpolate(each, scale_factor=2.0), odd) for each in (share, largest))
+        return torch.where(x == largest, share, 0)
+
+
+def quarters(x: Tensor) -> list[Tensor]:
+    """Return the four values of each patch of 2×2, (N, C, H // 2, W // 2) each; an odd row or column is left out."""
+    height, width = (size // 2 * 2 for size in x.shape[2:])
+    return [x[:, :, row:height:2, column:width:2] for row in (0, 1) for column in (0, 1)]
+
+
 class MaxMeanPool(nn.Module):
     """The largest value of each channel plus its mean: (N, C, H, W) to (N, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.amax((2, 3)) + x.mean((2, 3))
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # so the gradient is channels_last, as x is
+        return pixels.amax(1) + pixels.mean(1)
 
 
 class Scale(nn.Module):
