@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from raycifar.engine.example_stats import update_stats
 from raycifar.engine.loss import loss_and_counts
 from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
+from raycifar.engine.torch_internals import compiled
 
 UNCAPTURED = "Steps are not captured as CUDA graphs, and their kernels launched one by one"
 SHARED_GPU = "workers that may share a GPU exchange gradients over gloo, which is slow, and right"
@@ -52,9 +52,10 @@ class TrainStep:
         self.device = train_set.images.device
         self.parameters = [p for p in state.model.parameters() if p.requires_grad]
         self.exchange = GradientExchange(self.parameters) if exchange else None
-        compiled = partial(torch.compile, dynamic=False) if compile else lambda function: function
-        self.forward = compiled(lambda inputs: self.state.model(inputs))
-        self.loss_and_counts = compiled(loss_and_counts)
+        self.forward: Callable[[Tensor], Tensor] = lambda inputs: self.state.model(inputs)
+        self.loss_and_counts = loss_and_counts
+        if compile:
+            self.forward, self.loss_and_counts = compiled(self.forward), compiled(loss_and_counts)
         self.side_stream = SideStream(self.device)
         self.prepare = prefetched(self.prepare_batch, self.device)
         self.captured_inputs = cuda_graphed(self.inputs_of, self.device)
