@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measures what only a GPU can show: the tests that need one, step times and how many workers pay, the common
-# script beside ours, the full recipes, and the speedrun. Each result is appended to a JSON Lines file as soon as it is
+# Measures what only a GPU can show: the tests that need one, the speedrun, the full recipes, step times and how many
+# workers pay, and the common script beside ours. Each result is appended to a JSON Lines file as soon as it is
 # there. Called again, the script does what is missing; a training that was cut off goes on from its last checkpoint.
 #
 #   jobs/measure_gpu.sh 60                 stop before 60 minutes are over
@@ -67,18 +67,18 @@ speedrun() { # speedrun NAME RUNS SECONDS OPTION...
         --runs "$times" "$@" "${few[@]}"
 }
 
-measure tests 150 "" "$python" -m pytest -q -rs -p no:cacheprovider -o addopts= -m "not slow" "${tests[@]}"
+measure tests 100 "" "$python" -m pytest -q -rs -p no:cacheprovider -o addopts= -m "not slow" "${tests[@]}"
 speedrun speedrun-compiled "$times" 120 --compile
+train cnn 110 --model cnn
+train vgg16 190 --model vgg16
+long=(--augment trivial --cutmix 0.5 --lr 0.1 --warmup 0.05) # the cnn's own, which the others haven't been tried with
+train vgg16-long 190 --model vgg16 "${long[@]}"
 train speedrun-profile 60 --recipe speedrun --val-size 0 --no-record --profile # where the milliseconds are
 train speedrun-train 60 --recipe speedrun --val-size 0 --no-record # inside Ray; `seconds` is the user's clock
 speedrun speedrun "$times" 100
 bench vgg16 90
 bench cnn 90
 [ -n "${SMALL:-}" ] || bench resnet50 120 # on a CPU it takes ten minutes, however few its images
-train vgg16 240 --model vgg16
-train cnn 120 --model cnn
-long=(--augment trivial --cutmix 0.5 --lr 0.1 --warmup 0.05) # the cnn's own, which the others haven't been tried with
-train vgg16-long 240 --model vgg16 "${long[@]}"
 train resnet50 1000 --model resnet50 --pretrained none
 [ -n "${SMALL:-}" ] && exit
 # Variations, by validation; the first is what the others are compared with.
