@@ -34,6 +34,7 @@ def network(tmp_path, name):
         pytest.param("resnet50", "onnx", marks=pytest.mark.slow),
         ("cnn", "onnx"),
         ("cnn", "torch-export"),
+        ("speedrun", "torch-export"),
         ("cnn", "torchscript"),
         ("cnn", "safetensors"),
     ],

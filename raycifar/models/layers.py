@@ -24,14 +24,15 @@ class Residual(nn.Module):
 class MaxPool(nn.MaxPool2d):
     """The largest of 2×2 values: (N, C, H, W) to (N, C, H // 2, W // 2).
 
-    Where it is compiled, it is elementwise operations, which are fused with those after it.
+    Where training is compiled, it is elementwise operations, which are fused with those after it.
     """
 
     def __init__(self) -> None:
         super().__init__(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return LargestOfFour.apply(x) if torch.compiler.is_compiling() else super().forward(x)
+        fused = self.training and torch.compiler.is_compiling()
+        return LargestOfFour.apply(x) if fused else super().forward(x)
 
 
 class LargestOfFour(torch.autograd.Function):
