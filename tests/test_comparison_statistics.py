@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from histories import made_up
 
+from raycifar.analysis import comparison
 from raycifar.analysis.comparison import Finished, by_model, compare, not_comparable, sentence
 
 PAIR = {
     "a": "cnn", "b": "vgg16", "difference": 0.03, "low": 0.01, "high": 0.05, "p_holm": 0.004, "verdict": "better",
     "seeds_measured": True, "seeds_needed": 5, "images": 10_000, "epochs": 2, "train_images": 2000, "immature": False,
-    "runs": [1, 1], "too_early": False,
+    "runs": [1, 1], "too_early": False, "hardly_learned": [],
 }  # fmt: skip
 
 
@@ -50,6 +51,10 @@ def finished(model, seed, accuracy, **recipe):
             "it is too early to compare cnn with vgg16: they have hardly learned anything. Their test accuracy differs "
             "by +3.00 points (95% interval: +1.00 to +5.00).",
         ),
+        (
+            {"hardly_learned": ["vgg16"], "immature": True},
+            "p = 0.004). vgg16 has hardly learned anything, and longer training may change the order.",
+        ),
         ({"immature": True}, "Both have more to learn, and longer training may change the order."),
         ({"epochs": 1, "train_images": 1}, "After 1 epoch on 1 training image, cnn is better"),
         (
@@ -62,16 +67,26 @@ def test_a_pair_in_words(change, said):
     assert said in sentence({**PAIR, **change})
 
 
+@pytest.mark.parametrize("early", [[], ["cnn"], ["vgg16"], ["cnn", "vgg16"]])
+def test_models_are_ranked_as_soon_as_one_has_learned(early, monkeypatch):
+    monkeypatch.setattr(comparison, "kinds", lambda run: {"too-early"} if run.run["model"] in early else set())
+    runs = [finished(model, seed, right) for model, right in (("cnn", 0.6), ("vgg16", 0.3)) for seed in range(3)]
+    (pair,) = compare(by_model(runs), {"cnn": 10, "vgg16": 20}, None)["pairs"]
+    assert pair["verdict"] == ("undecided" if len(early) == 2 else "better")
+    assert pair["too_early"] == (len(early) == 2)
+    assert ("hardly learned" in pair["sentence"]) == bool(early)
+
+
 def test_a_clear_difference_is_a_verdict_and_its_costs_are_told():
     runs = [finished("cnn", seed, 0.6) for seed in range(3)] + [finished("vgg16", seed, 0.3) for seed in range(3)]
-    comparison = compare(by_model(runs), {"cnn": 10, "vgg16": 20}, price_per_hour=3.6)
-    (pair,) = comparison["pairs"]
+    found = compare(by_model(runs), {"cnn": 10, "vgg16": 20}, price_per_hour=3.6)
+    (pair,) = found["pairs"]
     assert pair["verdict"] == "better"
     assert pair["p_holm"] == pair["p_value"] < 1e-6
     assert len(pair["mcnemar"]) == 3
-    assert comparison["models"]["cnn"]["cost"] == pytest.approx(0.03)
-    assert comparison["models"]["cnn"]["at_equal_time"] == pytest.approx(0.3)
-    assert comparison["models"]["vgg16"]["top1"]["n"] == 3
+    assert found["models"]["cnn"]["cost"] == pytest.approx(0.03)
+    assert found["models"]["cnn"]["at_equal_time"] == pytest.approx(0.3)
+    assert found["models"]["vgg16"]["top1"]["n"] == 3
 
 
 def test_several_recipes_of_a_model_are_named_by_their_difference():

@@ -133,10 +133,11 @@ def compare(groups: dict[str, list[Finished]], flops: dict[str, int], price_per_
     pairs = [compare_pair(a, groups[a], b, groups[b]) for a, b in itertools.combinations(groups, 2)]
     first = next(iter(groups.values()))[0].run
     for pair, p_value in zip(pairs, holm([pair["p_value"] for pair in pairs]), strict=True):
-        found = [kinds(run) for name in (pair["a"], pair["b"]) for run in groups[name]]
+        found = {name: [kinds(run) for run in groups[name]] for name in (pair["a"], pair["b"])}
         pair["p_holm"] = p_value
-        pair["too_early"] = any("too-early" in shown for shown in found)
-        pair["immature"] = all(shown & IMMATURE for shown in found)
+        pair["hardly_learned"] = [name for name, runs in found.items() if any("too-early" in shown for shown in runs)]
+        pair["too_early"] = len(pair["hardly_learned"]) == len(found)
+        pair["immature"] = all(shown & IMMATURE for runs in found.values() for shown in runs)
         pair["verdict"] = verdict(pair)
         pair["epochs"], pair["train_images"] = first["recipe"]["epochs"], first["data"]["train"]
         pair["sentence"] = sentence(pair)
@@ -234,7 +235,9 @@ def sentence(pair: dict[str, Any]) -> str:
             text += f"If the difference is as large as it looks, {needed} seeds of each model would show it."
         else:
             text += f"No number of seeds would show so small a difference on {pair['images']:,} test images."
-    if pair["immature"]:
+    if pair["hardly_learned"]:
+        text += f" {pair['hardly_learned'][0]} has hardly learned anything, and longer training may change the order."
+    elif pair["immature"]:
         text += " Both have more to learn, and longer training may change the order."
     if not pair["seeds_measured"]:
         text += " With a single run of a model, the effect of the seed is estimated from how often the runs disagree."
