@@ -32,7 +32,7 @@ def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
     """Return the models' scores and their costs; each table fits 80 columns."""
     from raycifar.analysis.results import cells  # and with it SciPy, which --help can do without
 
-    at_equal_time = f"val top-1 at {comparison['equal_device_seconds']:,.0f} s"
+    at_equal_time = f"val top-1\nat {comparison['equal_device_seconds']:,.0f} s"
     rows = {
         name: cells(model)
         | {at_equal_time: "no epoch" if model["at_equal_time"] is None else f"{model['at_equal_time']:.4f}"}
