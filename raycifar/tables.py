@@ -5,6 +5,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from raycifar.models.recipes import NamedRecipe
 from raycifar.words import duration
@@ -24,7 +25,7 @@ def new_table(texts: Sequence[str], numbers: Sequence[str] = (), more: Sequence[
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in (*texts, *numbers, *more):
         number = heading in numbers
-        table.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=number)
+        table.add_column(Text(heading), justify="right" if number else "left", overflow="fold", no_wrap=number)
     return table
 
 
