@@ -71,6 +71,10 @@ def blocks(page: Path) -> list[re.Match]:
     return list(BLOCK.finditer(page.read_text()))
 
 
+def is_run(block: re.Match) -> bool:
+    return block["kind"] in ("bash", "python") and not (block["mark"] or "").startswith("not run: ")
+
+
 def steps_of(page: Path, folder: Path, data: str, *, slow: bool) -> list[tuple[str, object]]:
     """Write the files that a page shows, and return its commands and its Python, made small, in their order."""
     steps: list[tuple[str, object]] = []
@@ -78,9 +82,11 @@ def steps_of(page: Path, folder: Path, data: str, *, slow: bool) -> list[tuple[s
         mark, text = block["mark"] or "", block["text"]
         if mark.startswith("file: "):
             (folder / mark.removeprefix("file: ")).write_text(text)
+        elif not is_run(block):
+            continue
         elif block["kind"] == "python":
             steps.append(("python", text))
-        elif block["kind"] == "bash" and not mark.startswith("not run: ") and (mark == "slow") <= slow:
+        elif (mark == "slow") <= slow:
             steps += [("command", args) for line in text.splitlines() if (args := shrunk(line, data))]
     return steps
 
@@ -99,7 +105,8 @@ def shrunk(line: str, data: str) -> list[str]:
     elif name == "compare" and "--models" in args:
         args += [*more, "--data", data]
     elif name == "bench":
-        args += [*more, "--data", data, "--rounds", "1", "--workers", "0"]
+        workers = "1" if "stream" in line else "0"  # Ray streams to workers alone
+        args += [*more, "--data", data, "--rounds", "1", "--workers", workers]
     elif name == "evaluate":
         args += ["--workers", "0"]
     return [name, *args]
@@ -117,7 +124,7 @@ def run_page(page: Path, folder: Path, data: str, trained: Path, *, slow: bool) 
     finish(Program(folder / "page.py", RUNNER, json.dumps([steps, options]), env=env), timeout=120 * len(steps))
 
 
-RUNNING = [page for page in PAGES if any(block["kind"] in ("bash", "python") for block in blocks(page))]
+RUNNING = [page for page in PAGES if any(map(is_run, blocks(page)))]
 RUNNING.remove(DOCS / "extending.md")
 FAST = [page for page in RUNNING if page.stem in ("README", "data", "report")]
 
