@@ -16,7 +16,13 @@ from ray._private.authentication_test_utils import reset_auth_token_state
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["pytest", "raycifar", "ray.train.torch", "raycifar.engine.trainer"])
+FORK.set_forkserver_preload(
+    [
+        *("pytest", "raycifar", "ray.train.torch", "raycifar.engine.trainer"),
+        *("torch._dynamo", "torchvision", "raycifar.workflows.training", "raycifar.workflows.evaluation"),
+        *("raycifar.workflows.ray_train", "raycifar.analysis.reports", "raycifar.terminal"),
+    ]
+)
 
 
 class Command:

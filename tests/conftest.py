@@ -57,6 +57,7 @@ def cache(no_cache, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("RAYCIFAR_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items):
     """Have one process take all tests that start Ray, and deal out the others by file: see `-n` in pyproject.toml.
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from raycifar.data.shards import Shard
 from raycifar.engine.cuda import WARM_UP
 from raycifar.engine.evaluate import predict
-from raycifar.engine.hardware import seed, set_up, synchronize
+from raycifar.engine.hardware import retain_malloc_pages, seed, set_up, synchronize
 from raycifar.engine.optimizers import build_optimizer, set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, step_seed, steps_per_epoch
 from raycifar.engine.state import Progress, TrainingState
@@ -71,6 +71,8 @@ class SpeedRun:
         compile: bool = False,  # noqa: A002 (torch's own word)
     ) -> None:
         set_up(device, threads)
+        if device.type == "cpu":
+            retain_malloc_pages()
         self.architecture, self.recipe, self.device, self.compile = architecture, recipe, device, compile
         pin = Tensor.pin_memory if device.type == "cuda" else Tensor.contiguous
         self.source = train_set.map(pin)
