@@ -55,9 +55,11 @@ train() { # train NAME SECONDS OPTION...
         --workers 0 "$@" "${few[@]}"
 }
 
-bench() { # bench MODEL SECONDS
-    measure "bench-$1" "$2" "$runs/bench-$1/bench.json" "$python" -m raycifar.bench --model "$1" --workers 0 \
-        --pretrained none --against dataloader --plan 1,2,4,8 --interconnect nvlink --out "$runs/bench-$1" "${size[@]}"
+bench() { # bench NAME SECONDS OPTION...
+    local name=bench-$1 seconds=$2
+    shift 2
+    measure "$name" "$seconds" "$runs/$name/bench.json" "$python" -m raycifar.bench --workers 0 --pretrained none \
+        --out "$runs/$name" "$@" "${size[@]}"
 }
 
 speedrun() { # speedrun NAME RUNS SECONDS OPTION...
@@ -69,6 +71,7 @@ speedrun() { # speedrun NAME RUNS SECONDS OPTION...
 
 measure tests 100 "" "$python" -m pytest -q -rs -p no:cacheprovider -o addopts= -m "not slow" "${tests[@]}"
 speedrun speedrun-compiled "$times" 120 --compile
+speedrun speedrun-compiled-12 "$times" 120 --compile --epochs 12
 train cnn 110 --model cnn
 train vgg16 190 --model vgg16
 long=(--augment trivial --cutmix 0.5 --lr 0.1 --warmup 0.05) # the cnn's own, which the others haven't been tried with
@@ -76,9 +79,15 @@ train vgg16-long 190 --model vgg16 "${long[@]}"
 train speedrun-profile 60 --recipe speedrun --val-size 0 --no-record --profile # where the milliseconds are
 train speedrun-train 60 --recipe speedrun --val-size 0 --no-record # inside Ray; `seconds` is the user's clock
 speedrun speedrun "$times" 100
-bench vgg16 90
-bench cnn 90
-[ -n "${SMALL:-}" ] || bench resnet50 120 # on a CPU it takes ten minutes, however few its images
+plan=(--against dataloader --plan 1,2,4,8 --interconnect nvlink)
+bench vgg16 90 --model vgg16 "${plan[@]}"
+bench cnn 90 --model cnn "${plan[@]}"
+if [ -z "${SMALL:-}" ]; then # on a CPU it takes ten minutes, however few its images
+    bench resnet50 120 --model resnet50 "${plan[@]}"
+    train resnet50-profile 60 --model resnet50 --pretrained none --limit 10000 --epochs 1 --profile
+    bench resnet50-compiled 120 --model resnet50 --compile
+    for images in 256 512 1024; do bench resnet50-$images 60 --model resnet50 --batch-size $images; done
+fi
 train resnet50 1000 --model resnet50 --pretrained none
 [ -n "${SMALL:-}" ] && exit
 # Variations, by validation; the first is what the others are compared with.
