@@ -31,6 +31,8 @@ from raycifar.data.sources import load
 from raycifar.data.synthetic import synthetic
 from raycifar.data.tables import to_images
 
+torch.set_num_threads(1)  # of this process; commands set their own
+
 SMALL = {"train": 800, "test": 300}
 RAY_FIXTURES = {"cluster", "local_ray", "nodes"}
 OWN_RAY = {  # files whose tests start a Ray by themselves
@@ -41,6 +43,7 @@ OWN_RAY = {  # files whose tests start a Ray by themselves
     )
 }
 RUN = ("--model", "cnn", "--limit", 200, "--val-size", 100, "--epochs", 3, "--batch-size", 20)  # 10 steps an epoch
+RUN += ("--cpus-per-worker", 1)  # threads of two tests at a time would wait for each other, ten times as long
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -121,7 +124,7 @@ def write_archive(path: Path, files: dict[str, bytes], folder: str = "cifar-100-
 def trained(small, tmp_path_factory):
     """The folder of a run that nothing disturbed, with its report; tests that change it take a copy."""
     storage = tmp_path_factory.mktemp("trained")
-    args = (*RUN, "--workers", 0, "--cpus-per-worker", 2, "--data", small, "--name", "a")
+    args = (*RUN, "--workers", 0, "--data", small, "--name", "a")
     assert "What the curves show: " in finish(Command(*args, storage=storage)).stdout
     return storage / "a"
 

@@ -17,7 +17,8 @@ BEGIN = """
 import json, os, pathlib, signal, sys, threading, time
 from raycifar.api import *
 
-OPTIONS = dict(data=sys.argv[1], limit=200, val_size=100, epochs=3, batch_size=20, storage="runs", report=False)
+OPTIONS = dict(data=sys.argv[1], limit=200, val_size=100, epochs=3, batch_size=20)
+OPTIONS |= dict(cpus_per_worker=1, storage="runs", report=False)
 """
 INTERRUPT = """
 def interrupt_in(folder, epoch):
@@ -109,10 +110,10 @@ def test_what_is_no_image_is_refused(trained, images, says):
 
 def test_in_the_program_s_own_process_twice_and_in_a_thread(program, trained, tmp_path):
     printed = program("""
-first = train("cnn", workers=0, cpus_per_worker=2, name="first", **OPTIONS)
+first = train("cnn", workers=0, name="first", **OPTIONS)
 print("between")
 box = []
-work = lambda: box.append(train("cnn", workers=0, cpus_per_worker=2, name="second", progress=False, **OPTIONS))
+work = lambda: box.append(train("cnn", workers=0, name="second", progress=False, **OPTIONS))
 thread = threading.Thread(target=work)
 thread.start()
 thread.join()
@@ -164,7 +165,7 @@ def test_an_interrupted_training_leaves_a_checkpoint_and_goes_on_by_the_same_cal
     program(
         INTERRUPT
         + f"""
-OPTIONS |= dict(workers={workers}, cpus_per_worker=1, epochs=10, progress=False)
+OPTIONS |= dict(workers={workers}, epochs=10, progress=False)
 train("cnn", name="whole", **OPTIONS)
 interrupt_in("runs/a", 2)
 try:
@@ -224,7 +225,7 @@ def test_a_notebook_shows_how_it_goes_and_its_stop_button_stops_the_training(sma
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     code = nbformat.v4.new_code_cell
-    options = f"data={small!r}, limit=200, val_size=100, batch_size=20, workers=0, report=False"
+    options = f"data={small!r}, limit=200, val_size=100, batch_size=20, cpus_per_worker=1, workers=0, report=False"
     long = code(f"run = train('cnn', epochs=300, name='long', {options})")
     cells = [
         code("from raycifar.api import train, open_run"),
@@ -238,7 +239,7 @@ def test_a_notebook_shows_how_it_goes_and_its_stop_button_stops_the_training(sma
     notebook = nbformat.v4.new_notebook(cells=cells)
     client = nbclient.NotebookClient(
         notebook,
-        timeout_func=lambda cell: 12 if cell["source"] == long["source"] else 120,
+        timeout_func=lambda cell: 8 if cell["source"] == long["source"] else 120,
         interrupt_on_timeout=True,
         allow_errors=True,
         resources={"metadata": {"path": str(tmp_path)}},

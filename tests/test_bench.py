@@ -10,7 +10,7 @@ from conftest import wait_until
 from raycifar.workflows.benchmark import draw, sentences, summarise
 
 TINY = ("--model", "timm:test_resnet", "--pretrained", "none")
-ARGS = ("--limit", 200, "--val-size", 100, "--rounds", 2, "--batch-size", 50)
+ARGS = ("--limit", 200, "--val-size", 100, "--rounds", 2, "--batch-size", 50, "--cpus-per-worker", 1)
 
 
 @pytest.mark.parametrize(

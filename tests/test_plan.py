@@ -29,6 +29,7 @@ from raycifar.workflows.planning import (
 
 GPUS, ONE_MACHINE = Place(use_gpu=True, shared=False, most=1), Place(use_gpu=False, shared=True, most=3)
 TINY = ("--model", "timm:test_resnet", "--pretrained", "none", "--batch-size", 50, "--limit", 200, "--val-size", 100)
+TINY += ("--cpus-per-worker", 1)
 
 
 def linear(counts, place=GPUS, *, interconnect="nvlink", fixed=0.001, buckets=(1_000_000, 25_000_000)):

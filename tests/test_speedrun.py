@@ -24,7 +24,7 @@ from raycifar.models.recipes import choose_recipe
 from raycifar.storage.run_folder import RunFolder
 
 CPU = torch.device("cpu")
-SMALL = ("--limit", 200, "--val-size", 100, "--epochs", 2, "--batch-size", 50)
+SMALL = ("--limit", 200, "--val-size", 100, "--epochs", 2, "--batch-size", 50, "--cpus-per-worker", 1)
 RUN = ("--recipe", "speedrun", *SMALL, "--no-report")
 
 

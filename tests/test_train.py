@@ -21,7 +21,7 @@ from raycifar.errors import WorkError
 from raycifar.models.recipe import Recipe
 from raycifar.workflows.training import fit_trainer
 
-ARGS = (*RUN, "--workers", 0, "--cpus-per-worker", 2, "--no-report")
+ARGS = (*RUN, "--workers", 0, "--no-report")
 
 
 def weights(folder):

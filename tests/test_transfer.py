@@ -89,7 +89,7 @@ def test_frozen_statistics_stay_while_the_weights_of_the_norms_move(resnet50_fil
 
 
 RUN = ("--val-size", 100, "--limit", 400, "--epochs", 3, "--head-epochs", 1, "--batch-size", 50, "--image-size", 32)
-RUN += ("--no-report",)
+RUN += ("--no-report", "--cpus-per-worker", 1)
 
 
 @pytest.mark.parametrize(
