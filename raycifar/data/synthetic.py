@@ -34,7 +34,8 @@ def make_table(num_images: int, rng: np.random.Generator) -> pa.Table:
     """Return images in random order, equally many of each class."""
     fine = rng.permutation(np.arange(num_images) % INFO.num_classes)
     chunks = np.array_split(fine, -(-num_images // CHUNK))
-    return to_table(np.concatenate([make_images(part, rng) for part in chunks]), fine, fine // len(COLORS), SYNTHETIC)
+    pixels = np.concatenate([make_images(part, rng) for part in chunks])
+    return to_table(pixels, {"fine": fine, "coarse": fine // len(COLORS)}, SYNTHETIC)
 
 
 def make_images(fine: np.ndarray, rng: np.random.Generator) -> np.ndarray:
