@@ -52,10 +52,8 @@ def connected(*, debug: bool, name: str | None = None) -> Iterator[None]:
 
 def connect(*, debug: bool, name: str | None) -> None:
     options = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
-    address = cluster_address()
-    if address:
-        metadata = {"job_name": name} if name else {}
-        join(address, job_config=JobConfig(metadata=metadata), **options)
+    if address := cluster_address():
+        join(address, job_config=JobConfig(metadata={"job_name": name} if name else {}), **options)
     else:
         start(include_dashboard=False, **options)
 
@@ -155,10 +153,9 @@ def init(**options: Any) -> None:
 def quiet(*, debug: bool) -> Iterator[None]:
     """Keep Ray's log messages out of this process's output."""
     # raycifar itself reports trials and jobs that fail.
-    quieted = {"ray": logging.ERROR, "ray.tune": logging.CRITICAL, "ray.data": logging.CRITICAL}
-    wanted = {} if debug else quieted
-    before = {name: logging.getLogger(name).level for name in wanted}
-    for name, level in wanted.items():
+    levels = {"ray": logging.ERROR, "ray.tune": logging.CRITICAL, "ray.data": logging.CRITICAL} if not debug else {}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
     try:
         yield

@@ -110,7 +110,9 @@ def size(
     """
     alive, groups = alive_nodes(), growth()
     everything = alive + new_nodes(groups)
-    there, nodes = (with_accelerator(some, accelerator) for some in (alive, everything))
+    there, nodes = (
+        [node for node in some if not accelerator or ACCELERATOR + accelerator in node] for some in (alive, everything)
+    )
     any_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
     if device == "cpu" or (device == "auto" and gpus == 1 and not accelerator and not any_gpu):
         gpus = 0
@@ -194,11 +196,6 @@ def holds(available: float, amount: float, name: str) -> int:
 def total(nodes: Iterable[Resources]) -> str:
     nodes = list(nodes)
     return describe({name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")})
-
-
-def with_accelerator(nodes: Iterable[Resources], accelerator: str | None) -> list[Resources]:
-    """Return the nodes that have that kind of GPU; None is any, and none."""
-    return [node for node in nodes if not accelerator or ACCELERATOR + accelerator in node]
 
 
 def alive_nodes() -> list[Resources]:

@@ -14,9 +14,7 @@ from raycifar.errors import RayDiedError
 T = TypeVar("T")
 
 CONNECT_SECONDS = 1
-RESTARTED = (
-    "RAY_gcs_rpc_server_reconnect_timeout_s"  # set by KubeRay where a control service that died is started again
-)
+RESTARTED = "RAY_gcs_rpc_server_reconnect_timeout_s"  # set by KubeRay, which starts a dead control service again
 
 
 class RayWatch:

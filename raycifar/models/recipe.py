@@ -5,10 +5,8 @@ learning rate is a function of epoch and step alone. The default of a new field 
 recipes lack it.
 """
 
-import difflib
 import math
 import numbers
-from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_type_hints
@@ -201,11 +199,6 @@ def parse_sizes(progressive: str) -> list[tuple[int, float]]:
             "that rise from above 0 to below 1, such as 20:0.15,24:0.5"
         )
     return sizes
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return the most similar of `names`."""
-    return difflib.get_close_matches(name, list(names), n=1, cutoff=0)[0]
 
 
 def model_options(recipe: Recipe) -> dict[str, Any]:

@@ -283,8 +283,8 @@ def refusal(status: int) -> str:
 
 def causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and what it was raised from, the nearest first."""
-    seen = 0
     following: BaseException | None = error
-    while following and seen < 20:
-        yield following
-        following, seen = following.__cause__ or following.__context__, seen + 1
+    for _ in range(20):
+        if following:
+            yield following
+            following = following.__cause__ or following.__context__
