@@ -18,18 +18,14 @@ RESTARTED = "RAY_gcs_rpc_server_reconnect_timeout_s"  # set by KubeRay, which st
 
 
 class RayWatch:
-    """Raises an error once a process of Ray doesn't listen any more."""
+    """Notices when a process of Ray dies."""
 
     def __init__(self) -> None:
         self.processes = ray_internals.control_processes()
         self.answered = time.monotonic()
 
     def look(self) -> None:
-        """Look whether all processes listen.
-
-        Raises:
-            RayDiedError: one has died.
-        """
+        """Raise RayDiedError if a process no longer listens."""
         now = time.monotonic()
         dead = [name for name, address in self.processes.items() if not listens(address)]
         if not dead:

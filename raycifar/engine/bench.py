@@ -48,12 +48,9 @@ class BenchmarkJob:
 
 
 def bench_loop_per_worker(config: dict[str, Any]) -> None:
-    """Time every stage; Ray Train calls it on each worker.
+    """Time every stage; Ray Train calls it on each worker, with a `BenchmarkJob` as `job`.
 
     After each round the status store has the images per second over all workers, by stage, a figure for each round.
-
-    Args:
-        config: `job`, a `BenchmarkJob`.
     """
     benchmark: BenchmarkJob = config["job"]
     began = time.perf_counter()

@@ -1,7 +1,7 @@
 """How long a step takes, by the number of images in it, and how long its exchange of gradients."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +38,7 @@ class StepTimesJob:
 
 
 def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Time steps, epochs and exchanges, in turn; Ray Train calls it on each worker.
-
-    Args:
-        config: `job`, a `StepTimesJob`.
+    """Time steps, epochs and exchanges, in turn; Ray Train calls it on each worker, with a `StepTimesJob` as `job`.
 
     Returns:
         Of several rounds the fastest, for other work on a machine can only slow it:
@@ -96,15 +93,10 @@ class Repeated:
         self.repeats = max(1, round(seconds / self.time()))
 
     def time(self) -> float:
-        """Return the seconds of a step, the mean of some in a row."""
+        """Return the seconds of a step."""
         num_images = len(self.step.train_set)
         batch = Batch(0, np.arange(num_images), num_images)
-        synchronize(self.step.device)
-        began = time.perf_counter()
-        for _ in range(self.repeats):
-            self.step(batch)
-        synchronize(self.step.device)
-        return (time.perf_counter() - began) / self.repeats
+        return mean_seconds(lambda: self.step(batch), self.repeats, self.step.device)
 
 
 def build_step(job: Job, device: torch.device, batch_size: int, *, exchange: bool) -> TrainStep:
@@ -131,12 +123,17 @@ def measure_link(device: torch.device) -> tuple[float, float]:
 def time_all_reduce(num_bytes: int, device: torch.device) -> float:
     tensor = torch.zeros(num_bytes // 4, device=device)
     dist.all_reduce(tensor)
+    return mean_seconds(lambda: dist.all_reduce(tensor), EXCHANGES, device)
+
+
+def mean_seconds(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Return the seconds of a call, the mean of some in a row."""
     synchronize(device)
     began = time.perf_counter()
-    for _ in range(EXCHANGES):
-        dist.all_reduce(tensor)
+    for _ in range(repeats):
+        call()
     synchronize(device)
-    return (time.perf_counter() - began) / EXCHANGES
+    return (time.perf_counter() - began) / repeats
 
 
 @contextmanager

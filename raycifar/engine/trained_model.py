@@ -93,11 +93,7 @@ def read_weights(location: str) -> Weights:
 
 
 def check_finite(logits: Tensor, network: str) -> Tensor:
-    """Return the logits.
-
-    Raises:
-        WorkError: some are no finite numbers, as those of damaged weights.
-    """
+    """Return the logits, or raise WorkError if some aren't finite numbers, as those of damaged weights."""
     if not torch.isfinite(logits).all():
         raise WorkError(f"{network} gives answers that aren't finite numbers: its weights are damaged.")
     return logits

@@ -117,11 +117,7 @@ class Architecture:
             self.outline().eval()(torch.empty(1, 3, size, size, device="meta"))
 
     def check_size(self, size: int) -> None:
-        """Check that the network can take images of `size` pixels a side.
-
-        Raises:
-            RequestError: it can't.
-        """
+        """Raise RequestError unless the network can take images of `size` pixels a side."""
         try:
             self.outline_forward(size)
         except Exception as error:  # networks may raise any
@@ -207,11 +203,7 @@ def names() -> tuple[str, ...]:
 
 
 def find(name: str) -> Builtin | FromTimm:
-    """Return the architecture `name`.
-
-    Raises:
-        RequestError: no architecture has that name.
-    """
+    """Return the architecture of that name, or raise RequestError if there is none."""
     if isinstance(name, str) and name.startswith(TIMM):
         from raycifar.models.from_timm import FromTimm
 

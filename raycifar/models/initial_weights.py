@@ -174,11 +174,7 @@ def read_tensors(file: str) -> tuple[dict[str, Any], list[str], Architecture | N
 
 
 def find_prefix(tensors: Iterable[str], names: Iterable[str], origin: str) -> str:
-    """Return what the wrappers of a network put before its `names`; most `tensors` have it.
-
-    Raises:
-        RequestError: there are two such networks.
-    """
+    """Return what a network's wrappers put before its `names` in most `tensors`; RequestError if there are two."""
     known = set(names)
     counts: Counter[str] = Counter()
     for tensor in tensors:

@@ -281,11 +281,7 @@ def checked(kind: Any, value: Any) -> Any:
 
 
 def parse(content: bytes) -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        ValueError: it is no JSON, or nested too deeply.
-    """
+    """Return the value of a JSON text, or raise ValueError if it is none, or nested too deeply."""
     if not content.strip():
         raise ValueError("it is empty")
     return from_json(content)

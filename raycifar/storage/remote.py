@@ -123,11 +123,7 @@ def connect(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def download(filesystem: fs.FileSystem, path: str, most_bytes: int) -> bytes:
-    """Return a file's content, read once from front to back.
-
-    Raises:
-        OSError: it can't be read, or is too large.
-    """
+    """Return a file's content, read once from front to back."""
 
     def work(beat: Callable[[int], None]) -> bytes:
         info = filesystem.get_file_info(path)
@@ -146,11 +142,7 @@ def download(filesystem: fs.FileSystem, path: str, most_bytes: int) -> bytes:
 
 
 def upload(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
-    """Write a file in one upload.
-
-    Raises:
-        OSError: it can't be written.
-    """
+    """Write a file in one upload."""
 
     def work(beat: Callable[[int], None]) -> None:
         with filesystem.open_output_stream(path) as stream:

@@ -124,15 +124,15 @@ class RunFolder:
         return cls(*parent_and_name(check_location(location)))
 
     @classmethod
-    def for_output(cls, location: str, option: str = "--out") -> "RunFolder":
-        """Return the folder that an option names for results, before the work that has them.
+    def for_output(cls, location: str) -> "RunFolder":
+        """Return the folder that --out names for results, before the work that has them.
 
         Raises:
             RequestError: it can't be written; of a remote one, that shows only at the end.
         """
-        check_location(location, option, to_write=True)
+        check_location(location, "--out", to_write=True)
         folder = cls.at(location)
-        with folder.marker(option):
+        with folder.marker("--out"):
             return folder
 
     def __repr__(self) -> str:
@@ -204,11 +204,7 @@ class RunFolder:
             write_whole(self.filesystem, self.path(file), content)
 
     def append(self, file: str, content: bytes, added: bytes) -> None:
-        """Append to a file that begins with `content`: in place on a disk, by a longer file in an object store.
-
-        Raises:
-            StorageError: see `write`.
-        """
+        """Append to a file that begins with `content`: in place on a disk, by a new file in an object store."""
         if self.is_remote:
             self.write(file, content + added)
             return
@@ -401,11 +397,7 @@ class RunFolder:
         return [file for file in files if file in self._digests and not self.exists(file)]
 
     def check_digest(self, file: str, content: bytes) -> None:
-        """Compare what was read with the manifest.
-
-        Raises:
-            DamagedFileError: it has changed.
-        """
+        """Raise DamagedFileError if what was read has changed since the manifest was written."""
         if self._has_changed(file, content):
             raise self._damaged(file, f"it has changed since {MANIFEST} was written")
 
