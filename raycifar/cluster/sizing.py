@@ -204,11 +204,7 @@ def alive_nodes() -> list[Resources]:
 
 
 def growth() -> list[tuple[Resources, int]] | None:
-    """Return what the autoscaler may add: a node's resources, and how many more of such nodes.
-
-    Returns:
-        None where that can't be seen from this machine.
-    """
+    """Return the resources of each kind of node that the autoscaler may add, and how many; None if that isn't seen."""
     config = ray_internals.autoscaler_config()
     if not config:
         return None if config is None else []

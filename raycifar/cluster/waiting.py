@@ -42,11 +42,7 @@ class Waiting:
 
 
 def make_room(workers: Workers, show: Callable[[str], None], seconds: float) -> None:
-    """Wait until there is room for the workers, which the autoscaler may add, and `show` what they wait for.
-
-    Raises:
-        WorkError: there was no room for too long.
-    """
+    """Wait until there is room for the workers, and `show` what they wait for, as long as `Waiting` does."""
     waiting = Waiting(workers, seconds)
     group = placement_group([workers.resources] * workers.count)
     try:

@@ -35,11 +35,7 @@ class RayWatch:
 
 
 def answered(call: Callable[[], T]) -> T:
-    """Return what a call of Ray's control service returns; repeat it while that doesn't answer.
-
-    Raises:
-        RayDiedError: the control service has died.
-    """
+    """Repeat a call of Ray's control service until it is answered, or raise RayDiedError once the service has died."""
     began = time.monotonic()
     while True:
         try:

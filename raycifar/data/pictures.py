@@ -83,12 +83,7 @@ def find_images(location: str) -> tuple[list[ImageFile], int]:
 
 
 def read_image(filesystem: fs.FileSystem, path: str) -> np.ndarray:
-    """Return an image file as (3, 32, 32) uint8; see `to_pixels`.
-
-    Raises:
-        ValueError: the file is damaged, or not an image.
-        OSError: the file can't be read, or is too large.
-    """
+    """Return an image file as (3, 32, 32) uint8; see `open_file`, `decode` and `to_pixels`."""
     with open_file(filesystem, path, most_bytes=MOST_BYTES) as file:
         return to_pixels(decode(file.read()))
 

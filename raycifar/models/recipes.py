@@ -115,9 +115,6 @@ def find_recipe(model: str, wanted: str, pretrained: str | None, epochs: int | N
 
     Args:
         pretrained, epochs: if they are given in addition to the recipe.
-
-    Raises:
-        RequestError: there is no such recipe, or it belongs to another model.
     """
     if not isinstance(wanted, str | os.PathLike):
         raise RequestError(f"the recipe is {wanted!r}: give a name, a TOML file or a run's folder.")
@@ -144,11 +141,7 @@ def find_recipe(model: str, wanted: str, pretrained: str | None, epochs: int | N
 
 
 def parse_toml(model: str, content: bytes, pretrained: str | None, epochs: int | None) -> Recipe:
-    """Return the recipe of a TOML file; fields that it lacks are as in the model's default.
-
-    Raises:
-        ValueError: the content isn't TOML, or a field or value is not allowed.
-    """
+    """Return the recipe of a TOML file, or raise ValueError; fields that it lacks are as in the model's default."""
     try:
         values = tomllib.loads(content.decode())
     except ValueError as error:

@@ -109,11 +109,7 @@ def locked(folder: RunFolder, say: Say, *, also: Iterable[RunFolder] = ()) -> It
 
 
 def clear(places: Iterable[RunFolder], claim: Claim, say: Say) -> None:
-    """See that no living process's claim precedes `claim`, and delete those of the dead.
-
-    Raises:
-        RequestError: one does.
-    """
+    """Raise RequestError if a living process's claim precedes `claim`, and delete those of the dead."""
     for place, found in claims(places):
         rival = await_number(place, found) if claim.number else found
         if not rival or not rival.number or (claim.number and claim.place <= rival.place):

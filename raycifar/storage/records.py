@@ -99,11 +99,7 @@ class EpochRecord:
 
 
 def sampled_steps(epoch: int, steps: int, epochs: int) -> range:
-    """Return the steps, from 0, of an epoch (from 1) whose losses are recorded: at most 2,000 of all epochs' together.
-
-    Args:
-        steps: of each epoch.
-    """
+    """Return the steps, from 0, of an epoch (from 1) whose losses are recorded: at most 2,000 in all epochs."""
     stride = -(-epochs * steps // MOST_STEP_LOSSES)
     return range(-(epoch - 1) * steps % stride, steps, stride)
 

@@ -60,9 +60,6 @@ def ask(work: Callable[[Callable[[int], None]], Answer], patience: float = SILEN
 
     Args:
         patience: seconds to wait for the answer, or for more bytes, at each try.
-
-    Raises:
-        OSError: the message says in plain words what is wrong.
     """
     for pause in PAUSES:
         try:

@@ -306,11 +306,7 @@ class RunFolder:
         return records
 
     def read_table(self, file: str) -> pa.Table | None:
-        """Return the columns of `TABLES` in predictions.parquet or example_stats.parquet, or None if it doesn't exist.
-
-        Raises:
-            DamagedFileError: it can't be read, or doesn't hold what it should.
-        """
+        """Return the columns of `TABLES` in predictions.parquet or example_stats.parquet; see `read_json`."""
         content = self._read(file)
         if content is None:
             return self.read_table(OLD_EXAMPLE_STATS) if file == EXAMPLE_STATS else None

@@ -50,8 +50,8 @@ def read_names(content: bytes) -> dict[str, list[str]]:
     except Exception:  # a damaged pickle may cause any
         return {}
     names = {level: fields.get(f"{level}_label_names") for level in ("fine", "coarse")}
-    found = {level: each for level, each in names.items() if isinstance(each, list)}
-    return {level: [str(to_text(to_bytes(name))) for name in each] for level, each in found.items()}
+    lists = {level: each for level, each in names.items() if isinstance(each, list)}
+    return {level: [str(to_text(to_bytes(name))) for name in each] for level, each in lists.items()}
 
 
 def to_text(value: Any) -> Any:
