@@ -130,10 +130,11 @@ def size(
         raise RequestError(
             f"--accelerator {accelerator}: this cluster {has} {', '.join(kinds) or 'no GPU whose kind Ray knows'}."
         )
+    total = describe({name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")})
     less = "--workers, --cpus-per-worker or --gpus-per-worker" if gpus else "--workers or --cpus-per-worker"
     raise RequestError(
         f"{words.count(workers.needed, 'worker')} of {describe(workers.resources)} each can't be placed: "
-        f"this cluster {has} {total(nodes)}, room for at most {placeable(nodes, workers.resources)} of them. Ask for "
+        f"this cluster {has} {total}, room for at most {placeable(nodes, workers.resources)} of them. Ask for "
         f"less of {less}{', or --device cpu' if gpus else ''}."
     )
 
@@ -191,11 +192,6 @@ def holds(available: float, amount: float, name: str) -> int:
         rest = available % 1
         return int(available) * int(1 / amount + 1e-9) + int(rest / amount + 1e-9)
     return int(available / amount + 1e-9)
-
-
-def total(nodes: Iterable[Resources]) -> str:
-    nodes = list(nodes)
-    return describe({name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")})
 
 
 def alive_nodes() -> list[Resources]:

@@ -86,7 +86,7 @@ def open_file(
     size = os.fstat(file.fileno()).st_size
     if size > most_bytes:
         file.close()
-        raise OSError(errno.EFBIG, f"it has {size:,} bytes, and {most_bytes:,} are read at most", path)
+        raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {most_bytes:,} are read", path)
     return file
 
 

@@ -116,8 +116,8 @@ def clear(places: Iterable[RunFolder], claim: Claim, say: Say) -> None:
             continue
         if is_alive(place, rival, say):
             raise RequestError(
-                f"{place.folder} is being trained by {rival}. Wait for its end, or end it; the lock of a process that "
-                f"died is taken over by itself, at the latest after {DEAD_SECONDS} s."
+                f"{place.folder} is being trained by {rival}. Wait for it to end, or end it. The lock of a process "
+                f"that has died is taken over by itself, within {DEAD_SECONDS} s."
             )
         if place.read(rival.file) is not None:
             say(f"{place.folder} was being trained by {rival}, which died: its lock is taken over.")

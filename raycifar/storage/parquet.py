@@ -119,7 +119,7 @@ def check_size(metadata: pq.FileMetaData) -> None:
     size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
     if size > MOST_BYTES:
         needed, most = (f"{count / 2**30:.2g} GiB" for count in (size, MOST_BYTES))
-        raise ParquetError(f"takes {needed} of memory; no more than {most} are read")
+        raise ParquetError(f"takes {needed} of memory; at most {most} is read")
 
 
 def complete(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:

@@ -257,9 +257,7 @@ class PicturesFile(TypedDict):
 # Reading --------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+adapter = functools.cache(TypeAdapter)
 
 
 def checked(kind: Any, value: Any) -> Any:

@@ -150,7 +150,7 @@ def upload(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
 
 def check_size(size: int, most_bytes: int) -> None:
     if size > most_bytes:
-        raise OSError(f"it has {size:,} bytes or more, and {most_bytes:,} are read at most")
+        raise OSError(f"it has {size:,} bytes or more, and at most {most_bytes:,} are read")
 
 
 # Web servers ----------------------------------------------------------------------------------------
@@ -169,11 +169,6 @@ class Web(fs.FSSpecHandler):
 
     def get_type_name(self) -> str:
         return "web"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Web) and other.query == self.query
-
-    __hash__ = None  # type: ignore[assignment]
 
     def get_file_info(self, paths: list[str]) -> list[fs.FileInfo]:
         return [fs.FileInfo(path, kind_of(path)) for path in paths]
@@ -220,7 +215,7 @@ def plain(error: BaseException) -> OSError:
             case socket.gaierror():
                 return OSError("no host of that name is found: check the name, and the network")
             case ConnectionRefusedError():
-                return PassingError("the server refuses the connection: check that it runs, and listens at that port")
+                return PassingError("the server refuses the connection: check that it runs and listens on that port")
             case ssl.SSLError():
                 reason = getattr(cause, "verify_message", "") or getattr(cause, "reason", "") or in_a_line(cause)
                 return OSError(f"no secure connection is possible: {reason.replace('_', ' ').lower()}")

@@ -288,7 +288,7 @@ class RunFolder:
         try:
             for line in io.BytesIO(content):
                 if len(records) == MOST_LINES:
-                    raise ValueError(f"no more than {MOST_LINES:,} epochs are read")
+                    raise ValueError(f"at most {MOST_LINES:,} epochs are read")
                 values = checked(dict, parse(line) if len(line) <= LONGEST_LINE else None)
                 record = EpochRecord.from_json(values)
                 if record.epoch != len(records) + 1:
