@@ -140,11 +140,7 @@ def size(
 
 
 def share(nodes: Sequence[Resources], count: int, gpus: float) -> float:
-    """Return the CPUs of each of `count` workers that take so many GPUs.
-
-    Raises:
-        RequestError: there are too few for so many.
-    """
+    """Return the CPUs of each of `count` workers that take so many GPUs, or raise RequestError if they are too few."""
     if gpus:
         ratios = [node.get("CPU", 0) / placeable([node], {"GPU": gpus}) for node in nodes if node.get("GPU", 0) >= 1]
         return max(SMALLEST_SHARE, whole_or_part(min([GPU_WORKER_CPUS, *ratios])))

@@ -52,7 +52,7 @@ def to_labels(values: np.ndarray | Sequence[Any], level: str, origin: str) -> np
 
 
 def numbers_of(names: Sequence[str], level: str, origin: str) -> np.ndarray:
-    """Return CIFAR-100's number of each of the classes of another numbering; no names say that it is the same one.
+    """Return CIFAR-100's number for each class of another numbering; without names, the numbering is the same.
 
     A few unknown names keep their numbers: the hub's copy of CIFAR-100 calls its crabs "cra".
 

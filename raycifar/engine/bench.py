@@ -179,7 +179,7 @@ def use_fewer_images(trainer: Trainer, num_steps: int) -> None:
 
 
 def bare_steps(trainer: Trainer, *, exchange: bool = False, images: bool = False) -> Callable[[], None]:
-    """Return what takes an epoch's steps with nothing around them.
+    """Return a function that takes an epoch's steps with nothing around them.
 
     Args:
         exchange: sum the gradients over workers. images: train on the worker's images, not on random tensors.
@@ -254,7 +254,7 @@ def train_epoch(trainer: Trainer, *, finish: bool = False) -> None:
 
 
 def update_example_stats(trainer: Trainer) -> Callable[[], None]:
-    """Return what follows every image for an epoch, and does nothing else: a difference of stages would not show it."""
+    """Return a function that follows every image for an epoch, and does nothing else; stages' differences hide it."""
     logits = torch.randn(trainer.recipe.batch_size, CIFAR100.num_classes, device=trainer.device)
     stats = trainer.example_stats
 

@@ -32,7 +32,7 @@ class HostCopy:
 
 
 class Snapshot:
-    """A copy of the training state, and of the scored weights if they are the `best` so far, for another thread."""
+    """A copy of the training state, and of the scored weights if they are the `best` so far, to be written later."""
 
     def __init__(self, state: TrainingState, *, best: bool = False) -> None:
         self.architecture = state.architecture

@@ -66,7 +66,7 @@ def per_image(logits: Tensor, labels: Tensor, coarse: Tensor, superclass_of: Seq
 
 @torch.inference_mode()
 def score(images: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the scores over all workers' images, of which `per_image` tells this one's; all call it together.
+    """Return the scores over all workers' images, from `per_image` of this one's; all workers call it together.
 
     Returns:
         images, loss (natural-log cross-entropy), top1, top5, superclass_top1 (of the predicted classes' superclasses),

@@ -28,7 +28,7 @@ class PreemptedError(Exception):
 class InterruptionWatch:
     """Checks for interruptions from time to time, on all workers after the same step.
 
-    A run `in_process`, in the driver's own, isn't preempted.
+    A run in the driver's own process (`in_process`) isn't preempted.
     """
 
     def __init__(self, reporter: Reporter, *, in_process: bool) -> None:

@@ -27,7 +27,7 @@ def locate(location: Location, *, to_write: bool = False) -> tuple[fs.FileSystem
     """Return the file system of a local path or a URI, and its path there.
 
     Raises:
-        RequestError: the URI isn't of such a kind, can't be reached, or lacks its driver.
+        RequestError: the URI is of a kind that isn't read, or written; or it can't be reached, or lacks its driver.
     """
     text = check_location(location, to_write=to_write)
     if path := to_path(text):

@@ -1,8 +1,8 @@
 """The lock of a run folder: one process at a time trains the run, on a disk or in an object store.
 
 A process claims a folder by a file of its own in it, `.lock-OWNER`, and renews that as long as it lives. Who comes
-first is decided by Lamport's bakery algorithm (1974), which needs no more of a storage than that it gives back what was
-written last: exclusive creation is nothing that all storages have.
+first is decided by Lamport's bakery algorithm (1974), which asks of a storage only that it returns what was written
+last: not every storage can create a file exclusively.
 """
 
 import json

@@ -63,7 +63,7 @@ def read_schema(content: bytes) -> pa.Schema:
 
 
 def open_parquet(content: bytes, dictionaries: Iterable[str] = ()) -> pq.ParquetFile:
-    """Open a Parquet file, in which Arrow then finds no types but Parquet's; read some columns as dictionaries."""
+    """Open a Parquet file, without Arrow's own types; the columns `dictionaries` are read as such."""
     length = int.from_bytes(content[-8:-4], "little")
     if content[-4:] != MAGIC or length > len(content) - 12:
         raise ParquetError("is not a Parquet file, or is cut short")

@@ -175,11 +175,7 @@ class RunFolder:
     # Files ------------------------------------------------------------------------------------------
 
     def read(self, file: str) -> bytes | None:
-        """Return a file's content, or None if it doesn't exist.
-
-        Raises:
-            StorageError: the file can't be read.
-        """
+        """Return a file's content, None if it doesn't exist, or raise StorageError if it can't be read."""
         most = LARGEST.get(PurePath(file).suffix, MOST_BYTES)
         try:
             with open_file(self.filesystem, self.path(file), inside=self.path(), most_bytes=most) as opened:
