@@ -6,7 +6,7 @@ Fields that a version lacks are NotRequired, and fields that this version doesn'
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired, Self
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -82,7 +82,7 @@ class EpochRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return a row of `metrics.jsonl`: JSON has no NaN and no infinity."""
-        return {f.name: finite(getattr(self, f.name)) for f in fields(self)}
+        return finite(vars(self))
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
