@@ -16,6 +16,7 @@ from raycifar.data import CIFAR100
 from raycifar.errors import RequestError
 from raycifar.storage.files import file_type, list_files, locate, open_file
 from raycifar.storage.locations import join
+from raycifar.words import count
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it says of damaged files is in their errors
 
@@ -76,9 +77,8 @@ def find_images(location: str) -> tuple[list[ImageFile], int]:
         else:
             others += 1
     if not found:
-        raise RequestError(
-            f"{location} holds no images" + f", but {others} other file{'s' * (others > 1)}" * (others > 0) + "."
-        )
+        but = f", but {count(others, 'other file')}" if others else ""
+        raise RequestError(f"{location} holds no images{but}.")
     return found, others
 
 

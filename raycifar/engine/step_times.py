@@ -24,6 +24,7 @@ from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
 from raycifar.engine.train_step import TrainStep
 from raycifar.engine.trainer import Job, Trainer
+from raycifar.words import count
 
 EXCHANGES = 10  # of a size that are timed in a round
 
@@ -54,7 +55,7 @@ def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     trainer.set_up()
     trainer.describe()
     world_size, single = trainer.world_size, trainer.world_size == 1
-    trainer.reporter.phase(Phase.TIMING, f"{world_size} worker{'s' * (not single)}, up to {timed.seconds:.0f} s")
+    trainer.reporter.phase(Phase.TIMING, f"{count(world_size, 'worker')}, up to {timed.seconds:.0f} s")
     with nullcontext() if dist.is_initialized() else process_group_of_one(trainer.device):
         ways = {"alone": False, "exchanging": True} if single else {"alone": False}
         seconds = timed.seconds / (len(timed.batch_sizes) * len(ways) + 1) / (timed.rounds + 1)
