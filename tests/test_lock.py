@@ -12,8 +12,8 @@ from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 import raycifar.storage.lock as room
-from raycifar.errors import RequestError
-from raycifar.storage.lock import Claim, claims, delete_dead, locked, write
+from raycifar.errors import DamagedFileError, RequestError
+from raycifar.storage.lock import Claim, claims, delete_dead, living_claim, locked, write
 from raycifar.storage.run_folder import STUDY, RunFolder
 
 
@@ -41,6 +41,14 @@ def test_the_second_is_refused_by_name_and_the_folder_is_free_again_at_the_end(r
     with locked(run, pytest.fail):
         pass
     assert run.file_names() == []
+
+
+@pytest.mark.parametrize("content", [b"{}", b'{"pid": -1}', b"[]", b"no JSON"])
+def test_a_damaged_claim_is_told(run, content):
+    run.write(f"{room.CLAIM}abc", content)
+    for look in (living_claim, delete_dead, lambda folder: locked(folder, pytest.fail).__enter__()):
+        with pytest.raises(DamagedFileError, match=r"\.lock-abc is damaged: "):
+            look(run)
 
 
 def test_of_many_that_begin_at_once_one_holds_the_lock(run):

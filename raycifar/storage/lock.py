@@ -19,7 +19,8 @@ from threading import Event, Thread
 
 import psutil
 
-from raycifar.errors import RequestError
+from raycifar.errors import DamagedFileError, RequestError
+from raycifar.storage.records import Count, Real, checked
 from raycifar.storage.run_folder import RunFolder
 
 CLAIM = ".lock-"  # and its owner
@@ -40,13 +41,13 @@ class Claim:
     """
 
     owner: str
-    pid: int
+    pid: Count
     host: str
     machine: str
-    started: float
+    started: Real
     since: str
-    number: int = 0
-    beats: int = 0
+    number: Count = 0
+    beats: Count = 0
 
     @classmethod
     def of_this_process(cls) -> "Claim":
@@ -186,7 +187,10 @@ def claims(places: Iterable[RunFolder]) -> list[tuple[RunFolder, Claim]]:
 
 def read(place: RunFolder, file: str) -> Claim | None:
     values = place.read_json(file)
-    return None if values is None else Claim(**values)
+    try:
+        return None if values is None else checked(Claim, values)
+    except ValueError as error:
+        raise DamagedFileError(f"{place.folder}/{file} is damaged: {error}.") from error
 
 
 def write(folder: RunFolder, claim: Claim) -> None:
