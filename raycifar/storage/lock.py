@@ -173,7 +173,7 @@ def is_alive(place: RunFolder, claim: Claim, say: Say) -> bool:
 def renew(folder: RunFolder, claim: Claim, ended: Event) -> None:
     """Renew a claim until the end, or until another process has taken over."""
     while not ended.wait(BEAT_SECONDS):
-        with suppress(OSError):  # a storage that can't be reached for a while
+        with suppress(OSError, DamagedFileError):  # a storage that can't be reached for a while
             if read(folder, claim.file) is None:
                 return
             claim = replace(claim, beats=claim.beats + 1)
