@@ -117,9 +117,8 @@ def copied(tmp_path, planted):
     pixels, fine = train[:200].numpy(), np.arange(200) % 100
     test = np.concatenate([pixels[5:6], 255 - pixels[100:120]])
     labels = np.concatenate([[6], np.arange(20)])
-    source = Source(
-        "copied", to_table(pixels, fine, fine // 5, "copied"), to_table(test, labels, labels // 5, "copied")
-    )
+    parts = [(pixels, fine), (test, labels)]
+    source = Source("copied", *(to_table(x, {"fine": y, "coarse": y // 5}, "copied") for x, y in parts))
     write_parquet(source, str(tmp_path / "copied"))
     return tmp_path / "copied"
 

@@ -163,7 +163,7 @@ def test_a_data_set_whose_pairs_are_not_known_is_scored_as_ever(trained):
 
 def test_a_test_set_may_lack_classes():
     pixels, fine = np.zeros((2, *CIFAR100.image_shape), np.uint8), np.array([3, 7])
-    table = to_table(pixels, fine, None, "few")
+    table = to_table(pixels, {"fine": fine}, "few")
     source = Source("few", table[:0], table)
     assert source.superclass_of() == CIFAR100.superclass_of
     evaluated, _ = evaluation.score_predictions(torch.eye(100)[[4, 8]], table, source)

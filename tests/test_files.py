@@ -193,9 +193,9 @@ def test_a_uri_is_taken_apart_and_put_together_beside_its_parameters():
 @pytest.mark.parametrize(
     ("location", "says"),
     [
-        ("", "'' is no path"),
-        (" ", "' ' is no path"),
-        ("a\0b", "is no path"),
+        ("", "'' is not a path"),
+        (" ", "' ' is not a path"),
+        ("a\0b", "is not a path"),
         ("memory://a/b", "memory:// can't be read"),
         ("fsspec+s3://a/b", "fsspec+s3:// can't be read"),
         ("reference://a", "reference:// can't be read"),
@@ -203,7 +203,7 @@ def test_a_uri_is_taken_apart_and_put_together_beside_its_parameters():
         ("zip://a::http://b", "zip:// can't be read"),
         ("s3://a::file://b", "it chains several by ::"),
         ("file://tmp/x", "names another host"),
-        ("https://host/a b?sig=c", "write %20 for a space"),
+        ("https://host/a b?sig=c", "write a space as %20"),
     ],
 )
 def test_what_is_no_place_is_refused_in_a_sentence(location, says):

@@ -44,7 +44,7 @@ def test_from_scratch_the_recipe_decides_the_architecture():
     recipe = Recipe(image_size=64, tta_flip=True)
     start = initial_weights.load_initial_weights("vgg16", recipe, synthetic(100, 100))
     assert (start.weights, start.fingerprint()) == (None, None)
-    assert start.architecture.preprocessing == models.Preprocessing(64)
+    assert start.architecture.preprocessing == dataclasses.replace(models.CIFAR, size=64)
     assert (start.architecture.num_classes, start.architecture.tta_flip) == (100, True)
 
 

@@ -236,6 +236,8 @@ REFUSED = {
         lambda f, x: python(f, x, fine_labels=np.zeros((800, 2), int)),
         "not one integer an image",
     ),
+    "too few labels": (lambda f, x: python(f, x, fine_labels=[1] * 799), "has 800 images and 799 fine labels"),
+    "one number for labels": (lambda f, x: python(f, x, fine_labels=np.int64(3)), "are int64 of shape ()"),
     "huge labels": (lambda f, x: python(f, x, fine_labels=[10**30] * 800), "a number of more than 64 bits"),
     "a truth value": (lambda f, x: python(f, x, fine_labels=[True] * 800), "image 0 is a bool"),
     "deep keys": (lambda f, x: [(f / s).write_bytes(nested(10**5)) for s in x], "it lacks data and fine_labels"),

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 import raycifar.storage.lock as room
-from raycifar.errors import RequestError
-from raycifar.storage.lock import Claim, claims, delete_dead, locked, write
+from raycifar.errors import DamagedFileError, RequestError
+from raycifar.storage.lock import Claim, claims, delete_dead, living_claim, locked, write
 from raycifar.storage.run_folder import STUDY, RunFolder
 
 
@@ -41,6 +42,30 @@ def test_the_second_is_refused_by_name_and_the_folder_is_free_again_at_the_end(r
     with locked(run, pytest.fail):
         pass
     assert run.file_names() == []
+
+
+@pytest.mark.parametrize("content", [b"{}", b'{"pid": -1}', b"[]", b"no JSON"])
+def test_a_damaged_claim_is_told(run, content):
+    run.write(f"{room.CLAIM}abc", content)
+    for look in (living_claim, delete_dead, lambda folder: locked(folder, pytest.fail).__enter__()):
+        with pytest.raises(DamagedFileError, match=r"\.lock-abc is damaged: "):
+            look(run)
+    run.delete(f"{room.CLAIM}abc")
+
+
+def test_a_claim_that_cannot_be_read_for_a_while_is_renewed_afterwards(tmp_path, monkeypatch):
+    run = RunFolder(str(tmp_path / "runs"), "a")
+    monkeypatch.setattr(room, "BEAT_SECONDS", 0.05)
+    with locked(run, pytest.fail) as held:
+        claim, whole, link = Path(held.claim), tmp_path / "whole", tmp_path / "link"
+        whole.write_bytes(claim.read_bytes())
+        link.symlink_to(whole)  # to a place outside the folder, so it isn't read
+        link.replace(claim)
+        time.sleep(0.3)
+        whole.replace(claim)
+        before = json.loads(claim.read_text())["beats"]
+        time.sleep(0.3)
+        assert json.loads(claim.read_text())["beats"] > before
 
 
 def test_of_many_that_begin_at_once_one_holds_the_lock(run):

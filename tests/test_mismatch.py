@@ -69,8 +69,8 @@ def test_the_same_answer_for_all_is_told(honest):
 def test_images_that_are_prepared_otherwise_are_told():
     source = synthetic(200, 100)
     dark = to_images(source.test["image"]) // 4
-    columns = [source.test[name].to_numpy() for name in ("fine", "coarse")]
-    darkened = Source("dark", source.train, to_table(dark, *columns, "dark"))
+    labels = {level: source.test[level].to_numpy() for level in ("fine", "coarse")}
+    darkened = Source("dark", source.train, to_table(dark, labels, "dark"))
     (finding,) = find_mismatch(scored(0.05), None, pictures_of(darkened))
     assert "The test images look different" in finding.evidence
     assert "look different" not in find_mismatch(scored(0.05), None, pictures_of(source))[0].evidence

@@ -124,7 +124,7 @@ def test_more_than_a_file_may_hold_is_refused_before_it_is_read(monkeypatch):
     monkeypatch.setattr("raycifar.storage.parquet.MOST_BYTES", 2**30 // 100)
     with pytest.raises(ParquetError, match="has 20,000 rows, not 1 to 10,000"):
         read_parquet(parquet({"x": np.zeros(20_000, np.int8)}), {"x": "integers"})
-    with pytest.raises(ParquetError, match=r"takes 0.011 GiB of memory; no more than 0.01 GiB"):
+    with pytest.raises(ParquetError, match=r"takes 0.011 GiB of memory; at most 0.01 GiB is read"):
         read_parquet(parquet({"x": pa.array([bytes(1_200_000) + bytes([k]) for k in range(10)])}), {"x": "bytes"})
 
 

@@ -110,7 +110,7 @@ def test_what_is_left_out_is_named(weights, tmp_path, kind):
     else:
         save_file(state, tmp_path / "w")
     notes = load(tmp_path / "w").notes
-    assert notes[0].startswith(f"Of {tmp_path}/w, what is no part of {SMALL} is left out: ")
+    assert notes[0].startswith(f"{tmp_path}/w holds more than the weights of {SMALL}; left out: ")
     assert "criterion.weight" in notes[0]
     assert ("model.note" in notes[0]) == (kind == "pth")
 
@@ -142,7 +142,7 @@ def test_a_small_stem_means_small_images_and_a_head_of_these_classes_is_kept(cif
     assert (pixels.size, pixels.mean, pixels.std) == (size, CIFAR100.mean, CIFAR100.std)
     assert not start.architecture.large_stem
     assert "fc.weight" in start.weights
-    assert f"is from small images: here, too, they have {size} pixels a side" in start.notes[0]
+    assert f"was trained on small images, so images have {size} pixels a side here, too" in start.notes[0]
     assert len(start.notes) == 1
     assert start.resolve(choose_recipe("resnet50", pretrained="x")).image_size == size
 

@@ -46,18 +46,12 @@ def connected(*, debug: bool, name: str | None = None) -> Iterator[None]:
             if not debug:
                 undo.enter_context(ray_internals.without_error_echo())
             undo.callback(ray.shutdown)
-            connect(debug=debug, name=name)
+            options = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
+            if address := cluster_address():
+                join(address, job_config=JobConfig(metadata={"job_name": name} if name else {}), **options)
+            else:
+                start(include_dashboard=False, **options)
         yield
-
-
-def connect(*, debug: bool, name: str | None) -> None:
-    options = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
-    address = cluster_address()
-    if address:
-        metadata = {"job_name": name} if name else {}
-        join(address, job_config=JobConfig(metadata=metadata), **options)
-    else:
-        start(include_dashboard=False, **options)
 
 
 def cluster_address() -> str | None:
@@ -67,11 +61,7 @@ def cluster_address() -> str | None:
 
 
 def start(**options: Any) -> None:
-    """Start a Ray that only this user can use: on loopback, with a token, and its files in a private folder.
-
-    Raises:
-        RequestError: RAY_TMPDIR can't be used. WorkError: Ray doesn't start.
-    """
+    """Start a Ray that only this user can use: on loopback, with a token, and its files in a private folder."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -109,11 +99,7 @@ def ray_folder() -> str:
 
 
 def join(address: str, **options: Any) -> None:
-    """Join a running cluster.
-
-    Raises:
-        RequestError: that isn't the address of one. WorkError: it can't be reached or joined.
-    """
+    """Join a running cluster."""
     given = os.environ.get("RAY_ADDRESS")
     where = f"{address} (RAY_ADDRESS)" if given else "this machine"
     match = re.fullmatch(r"([^/\s]+):(\d{1,5})", address)
@@ -155,10 +141,9 @@ def init(**options: Any) -> None:
 def quiet(*, debug: bool) -> Iterator[None]:
     """Keep Ray's log messages out of this process's output."""
     # raycifar itself reports trials and jobs that fail.
-    quieted = {"ray": logging.ERROR, "ray.tune": logging.CRITICAL, "ray.data": logging.CRITICAL}
-    wanted = {} if debug else quieted
-    before = {name: logging.getLogger(name).level for name in wanted}
-    for name, level in wanted.items():
+    levels = {"ray": logging.ERROR, "ray.tune": logging.CRITICAL, "ray.data": logging.CRITICAL} if not debug else {}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
     try:
         yield

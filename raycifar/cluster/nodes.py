@@ -45,11 +45,7 @@ def objection(file: str | None, expected: dict[str, str]) -> str | None:
 
 
 def check_nodes(workers: Workers, file: str | None) -> None:
-    """Check that each other node which could hold a worker can take part.
-
-    Raises:
-        RequestError: a node can't take part; the message says why.
-    """
+    """Raise RequestError, and say why, if another node which could hold a worker can't take part."""
     here = ray.get_runtime_context().get_node_id()
     asked = {
         ray.remote(objection)

@@ -110,7 +110,9 @@ def size(
     """
     alive, groups = alive_nodes(), growth()
     everything = alive + new_nodes(groups)
-    there, nodes = (with_accelerator(some, accelerator) for some in (alive, everything))
+    there, nodes = (
+        [node for node in some if not accelerator or ACCELERATOR + accelerator in node] for some in (alive, everything)
+    )
     any_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
     if device == "cpu" or (device == "auto" and gpus == 1 and not accelerator and not any_gpu):
         gpus = 0
@@ -128,20 +130,17 @@ def size(
         raise RequestError(
             f"--accelerator {accelerator}: this cluster {has} {', '.join(kinds) or 'no GPU whose kind Ray knows'}."
         )
+    total = describe({name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")})
     less = "--workers, --cpus-per-worker or --gpus-per-worker" if gpus else "--workers or --cpus-per-worker"
     raise RequestError(
         f"{words.count(workers.needed, 'worker')} of {describe(workers.resources)} each can't be placed: "
-        f"this cluster {has} {total(nodes)}, room for at most {placeable(nodes, workers.resources)} of them. Ask for "
+        f"this cluster {has} {total}, room for at most {placeable(nodes, workers.resources)} of them. Ask for "
         f"less of {less}{', or --device cpu' if gpus else ''}."
     )
 
 
 def share(nodes: Sequence[Resources], count: int, gpus: float) -> float:
-    """Return the CPUs of each of `count` workers that take so many GPUs.
-
-    Raises:
-        RequestError: there are too few for so many.
-    """
+    """Return the CPUs of each of `count` workers that take so many GPUs, or raise RequestError if they are too few."""
     if gpus:
         ratios = [node.get("CPU", 0) / placeable([node], {"GPU": gpus}) for node in nodes if node.get("GPU", 0) >= 1]
         return max(SMALLEST_SHARE, whole_or_part(min([GPU_WORKER_CPUS, *ratios])))
@@ -191,27 +190,13 @@ def holds(available: float, amount: float, name: str) -> int:
     return int(available / amount + 1e-9)
 
 
-def total(nodes: Iterable[Resources]) -> str:
-    nodes = list(nodes)
-    return describe({name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")})
-
-
-def with_accelerator(nodes: Iterable[Resources], accelerator: str | None) -> list[Resources]:
-    """Return the nodes that have that kind of GPU; None is any, and none."""
-    return [node for node in nodes if not accelerator or ACCELERATOR + accelerator in node]
-
-
 def alive_nodes() -> list[Resources]:
     """Return the resources of each node of the cluster."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def growth() -> list[tuple[Resources, int]] | None:
-    """Return what the autoscaler may add: a node's resources, and how many more of such nodes.
-
-    Returns:
-        None where that can't be seen from this machine.
-    """
+    """Return the resources of each kind of node that the autoscaler may add, and how many; None if that isn't seen."""
     config = ray_internals.autoscaler_config()
     if not config:
         return None if config is None else []

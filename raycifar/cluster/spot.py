@@ -22,8 +22,6 @@ TIMEOUT_SECONDS = 2
 NOTICE_SECONDS = 30  # that a machine has left where its cloud doesn't say; GCP and Azure give no more
 SERVERS = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.internal", "azure": "http://169.254.169.254"}
 
-Notice = Callable[[str], float | None]
-
 
 def aws(server: str) -> float | None:
     """Return the seconds that this machine has left, None without a notice.
@@ -59,7 +57,7 @@ def azure(server: str) -> float | None:
     return None
 
 
-NOTICES: dict[str, Notice] = {"aws": aws, "gcp": gcp, "azure": azure}
+NOTICES: dict[str, Callable[[str], float | None]] = {"aws": aws, "gcp": gcp, "azure": azure}
 
 
 def ask(method: str, url: str, headers: dict[str, str]) -> str | None:

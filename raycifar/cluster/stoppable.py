@@ -40,11 +40,7 @@ class StoppableTrainer(ray_internals.trainer_class()):  # type: ignore[misc]
         return self.scaling_config.num_workers == 0
 
     def fit(self) -> Result:
-        """Train.
-
-        Raises:
-            AbortedError: `abort` was called.
-        """
+        """Train, or raise AbortedError once `abort` is called."""
         if self.aborted.is_set():
             raise AbortedError
         self.ended.clear()

@@ -14,7 +14,7 @@ from raycifar.words import count
 
 
 class Waiting:
-    """Returns what the workers of a run wait for; gives up after `seconds`."""
+    """Returns what the workers of a run wait for, and raises WorkError after so many `seconds` without room."""
 
     def __init__(self, workers: Workers, seconds: float) -> None:
         self.workers, self.seconds = workers, seconds
@@ -22,11 +22,7 @@ class Waiting:
         self.text: str | None = None
 
     def __call__(self) -> str | None:
-        """Return what the workers wait for, or None if there is room; call this while no worker has started.
-
-        Raises:
-            WorkError: there was no room for too long.
-        """
+        """Return what the workers wait for, or None if there is room; call this while no worker has started."""
         now = time.monotonic()
         if now - self.checked < LOOK_SECONDS:
             return self.text
@@ -42,11 +38,7 @@ class Waiting:
 
 
 def make_room(workers: Workers, show: Callable[[str], None], seconds: float) -> None:
-    """Wait until there is room for the workers, which the autoscaler may add, and `show` what they wait for.
-
-    Raises:
-        WorkError: there was no room for too long.
-    """
+    """Wait until there is room for the workers, and `show` what they wait for, as long as `Waiting` does."""
     waiting = Waiting(workers, seconds)
     group = placement_group([workers.resources] * workers.count)
     try:

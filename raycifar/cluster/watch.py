@@ -14,24 +14,18 @@ from raycifar.errors import RayDiedError
 T = TypeVar("T")
 
 CONNECT_SECONDS = 1
-RESTARTED = (
-    "RAY_gcs_rpc_server_reconnect_timeout_s"  # set by KubeRay where a control service that died is started again
-)
+RESTARTED = "RAY_gcs_rpc_server_reconnect_timeout_s"  # set by KubeRay, which starts a dead control service again
 
 
 class RayWatch:
-    """Raises an error once a process of Ray doesn't listen any more."""
+    """Notices when a process of Ray dies."""
 
     def __init__(self) -> None:
         self.processes = ray_internals.control_processes()
         self.answered = time.monotonic()
 
     def look(self) -> None:
-        """Look whether all processes listen.
-
-        Raises:
-            RayDiedError: one has died.
-        """
+        """Raise RayDiedError if a process no longer listens."""
         now = time.monotonic()
         dead = [name for name, address in self.processes.items() if not listens(address)]
         if not dead:
@@ -41,11 +35,7 @@ class RayWatch:
 
 
 def answered(call: Callable[[], T]) -> T:
-    """Return what a call of Ray's control service returns; repeat it while that doesn't answer.
-
-    Raises:
-        RayDiedError: the control service has died.
-    """
+    """Repeat a call of Ray's control service until it is answered, or raise RayDiedError once the service has died."""
     began = time.monotonic()
     while True:
         try:

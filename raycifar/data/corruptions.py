@@ -42,7 +42,7 @@ class Corruptions:
         if len(pixels) != len(self.labels):
             raise RequestError(f"{where} has {len(pixels):,} images, and {LABELS} {len(self.labels):,} labels.")
         each = zip(np.split(pixels, SEVERITIES), np.split(self.labels, SEVERITIES), strict=True)
-        return [to_table(images, labels, None, where) for images, labels in each]
+        return [to_table(images, {"fine": labels}, where) for images, labels in each]
 
 
 def find_corruptions(location: str) -> Corruptions | None:

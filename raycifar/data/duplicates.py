@@ -58,13 +58,17 @@ def find_pairs(
     if features is not None:
         features = normalize(features.float() - features.float().mean(0), dim=1).to(images.device)
     even, odd = map(torch.cat, zip(*map(low_frequencies, images.split(CHUNK)), strict=True))
-    gray = torch.cat([to_gray(part) for part in images.split(CHUNK)])
+    luma = torch.tensor(LUMA, device=images.device)
+    gray = torch.cat([torch.einsum("nchw,c->nhw", part.float(), luma) / 255 for part in images.split(CHUNK)])
     stages = [(Edges(images.shape[-1], step=2), ALIKE_AT_HALF), (Edges(images.shape[-1], step=1), SIMILAR)]
     found = []
     for start in range(0, len(images), CHUNK):
-        first, second = candidates(even, odd, start)
+        chunk, later = slice(start, start + CHUNK), slice(start, None)
+        alike = even[chunk] @ even[later].T
+        alike += (odd[chunk] @ odd[later].T).abs_()
+        first, second = most_alike(alike, start, ALIKE_AT_FIRST)
         if features is not None:
-            more = most_alike(features[start : start + CHUNK] @ features[start:].T, start, ALIKE_IN_FEATURES)
+            more = most_alike(features[chunk] @ features[later].T, start, ALIKE_IN_FEATURES)
             both = torch.stack([torch.cat(pair) for pair in zip((first, second), more, strict=True)])
             first, second = both.unique(dim=1)
         for edges, least in stages:
@@ -102,14 +106,6 @@ def low_frequencies(images: Tensor) -> tuple[Tensor, Tensor]:
     return even / norm, odd / norm
 
 
-def candidates(even: Tensor, odd: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """Return rows (n,) of the images of the chunk at `start`, and of later images that are alike."""
-    stop = min(start + CHUNK, len(even))
-    alike = even[start:stop] @ even[start:].T
-    alike += (odd[start:stop] @ odd[start:].T).abs_()
-    return most_alike(alike, start, ALIKE_AT_FIRST)
-
-
 def most_alike(alike: Tensor, start: int, least: float) -> tuple[Tensor, Tensor]:
     """Return rows (n,) of images from `start` on, and of later ones, by how `alike` (images, later images) they are."""
     itself = torch.ones(len(alike), len(alike), dtype=torch.bool, device=alike.device).tril_()
@@ -117,11 +113,6 @@ def most_alike(alike: Tensor, start: int, least: float) -> tuple[Tensor, Tensor]
     top = alike.topk(min(CANDIDATES, alike.shape[1]), sorted=False)
     row, place = (top.values >= least).nonzero(as_tuple=True)
     return start + row, start + top.indices[row, place]
-
-
-def to_gray(images: Tensor) -> Tensor:
-    """Return the luma (N, H, W) float32, from 0 to 1."""
-    return torch.einsum("nchw,c->nhw", images.float(), torch.tensor(LUMA, device=images.device)) / 255
 
 
 class Edges:

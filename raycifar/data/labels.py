@@ -32,7 +32,7 @@ def to_labels(values: np.ndarray | Sequence[Any], level: str, origin: str) -> np
         RequestError: a label is of another type, or of no class.
     """
     if isinstance(values, np.ndarray):
-        if values.dtype.kind not in "iu" or values.shape not in ((len(values),), (len(values), 1)):
+        if values.dtype.kind not in "iu" or not values.ndim or values.shape[1:] not in ((), (1,)):
             raise RequestError(
                 f"{origin}: the {level} labels are {values.dtype} of shape {values.shape}, not one integer an image."
             )
@@ -52,7 +52,7 @@ def to_labels(values: np.ndarray | Sequence[Any], level: str, origin: str) -> np
 
 
 def numbers_of(names: Sequence[str], level: str, origin: str) -> np.ndarray:
-    """Return CIFAR-100's number of each of the classes of another numbering; no names say that it is the same one.
+    """Return CIFAR-100's number for each class of another numbering; without names, the numbering is the same.
 
     A few unknown names keep their numbers: the hub's copy of CIFAR-100 calls its crabs "cra".
 

@@ -16,6 +16,7 @@ from raycifar.data import CIFAR100
 from raycifar.errors import RequestError
 from raycifar.storage.files import file_type, list_files, locate, open_file
 from raycifar.storage.locations import join
+from raycifar.words import count
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it says of damaged files is in their errors
 
@@ -56,11 +57,6 @@ class ImageFile(NamedTuple):
 def find_images(location: str) -> tuple[list[ImageFile], int]:
     """Return an image file, or those in a folder and its subfolders, and the number of other files, not hidden ones.
 
-    In a folder, an image is what has an image's suffix, or another unknown one and an image's content.
-
-    Args:
-        location: a local path or a URI.
-
     Raises:
         RequestError: there are no image files.
     """
@@ -81,19 +77,13 @@ def find_images(location: str) -> tuple[list[ImageFile], int]:
         else:
             others += 1
     if not found:
-        raise RequestError(
-            f"{location} holds no images" + f", but {others} other file{'s' * (others > 1)}" * (others > 0) + "."
-        )
+        but = f", but {count(others, 'other file')}" if others else ""
+        raise RequestError(f"{location} holds no images{but}.")
     return found, others
 
 
 def read_image(filesystem: fs.FileSystem, path: str) -> np.ndarray:
-    """Return an image file as (3, 32, 32) uint8; see `to_pixels`.
-
-    Raises:
-        ValueError: the file is damaged, or not an image.
-        OSError: the file can't be read, or is too large.
-    """
+    """Return an image file as (3, 32, 32) uint8; see `open_file`, `decode` and `to_pixels`."""
     with open_file(filesystem, path, most_bytes=MOST_BYTES) as file:
         return to_pixels(decode(file.read()))
 

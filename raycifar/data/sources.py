@@ -83,11 +83,7 @@ def cache_folder(file: str | None = None) -> Path:
 
 
 def fetch(url: str = URL, md5: str = MD5) -> Path:
-    """Return the archive's path in the cache; the archive is downloaded once, checked and renamed into place.
-
-    Raises:
-        RequestError: the download failed.
-    """
+    """Return the path of the archive in the cache, into which it is downloaded once, and checked."""
     file = PurePosixPath(url).name
     base = url.removesuffix(file)
     store = pooch.create(path=cache_folder(file), base_url=base, registry={file: f"md5:{md5}"}, retry_if_failed=2)

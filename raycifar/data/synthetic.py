@@ -20,11 +20,7 @@ CHUNK = 10_000  # images made at a time, to keep the temporary arrays small
 
 
 def synthetic(train: int = NUM_IMAGES, test: int = 10_000, seed: int = 0) -> Source:
-    """Return a data set in CIFAR-100's layout, and by default of its size.
-
-    Args:
-        train, test: numbers of images.
-    """
+    """Return so many training and test images in CIFAR-100's layout, by default as many as CIFAR-100 has."""
     train_rng, test_rng = np.random.default_rng(seed).spawn(2)
     name = SYNTHETIC if train == NUM_IMAGES else f"{SYNTHETIC}:{train}"
     return Source(name, make_table(train, train_rng), make_table(test, test_rng))
@@ -34,7 +30,8 @@ def make_table(num_images: int, rng: np.random.Generator) -> pa.Table:
     """Return images in random order, equally many of each class."""
     fine = rng.permutation(np.arange(num_images) % INFO.num_classes)
     chunks = np.array_split(fine, -(-num_images // CHUNK))
-    return to_table(np.concatenate([make_images(part, rng) for part in chunks]), fine, fine // len(COLORS), SYNTHETIC)
+    pixels = np.concatenate([make_images(part, rng) for part in chunks])
+    return to_table(pixels, {"fine": fine, "coarse": fine // len(COLORS)}, SYNTHETIC)
 
 
 def make_images(fine: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -1,14 +1,17 @@
 """Arrow tables of images: checking, converting and splitting them."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raycifar.data import CIFAR100
+from raycifar.data.labels import to_labels
 from raycifar.errors import RequestError
 
 
@@ -64,35 +67,27 @@ class Splits:
         return {name: table for name, table in vars(self).items() if len(table)}
 
 
-def to_table(pixels: np.ndarray, fine: np.ndarray, coarse: np.ndarray | None, origin: str) -> pa.Table:
+def to_table(pixels: np.ndarray, labels: Mapping[str, np.ndarray | Sequence[Any]], origin: str) -> pa.Table:
     """Return a table of images and their labels.
 
     Args:
-        pixels: (N, 3, H, W) or (N, 3 * H * W) uint8. fine, coarse: (N,) integers; the second follow from the first
-            where they are None.
+        pixels: (N, 3, H, W) or (N, 3 * H * W) uint8.
+        labels: "fine" and, unless they follow from these, "coarse", as `to_labels` takes them.
         origin: the start of an error's message.
 
     Raises:
-        RequestError: there are no images, or a label is out of range.
+        RequestError: there are no images, more or fewer labels, or labels of no class.
     """
     if not len(pixels):
         raise RequestError(f"{origin} holds no images.")
-    for name, labels, count in (("fine", fine, CIFAR100.num_classes), ("coarse", coarse, CIFAR100.num_superclasses)):
-        if labels is not None and not 0 <= labels.min() <= labels.max() < count:
-            row = int(np.flatnonzero((labels < 0) | (labels >= count))[0])
-            raise RequestError(
-                f"{origin}: the {name} label of image {row} is {labels[row]}; CIFAR-100's range from 0 to {count - 1}."
-            )
-    if coarse is None:
-        coarse = np.array(CIFAR100.superclass_of)[fine]
+    columns = {level: to_labels(values, level, origin) for level, values in labels.items()}
+    for level, column in columns.items():
+        if len(column) != len(pixels):
+            raise RequestError(f"{origin} has {len(pixels):,} images and {len(column):,} {level} labels.")
+    coarse = columns.get("coarse", np.array(CIFAR100.superclass_of)[columns["fine"]])
     buffer = pa.py_buffer(np.ascontiguousarray(pixels, np.uint8))
-    return pa.table(
-        {
-            "image": pa.FixedSizeBinaryArray.from_buffers(pa.binary(CIFAR100.image_bytes), len(pixels), [None, buffer]),
-            "fine": pa.array(fine.astype(np.int64)),
-            "coarse": pa.array(coarse.astype(np.int64)),
-        }
-    )
+    images = pa.FixedSizeBinaryArray.from_buffers(pa.binary(CIFAR100.image_bytes), len(pixels), [None, buffer])
+    return pa.table({"image": images, "fine": columns["fine"], "coarse": coarse})
 
 
 def to_images(column: pa.Array | pa.ChunkedArray) -> np.ndarray:

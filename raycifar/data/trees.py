@@ -54,7 +54,7 @@ class Tree:
 def check_count(images: int, origin: str) -> None:
     """Refuse more images than are read; the message begins with `origin`."""
     if images > MOST_IMAGES:
-        raise RequestError(f"{origin}: more than {MOST_IMAGES:,} images are not read.")
+        raise RequestError(f"{origin} holds more than {MOST_IMAGES:,} images, the most that are read.")
 
 
 def most_bytes(path: PurePosixPath) -> int:

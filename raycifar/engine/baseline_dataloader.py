@@ -5,6 +5,7 @@ It runs in a separate process beside each worker, because a worker's malloc sett
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.process import BaseProcess
@@ -63,48 +64,48 @@ class PilImages(Dataset):
         return self.transform(Image.fromarray(self.images[row])), self.labels[row]
 
 
-class Training:
-    """The process's network, optimizer and data loader."""
+def build(setting: Setting) -> Callable[[], None]:
+    """Return a function that trains for an epoch."""
+    device, on_gpu = setting.device, setting.device.type == "cuda"
+    set_up(device, setting.threads)
+    if on_gpu:
+        torch.cuda.set_device(device)
+    loader = DataLoader(
+        PilImages(setting),
+        batch_size=setting.batch_size,
+        shuffle=True,
+        num_workers=min(4, setting.threads),
+        persistent_workers=True,
+        pin_memory=on_gpu,
+    )
+    model = setting.architecture.build(setting.dropout).to(device)
+    if setting.world_size > 1:
+        backend = "nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, setting.address, rank=setting.rank, world_size=setting.world_size)
+        model = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4)
 
-    def __init__(self, setting: Setting) -> None:
-        self.device = setting.device
-        set_up(self.device, setting.threads)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        self.loader = DataLoader(
-            PilImages(setting),
-            batch_size=setting.batch_size,
-            shuffle=True,
-            num_workers=min(4, setting.threads),
-            persistent_workers=True,
-            pin_memory=self.device.type == "cuda",
-        )
-        self.model = setting.architecture.build(setting.dropout).to(self.device)
-        if setting.world_size > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, setting.address, rank=setting.rank, world_size=setting.world_size)
-            self.model = DistributedDataParallel(self.model)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4)
+    def epoch() -> None:
+        model.train()
+        for inputs, targets in loader:
+            inputs, targets = inputs.to(device), targets.to(device)
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+        synchronize(device)
 
-    def epoch(self) -> None:
-        self.model.train()
-        for inputs, targets in self.loader:
-            inputs, targets = inputs.to(self.device), targets.to(self.device)
-            self.optimizer.zero_grad()
-            F.cross_entropy(self.model(inputs), targets).backward()
-            self.optimizer.step()
-        synchronize(self.device)
+    return epoch
 
 
-training: Training
+epoch: Callable[[], None]  # of this process
 
 
 def start(setting: Setting) -> None:
     """Set up training in a process that ends with its parent."""
-    global training
+    global epoch
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=end_after, args=(parent_process(),), daemon=True).start()
-    training = Training(setting)
+    epoch = build(setting)
 
 
 def end_after(process: BaseProcess) -> None:
@@ -113,4 +114,4 @@ def end_after(process: BaseProcess) -> None:
 
 
 def train_epoch() -> None:
-    training.epoch()
+    epoch()

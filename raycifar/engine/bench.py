@@ -48,12 +48,9 @@ class BenchmarkJob:
 
 
 def bench_loop_per_worker(config: dict[str, Any]) -> None:
-    """Time every stage; Ray Train calls it on each worker.
+    """Time every stage; Ray Train calls it on each worker, with a `BenchmarkJob` as `job`.
 
     After each round the status store has the images per second over all workers, by stage, a figure for each round.
-
-    Args:
-        config: `job`, a `BenchmarkJob`.
     """
     benchmark: BenchmarkJob = config["job"]
     began = time.perf_counter()
@@ -182,12 +179,12 @@ def use_fewer_images(trainer: Trainer, num_steps: int) -> None:
 
 
 def bare_steps(trainer: Trainer, *, exchange: bool = False, images: bool = False) -> Callable[[], None]:
-    """Return what takes an epoch's steps with nothing around them.
+    """Return a function that takes an epoch's steps with nothing around them.
 
     Args:
         exchange: sum the gradients over workers. images: train on the worker's images, not on random tensors.
     """
-    step = BareStep(trainer, exchange=exchange)
+    step = bare_step(trainer, exchange=exchange)
 
     def run() -> None:
         set_learning_rate(trainer.state.optimizer, 1e-6)  # random tensors teach nothing
@@ -203,32 +200,32 @@ def bare_steps(trainer: Trainer, *, exchange: bool = False, images: bool = False
     return run
 
 
-class BareStep:
-    """Forward, loss, backward and optimizer, as `train` takes them on this device, and nothing else."""
+def bare_step(trainer: Trainer, *, exchange: bool) -> Callable[[Tensor, Tensor], None]:
+    """Return forward, loss, backward and optimizer, as `train` takes them on this device, and nothing else."""
+    state, exchanged = trainer.state, trainer.train_step.exchange
 
-    def __init__(self, trainer: Trainer, *, exchange: bool) -> None:
-        self.state, self.autocast = trainer.state, trainer.state.autocast
-        self.exchange, self.exchanges = trainer.train_step.exchange, exchange
-        self.captured = cuda_graphed(self.take, trainer.device, trainer.train_step.obstacle if exchange else None)
-
-    def __call__(self, inputs: Tensor, targets: Tensor) -> None:
-        if self.exchange:
-            self.exchange.enabled = self.exchanges
-        self.captured(inputs, targets)
-        if self.exchange:
-            self.exchange.enabled = True
-
-    def take(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        with self.autocast:
-            logits = self.state.model(inputs)
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.state.recipe.label_smoothing)
+    def update(inputs: Tensor, targets: Tensor) -> Tensor:
+        with state.autocast:
+            logits = state.model(inputs)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=state.recipe.label_smoothing)
         loss.backward()
-        if self.exchange:
-            self.exchange.wait()
-        with self.autocast:
-            self.state.optimizer.step()
-        self.state.optimizer.zero_grad()
+        if exchanged:
+            exchanged.wait()
+        with state.autocast:
+            state.optimizer.step()
+        state.optimizer.zero_grad()
         return loss.detach()
+
+    captured = cuda_graphed(update, trainer.device, trainer.train_step.obstacle if exchange else None)
+
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        if exchanged:
+            exchanged.enabled = exchange
+        captured(inputs, targets)
+        if exchanged:
+            exchanged.enabled = True
+
+    return step
 
 
 def random_batch(trainer: Trainer) -> tuple[Tensor, Tensor]:
@@ -257,7 +254,7 @@ def train_epoch(trainer: Trainer, *, finish: bool = False) -> None:
 
 
 def update_example_stats(trainer: Trainer) -> Callable[[], None]:
-    """Return what follows every image for an epoch, and does nothing else: a difference of stages would not show it."""
+    """Return a function that follows every image for an epoch, and does nothing else; stages' differences hide it."""
     logits = torch.randn(trainer.recipe.batch_size, CIFAR100.num_classes, device=trainer.device)
     stats = trainer.example_stats
 
@@ -316,7 +313,7 @@ def stream(trainer: Trainer) -> Callable[[], None]:
     """Return an epoch of Ray's documented ingest: a shard streamed through a local shuffle buffer; the step is ours."""
     shard = ray.train.get_dataset_shard("train")
     batch_size = batch_size_per_worker(trainer)
-    step = BareStep(trainer, exchange=True)
+    step = bare_step(trainer, exchange=True)
 
     def collate(batch: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
         pixels = np.frombuffer(b"".join(batch["image"]), np.uint8).reshape(-1, *CIFAR100.image_shape)

@@ -32,11 +32,7 @@ class HostCopy:
 
 
 class Snapshot:
-    """A copy of the training state, to be written by another thread.
-
-    Args:
-        best: also copy the scored weights, which are the best so far.
-    """
+    """A copy of the training state, and of the scored weights if they are the `best` so far, to be written later."""
 
     def __init__(self, state: TrainingState, *, best: bool = False) -> None:
         self.architecture = state.architecture

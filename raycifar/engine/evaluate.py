@@ -32,9 +32,7 @@ def predict(
     """Return the logits (n, classes) float32 of `images` (n, 3, H, W) uint8, on the model's device.
 
     Args:
-        model: stays in evaluation mode.
-        autocast: the precision to compute in.
-        preprocessing: the model's.
+        model: stays in evaluation mode. autocast: the precision to compute in. preprocessing: the model's.
         progress: called with the number of images that are done, now and then.
     """
     model.eval()
@@ -68,10 +66,7 @@ def per_image(logits: Tensor, labels: Tensor, coarse: Tensor, superclass_of: Seq
 
 @torch.inference_mode()
 def score(images: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the scores over all workers' images; all workers must call it together.
-
-    Args:
-        images: of this worker, as `per_image` returns them.
+    """Return the scores over all workers' images, from `per_image` of this one's; all workers call it together.
 
     Returns:
         images, loss (natural-log cross-entropy), top1, top5, superclass_top1 (of the predicted classes' superclasses),

@@ -52,36 +52,24 @@ GEOMETRY, TONE, HISTOGRAM = slice(0, 6), slice(6, 14), slice(14, 15)  # groups o
 
 def operation(name: str, magnitude: float, height: int, width: int) -> Operation:
     """Return the operation with a name and magnitude of torchvision's, for images of a size in pixels."""
-    match name:
-        case "ShearX":
-            return Operation(xy=magnitude, x0=magnitude * height / 2)
-        case "ShearY":
-            return Operation(yx=magnitude, y0=magnitude * width / 2)
-        case "TranslateX":
-            return Operation(x0=-int(magnitude))
-        case "TranslateY":
-            return Operation(y0=-int(magnitude))
-        case "Rotate":
-            cosine, sine = math.cos(math.radians(magnitude)), math.sin(math.radians(magnitude))
-            return Operation(xx=cosine, yx=sine, xy=-sine, yy=cosine)
-        case "Brightness":
-            return Operation(ratio=1 + magnitude, rest=-magnitude)
-        case "Color":
-            return Operation(ratio=1 + magnitude, rest=-magnitude, gray=1)
-        case "Contrast":
-            return Operation(ratio=1 + magnitude, rest=-magnitude, mean=1)
-        case "Sharpness":
-            return Operation(ratio=1 + magnitude, rest=-magnitude, blurred=1)
-        case "Posterize":
-            return Operation(mask=256 - 2 ** (8 - int(magnitude)))
-        case "Solarize":
-            return Operation(threshold=magnitude)
-        case "AutoContrast":
-            return Operation(stretch=1)
-        case "Equalize":
-            return Operation(equalize=1)
-        case _:
-            return IDENTITY
+    cosine, sine = math.cos(math.radians(magnitude)), math.sin(math.radians(magnitude))
+    blended = Operation(ratio=1 + magnitude, rest=-magnitude)
+    return {
+        "Identity": IDENTITY,
+        "ShearX": Operation(xy=magnitude, x0=magnitude * height / 2),
+        "ShearY": Operation(yx=magnitude, y0=magnitude * width / 2),
+        "TranslateX": Operation(x0=-int(magnitude)),
+        "TranslateY": Operation(y0=-int(magnitude)),
+        "Rotate": Operation(xx=cosine, yx=sine, xy=-sine, yy=cosine),
+        "Brightness": blended,
+        "Color": blended._replace(gray=1),
+        "Contrast": blended._replace(mean=1),
+        "Sharpness": blended._replace(blurred=1),
+        "Posterize": Operation(mask=256 - 2 ** (8 - int(magnitude))),
+        "Solarize": Operation(threshold=magnitude),
+        "AutoContrast": Operation(stretch=1),
+        "Equalize": Operation(equalize=1),
+    }[name]
 
 
 def magnitudes(policy: Policy, height: int, width: int) -> dict[str, list[float]]:

@@ -28,8 +28,7 @@ class PreemptedError(Exception):
 class InterruptionWatch:
     """Checks for interruptions from time to time, on all workers after the same step.
 
-    Args:
-        in_process: training runs in the driver's process, which isn't preempted.
+    A run in the driver's own process (`in_process`) isn't preempted.
     """
 
     def __init__(self, reporter: Reporter, *, in_process: bool) -> None:

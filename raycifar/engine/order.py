@@ -60,11 +60,7 @@ class EpochOrder:
     num_steps: int
 
     def batches(self, segments: Sequence[Segment], world_size: int, rank: int) -> Iterator[Batch]:
-        """Yield one worker's remaining batches of the epoch.
-
-        Args:
-            segments: the epoch's completed steps.
-        """
+        """Yield one worker's remaining batches of the epoch, whose completed steps are the `segments`."""
         past = list(segments)
         current = past.pop() if past and past[-1].world_size == world_size else Segment(world_size, 0)
         unseen = np.ones(self.num_images, bool)

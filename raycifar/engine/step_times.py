@@ -1,9 +1,10 @@
 """How long a step takes, by the number of images in it, and how long its exchange of gradients."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
 from raycifar.engine.train_step import TrainStep
 from raycifar.engine.trainer import Job, Trainer
+from raycifar.words import count
 
 EXCHANGES = 10  # of a size that are timed in a round
 
@@ -38,10 +40,7 @@ class StepTimesJob:
 
 
 def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Time steps, epochs and exchanges, in turn; Ray Train calls it on each worker.
-
-    Args:
-        config: `job`, a `StepTimesJob`.
+    """Time steps, epochs and exchanges, in turn; Ray Train calls it on each worker, with a `StepTimesJob` as `job`.
 
     Returns:
         Of several rounds the fastest, for other work on a machine can only slow it:
@@ -56,22 +55,22 @@ def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     trainer.set_up()
     trainer.describe()
     world_size, single = trainer.world_size, trainer.world_size == 1
-    trainer.reporter.phase(Phase.TIMING, f"{world_size} worker{'s' * (not single)}, up to {timed.seconds:.0f} s")
+    trainer.reporter.phase(Phase.TIMING, f"{count(world_size, 'worker')}, up to {timed.seconds:.0f} s")
     with nullcontext() if dist.is_initialized() else process_group_of_one(trainer.device):
         ways = {"alone": False, "exchanging": True} if single else {"alone": False}
         seconds = timed.seconds / (len(timed.batch_sizes) * len(ways) + 1) / (timed.rounds + 1)
-        steps = {
-            (way, size): Repeated(build_step(timed.job, trainer.device, size, exchange=exchange), seconds)
+        timers = {
+            (way, size): timer(build_step(timed.job, trainer.device, size, exchange=exchange), seconds)
             for way, exchange in ways.items()
             for size in timed.batch_sizes
         }
         use_fewer_images(trainer, int(seconds / time_step(trainer)))
         train_epoch(trainer)
-        times: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
+        times: dict[tuple[str, int], list[float]] = {key: [] for key in timers}
         rates, links = [], []
         for _ in range(timed.rounds):  # in turn: a machine that slows down slows all
-            for key, step in steps.items():
-                times[key].append(max(all_gather_objects(step.time())))
+            for key, seconds_of_step in timers.items():
+                times[key].append(max(all_gather_objects(seconds_of_step())))
             began = clock(trainer)
             train_epoch(trainer)
             rates.append(trainer.job.num_train_images / (clock(trainer) - began))
@@ -86,25 +85,13 @@ def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class Repeated:
-    """A step that is taken as often as fits into so many seconds."""
-
-    def __init__(self, step: TrainStep, seconds: float) -> None:
-        self.step, self.repeats = step, WARM_UP + 2 if step.device.type == "cuda" else 1
-        self.time()  # loads libraries, captures
-        self.repeats = 1
-        self.repeats = max(1, round(seconds / self.time()))
-
-    def time(self) -> float:
-        """Return the seconds of a step, the mean of some in a row."""
-        num_images = len(self.step.train_set)
-        batch = Batch(0, np.arange(num_images), num_images)
-        synchronize(self.step.device)
-        began = time.perf_counter()
-        for _ in range(self.repeats):
-            self.step(batch)
-        synchronize(self.step.device)
-        return (time.perf_counter() - began) / self.repeats
+def timer(step: TrainStep, seconds: float) -> Callable[[], float]:
+    """Return a function that takes a step as often as fits into so many `seconds`, and returns the seconds of one."""
+    num_images = len(step.train_set)
+    batch = Batch(0, np.arange(num_images), num_images)
+    time_steps = partial(mean_seconds, lambda: step(batch), step.device)
+    time_steps(WARM_UP + 2 if step.device.type == "cuda" else 1)  # loads libraries, captures
+    return partial(time_steps, max(1, round(seconds / time_steps(1))))
 
 
 def build_step(job: Job, device: torch.device, batch_size: int, *, exchange: bool) -> TrainStep:
@@ -131,12 +118,17 @@ def measure_link(device: torch.device) -> tuple[float, float]:
 def time_all_reduce(num_bytes: int, device: torch.device) -> float:
     tensor = torch.zeros(num_bytes // 4, device=device)
     dist.all_reduce(tensor)
+    return mean_seconds(lambda: dist.all_reduce(tensor), device, EXCHANGES)
+
+
+def mean_seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Return the seconds of a call, the mean of some in a row."""
     synchronize(device)
     began = time.perf_counter()
-    for _ in range(EXCHANGES):
-        dist.all_reduce(tensor)
+    for _ in range(repeats):
+        call()
     synchronize(device)
-    return (time.perf_counter() - began) / EXCHANGES
+    return (time.perf_counter() - began) / repeats
 
 
 @contextmanager

@@ -36,10 +36,7 @@ class Trained:
     """A trained network on a device.
 
     Args:
-        device: auto, gpu, cpu or mps. precision: to compute in.
-
-    Raises:
-        RequestError: there is no such device.
+        device: auto, gpu, cpu or mps, as `find_device` takes it. precision: to compute in.
     """
 
     def __init__(self, weights: Weights, device: str = "auto", precision: Precision = "auto") -> None:
@@ -69,9 +66,6 @@ class Trained:
 def read_weights(location: str) -> Weights:
     """Return the final weights of a run's folder, or those of a weights file that raycifar wrote.
 
-    Args:
-        location: a path or URI.
-
     Raises:
         RequestError: the file doesn't exist, is damaged, or was written by another program.
     """
@@ -93,11 +87,7 @@ def read_weights(location: str) -> Weights:
 
 
 def check_finite(logits: Tensor, network: str) -> Tensor:
-    """Return the logits.
-
-    Raises:
-        WorkError: some are no finite numbers, as those of damaged weights.
-    """
+    """Return the logits, or raise WorkError if some aren't finite numbers, as those of damaged weights."""
     if not torch.isfinite(logits).all():
         raise WorkError(f"{network} gives answers that aren't finite numbers: its weights are damaged.")
     return logits

@@ -23,13 +23,16 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from raycifar.data import CIFAR100
 from raycifar.errors import RequestError, in_a_line
 from raycifar.models.recipe import LARGEST_IMAGE, TRANSFER, Recipe, check_type, model_options
+from raycifar.storage.records import Positive, Real, checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -46,8 +49,6 @@ PASSES = 3  # forward passes that a training step takes the time of: one forward
 NO_ARCHITECTURES = {"from_timm", "initial_weights", "layers", "recipe", "recipes"}  # the other files here
 TIMM = "timm:"
 TIMM_RECIPES = {"transfer": Recipe(**TRANSFER), "scratch": Recipe()}
-INTERPOLATIONS = ("bilinear", "bicubic")
-MOST_PIXELS = 1024  # per side
 RENAMED = {"classes": "num_classes", "mirror": "tta_flip"}  # keys of earlier versions
 
 
@@ -55,30 +56,13 @@ RENAMED = {"classes": "num_classes", "mirror": "tta_flip"}  # keys of earlier ve
 class Preprocessing:
     """From uint8 pixels to a network's input: scaled to `size` pixels a side, then (pixel / 255 - mean) / std."""
 
-    size: int = CIFAR100.image_size
-    mean: tuple[float, ...] = CIFAR100.mean
-    std: tuple[float, ...] = CIFAR100.std
-    interpolation: str = "bilinear"  # or bicubic
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Preprocessing:
-        """Return what a weights file or a `run.json` holds.
-
-        Raises:
-            ValueError: it can't be used.
-        """
-        mean, std = (tuple(values[name]) for name in ("mean", "std"))
-        channels = [*zip(mean, std, strict=True)]
-        for value in (*mean, *std):
-            check_type("mean or std", value, float)
-        check_type("size", values["size"], int)
-        check_type("interpolation", values["interpolation"], str, INTERPOLATIONS)
-        if not 0 < values["size"] <= MOST_PIXELS or len(channels) != len(CIFAR100.mean) or min(std) <= 0:
-            raise ValueError(f"its preprocessing is {values}")
-        return cls(values["size"], mean, std, values["interpolation"])
+    size: Annotated[Positive, Field(le=1024)]
+    mean: Annotated[tuple[Real, ...], Field(min_length=3, max_length=3)]
+    std: Annotated[tuple[Annotated[Real, Field(gt=0)], ...], Field(min_length=3, max_length=3)]
+    interpolation: Annotated[str, Field(pattern="^(bilinear|bicubic)$")] = "bilinear"
 
 
-CIFAR = Preprocessing()
+CIFAR = Preprocessing(CIFAR100.image_size, CIFAR100.mean, CIFAR100.std)
 
 
 @dataclass(frozen=True)
@@ -133,11 +117,7 @@ class Architecture:
             self.outline().eval()(torch.empty(1, 3, size, size, device="meta"))
 
     def check_size(self, size: int) -> None:
-        """Check that the network can take images of `size` pixels a side.
-
-        Raises:
-            RequestError: it can't.
-        """
+        """Raise RequestError unless the network can take images of `size` pixels a side."""
         try:
             self.outline_forward(size)
         except Exception as error:  # networks may raise any
@@ -167,7 +147,7 @@ class Architecture:
         """
         values = {RENAMED.get(name, name): value for name, value in values.items()}
         check_type("model", values["model"], str)
-        preprocessing = Preprocessing.from_json(values.pop("preprocessing"))
+        preprocessing = checked(Preprocessing, values.pop("preprocessing"))
         common = {name: values[name] for name in ("model", "num_classes", "large_stem", "tta_flip") if name in values}
         given = {**values, **values.get("options", {})}  # earlier versions wrote the options beside the rest
         options = {name: given[name] for name in model_options(recipe_type(values["model"])()) if name in given}
@@ -202,7 +182,7 @@ class Builtin:
     def imagenet_preprocessing(self, size: int) -> Preprocessing:
         """Return the ImageNet weights' preprocessing, or CIFAR-100's if there are none."""
         if self.weights is None:
-            return Preprocessing(size)
+            return replace(CIFAR, size=size)
         from torchvision.models import get_weight
 
         pixels = get_weight(self.weights).transforms()
@@ -223,11 +203,7 @@ def names() -> tuple[str, ...]:
 
 
 def find(name: str) -> Builtin | FromTimm:
-    """Return the architecture `name`.
-
-    Raises:
-        RequestError: no architecture has that name.
-    """
+    """Return the architecture of that name, or raise RequestError if there is none."""
     if isinstance(name, str) and name.startswith(TIMM):
         from raycifar.models.from_timm import FromTimm
 

@@ -89,15 +89,15 @@ def from_weights(model: str, recipe: Recipe) -> InitialWeights:
         tensors = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
         others += [name for name in found if not name.startswith(prefix)]
         if others:
-            notes.append(f"Of {origin}, what is no part of {model} is left out: {first_few(others)}.")
+            notes.append(f"{origin} holds more than the weights of {model}; left out: {first_few(others)}.")
         if saved:
             architecture = adopt_architecture(saved, architecture, recipe)
         elif family.is_for_small_images({name: value.shape for name, value in tensors.items()}):
             preprocessing = cifar_preprocessing(recipe)
             architecture = replace(architecture, large_stem=False, preprocessing=preprocessing)
             notes.append(
-                f"{origin} is from small images: here, too, they have {preprocessing.size} pixels a side, and are "
-                "normalized by this data set's mean and standard deviation."
+                f"{origin} was trained on small images, so images have {preprocessing.size} pixels a side here, too, "
+                "and are normalized by this data set's mean and standard deviation."
             )
     weights, left_out = select_weights(tensors, architecture, origin)
     return InitialWeights(architecture, weights, notes=(*notes, *left_out))
@@ -174,11 +174,7 @@ def read_tensors(file: str) -> tuple[dict[str, Any], list[str], Architecture | N
 
 
 def find_prefix(tensors: Iterable[str], names: Iterable[str], origin: str) -> str:
-    """Return what the wrappers of a network put before its `names`; most `tensors` have it.
-
-    Raises:
-        RequestError: there are two such networks.
-    """
+    """Return the prefix that wrappers gave a network's `names` in most `tensors`; two networks are a RequestError."""
     known = set(names)
     counts: Counter[str] = Counter()
     for tensor in tensors:

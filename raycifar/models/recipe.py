@@ -5,10 +5,8 @@ learning rate is a function of epoch and step alone. The default of a new field 
 recipes lack it.
 """
 
-import difflib
 import math
 import numbers
-from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_type_hints
@@ -23,6 +21,7 @@ Stage = Literal["head", "whole"]
 
 OPTIMIZERS = ("sgd", "adamw", "muon")
 LARGEST_IMAGE = 224  # pixels per side
+IMAGE_SIZES = range(CIFAR100.image_size, LARGEST_IMAGE + 1)
 LARGEST = 10**9  # of any number: more is a slip
 FRACTIONS = ("warmup", "label_smoothing", "momentum", "dropout", "ema")
 KINDS: dict[type, tuple[Any, str]] = {
@@ -96,11 +95,7 @@ class Recipe:
             (("lr", "norm_lr", "weight_decay", "clip_norm"), lambda v: v >= 0, "0 or more"),
             (("mixup", "cutmix", "erasing"), lambda v: 0 <= v <= 1, "a fraction from 0 to 1"),
             (("layer_decay",), lambda v: 0 < v <= 1, "a fraction above 0, at most 1"),
-            (
-                ("image_size",),
-                lambda v: CIFAR100.image_size <= v <= LARGEST_IMAGE or v == 0,
-                f"from {CIFAR100.image_size} to {LARGEST_IMAGE}",
-            ),
+            (("image_size",), lambda v: v == 0 or v in IMAGE_SIZES, f"from {IMAGE_SIZES[0]} to {IMAGE_SIZES[-1]}"),
             (("head_epochs",), lambda v: 0 <= v <= self.epochs, f"from 0 to the {self.epochs} epochs"),
             (FRACTIONS, lambda v: 0 <= v < 1, "a fraction from 0 to below 1"),
         ):
@@ -118,11 +113,7 @@ class Recipe:
         return "head" if min(epoch, self.epochs) <= self.head_epochs else "whole"
 
     def size(self, epoch: int, step: int, steps: int) -> int | None:
-        """Return the side to which the images of a step are scaled; None is that of the network.
-
-        Args:
-            epoch, step, steps: as for `learning_rate`.
-        """
+        """Return the side to which a step's images are scaled; None is that of the network. See `learning_rate`."""
         done = ((epoch - 1) * steps + step) / (self.epochs * steps)
         return next((size for size, end in parse_sizes(self.progressive) if done < end), None)
 
@@ -201,11 +192,6 @@ def parse_sizes(progressive: str) -> list[tuple[int, float]]:
             "that rise from above 0 to below 1, such as 20:0.15,24:0.5"
         )
     return sizes
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return the most similar of `names`."""
-    return difflib.get_close_matches(name, list(names), n=1, cutoff=0)[0]
 
 
 def model_options(recipe: Recipe) -> dict[str, Any]:

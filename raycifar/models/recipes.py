@@ -1,5 +1,6 @@
 """Choosing a recipe: a model's, by name, that of a TOML file or that of a run."""
 
+import difflib
 import json
 import os
 import tomllib
@@ -12,7 +13,7 @@ from pyarrow import fs
 
 from raycifar import models
 from raycifar.errors import DamagedFileError, RequestError, in_a_line, notice
-from raycifar.models.recipe import LARGEST, Recipe, field_types, nearest
+from raycifar.models.recipe import LARGEST, Recipe, field_types
 from raycifar.storage.files import file_type, locate, read_file
 from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import RUN, RunFolder
@@ -114,9 +115,6 @@ def find_recipe(model: str, wanted: str, pretrained: str | None, epochs: int | N
 
     Args:
         pretrained, epochs: if they are given in addition to the recipe.
-
-    Raises:
-        RequestError: there is no such recipe, or it belongs to another model.
     """
     if not isinstance(wanted, str | os.PathLike):
         raise RequestError(f"the recipe is {wanted!r}: give a name, a TOML file or a run's folder.")
@@ -143,11 +141,7 @@ def find_recipe(model: str, wanted: str, pretrained: str | None, epochs: int | N
 
 
 def parse_toml(model: str, content: bytes, pretrained: str | None, epochs: int | None) -> Recipe:
-    """Return the recipe of a TOML file; fields that it lacks are as in the model's default.
-
-    Raises:
-        ValueError: the content isn't TOML, or a field or value is not allowed.
-    """
+    """Return the recipe of a TOML file, or raise ValueError; fields that it lacks are as in the model's default."""
     try:
         values = tomllib.loads(content.decode())
     except ValueError as error:
@@ -169,7 +163,8 @@ def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
         name = unknown[0]
         if owners := models_with(name):
             raise ValueError(f"{name} is an option of {', '.join(owners)}, not of {model}")
-        raise ValueError(f"a recipe has no field {name!r}; the nearest is {nearest(name, known)!r}")
+        (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        raise ValueError(f"a recipe has no field {name!r}; the nearest is {nearest!r}")
     values = {
         name: float(v) if known[name] is float and type(v) is int and abs(v) <= LARGEST else v
         for name, v in values.items()
@@ -183,12 +178,8 @@ def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
 
 def recipe_fields() -> dict[str, type[Recipe]]:
     """Return the fields of all models' recipes, each with its class; the models' options come last."""
-    found: dict[str, type[Recipe]] = {}
-    kinds: list[type[Recipe]] = [Recipe, *map(models.recipe_type, models.names())]
-    for kind in kinds:
-        for name in field_types(kind):
-            found.setdefault(name, kind)
-    return found
+    kinds = [*map(models.recipe_type, models.names()), Recipe]
+    return {name: kind for kind in kinds for name in field_types(kind)}
 
 
 def models_with(option: str) -> list[str]:

@@ -1,4 +1,7 @@
-"""Access to paths and URIs: local disks, object stores and web servers. Whatever is read or written passes here."""
+"""Access to paths and URIs: local disks, object stores and web servers. Whatever is read or written passes here.
+
+What fails raises an OSError whose message says in plain words what is wrong.
+"""
 
 import errno
 import io
@@ -21,13 +24,10 @@ MOST_BYTES = 2**32  # of a file: weights of a thousand million parameters
 
 
 def locate(location: Location, *, to_write: bool = False) -> tuple[fs.FileSystem, str]:
-    """Return a location's file system, and its path there.
-
-    Args:
-        location: a local path, or a URI with one of `locations.SCHEMES`.
+    """Return the file system of a local path or a URI, and its path there.
 
     Raises:
-        RequestError: the URI isn't of such a kind, can't be reached, or lacks its driver.
+        RequestError: the URI is of a kind that isn't read, or written; or it can't be reached, or lacks its driver.
     """
     text = check_location(location, to_write=to_write)
     if path := to_path(text):
@@ -39,29 +39,17 @@ def locate(location: Location, *, to_write: bool = False) -> tuple[fs.FileSystem
 
 
 def ask(filesystem: fs.FileSystem, question: Callable[[], Answer]) -> Answer:
-    """Return the answer of a file system, for which a limited time is waited; see `remote.ask`.
-
-    Raises:
-        OSError: there is none; the message says in plain words what is wrong.
-    """
+    """Return the answer of a file system, for which a limited time is waited; see `remote.ask`."""
     return question() if is_local(filesystem) else remote.ask(lambda beat: question())
 
 
 def file_type(filesystem: fs.FileSystem, path: str) -> fs.FileType:
-    """Return what is there: `File`, `Directory`, `NotFound`, or `Unknown` for a device, a pipe or a socket.
-
-    Raises:
-        OSError: it can't be found out.
-    """
+    """Return what is there: `File`, `Directory`, `NotFound`, or `Unknown` for a device, a pipe or a socket."""
     return ask(filesystem, lambda: filesystem.get_file_info(path).type)
 
 
 def list_files(filesystem: fs.FileSystem, folder: str) -> list[str]:
-    """Return the paths of all files in a folder and its subfolders, sorted; links to folders are not followed.
-
-    Raises:
-        OSError: they can't be listed.
-    """
+    """Return the paths of all files in a folder and its subfolders, sorted; links to folders are not followed."""
     if is_local(filesystem):
         found = (Path(top, name) for top, _, names in os.walk(folder, onerror=raise_it) for name in names)
         return sorted(str(path) for path in found if path.is_file())
@@ -74,12 +62,7 @@ def raise_it(error: OSError) -> None:
 
 
 def read_file(location: Location) -> bytes:
-    """Return a file's content.
-
-    Raises:
-        RequestError: see `locate`.
-        OSError: the file can't be read; see `open_file`.
-    """
+    """Return a file's content; for errors, see `locate` and `open_file`."""
     with open_file(*locate(location)) as file:
         return file.read()
 
@@ -103,7 +86,7 @@ def open_file(
     size = os.fstat(file.fileno()).st_size
     if size > most_bytes:
         file.close()
-        raise OSError(errno.EFBIG, f"it has {size:,} bytes, and {most_bytes:,} are read at most", path)
+        raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {most_bytes:,} are read", path)
     return file
 
 

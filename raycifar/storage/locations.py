@@ -25,7 +25,7 @@ def check_location(location: Location, what: str = "", *, to_write: bool = False
     """
     text, option = os.fspath(location), f"{what} " if what else ""
     if not text.strip() or "\0" in text:
-        raise RequestError(f"{option}{text!r} is no path: give a folder, a file or a URI.")
+        raise RequestError(f"{option}{text!r} is not a path: give a folder, a file or a URI.")
     if not is_utf8(text):
         raise RequestError(f"{option}{text!r} is refused, because it isn't UTF-8: rename the file or folder.")
     if not (match := URI.match(text)):
@@ -39,7 +39,7 @@ def check_location(location: Location, what: str = "", *, to_write: bool = False
         if text[7:8] != "/" and not text[7:].startswith("localhost/"):
             raise RequestError(f"{option}{text} names another host: a local file's URI has three slashes, file:///….")
     elif re.search(r"[\s'\"<>\\]", text):
-        raise RequestError(f"{option}{text.split()[0]} … is no URI: write %20 for a space, and quotes likewise.")
+        raise RequestError(f"{option}{text.split()[0]} … is not a URI: write a space as %20, and quotes likewise.")
     elif "***" in text:
         raise RequestError(f"{option}{text} lacks its secret, which is never written down: put it in the place of ***.")
     return text

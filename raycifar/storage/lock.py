@@ -1,8 +1,8 @@
 """The lock of a run folder: one process at a time trains the run, on a disk or in an object store.
 
 A process claims a folder by a file of its own in it, `.lock-OWNER`, and renews that as long as it lives. Who comes
-first is decided by Lamport's bakery algorithm (1974), which needs no more of a storage than that it gives back what was
-written last: exclusive creation is nothing that all storages have.
+first is decided by Lamport's bakery algorithm (1974), which asks of a storage only that it returns what was written
+last: not every storage can create a file exclusively.
 """
 
 import json
@@ -19,7 +19,8 @@ from threading import Event, Thread
 
 import psutil
 
-from raycifar.errors import RequestError
+from raycifar.errors import DamagedFileError, RequestError
+from raycifar.storage.records import Count, Real, checked
 from raycifar.storage.run_folder import RunFolder
 
 CLAIM = ".lock-"  # and its owner
@@ -40,13 +41,13 @@ class Claim:
     """
 
     owner: str
-    pid: int
+    pid: Count
     host: str
     machine: str
-    started: float
+    started: Real
     since: str
-    number: int = 0
-    beats: int = 0
+    number: Count = 0
+    beats: Count = 0
 
     @classmethod
     def of_this_process(cls) -> "Claim":
@@ -109,19 +110,15 @@ def locked(folder: RunFolder, say: Say, *, also: Iterable[RunFolder] = ()) -> It
 
 
 def clear(places: Iterable[RunFolder], claim: Claim, say: Say) -> None:
-    """See that no living process's claim precedes `claim`, and delete those of the dead.
-
-    Raises:
-        RequestError: one does.
-    """
+    """Raise RequestError if a living process's claim precedes `claim`, and delete those of the dead."""
     for place, found in claims(places):
         rival = await_number(place, found) if claim.number else found
         if not rival or not rival.number or (claim.number and claim.place <= rival.place):
             continue
         if is_alive(place, rival, say):
             raise RequestError(
-                f"{place.folder} is being trained by {rival}. Wait for its end, or end it; the lock of a process that "
-                f"died is taken over by itself, at the latest after {DEAD_SECONDS} s."
+                f"{place.folder} is being trained by {rival}. Wait for it to end, or end it. The lock of a process "
+                f"that has died is taken over by itself, within {DEAD_SECONDS} s."
             )
         if place.read(rival.file) is not None:
             say(f"{place.folder} was being trained by {rival}, which died: its lock is taken over.")
@@ -176,7 +173,7 @@ def is_alive(place: RunFolder, claim: Claim, say: Say) -> bool:
 def renew(folder: RunFolder, claim: Claim, ended: Event) -> None:
     """Renew a claim until the end, or until another process has taken over."""
     while not ended.wait(BEAT_SECONDS):
-        with suppress(OSError):  # a storage that can't be reached for a while
+        with suppress(OSError, DamagedFileError):  # a storage that can't be reached for a while
             if read(folder, claim.file) is None:
                 return
             claim = replace(claim, beats=claim.beats + 1)
@@ -190,7 +187,10 @@ def claims(places: Iterable[RunFolder]) -> list[tuple[RunFolder, Claim]]:
 
 def read(place: RunFolder, file: str) -> Claim | None:
     values = place.read_json(file)
-    return None if values is None else Claim(**values)
+    try:
+        return None if values is None else checked(Claim, values)
+    except ValueError as error:
+        raise DamagedFileError(f"{place.folder}/{file} is damaged: {error}.") from error
 
 
 def write(folder: RunFolder, claim: Claim) -> None:

@@ -63,11 +63,7 @@ def read_schema(content: bytes) -> pa.Schema:
 
 
 def open_parquet(content: bytes, dictionaries: Iterable[str] = ()) -> pq.ParquetFile:
-    """Open a Parquet file, in which Arrow then finds no types but Parquet's.
-
-    Args:
-        dictionaries: the columns of text or bytes that are read as dictionaries.
-    """
+    """Open a Parquet file, without Arrow's own types; the columns `dictionaries` are read as such."""
     length = int.from_bytes(content[-8:-4], "little")
     if content[-4:] != MAGIC or length > len(content) - 12:
         raise ParquetError("is not a Parquet file, or is cut short")
@@ -123,7 +119,7 @@ def check_size(metadata: pq.FileMetaData) -> None:
     size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
     if size > MOST_BYTES:
         needed, most = (f"{count / 2**30:.2g} GiB" for count in (size, MOST_BYTES))
-        raise ParquetError(f"takes {needed} of memory; no more than {most} are read")
+        raise ParquetError(f"takes {needed} of memory; at most {most} is read")
 
 
 def complete(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:

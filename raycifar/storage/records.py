@@ -6,10 +6,10 @@ Fields that a version lacks are NotRequired, and fields that this version doesn'
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired, Self
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from typing_extensions import TypedDict, is_typeddict  # pydantic wants this one before Python 3.12
 
@@ -25,7 +25,6 @@ Real = Annotated[float, Field(strict=True, ge=-LARGEST, le=LARGEST)]
 Amount = Annotated[float, Field(strict=True, ge=0, le=LARGEST)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 Image = Annotated[str, Field(max_length=2**14, pattern=r"^[A-Za-z0-9+/]+=*$")]
-keeping_unknown_fields = with_config(ConfigDict(extra="allow"))
 
 # Names that earlier versions gave to columns.
 RENAMED = {
@@ -36,7 +35,6 @@ RENAMED = {
 }
 
 
-@keeping_unknown_fields
 class Rise(TypedDict):
     """How concentrated a rise of the training loss is: see `describe_rise`."""
 
@@ -44,7 +42,6 @@ class Rise(TypedDict):
     indices: list[Count]
 
 
-@keeping_unknown_fields
 class Diagnostics(TypedDict):
     """Of a network that isn't learning: see `examine`."""
 
@@ -85,7 +82,7 @@ class EpochRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return a row of `metrics.jsonl`: JSON has no NaN and no infinity."""
-        return {f.name: finite(getattr(self, f.name)) for f in fields(self)}
+        return finite(vars(self))
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -94,18 +91,15 @@ class EpochRecord:
         Raises:
             ValueError: a value is missing, or has another type or range; the message names it.
         """
-        row = {RENAMED.get(name, name): value for name, value in values.items()}
+        named = {RENAMED.get(name, name): value for name, value in values.items()}
+        row = {name: value for name, value in named.items() if name in cls.__dataclass_fields__}
         if isinstance(rise := row.get("rise"), dict) and "share" in rise:
             row["rise"] = {"fraction": rise["share"], "indices": rise.get("images")}
         return checked(cls, finite(row))
 
 
 def sampled_steps(epoch: int, steps: int, epochs: int) -> range:
-    """Return the steps, from 0, of an epoch (from 1) whose losses are recorded: at most 2,000 of all epochs' together.
-
-    Args:
-        steps: of each epoch.
-    """
+    """Return the steps, from 0, of an epoch (from 1) whose losses are recorded: at most 2,000 in all epochs."""
     stride = -(-epochs * steps // MOST_STEP_LOSSES)
     return range(-(epoch - 1) * steps % stride, steps, stride)
 
@@ -113,7 +107,6 @@ def sampled_steps(epoch: int, steps: int, epochs: int) -> range:
 # Documents ------------------------------------------------------------------------------------------
 
 
-@keeping_unknown_fields
 class Data(TypedDict):
     """The data set of a run, and how many of its images are in each split."""
 
@@ -124,7 +117,6 @@ class Data(TypedDict):
     test: Count
 
 
-@keeping_unknown_fields
 class RunFile(TypedDict, total=False):
     """`run.json`."""
 
@@ -152,7 +144,6 @@ class RunFile(TypedDict, total=False):
     training_began: Real
 
 
-@keeping_unknown_fields
 class Scores(TypedDict):
     """Of a network on the test set."""
 
@@ -166,7 +157,6 @@ class Scores(TypedDict):
     top1_without_near_duplicates: NotRequired[Fraction | None]
 
 
-@keeping_unknown_fields
 class ResultFile(TypedDict):
     """`result.json`."""
 
@@ -180,7 +170,6 @@ class ResultFile(TypedDict):
     failure: NotRequired[str | None]
 
 
-@keeping_unknown_fields
 class Mean(TypedDict):
     """Over the seeds, with a 95% interval where there are several."""
 
@@ -190,7 +179,6 @@ class Mean(TypedDict):
     n: Positive
 
 
-@keeping_unknown_fields
 class ModelSummary(TypedDict):
     """A model of a comparison."""
 
@@ -208,7 +196,6 @@ class ModelSummary(TypedDict):
     at_equal_time: Fraction | None
 
 
-@keeping_unknown_fields
 class Pair(TypedDict):
     """Two models of a comparison."""
 
@@ -224,14 +211,12 @@ class Pair(TypedDict):
     too_early: NotRequired[Flag]
 
 
-@keeping_unknown_fields
 class Search(TypedDict):
     """The search for a model's recipe."""
 
     sentence: str
 
 
-@keeping_unknown_fields
 class WithoutNearDuplicates(TypedDict):
     """How a comparison ranks the models on new photographs."""
 
@@ -239,7 +224,6 @@ class WithoutNearDuplicates(TypedDict):
     sentence: str
 
 
-@keeping_unknown_fields
 class ComparisonFile(TypedDict):
     """`comparison.json`."""
 
@@ -253,7 +237,6 @@ class ComparisonFile(TypedDict):
     failed: NotRequired[list[dict[str, Any]]]
 
 
-@keeping_unknown_fields
 class Pixels(TypedDict):
     """Of a split's images, from 0 to 1."""
 
@@ -261,7 +244,6 @@ class Pixels(TypedDict):
     std: Fraction
 
 
-@keeping_unknown_fields
 class PicturesFile(TypedDict):
     """`pictures.json`: what a report shows of the data set. The images are PNG files in base64, by row."""
 
@@ -275,9 +257,7 @@ class PicturesFile(TypedDict):
 # Reading --------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+adapter = functools.cache(TypeAdapter)
 
 
 def checked(kind: Any, value: Any) -> Any:
@@ -287,7 +267,7 @@ def checked(kind: Any, value: Any) -> Any:
         ValueError: it is of another kind; the message names the field and what is wrong with it.
     """
     try:
-        return adapter(kind).validate_python(value)
+        return adapter(kind).validate_python(value, extra="allow")
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(key)[:80] for key in first["loc"])
@@ -295,11 +275,7 @@ def checked(kind: Any, value: Any) -> Any:
 
 
 def parse(content: bytes) -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        ValueError: it is no JSON, or nested too deeply.
-    """
+    """Return the value of a JSON text, or raise ValueError if it is none, or nested too deeply."""
     if not content.strip():
         raise ValueError("it is empty")
     return from_json(content)

@@ -1,6 +1,6 @@
 """Object stores and web servers: reaching them, with a limit on each wait, and saying in plain words why one can't be.
 
-Everything is asked in a thread of its own, so that Ctrl-C ends a wait that a library doesn't let go of. What fails for
+Everything is asked in a thread of its own, so that Ctrl-C ends a wait that a library would not give up. What fails for
 a reason that may pass, such as an overloaded server or a cut connection, is tried again after a pause.
 """
 
@@ -60,9 +60,6 @@ def ask(work: Callable[[Callable[[int], None]], Answer], patience: float = SILEN
 
     Args:
         patience: seconds to wait for the answer, or for more bytes, at each try.
-
-    Raises:
-        OSError: the message says in plain words what is wrong.
     """
     for pause in PAUSES:
         try:
@@ -123,11 +120,7 @@ def connect(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def download(filesystem: fs.FileSystem, path: str, most_bytes: int) -> bytes:
-    """Return a file's content, read once from front to back.
-
-    Raises:
-        OSError: it can't be read, or is too large.
-    """
+    """Return a file's content, read once from front to back."""
 
     def work(beat: Callable[[int], None]) -> bytes:
         info = filesystem.get_file_info(path)
@@ -146,11 +139,7 @@ def download(filesystem: fs.FileSystem, path: str, most_bytes: int) -> bytes:
 
 
 def upload(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
-    """Write a file in one upload.
-
-    Raises:
-        OSError: it can't be written.
-    """
+    """Write a file in one upload."""
 
     def work(beat: Callable[[int], None]) -> None:
         with filesystem.open_output_stream(path) as stream:
@@ -161,7 +150,7 @@ def upload(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
 
 def check_size(size: int, most_bytes: int) -> None:
     if size > most_bytes:
-        raise OSError(f"it has {size:,} bytes or more, and {most_bytes:,} are read at most")
+        raise OSError(f"it has {size:,} bytes or more, and at most {most_bytes:,} are read")
 
 
 # Web servers ----------------------------------------------------------------------------------------
@@ -180,11 +169,6 @@ class Web(fs.FSSpecHandler):
 
     def get_type_name(self) -> str:
         return "web"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Web) and other.query == self.query
-
-    __hash__ = None  # type: ignore[assignment]
 
     def get_file_info(self, paths: list[str]) -> list[fs.FileInfo]:
         return [fs.FileInfo(path, kind_of(path)) for path in paths]
@@ -231,7 +215,7 @@ def plain(error: BaseException) -> OSError:
             case socket.gaierror():
                 return OSError("no host of that name is found: check the name, and the network")
             case ConnectionRefusedError():
-                return PassingError("the server refuses the connection: check that it runs, and listens at that port")
+                return PassingError("the server refuses the connection: check that it runs and listens on that port")
             case ssl.SSLError():
                 reason = getattr(cause, "verify_message", "") or getattr(cause, "reason", "") or in_a_line(cause)
                 return OSError(f"no secure connection is possible: {reason.replace('_', ' ').lower()}")
@@ -283,8 +267,8 @@ def refusal(status: int) -> str:
 
 def causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and what it was raised from, the nearest first."""
-    seen = 0
     following: BaseException | None = error
-    while following and seen < 20:
-        yield following
-        following, seen = following.__cause__ or following.__context__, seen + 1
+    for _ in range(20):
+        if following:
+            yield following
+            following = following.__cause__ or following.__context__

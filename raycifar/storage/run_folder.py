@@ -96,7 +96,12 @@ TABLES = {
 }
 TABLES[OLD_EXAMPLE_STATS] = TABLES[EXAMPLE_STATS]
 OPTIONAL = {"near_duplicate": "integers"}  # columns that earlier versions lack
-CLASSES = ("label", "top5", "rival")  # columns
+RANGES = {
+    **dict.fromkeys(("label", "top5", "rival"), (0, CIFAR100.num_classes - 1)),
+    **dict.fromkeys(("index", "seen"), (0, math.inf)),
+    "near_duplicate": (0, 1),
+    "probabilities": (0, 1.001),
+}
 LARGEST = {".json": 2**24, ".jsonl": 2**27, ".parquet": 2**28}  # bytes, by suffix
 LONGEST_LINE, MOST_LINES = 2**20, 200_000  # bytes, and epochs
 KEPT = 3  # checkpoints: the newest two may be damaged
@@ -119,15 +124,15 @@ class RunFolder:
         return cls(*parent_and_name(check_location(location)))
 
     @classmethod
-    def for_output(cls, location: str, option: str = "--out") -> "RunFolder":
-        """Return the folder that an option names for results, before the work that has them.
+    def for_output(cls, location: str) -> "RunFolder":
+        """Return the folder that --out names for results, before the work that has them.
 
         Raises:
             RequestError: it can't be written; of a remote one, that shows only at the end.
         """
-        check_location(location, option, to_write=True)
+        check_location(location, "--out", to_write=True)
         folder = cls.at(location)
-        with folder.marker(option):
+        with folder.marker("--out"):
             return folder
 
     def __repr__(self) -> str:
@@ -170,15 +175,10 @@ class RunFolder:
     # Files ------------------------------------------------------------------------------------------
 
     def read(self, file: str) -> bytes | None:
-        """Return a file's content, or None if it doesn't exist.
-
-        Raises:
-            StorageError: the file can't be read.
-        """
-        filesystem, folder = self._location
+        """Return a file's content, None if it doesn't exist, or raise StorageError if it can't be read."""
         most = LARGEST.get(PurePath(file).suffix, MOST_BYTES)
         try:
-            with open_file(filesystem, f"{folder}/{file}", inside=folder, most_bytes=most) as opened:
+            with open_file(self.filesystem, self.path(file), inside=self.path(), most_bytes=most) as opened:
                 return opened.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -200,11 +200,7 @@ class RunFolder:
             write_whole(self.filesystem, self.path(file), content)
 
     def append(self, file: str, content: bytes, added: bytes) -> None:
-        """Append to a file that begins with `content`: in place on a disk, by a longer file in an object store.
-
-        Raises:
-            StorageError: see `write`.
-        """
+        """Append to a file that begins with `content`: in place on a disk, by a new file in an object store."""
         if self.is_remote:
             self.write(file, content + added)
             return
@@ -227,9 +223,8 @@ class RunFolder:
 
     def delete(self, file: str) -> None:
         """Delete a file if it exists."""
-        filesystem, folder = self._location
         if self.exists(file):
-            ask(filesystem, lambda: filesystem.delete_file(f"{folder}/{file}"))
+            ask(self.filesystem, lambda: self.filesystem.delete_file(self.path(file)))
 
     def delete_leftovers(self) -> None:
         """Delete what killed processes have left: files that they were writing, and those of Ray Train."""
@@ -289,7 +284,7 @@ class RunFolder:
         try:
             for line in io.BytesIO(content):
                 if len(records) == MOST_LINES:
-                    raise ValueError(f"no more than {MOST_LINES:,} epochs are read")
+                    raise ValueError(f"at most {MOST_LINES:,} epochs are read")
                 values = checked(dict, parse(line) if len(line) <= LONGEST_LINE else None)
                 record = EpochRecord.from_json(values)
                 if record.epoch != len(records) + 1:
@@ -307,11 +302,7 @@ class RunFolder:
         return records
 
     def read_table(self, file: str) -> pa.Table | None:
-        """Return the columns of `TABLES` in predictions.parquet or example_stats.parquet, or None if it doesn't exist.
-
-        Raises:
-            DamagedFileError: it can't be read, or doesn't hold what it should.
-        """
+        """Return the columns of `TABLES` in predictions.parquet or example_stats.parquet; see `read_json`."""
         content = self._read(file)
         if content is None:
             return self.read_table(OLD_EXAMPLE_STATS) if file == EXAMPLE_STATS else None
@@ -328,15 +319,20 @@ class RunFolder:
         self.write(METRICS, "".join(json.dumps(record.to_json()) + "\n" for record in history).encode())
 
     def file_names(self, kind: fs.FileType = fs.FileType.File) -> list[str]:
-        """Return the names of the files, or of the folders, directly in this one, sorted; links are left out."""
-        filesystem, folder = self._location
-        if is_local(filesystem):
-            return local_names(folder, kind)
-        entries = ask(filesystem, lambda: filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)))
-        return sorted(entry.base_name for entry in entries if entry.type == kind)
+        """Return the names of the files, or of the folders, directly in this one, sorted.
 
-    def _subfolders(self) -> list[str]:
-        return self.file_names(fs.FileType.Directory)
+        On a disk, links are left out, and names that aren't UTF-8, as no run's is.
+        """
+        filesystem, folder = self._location
+        if self.is_remote:
+            entries = ask(filesystem, lambda: filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)))
+            return sorted(entry.base_name for entry in entries if entry.type == kind)
+        is_one = Path.is_file if kind == fs.FileType.File else Path.is_dir
+        entries = Path(folder).iterdir() if Path(folder).is_dir() else ()
+        names = [path.name for path in entries if is_one(path) and not path.is_symlink()]
+        for name in filterfalse(is_utf8, names):
+            notice(f"{folder}/{name} is passed over: its name isn't UTF-8.")
+        return sorted(filter(is_utf8, names))
 
     def runs(self) -> list["RunFolder"]:
         """Return the runs inside this folder, sorted by name."""
@@ -344,9 +340,9 @@ class RunFolder:
 
     def folders_with(self, *files: str) -> list["RunFolder"]:
         """Return the folders in this one that hold one of these files, sorted by name."""
-        filesystem, folder = self._location
-        paths = {f"{folder}/{name}/{file}": name for name in self._subfolders() for file in files}
-        found = ask(filesystem, lambda: filesystem.get_file_info([*paths]))
+        folders = self.file_names(fs.FileType.Directory)
+        paths = {self.path(f"{name}/{file}"): name for name in folders for file in files}
+        found = ask(self.filesystem, lambda: self.filesystem.get_file_info([*paths]))
         names = [paths[entry.path] for entry in found if entry.type != fs.FileType.NotFound]
         return [RunFolder(self.folder, name) for name in dict.fromkeys(names)]
 
@@ -385,36 +381,33 @@ class RunFolder:
         """Record digests of files as they are now, so that a change is noticed."""
         contents = {file: self.read(file) for file in files}
         digests = {file: digest(content) for file, content in contents.items() if content is not None}
-        self.write_json(MANIFEST, {**self._read_digests(), **digests})
+        self._read_digests_again()
+        self.write_json(MANIFEST, {**self._digests, **digests})
 
     def lost(self, *files: str) -> list[str]:
         """Return those of `files` that no longer exist."""
         return [file for file in files if file in self._digests and not self.exists(file)]
 
     def check_digest(self, file: str, content: bytes) -> None:
-        """Compare what was read with the manifest.
-
-        Raises:
-            DamagedFileError: it has changed.
-        """
+        """Raise DamagedFileError if what was read has changed since the manifest was written."""
         if self._has_changed(file, content):
             raise self._damaged(file, f"it has changed since {MANIFEST} was written")
 
     @cached_property
     def _digests(self) -> dict[str, str]:
-        return self._read_digests()
-
-    def _read_digests(self) -> dict[str, str]:
         try:
             return self.read_json(MANIFEST) or {}
         except DamagedFileError as error:
             notice(f"{error} Whether other files have changed can't be told.")
             return {}
 
+    def _read_digests_again(self) -> None:
+        vars(self).pop("_digests", None)  # another process may have written the manifest since
+
     def _has_changed(self, file: str, content: bytes) -> bool:
         if file not in self._digests or self._digests[file] == (found := digest(content)):
             return False
-        vars(self)["_digests"] = self._read_digests()  # another process may have written it since
+        self._read_digests_again()
         return self._digests.get(file, found) != found
 
     def _warn_of_change(self, file: str, content: bytes, warn: Callable[[str], None]) -> None:
@@ -429,16 +422,15 @@ class RunFolder:
 
     def write_checkpoint(self, files: Mapping[str, bytes], name: str) -> None:
         """Write the files of the checkpoint `name`, the manifest last."""
-        filesystem, folder = self._location
-        if is_local(filesystem):
-            filesystem.create_dir(f"{folder}/{name}")
+        if not self.is_remote:
+            self.filesystem.create_dir(self.path(name))
         for file, content in files.items():
             self.write(f"{name}/{file}", content)
         self.write_json(f"{name}/{MANIFEST}", {file: digest(content) for file, content in files.items()})
 
     def checkpoint_names(self) -> list[str]:
         """Return the names of all checkpoints, the one that has been trained furthest first; some may be damaged."""
-        names = (name for name in self._subfolders() if name.startswith("checkpoint_"))
+        names = [name for name in self.file_names(fs.FileType.Directory) if name.startswith("checkpoint_")]
         return sorted(names, key=lambda name: (self._position(name), name), reverse=True)
 
     def _position(self, checkpoint: str) -> tuple[int, int]:
@@ -486,26 +478,14 @@ class RunFolder:
 
     def size_of(self, names: Iterable[str]) -> int:
         """Return the bytes of folders directly in this one."""
-        filesystem, folder = self._location
-        selectors = [fs.FileSelector(f"{folder}/{name}", recursive=True) for name in names]
-        found = ask(filesystem, lambda: [filesystem.get_file_info(selector) for selector in selectors])
+        selectors = [fs.FileSelector(self.path(name), recursive=True) for name in names]
+        found = ask(self.filesystem, lambda: [self.filesystem.get_file_info(selector) for selector in selectors])
         return sum(entry.size or 0 for entries in found for entry in entries)
 
     def delete_checkpoints(self, names: list[str]) -> None:
-        filesystem, folder = self._location
-        for path in [f"{folder}/{name}" for name in names]:
+        for name in names:
             with suppress(FileNotFoundError):  # a try before this one, whose answer was lost
-                ask(filesystem, partial(filesystem.delete_dir, path))
-
-
-def local_names(folder: str, kind: fs.FileType) -> list[str]:
-    """Return what `RunFolder.file_names` does, of a disk; names that aren't UTF-8, as no run's is, are passed over."""
-    is_one = Path.is_file if kind == fs.FileType.File else Path.is_dir
-    entries = Path(folder).iterdir() if Path(folder).is_dir() else ()
-    names = [path.name for path in entries if is_one(path) and not path.is_symlink()]
-    for name in filterfalse(is_utf8, names):
-        notice(f"{folder}/{name} is passed over: its name isn't UTF-8.")
-    return sorted(filter(is_utf8, names))
+                ask(self.filesystem, partial(self.filesystem.delete_dir, self.path(name)))
 
 
 def checkpoint_name(epoch: int, step: int) -> str:
@@ -515,18 +495,12 @@ def checkpoint_name(epoch: int, step: int) -> str:
 
 def check_ranges(table: pa.Table) -> None:
     """Raise ValueError if a column holds what it can't: a class that there isn't, or no probability."""
-    for name in table.column_names:
-        column = table[name].combine_chunks()
+    for name in filter(RANGES.__contains__, table.column_names):
+        column, (low, high) = table[name].combine_chunks(), RANGES[name]
         values = (column.flatten() if pa.types.is_fixed_size_list(column.type) else column).to_numpy()
-        if name in CLASSES and not 0 <= values.min() <= values.max() < CIFAR100.num_classes:
-            raise ValueError(f"the column {name} has classes from {values.min()} to {values.max()}")
-        if name == "near_duplicate" and values.max() > 1:
-            raise ValueError(f"the column {name} has {values.max()}")
-        if name in ("index", "seen", "near_duplicate") and values.min() < 0:
-            raise ValueError(f"the column {name} has {values.min()}")
-        if name == "probabilities" and not (
-            column.type.list_size == CIFAR100.num_classes and ((values >= 0) & (values <= 1.001)).all()
-        ):
+        if not low <= values.min() <= values.max() <= high:
+            raise ValueError(f"the column {name} has values from {values.min()} to {values.max()}, not {low} to {high}")
+        if name == "probabilities" and column.type.list_size != CIFAR100.num_classes:
             raise ValueError(f"the column {name} has no probabilities of {CIFAR100.num_classes} classes")
 
 

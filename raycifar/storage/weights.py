@@ -66,11 +66,7 @@ def from_file(content: bytes, origin: str) -> tuple[dict[str, Tensor], Architect
 
 
 def check_fit(tensors: Mapping[str, Tensor], architecture: Architecture) -> None:
-    """Check that tensors are the weights of an architecture, before it takes time or memory.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Raise ValueError unless tensors are the weights of an architecture, before it takes time or memory."""
     for name, value in {"num_classes": architecture.num_classes, **architecture.options}.items():
         if value > max(len(tensors), *(tensor.shape[0] for tensor in tensors.values() if tensor.ndim)):
             raise ValueError(f"its {name} is {value:,}, for which its tensors are too few or too small")
@@ -80,11 +76,7 @@ def check_fit(tensors: Mapping[str, Tensor], architecture: Architecture) -> None
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Check that all weights are numbers.
-
-    Raises:
-        ValueError: some are not.
-    """
+    """Raise ValueError unless all weights are finite numbers."""
     if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise ValueError(f"it has weights that aren't finite numbers: {first_few(broken)}")
 

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 
 from raycifar.data import CIFAR100 as INFO
-from raycifar.data.labels import to_labels
 from raycifar.data.layouts import Place, split_in
 from raycifar.data.tables import to_table
 from raycifar.data.trees import MOST_IMAGES, Tree
@@ -40,10 +39,7 @@ def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
     chosen = {role: found[0] for role, found in files.items() if found}
     arrays = {role: read_array(tree.read(path), f"{tree.name}: {path}") for role, path in chosen.items()}
     pixels = to_channels_first(arrays["image"], f"{tree.name}: {chosen['image']}")
-    labels = {level: to_labels(arrays[level], level, origin) for level in ("fine", "coarse") if level in arrays}
-    if any(len(values) != len(pixels) for values in labels.values()):
-        raise RequestError(f"{origin} has {len(pixels):,} images and {len(labels['fine']):,} labels.")
-    return to_table(pixels, labels["fine"], labels.get("coarse"), origin)
+    return to_table(pixels, {level: arrays[level] for level in ("fine", "coarse") if level in arrays}, origin)
 
 
 def read_array(content: bytes, origin: str) -> np.ndarray:
@@ -71,5 +67,5 @@ def to_channels_first(pixels: np.ndarray, origin: str) -> np.ndarray:
         return pixels.transpose(0, 3, 1, 2)
     if pixels.dtype == np.uint8 and pixels.shape[1:] in (INFO.image_shape, (INFO.image_bytes,)):
         return pixels
-    wanted = f"uint8 (N, {height}, {width}, {channels})"
+    wanted = f"uint8 (N, {height}, {width}, {channels}) or (N, {INFO.image_bytes})"
     raise RequestError(f"{origin} is {pixels.dtype} of shape {pixels.shape}, not {wanted}.")

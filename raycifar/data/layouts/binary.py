@@ -16,4 +16,4 @@ def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
     if len(content) % RECORD:
         raise RequestError(f"{origin} has {len(content):,} bytes, not a multiple of a CIFAR-100 record's {RECORD:,}.")
     records = np.frombuffer(content, np.uint8).reshape(-1, RECORD)
-    return to_table(records[:, 2:], records[:, 1], records[:, 0], origin)
+    return to_table(records[:, 2:], {"fine": records[:, 1], "coarse": records[:, 0]}, origin)

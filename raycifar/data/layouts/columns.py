@@ -53,7 +53,7 @@ def read(
                 labels[level] = numbers_of(names, level, f"{origin}, column {name},")[labels[level]]
         files = ((file.as_py(), f"{origin}: image {row}") for row, file in enumerate(values["image"]))
         pixels = decode_all(files, len(columns))
-        tables.append(to_table(pixels, labels["fine"], labels.get("coarse"), origin))
+        tables.append(to_table(pixels, labels, origin))
     return pa.concat_tables(tables)
 
 

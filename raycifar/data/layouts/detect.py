@@ -40,10 +40,7 @@ Found = dict[tuple[Layout, PurePosixPath], dict[str, dict[str, list[PurePosixPat
 
 
 def read_tree(tree: Tree, *, test_alone: bool) -> Source:
-    """Return the data set that a tree holds.
-
-    Args:
-        test_alone: take a test set without training images, too.
+    """Return the data set that a tree holds; see `sources.load`.
 
     Raises:
         RequestError: it holds none, more than one, or one that can't be read.

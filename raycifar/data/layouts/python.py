@@ -4,13 +4,11 @@ import io
 from pathlib import PurePosixPath
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from raycifar.data import CIFAR100 as INFO
-from raycifar.data.labels import to_labels
+from raycifar.data.layouts.arrays import to_channels_first
 from raycifar.data.tables import to_table
-from raycifar.data.trees import MOST_IMAGES, Tree
+from raycifar.data.trees import Tree, check_count
 from raycifar.errors import RequestError, in_a_line
 from raycifar.storage.pickles import Dissector, is_array, to_array, to_bytes
 
@@ -35,19 +33,13 @@ def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
     if missing := [name for name in ("data", "fine_labels") if name not in fields]:
         raise RequestError(f"{origin} is not from cifar-100-python: it lacks {' and '.join(missing)}.")
     try:
-        pixels = to_array(fields["data"])
-        fine, coarse = (read_labels(fields.get(f"{level}_labels")) for level in ("fine", "coarse"))
+        pixels = to_channels_first(to_array(fields["data"]), f"{origin}: data")
+        names = {level: f"{level}_labels" for level in ("fine", "coarse")}
+        labels = {level: read_labels(fields[name]) for level, name in names.items() if name in fields}
     except ValueError as error:
         raise RequestError(f"{origin} is not from cifar-100-python: {error}.") from error
-    if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != INFO.image_bytes:
-        raise RequestError(
-            f"{origin}: the images are {pixels.dtype} of shape {pixels.shape}, not uint8 (N, {INFO.image_bytes})."
-        )
-    counts = [len(labels) for labels in (fine, coarse) if labels is not None]
-    if set(counts) != {len(pixels)} or len(pixels) > MOST_IMAGES:
-        raise RequestError(f"{origin} has {len(pixels):,} images and {' and '.join(f'{n:,}' for n in counts)} labels.")
-    fine = to_labels(fine, "fine", origin)
-    return to_table(pixels, fine, None if coarse is None else to_labels(coarse, "coarse", origin), origin)
+    check_count(len(pixels), origin)
+    return to_table(pixels, labels, origin)
 
 
 def read_names(content: bytes) -> dict[str, list[str]]:
@@ -58,8 +50,8 @@ def read_names(content: bytes) -> dict[str, list[str]]:
     except Exception:  # a damaged pickle may cause any
         return {}
     names = {level: fields.get(f"{level}_label_names") for level in ("fine", "coarse")}
-    found = {level: each for level, each in names.items() if isinstance(each, list)}
-    return {level: [str(to_text(to_bytes(name))) for name in each] for level, each in found.items()}
+    lists = {level: each for level, each in names.items() if isinstance(each, list)}
+    return {level: [str(to_text(to_bytes(name))) for name in each] for level, each in lists.items()}
 
 
 def to_text(value: Any) -> Any:
@@ -68,7 +60,7 @@ def to_text(value: Any) -> Any:
 
 
 def read_labels(value: Any) -> Any:
-    """Return labels as an array or a list of integers; None where there are none."""
+    """Return labels as an array or a list of integers."""
     if isinstance(value, list):
         return [int(to_array(label)) if is_array(label) else label for label in value]
-    return None if value is None else to_array(value)
+    return to_array(value)
