@@ -1,7 +1,6 @@
 """What can be asked for: each option once, with its default and its help, for the commands and the Python API alike."""
 
 import difflib
-import math
 import os
 import re
 import types
@@ -12,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 
 from raycifar import models
 from raycifar.errors import RequestError
-from raycifar.models.recipe import LARGEST, Recipe
+from raycifar.models.recipe import LARGEST, Recipe, check_type
 from raycifar.models.recipes import choose_recipe, recipe_fields, recipe_for, recipe_from_json
 from raycifar.storage.locations import check_location
 from raycifar.workflows.tracking import check_tracker
@@ -242,13 +241,13 @@ def sort_options(kind: type[Settings], options: Mapping[str, Any]) -> tuple[dict
             near = "".join(f": is it {match!r}?" for match in difflib.get_close_matches(name, settings | recipe, 1))
             raise RequestError(f"there is no option {name!r}{near or '.'}")
     return (
-        {name: path_to_text(value) for name, value in options.items() if name in settings},
+        {
+            name: os.fspath(value) if isinstance(value, os.PathLike) else value
+            for name, value in options.items()
+            if name in settings
+        },
         {name: value for name, value in options.items() if name in recipe and value is not None},
     )
-
-
-def path_to_text(value: Any) -> Any:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def check_value(name: str, kind: Any, value: Any, least: float | None = None, most: float = LARGEST) -> None:
@@ -259,30 +258,18 @@ def check_value(name: str, kind: Any, value: Any, least: float | None = None, mo
     """
     if kind == WorkerCount:
         return
-    choices = get_args(kind)
     if isinstance(kind, types.UnionType):
         if value is None:
             return
-        kind, choices = choices[0], ()
-    if choices:
-        if value not in choices:
-            raise RequestError(f"{name} is {value!r}: choose from {', '.join(choices)}.")
-        return
-    kinds = (int, float) if kind is float else kind
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-        raise RequestError(f"{name} is {value!r}: {KINDS[kind]} is needed.")
+        kind = get_args(kind)[0]
+    try:
+        check_type(name, value, kind, get_args(kind), most)
+    except ValueError as error:
+        raise RequestError(f"{error}.") from error
     if kind is str and not value and name != "name":  # an empty name is the default one
         raise RequestError(f"{name} is empty: give a value, or leave it out.")
-    if kind in (int, float):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RequestError(f"{name} is {value}: a finite number is needed.")
-        if least is not None and value < least:
-            raise RequestError(f"{name} is {value}: it must be at least {least:g}.")
-        if value > most:
-            raise RequestError(f"{name} is {value}: it must be at most {most:,}.")
-
-
-KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    if least is not None and value < least:
+        raise RequestError(f"{name} is {value}: it must be at least {least:g}.")
 
 
 def parse_workers(value: Any) -> WorkerCount:
