@@ -376,17 +376,9 @@ def confusion_chart(matrix: np.ndarray, names: Sequence[str], kind: str = "super
     many = len(names) > MOST_ROWS
     figure, axes = new_axes(10.4, 9.6) if many else new_axes(6.4, 5.6)
     image = axes.imshow(fractions, cmap=TRANSPARENT_TO_ORANGE, vmin=0, vmax=max(0.5, float(fractions.max())))
-    words = [name.replace("_", " ") for name in names]
-    slant, size = (90, 5.0) if many else (60, 9.0)
-    axes.set_xticks(
-        range(len(names)),
-        words,
-        rotation=slant,
-        ha="right",
-        va="center_baseline" if many else "top",
-        rotation_mode="anchor",
-        fontsize=size,
-    )
+    words, size = [name.replace("_", " ") for name in names], 5.0 if many else 9.0
+    slant: Any = {"rotation": 90, "va": "center_baseline"} if many else {"rotation": 60, "va": "top"}
+    axes.set_xticks(range(len(names)), words, fontsize=size, ha="right", rotation_mode="anchor", **slant)
     axes.set_yticks(range(len(names)), words, fontsize=size)
     axes.set(xlabel=f"predicted {kind}", ylabel=f"true {kind}")
     axes.patch.set_gid(PLOT)

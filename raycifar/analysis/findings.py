@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from raycifar.analysis.collapse import MIN_STEPS, collapse
+from raycifar.analysis.collapse import MIN_STEPS, guesses
 from raycifar.analysis.departures import LOOSE, departures
 from raycifar.analysis.history import RunHistory, thinned
 from raycifar.errors import FailureKind
-from raycifar.storage.records import Diagnostics, EpochRecord, finite
+from raycifar.storage.records import Diagnostics, finite
 from raycifar.words import count, listed
 
 SIGMAS = 3.0  # a difference of so many standard errors is taken as real: Shewhart (1931), p = 0.0027
@@ -121,12 +121,8 @@ def fit(history: RunHistory) -> float:
 
 
 def calm(history: RunHistory) -> str:
-    ways = [
-        "Lower --lr",
-        "lengthen --warmup",
-        *([] if history.recipe.clip_norm else ["clip gradients (--clip-norm 1)"]),
-    ]
-    return f"{listed(ways, 'or')}."
+    clip = [] if history.recipe.clip_norm else ["clip gradients (--clip-norm 1)"]
+    return f"{listed(['Lower --lr', 'lengthen --warmup', *clip], 'or')}."
 
 
 # Too early to tell ----------------------------------------------------------------------------------
@@ -195,17 +191,15 @@ def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Findin
 
 
 def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    classes, steps = history.info.num_classes, history.steps_per_epoch
-
-    def guesses(record: EpochRecord) -> bool:
-        return collapse(record, history.num_train, max(MIN_STEPS, record.epoch * steps), classes) is not None
-
+    classes = history.info.num_classes
     last = history.records[-1]
     slow = rate_ratio(history) <= 1 / OFF  # then it has not moved far enough to collapse
-    if has(found, "divergence") or slow or last.epoch * steps < MIN_STEPS or not guesses(last):
+    if has(found, "divergence") or slow or last.epoch * history.steps_per_epoch < MIN_STEPS:
         return []
-    first = last.epoch + 1 - sum(1 for _ in takewhile(guesses, reversed(history.records)))
-    epochs = list(range(first, last.epoch + 1))
+    guessing = takewhile(lambda record: guesses(record, history.num_train, classes), reversed(history.records))
+    epochs = [record.epoch for record in guessing][::-1]
+    if not epochs:
+        return []
     z = (history.column("train_top1")[-1] - 1 / classes) / standard_error(1 / classes, history.num_train)
     cause, metrics = explain_collapse(last.diagnostics)
     stays = "is" if len(epochs) == 1 else "stays"

@@ -80,16 +80,9 @@ class RunHistory:
         return failure_kind(self.result) if self.result and self.result["status"] == "failed" else None
 
     def column(self, name: str) -> np.ndarray:
-        """Return a column of the records, (epochs,) float, read-only, not a number where it is unknown."""
-        if name not in self._columns:
-            values = [getattr(record, name) for record in self.records]
-            self._columns[name] = np.array([math.nan if value is None else value for value in values], float)
-            self._columns[name].flags.writeable = False
-        return self._columns[name]
-
-    @cached_property
-    def _columns(self) -> dict[str, np.ndarray]:
-        return {}
+        """Return a column of the records, (epochs,) float, not a number where it is unknown."""
+        values = [getattr(record, name) for record in self.records]
+        return np.array([math.nan if value is None else value for value in values], float)
 
 
 def thinned(count: int) -> np.ndarray:

@@ -198,7 +198,8 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
         recipe = replace(recipe, lr=own.lr)
         train("the learning rate of the model's own recipe", recipe)
     if has(findings, "improving", "underfitting", "too-early") and not departed and not history.unfinished:
-        epochs = max(findings_epochs(findings), (3 if has(findings, "underfitting") else 2) * recipe.epochs)
+        needed = max((finding.metrics.get("epochs_needed", 0) for finding in findings), default=0)
+        epochs = max(needed, (3 if has(findings, "underfitting") else 2) * recipe.epochs)
         train(f"more epochs, with a schedule that stretches over all {epochs}", replace(recipe, epochs=epochs))
     if departed:
         recipe = replace(recipe, **departed)
@@ -226,8 +227,3 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
         reason = "a search for a better recipe, and three seeds to see how sure the result is"
         steps.append({"command": search, "reason": reason})
     return steps
-
-
-def findings_epochs(findings: Sequence[Finding]) -> int:
-    """Return after how many epochs the findings can tell more."""
-    return max((finding.metrics.get("epochs_needed", 0) for finding in findings), default=0)

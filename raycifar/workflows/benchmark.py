@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -102,7 +102,7 @@ def bench(
     folder = RunFolder.for_output(out)
     found: dict[str, Any] = {}
     machine = processor()
-    clock = Clock(1 + bool(counts) + startup)
+    seconds = shares_of_time(1 + bool(counts) + startup)
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as storage:  # interrupted, workers still write
             timed = dataclasses.replace(request, name="bench", storage=storage, checkpoint_steps=0, test=False)
@@ -112,12 +112,12 @@ def bench(
             screen.say(
                 f"This takes at most about {LONGEST / 60:.0f} minutes; Ctrl-C ends it, and what is timed is shown."
             )
-            time_stages(run, rounds, against, screen, clock.part(), found)
+            time_stages(run, rounds, against, screen, next(seconds), found)
             if place:
-                time_plan(run, counts, place, interconnect, price_per_hour, rounds, screen, clock.part(), found)
+                time_plan(run, counts, place, interconnect, price_per_hour, rounds, screen, next(seconds), found)
         if startup:
             connection.close()  # this process's Ray would take its share of the cores
-            found["startup"] = time_startup(request, rounds, screen, clock.part())
+            found["startup"] = time_startup(request, rounds, screen, next(seconds))
     except KeyboardInterrupt:
         if not found:
             screen.say("No round is complete yet, so there is nothing to show.")
@@ -138,16 +138,11 @@ def keep(found: dict[str, Any], folder: RunFolder) -> None:
         folder.write(PLAN_CHART, draw_plan(found).encode())
 
 
-class Clock:
-    """Shares LONGEST seconds out among the parts of a bench."""
-
-    def __init__(self, parts: int) -> None:
-        self.parts, self.ends = parts, time.monotonic() + LONGEST
-
-    def part(self) -> float:
-        """Return the seconds of the next part: an equal share of what is left."""
-        self.parts -= 1
-        return max(0.0, self.ends - time.monotonic()) / (self.parts + 1)
+def shares_of_time(parts: int) -> Iterator[float]:
+    """Yield the seconds of each part of a bench as it begins: an equal share of what is left of LONGEST."""
+    ends = time.monotonic() + LONGEST
+    for left in range(parts, 0, -1):
+        yield max(0.0, ends - time.monotonic()) / left
 
 
 # Timing ----------------------------------------------------------------------------------------------

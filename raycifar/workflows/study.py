@@ -255,14 +255,10 @@ def build_spaces(request: ComparisonRequest) -> dict[str, Any]:
         return {}
     from raycifar.workflows.search_space import default_space, read_space
 
-    spaces = {
-        model: read_space(request.space, model) if request.space else default_space(recipe)
-        for model, recipe in request.recipes.items()
-    }
-    spaces = {
-        model: {field: where for field, where in space.items() if field not in request.fixed}
-        for model, space in spaces.items()
-    }
+    spaces = {}
+    for model, recipe in request.recipes.items():
+        space = read_space(request.space, model) if request.space else default_space(recipe)
+        spaces[model] = {field: where for field, where in space.items() if field not in request.fixed}
     if not all(spaces.values()):
         raise RequestError("--search has nothing to vary: every field of its space is given as an option.")
     return spaces
