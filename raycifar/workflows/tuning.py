@@ -273,13 +273,13 @@ class AshaByModel(FIFOScheduler):
                     stopper.on_trial_result(None, past, {"epoch": epoch, "val_top1": top1})
 
     def on_trial_add(self, tune_controller: Any, tune_trial: Any) -> None:
-        trial = Trial.from_config(tune_trial.config)
+        trial = tune_trial.config["trial"]
         if trial.search and (stopper := self.stoppers.get(trial.model)):
             stopper.on_trial_add(tune_controller, tune_trial)
 
     def on_trial_result(self, tune_controller: Any, tune_trial: Any, result: dict[str, Any]) -> str:
         if "val_top1" in result:
-            trial = Trial.from_config(tune_trial.config)
+            trial = tune_trial.config["trial"]
             decision = self.stoppers[trial.model].on_trial_result(tune_controller, tune_trial, result)
             trial.status_store.put_verdict(result["epoch"], stop=decision == TrialScheduler.STOP)
         return TrialScheduler.CONTINUE
@@ -294,7 +294,7 @@ def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: 
     tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([DRIVER])),
         tune_config=tune.TuneConfig(
-            search_alg=searcher, scheduler=searcher.stopper, num_samples=-1, trial_dirname_creator=directory
+            search_alg=searcher, scheduler=searcher.stopper, num_samples=-1, trial_dirname_creator=str
         ),
         run_config=tune.RunConfig(
             name=folder.name,
@@ -312,23 +312,19 @@ class FailedDrivers(ray_internals.progress_callback_class()):  # type: ignore[mi
     """Releases what a failed driver leaves, and records its retry; prints nothing, as Ray Tune by itself would."""
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        store = Trial.from_config(trial.config).status_store
+        store = trial.config["trial"].status_store
         release(store.key)
         store.add_failure(Failure(FailureCause.DRIVER, store.reason() or "it died"))
 
     def on_trial_complete(self, *args: Any, **kwargs: Any) -> None: ...
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        release(Trial.from_config(trial.config).status_store.key)
+        release(trial.config["trial"].status_store.key)
 
 
-def directory(tune_trial: Any) -> str:
-    return f"{Trial.from_config(tune_trial.config).name}-{tune_trial.trial_id}"
-
-
-def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Workers) -> None:
+def run_trial(config: dict[str, Trial], study: Study, source: Source, workers: Workers) -> None:
     """Train a trial in a process started by Ray Tune; errors are for Ray Tune to retry."""
-    trial = Trial.from_config(config)
+    trial = config["trial"]
     request, run, store = study.request(trial), study.run(trial), trial.status_store
     try:
         inputs = Inputs(source, split_images(source, request), study.starts[trial.model])
