@@ -14,7 +14,6 @@ from raycifar.errors import DamagedFileError, RequestError, notice
 from raycifar.models import slug
 from raycifar.models.recipes import read_run
 from raycifar.redaction import shown
-from raycifar.storage.records import finite
 from raycifar.storage.run_folder import (
     COMPARISON,
     EXAMPLE_STATS,
@@ -85,9 +84,7 @@ def overlay(folders: Sequence[RunFolder], out: RunFolder, kind: str = "html") ->
             raise RequestError(f"{folder.folder} holds no {RUN}: several folders must each be a run's.")
     files = [read_files(folder) for folder in folders]
     content = report_overlay(files)
-    if kind == "html":
-        out.write(REPORT_PAGE, comparison_page(content, files, None, {}, overlay=True).encode())
-    write_content(content, out, kind)
+    write_report(content, lambda: comparison_page(content, files, None, {}, overlay=True), out, kind)
     return content
 
 
@@ -163,18 +160,6 @@ def unless_damaged(read: Callable[[], Any], notes: list[str]) -> Any:
         return None
 
 
-def read_report(folder: RunFolder) -> dict[str, Any]:
-    """Return a run's current report."""
-    from raycifar.analysis.reports import report_run
-
-    return finite(report_run(read_files(folder)))
-
-
-def read_comparison_report(folder: RunFolder) -> dict[str, Any]:
-    """Return a comparison's current report."""
-    return finite(compile_comparison(folder)[0])
-
-
 def write_run(
     folder: RunFolder, source: Source | None = None, out: RunFolder | None = None, kind: str = "html"
 ) -> dict[str, Any]:
@@ -192,21 +177,17 @@ def write_run(
         if out is None or out == folder:
             write_pictures(folder, files.pictures)
     out, content = out or folder, report_run(files)
-    if kind == "html":
-        out.write(REPORT_PAGE, run_page(files, content).encode())
-        if files.suspects:
-            out.write(SUSPECTS, files.suspects.to_csv().encode())
-    write_content(content, out, kind)
+    write_report(content, lambda: run_page(files, content), out, kind)
+    if kind == "html" and files.suspects:
+        out.write(SUSPECTS, files.suspects.to_csv().encode())
     return content
 
 
-def keep_pictures(folder: RunFolder, source: Source) -> dict[str, Any]:
-    """Keep the images that a later report shows, and return the current report."""
-    from raycifar.analysis.reports import choose_pictures, report_run
+def keep_pictures(folder: RunFolder, source: Source) -> None:
+    """Keep the images that a later report shows."""
+    from raycifar.analysis.reports import choose_pictures
 
-    files = read_files(folder)
-    write_pictures(folder, choose_pictures(files, source))
-    return report_run(files)
+    write_pictures(folder, choose_pictures(read_files(folder), source))
 
 
 def write_pictures(folder: RunFolder, pictures: Any) -> None:
@@ -219,16 +200,17 @@ def write_comparison(folder: RunFolder, out: RunFolder | None = None, kind: str 
     """Write the report of a comparison, finished or not, and return the content of `report.json`."""
     from raycifar.analysis.reports import comparison_page
 
-    out = out or folder
-    content, files, comparison = compile_comparison(folder)
-    if kind == "html":
+    content, files, comparison = read_comparison(folder)
+
+    def page() -> str:
         links = {run.name: f"{run.name}/{REPORT_PAGE}" for run in folder.runs() if run.exists(REPORT_PAGE)}
-        out.write(REPORT_PAGE, comparison_page(content, files, comparison, links).encode())
-    write_content(content, out, kind)
+        return comparison_page(content, files, comparison, links)
+
+    write_report(content, page, out or folder, kind)
     return content
 
 
-def compile_comparison(folder: RunFolder) -> tuple[dict[str, Any], list["RunFiles"], dict[str, Any] | None]:
+def read_comparison(folder: RunFolder) -> tuple[dict[str, Any], list["RunFiles"], dict[str, Any] | None]:
     """Return a comparison's report, the files of its runs, and its result; what is damaged is told, and left out."""
     from raycifar.analysis.reports import report_comparison
 
@@ -244,9 +226,12 @@ def compile_comparison(folder: RunFolder) -> tuple[dict[str, Any], list["RunFile
     return report_comparison(folder.name, files, comparison, folder.storage, notes), files, comparison
 
 
-def write_content(content: dict[str, Any], out: RunFolder, kind: str) -> None:
+def write_report(content: dict[str, Any], page: Callable[[], str], out: RunFolder, kind: str) -> None:
+    """Write a report as its kind: html is its page and report.json."""
     from raycifar.analysis.reports import to_markdown
 
+    if kind == "html":
+        out.write(REPORT_PAGE, page().encode())
     if kind == "md":
         out.write(REPORT_TEXT, to_markdown(content).encode())
     else:
@@ -303,8 +288,8 @@ class Refresher:
         self.took = self.last - started
 
 
-def explain(write: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the report that `write` returns; a failure is logged, and doesn't fail the run."""
+def explain(write: Callable[[], Any]) -> Any:
+    """Return what `write` returns, a report; a failure is logged, and doesn't fail the run."""
     try:
         return write()
     except Exception as error:
