@@ -66,6 +66,11 @@ class RunHistory:
         return len(self.records) < self.recipe.epochs and (self.result or {}).get("status") in (None, "failed")
 
     @property
+    def test(self) -> dict[str, Any] | None:
+        """The scores on the test set, None if it isn't scored."""
+        return (self.result or {}).get("test")
+
+    @property
     def decayed(self) -> bool:
         """Whether the learning rate has fallen to the end of its schedule."""
         return self.records[-1].lr < self.recipe.lr / 20

@@ -24,7 +24,7 @@ def find_mismatch(history: RunHistory, predictions: pa.Table | None, pictures: P
     Args:
         predictions: the content of `predictions.parquet`. pictures: that of `pictures.json`, for a look at pixels.
     """
-    test, last = (history.result or {}).get("test"), history.records[-1] if history.records else None
+    test, last = history.test, history.records[-1] if history.records else None
     if not test or last is None or last.val_top1 is None:
         return []
     error = math.hypot(standard_error(last.val_top1, history.num_val), standard_error(test["top1"], test["images"]))

@@ -116,7 +116,7 @@ def paragraph(history: RunHistory, findings: Sequence[Finding]) -> str:
                 else ", its best"
             )
             sentences.append(f"{text}{later}.")
-    if test := (history.result or {}).get("test"):
+    if test := history.test:
         sentences.append(
             f"On {count(test['images'], 'test image')}, scored once, it reached a top-1 accuracy of {test['top1']:.1%} "
             f"and a top-5 accuracy of {test['top5']:.1%}."

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from raycifar.analysis import charts, prose
 from raycifar.analysis.classification import by_class, confused_pairs, confusion, reliability
-from raycifar.analysis.comparison import conclusions, group
+from raycifar.analysis.comparison import by_model, conclusions
 from raycifar.analysis.curves import panels
 from raycifar.analysis.departures import plain_value
 from raycifar.analysis.findings import FIT, diagnose, fit, seed_variance, standard_error
@@ -149,7 +149,7 @@ def mature(history: RunHistory) -> bool:
 
 def test_intervals(history: RunHistory) -> dict[str, float]:
     """Return half of the 95% interval of each test accuracy, over the choice of test images."""
-    test = (history.result or {}).get("test")
+    test = history.test
     if not test:
         return {}
     images = dict.fromkeys(("top1", "top5", "superclass_top1"), test["images"])
@@ -349,7 +349,7 @@ def report_comparison(
     reports = [report_run(run) for run in runs]
     found = []
     for model, same in by_model(runs).items():
-        tested = [run.history.result["test"] for run in same if run.history.result and "test" in run.history.result]
+        tested = [test for run in same if (test := run.history.test)]
         if tested and (finding := seed_variance(model, [test["top1"] for test in tested], tested[0]["images"])):
             found.append(finding)
     done = sum((run.history.result or {}).get("status") == "finished" for run in runs)
@@ -380,7 +380,7 @@ def about_runs(runs: Sequence[RunFiles], reports: Sequence[dict[str, Any]]) -> l
             "seed": files.history.run["seed"],
             "images": files.history.num_train,
             "epochs": f"{len(files.history.records)} of {files.history.recipe.epochs}",
-            "top1": ((files.history.result or {}).get("test") or {}).get("top1"),
+            "top1": (files.history.test or {}).get("top1"),
         }
         for files, report in zip(runs, reports, strict=True)
     ]
@@ -441,11 +441,6 @@ def next_comparison(runs: Sequence[RunFiles], comparison: dict[str, Any] | None,
     return [{"command": command, "reason": listed(reasons)}]
 
 
-def by_model(runs: Sequence[RunFiles]) -> dict[str, list[RunFiles]]:
-    """Return the runs of each model; one with several recipes counts as several."""
-    return group((run.history.model, run.history.recipe, run) for run in runs)
-
-
 def comparison_page(
     report: dict[str, Any],
     runs: Sequence[RunFiles],
@@ -497,8 +492,7 @@ def comparison_page(
 
 def top1_of(model: dict[str, Any], runs: Sequence[RunFiles]) -> list[float]:
     """Return the test accuracy of each run of a model of a comparison; the mean alone where a run is gone."""
-    results = [run.history.result or {} for run in runs if run.name in model["runs"]]
-    top1 = [result["test"]["top1"] for result in results if "test" in result]
+    top1 = [test["top1"] for run in runs if run.name in model["runs"] and (test := run.history.test)]
     return top1 if len(top1) == len(model["runs"]) else [model["top1"]["mean"]]
 
 

@@ -22,6 +22,7 @@ from raycifar.analysis.comparison import (
     not_comparable,
     whether_the_order_changes,
 )
+from raycifar.analysis.history import RunHistory
 from raycifar.data.tables import Source, Splits, from_lists
 from raycifar.errors import RequestError, WorkError
 from raycifar.models import Architecture
@@ -389,7 +390,8 @@ def read_finished(path: str) -> Finished:
     likelihood = np.take_along_axis(from_lists(predictions["probabilities"]), labels[:, None], 1)[:, 0]
     loss = -np.log(likelihood.clip(np.finfo(np.float32).tiny))
     copies = predictions["near_duplicate"].to_numpy() > 0 if "near_duplicate" in predictions.column_names else None
-    return Finished(run.name, run.folder, about, history, result, correct[:, 0], correct.any(1), loss, copies)
+    whole = RunHistory(about, history, result)
+    return Finished(run.name, run.folder, whole, correct[:, 0], correct.any(1), loss, copies)
 
 
 def keep_files(finished: Sequence[Finished], folder: RunFolder) -> list[Finished]:
