@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from raycifar.errors import RequestError, WorkError
 from raycifar.machine import processor
 from raycifar.storage.run_folder import BENCH, BENCH_CHART, PLAN_CHART, RUN, RunFolder
+from raycifar.terminal import Screen
 from raycifar.words import listed
 from raycifar.workflows import planning
 from raycifar.workflows.planning import INTERCONNECTS, Measured, Place, Plan
@@ -24,7 +25,6 @@ from raycifar.workflows.training import fit, prepare
 
 if TYPE_CHECKING:
     from raycifar.engine.trainer import Job
-    from raycifar.terminal import Screen
     from raycifar.workflows.training import PreparedRun
 
 WAYS = ("dataloader", "stream")
@@ -54,7 +54,7 @@ POLL_SECONDS = 0.02  # between two looks whether a run has begun
 
 def bench(
     request: TrainingRequest,
-    screen: "Screen",
+    screen: Screen,
     connection: ExitStack,
     show: Callable[[dict[str, Any]], None],
     *,
@@ -149,7 +149,7 @@ def shares_of_time(parts: int) -> Iterator[float]:
 
 
 def time_stages(
-    run: "PreparedRun", rounds: int, against: Sequence[str], screen: "Screen", seconds: float, found: dict[str, Any]
+    run: "PreparedRun", rounds: int, against: Sequence[str], screen: Screen, seconds: float, found: dict[str, Any]
 ) -> None:
     """Add to `found` what came of the stages, as far as whole rounds were timed."""
     from raycifar.engine.bench import BenchmarkJob, bench_loop_per_worker
@@ -172,7 +172,7 @@ def time_plan(
     interconnect: str | None,
     price_per_hour: float | None,
     rounds: int,
-    screen: "Screen",
+    screen: Screen,
     seconds: float,
     found: dict[str, Any],
 ) -> None:
@@ -199,7 +199,7 @@ def time_plan(
         found["plan"] = planning.summarize(plan, price_per_hour)
 
 
-def do(run: "PreparedRun", loop: Callable[..., Any], job_of: Callable[["Job"], Any], screen: "Screen") -> Any:
+def do(run: "PreparedRun", loop: Callable[..., Any], job_of: Callable[["Job"], Any], screen: Screen) -> Any:
     """Have the workers do this, and return what the first one returned."""
     from raycifar.cluster.waiting import Waiting
 
@@ -240,7 +240,7 @@ def find_place(run: "PreparedRun", counts: Sequence[int], interconnect: str | No
     return Place(use_gpu, shared, max(1, most))
 
 
-def time_startup(request: TrainingRequest, rounds: int, screen: "Screen", seconds: float) -> dict[str, Any]:
+def time_startup(request: TrainingRequest, rounds: int, screen: Screen, seconds: float) -> dict[str, Any]:
     """Return the seconds from a command to its first optimizer step, and those of the least that Ray takes.
 
     It is timed as many rounds as fit into so many seconds, once at least.

@@ -5,7 +5,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +18,7 @@ from raycifar.models.recipe import Recipe
 from raycifar.storage.files import locate, write_whole
 from raycifar.storage.run_folder import RunFolder
 from raycifar.storage.spreadsheets import to_csv
-
-if TYPE_CHECKING:
-    from raycifar.terminal import Screen
+from raycifar.terminal import Screen
 
 DUPLICATES, DUPLICATES_PAGE, DUPLICATES_PICTURE = "duplicates.csv", "duplicates.html", "duplicates.png"
 KINDS = ("exact", "near", "similar")
@@ -100,7 +98,7 @@ class Duplicates:
         }
 
 
-def list_duplicates(data: str, out: str, screen: "Screen", run: str | None = None) -> tuple[Duplicates, RunFolder]:
+def list_duplicates(data: str, out: str, screen: Screen, run: str | None = None) -> tuple[Duplicates, RunFolder]:
     """Find the duplicates of a data set, and write duplicates.csv, a page and a picture of them.
 
     Args:
@@ -119,7 +117,7 @@ def list_duplicates(data: str, out: str, screen: "Screen", run: str | None = Non
     return found, folder
 
 
-def find_duplicates(source: Source, screen: "Screen") -> Duplicates:
+def find_duplicates(source: Source, screen: Screen) -> Duplicates:
     """Return the images of a data set that show one photograph: known ones, or found and put into the cache."""
     fingerprint = source.fingerprint()
     pairs = known_pairs(fingerprint)
@@ -154,8 +152,6 @@ def copied_images(source: Source, recipe: Recipe) -> np.ndarray | None:
     """Return the rows of training images that a recipe doesn't validate on, or None where it validates on any."""
     if not recipe.separate_copies:
         return None
-    from raycifar.terminal import Screen
-
     return np.unique(find_duplicates(source, Screen(quiet=True)).photographs("train", "train"))
 
 
@@ -173,7 +169,7 @@ def cached(fingerprint: str) -> Path:
     return cache_folder() / "duplicates" / f"{fingerprint}-{METHOD}.parquet"
 
 
-def search(source: Source, screen: "Screen", run: str | None = None) -> pa.Table:
+def search(source: Source, screen: Screen, run: str | None = None) -> pa.Table:
     """Return the pairs of a data set's images, numbered from the first test image; training images follow.
 
     Args:

@@ -18,6 +18,7 @@ from raycifar.data.tables import Source, from_lists, split_rows, take, to_images
 from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
 from raycifar.models.recipes import read_run, recipe_from_json
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, MANIFEST, PICTURES, PREDICTIONS, RunFolder
+from raycifar.terminal import Screen
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images, find_duplicates
 from raycifar.workflows.reporting import is_source_of, load_images
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from raycifar.cluster.sizing import Workers
     from raycifar.engine.trained_model import Weights
-    from raycifar.terminal import Screen
 
 WAIT_SECONDS = 1800  # for workers to find room
 ATTEMPTS = 3  # at a job whose workers die
@@ -55,7 +55,7 @@ class EvaluationRequest(WorkerSettings):
 
 
 def evaluate(
-    request: EvaluationRequest, screen: "Screen", connection: ExitStack, *, debug: bool = False
+    request: EvaluationRequest, screen: Screen, connection: ExitStack, *, debug: bool = False
 ) -> tuple[dict[str, Any], RunFolder]:
     """Score a network; write evaluation.json, a page of it, and predictions.parquet.
 
@@ -115,7 +115,7 @@ def evaluate(
     return evaluation, out
 
 
-def find_copies(run: dict[str, Any], source: Source, screen: "Screen") -> np.ndarray:
+def find_copies(run: dict[str, Any], source: Source, screen: Screen) -> np.ndarray:
     """Return the rows of test images whose photograph is among a run's training images."""
     recipe = recipe_from_json(run["model"], run["recipe"])
     found = find_duplicates(source, screen)
@@ -200,7 +200,7 @@ def connect(
     weights: "Weights",
     precision: Any,
     request: EvaluationRequest,
-    screen: "Screen",
+    screen: Screen,
     connection: ExitStack,
     *,
     debug: bool,
@@ -299,7 +299,7 @@ def score_predictions(
 
 
 def score_corruptions(
-    corruptions: Corruptions, ask: Callable[[Sequence[pa.Table]], list["Tensor"]], screen: "Screen"
+    corruptions: Corruptions, ask: Callable[[Sequence[pa.Table]], list["Tensor"]], screen: Screen
 ) -> dict[str, Any]:
     """Return the scores by corruption and severity, and the mean error over the benchmark's corruptions."""
     import torch

@@ -18,13 +18,13 @@ from raycifar.models.recipes import read_run
 from raycifar.storage.files import write_file
 from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import RunFolder
+from raycifar.terminal import Screen
 from raycifar.workflows.reporting import load_images
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from raycifar.engine.trained_model import Weights
-    from raycifar.terminal import Screen
 
 Network = Callable[["Tensor"], "Tensor"]  # images (n, 3, 32, 32) uint8 to logits (n, classes)
 
@@ -42,7 +42,7 @@ class Export:
     difference: float
 
 
-def export(network: str, kind: str, screen: "Screen", *, out: str | None = None, data: str | None = None) -> Export:
+def export(network: str, kind: str, screen: Screen, *, out: str | None = None, data: str | None = None) -> Export:
     """Write a network as `kind`, one of `SUFFIXES`.
 
     The result maps images (n, 3, 32, 32) uint8, channels first, to logits (n, classes) float32.

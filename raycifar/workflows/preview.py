@@ -1,7 +1,6 @@
 """What a request would train, on what and for how long, without starting anything."""
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from raycifar.cluster.connection import cluster_address
 from raycifar.data.tables import Splits
@@ -10,6 +9,7 @@ from raycifar.engine.order import steps_per_epoch
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
 from raycifar.storage.run_folder import RunFolder
+from raycifar.terminal import Screen
 from raycifar.words import count, duration
 from raycifar.workflows import study
 from raycifar.workflows.estimate import cpu_seconds, operations_of
@@ -17,11 +17,8 @@ from raycifar.workflows.identity import describe_recipe, earlier_result, identif
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.training import allocate_workers, read_inputs
 
-if TYPE_CHECKING:
-    from raycifar.terminal import Screen
 
-
-def preview(request: TrainingRequest, screen: "Screen", connection: ExitStack, *, debug: bool = False) -> None:
+def preview(request: TrainingRequest, screen: Screen, connection: ExitStack, *, debug: bool = False) -> None:
     """Show recipe, data, split, workers and an estimate of the time; write nothing, and start no Ray.
 
     Raises:
@@ -46,7 +43,7 @@ def preview(request: TrainingRequest, screen: "Screen", connection: ExitStack, *
     screen.say("This run is finished: nothing would be trained." if finished else "Nothing was started.")
 
 
-def preview_comparison(request: ComparisonRequest, screen: "Screen") -> None:
+def preview_comparison(request: ComparisonRequest, screen: Screen) -> None:
     """Show the trials of a comparison, and an estimate of their time; write nothing, and start no Ray.
 
     Raises:

@@ -30,12 +30,12 @@ from raycifar.storage.run_folder import (
     SUSPECTS,
     RunFolder,
 )
+from raycifar.terminal import Screen
 from raycifar.words import count
 from raycifar.workflows.duplicates import known_training_copies
 
 if TYPE_CHECKING:
     from raycifar.analysis.reports import RunFiles
-    from raycifar.terminal import Screen
 
 FRACTION = 0.01  # of a run's time that its reports may take
 FIRST_GUESS = 3.0  # seconds for a report, before the first is timed
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 def report(
-    folder: RunFolder, screen: "Screen", *, data: str | None = None, out: RunFolder | None = None, kind: str = "html"
+    folder: RunFolder, screen: Screen, *, data: str | None = None, out: RunFolder | None = None, kind: str = "html"
 ) -> dict[str, Any]:
     """Write the report of a run or a comparison, and return the content of `report.json`.
 
@@ -297,7 +297,7 @@ def explain(write: Callable[[], Any]) -> Any:
         return {"headline": f"the report failed ({type(error).__name__}: {error})"}
 
 
-def show_report(write: Callable[[], dict[str, Any]], screen: "Screen") -> None:
+def show_report(write: Callable[[], dict[str, Any]], screen: Screen) -> None:
     """Write a report, and say what it shows."""
     with screen.waiting("Drawing the report"):
         headline = explain(write)["headline"]

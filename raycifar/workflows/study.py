@@ -43,6 +43,7 @@ from raycifar.storage.run_folder import (
     RunFolder,
 )
 from raycifar.storage.spreadsheets import to_csv
+from raycifar.terminal import Screen
 from raycifar.words import count
 from raycifar.workflows.background import alongside
 from raycifar.workflows.datasets import warn_of_leaks
@@ -56,7 +57,6 @@ from raycifar.workflows.training import STOP_SECONDS, and_weights, read_images
 
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
-    from raycifar.terminal import Screen
     from raycifar.workflows.tuning import Study, StudySearcher
 
 Show = Callable[[dict[str, Any]], None]
@@ -77,7 +77,7 @@ class PreparedComparison:
 
 
 def train_and_compare(
-    request: ComparisonRequest, screen: "Screen", connection: ExitStack, show: Show, *, debug: bool = False
+    request: ComparisonRequest, screen: Screen, connection: ExitStack, show: Show, *, debug: bool = False
 ) -> None:
     """Train each model with each seed, compare them, and write the report.
 
@@ -99,7 +99,7 @@ def train_and_compare(
 
 
 def prepare(
-    request: ComparisonRequest, screen: "Screen", connection: ExitStack, lock: ExitStack, *, debug: bool = False
+    request: ComparisonRequest, screen: Screen, connection: ExitStack, lock: ExitStack, *, debug: bool = False
 ) -> PreparedComparison:
     """Load the trials' inputs, lock the folder, connect to Ray, choose the workers, and write `study.json`.
 
@@ -154,7 +154,7 @@ def prepare(
     return PreparedComparison(request, folder, source, study, searcher, workers)
 
 
-def run(prepared: PreparedComparison, screen: "Screen", tracking: Tracking) -> None:
+def run(prepared: PreparedComparison, screen: Screen, tracking: Tracking) -> None:
     """Run the remaining trials, and show and track their progress; the searcher then has their status.
 
     KeyboardInterrupt stops running trials, which leave checkpoints, and is raised again.
@@ -191,7 +191,7 @@ def run(prepared: PreparedComparison, screen: "Screen", tracking: Tracking) -> N
     )
 
 
-def finish(prepared: PreparedComparison, screen: "Screen", show: Show) -> None:
+def finish(prepared: PreparedComparison, screen: Screen, show: Show) -> None:
     """Compare the finished runs, write and show the comparison, and write the reports.
 
     Raises:
@@ -225,7 +225,7 @@ def finish(prepared: PreparedComparison, screen: "Screen", show: Show) -> None:
 
 
 def read_inputs(
-    request: ComparisonRequest, screen: "Screen"
+    request: ComparisonRequest, screen: Screen
 ) -> tuple[TrainingRequest, Source, Splits, dict[str, InitialWeights]]:
     """Return the request for a trial of the first model, the images, the splits, and each model's first weights."""
     recipes = request.recipes
@@ -343,7 +343,7 @@ def describe_search(searcher: "StudySearcher", model: str) -> dict[str, Any]:
 # The result -----------------------------------------------------------------------------------------
 
 
-def compare_runs(locations: Iterable[str], request: ComparisonRequest, screen: "Screen", show: Show) -> None:
+def compare_runs(locations: Iterable[str], request: ComparisonRequest, screen: Screen, show: Show) -> None:
     """Compare finished runs, given by paths or URIs; write and show the comparison, and write its report.
 
     Raises:
