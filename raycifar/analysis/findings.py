@@ -217,19 +217,18 @@ def explain_collapse(diagnostics: Diagnostics | None) -> tuple[str, dict[str, An
     if not diagnostics:
         return "", {}
     norms = [(name, norm) for name, norm in diagnostics["gradient_norms"].items() if norm is not None]
-    dead = {layer: fraction for layer, fraction in diagnostics["dead_relus"].items() if fraction is not None}
     if not norms:
         return "", {}
+    dead = [(layer, fraction) for layer, fraction in diagnostics["dead_relus"].items() if fraction is not None]
+    layer, fraction = max(dead, key=lambda item: item[1], default=("", 0.0))
+    if fraction >= DEAD:
+        text = (
+            f"Its ReLUs have died: in layer {layer}, {fraction:.0%} of the units output 0 for every image, so no "
+            "gradient passes through them."
+        )
+        return text, {"cause": "dead ReLUs", "layer": layer, "fraction": fraction}
     (first, small), (last, large) = norms[0], norms[-1]
     both = f"the norm is {small:.2g} at {first} and {large:.2g} at {last}"
-    if dead:
-        layer, fraction = max(dead.items(), key=lambda item: item[1])
-        if fraction >= DEAD:
-            text = (
-                f"Its ReLUs have died: in layer {layer}, {fraction:.0%} of the units output 0 for every image, so no "
-                "gradient passes through them."
-            )
-            return text, {"cause": "dead ReLUs", "layer": layer, "fraction": fraction}
     if small < VANISHED * large:
         text = f"Its gradients vanish on the way to the input: {both}."
         return text, {"cause": "vanishing gradients", "ratio": small / large}

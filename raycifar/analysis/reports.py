@@ -319,11 +319,6 @@ def measured(table: pa.Table) -> Pixels:
     return {"mean": float(pixels.mean()), "std": float(pixels.std())}
 
 
-def picture(table: pa.Table, row: int) -> str:
-    """Return an image of the data set as a data URI."""
-    return PNG + to_base64(table, row)
-
-
 def to_base64(table: pa.Table, row: int) -> str:
     """Return the image of a row as a PNG file in base64."""
     return base64.b64encode(to_png(to_images(table["image"].slice(row, 1))[0])).decode()

@@ -212,10 +212,10 @@ def to_page(found: Duplicates, source: Source) -> str:
 
 def to_figure(found: Duplicates, row: int, source: Source) -> dict[str, Any]:
     """Return a pair: pictures, and their places and labels."""
-    from raycifar.analysis.reports import picture
+    from raycifar.analysis.reports import PNG, to_base64
 
     pictures = [
-        {"uri": picture(getattr(source, split), index), "words": f"{split} {index}: {label}", "label": label}
+        {"uri": PNG + to_base64(getattr(source, split), index), "words": f"{split} {index}: {label}", "label": label}
         for split, index, label in both(found, row, source)
     ]
     return {"pictures": pictures, "similarity": found.similarity[row], "same_label": bool(found.same_label[row])}

@@ -248,15 +248,16 @@ def run_job(parts: list[pa.Table], network: Network) -> list[pa.Table]:
             accelerator_type=workers.accelerator,
             **options,
         )
-    for left in reversed(range(ATTEMPTS)):
+    died = 0
+    while True:
         try:
             return list(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
         except RayActorError as error:
-            if not left:
+            died += 1
+            if died == ATTEMPTS:
                 raise WorkError(
-                    f"workers died {ATTEMPTS} times while they scored the images: {in_a_line(error)}."
+                    f"workers died {died} times while they scored the images: {in_a_line(error)}."
                 ) from error
-    raise AssertionError
 
 
 # Results --------------------------------------------------------------------------------------------

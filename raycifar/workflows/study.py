@@ -291,37 +291,32 @@ def agree(
             now[f"{model} space"] = space_to_json(spaces[model])
     earlier = folder.read_json(STUDY) or {}
     for key in now.keys() & earlier.keys():
-        if earlier[key] != now[key]:
-            there, here = (
-                recipe_from_json(key, value[key]) if key in request.recipes and isinstance(value[key], dict) else None
-                for value in (earlier, now)
+        there, here = earlier[key], now[key]
+        is_recipe = key in request.recipes and isinstance(there, dict)
+        if is_recipe:  # one of an earlier version has other fields
+            there, here = recipe_from_json(key, there), recipe_from_json(key, here)
+        if there != here:
+            told = (describe_changes(there, here), describe_changes(here, there)) if is_recipe else (there, here)
+            raise RequestError(
+                f"{folder.folder} is another comparison: {key} {told[0]} there, {told[1]} here. Give another --name, or "
+                "its options."
             )
-            if there and there == here:  # an earlier version has other fields
-                continue
-            what = (
-                f"{key} {describe_changes(there, here)} there, {describe_changes(here, there)} here"
-                if there and here
-                else f"{key} {earlier[key]} there, {now[key]} here"
-            )
-            raise RequestError(f"{folder.folder} is another comparison: {what}. Give another --name, or its options.")
     return {**earlier, **now}
 
 
 def describe_search(searcher: "StudySearcher", model: str) -> dict[str, Any]:
     """Return the trials of the search for a model's recipe, and its result."""
-    trials = []
     base = searcher.study.recipes[model]
-    for trial in searcher.searches[model]:
-        top1 = searcher.val_top1(trial)
-        trials.append(
-            {
-                "run": trial.name,
-                "status": trial.status,
-                "changes": changes(trial.recipe, base),
-                "epochs": len(top1),
-                "val_top1": top1[-1] if top1 else None,
-            }
-        )
+    trials = [
+        {
+            "run": trial.name,
+            "status": trial.status,
+            "changes": changes(trial.recipe, base),
+            "epochs": len(top1 := searcher.val_top1(trial)),
+            "val_top1": top1[-1] if top1 else None,
+        }
+        for trial in searcher.searches[model]
+    ]
     best, recipe = searcher.best(model), trials[0]["val_top1"]
     if best is None:
         sentence = f"The search for {model} failed in every trial; its recipe was kept."
@@ -444,7 +439,8 @@ def conclude(
         told = whether_the_order_changes(before, comparison["models"], images, new)
         comparison["without_near_duplicates"] = {"images": new, "sentence": told}
     folder.write_json(COMPARISON, comparison)
-    folder.write(COMPARISON_TABLE, to_table(comparison).encode())
+    rows = to_rows(comparison)
+    folder.write(COMPARISON_TABLE, to_csv([*rows[0]], (row.values() for row in rows)).encode())
     folder.seal(STUDY, COMPARISON)
     return comparison
 
@@ -482,9 +478,3 @@ def to_rows(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
         keys = ("parameters", "flops", "images_per_second", "device_seconds", "cost", "at_equal_time")
         rows.append(row | {key: model[key] for key in keys})
     return rows
-
-
-def to_table(comparison: Mapping[str, Any]) -> str:
-    """Return `comparison.csv`."""
-    rows = to_rows(comparison)
-    return to_csv([*rows[0]], (row.values() for row in rows))
