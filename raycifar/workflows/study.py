@@ -296,11 +296,9 @@ def agree(
         if is_recipe:  # one of an earlier version has other fields
             there, here = recipe_from_json(key, there), recipe_from_json(key, here)
         if there != here:
-            told = (describe_changes(there, here), describe_changes(here, there)) if is_recipe else (there, here)
-            raise RequestError(
-                f"{folder.folder} is another comparison: {key} {told[0]} there, {told[1]} here. Give another --name, or "
-                "its options."
-            )
+            says = (describe_changes(there, here), describe_changes(here, there)) if is_recipe else (there, here)
+            what = f"{key} {says[0]} there, {says[1]} here"
+            raise RequestError(f"{folder.folder} is another comparison: {what}. Give another --name, or its options.")
     return {**earlier, **now}
 
 

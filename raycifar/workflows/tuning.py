@@ -184,7 +184,8 @@ class StudySearcher(Searcher):
         for model in self.study.recipes:
             while (known := self._restored(model)) is not None:
                 self.searches[model].append(known)
-            if model in self.finals or not self._searched(model):
+            trials = self.searches[model]
+            if model in self.finals or len(trials) < self.study.searches or not all(trial.over for trial in trials):
                 continue
             best = self.best(model)
             recipe = best.recipe if best else self.study.recipes[model]
@@ -193,10 +194,6 @@ class StudySearcher(Searcher):
                 self._with_status(Trial(f"{slug(model)}-s{seed}", model, seed, recipe, search=False, setting=setting))
                 for seed in self.study.seeds
             ]
-
-    def _searched(self, model: str) -> bool:
-        trials = self.searches[model]
-        return len(trials) == self.study.searches and all(trial.over for trial in trials)
 
     def best(self, model: str) -> Trial | None:
         """Return the search trial that ended with the highest validation top-1, the first of equals."""
