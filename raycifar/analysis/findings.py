@@ -16,6 +16,7 @@ from scipy import stats
 from raycifar.analysis.collapse import MIN_STEPS, guesses
 from raycifar.analysis.departures import LOOSE, departures
 from raycifar.analysis.history import RunHistory, thinned
+from raycifar.data import CIFAR100
 from raycifar.errors import FailureKind
 from raycifar.storage.records import Diagnostics, finite
 from raycifar.words import count, listed
@@ -170,7 +171,7 @@ def divergence(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         return []
     evidence = (
         f"The training loss rises from {low:.2f} (epoch {int(np.nanargmin(losses)) + 1}) to {last:.2f} (epoch "
-        f"{len(losses)}), more than twice the loss of guessing, ln({history.info.num_classes}) = {guessing:.4f}."
+        f"{len(losses)}), more than twice the loss of guessing, ln({CIFAR100.num_classes}) = {guessing:.4f}."
     )
     return [Finding("divergence", SURE, evidence, calm(history), [len(losses)])]
 
@@ -191,7 +192,7 @@ def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Findin
 
 
 def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    classes = history.info.num_classes
+    classes = CIFAR100.num_classes
     last = history.records[-1]
     slow = rate_ratio(history) <= 1 / OFF  # then it has not moved far enough to collapse
     if has(found, "divergence") or slow or last.epoch * history.steps_per_epoch < MIN_STEPS:
@@ -247,11 +248,11 @@ def underfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]
     loss = (1 - fitted) * history.guessing_loss
     evidence = (
         f"After epoch {last.epoch}, the loss on training images, scored without augmentation, is {loss:.3f}. Guessing "
-        f"gives ln({history.info.num_classes}) = {history.guessing_loss:.3f}, so the loss has come "
+        f"gives ln({CIFAR100.num_classes}) = {history.guessing_loss:.3f}, so the loss has come "
         f"{max(fitted, 0):.0%} of the way to a perfect fit; below {FIT:.0%}, a network underfits."
         if fitted >= 0.005
         else f"After epoch {last.epoch}, the network does no better on training images than guessing: their loss is "
-        f"{loss:.3f}, and that of guessing is ln({history.info.num_classes}) = {history.guessing_loss:.3f}."
+        f"{loss:.3f}, and that of guessing is ln({CIFAR100.num_classes}) = {history.guessing_loss:.3f}."
     )
     if last.val_loss is not None:
         evidence += f" The validation loss is {last.val_loss:.3f}."

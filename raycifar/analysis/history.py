@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from raycifar.data import CIFAR100, DatasetInfo
+from raycifar.data import CIFAR100
 from raycifar.errors import FailureKind
 from raycifar.models.recipe import Recipe
 from raycifar.models.recipes import recipe_for, recipe_from_json
@@ -28,7 +28,6 @@ class RunHistory:
     run: dict[str, Any]
     records: Sequence[EpochRecord]
     result: dict[str, Any] | None
-    info: DatasetInfo = CIFAR100
 
     @property
     def model(self) -> str:
@@ -78,7 +77,7 @@ class RunHistory:
     @property
     def guessing_loss(self) -> float:
         """The cross-entropy of a network that gives every class the same probability."""
-        return math.log(self.info.num_classes)
+        return math.log(CIFAR100.num_classes)
 
     @property
     def failure(self) -> FailureKind | None:

@@ -6,10 +6,9 @@ from typing import Any
 import pyarrow as pa
 from scipy.optimize import linear_sum_assignment
 
-from raycifar.analysis.classification import confusion
+from raycifar.analysis.classification import CLASSES, confusion
 from raycifar.analysis.findings import COARSE, SURE, Finding, points, standard_error
 from raycifar.analysis.history import RunHistory
-from raycifar.data import DatasetInfo
 from raycifar.data.tables import from_lists
 from raycifar.storage.records import PicturesFile
 
@@ -38,7 +37,7 @@ def find_mismatch(history: RunHistory, predictions: pa.Table | None, pictures: P
     advice = "Check where the test images and their labels come from. Until then, don't report the test accuracy."
     metrics: dict[str, Any] = {"gap": gap}
     for sentence, remedy, found in (
-        explain_by_answers(predictions, last.val_top1, test["top1"], history.info),
+        explain_by_answers(predictions, last.val_top1, test["top1"]),
         explain_by_pixels(pictures),
     ):
         evidence += [sentence] if sentence else []
@@ -50,23 +49,20 @@ def find_mismatch(history: RunHistory, predictions: pa.Table | None, pictures: P
 Explanation = tuple[str, str, dict[str, Any]]  # a sentence, what to do, and metrics
 
 
-def explain_by_answers(
-    predictions: pa.Table | None, val_top1: float, test_top1: float, info: DatasetInfo
-) -> Explanation:
+def explain_by_answers(predictions: pa.Table | None, val_top1: float, test_top1: float) -> Explanation:
     if predictions is None:
         return "", "", {}
     labels, predicted = predictions["label"].to_numpy(), from_lists(predictions["top5"])[:, 0]
-    names = [name.replace("_", " ") for name in info.class_names]
-    matrix = confusion(labels, predicted, info.num_classes)
+    matrix = confusion(labels, predicted)
     commonest = int(matrix.sum(0).argmax())
     if (fraction := matrix[:, commonest].sum() / len(labels)) > 0.5:
-        sentence = f"The network gives the same answer, {names[commonest]}, to {fraction:.0%} of the test images."
+        sentence = f"The network gives the same answer, {CLASSES[commonest]}, to {fraction:.0%} of the test images."
         return sentence, "Check that the test images are prepared like the training images.", {"same": float(fraction)}
     rows, columns = linear_sum_assignment(-matrix)
     restored = float(matrix[rows, columns].sum() / len(labels))
     if restored < max(RESTORED * val_top1, 2 * test_top1):
         return "", "", {}
-    moved = [(names[a], names[b]) for a, b in zip(rows, columns, strict=True) if a != b and matrix[a, b]]
+    moved = [(CLASSES[a], CLASSES[b]) for a, b in zip(rows, columns, strict=True) if a != b and matrix[a, b]]
     pairs = ", ".join(f"“{a}” is what the network calls “{b}”" for a, b in moved[:NAMED])
     sentence = (
         f"The test labels stand in another order than the training labels: matched one to one, predictions and labels "

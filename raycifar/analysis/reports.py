@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from raycifar.analysis import charts, prose
-from raycifar.analysis.classification import by_class, confused_pairs, confusion, reliability
+from raycifar.analysis.classification import CLASSES, by_class, confused_pairs, confusion, reliability
 from raycifar.analysis.comparison import by_model, conclusions
 from raycifar.analysis.curves import panels
 from raycifar.analysis.departures import plain_value
@@ -21,6 +21,7 @@ from raycifar.analysis.mismatch import find_mismatch
 from raycifar.analysis.page import render
 from raycifar.analysis.results import cells, hardware, results_table, text
 from raycifar.analysis.suspects import Suspects, rank_suspects
+from raycifar.data import CIFAR100
 from raycifar.data.pictures import to_png
 from raycifar.data.tables import Source, from_lists, to_images
 from raycifar.models.recipe import changes
@@ -61,8 +62,7 @@ class RunFiles:
             return None
         labels, probabilities = self.predictions["label"].to_numpy(), from_lists(self.predictions["probabilities"])
         predicted = probabilities.argmax(1)
-        matrix = confusion(labels, predicted, self.history.info.num_classes)
-        return Answers(labels, predicted, probabilities.max(1), matrix)
+        return Answers(labels, predicted, probabilities.max(1), confusion(labels, predicted))
 
     @cached_property
     def suspects(self) -> Suspects | None:
@@ -188,18 +188,18 @@ def date(created: str | None) -> str | None:
 def test_charts(files: RunFiles) -> dict[str, str]:
     if files.answers is None:
         return {}
-    (labels, predicted, confidence, matrix), info, pictures = files.answers, files.history.info, files.pictures
+    (labels, predicted, confidence, matrix), pictures = files.answers, files.pictures
     drawn = {
         "reliability": charts.reliability_diagram(reliability(confidence, predicted == labels)),
-        "classes": charts.class_chart(by_class(matrix, info.class_names)),
+        "classes": charts.class_chart(by_class(matrix, CLASSES)),
     }
-    order = np.arange(info.num_classes)
+    order = np.arange(CIFAR100.num_classes)
     if pictures is not None:
         superclass_of = np.array(pictures["superclass_of"])
         order = np.argsort(superclass_of, kind="stable")
-        superclasses = confusion(superclass_of[labels], superclass_of[predicted], info.num_superclasses)
-        drawn["superclasses"] = charts.confusion_chart(superclasses, info.superclass_names)
-    names = [info.class_names[k] for k in order]
+        superclasses = confusion(superclass_of[labels], superclass_of[predicted], CIFAR100.num_superclasses)
+        drawn["superclasses"] = charts.confusion_chart(superclasses, CIFAR100.superclass_names)
+    names = [CLASSES[k] for k in order]
     drawn["confusion"] = charts.confusion_chart(matrix[np.ix_(order, order)], names, "class")
     return drawn
 
@@ -208,13 +208,12 @@ def every_class(files: RunFiles) -> list[dict[str, Any]]:
     """Return the scores of each class, by name, and what it is most often taken for."""
     if files.answers is None:
         return []
-    matrix, info = files.answers.matrix, files.history.info
+    matrix = files.answers.matrix
     errors = matrix * (1 - np.eye(len(matrix), dtype=int))
-    rows = by_class(matrix, info.class_names)
+    rows = by_class(matrix, CLASSES)
     for row, mistaken in zip(rows, errors, strict=True):
         most = int(mistaken.argmax())
-        row["taken_for"] = f"{plain(info.class_names[most])} ({mistaken[most]})" if mistaken[most] else "–"
-        row["class"] = plain(row["class"])
+        row["taken_for"] = f"{CLASSES[most]} ({mistaken[most]})" if mistaken[most] else "–"
     return sorted(rows, key=lambda row: row["class"])
 
 
@@ -225,15 +224,15 @@ def confused(files: RunFiles) -> list[dict[str, Any]]:
     """Return the pairs of classes that are most often confused, each with its clearest test images and their words."""
     if files.answers is None:
         return []
-    (labels, predicted, confidence, matrix), info = files.answers, files.history.info
-    pairs = confused_pairs(matrix, info.class_names)[:PAIRS]
+    labels, predicted, confidence, matrix = files.answers
+    pairs = confused_pairs(matrix, CLASSES)[:PAIRS]
     for pair in pairs:
         pair["rows"] = []
         for label, taken_for in ((pair["a"], pair["b"]), (pair["b"], pair["a"])):
-            a, b = (info.class_names.index(name) for name in (label, taken_for))
+            a, b = (CLASSES.index(name) for name in (label, taken_for))
             rows = np.flatnonzero((labels == a) & (predicted == b))
             clearest = rows[np.argsort(-confidence[rows])][:EXAMPLES]
-            pair["rows"] += [(int(row), f"{plain(label)}, taken for {plain(taken_for)}") for row in clearest]
+            pair["rows"] += [(int(row), f"{label}, taken for {taken_for}") for row in clearest]
     return pairs
 
 
@@ -245,19 +244,19 @@ def suspects(files: RunFiles) -> list[dict[str, Any]]:
     if not mature(files.history) or (found := files.suspects) is None:
         return []
     contradicted, confirmed = found.contradicted(), found.confirmed()
-    names = [plain(name) for name in files.history.info.class_names]
     rows = [*np.flatnonzero(contradicted)[: 2 * CONTRADICTIONS], *np.flatnonzero(~contradicted)[:GALLERY]]
     return [
         {
             "index": int(found.index[row]),
-            "label": names[found.label[row]],
-            "suggested": names[found.suggested[row]],
+            "label": CLASSES[label],
+            "suggested": CLASSES[found.suggested[row]],
             "contradicted": bool(contradicted[row]),
             "confirmed": bool(confirmed[row]),
             "copy": int(found.copy[row]),
-            "words": f"image {found.index[row]}: {names[found.label[row]]}, the network says {names[found.says[row]]}",
+            "words": f"image {found.index[row]}: {CLASSES[label]}, the network says {CLASSES[found.says[row]]}",
         }
         for row in rows
+        for label in (found.label[row],)
     ]
 
 
@@ -281,15 +280,8 @@ def labels_of(files: RunFiles) -> dict[int, str]:
     """Return the class of each training image, by its row in the source, as far as the folder tells it."""
     if files.example_stats is None:
         return {}
-    names, columns = files.history.info.class_names, files.example_stats
-    return {
-        row: plain(names[label])
-        for row, label in zip(*(columns[c].to_pylist() for c in ("index", "label")), strict=True)
-    }
-
-
-def plain(class_name: str) -> str:
-    return class_name.replace("_", " ")
+    index, label = (files.example_stats[name].to_pylist() for name in ("index", "label"))
+    return {row: CLASSES[k] for row, k in zip(index, label, strict=True)}
 
 
 def choose_pictures(files: RunFiles, source: Source) -> PicturesFile:

@@ -70,14 +70,14 @@ class Duplicates:
         columns = {**vars(self), "same_label": np.where(self.same_label, "true", "false")}
         return to_csv(columns, zip(*columns.values(), strict=True)).encode()
 
-    def photographs(self, split: str, other_split: str) -> np.ndarray:
-        """Return the pairs (n, 2) of rows of two splits that show one photograph, exact or near."""
-        rows = (self.split == split) & (self.other_split == other_split) & (self.kind != "similar")
+    def photographs(self, split: str) -> np.ndarray:
+        """Return the pairs (n, 2) of rows of a split and of training images that show one photograph, exact or near."""
+        rows = (self.split == split) & (self.other_split == "train") & (self.kind != "similar")
         return np.stack([self.index[rows], self.other_index[rows]], 1)
 
     def test_copies(self, train_index: np.ndarray) -> np.ndarray:
         """Return the rows of test images whose photograph is among these rows of the training set."""
-        pairs = self.photographs("test", "train")
+        pairs = self.photographs("test")
         return np.unique(pairs[np.isin(pairs[:, 1], train_index), 0])
 
     def counts(self) -> dict[tuple[str, str], dict[str, int]]:
@@ -152,7 +152,7 @@ def copied_images(source: Source, recipe: Recipe) -> np.ndarray | None:
     """Return the rows of training images that a recipe doesn't validate on, or None where it validates on any."""
     if not recipe.separate_copies:
         return None
-    return np.unique(find_duplicates(source, Screen(quiet=True)).photographs("train", "train"))
+    return np.unique(find_duplicates(source, Screen(quiet=True)).photographs("train"))
 
 
 def known_pairs(fingerprint: str) -> pa.Table | None:

@@ -283,7 +283,7 @@ def score_predictions(
         scores |= score_without(near_duplicates, correct)
         if len(near_duplicates) < len(correct):
             ends |= intervals({"top1_without_near_duplicates": np.delete(correct, near_duplicates)})
-    matrix = confusion(labels.numpy(), predicted, CIFAR100.num_classes)
+    matrix = confusion(labels.numpy(), predicted)
     evaluation = {
         **scores,
         "low": ends["top1"][0],
