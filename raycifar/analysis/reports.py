@@ -34,7 +34,6 @@ PAIRS, EXAMPLES = 6, 4  # pairs of classes shown, and pictures of each direction
 ROWS = 300  # epochs in a page's table
 PNG = "data:image/png;base64,"
 SEEN = 16  # augmented images shown
-NOTHING_FOUND: dict[str, Any] = {"headline": "", "findings": [], "sentences": [], "results": None, "next": []}
 SAMPLE = 2000  # images of each split whose pixels are measured
 
 
@@ -391,16 +390,11 @@ def conditions(runs: Sequence[RunFiles]) -> str:
 
 def report_overlay(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """Return the report of any runs side by side, without a verdict."""
-    reports = [report_run(run) for run in runs]
-    state = f"{count(len(runs), 'run')} side by side, without a verdict."
-    return {
-        **NOTHING_FOUND,
-        "name": listed([run.name for run in runs]),
-        "state": state,
-        "notes": [note for run in runs for note in run.notes],
-        "paragraph": "\n\n".join(f"{report['name']}: {report['paragraph']}" for report in reports),
-        "conditions": conditions(runs),
-        "runs": about_runs(runs, reports),
+    return report_comparison(listed([run.name for run in runs]), runs, None) | {
+        "state": f"{count(len(runs), 'run')} side by side, without a verdict.",
+        "headline": "",
+        "findings": [],
+        "paragraph": "\n\n".join(f"{run.name}: {report_run(run)['paragraph']}" for run in runs),
     }
 
 

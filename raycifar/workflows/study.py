@@ -366,17 +366,14 @@ def read_finished(path: str) -> Finished:
     if predictions is None or "test" not in result:
         raise RequestError(f"{path} can't be compared: it has no {PREDICTIONS}; train it with the test set.")
     history = run.history()
-    facts = {
-        f"no architecture in its {RUN}": "architecture" not in about,
-        f"no parameters in its {RUN}": "parameters" not in about,
-        f"no images_per_second in its {RESULT}": "images_per_second" not in result,
-        f"no loss in its {RESULT}": result["test"]["loss"] is None,
-        f"{len(history)} epochs in its {METRICS}, not {result.get('epochs', 'any')}": not history
-        or len(history) != result.get("epochs", len(history)),
-        f"{len(predictions):,} images in its {PREDICTIONS}, not {about['data']['test']:,}": len(predictions)
-        != about["data"]["test"],
-    }
-    if wrong := [fact for fact, holds in facts.items() if holds]:
+    wrong = [f"no {name} in its {RUN}" for name in ("architecture", "parameters") if name not in about]
+    known = result | result["test"]
+    wrong += [f"no {name} in its {RESULT}" for name in ("images_per_second", "loss") if known.get(name) is None]
+    if not history or len(history) != result.get("epochs", len(history)):
+        wrong.append(f"{len(history)} epochs in its {METRICS}, not {result.get('epochs', 'any')}")
+    if len(predictions) != (images := about["data"]["test"]):
+        wrong.append(f"{len(predictions):,} images in its {PREDICTIONS}, not {images:,}")
+    if wrong:
         raise RequestError(f"{path} can't be compared: it has {' and '.join(wrong)}.")
     labels = predictions["label"].to_numpy()
     correct = from_lists(predictions["top5"]) == labels[:, None]
