@@ -9,7 +9,7 @@ from raycifar.command import UNTIL_EXIT, command
 from raycifar.options import Command, recipe_options, request_options
 from raycifar.tables import bench_table, plan_table
 from raycifar.terminal import Screen
-from raycifar.workflows.benchmark import STAGES, WAYS, bench, sentences
+from raycifar.workflows.benchmark import STAGES, WAYS, BenchRequest, bench, sentences
 from raycifar.workflows.planning import INTERCONNECTS
 from raycifar.workflows.requests import MAX_TRIALS, MAX_WORKERS, TrainingRequest
 
@@ -44,7 +44,7 @@ def main(debug: bool, model: str, **options: Any) -> None:
     """
     own = {name: options.pop(name) for name in ("rounds", "plan", "interconnect", "price_per_hour", "startup", "out")}
     ways = [name.strip() for name in options.pop("against").split(",") if name.strip()]
-    screen, request = Screen(), TrainingRequest.of(model, **options)
+    screen, request = Screen(), BenchRequest(TrainingRequest.of(model, **options), against=ways, **own)
 
     def show(found: dict[str, Any]) -> None:
         if "stages" in found:
@@ -54,7 +54,7 @@ def main(debug: bool, model: str, **options: Any) -> None:
             screen.console.print(plan_table(found["plan"]["workers"]))
             screen.lines([*found["plan"]["sentences"], *found["plan"]["assumptions"]])
 
-    bench(request, screen, UNTIL_EXIT, show, against=ways, **own, debug=debug)
+    bench(request, screen, UNTIL_EXIT, show, debug=debug)
 
 
 if __name__ == "__main__":

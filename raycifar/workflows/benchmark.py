@@ -1,6 +1,5 @@
 """Where the time goes on this machine or cluster, beside the bare compute limit."""
 
-import dataclasses
 import itertools
 import statistics
 import subprocess
@@ -9,7 +8,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,19 +52,58 @@ UNSTEADY = 0.2  # by which rounds may differ
 POLL_SECONDS = 0.02  # between two looks whether a run has begun
 
 
+@dataclass(frozen=True)
+class BenchRequest:
+    """What to time, and how.
+
+    rounds: how often each stage is timed, at most. against: other ways of training, timed as well. startup: time the
+    start, up to the first step, as well. plan: numbers of workers to predict, such as `1,2,4`. interconnect: the link
+    between them, instead of the measured one. price_per_hour: of one device. out: a folder or URI.
+
+    Raises:
+        RequestError: a value makes no sense.
+    """
+
+    training: TrainingRequest
+    rounds: int = 5
+    against: Sequence[str] = ()
+    startup: bool = False
+    plan: str | None = None
+    interconnect: str | None = None
+    price_per_hour: float | None = None
+    out: str = "bench"
+
+    def __post_init__(self) -> None:
+        workers = self.training.workers
+        if unknown := set(self.against) - set(WAYS):
+            raise RequestError(f"--against {sorted(unknown)[0]}: choose from {', '.join(WAYS)}.")
+        if "stream" in self.against and workers == 0:
+            raise RequestError("--against stream streams to workers: give --workers 1 or more.")
+        if isinstance(workers, tuple):
+            raise RequestError("an elastic run can't be timed: give --workers one number.")
+        if self.plan is None and (self.interconnect or self.price_per_hour is not None):
+            raise RequestError(
+                "--interconnect and --price-per-hour are for a plan: give --plan, such as --plan 1,2,4,8."
+            )
+        check_value("price_per_hour", float | None, self.price_per_hour, least=0)
+        if self.counts and self.counts[-1] > 1 and workers == 0 and self.interconnect is None:
+            raise RequestError(
+                "--workers 0 has no workers between which a plan could measure the network: give --interconnect "
+                f"{', '.join(INTERCONNECTS)}, or --workers 2."
+            )
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """The numbers of workers of the plan."""
+        return [] if self.plan is None else planning.parse_plan(self.plan, self.training.recipe)
+
+
 def bench(
-    request: TrainingRequest,
+    request: BenchRequest,
     screen: Screen,
     connection: ExitStack,
     show: Callable[[dict[str, Any]], None],
     *,
-    rounds: int,
-    against: Sequence[str] = (),
-    startup: bool = False,
-    plan: str | None = None,
-    interconnect: str | None = None,
-    price_per_hour: float | None = None,
-    out: str = "bench",
     debug: bool = False,
 ) -> None:
     """Time a model's training, for at most five minutes; write `bench.json` and its charts, and show the first.
@@ -73,58 +112,34 @@ def bench(
 
     Args:
         connection: enters the connection to Ray. show: called at the end.
-        rounds: how often each stage is timed, at most. against: ways of others to time, too.
-        startup: time the way to the first step, too.
-        plan: numbers of workers of which to say what they would take, such as `1,2,4`. interconnect: what lies between
-            them, rather than what is measured. price_per_hour: of one device.
-        out: a folder or URI.
-
-    Raises:
-        RequestError: the request is wrong; nothing was started.
     """
-    if unknown := set(against) - set(WAYS):
-        raise RequestError(f"--against {sorted(unknown)[0]}: choose from {', '.join(WAYS)}.")
-    if "stream" in against and request.workers == 0:
-        raise RequestError("--against stream streams to workers: give --workers 1 or more.")
-    if isinstance(request.workers, tuple):
-        raise RequestError("an elastic run can't be timed: give --workers one number.")
-    if plan is None and (interconnect or price_per_hour is not None):
-        raise RequestError("--interconnect and --price-per-hour are for a plan: give --plan, such as --plan 1,2,4,8.")
-    check_value("price_per_hour", float | None, price_per_hour, least=0)
-    counts = planning.parse_plan(plan, request.recipe) if plan is not None else []
-    if counts and counts[-1] > 1 and request.workers == 0 and interconnect is None:
-        raise RequestError(
-            "--workers 0 has no workers between which a plan could measure the network: give --interconnect "
-            f"{', '.join(INTERCONNECTS)}, or --workers 2."
-        )
-    if 0 < request.recipe.head_epochs < request.recipe.epochs:
-        request = dataclasses.replace(request, recipe=dataclasses.replace(request.recipe, head_epochs=0))
-    folder = RunFolder.for_output(out)
-    found: dict[str, Any] = {}
-    machine = processor()
-    seconds = shares_of_time(1 + bool(counts) + startup)
+    training, found, machine = request.training, dict[str, Any](), processor()
+    if 0 < training.recipe.head_epochs < training.recipe.epochs:
+        training = replace(training, recipe=replace(training.recipe, head_epochs=0))
+    folder = RunFolder.for_output(request.out)
+    seconds = shares_of_time(1 + bool(request.counts) + request.startup)
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as storage:  # interrupted, workers still write
-            timed = dataclasses.replace(request, name="bench", storage=storage, checkpoint_steps=0, test=False)
+            timed = replace(training, name="bench", storage=storage, checkpoint_steps=0, test=False)
             run = prepare(timed, screen, connection, debug=debug)
             machine = f"{run.workers}, {processor()}"
-            place = find_place(run, counts, interconnect) if counts else None
+            place = find_place(run, request) if request.counts else None
             screen.say(
                 f"This takes at most about {LONGEST / 60:.0f} minutes; Ctrl-C ends it, and what is timed is shown."
             )
-            time_stages(run, rounds, against, screen, next(seconds), found)
+            time_stages(run, request, screen, next(seconds), found)
             if place:
-                time_plan(run, counts, place, interconnect, price_per_hour, rounds, screen, next(seconds), found)
-        if startup:
+                time_plan(run, request, place, screen, next(seconds), found)
+        if request.startup:
             connection.close()  # this process's Ray would take its share of the cores
-            found["startup"] = time_startup(request, rounds, screen, next(seconds))
+            found["startup"] = time_startup(training, request.rounds, screen, next(seconds))
     except KeyboardInterrupt:
         if not found:
             screen.say("No round is complete yet, so there is nothing to show.")
         raise
     finally:
         if found:
-            about = {"model": request.model, "machine": machine, "recipe": dataclasses.asdict(request.recipe)}
+            about = {"model": training.model, "machine": machine, "recipe": asdict(training.recipe)}
             show(found)  # first, so that no figure is lost where a file can't be written
             keep(about | found, folder)
             screen.say(f"Written to {folder.folder}: {BENCH} and charts")
@@ -149,54 +164,46 @@ def shares_of_time(parts: int) -> Iterator[float]:
 
 
 def time_stages(
-    run: "PreparedRun", rounds: int, against: Sequence[str], screen: Screen, seconds: float, found: dict[str, Any]
+    run: "PreparedRun", request: BenchRequest, screen: Screen, seconds: float, found: dict[str, Any]
 ) -> None:
     """Add to `found` what came of the stages, as far as whole rounds were timed."""
     from raycifar.engine.bench import BenchmarkJob, bench_loop_per_worker
 
     num_images = len(run.inputs.splits.train)
-    screen.say(f"{run.request.model} on {run.workers}, {num_images:,} images and {rounds} rounds at most")
+    screen.say(f"{run.request.model} on {run.workers}, {num_images:,} images and {request.rounds} rounds at most")
     seconds -= WORKERS_START if run.workers.count else 0
-    job_of = partial(BenchmarkJob, rounds=rounds, baselines=tuple(against), seconds=seconds)
+    job_of = partial(BenchmarkJob, rounds=request.rounds, baselines=tuple(request.against), seconds=seconds)
     try:
         do(run, bench_loop_per_worker, job_of, screen)
     finally:
         if rates := run.status_store.timings():
-            found.update(summarise(rates, against))
+            found.update(summarise(rates, request.against))
 
 
 def time_plan(
-    run: "PreparedRun",
-    counts: Sequence[int],
-    place: Place,
-    interconnect: str | None,
-    price_per_hour: float | None,
-    rounds: int,
-    screen: Screen,
-    seconds: float,
-    found: dict[str, Any],
+    run: "PreparedRun", request: BenchRequest, place: Place, screen: Screen, seconds: float, found: dict[str, Any]
 ) -> None:
     """Add to `found` what each number of workers would take, from what is measured with those that fit here."""
     from raycifar.cluster.sizing import size
     from raycifar.engine.step_times import StepTimesJob, step_times_loop_per_worker
 
-    request, measured, to_run = run.request, {}, planning.runs(counts, place)
-    num_images = len(run.inputs.source.train) - request.val_size
+    training, counts, measured = run.request, request.counts, dict[int, Measured]()
+    num_images, to_run = len(run.inputs.source.train) - training.val_size, planning.runs(counts, place)
     ends = time.monotonic() + seconds
     for number, count in enumerate(to_run):
         left = (ends - time.monotonic()) / (len(to_run) - number) - (WORKERS_START if run.workers.count else 0)
         if number > 1 and left < SECONDS_OF_ROUND:
             break
-        sizes = tuple(planning.sizes_to_time(counts, count, place, request.recipe.batch_size))
-        timed = dataclasses.replace(request, name=f"plan-{count}", workers=run.workers.count and count)
-        workers = size(count, *request.sizing) if run.workers.count else run.workers
-        few = prepare(timed, type(screen)(quiet=True), inputs=run.inputs, workers=workers)
-        seconds = min(SECONDS_OF_ROUND * rounds, max(SECONDS_OF_ROUND, left))
-        job_of = partial(StepTimesJob, batch_sizes=sizes, rounds=rounds, seconds=seconds)
+        sizes = tuple(planning.sizes_to_time(counts, count, place, training.recipe.batch_size))
+        timed = replace(training, name=f"plan-{count}", workers=run.workers.count and count)
+        workers = size(count, *training.sizing) if run.workers.count else run.workers
+        few = prepare(timed, Screen(quiet=True), inputs=run.inputs, workers=workers)
+        seconds = min(SECONDS_OF_ROUND * request.rounds, max(SECONDS_OF_ROUND, left))
+        job_of = partial(StepTimesJob, batch_sizes=sizes, rounds=request.rounds, seconds=seconds)
         screen.say(f"Timing steps on {workers}, {number + 1} of {len(to_run)}")
         measured[count] = Measured(**do(few, step_times_loop_per_worker, job_of, screen))
-        plan = Plan(request.recipe, counts, num_images, place, measured, interconnect)
-        found["plan"] = planning.summarize(plan, price_per_hour)
+        plan = Plan(training.recipe, counts, num_images, place, measured, request.interconnect)
+        found["plan"] = planning.summarize(plan, request.price_per_hour)
 
 
 def do(run: "PreparedRun", loop: Callable[..., Any], job_of: Callable[["Job"], Any], screen: Screen) -> Any:
@@ -211,7 +218,7 @@ def do(run: "PreparedRun", loop: Callable[..., Any], job_of: Callable[["Job"], A
     )
 
 
-def find_place(run: "PreparedRun", counts: Sequence[int], interconnect: str | None) -> Place:
+def find_place(run: "PreparedRun", request: BenchRequest) -> Place:
     """Return what the workers of a plan would run on.
 
     Raises:
@@ -220,7 +227,7 @@ def find_place(run: "PreparedRun", counts: Sequence[int], interconnect: str | No
     from raycifar.cluster.sizing import alive_nodes, placeable, usable_cpus
 
     use_gpu = run.workers.use_gpu
-    if interconnect:
+    if request.interconnect:
         return Place(use_gpu, shared=False, most=1)
     nodes = alive_nodes() if run.workers.count else []
     cpus = [usable_cpus(node["CPU"]) for node in nodes if node.get("CPU")]
@@ -232,7 +239,7 @@ def find_place(run: "PreparedRun", counts: Sequence[int], interconnect: str | No
         most = int(cpus[0] / each) if each else max(FEW_WORKERS, int(cpus[0]))
     else:
         most = len(cpus)
-    if most < min(2, counts[-1]):
+    if most < min(2, request.counts[-1]):
         raise RequestError(
             "one worker alone can be run here, so what lies between several can't be measured: give --interconnect "
             f"{', '.join(INTERCONNECTS)}."
@@ -252,7 +259,7 @@ def time_startup(request: TrainingRequest, rounds: int, screen: Screen, seconds:
         if number and time.monotonic() + sum(values[-1] for values in took.values()) > ends:
             break
         with screen.waiting(f"Timing the start, {number + 1} of {rounds}"):
-            took["first_step_seconds"].append(time_first_step(dataclasses.replace(request, workers=workers)))
+            took["first_step_seconds"].append(time_first_step(replace(request, workers=workers)))
             took["floor_seconds"].append(time_floor(workers))
     return {name: spread(values) for name, values in took.items()} | {"ratio": spread(ratios(*took.values()))}
 
@@ -260,7 +267,7 @@ def time_startup(request: TrainingRequest, rounds: int, screen: Screen, seconds:
 def time_first_step(request: TrainingRequest) -> float:
     """Return the seconds from the command to the moment at which its run records that training begins."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        timed = dataclasses.replace(request, name="timed", storage=folder, report=False)
+        timed = replace(request, name="timed", storage=folder, report=False)
         command, run = [sys.executable, "-m", "raycifar.train", *to_arguments(timed)], RunFolder(folder, "timed")
         began = time.time()
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
