@@ -76,7 +76,7 @@ DAMAGE = {  # file, its damage, and what a report then says: None where it is re
     "metrics not finite": ("metrics.jsonl", rows({"lr": float("nan")}), "line 3, lr: input should be a valid number"),
     "metrics with a string": ("metrics.jsonl", rows({"seconds": "3"}), "line 3, seconds: "),
     "metrics deep": ("metrics.jsonl", lambda c: DEEP, "line 1, recursion limit"),
-    "metrics empty": ("metrics.jsonl", lambda c: b"", "None of 3 epochs is recorded."),
+    "metrics empty": ("metrics.jsonl", lambda c: b"", "Only 0 of 3 epochs recorded."),
     "result empty": ("result.json", lambda c: b"", "result.json is damaged: it is empty. It is left out."),
     "result without a test": ("result.json", edited(test={"images": 300}), "test.loss: field required"),
     "result of strings": ("result.json", edited(epochs="3"), "epochs: input should be a valid integer"),

@@ -64,25 +64,19 @@ def data_name(run: dict[str, Any]) -> str:
 
 def state(history: RunHistory) -> str:
     """Return how far a run has come, in a sentence."""
-    done, epochs = len(history.records), history.recipe.epochs
+    done, epochs = len(history.records), count(history.recipe.epochs, "epoch")
     if history.result is None:
-        if done == epochs:
-            all_of_it = "The one epoch of this run is" if epochs == 1 else f"All {epochs} epochs of this run are"
-            return f"{all_of_it} recorded, but not yet its result."
-        recorded = f"{done} of {count(epochs, 'epoch')} {'is' if done == 1 else 'are'} recorded"
-        if not done:
-            recorded = (
-                "its one epoch is not recorded yet" if epochs == 1 else f"none of its {epochs} epochs is recorded yet"
-            )
-        return f"This run is under way or was interrupted: {recorded}."
+        if done == history.recipe.epochs:
+            return f"{done} of {epochs} recorded, but no result yet."
+        return f"This run is under way or was interrupted: {done} of {epochs} recorded."
     match history.result["status"]:
         case "finished":
             return f"This run is finished, after {count(done, 'epoch')}."
         case "stopped":
-            return f"A search stopped this run after {done} of {count(epochs, 'epoch')}, because others did better."
+            return f"A search stopped this run after {done} of {epochs}, because others did better."
         case _:
             reason = (history.result.get("reason") or "the reason is not recorded").rstrip(".")
-            return f"This run failed after {done} of {count(epochs, 'epoch')}: {reason}."
+            return f"This run failed after {done} of {epochs}: {reason}."
 
 
 def paragraph(history: RunHistory, findings: Sequence[Finding]) -> str:

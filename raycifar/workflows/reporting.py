@@ -144,8 +144,7 @@ def read_files(folder: RunFolder) -> "RunFiles":
         f"{folder.folder}/{file} is missing." for file in folder.lost(METRICS, RESULT, PREDICTIONS, EXAMPLE_STATS)
     ]
     if result and result["status"] == "finished" and len(records) < result.get("epochs", 0):
-        there, verb = len(records) or "None", "is" if len(records) < 2 else "are"
-        notes.append(f"{there} of {count(result['epochs'], 'epoch')} {verb} recorded.")
+        notes.append(f"Only {len(records)} of {count(result['epochs'], 'epoch')} recorded.")
     history = RunHistory(run, records, result)
     copies = known_training_copies(run["data"])
     return RunFiles(folder.name, history, predictions, example_stats, pictures, shown(folder.storage), notes, copies)
