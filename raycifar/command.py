@@ -137,7 +137,7 @@ def ending(error: Exception) -> tuple[int, str]:
 
 
 def reason_outside(error: Exception) -> str | None:
-    """Return, of an error that the program's surroundings cause, what is wrong; None of any other, which is a bug."""
+    """Return what is wrong if the program's surroundings caused the error; None for any other error, which is a bug."""
     match error:
         case OSError():
             return f"{error.filename}: {in_a_line(error)}" if error.filename else in_a_line(error)

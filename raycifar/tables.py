@@ -65,7 +65,6 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
 
 
 def corruption_table(evaluation: dict[str, Any]) -> Table:
-    """Return the accuracy by corruption and severity, and each corruption's mean error."""
     table = new_table(["corruption"], ["1", "2", "3", "4", "5", "mean error"])
     for name, row in evaluation["corruptions"].items():
         scores = (f"{score['top1']:.3f}" for score in row["severities"])
@@ -97,7 +96,6 @@ def bench_table(bench: dict[str, Any], stages: dict[str, str]) -> Table:
 
 
 def plan_table(workers: dict[int, dict[str, Any]]) -> Table:
-    """Return what each number of workers would take."""
     priced = any(figures["cost"] is not None for figures in workers.values())
     table = new_table([], ["workers", "images/s", "hours", "device-hours", *["cost"] * priced])
     for count, figures in workers.items():
@@ -112,7 +110,6 @@ def plan_table(workers: dict[int, dict[str, Any]]) -> Table:
 
 
 def speedrun_table(found: dict[str, Any]) -> Table:
-    """Return the means over a speedrun's runs."""
     table = new_table([""], [f"mean of {len(found['runs'])}", "95 % interval"])
     for name, digits in (("top1", 4), ("top1_flip", 4), ("seconds", 3), ("whole_seconds", 3)):
         mean, *ends = (found[name][part] for part in ("mean", "low", "high"))

@@ -59,7 +59,7 @@ class PlainColumn(TextColumn):
 
 
 def replace_unencodable() -> None:
-    """Have standard output and error write a question mark for what their encoding lacks."""
+    """Make standard output and error write a question mark for what their encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
@@ -313,7 +313,7 @@ def trial_lines(trial: Trial) -> list[str]:
 
 
 def most_telling(trials: Sequence[Trial], count: int) -> list[Trial]:
-    """Return as many trials as there is room for, in their order: first those that run, then those that are over."""
+    """Return the trials that there is room for, in their order: running ones first, then those that are over."""
     rank = {TrialStatus.RUNNING: 0, TrialStatus.WAITING: 2}
     names = [trial.name for trial in sorted(trials, key=lambda trial: rank.get(trial.status, 1))][: max(1, count)]
     return [trial for trial in trials if trial.name in names]

@@ -150,7 +150,6 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
 
 @rc_context(STYLE)
 def curve_chart(panel: Panel) -> str:
-    """Return the SVG of one panel."""
     figure, axes = new_axes(4.7, 2.9)
     draw_panel(axes, panel)
     shown = thinned(len(panel.epochs))
@@ -190,7 +189,7 @@ def plot_history(history: RunHistory, title: str | None = None) -> Figure:
 
 
 def stack(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """Return (runs, epochs) of curves that may differ in length."""
+    """Return curves as (runs, epochs); shorter ones end in not-a-number."""
     longest = max((len(column) for column in columns), default=0)
     return np.array([np.pad(column, (0, longest - len(column)), constant_values=np.nan) for column in columns])
 

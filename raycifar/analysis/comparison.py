@@ -107,7 +107,7 @@ def new_photographs(runs: Sequence[Finished]) -> list[Finished]:
 
 
 def whether_the_order_changes(before: dict[str, Any], after: dict[str, Any], images: int, new: int) -> str:
-    """Return in a sentence whether new photographs rank the models otherwise than all test images do."""
+    """Return a sentence that says whether new photographs rank the models differently from all test images."""
     rankings = [sorted(models, key=lambda name: -models[name]["top1"]["mean"]) for models in (before, after)]
     scores = [
         ", ".join(f"{name} {models[name]['top1']['mean']:.4f}" for name in ranking)

@@ -60,7 +60,7 @@ def plain_value(value: Any) -> str:
 
 
 def departures(history: RunHistory, kind: str) -> list[Departure]:
-    """Return where the run's recipe is far from the model's own in what explains a finding of this kind."""
+    """Return where the run's recipe is so far from the model's own that it explains a finding of this kind."""
     recipe, own = history.recipe, history.own_recipe
     return [
         Departure(name, value, default)

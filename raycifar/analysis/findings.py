@@ -98,7 +98,7 @@ def diagnose(history: RunHistory) -> list[Finding]:
 
 
 def blame_recipe(history: RunHistory, finding: Finding) -> Finding:
-    """Return the finding with what explains it in the recipe, if anything does, named first."""
+    """Return the finding with its cause in the recipe, if there is one, named first."""
     causes = departures(history, finding.kind)
     if not causes:
         return finding
@@ -177,7 +177,7 @@ def divergence(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
 
 
 def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    """Return the jump of the loss from which a run never came back, if there is one."""
+    """Return the jump of the loss from which a run never recovers, if there is one."""
     (name, losses, top1, images), train = judged(history), history.column("train_loss")
     for k, z in jumps(losses):
         recovered = recovers(losses, top1, k, images)
@@ -301,7 +301,7 @@ def spread_of_changes(values: np.ndarray) -> float:
 
 
 def judged(history: RunHistory) -> tuple[str, np.ndarray, np.ndarray, int]:
-    """Return what jumps are judged by, validation where there is one: its name, loss, accuracy and number of images."""
+    """Return what jumps are judged by, validation if there is any: name, loss, accuracy and number of images."""
     name, split = ("validation", "val") if history.num_val else ("training", "train")
     images = history.num_val or history.num_train
     return name, history.column(f"{split}_loss"), history.column(f"{split}_top1"), images
@@ -356,7 +356,7 @@ def spikes(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
 
 
 def explain_spike(history: RunHistory, k: int) -> tuple[str, dict[str, Any]]:
-    """Return a sentence with what a spike at epoch k (from 0) coincides with, and its metrics."""
+    """Return a sentence that names what a spike at epoch k (from 0) coincides with, and its metrics."""
     record, causes, metrics = history.records[k], [], {}
     lr = history.column("lr")
     if lr[k - 1] > 0 and lr[k] / lr[k - 1] > 2:

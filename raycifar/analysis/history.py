@@ -90,12 +90,12 @@ class RunHistory:
 
 
 def thinned(count: int) -> np.ndarray:
-    """Return the indices of at most 1,000 of `count` points, evenly spaced, the first and the last among them."""
+    """Return at most 1,000 of `count` indices, evenly spaced, with the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(int))
 
 
 def failure_kind(result: dict[str, Any]) -> FailureKind:
-    """Return why a run failed; in folders of earlier versions, the reason is only given in words."""
+    """Return why a run failed; folders of earlier versions say so only in words."""
     if result.get("failure") in list(FailureKind):
         return FailureKind(result["failure"])
     reason = result.get("reason") or ""

@@ -80,7 +80,7 @@ def state(history: RunHistory) -> str:
 
 
 def paragraph(history: RunHistory, findings: Sequence[Finding]) -> str:
-    """Return what could stand under the figure, in plain English."""
+    """Return a paragraph that could stand under the figure."""
     run, data, pretrained = history.run, history.run["data"], history.recipe.pretrained
     start = {"none": "from scratch", "imagenet": "from ImageNet weights"}.get(
         pretrained, f"from the weights in {PurePosixPath(pretrained).name}"

@@ -207,7 +207,7 @@ def time_plan(
 
 
 def do(run: "PreparedRun", loop: Callable[..., Any], job_of: Callable[["Job"], Any], screen: Screen) -> Any:
-    """Have the workers do this, and return what the first one returned."""
+    """Run this on the workers, and return what the first one returns."""
     from raycifar.cluster.waiting import Waiting
 
     waiting = Waiting(run.workers, run.request.wait)
@@ -312,17 +312,15 @@ def time_floor(workers: int) -> float:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return the median of figures, their least and most, and how many there are."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "n": len(values)}
 
 
 def ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Return what each is to the other of the same round."""
+    """Return the ratio of each value to the other of the same round."""
     return [a / b for a, b in zip(values, others, strict=True)]
 
 
 def summarise(rates: dict[str, list[float]], against: Sequence[str]) -> dict[str, Any]:
-    """Return what `bench.json` holds of the stages."""
     shares = {name: ratios(values, rates["bare"]) for name, values in rates.items()}
     speedups = {name: spread(ratios(rates["train"], rates[name])) for name in against}
     return {
@@ -377,7 +375,7 @@ def sentences(bench: dict[str, Any]) -> list[str]:
 
 
 def noise(bench: dict[str, Any]) -> list[str]:
-    """Return why the figures can't be taken at their word, if so: rates that can't be, and rounds that differ."""
+    """Return warnings of noise: of rates that are impossible, and of rounds that differ too much."""
     stages, lines = bench["stages"], []
     faster = [name for name, stage in stages.items() if stage["share"]["median"] > IMPOSSIBLE]
     if faster:
@@ -399,7 +397,6 @@ def noise(bench: dict[str, Any]) -> list[str]:
 
 
 def draw(bench: dict[str, Any]) -> str:
-    """Return the bar chart."""
     from raycifar.analysis.charts import bars
 
     rates = {name: stage["images_per_second"] for name, stage in bench["stages"].items()}
@@ -413,7 +410,6 @@ def draw(bench: dict[str, Any]) -> str:
 
 
 def draw_plan(bench: dict[str, Any]) -> str:
-    """Return the chart of images per second by number of workers."""
     from raycifar.analysis.charts import scaling
 
     plan = bench["plan"]

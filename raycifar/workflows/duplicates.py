@@ -91,7 +91,6 @@ class Duplicates:
         return counts
 
     def summary(self) -> dict[str, str]:
-        """Return how many there are, in words."""
         return {
             BETWEEN[splits].lower(): ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
             for splits, counts in self.counts().items()
@@ -156,7 +155,7 @@ def copied_images(source: Source, recipe: Recipe) -> np.ndarray | None:
 
 
 def known_pairs(fingerprint: str) -> pa.Table | None:
-    """Return the pairs of the images with a fingerprint, which a `run.json` of others may hold, or None."""
+    """Return the known pairs of a data set, by its fingerprint, which may come from someone else's `run.json`."""
     if not re.fullmatch("[0-9a-f]+", fingerprint):
         return None
     for path in (KNOWN / cached(fingerprint).name, cached(fingerprint)):

@@ -126,7 +126,7 @@ def find_copies(run: dict[str, Any], source: Source, screen: Screen) -> np.ndarr
 def hold_against_validation(
     folder: RunFolder, run: dict[str, Any], scores: dict[str, Any], logits: "Tensor", table: pa.Table
 ) -> list[dict[str, Any]]:
-    """Return whether these images don't mean what the run's validation images do, as findings."""
+    """Return findings about how these images differ from the run's validation images."""
     from raycifar.analysis.history import RunHistory
     from raycifar.analysis.mismatch import find_mismatch
     from raycifar.analysis.reports import measured
@@ -174,8 +174,6 @@ class Scorer:
 
 @dataclass
 class Network:
-    """A network on its workers."""
-
     weights: "Weights"
     precision: Any
     workers: "Workers"
@@ -326,7 +324,6 @@ def score_corruptions(
 
 
 def to_page(evaluation: dict[str, Any], name: str) -> str:
-    """Return `evaluation.html`."""
     from raycifar.analysis import charts
     from raycifar.analysis.page import render
     from raycifar.analysis.prose import without_near_duplicates

@@ -122,7 +122,7 @@ def parse_plan(text: str, recipe: Recipe) -> list[int]:
 
 
 def runs(counts: Sequence[int], place: Place) -> list[int]:
-    """Return with how many workers to measure: one, those of the plan that fit, and the most that fit of the rest."""
+    """Return the numbers of workers to measure with: one, those of the plan that fit, and the most that fit."""
     return sorted({1, min(place.most, counts[-1]), *(count for count in counts if count <= place.most)})
 
 
@@ -138,12 +138,12 @@ def sizes_to_time(counts: Sequence[int], run: int, place: Place, batch_size: int
 
 
 def share(batch_size: int, count: int) -> int:
-    """Return the images of a step of the worker with the most of them."""
+    """Return the images of a batch that the worker with the most of them has."""
     return -(-batch_size // count)
 
 
 def larger_batch(batch_size: int, count: int) -> int:
-    """Return a larger batch of which a worker's share is no more than a batch of now."""
+    """Return a larger batch size, of which a worker's share is no more than today's batch."""
     return batch_size * min(LARGER_BATCH, count)
 
 
@@ -259,7 +259,7 @@ def advice(plan: Plan, workers: Mapping[int, Mapping[str, Any]]) -> list[str]:
 
 
 def say_checked(check: Mapping[str, Any]) -> str:
-    """Return a prediction beside what was measured, in words."""
+    """Return a sentence with a prediction and what was measured."""
     predicted, measured = check["predicted"], check["measured"]
     line = f"{words.count(check['workers'], 'worker')}: predicted {predicted:,.0f}, measured {measured:,.0f} images/s"
     if abs(predicted / measured - 1) <= CLOSE:

@@ -76,7 +76,7 @@ def estimate(device: str, recipe: Recipe, start: InitialWeights, splits: Splits)
 
 
 def in_words(seconds: float | None) -> str:
-    """Return an estimate with what it rests on: how far training is off that differs by network, so it has no range."""
+    """Return an estimate and what it rests on; it has no range, because its error differs by network."""
     if seconds is None:
         return "on a GPU: raycifar bench measures it"
     return f"about {duration(seconds)} on this machine's CPU, by the rate of its matrix products; no step was timed"

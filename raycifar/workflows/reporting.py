@@ -273,7 +273,7 @@ def is_search_trial(run: RunFolder) -> bool:
 
 
 class Refresher:
-    """Writes the report of running work, so often that it takes at most 1 % of the time."""
+    """Writes the report of running work so rarely that it takes at most 1 % of the time."""
 
     def __init__(self, write: Callable[[], Any]) -> None:
         self.write, self.took, self.last = write, FIRST_GUESS, time.monotonic()

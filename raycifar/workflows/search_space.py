@@ -37,7 +37,6 @@ class PastTrial:
 
 
 def default_space(recipe: Recipe) -> Space:
-    """Return the default search space around a model's recipe."""
     return {
         "lr": FloatDistribution(recipe.lr / 8, recipe.lr * 8, log=True),
         "weight_decay": FloatDistribution(1e-5, max(5e-3, recipe.weight_decay), log=True),

@@ -453,7 +453,6 @@ def read_architecture(run: Finished) -> Architecture:
 
 
 def sentences(comparison: Mapping[str, Any]) -> list[str]:
-    """Return a comparison's conclusions in words."""
     lines = []
     if any(model["top1"]["n"] == 1 for model in comparison["models"].values()):
         lines.append("An interval needs several seeds.")

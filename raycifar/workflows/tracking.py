@@ -129,8 +129,6 @@ def check_tracker(track: str | None) -> None:
 
 @dataclass
 class Tracked:
-    """A run that is being tracked."""
-
     folder: RunFolder
     tracker: Tracker
     identity: str

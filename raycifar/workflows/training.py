@@ -307,7 +307,6 @@ def following(run: PreparedRun, screen: Screen, tracking: Tracking) -> Callable[
 
 
 def summary(run: PreparedRun, result: dict[str, Any]) -> list[str]:
-    """Return the lines to print for a finished run."""
     from raycifar.analysis.prose import without_near_duplicates
 
     lines = []
@@ -339,7 +338,7 @@ def show_profile(run: PreparedRun, screen: Screen) -> None:
 
 
 def report(run: PreparedRun, screen: Screen) -> None:
-    """Write the report, or without one keep what a later one shows."""
+    """Write the report, or keep what a later one shows."""
     if run.request.report:
         show_report(lambda: write_run(run.folder, run.inputs.source), screen)
     else:

@@ -19,8 +19,6 @@ class TrialStatus(StrEnum):
 
 @dataclass
 class Trial:
-    """A model, seed and recipe to train."""
-
     name: str
     model: str
     seed: int

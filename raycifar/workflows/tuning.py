@@ -201,7 +201,6 @@ class StudySearcher(Searcher):
         return max(finished, key=lambda trial: self.val_top1(trial)[-1], default=None)
 
     def val_top1(self, trial: Trial) -> list[float]:
-        """Return the validation top-1 after each epoch."""
         return [record.val_top1 or 0.0 for record in self.study.run(trial).history()]
 
     def _next_search(self) -> Trial | None:
