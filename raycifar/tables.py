@@ -12,11 +12,11 @@ from raycifar.words import duration
 from raycifar.workflows.inventory import OVER, Entry, State
 
 OF_SCORES = 4  # of a comparison's columns, which come first
-SPEEDRUN_ROWS = {
-    "top1": "top-1, one view",
-    "top1_flip": "top-1, with the mirror image",
-    "seconds": "seconds by the public clock",
-    "whole_seconds": "seconds with scoring",
+SPEEDRUN_ROWS = {  # with their digits
+    "top1": ("top-1, one view", 4),
+    "top1_flip": ("top-1, with the mirror image", 4),
+    "seconds": ("seconds by the public clock", 3),
+    "whole_seconds": ("seconds with scoring", 3),
 }
 
 
@@ -111,10 +111,10 @@ def plan_table(workers: dict[int, dict[str, Any]]) -> Table:
 
 def speedrun_table(found: dict[str, Any]) -> Table:
     table = new_table([""], [f"mean of {len(found['runs'])}", "95 % interval"])
-    for name, digits in (("top1", 4), ("top1_flip", 4), ("seconds", 3), ("whole_seconds", 3)):
+    for name, (label, digits) in SPEEDRUN_ROWS.items():
         mean, *ends = (found[name][part] for part in ("mean", "low", "high"))
         interval = "" if ends[0] is None else " to ".join(f"{end:.{digits}f}" for end in ends)
-        table.add_row(SPEEDRUN_ROWS[name], f"{mean:.{digits}f}", interval)
+        table.add_row(label, f"{mean:.{digits}f}", interval)
     return table
 
 

@@ -16,7 +16,7 @@ from raycifar.workflows import estimate
 from raycifar.workflows.estimate import operations_of, warn_of_hours
 from raycifar.workflows.requests import TrainingRequest
 from raycifar.workflows.trial import TrialStatus
-from raycifar.workflows.tuning import AshaByModel, Study, StudySearcher
+from raycifar.workflows.tuning import Study, StudySearcher
 
 STEP = StepStatus(
     epoch=1, step=5, steps=10, lr=0.1, loss=2.5, top1=0.25, images_per_second=50, seconds_of_epoch=10, seconds_left=100
@@ -50,7 +50,7 @@ def searcher(tmp_path):
     starts = {model: SimpleNamespace(architecture=Architecture(model)) for model in recipes}
     folder = RunFolder(str(tmp_path), "c")
     study = Study(TrainingRequest("cnn"), folder, recipes, starts, [0, 1], 0, {})
-    return StudySearcher(study, 2, AshaByModel({model: recipe.epochs for model, recipe in recipes.items()}))
+    return StudySearcher(study, 2)
 
 
 def test_the_time_left_of_a_comparison_counts_waiting_trials_as_many_at_once_as_run(searcher):

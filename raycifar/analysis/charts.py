@@ -30,7 +30,7 @@ GREEN, PURPLE = "#009e73", "#cc79a7"
 SERIES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"), ("#56b4e9", "-"), ("#d55e00", "--"))
 MARKERS = "osD^vP"
 TRANSPARENT_TO_ORANGE = LinearSegmentedColormap.from_list("", [to_rgba(ORANGE, 0), to_rgba(ORANGE, 1)])
-COMPARED = {"val_top1": "validation accuracy", "train_loss": "training loss"}
+COMPARED = {"val_top1": "validation accuracy", "val_loss": "validation loss", "train_loss": "training loss"}
 FEW_RUNS = 3  # are drawn one by one
 MOST_ROWS = 20  # of a chart
 LONG_NAME = 24  # characters: of a model that is named with its recipe
@@ -236,8 +236,9 @@ def bands(groups: dict[str, np.ndarray], ylabel: str, description: str) -> str:
 def plot_comparison(groups: dict[str, list[RunHistory]], title: str | None = None) -> Figure:
     """Return a figure of the models' validation accuracy and training loss: means over the seeds, and ranges."""
     figure, grid = new_grid(2, title)
-    for axes, (column, ylabel) in zip(grid, COMPARED.items(), strict=True):
-        draw_bands(axes, {model: stack([run.column(column) for run in runs]) for model, runs in groups.items()}, ylabel)
+    for axes, column in zip(grid, ("val_top1", "train_loss"), strict=True):
+        curves = {model: stack([run.column(column) for run in runs]) for model, runs in groups.items()}
+        draw_bands(axes, curves, COMPARED[column])
     return figure
 
 

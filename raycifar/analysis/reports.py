@@ -98,28 +98,13 @@ def run_page(files: RunFiles, report: dict[str, Any]) -> str:
     """Return a run's `report.html`."""
     history, pictures = files.history, files.pictures
     drawn = {name: charts.curve_chart(panel) for name, panel in panels(history).items()} if history.records else {}
-    drawn |= test_charts(files)
+    drawn |= test_charts(files.answers, pictures) if files.answers else {}
     labels = labels_of(files)
     spikes = [
         {"epoch": epoch, "pictures": shown_of(pictures, "train", [(row, labels.get(row, "")) for row in rows])}
         for epoch, rows in behind_spikes(report)
     ]
     doubted = suspects(files)
-    shown = {
-        "behind": [spike for spike in spikes if spike["pictures"]],
-        "suspects": [
-            {**image, **picture}
-            for image in doubted
-            if not image["contradicted"]
-            for picture in shown_of(pictures, "train", [(image["index"], "")])
-        ],
-        "contradictions": [
-            pair
-            for one, other in contradictions(doubted)
-            if len(pair := shown_of(pictures, "train", [(row["index"], row["words"]) for row in (one, other)])) == 2
-        ],
-        "pairs": [{**pair, "pictures": shown_of(pictures, "test", pair["rows"])} for pair in confused(files)],
-    }
     return render(
         "report.html",
         drawn,
@@ -135,9 +120,21 @@ def run_page(files: RunFiles, report: dict[str, Any]) -> str:
         mature=mature(history),
         has_predictions=files.predictions is not None,
         has_pictures=pictures is not None,
-        classes=every_class(files),
+        classes=every_class(files.answers.matrix) if files.answers else [],
+        pairs=[{**pair, "pictures": shown_of(pictures, "test", pair["rows"])} for pair in confused(files)],
+        behind=[spike for spike in spikes if spike["pictures"]],
+        suspects=[
+            {**image, **picture}
+            for image in doubted
+            if not image["contradicted"]
+            for picture in shown_of(pictures, "train", [(image["index"], "")])
+        ],
+        contradictions=[
+            pair
+            for both in contradictions(doubted)
+            if len(pair := shown_of(pictures, "train", [(image["index"], image["words"]) for image in both])) == 2
+        ],
         augmented=[PNG + image for image in (pictures.get("augmented", []) if pictures else [])],
-        **shown,
     )
 
 
@@ -184,10 +181,8 @@ def date(created: str | None) -> str | None:
 # The test set ---------------------------------------------------------------------------------------
 
 
-def test_charts(files: RunFiles) -> dict[str, str]:
-    if files.answers is None:
-        return {}
-    (labels, predicted, confidence, matrix), pictures = files.answers, files.pictures
+def test_charts(answers: Answers, pictures: PicturesFile | None) -> dict[str, str]:
+    labels, predicted, confidence, matrix = answers
     drawn = {
         "reliability": charts.reliability_diagram(reliability(confidence, predicted == labels)),
         "classes": charts.class_chart(by_class(matrix, CLASSES)),
@@ -203,11 +198,8 @@ def test_charts(files: RunFiles) -> dict[str, str]:
     return drawn
 
 
-def every_class(files: RunFiles) -> list[dict[str, Any]]:
+def every_class(matrix: np.ndarray) -> list[dict[str, Any]]:
     """Return the scores of each class, by name, and what it is most often taken for."""
-    if files.answers is None:
-        return []
-    matrix = files.answers.matrix
     errors = matrix * (1 - np.eye(len(matrix), dtype=int))
     rows = by_class(matrix, CLASSES)
     for row, mistaken in zip(rows, errors, strict=True):
@@ -332,7 +324,6 @@ def report_comparison(
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the report of a comparison as `report.json` holds it; `comparison` is None while it is under way."""
-    reports = [report_run(run) for run in runs]
     found = []
     for model, same in by_model(runs).items():
         tested = [test for run in same if (test := run.history.test)]
@@ -352,38 +343,34 @@ def report_comparison(
         "sentences": sentences,
         "results": results_table(comparison, {run.name: run.history for run in runs}) if comparison else None,
         "conditions": conditions(runs),
-        "runs": about_runs(runs, reports),
+        "runs": [about_run(run) for run in runs],
         "next": next_comparison(runs, comparison, storage),
     }
 
 
-def about_runs(runs: Sequence[RunFiles], reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def about_run(files: RunFiles) -> dict[str, Any]:
     """Return what a page of several runs says of each."""
-    return [
-        {key: report[key] for key in ("name", "state", "headline", "findings")}
-        | {
-            "model": files.history.model,
-            "seed": files.history.run["seed"],
-            "images": files.history.num_train,
-            "epochs": f"{len(files.history.records)} of {files.history.recipe.epochs}",
-            "top1": (files.history.test or {}).get("top1"),
-        }
-        for files, report in zip(runs, reports, strict=True)
-    ]
+    report, history = report_run(files), files.history
+    return {key: report[key] for key in ("name", "state", "headline", "findings")} | {
+        "model": history.model,
+        "seed": history.run["seed"],
+        "images": history.num_train,
+        "epochs": f"{len(history.records)} of {history.recipe.epochs}",
+        "top1": (history.test or {}).get("top1"),
+    }
 
 
 def conditions(runs: Sequence[RunFiles]) -> str:
     """Return what all runs have in common, in a sentence; empty where they share nothing that matters."""
-    shared = []
-    for values, noun in (
-        ({run.history.recipe.epochs for run in runs}, "epoch"),
-        ({run.history.num_train for run in runs}, "training image"),
-        ({run.history.num_val for run in runs}, "validation image"),
-        ({run.history.run["data"]["test"] for run in runs}, "test image"),
-    ):
-        if len(values) == 1:
-            shared.append(count(values.pop(), noun))
-    seeds = sorted({run.history.run["seed"] for run in runs})
+    histories = [run.history for run in runs]
+    values = {
+        "epoch": {history.recipe.epochs for history in histories},
+        "training image": {history.num_train for history in histories},
+        "validation image": {history.num_val for history in histories},
+        "test image": {history.run["data"]["test"] for history in histories},
+    }
+    shared = [count(numbers.pop(), noun) for noun, numbers in values.items() if len(numbers) == 1]
+    seeds = sorted({history.run["seed"] for history in histories})
     shared.append(f"seed{'s' * (len(seeds) > 1)} {listed(list(map(str, seeds)))}")
     return f"Conditions: {', '.join(shared)}." if runs else ""
 
@@ -437,11 +424,7 @@ def comparison_page(
     """
     drawn: dict[str, str] = {}
     groups = {run.name: [run] for run in runs} if overlay else by_model(runs)
-    for score, words in (
-        ("val_top1", "validation accuracy"),
-        ("val_loss", "validation loss"),
-        ("train_loss", "training loss"),
-    ):
+    for score, words in charts.COMPARED.items():
         stacked = {model: charts.stack([run.history.column(score) for run in same]) for model, same in groups.items()}
         stacked = {model: values for model, values in stacked.items() if np.isfinite(values).any()}
         if stacked:

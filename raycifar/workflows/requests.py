@@ -76,14 +76,10 @@ class WorkerSettings:
         return self.device, self.cpus_per_worker, self.gpus_per_worker, self.accelerator
 
     def check_no_gpu_is_chosen(self, where: str) -> None:
-        for chosen, option in (
-            (self.gpus_per_worker != 1, f"--gpus-per-worker {self.gpus_per_worker:g}"),
-            (self.accelerator, f"--accelerator {self.accelerator}"),
-        ):
-            if chosen:
-                raise RequestError(
-                    f"{option} is for workers on GPUs, which {where} has none of: leave one of them out."
-                )
+        share, kind = self.gpus_per_worker, self.accelerator
+        if share != 1 or kind:
+            option = f"--gpus-per-worker {share:g}" if share != 1 else f"--accelerator {kind}"
+            raise RequestError(f"{option} is for workers on GPUs, which {where} has none of: leave one of them out.")
 
     def check_workers(self, workers: WorkerCount) -> None:
         """Check that so many workers can have what is asked for; 0 is this process."""

@@ -124,7 +124,7 @@ def prepare(
         from raycifar.cluster import sizing
         from raycifar.cluster.connection import connected
         from raycifar.cluster.nodes import check_nodes
-        from raycifar.workflows.tuning import AshaByModel, Study, StudySearcher
+        from raycifar.workflows.tuning import Study, StudySearcher
 
         connection.enter_context(connected(debug=debug, name=request.name))
         trials = len(recipes) * (request.search + request.seeds)
@@ -150,8 +150,7 @@ def prepare(
     ordered = {model: recipes[model] for model in sorted(recipes, key=cost, reverse=True)}
     seeds = list(range(request.seed, request.seed + request.seeds))
     study = Study(first, folder, ordered, starts, seeds, request.search, spaces)
-    searcher = StudySearcher(study, most, AshaByModel({model: recipe.epochs for model, recipe in ordered.items()}))
-    return PreparedComparison(request, folder, source, study, searcher, workers)
+    return PreparedComparison(request, folder, source, study, StudySearcher(study, most), workers)
 
 
 def run(prepared: PreparedComparison, screen: Screen, tracking: Tracking) -> None:

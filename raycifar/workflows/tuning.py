@@ -83,9 +83,10 @@ class StudySearcher(Searcher):
     one resumes with the recipe that it had.
     """
 
-    def __init__(self, study: Study, most_at_once: int, stopper: "AshaByModel") -> None:
+    def __init__(self, study: Study, most_at_once: int) -> None:
         super().__init__()
-        self.study, self.most_at_once, self.stopper = study, most_at_once, stopper
+        self.study, self.most_at_once = study, most_at_once
+        self.stopper = AshaByModel({model: recipe.epochs for model, recipe in study.recipes.items()})
         self.searches: dict[str, list[Trial]] = {model: [] for model in study.recipes}
         self.finals: dict[str, list[Trial]] = {}
         self.running: dict[str, Trial] = {}  # by the identifier of Ray Tune's trial
