@@ -14,7 +14,7 @@ from raycifar.models.recipes import recipe_for
 from raycifar.storage.run_folder import RunFolder
 from raycifar.workflows import estimate
 from raycifar.workflows.estimate import operations_of, warn_of_hours
-from raycifar.workflows.requests import TrainingRequest
+from raycifar.workflows.requests import ComparisonRequest
 from raycifar.workflows.trial import TrialStatus
 from raycifar.workflows.tuning import Study, StudySearcher
 
@@ -49,7 +49,7 @@ def searcher(tmp_path):
     recipes = {model: recipe_for(model) for model in ("vgg16", "cnn")}
     starts = {model: SimpleNamespace(architecture=Architecture(model)) for model in recipes}
     folder = RunFolder(str(tmp_path), "c")
-    study = Study(TrainingRequest("cnn"), folder, recipes, starts, [0, 1], 0, {})
+    study = Study(ComparisonRequest(recipes, seeds=2), folder, recipes, starts, {})
     return StudySearcher(study, 2)
 
 

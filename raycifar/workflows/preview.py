@@ -50,7 +50,7 @@ def preview_comparison(request: ComparisonRequest, screen: Screen) -> None:
         RequestError: the request is wrong.
     """
     folder, spaces = RunFolder(request.storage, request.name), study.build_spaces(request)
-    _, source, splits, starts = study.read_inputs(request, screen)
+    source, splits, starts = study.read_inputs(request, screen)
     study.agree(folder, request, spaces, source, starts)
     at_once = f"as many as fit, each with {count(request.workers, 'worker')}"
     facts = study.overview(request, source, splits, at_once, folder)

@@ -51,7 +51,7 @@ from raycifar.workflows.duplicates import find_duplicates
 from raycifar.workflows.estimate import operations_of, warn_of_hours
 from raycifar.workflows.identity import writing_first_file
 from raycifar.workflows.reporting import Refresher, explain, keep_pictures, show_report, write_comparison, write_run
-from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
+from raycifar.workflows.requests import ComparisonRequest
 from raycifar.workflows.tracking import Tracking
 from raycifar.workflows.training import STOP_SECONDS, and_weights, read_images
 
@@ -68,10 +68,8 @@ SCORES = ("top1", "top5", "loss")
 class PreparedComparison:
     """A comparison that is ready to start."""
 
-    request: ComparisonRequest
-    folder: RunFolder
-    source: Source
     study: "Study"
+    source: Source
     searcher: "StudySearcher"
     workers: "Workers"  # of each trial
 
@@ -112,7 +110,7 @@ def prepare(
     """
     recipes, folder = request.recipes, RunFolder(request.storage, request.name)
     spaces = build_spaces(request)
-    first, source, splits, starts = read_inputs(request, screen)
+    source, splits, starts = read_inputs(request, screen)
     warn_of_leaks(source, screen)
     if request.without_near_duplicates:
         find_duplicates(source, screen)  # for the trials, which take them from the cache
@@ -148,9 +146,8 @@ def prepare(
     # The costliest models come first, so that short trials fill the cluster at the end.
     cost = {model: models.flops(start.architecture) for model, start in starts.items()}.__getitem__
     ordered = {model: recipes[model] for model in sorted(recipes, key=cost, reverse=True)}
-    seeds = list(range(request.seed, request.seed + request.seeds))
-    study = Study(first, folder, ordered, starts, seeds, request.search, spaces)
-    return PreparedComparison(request, folder, source, study, StudySearcher(study, most), workers)
+    study = Study(request, folder, ordered, starts, spaces)
+    return PreparedComparison(study, source, StudySearcher(study, most), workers)
 
 
 def run(prepared: PreparedComparison, screen: Screen, tracking: Tracking) -> None:
@@ -160,8 +157,9 @@ def run(prepared: PreparedComparison, screen: Screen, tracking: Tracking) -> Non
     """
     from raycifar.workflows.tuning import orchestrate
 
-    searcher, folder = prepared.searcher, prepared.folder
-    order = list(prepared.request.recipes)
+    study, searcher = prepared.study, prepared.searcher
+    request, folder = study.comparison, study.folder
+    order = list(request.recipes)
     if done := sum(trial.over for trial in searcher.trials):
         screen.say(f"{done} trials are over already, and not run again.")
 
@@ -169,17 +167,17 @@ def run(prepared: PreparedComparison, screen: Screen, tracking: Tracking) -> Non
         searcher.stop()
         thread.join(STOP_SECONDS)
 
-    redraw = Refresher(lambda: write_comparison(folder)) if prepared.request.report else lambda: None
+    redraw = Refresher(lambda: write_comparison(folder)) if request.report else lambda: None
 
     def refresh() -> None:
-        for trial in searcher.trials if prepared.request.track else ():
+        for trial in searcher.trials if request.track else ():
             if history := trial.status_store.history():
-                tracking.log(prepared.study.run(trial), history, folder)
+                tracking.log(study.run(trial), history, folder)
         redraw()
 
     tracking.log(folder)
     alongside(
-        lambda: orchestrate(prepared.study, searcher, prepared.source, prepared.workers),
+        lambda: orchestrate(study, searcher, prepared.source, prepared.workers),
         lambda running: screen.follow_trials(
             lambda: sorted(searcher.trials, key=lambda trial: order.index(trial.model)),
             running,
@@ -196,9 +194,10 @@ def finish(prepared: PreparedComparison, screen: Screen, show: Show) -> None:
     Raises:
         WorkError: trials failed; the message lists them with their reasons.
     """
-    request, searcher, folder = prepared.request, prepared.searcher, prepared.folder
+    study, searcher = prepared.study, prepared.searcher
+    request, folder = study.comparison, study.folder
     finals = [trial for trials in searcher.finals.values() for trial in trials]
-    finished = [read_finished(prepared.study.run(trial).folder) for trial in finals if trial.status == "finished"]
+    finished = [read_finished(study.run(trial).folder) for trial in finals if trial.status == "finished"]
     order = list(request.recipes)
     finished.sort(key=lambda run: (order.index(run.run["model"]), run.run["seed"]))
     draw, doing = (write_run, "Drawing the reports") if request.report else (keep_pictures, "Keeping the pictures")
@@ -223,17 +222,14 @@ def finish(prepared: PreparedComparison, screen: Screen, show: Show) -> None:
 # Preparation ----------------------------------------------------------------------------------------
 
 
-def read_inputs(
-    request: ComparisonRequest, screen: Screen
-) -> tuple[TrainingRequest, Source, Splits, dict[str, InitialWeights]]:
-    """Return the request for a trial of the first model, the images, the splits, and each model's first weights."""
+def read_inputs(request: ComparisonRequest, screen: Screen) -> tuple[Source, Splits, dict[str, InitialWeights]]:
+    """Return the images, the splits, and each model's first weights."""
     recipes = request.recipes
     with screen.waiting(f"Reading {request.data}{and_weights(recipes.values())}"):
-        first = request.training(next(iter(recipes)))
-        source, splits = read_images(first)
+        source, splits = read_images(request.training(next(iter(recipes))))
         starts = {model: load_initial_weights(model, recipe, source) for model, recipe in recipes.items()}
     screen.lines(note for start in starts.values() for note in start.notes)
-    return first, source, splits, starts
+    return source, splits, starts
 
 
 def overview(

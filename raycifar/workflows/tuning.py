@@ -29,7 +29,7 @@ from raycifar.storage.files import ask
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.identity import Inputs
-from raycifar.workflows.requests import TrainingRequest
+from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.search_space import PastTrial, Space, suggest
 from raycifar.workflows.training import finish, fit, prepare, split_images
 from raycifar.workflows.trial import Trial, TrialStatus
@@ -43,14 +43,12 @@ DRIVER = {HEAD: 0.001}
 
 @dataclass(frozen=True)
 class Study:
-    """What to compare. A trial's request is `base` with the trial's model, seed, recipe and name."""
+    """What to compare."""
 
-    base: TrainingRequest
+    comparison: ComparisonRequest
     folder: RunFolder
     recipes: Mapping[str, Recipe]  # by model, in the order of the trials
     starts: Mapping[str, InitialWeights]
-    seeds: Sequence[int]
-    searches: int  # search trials of each model
     spaces: Mapping[str, Space]
 
     def run(self, trial: Trial) -> RunFolder:
@@ -58,10 +56,9 @@ class Study:
 
     def request(self, trial: Trial) -> TrainingRequest:
         return replace(
-            self.base,
+            self.comparison.training(trial.model),
             storage=self.folder.folder,
             name=trial.name,
-            model=trial.model,
             seed=trial.seed,
             recipe=trial.recipe,
             test=not trial.search,
@@ -85,7 +82,7 @@ class StudySearcher(Searcher):
 
     def __init__(self, study: Study, most_at_once: int) -> None:
         super().__init__()
-        self.study, self.most_at_once = study, most_at_once
+        self.study, self.comparison, self.most_at_once = study, study.comparison, most_at_once
         self.stopper = AshaByModel({model: recipe.epochs for model, recipe in study.recipes.items()})
         self.searches: dict[str, list[Trial]] = {model: [] for model in study.recipes}
         self.finals: dict[str, list[Trial]] = {}
@@ -126,7 +123,7 @@ class StudySearcher(Searcher):
         to_come = [trial.recipe.epochs * epochs[trial.model] for trial in waiting]
         for model, recipe in self.study.recipes.items():
             planned = len(self.searches[model]) + len(self.finals.get(model, []))
-            to_come += [recipe.epochs * epochs[model]] * (self.study.searches + len(self.study.seeds) - planned)
+            to_come += [recipe.epochs * epochs[model]] * (self.comparison.search + self.comparison.seeds - planned)
         for seconds in to_come:
             heapq.heapreplace(slots, slots[0] + seconds)
         return max(slots)
@@ -186,14 +183,14 @@ class StudySearcher(Searcher):
             while (known := self._restored(model)) is not None:
                 self.searches[model].append(known)
             trials = self.searches[model]
-            if model in self.finals or len(trials) < self.study.searches or not all(trial.over for trial in trials):
+            if model in self.finals or len(trials) < self.comparison.search or not all(trial.over for trial in trials):
                 continue
             best = self.best(model)
             recipe = best.recipe if best else self.study.recipes[model]
-            setting = describe_changes(recipe, self.study.recipes[model])
+            setting, first = describe_changes(recipe, self.study.recipes[model]), self.comparison.seed
             self.finals[model] = [
                 self._with_status(Trial(f"{slug(model)}-s{seed}", model, seed, recipe, search=False, setting=setting))
-                for seed in self.study.seeds
+                for seed in range(first, first + self.comparison.seeds)
             ]
 
     def best(self, model: str) -> Trial | None:
@@ -206,9 +203,9 @@ class StudySearcher(Searcher):
 
     def _next_search(self) -> Trial | None:
         for model, trials in self.searches.items():
-            if len(trials) < self.study.searches:
+            if len(trials) < self.comparison.search:
                 past = [PastTrial(trial.recipe, trial.status, self.val_top1(trial)) for trial in trials]
-                recipe = suggest(self.study.spaces[model], self.study.recipes[model], past, self.study.seeds[0])
+                recipe = suggest(self.study.spaces[model], self.study.recipes[model], past, self.comparison.seed)
                 trials.append(self._search_trial(model, recipe))
                 return trials[-1]
         return None
@@ -216,11 +213,11 @@ class StudySearcher(Searcher):
     def _search_trial(self, model: str, recipe: Recipe) -> Trial:
         name = f"{slug(model)}-search-{len(self.searches[model]) + 1:02}"
         setting = describe_changes(recipe, self.study.recipes[model]) or "the recipe itself"
-        return Trial(name, model, self.study.seeds[0], recipe, search=True, setting=setting)
+        return Trial(name, model, self.comparison.seed, recipe, search=True, setting=setting)
 
     def _restored(self, model: str) -> Trial | None:
         """Return the model's next search trial if an earlier driver started it."""
-        if len(self.searches[model]) == self.study.searches:
+        if len(self.searches[model]) == self.comparison.search:
             return None
         run = self.study.run(self._search_trial(model, self.study.recipes[model])).read_json(RUN)
         if run is None:
