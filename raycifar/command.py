@@ -76,14 +76,12 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
             leave(0)
         except Interrupted as interrupted:
             leave(130, str(interrupted), getattr(interrupted, "__notes__", []), quiet=not debug)
-        except RayDiedError as error:
-            leave(*ending(error), quiet=not debug)
         except BrokenPipeError:
             leave(CLOSED_OUTPUT)
         except Exception as error:
             if debug:
                 click.echo(shown("".join(traceback.format_exception(error))), err=True)
-            leave(*ending(error))
+            leave(*ending(error), quiet=isinstance(error, RayDiedError) and not debug)
 
     return with_endings
 

@@ -208,16 +208,15 @@ class Screen:
                     time.sleep(POLL_SECONDS)
             self.console.print(trial_table(trials()))
             return
-        said: dict[str, list[str]] = {trial.name: [] for trial in trials() if trial.over}
-        ended = set(said)  # before this command
+        ended = {trial.name for trial in trials() if trial.over}  # before this command
+        said: set[tuple[str, str]] = set()
         told = -1  # trials that were over when the time left was said
         while True:
             alive = running()
-            for trial in trials():
-                known = said.setdefault(trial.name, [])
-                for line in trial_lines(trial) if trial.name not in ended else ():
-                    if line not in known:
-                        known.append(line)
+            for trial in [trial for trial in trials() if trial.name not in ended]:
+                for line in trial_lines(trial):
+                    if (trial.name, line) not in said:
+                        said.add((trial.name, line))
                         self.say(f"{trial.name}: {line}")
                 if trial.over:
                     ended.add(trial.name)

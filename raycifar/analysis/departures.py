@@ -47,10 +47,6 @@ class Departure:
     def option(self) -> str:
         return f"--{self.field.replace('_', '-')}"
 
-    @property
-    def remedy(self) -> str:
-        return f"{self.option} {plain_value(self.own)}"
-
 
 def plain_value(value: Any) -> str:
     """Return a recipe's value as people write it."""

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from raycifar.analysis.collapse import MIN_STEPS, guesses
-from raycifar.analysis.departures import LOOSE, departures
+from raycifar.analysis.departures import LOOSE, departures, plain_value
 from raycifar.analysis.history import RunHistory, thinned
 from raycifar.data import CIFAR100
 from raycifar.errors import FailureKind
@@ -104,7 +104,7 @@ def blame_recipe(history: RunHistory, finding: Finding) -> Finding:
         return finding
     defaults = "default" if len(causes) == 1 else "defaults"
     evidence = f"A likely cause is in the recipe: {listed(list(map(str, causes)))}, the {history.model}'s {defaults}. "
-    remedies = listed([cause.remedy for cause in causes])
+    remedies = listed([f"{cause.option} {plain_value(cause.own)}" for cause in causes])
     advice = regularize(history, remedies) if finding.kind in LOOSE else f"First of all, use {remedies}."
     metrics = {**finding.metrics, "recipe": {cause.field: cause.value for cause in causes}}
     return replace(finding, evidence=evidence + finding.evidence, advice=advice, metrics=metrics)
