@@ -22,14 +22,16 @@ OF_NO_COST = (
 
 @click.command(cls=Command, example="raycifar bench --model vgg16 --against dataloader")
 @click.option("--model", required=True, help=f"{', '.join(models.names())}, or timm:NAME.")
-@click.option("--rounds", type=click.IntRange(1, MAX_TRIALS), default=5, help="Times that all is timed, at most.")
+@click.option("--rounds", type=click.IntRange(1, MAX_TRIALS), default=5, help="Rounds of timing, at most.")
 @click.option(
-    "--against", default="", show_default=False, help=f"Comma-separated ways of others, to time too: {', '.join(WAYS)}."
+    "--against", default="", show_default=False, help=f"Other ways to time as well, comma-separated: {', '.join(WAYS)}."
 )
-@click.option("--plan", default=None, metavar="N,N,…", help="What so many workers would take, such as 1,2,4,8.")
-@click.option("--interconnect", type=click.Choice(list(INTERCONNECTS)), help="Between them.  [as measured here]")
+@click.option("--plan", default=None, metavar="N,N,…", help="Predict what so many workers would take, such as 1,2,4,8.")
+@click.option(
+    "--interconnect", type=click.Choice(list(INTERCONNECTS)), help="The link between workers.  [as measured here]"
+)
 @click.option("--price-per-hour", type=float, default=None, help="Of one device, for --plan.")
-@click.option("--startup", is_flag=True, help="Time the way to the first step too, beside an empty trainer's.")
+@click.option("--startup", is_flag=True, help="Time the start as well, beside that of an empty trainer.")
 @click.option("--workers", type=click.IntRange(0, MAX_WORKERS), help="0: this process.  [one for each GPU, else 1]")
 @click.option("--out", default="bench", help="Folder or URI for bench.json and charts.")
 @request_options(TrainingRequest, without=UNUSED)
