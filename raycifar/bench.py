@@ -40,9 +40,8 @@ OF_NO_COST = (
 def main(debug: bool, model: str, **options: Any) -> None:
     """Time a model's training on this machine or cluster, beside the bare step, and say where the time goes.
 
-    It ends within five minutes: as many images of the data set, or of --limit, are taken as fit. The figures are
-    medians over rounds, and shares are medians of what a round's own bare step made, so that a machine that slows down
-    slows both.
+    It ends within five minutes, and takes as many images of the data set, or of --limit, as fit. Figures are medians
+    over rounds. Shares are of the same round's bare step, so that a machine that slows down slows both.
     """
     own = {name: options.pop(name) for name in ("rounds", "plan", "interconnect", "price_per_hour", "startup", "out")}
     ways = [name.strip() for name in options.pop("against").split(",") if name.strip()]

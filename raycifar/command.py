@@ -87,11 +87,7 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_empty(context: click.Context) -> None:
-    """Refuse options and arguments that are given and empty, as a shell's unset variable is.
-
-    Raises:
-        RequestError: one is.
-    """
+    """Raise RequestError if an option or argument is given and empty, as a shell's unset variable is."""
     for parameter in context.command.params:
         values, given = context.params.get(parameter.name or ""), context.get_parameter_source(parameter.name or "")
         if given is ParameterSource.COMMANDLINE and "" in (values if isinstance(values, tuple) else (values,)):

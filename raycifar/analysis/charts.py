@@ -78,9 +78,7 @@ def values_of(axes: Axes, xlabel: str, x: Iterable[float], series: dict[str, Any
         options: names (n,) are shown instead of positions.
     """
     axes.patch.set_gid(PLOT)
-    down = options.get("along") == "y"
-    interval = axes.get_ylim() if down else axes.get_xlim()
-    log = (axes.get_yscale() if down else axes.get_xscale()) == "log"
+    axis = axes.yaxis if options.get("along") == "y" else axes.xaxis
 
     def rounded(values: Iterable[float]) -> list[float]:
         return [float(f"{value:.6g}") for value in values]
@@ -88,8 +86,8 @@ def values_of(axes: Axes, xlabel: str, x: Iterable[float], series: dict[str, Any
     return {
         "xlabel": xlabel,
         "x": rounded(x),
-        "range": [float(end) for end in interval],
-        "log": log,
+        "range": [float(end) for end in axis.get_view_interval()],
+        "log": axis.get_scale() == "log",
         "series": {name: rounded(values) for name, values in series.items()},
     } | options
 

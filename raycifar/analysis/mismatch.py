@@ -36,22 +36,20 @@ def find_mismatch(history: RunHistory, predictions: pa.Table | None, pictures: P
     ]
     advice = "Check where the test images and their labels come from. Until then, don't report the test accuracy."
     metrics: dict[str, Any] = {"gap": gap}
-    for sentence, remedy, found in (
-        explain_by_answers(predictions, last.val_top1, test["top1"]),
-        explain_by_pixels(pictures),
-    ):
-        evidence += [sentence] if sentence else []
-        advice = remedy or advice
+    explanations = explain_by_answers(predictions, last.val_top1, test["top1"]), explain_by_pixels(pictures)
+    for sentence, remedy, found in filter(None, explanations):
+        evidence.append(sentence)
+        advice = remedy
         metrics |= found
     return [Finding("test-differs", SURE, " ".join(evidence), advice, [], metrics)]
 
 
-Explanation = tuple[str, str, dict[str, Any]]  # a sentence, what to do, and metrics
+Explanation = tuple[str, str, dict[str, Any]] | None  # a sentence, what to do, and metrics
 
 
 def explain_by_answers(predictions: pa.Table | None, val_top1: float, test_top1: float) -> Explanation:
     if predictions is None:
-        return "", "", {}
+        return None
     labels, predicted = predictions["label"].to_numpy(), from_lists(predictions["top5"])[:, 0]
     matrix = confusion(labels, predicted)
     commonest = int(matrix.sum(0).argmax())
@@ -61,7 +59,7 @@ def explain_by_answers(predictions: pa.Table | None, val_top1: float, test_top1:
     rows, columns = linear_sum_assignment(-matrix)
     restored = float(matrix[rows, columns].sum() / len(labels))
     if restored < max(RESTORED * val_top1, 2 * test_top1):
-        return "", "", {}
+        return None
     moved = [(CLASSES[a], CLASSES[b]) for a, b in zip(rows, columns, strict=True) if a != b and matrix[a, b]]
     pairs = ", ".join(f"“{a}” is what the network calls “{b}”" for a, b in moved[:NAMED])
     sentence = (
@@ -74,11 +72,11 @@ def explain_by_answers(predictions: pa.Table | None, val_top1: float, test_top1:
 
 def explain_by_pixels(pictures: PicturesFile | None) -> Explanation:
     if pictures is None or not pictures["pixels"].keys() >= {"train", "test"}:
-        return "", "", {}
+        return None
     train, test = pictures["pixels"]["train"], pictures["pixels"]["test"]
     means, stds = [train["mean"], test["mean"]], [train["std"], test["std"]]
     if abs(means[0] - means[1]) < 0.05 and 0.8 < stds[1] / max(stds[0], 1e-9) < 1.25:
-        return "", "", {}
+        return None
     sentence = (
         f"The test images look different: their pixels have a mean of {means[1]:.2f} and a standard deviation of "
         f"{stds[1]:.2f}, those of the training images {means[0]:.2f} and {stds[0]:.2f} (from 0 to 1)."

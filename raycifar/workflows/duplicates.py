@@ -101,10 +101,7 @@ def list_duplicates(data: str, out: str, screen: Screen, run: str | None = None)
     """Find the duplicates of a data set, and write duplicates.csv, a page and a picture of them.
 
     Args:
-        out: the folder or URI to write to. run: of a network by whose features images are held against each other, too.
-
-    Raises:
-        RequestError: the data set or the run can't be read.
+        out: the folder or URI to write to. run: a trained network, by whose features the images are compared, too.
     """
     folder = RunFolder.for_output(out)
     with screen.waiting(f"Reading {data}"):
@@ -169,11 +166,7 @@ def cached(fingerprint: str) -> Path:
 
 
 def search(source: Source, screen: Screen, run: str | None = None) -> pa.Table:
-    """Return the pairs of a data set's images, numbered from the first test image; training images follow.
-
-    Args:
-        run: see `list_duplicates`.
-    """
+    """Return the pairs of a data set's images, numbered from the first test image; training images follow."""
     with screen.waiting("Loading PyTorch"):
         import torch
 

@@ -155,11 +155,7 @@ class Removable:
 
 
 def removable(location: str) -> Iterator[Removable]:
-    """Yield what can be removed of the runs in a folder: nothing of runs, or comparisons, that are under way.
-
-    Raises:
-        RequestError: there is no such folder.
-    """
+    """Yield what can be removed of the runs in a folder: nothing of runs, or comparisons, that are under way."""
     for entry in find_runs(location):
         for each in entry.trials if entry.trials is not None else [entry]:
             run = RunFolder.at(each.folder)

@@ -116,11 +116,7 @@ TRACKERS: dict[str, Callable[[], Tracker]] = {"mlflow": MLflow, "wandb": Weights
 
 
 def check_tracker(track: str | None) -> None:
-    """Refuse a tracker that isn't known, or whose package is missing.
-
-    Raises:
-        RequestError: it is.
-    """
+    """Raise RequestError if a tracker isn't known, or its package is missing."""
     if track and track not in TRACKERS:
         raise RequestError(f"--track {track}: choose from {', '.join(TRACKERS)}.")
     if track and not find_spec(track):
