@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
 
 # What may differ when a run is resumed: the same images and the same weights may lie elsewhere by then, and so may
-# the run itself. The architecture follows from model, recipe and weights; `val` is told as `val_size`.
+# the run itself. The architecture follows from model, recipe and weights; `val` is reported as `val_size`.
 FREE = ("name", "source", "pretrained", "recipe", "data", "architecture", "val")
 # Fields of a recipe that are in force whatever their value; the others are switched off by their defaults.
 IN_FORCE = (

@@ -106,11 +106,7 @@ class Plan:
 
 
 def parse_plan(text: str, recipe: Recipe) -> list[int]:
-    """Return the numbers of workers of `1,2,4`, rising.
-
-    Raises:
-        RequestError: one isn't a number of workers, or too many for the batch.
-    """
+    """Return the numbers of workers of `1,2,4`, rising, or raise RequestError if one makes no sense."""
     try:
         counts = sorted({int(part) for part in text.split(",")})
     except ValueError as error:

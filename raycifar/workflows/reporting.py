@@ -121,7 +121,7 @@ def is_source_of(source: Source, run: dict[str, Any] | None) -> bool:
 
 
 def read_files(folder: RunFolder) -> "RunFiles":
-    """Return the files of a run that its report is based on; what is damaged or missing is told, and left out.
+    """Return the files of a run that its report is based on; what is damaged or missing is noted and left out.
 
     Raises:
         DamagedFileError: `run.json` is damaged, without which nothing can be said.
@@ -210,7 +210,7 @@ def write_comparison(folder: RunFolder, out: RunFolder | None = None, kind: str 
 
 
 def read_comparison(folder: RunFolder) -> tuple[dict[str, Any], list["RunFiles"], dict[str, Any] | None]:
-    """Return a comparison's report, the files of its runs, and its result; what is damaged is told, and left out."""
+    """Return a comparison's report, the files of its runs, and its result; what is damaged is noted and left out."""
     from raycifar.analysis.reports import report_comparison
 
     notes: list[str] = []

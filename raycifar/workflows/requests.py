@@ -246,11 +246,7 @@ def sort_options(kind: type[Settings], options: Mapping[str, Any]) -> tuple[dict
 
 
 def check_value(name: str, kind: Any, value: Any, least: float | None = None, most: float = LARGEST) -> None:
-    """Check the value of an option.
-
-    Raises:
-        RequestError: it is of another kind, empty, not finite, too small or too large.
-    """
+    """Raise RequestError if the value of an option is of another kind, empty, not finite, too small or too large."""
     if kind == WorkerCount:
         return
     if isinstance(kind, types.UnionType):
@@ -268,11 +264,7 @@ def check_value(name: str, kind: Any, value: Any, least: float | None = None, mo
 
 
 def parse_workers(value: Any) -> WorkerCount:
-    """Return a number of workers, or from how many to how many, from `4`, `"4"`, `"1:4"` or `(1, 4)`.
-
-    Raises:
-        RequestError: it is none of these.
-    """
+    """Return a number of workers, or the least and the most, of `4`, `"4"`, `"1:4"` or `(1, 4)`."""
     if value is None:
         return None
     least, colon, most = (":".join(map(str, value)) if isinstance(value, tuple) else str(value)).partition(":")

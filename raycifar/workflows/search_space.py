@@ -113,11 +113,7 @@ def suggest(space: Space, base: Recipe, earlier: Sequence[PastTrial], seed: int)
 
 
 def to_optuna(space: Space, trial: PastTrial) -> optuna.trial.FrozenTrial:
-    """Return a trial in Optuna's form.
-
-    Raises:
-        ValueError: it lies outside of the space.
-    """
+    """Return a trial in Optuna's form, or raise ValueError if it lies outside of the space."""
     state = {
         "finished": optuna.trial.TrialState.COMPLETE,
         "stopped": optuna.trial.TrialState.PRUNED,
