@@ -88,8 +88,8 @@ class BenchRequest:
         check_value("price_per_hour", float | None, self.price_per_hour, least=0)
         if self.counts and self.counts[-1] > 1 and workers == 0 and self.interconnect is None:
             raise RequestError(
-                "--workers 0 has no workers between which a plan could measure the network: give --interconnect "
-                f"{', '.join(INTERCONNECTS)}, or --workers 2."
+                "a plan can't measure the network with --workers 0: give --workers 2, or --interconnect "
+                f"{', '.join(INTERCONNECTS)}."
             )
 
     @cached_property
@@ -222,7 +222,7 @@ def find_place(run: "PreparedRun", request: BenchRequest) -> Place:
     """Return what the workers of a plan would run on.
 
     Raises:
-        RequestError: what lies between workers can't be measured, and isn't given.
+        RequestError: the link between workers can't be measured, and isn't given.
     """
     from raycifar.cluster.sizing import alive_nodes, placeable, usable_cpus
 
@@ -241,7 +241,7 @@ def find_place(run: "PreparedRun", request: BenchRequest) -> Place:
         most = len(cpus)
     if most < min(2, request.counts[-1]):
         raise RequestError(
-            "one worker alone can be run here, so what lies between several can't be measured: give --interconnect "
+            "only one worker fits here, so the link between several can't be measured: give --interconnect "
             f"{', '.join(INTERCONNECTS)}."
         )
     return Place(use_gpu, shared, max(1, most))
@@ -278,7 +278,7 @@ def time_first_step(request: TrainingRequest) -> float:
                     return training_began - began
                 time.sleep(POLL_SECONDS)
             assert process.stderr is not None
-            raise WorkError(f"the run that was to be timed did not begin: {process.stderr.read().strip()}")
+            raise WorkError(f"the timed run did not begin: {process.stderr.read().strip()}")
 
 
 EMPTY = """

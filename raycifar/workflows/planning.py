@@ -23,7 +23,7 @@ CLOSE = 0.15  # of the measured rate: a prediction that is further off says why
 
 @dataclass(frozen=True)
 class Link:
-    """What lies between two workers: the seconds of a hop, and bytes per second in each direction."""
+    """The link between two workers: the seconds of a hop, and bytes per second in each direction."""
 
     latency: float
     bandwidth: float
@@ -45,7 +45,7 @@ INTERCONNECTS = {
 class Place:
     """What the workers would run on.
 
-    use_gpu: a GPU for each. shared: the CPUs of one machine for all. most: workers that can be run here.
+    use_gpu: a GPU for each. shared: the CPUs of one machine for all. most: workers that fit here.
     """
 
     use_gpu: bool
@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def link(self) -> Link | None:
-        """Return what lies between workers: as given, or as measured with the most workers; None if it isn't known."""
+        """The link between workers: as given, or as measured with the most workers; None if it isn't known."""
         if self.interconnect:
             return INTERCONNECTS[self.interconnect][0]
         links = [Link(*measured.link) for _, measured in sorted(self.measured.items()) if measured.link]
@@ -204,14 +204,15 @@ def assumptions(plan: Plan) -> list[str]:
     else:
         room = "Each worker has a machine like the one that was timed, which is one device, with all its threads."
     if plan.interconnect:
-        between = f"Between workers lies {INTERCONNECTS[plan.interconnect][1]}, used to the full; nothing was measured."
+        _, name = INTERCONNECTS[plan.interconnect]
+        between = f"The link between workers is {name}, used to the full; nothing was measured."
     elif plan.link:
         between = (
-            f"Between workers {plan.link.bandwidth / 1e9:.2f} GB/s and {plan.link.latency * 1e6:.0f} µs a hop were "
-            "measured; more workers have the same."
+            f"The link between workers was measured: {plan.link.bandwidth / 1e9:.2f} GB/s, "
+            f"{plan.link.latency * 1e6:.0f} µs a hop. More workers are assumed to have the same."
         )
     else:
-        between = "What lies between workers was not measured."
+        between = "The link between workers was not measured."
     overlap = (
         "the exchange hides beside the backward pass, two thirds of a step's computation, but for the last bucket"
         if place.use_gpu
@@ -260,4 +261,4 @@ def say_checked(check: Mapping[str, Any]) -> str:
     line = f"{words.count(check['workers'], 'worker')}: predicted {predicted:,.0f}, measured {measured:,.0f} images/s"
     if abs(predicted / measured - 1) <= CLOSE:
         return f"{line}."
-    return f"{line}: {predicted / measured - 1:+.0%}, for what surrounds a step, and other work here, isn't predicted."
+    return f"{line}: {predicted / measured - 1:+.0%}; what surrounds a step, and other work here, isn't predicted."

@@ -226,7 +226,7 @@ def read_comparison(folder: RunFolder) -> tuple[dict[str, Any], list["RunFiles"]
 
 
 def write_report(content: dict[str, Any], page: Callable[[], str], out: RunFolder, kind: str) -> None:
-    """Write a report as its kind: html is its page and report.json."""
+    """Write a report as one kind; html stands for its page and report.json."""
     from raycifar.analysis.reports import to_markdown
 
     if kind == "html":
@@ -288,7 +288,7 @@ class Refresher:
 
 
 def explain(write: Callable[[], Any]) -> Any:
-    """Return what `write` returns, a report; a failure is logged, and doesn't fail the run."""
+    """Return the report that `write` returns, if any; a failure is logged, and doesn't fail the run."""
     try:
         return write()
     except Exception as error:

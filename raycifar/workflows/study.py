@@ -161,7 +161,7 @@ def run(prepared: PreparedComparison, screen: Screen, tracking: Tracking) -> Non
     request, folder = study.comparison, study.folder
     order = list(request.recipes)
     if done := sum(trial.over for trial in searcher.trials):
-        screen.say(f"{done} trials are over already, and not run again.")
+        screen.say(f"Already over, and not run again: {count(done, 'trial')}.")
 
     def stop(thread: Thread) -> None:
         searcher.stop()
