@@ -113,7 +113,8 @@ def bench(
     Args:
         connection: enters the connection to Ray. show: called at the end.
     """
-    training, found, machine = request.training, dict[str, Any](), processor()
+    found: dict[str, Any] = {}
+    training, machine = request.training, processor()
     if 0 < training.recipe.head_epochs < training.recipe.epochs:
         training = replace(training, recipe=replace(training.recipe, head_epochs=0))
     folder = RunFolder.for_output(request.out)
@@ -187,7 +188,8 @@ def time_plan(
     from raycifar.cluster.sizing import size
     from raycifar.engine.step_times import StepTimesJob, step_times_loop_per_worker
 
-    training, counts, measured = run.request, request.counts, dict[int, Measured]()
+    measured: dict[int, Measured] = {}
+    training, counts = run.request, request.counts
     num_images, to_run = len(run.inputs.source.train) - training.val_size, planning.runs(counts, place)
     ends = time.monotonic() + seconds
     for number, count in enumerate(to_run):
