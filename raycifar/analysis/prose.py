@@ -67,7 +67,7 @@ def state(history: RunHistory) -> str:
     done, epochs = len(history.records), count(history.recipe.epochs, "epoch")
     if history.result is None:
         if done == history.recipe.epochs:
-            return f"{done} of {epochs} recorded, but no result yet."
+            return f"This run has recorded {done} of {epochs}, but no result yet."
         return f"This run is under way or was interrupted: {done} of {epochs} recorded."
     match history.result["status"]:
         case "finished":
