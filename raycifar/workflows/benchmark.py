@@ -17,7 +17,7 @@ from raycifar.errors import RequestError, WorkError
 from raycifar.machine import processor
 from raycifar.storage.run_folder import BENCH, BENCH_CHART, PLAN_CHART, RUN, RunFolder
 from raycifar.terminal import Screen
-from raycifar.words import listed
+from raycifar.words import count, listed
 from raycifar.workflows import planning
 from raycifar.workflows.planning import INTERCONNECTS, Measured, Place, Plan
 from raycifar.workflows.requests import TrainingRequest, check_value, to_arguments
@@ -171,7 +171,9 @@ def time_stages(
     from raycifar.engine.bench import BenchmarkJob, bench_loop_per_worker
 
     num_images = len(run.inputs.splits.train)
-    screen.say(f"{run.request.model} on {run.workers}, {num_images:,} images and {request.rounds} rounds at most")
+    screen.say(
+        f"{run.request.model} on {run.workers}, {num_images:,} images and {count(request.rounds, 'round')} at most"
+    )
     seconds -= WORKERS_START if run.workers.count else 0
     job_of = partial(BenchmarkJob, rounds=request.rounds, baselines=tuple(request.against), seconds=seconds)
     try:
@@ -192,18 +194,18 @@ def time_plan(
     training, counts = run.request, request.counts
     num_images, to_run = len(run.inputs.source.train) - training.val_size, planning.runs(counts, place)
     ends = time.monotonic() + seconds
-    for number, count in enumerate(to_run):
+    for number, several in enumerate(to_run):
         left = (ends - time.monotonic()) / (len(to_run) - number) - (WORKERS_START if run.workers.count else 0)
         if number > 1 and left < SECONDS_OF_ROUND:
             break
-        sizes = tuple(planning.sizes_to_time(counts, count, place, training.recipe.batch_size))
-        timed = replace(training, name=f"plan-{count}", workers=run.workers.count and count)
-        workers = size(count, *training.sizing) if run.workers.count else run.workers
+        sizes = tuple(planning.sizes_to_time(counts, several, place, training.recipe.batch_size))
+        timed = replace(training, name=f"plan-{several}", workers=run.workers.count and several)
+        workers = size(several, *training.sizing) if run.workers.count else run.workers
         few = prepare(timed, Screen(quiet=True), inputs=run.inputs, workers=workers)
         seconds = min(SECONDS_OF_ROUND * request.rounds, max(SECONDS_OF_ROUND, left))
         job_of = partial(StepTimesJob, batch_sizes=sizes, rounds=request.rounds, seconds=seconds)
         screen.say(f"Timing steps on {workers}, {number + 1} of {len(to_run)}")
-        measured[count] = Measured(**do(few, step_times_loop_per_worker, job_of, screen))
+        measured[several] = Measured(**do(few, step_times_loop_per_worker, job_of, screen))
         plan = Plan(training.recipe, counts, num_images, place, measured, request.interconnect)
         found["plan"] = planning.summarize(plan, request.price_per_hour)
 
@@ -352,7 +354,7 @@ def sentences(bench: dict[str, Any]) -> list[str]:
     """Return where the time goes and what would help, in words."""
     share = {name: stage["share"]["median"] for name, stage in bench["stages"].items()}
     costs = {name: 1 / share[name] - 1 / share[before] for before, name in itertools.pairwise(share)}
-    lines = [f"train runs at {bench['ratio']:.3f} of the bare step's rate (median of {bench['n']} rounds)."]
+    lines = [f"train runs at {bench['ratio']:.3f} of the bare step's rate (median of {count(bench['n'], 'round')})."]
     if max(costs.values()) < 0.02:
         lines.append(
             "Nothing that surrounds the step costs 2% of it: only a cheaper step would help (--compile, --precision)."
