@@ -88,8 +88,8 @@ class BenchRequest:
         check_value("price_per_hour", float | None, self.price_per_hour, least=0)
         if self.counts and self.counts[-1] > 1 and workers == 0 and self.interconnect is None:
             raise RequestError(
-                "a plan can't measure the network with --workers 0: give --workers 2, or --interconnect "
-                f"{', '.join(INTERCONNECTS)}."
+                "a plan can't measure the network with --workers 0: give --interconnect "
+                f"{', '.join(INTERCONNECTS)}, or --workers 2."
             )
 
     @cached_property
