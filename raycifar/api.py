@@ -129,7 +129,9 @@ class Run(_InFolder):
 
     @property
     def _report(self) -> dict[str, Any]:
-        return reporting.read_report(self._files)
+        from raycifar.analysis.reports import report_run
+
+        return report_run(reporting.read_files(self._files))
 
     def plot(self) -> "Figure":
         """Return a figure of accuracy, loss, generalization gap and learning rate by epoch."""
@@ -229,7 +231,7 @@ class Comparison(_InFolder):
     @property
     def findings(self) -> list[dict[str, Any]]:
         """The findings about each model's runs together; those about a single run are the run's."""
-        return reporting.read_comparison_report(self._files)["findings"]
+        return reporting.read_comparison(self._files)[0]["findings"]
 
     @property
     def sentences(self) -> list[str]:

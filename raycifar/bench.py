@@ -9,7 +9,7 @@ from raycifar.command import UNTIL_EXIT, command
 from raycifar.options import Command, recipe_options, request_options
 from raycifar.tables import bench_table, plan_table
 from raycifar.terminal import Screen
-from raycifar.workflows.benchmark import STAGES, WAYS, bench, sentences
+from raycifar.workflows.benchmark import STAGES, WAYS, BenchRequest, bench, sentences
 from raycifar.workflows.planning import INTERCONNECTS
 from raycifar.workflows.requests import MAX_TRIALS, MAX_WORKERS, TrainingRequest
 
@@ -22,14 +22,16 @@ OF_NO_COST = (
 
 @click.command(cls=Command, example="raycifar bench --model vgg16 --against dataloader")
 @click.option("--model", required=True, help=f"{', '.join(models.names())}, or timm:NAME.")
-@click.option("--rounds", type=click.IntRange(1, MAX_TRIALS), default=5, help="Times that all is timed, at most.")
+@click.option("--rounds", type=click.IntRange(1, MAX_TRIALS), default=5, help="Rounds of timing, at most.")
 @click.option(
-    "--against", default="", show_default=False, help=f"Comma-separated ways of others, to time too: {', '.join(WAYS)}."
+    "--against", default="", show_default=False, help=f"Other ways to time as well, comma-separated: {', '.join(WAYS)}."
 )
-@click.option("--plan", default=None, metavar="N,N,…", help="What so many workers would take, such as 1,2,4,8.")
-@click.option("--interconnect", type=click.Choice(list(INTERCONNECTS)), help="Between them.  [as measured here]")
+@click.option("--plan", default=None, metavar="N,N,…", help="Predict what so many workers would take, such as 1,2,4,8.")
+@click.option(
+    "--interconnect", type=click.Choice(list(INTERCONNECTS)), help="The link between workers.  [as measured here]"
+)
 @click.option("--price-per-hour", type=float, default=None, help="Of one device, for --plan.")
-@click.option("--startup", is_flag=True, help="Time the way to the first step too, beside an empty trainer's.")
+@click.option("--startup", is_flag=True, help="Time the start as well, beside that of an empty trainer.")
 @click.option("--workers", type=click.IntRange(0, MAX_WORKERS), help="0: this process.  [one for each GPU, else 1]")
 @click.option("--out", default="bench", help="Folder or URI for bench.json and charts.")
 @request_options(TrainingRequest, without=UNUSED)
@@ -38,13 +40,12 @@ OF_NO_COST = (
 def main(debug: bool, model: str, **options: Any) -> None:
     """Time a model's training on this machine or cluster, beside the bare step, and say where the time goes.
 
-    It ends within five minutes: as many images of the data set, or of --limit, are taken as fit. The figures are
-    medians over rounds, and shares are medians of what a round's own bare step made, so that a machine that slows down
-    slows both.
+    It ends within five minutes, and takes as many images of the data set, or of --limit, as fit. Figures are medians
+    over rounds. Shares are of the same round's bare step, so that a machine that slows down slows both.
     """
     own = {name: options.pop(name) for name in ("rounds", "plan", "interconnect", "price_per_hour", "startup", "out")}
     ways = [name.strip() for name in options.pop("against").split(",") if name.strip()]
-    screen, request = Screen(), TrainingRequest.of(model, **options)
+    screen, request = Screen(), BenchRequest(TrainingRequest.of(model, **options), against=ways, **own)
 
     def show(found: dict[str, Any]) -> None:
         if "stages" in found:
@@ -54,7 +55,7 @@ def main(debug: bool, model: str, **options: Any) -> None:
             screen.console.print(plan_table(found["plan"]["workers"]))
             screen.lines([*found["plan"]["sentences"], *found["plan"]["assumptions"]])
 
-    bench(request, screen, UNTIL_EXIT, show, against=ways, **own, debug=debug)
+    bench(request, screen, UNTIL_EXIT, show, debug=debug)
 
 
 if __name__ == "__main__":

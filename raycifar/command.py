@@ -76,24 +76,18 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
             leave(0)
         except Interrupted as interrupted:
             leave(130, str(interrupted), getattr(interrupted, "__notes__", []), quiet=not debug)
-        except RayDiedError as error:
-            leave(*ending(error), quiet=not debug)
         except BrokenPipeError:
             leave(CLOSED_OUTPUT)
         except Exception as error:
             if debug:
                 click.echo(shown("".join(traceback.format_exception(error))), err=True)
-            leave(*ending(error))
+            leave(*ending(error), quiet=isinstance(error, RayDiedError) and not debug)
 
     return with_endings
 
 
 def refuse_empty(context: click.Context) -> None:
-    """Refuse options and arguments that are given and empty, as a shell's unset variable is.
-
-    Raises:
-        RequestError: one is.
-    """
+    """Raise RequestError if an option or argument is given and empty, as a shell's unset variable is."""
     for parameter in context.command.params:
         values, given = context.params.get(parameter.name or ""), context.get_parameter_source(parameter.name or "")
         if given is ParameterSource.COMMANDLINE and "" in (values if isinstance(values, tuple) else (values,)):
@@ -137,7 +131,7 @@ def ending(error: Exception) -> tuple[int, str]:
 
 
 def reason_outside(error: Exception) -> str | None:
-    """Return, of an error that the program's surroundings cause, what is wrong; None of any other, which is a bug."""
+    """Return what is wrong if the program's surroundings caused the error; None for any other error, which is a bug."""
     match error:
         case OSError():
             return f"{error.filename}: {in_a_line(error)}" if error.filename else in_a_line(error)

@@ -1,10 +1,10 @@
 """Errors that raycifar raises. Commands print each as one sentence; Python programs catch them."""
 
-import errno
 import functools
 import logging
 from collections.abc import Sequence
 from enum import StrEnum
+from errno import EACCES, EDQUOT, EISDIR, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 
 from raycifar.redaction import shown
 
@@ -50,17 +50,6 @@ class RayDiedError(WorkError):
 class StorageError(OSError):
     """A file can't be written, or one of a run can't be read."""
 
-    PERMANENT = (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.EISDIR,
-        errno.ENOTDIR,
-        errno.ENAMETOOLONG,
-    )
-
     @classmethod
     def of(cls, location: str, cause: OSError, verb: str = "written") -> "StorageError":
         return cls(cause.errno or 0, f"{shown(location)} can't be {verb}: {in_a_line(cause)}")
@@ -71,7 +60,7 @@ class StorageError(OSError):
     @property
     def permanent(self) -> bool:
         """Whether a retry is bound to fail, as on a full disk; a network may come back."""
-        return self.errno in self.PERMANENT
+        return self.errno in (EACCES, EDQUOT, EISDIR, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS)
 
 
 def in_a_line(error: BaseException) -> str:

@@ -8,9 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUPS = Path("/proc/self/cgroup")
-
 
 def processor() -> str:
     """Return the name of this machine's processor, or of its architecture where the system doesn't tell more."""
@@ -31,7 +28,7 @@ def available_cpus() -> int:
     return max(1, int(min(bound, cpu_quota())))
 
 
-def cpu_quota(mounted: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float:
+def cpu_quota(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
     """Return the CPU quota of this process's cgroups, version 1 or 2, in CPUs; infinity if there is none.
 
     A container's own cgroup is mounted as the root, wherever the host has it: so the root is looked at, too.

@@ -32,25 +32,6 @@ TIED = "\N{NO-BREAK SPACE}"
 MANY = 8  # options, from which on they have headings
 
 
-class RecipeOption(click.Option):
-    """A field of the recipe; in the help they share a paragraph."""
-
-    def brief(self) -> str:
-        """Return the option and what it takes."""
-        if self.is_bool_flag:
-            return f"--[no-]{self.opts[0][2:]}"
-        match self.type:
-            case click.Choice():
-                takes = "|".join(self.type.choices)
-            case click.types.IntParamType():
-                takes = "N"
-            case click.types.FloatParamType():
-                takes = "X"
-            case _:
-                takes = self.metavar or "TEXT"
-        return f"{self.opts[0]}{TIED}{takes}"
-
-
 class Command(click.Command):
     """A command whose help has an example, and its options under headings."""
 
@@ -59,9 +40,9 @@ class Command(click.Command):
         self.example = example
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        of_recipe = [option for option in self.params if isinstance(option, RecipeOption)]
-        others = [option for option in self.get_params(ctx) if option not in of_recipe]
-        rows = {option.name: option.get_help_record(ctx) for option in others if isinstance(option, click.Option)}
+        options = [option for option in self.get_params(ctx) if isinstance(option, click.Option)]
+        of_recipe = [option for option in options if option.name in recipe_fields()]
+        rows = {option.name: option.get_help_record(ctx) for option in options if option not in of_recipe}
         sections = SECTIONS if len(rows) > MANY else {}
         formatter.write(f"\n  Example: {self.example}\n")
         for heading, names in (*sections.items(), ("Other" if sections else "Options", tuple(rows))):
@@ -70,9 +51,15 @@ class Command(click.Command):
                     formatter.write_dl([(left, NOISE.sub("", right).replace(DEFAULT, "[")) for left, right in found])
         if of_recipe:
             with formatter.section("Recipe (`raycifar recipes MODEL` says what each field is, and its value)"):
-                text = "  ".join(option.brief() for option in of_recipe)
+                text = "  ".join(map(brief, of_recipe))
                 lines = textwrap.wrap(text, formatter.width - 2, break_on_hyphens=False)
                 formatter.write("".join(f"  {line}\n" for line in lines).replace(TIED, " "))
+
+
+def brief(option: click.Option) -> str:
+    """Return a field of the recipe and what it takes."""
+    flag = option.opts[0]
+    return f"--[no-]{flag[2:]}" if option.is_bool_flag else f"{flag}{TIED}{option.metavar}"
 
 
 def request_options(kind: type[WorkerSettings], *, without: Sequence[str] = ()) -> Callable[[Function], Function]:
@@ -112,12 +99,13 @@ def recipe_options(*, without: Sequence[str] = ()) -> Callable[[Function], Funct
 
 def field_option(name: str, kind: type[Recipe]) -> Callable[[Function], Function]:
     field, flag, value_type = kind.__dataclass_fields__[name], f"--{name.replace('_', '-')}", field_types(kind)[name]
+    metavar = {int: "N", float: "X"}.get(value_type, "TEXT")
     if allowed := choices(field, value_type):
-        value_type = click.Choice(allowed)
+        value_type, metavar = click.Choice(allowed), "|".join(allowed)
     elif value_type is bool:
         flag, value_type = f"{flag}/--no-{flag[2:]}", None
     owners = "" if kind is Recipe else f" ({', '.join(models_with(name))} only)"
-    return click.option(flag, cls=RecipeOption, type=value_type, default=None, help=field.metadata["help"] + owners)
+    return click.option(flag, type=value_type, default=None, metavar=metavar, help=field.metadata["help"] + owners)
 
 
 def to_option(field: Any, default: Any) -> Callable[[Function], Function]:

@@ -1,6 +1,7 @@
 """List the runs of a folder or URI: `python -m raycifar.runs results`."""
 
 import json
+from dataclasses import asdict
 
 import click
 
@@ -23,7 +24,7 @@ def main(debug: bool, folder: str, as_json: bool) -> None:
     """
     screen, found = Screen(), find_runs(folder)
     if as_json:
-        click.echo(shown(json.dumps([entry.to_json() for entry in found], indent=2)))
+        click.echo(shown(json.dumps([asdict(entry) for entry in found], indent=2)))
     elif found:
         screen.console.print(runs_table(found))
         screen.lines(f"{entry.name}: {entry.reason}" for entry in found if entry.reason)

@@ -12,11 +12,11 @@ from raycifar.words import duration
 from raycifar.workflows.inventory import OVER, Entry, State
 
 OF_SCORES = 4  # of a comparison's columns, which come first
-SPEEDRUN_ROWS = {
-    "top1": "top-1, one view",
-    "top1_flip": "top-1, with the mirror image",
-    "seconds": "seconds by the public clock",
-    "whole_seconds": "seconds with scoring",
+SPEEDRUN_ROWS = {  # with their digits
+    "top1": ("top-1, one view", 4),
+    "top1_flip": ("top-1, with the mirror image", 4),
+    "seconds": ("seconds by the public clock", 3),
+    "whole_seconds": ("seconds with scoring", 3),
 }
 
 
@@ -65,7 +65,6 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
 
 
 def corruption_table(evaluation: dict[str, Any]) -> Table:
-    """Return the accuracy by corruption and severity, and each corruption's mean error."""
     table = new_table(["corruption"], ["1", "2", "3", "4", "5", "mean error"])
     for name, row in evaluation["corruptions"].items():
         scores = (f"{score['top1']:.3f}" for score in row["severities"])
@@ -97,7 +96,6 @@ def bench_table(bench: dict[str, Any], stages: dict[str, str]) -> Table:
 
 
 def plan_table(workers: dict[int, dict[str, Any]]) -> Table:
-    """Return what each number of workers would take."""
     priced = any(figures["cost"] is not None for figures in workers.values())
     table = new_table([], ["workers", "images/s", "hours", "device-hours", *["cost"] * priced])
     for count, figures in workers.items():
@@ -112,12 +110,11 @@ def plan_table(workers: dict[int, dict[str, Any]]) -> Table:
 
 
 def speedrun_table(found: dict[str, Any]) -> Table:
-    """Return the means over a speedrun's runs."""
     table = new_table([""], [f"mean of {len(found['runs'])}", "95 % interval"])
-    for name, digits in (("top1", 4), ("top1_flip", 4), ("seconds", 3), ("whole_seconds", 3)):
+    for name, (label, digits) in SPEEDRUN_ROWS.items():
         mean, *ends = (found[name][part] for part in ("mean", "low", "high"))
         interval = "" if ends[0] is None else " to ".join(f"{end:.{digits}f}" for end in ends)
-        table.add_row(SPEEDRUN_ROWS[name], f"{mean:.{digits}f}", interval)
+        table.add_row(label, f"{mean:.{digits}f}", interval)
     return table
 
 

@@ -59,7 +59,7 @@ class PlainColumn(TextColumn):
 
 
 def replace_unencodable() -> None:
-    """Have standard output and error write a question mark for what their encoding lacks."""
+    """Make standard output and error write a question mark for what their encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
@@ -208,16 +208,15 @@ class Screen:
                     time.sleep(POLL_SECONDS)
             self.console.print(trial_table(trials()))
             return
-        said: dict[str, list[str]] = {trial.name: [] for trial in trials() if trial.over}
-        ended = set(said)  # before this command
+        ended = {trial.name for trial in trials() if trial.over}  # before this command
+        said: set[tuple[str, str]] = set()
         told = -1  # trials that were over when the time left was said
         while True:
             alive = running()
-            for trial in trials():
-                known = said.setdefault(trial.name, [])
-                for line in trial_lines(trial) if trial.name not in ended else ():
-                    if line not in known:
-                        known.append(line)
+            for trial in [trial for trial in trials() if trial.name not in ended]:
+                for line in trial_lines(trial):
+                    if (trial.name, line) not in said:
+                        said.add((trial.name, line))
                         self.say(f"{trial.name}: {line}")
                 if trial.over:
                     ended.add(trial.name)
@@ -313,7 +312,7 @@ def trial_lines(trial: Trial) -> list[str]:
 
 
 def most_telling(trials: Sequence[Trial], count: int) -> list[Trial]:
-    """Return as many trials as there is room for, in their order: first those that run, then those that are over."""
+    """Return the trials that there is room for, in their order: running ones first, then those that are over."""
     rank = {TrialStatus.RUNNING: 0, TrialStatus.WAITING: 2}
     names = [trial.name for trial in sorted(trials, key=lambda trial: rank.get(trial.status, 1))][: max(1, count)]
     return [trial for trial in trials if trial.name in names]

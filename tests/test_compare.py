@@ -184,7 +184,7 @@ def test_a_comparison_whose_driver_was_killed_goes_on_in_mid_epoch(compare, trai
     model = json.loads((folder / "comparison.json").read_text())["models"]["cnn"]
     assert model["runs"] == ["cnn-s0"]
     before = (folder / "cnn-s0/result.json").stat().st_mtime_ns
-    assert "1 trials are over already" in compare(*args, env=cluster).stdout
+    assert "Already over, and not run again: 1 trial." in compare(*args, env=cluster).stdout
     assert (folder / "cnn-s0/result.json").stat().st_mtime_ns == before
     # The same as `train` gives, to the last bit.
     assert (trained / "model.safetensors").read_bytes() == (folder / "cnn-s0/model.safetensors").read_bytes()

@@ -1,11 +1,14 @@
 """From finished runs to verdicts and sentences; the statistics themselves are in test_statistics."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from histories import made_up
 
 from raycifar.analysis import comparison
 from raycifar.analysis.comparison import Finished, by_model, compare, not_comparable, sentence
+from raycifar.analysis.history import RunHistory
 
 PAIR = {
     "a": "cnn", "b": "vgg16", "difference": 0.03, "low": 0.01, "high": 0.05, "p_holm": 0.004, "verdict": "better",
@@ -21,7 +24,8 @@ def finished(model, seed, accuracy, **recipe):
     correct = np.random.default_rng(seed).random(2000) < accuracy
     test = {"top1": float(correct.mean()), "top5": 0.9, "loss": 1.0, "images": 2000}
     result = {"status": "finished", "images_per_second": 1000.0, "test": test}
-    return Finished(f"{model}-s{seed}", "runs", run, history.records, result, correct, correct, 1.0 - correct)
+    history = RunHistory(run, history.records, result)
+    return Finished(f"{model}-s{seed}", "runs", history, correct, correct, 1.0 - correct)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +73,8 @@ def test_a_pair_in_words(change, said):
 
 @pytest.mark.parametrize("early", [[], ["cnn"], ["vgg16"], ["cnn", "vgg16"]])
 def test_models_are_ranked_as_soon_as_one_has_learned(early, monkeypatch):
-    monkeypatch.setattr(comparison, "kinds", lambda run: {"too-early"} if run.run["model"] in early else set())
+    found = SimpleNamespace(kind="too-early")
+    monkeypatch.setattr(comparison, "diagnose", lambda history: [found] if history.model in early else [])
     runs = [finished(model, seed, right) for model, right in (("cnn", 0.6), ("vgg16", 0.3)) for seed in range(3)]
     (pair,) = compare(by_model(runs), {"cnn": 10, "vgg16": 20}, None)["pairs"]
     assert pair["verdict"] == ("undecided" if len(early) == 2 else "better")

@@ -76,7 +76,7 @@ DAMAGE = {  # file, its damage, and what a report then says: None where it is re
     "metrics not finite": ("metrics.jsonl", rows({"lr": float("nan")}), "line 3, lr: input should be a valid number"),
     "metrics with a string": ("metrics.jsonl", rows({"seconds": "3"}), "line 3, seconds: "),
     "metrics deep": ("metrics.jsonl", lambda c: DEEP, "line 1, recursion limit"),
-    "metrics empty": ("metrics.jsonl", lambda c: b"", "None of 3 epochs is recorded."),
+    "metrics empty": ("metrics.jsonl", lambda c: b"", "Only 0 of 3 epochs recorded."),
     "result empty": ("result.json", lambda c: b"", "result.json is damaged: it is empty. It is left out."),
     "result without a test": ("result.json", edited(test={"images": 300}), "test.loss: field required"),
     "result of strings": ("result.json", edited(epochs="3"), "epochs: input should be a valid integer"),
@@ -118,10 +118,10 @@ def test_fields_of_tomorrow_are_passed_over_with_a_notice_each(run):
     about |= {"new": 1, "recipe": {**about["recipe"], "a_field_of_tomorrow": 1}}
     rewrite(run / "run.json", json.dumps(about))
     rewrite(run / "metrics.jsonl", rows({"new_column": [1]})((run / "metrics.jsonl").read_bytes()))
-    before = reporting.read_report(RunFolder.at(str(run)))
-    assert len(before["notes"]) == 3
-    assert all("passes over: " in note or "pass over: " in note for note in before["notes"])
-    assert before["state"] == "This run is finished, after 3 epochs."
+    report = reporting.report(RunFolder.at(str(run)), QUIET)
+    assert len(report["notes"]) == 3
+    assert all("passes over: " in note or "pass over: " in note for note in report["notes"])
+    assert report["state"] == "This run is finished, after 3 epochs."
 
 
 def test_a_run_of_an_earlier_version_has_the_defaults_of_what_it_lacks(run):
@@ -131,7 +131,7 @@ def test_a_run_of_an_earlier_version_has_the_defaults_of_what_it_lacks(run):
     rewrite(run / "run.json", json.dumps(about))
     compare_runs([str(run)], ComparisonRequest.of([], storage=str(run.parent), name="c"), QUIET, lambda c: None)
     assert reporting.report(RunFolder.at(str(run)), QUIET)["notes"] == []
-    assert "| cnn | 1 |" in reporting.read_comparison_report(RunFolder.at(str(run.parent / "c")))["results"]
+    assert "| cnn | 1 |" in reporting.read_comparison(RunFolder.at(str(run.parent / "c")))[0]["results"]
 
 
 @pytest.mark.parametrize("file", ["run.json", "metrics.jsonl", "result.json", "predictions.parquet"])
@@ -151,7 +151,7 @@ def test_what_is_no_file_of_the_folder_is_not_read(run, file, kind, tmp_path):
     with pytest.raises(DamagedFileError, match=f"{file} can't be read: "):
         read_finished(str(run))
     if file != "run.json":
-        assert f"{file} can't be read" in " ".join(reporting.read_report(RunFolder.at(str(run)))["notes"])
+        assert f"{file} can't be read" in " ".join(reporting.read_files(RunFolder.at(str(run))).notes)
 
 
 def test_a_finished_run_whose_result_says_little_is_not_called_finished(run, capsys):
@@ -159,7 +159,7 @@ def test_a_finished_run_whose_result_says_little_is_not_called_finished(run, cap
     folder = RunFolder.at(str(run))
     with pytest.raises(DamagedFileError, match="it has no epochs and no train_seconds and no images_per_second"):
         earlier_result(folder, json.loads((run / "run.json").read_text()))
-    assert "result" not in reporting.read_report(folder)["notes"]
+    assert "result" not in reporting.read_files(folder).notes
 
 
 # What has changed -----------------------------------------------------------------------------------
@@ -173,9 +173,9 @@ def sealed(trained, tmp_path):
 
 @pytest.mark.parametrize("file", ["run.json", "metrics.jsonl", "result.json"])
 def test_a_digit_that_has_changed_is_told(sealed, file):
-    assert reporting.read_report(RunFolder.at(str(sealed)))["notes"] == []
+    assert reporting.read_files(RunFolder.at(str(sealed))).notes == []
     (sealed / file).write_bytes((sealed / file).read_bytes().replace(b"0.0", b"0.1", 1))
-    assert "has changed since manifest.json was written" in reporting.read_report(RunFolder.at(str(sealed)))["notes"][0]
+    assert "has changed since manifest.json was written" in reporting.read_files(RunFolder.at(str(sealed))).notes[0]
 
 
 def test_a_byte_of_weights_or_of_predictions_that_has_changed_is_refused(sealed):
@@ -191,7 +191,7 @@ def test_a_byte_of_weights_or_of_predictions_that_has_changed_is_refused(sealed)
 
 def test_a_file_that_is_gone_is_told(sealed):
     (sealed / "predictions.parquet").unlink()
-    assert reporting.read_report(RunFolder.at(str(sealed)))["notes"] == [f"{sealed}/predictions.parquet is missing."]
+    assert reporting.read_files(RunFolder.at(str(sealed))).notes == [f"{sealed}/predictions.parquet is missing."]
 
 
 # A comparison ---------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from raycifar.models.recipes import recipe_for
 from raycifar.storage.run_folder import RunFolder
 from raycifar.workflows import estimate
 from raycifar.workflows.estimate import operations_of, warn_of_hours
-from raycifar.workflows.requests import TrainingRequest
+from raycifar.workflows.requests import ComparisonRequest
 from raycifar.workflows.trial import TrialStatus
-from raycifar.workflows.tuning import AshaByModel, Study, StudySearcher
+from raycifar.workflows.tuning import Study, StudySearcher
 
 STEP = StepStatus(
     epoch=1, step=5, steps=10, lr=0.1, loss=2.5, top1=0.25, images_per_second=50, seconds_of_epoch=10, seconds_left=100
@@ -49,8 +49,8 @@ def searcher(tmp_path):
     recipes = {model: recipe_for(model) for model in ("vgg16", "cnn")}
     starts = {model: SimpleNamespace(architecture=Architecture(model)) for model in recipes}
     folder = RunFolder(str(tmp_path), "c")
-    study = Study(TrainingRequest("cnn"), folder, recipes, starts, [0, 1], 0, {})
-    return StudySearcher(study, 2, AshaByModel({model: recipe.epochs for model, recipe in recipes.items()}))
+    study = Study(ComparisonRequest(recipes, seeds=2), folder, recipes, starts, {})
+    return StudySearcher(study, 2)
 
 
 def test_the_time_left_of_a_comparison_counts_waiting_trials_as_many_at_once_as_run(searcher):

@@ -112,7 +112,9 @@ def test_a_folder_for_results_that_can_t_be_written_is_refused_before_the_work(o
     quiet, nothing = Screen(quiet=True), ExitStack()
     for work in (
         lambda: speedrun(TrainingRequest.of("cnn", **request), quiet, pytest.fail, runs=1, out=place),
-        lambda: benchmark.bench(TrainingRequest.of("cnn", **request), quiet, nothing, pytest.fail, rounds=1, out=place),
+        lambda: benchmark.bench(
+            benchmark.BenchRequest(TrainingRequest.of("cnn", **request), out=place), quiet, nothing, pytest.fail
+        ),
         lambda: evaluate(EvaluationRequest("nowhere", out=place), quiet, nothing),
         lambda: list_duplicates("synthetic:200", place, quiet),
     ):

@@ -98,7 +98,7 @@ def test_a_run_without_an_epoch_has_a_page():
 
 def test_the_markdown_has_findings_and_commands():
     text = to_markdown(report_run(RunFiles("a", made_up(), None, None)))
-    assert text.startswith("# a\n\nAll 20 epochs of this run are recorded, but not yet its result.")
+    assert text.startswith("# a\n\nThis run has recorded 20 of 20 epochs, but no result yet.")
     assert "\n## Findings\n" in text
     assert "      raycifar compare --models cnn" in text
 

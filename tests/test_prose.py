@@ -32,9 +32,9 @@ def test_the_paragraph_of_one_epoch_and_of_none():
 @pytest.mark.parametrize(
     ("done", "result", "said"),
     [
-        (0, None, "This run is under way or was interrupted: none of its 3 epochs is recorded yet."),
-        (1, None, "This run is under way or was interrupted: 1 of 3 epochs is recorded."),
-        (3, None, "All 3 epochs of this run are recorded, but not yet its result."),
+        (0, None, "This run is under way or was interrupted: 0 of 3 epochs recorded."),
+        (1, None, "This run is under way or was interrupted: 1 of 3 epochs recorded."),
+        (3, None, "This run has recorded 3 of 3 epochs, but no result yet."),
         (3, {"status": "finished"}, "This run is finished, after 3 epochs."),
         (1, {"status": "stopped"}, "A search stopped this run after 1 of 3 epochs, because others did better."),
         (

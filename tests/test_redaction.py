@@ -84,7 +84,7 @@ def test_no_file_of_a_run_holds_it(tmp_path):
 def test_ray_tune_is_not_told():
     trial = Trial("a", "vgg16", 0, replace(recipe_for("vgg16"), pretrained=URI), search=False)
     assert "HIDDEN" not in str(trial.to_config())
-    assert Trial.from_config(trial.to_config()).recipe.pretrained == "https://***@host/a?sig=***"
+    assert trial.to_config()["trial"].recipe.pretrained == "https://***@host/a?sig=***"
 
 
 class Guarded(Quiet):

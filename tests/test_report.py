@@ -129,9 +129,9 @@ def test_a_run_in_any_state_is_reported_as_what_it_is(trained, report, small, tm
     match state:
         case "just begun":
             (folder / "metrics.jsonl").unlink()
-            said = "none of its 3 epochs is recorded yet"
+            said = "0 of 3 epochs recorded"
         case "under way":
-            said = "2 of 3 epochs are recorded"
+            said = "2 of 3 epochs recorded"
         case "cut off while writing":
             (folder / ".result.json.part").write_text('{"sta')
             said = "is under way or was interrupted"

@@ -4,7 +4,6 @@ import numpy as np
 import pyarrow as pa
 
 from raycifar.analysis.suspects import rank_suspects
-from raycifar.data import DatasetInfo
 
 
 def stats_file(**columns):
@@ -28,12 +27,11 @@ def test_the_smallest_margin_comes_first_and_what_was_never_seen_is_left_out():
 
 
 def test_the_table_has_the_names_of_the_data_set():
-    info = DatasetInfo(("cat", "dog"), ("pet",), 32, (0.5,) * 3, (0.25,) * 3, (0, 0))
-    assert rank_suspects(FILE).to_csv(info).splitlines() == [
+    assert rank_suspects(FILE).to_csv().splitlines() == [
         "index,label,suggested,score,network,copy,copy_label",
-        "5,dog,cat,1.000000,cat,,",
-        "9,dog,cat,1.000000,cat,,",
-        "3,cat,dog,0.333333,cat,,",
+        "5,aquarium_fish,apple,1.000000,apple,,",
+        "9,aquarium_fish,apple,1.000000,apple,,",
+        "3,apple,aquarium_fish,0.333333,apple,,",
     ]
 
 
@@ -57,5 +55,4 @@ def test_a_photograph_under_two_labels_comes_first_and_a_copy_speaks_for_its_lab
     assert found.suggested.tolist()[:2] == [0, 1]
     assert found.says.tolist() == [1, 0, 0, 1, 1, 1]
     assert (np.diff(found.score) <= 0).all()
-    info = DatasetInfo(("cat", "dog"), ("pet",), 32, (0.5,) * 3, (0.25,) * 3, (0, 0))
-    assert found.to_csv(info).splitlines()[1] == "2,dog,cat,1.000000,dog,1,cat"
+    assert found.to_csv().splitlines()[1] == "2,aquarium_fish,apple,1.000000,aquarium_fish,1,apple"

@@ -217,11 +217,6 @@ def test_the_table_shows_where_each_trial_stands(trial, store):
     assert cells()[1] == "finished"
 
 
-def test_a_trial_survives_the_way_through_ray_tune(trial):
-    trial.status = TrialStatus.RUNNING
-    assert Trial.from_config(trial.to_config()) == trial
-
-
 def test_in_a_notebook_plain_lines_are_shown(store, monkeypatch):
     """Rich shows each through IPython; a line that changes would need widgets."""
     made = Screen()

@@ -30,7 +30,7 @@ GREEN, PURPLE = "#009e73", "#cc79a7"
 SERIES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"), ("#56b4e9", "-"), ("#d55e00", "--"))
 MARKERS = "osD^vP"
 TRANSPARENT_TO_ORANGE = LinearSegmentedColormap.from_list("", [to_rgba(ORANGE, 0), to_rgba(ORANGE, 1)])
-COMPARED = {"val_top1": "validation accuracy", "train_loss": "training loss"}
+COMPARED = {"val_top1": "validation accuracy", "val_loss": "validation loss", "train_loss": "training loss"}
 FEW_RUNS = 3  # are drawn one by one
 MOST_ROWS = 20  # of a chart
 LONG_NAME = 24  # characters: of a model that is named with its recipe
@@ -78,9 +78,7 @@ def values_of(axes: Axes, xlabel: str, x: Iterable[float], series: dict[str, Any
         options: names (n,) are shown instead of positions.
     """
     axes.patch.set_gid(PLOT)
-    down = options.get("along") == "y"
-    interval = axes.get_ylim() if down else axes.get_xlim()
-    log = (axes.get_yscale() if down else axes.get_xscale()) == "log"
+    axis = axes.yaxis if options.get("along") == "y" else axes.xaxis
 
     def rounded(values: Iterable[float]) -> list[float]:
         return [float(f"{value:.6g}") for value in values]
@@ -88,8 +86,8 @@ def values_of(axes: Axes, xlabel: str, x: Iterable[float], series: dict[str, Any
     return {
         "xlabel": xlabel,
         "x": rounded(x),
-        "range": [float(end) for end in interval],
-        "log": log,
+        "range": [float(end) for end in axis.get_view_interval()],
+        "log": axis.get_scale() == "log",
         "series": {name: rounded(values) for name, values in series.items()},
     } | options
 
@@ -150,7 +148,6 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
 
 @rc_context(STYLE)
 def curve_chart(panel: Panel) -> str:
-    """Return the SVG of one panel."""
     figure, axes = new_axes(4.7, 2.9)
     draw_panel(axes, panel)
     shown = thinned(len(panel.epochs))
@@ -190,7 +187,7 @@ def plot_history(history: RunHistory, title: str | None = None) -> Figure:
 
 
 def stack(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """Return (runs, epochs) of curves that may differ in length."""
+    """Return curves as (runs, epochs); shorter ones end in not-a-number."""
     longest = max((len(column) for column in columns), default=0)
     return np.array([np.pad(column, (0, longest - len(column)), constant_values=np.nan) for column in columns])
 
@@ -237,8 +234,9 @@ def bands(groups: dict[str, np.ndarray], ylabel: str, description: str) -> str:
 def plot_comparison(groups: dict[str, list[RunHistory]], title: str | None = None) -> Figure:
     """Return a figure of the models' validation accuracy and training loss: means over the seeds, and ranges."""
     figure, grid = new_grid(2, title)
-    for axes, (column, ylabel) in zip(grid, COMPARED.items(), strict=True):
-        draw_bands(axes, {model: stack([run.column(column) for run in runs]) for model, runs in groups.items()}, ylabel)
+    for axes, column in zip(grid, ("val_top1", "train_loss"), strict=True):
+        curves = {model: stack([run.column(column) for run in runs]) for model, runs in groups.items()}
+        draw_bands(axes, curves, COMPARED[column])
     return figure
 
 
@@ -376,17 +374,9 @@ def confusion_chart(matrix: np.ndarray, names: Sequence[str], kind: str = "super
     many = len(names) > MOST_ROWS
     figure, axes = new_axes(10.4, 9.6) if many else new_axes(6.4, 5.6)
     image = axes.imshow(fractions, cmap=TRANSPARENT_TO_ORANGE, vmin=0, vmax=max(0.5, float(fractions.max())))
-    words = [name.replace("_", " ") for name in names]
-    slant, size = (90, 5.0) if many else (60, 9.0)
-    axes.set_xticks(
-        range(len(names)),
-        words,
-        rotation=slant,
-        ha="right",
-        va="center_baseline" if many else "top",
-        rotation_mode="anchor",
-        fontsize=size,
-    )
+    words, size = [name.replace("_", " ") for name in names], 5.0 if many else 9.0
+    slant: Any = {"rotation": 90, "va": "center_baseline"} if many else {"rotation": 60, "va": "top"}
+    axes.set_xticks(range(len(names)), words, fontsize=size, ha="right", rotation_mode="anchor", **slant)
     axes.set_yticks(range(len(names)), words, fontsize=size)
     axes.set(xlabel=f"predicted {kind}", ylabel=f"true {kind}")
     axes.patch.set_gid(PLOT)

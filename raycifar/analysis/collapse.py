@@ -13,29 +13,30 @@ def chance_level(num_images: int, num_classes: int) -> float:
     return chance + 3 * math.sqrt(chance * (1 - chance) / num_images)
 
 
-def collapse(record: EpochRecord, num_images: int, steps: int, num_classes: int) -> str | None:
-    """Return a warning if an epoch's training loss and accuracy are those of guessing, else None.
+def guesses(record: EpochRecord, num_images: int, num_classes: int) -> bool:
+    """Return whether an epoch's training loss and accuracy are those of guessing.
 
     Guessing gives a cross-entropy of ln(classes), and a number of correct answers that is binomial around
     images / classes. A network at or above that loss, and within three standard deviations of that number, has
     learned nothing that `num_images` could show.
+    """
+    loss, top1 = record.train_loss, record.train_top1
+    if loss is None or top1 is None:
+        return False
+    return loss >= math.log(num_classes) - 0.01 and top1 <= chance_level(num_images, num_classes)
+
+
+def collapse(record: EpochRecord, num_images: int, steps: int, num_classes: int) -> str | None:
+    """Return a warning if an epoch's training loss and accuracy are those of guessing, else None.
 
     Args:
         num_images: trained on in the epoch.
         steps: taken since training began.
     """
-    guessing, chance = math.log(num_classes), 1 / num_classes
-    loss, top1 = record.train_loss, record.train_top1
-    if (
-        steps < MIN_STEPS
-        or loss is None
-        or top1 is None
-        or loss < guessing - 0.01
-        or top1 > chance_level(num_images, num_classes)
-    ):
+    if steps < MIN_STEPS or not guesses(record, num_images, num_classes):
         return None
     return (
-        f"after epoch {record.epoch} the network is not learning. Its loss is {loss:.4f} and its accuracy "
-        f"{top1:.2%}, as by guessing (ln({num_classes}) = {guessing:.4f}, {chance:.2%}). Stop it, and try a smaller "
-        "--lr or a longer --warmup."
+        f"after epoch {record.epoch} the network is not learning. Its loss is {record.train_loss:.4f} and its accuracy "
+        f"{record.train_top1:.2%}, as by guessing (ln({num_classes}) = {math.log(num_classes):.4f}, "
+        f"{1 / num_classes:.2%}). Stop it, and try a smaller --lr or a longer --warmup."
     )

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -11,11 +11,7 @@ from raycifar.analysis.findings import diagnose
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.statistics import difference, holm, mcnemar, mean_interval
 from raycifar.models.recipe import Recipe, changes
-from raycifar.models.recipes import recipe_from_json
-from raycifar.storage.records import EpochRecord
 from raycifar.words import count
-
-Run = TypeVar("Run")
 
 SIGNIFICANCE = 0.05
 IMMATURE = {"too-early", "underfitting", "improving"}  # findings of runs that have not learned what they could
@@ -23,26 +19,42 @@ IMMATURE = {"too-early", "underfitting", "improving"}  # findings of runs that h
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run: the contents of its files, and how it does on each test image.
+    """A finished run, and how it does on each test image.
 
     near_duplicate: whether the image's photograph is among the run's training images, None where that isn't known.
     """
 
     name: str
     folder: str
-    run: dict[str, Any]
-    history: Sequence[EpochRecord]
-    result: dict[str, Any]
+    history: RunHistory
     correct: np.ndarray  # (images,) bool
     top5: np.ndarray  # (images,) bool
     loss: np.ndarray  # (images,) float32
     near_duplicate: np.ndarray | None = None  # (images,) bool
 
     @property
+    def run(self) -> dict[str, Any]:
+        return self.history.run
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return self.history.result or {}
+
+    @property
     def seconds(self) -> list[float]:
         """Device-seconds from the start to the end of each epoch: a worker has one device, or a share of a GPU."""
         share = self.run.get("gpus_per_worker", 1)
-        return list(itertools.accumulate(record.seconds * record.workers * share for record in self.history))
+        return list(itertools.accumulate(record.seconds * record.workers * share for record in self.history.records))
+
+
+class Recorded(Protocol):
+    """What has a run's history."""
+
+    @property
+    def history(self) -> RunHistory: ...
+
+
+Run = TypeVar("Run", bound=Recorded)
 
 
 def conditions(run: dict[str, Any]) -> dict[str, Any]:
@@ -68,20 +80,11 @@ def not_comparable(runs: Sequence[Finished]) -> list[str]:
     return clauses
 
 
-def by_model(runs: Iterable[Finished]) -> dict[str, list[Finished]]:
-    """Return the runs of each model; see `group`."""
-    return group((run.run["model"], recipe_from_json(run.run["model"], run.run["recipe"]), run) for run in runs)
-
-
-def group(runs: Iterable[tuple[str, Recipe, Run]]) -> dict[str, list[Run]]:
-    """Return the runs of each model; one with several recipes counts as several, named by what differs.
-
-    Args:
-        runs: model, recipe and run.
-    """
+def by_model(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Return the runs of each model; one with several recipes counts as several, named by what differs."""
     groups: dict[tuple[str, Recipe], list[Run]] = {}
-    for model, recipe, run in runs:
-        groups.setdefault((model, recipe), []).append(run)
+    for run in runs:
+        groups.setdefault((run.history.model, run.history.recipe), []).append(run)
     named = {}
     for (model, recipe), members in groups.items():
         others = [changes(recipe, other) for name, other in groups if name == model]
@@ -98,13 +101,13 @@ def new_photographs(runs: Sequence[Finished]) -> list[Finished]:
         correct, top5, loss = run.correct[new], run.top5[new], run.loss[new]
         means = {"top1": float(correct.mean()), "top5": float(top5.mean()), "loss": float(loss.mean())}
         test = {**run.result["test"], "images": int(new.sum()), **means}
-        result = {**run.result, "test": test}
-        kept.append(replace(run, result=result, correct=correct, top5=top5, loss=loss, near_duplicate=None))
+        history = replace(run.history, result={**run.result, "test": test})
+        kept.append(replace(run, history=history, correct=correct, top5=top5, loss=loss, near_duplicate=None))
     return kept
 
 
 def whether_the_order_changes(before: dict[str, Any], after: dict[str, Any], images: int, new: int) -> str:
-    """Return in a sentence whether new photographs rank the models otherwise than all test images do."""
+    """Return a sentence that says whether new photographs rank the models differently from all test images."""
     rankings = [sorted(models, key=lambda name: -models[name]["top1"]["mean"]) for models in (before, after)]
     scores = [
         ", ".join(f"{name} {models[name]['top1']['mean']:.4f}" for name in ranking)
@@ -132,12 +135,13 @@ def compare(groups: dict[str, list[Finished]], flops: dict[str, int], price_per_
     models = {name: summarize(runs, budget, price_per_hour) | {"flops": flops[name]} for name, runs in groups.items()}
     pairs = [compare_pair(a, groups[a], b, groups[b]) for a, b in itertools.combinations(groups, 2)]
     first = next(iter(groups.values()))[0].run
+    kinds = {name: [{found.kind for found in diagnose(run.history)} for run in runs] for name, runs in groups.items()}
     for pair, p_value in zip(pairs, holm([pair["p_value"] for pair in pairs]), strict=True):
-        found = {name: [kinds(run) for run in groups[name]] for name in (pair["a"], pair["b"])}
+        both = {name: kinds[name] for name in (pair["a"], pair["b"])}
         pair["p_holm"] = p_value
-        pair["hardly_learned"] = [name for name, runs in found.items() if any("too-early" in shown for shown in runs)]
-        pair["too_early"] = len(pair["hardly_learned"]) == len(found)
-        pair["immature"] = all(shown & IMMATURE for runs in found.values() for shown in runs)
+        pair["hardly_learned"] = [name for name, runs in both.items() if any("too-early" in shown for shown in runs)]
+        pair["too_early"] = len(pair["hardly_learned"]) == len(both)
+        pair["immature"] = all(shown & IMMATURE for runs in both.values() for shown in runs)
         pair["verdict"] = verdict(pair)
         pair["epochs"], pair["train_images"] = first["recipe"]["epochs"], first["data"]["train"]
         pair["sentence"] = sentence(pair)
@@ -171,7 +175,7 @@ def at_equal_time(runs: Sequence[Finished], budget: float) -> float | None:
     """Return the mean validation top-1 of the last epoch finished within so many device-seconds, None if none was."""
     reached = []
     for run in runs:
-        done = [record.val_top1 for record, end in zip(run.history, run.seconds, strict=True) if end <= budget]
+        done = [record.val_top1 for record, end in zip(run.history.records, run.seconds, strict=True) if end <= budget]
         if not done or done[-1] is None:
             return None
         reached.append(done[-1])
@@ -199,11 +203,6 @@ def verdict(pair: dict[str, Any]) -> str:
     if pair["p_holm"] >= SIGNIFICANCE or pair["too_early"]:
         return "undecided"
     return "better" if pair["difference"] > 0 else "worse"
-
-
-def kinds(run: Finished) -> set[str]:
-    """Return the kinds of what a run's curves show."""
-    return {finding.kind for finding in diagnose(RunHistory(run.run, run.history, run.result))}
 
 
 def sentence(pair: dict[str, Any]) -> str:

@@ -47,7 +47,7 @@ class Panel:
 
 
 def panels(history: RunHistory) -> dict[str, Panel]:
-    """Return the charts of a run's curves, by name: of those that have values, in the order in which they are read."""
+    """Return the charts of those of a run's curves that have values, by name, in reading order."""
     marked = marks(history)
     gap = Line("gap", 100 * generalization_gap(history)[0], ORANGE)
     lr = Line("learning rate", history.column("lr"))

@@ -47,10 +47,6 @@ class Departure:
     def option(self) -> str:
         return f"--{self.field.replace('_', '-')}"
 
-    @property
-    def remedy(self) -> str:
-        return f"{self.option} {plain_value(self.own)}"
-
 
 def plain_value(value: Any) -> str:
     """Return a recipe's value as people write it."""
@@ -60,11 +56,10 @@ def plain_value(value: Any) -> str:
 
 
 def departures(history: RunHistory, kind: str) -> list[Departure]:
-    """Return where the run's recipe is far from the model's own in what explains a finding of this kind."""
+    """Return where the run's recipe is so far from the model's own that it explains a finding of this kind."""
     recipe, own = history.recipe, history.own_recipe
-    far = [
-        name
+    return [
+        Departure(name, value, default)
         for name, is_far, kinds in FAR
-        if kind in kinds and getattr(recipe, name) != getattr(own, name) and is_far(recipe, own)
+        if (value := getattr(recipe, name)) != (default := getattr(own, name)) and kind in kinds and is_far(recipe, own)
     ]
-    return [Departure(name, getattr(recipe, name), getattr(own, name)) for name in far]

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from raycifar.analysis.collapse import MIN_STEPS, collapse
-from raycifar.analysis.departures import LOOSE, departures
+from raycifar.analysis.collapse import MIN_STEPS, guesses
+from raycifar.analysis.departures import LOOSE, departures, plain_value
 from raycifar.analysis.history import RunHistory, thinned
+from raycifar.data import CIFAR100
 from raycifar.errors import FailureKind
-from raycifar.storage.records import Diagnostics, EpochRecord, finite
+from raycifar.storage.records import Diagnostics, finite
 from raycifar.words import count, listed
 
 SIGMAS = 3.0  # a difference of so many standard errors is taken as real: Shewhart (1931), p = 0.0027
@@ -30,7 +31,7 @@ VANISHED = 1e-3  # first layer's gradient over the last's: bfloat16 keeps 3 digi
 PLAIN = ("none", "flip", "crop")  # augmentations that cutout adds to
 CONCENTRATED = 0.25  # fraction of a rise that is due to 1% of the images; equal images would cause 3 or 4%
 OFF = 8.0  # factor from a recipe's own learning rate, the range that a search covers
-MOST_SPIKES = 5  # that are told one by one
+MOST_SPIKES = 5  # that are reported one by one
 LEARNED = 0.4  # pseudo-R² of a network that can be called healthy: the upper end of McFadden's excellent fits
 FEW_SIGMAS = 1.5  # of a loss, next to a gap that is beyond doubt
 BEYOND_DOUBT = 10.0  # standard errors of a gap next to which a noisy loss need not be significant by itself
@@ -97,13 +98,13 @@ def diagnose(history: RunHistory) -> list[Finding]:
 
 
 def blame_recipe(history: RunHistory, finding: Finding) -> Finding:
-    """Return the finding with what explains it in the recipe, if anything does, named first."""
+    """Return the finding with its cause in the recipe, if there is one, named first."""
     causes = departures(history, finding.kind)
     if not causes:
         return finding
     defaults = "default" if len(causes) == 1 else "defaults"
     evidence = f"A likely cause is in the recipe: {listed(list(map(str, causes)))}, the {history.model}'s {defaults}. "
-    remedies = listed([cause.remedy for cause in causes])
+    remedies = listed([f"{cause.option} {plain_value(cause.own)}" for cause in causes])
     advice = regularize(history, remedies) if finding.kind in LOOSE else f"First of all, use {remedies}."
     metrics = {**finding.metrics, "recipe": {cause.field: cause.value for cause in causes}}
     return replace(finding, evidence=evidence + finding.evidence, advice=advice, metrics=metrics)
@@ -121,12 +122,8 @@ def fit(history: RunHistory) -> float:
 
 
 def calm(history: RunHistory) -> str:
-    ways = [
-        "Lower --lr",
-        "lengthen --warmup",
-        *([] if history.recipe.clip_norm else ["clip gradients (--clip-norm 1)"]),
-    ]
-    return f"{listed(ways, 'or')}."
+    clip = [] if history.recipe.clip_norm else ["clip gradients (--clip-norm 1)"]
+    return f"{listed(['Lower --lr', 'lengthen --warmup', *clip], 'or')}."
 
 
 # Too early to tell ----------------------------------------------------------------------------------
@@ -174,13 +171,13 @@ def divergence(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         return []
     evidence = (
         f"The training loss rises from {low:.2f} (epoch {int(np.nanargmin(losses)) + 1}) to {last:.2f} (epoch "
-        f"{len(losses)}), more than twice the loss of guessing, ln({history.info.num_classes}) = {guessing:.4f}."
+        f"{len(losses)}), more than twice the loss of guessing, ln({CIFAR100.num_classes}) = {guessing:.4f}."
     )
     return [Finding("divergence", SURE, evidence, calm(history), [len(losses)])]
 
 
 def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    """Return the jump of the loss from which a run never came back, if there is one."""
+    """Return the jump of the loss from which a run never recovers, if there is one."""
     (name, losses, top1, images), train = judged(history), history.column("train_loss")
     for k, z in jumps(losses):
         recovered = recovers(losses, top1, k, images)
@@ -195,17 +192,15 @@ def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Findin
 
 
 def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    classes, steps = history.info.num_classes, history.steps_per_epoch
-
-    def guesses(record: EpochRecord) -> bool:
-        return collapse(record, history.num_train, max(MIN_STEPS, record.epoch * steps), classes) is not None
-
+    classes = CIFAR100.num_classes
     last = history.records[-1]
     slow = rate_ratio(history) <= 1 / OFF  # then it has not moved far enough to collapse
-    if has(found, "divergence") or slow or last.epoch * steps < MIN_STEPS or not guesses(last):
+    if has(found, "divergence") or slow or last.epoch * history.steps_per_epoch < MIN_STEPS:
         return []
-    first = last.epoch + 1 - sum(1 for _ in takewhile(guesses, reversed(history.records)))
-    epochs = list(range(first, last.epoch + 1))
+    guessing = takewhile(lambda record: guesses(record, history.num_train, classes), reversed(history.records))
+    epochs = [record.epoch for record in guessing][::-1]
+    if not epochs:
+        return []
     z = (history.column("train_top1")[-1] - 1 / classes) / standard_error(1 / classes, history.num_train)
     cause, metrics = explain_collapse(last.diagnostics)
     stays = "is" if len(epochs) == 1 else "stays"
@@ -223,19 +218,18 @@ def explain_collapse(diagnostics: Diagnostics | None) -> tuple[str, dict[str, An
     if not diagnostics:
         return "", {}
     norms = [(name, norm) for name, norm in diagnostics["gradient_norms"].items() if norm is not None]
-    dead = {layer: fraction for layer, fraction in diagnostics["dead_relus"].items() if fraction is not None}
     if not norms:
         return "", {}
+    dead = [(layer, fraction) for layer, fraction in diagnostics["dead_relus"].items() if fraction is not None]
+    layer, fraction = max(dead, key=lambda item: item[1], default=("", 0.0))
+    if fraction >= DEAD:
+        text = (
+            f"Its ReLUs have died: in layer {layer}, {fraction:.0%} of the units output 0 for every image, so no "
+            "gradient passes through them."
+        )
+        return text, {"cause": "dead ReLUs", "layer": layer, "fraction": fraction}
     (first, small), (last, large) = norms[0], norms[-1]
     both = f"the norm is {small:.2g} at {first} and {large:.2g} at {last}"
-    if dead:
-        layer, fraction = max(dead.items(), key=lambda item: item[1])
-        if fraction >= DEAD:
-            text = (
-                f"Its ReLUs have died: in layer {layer}, {fraction:.0%} of the units output 0 for every image, so no "
-                "gradient passes through them."
-            )
-            return text, {"cause": "dead ReLUs", "layer": layer, "fraction": fraction}
     if small < VANISHED * large:
         text = f"Its gradients vanish on the way to the input: {both}."
         return text, {"cause": "vanishing gradients", "ratio": small / large}
@@ -254,11 +248,11 @@ def underfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]
     loss = (1 - fitted) * history.guessing_loss
     evidence = (
         f"After epoch {last.epoch}, the loss on training images, scored without augmentation, is {loss:.3f}. Guessing "
-        f"gives ln({history.info.num_classes}) = {history.guessing_loss:.3f}, so the loss has come "
+        f"gives ln({CIFAR100.num_classes}) = {history.guessing_loss:.3f}, so the loss has come "
         f"{max(fitted, 0):.0%} of the way to a perfect fit; below {FIT:.0%}, a network underfits."
         if fitted >= 0.005
         else f"After epoch {last.epoch}, the network does no better on training images than guessing: their loss is "
-        f"{loss:.3f}, and that of guessing is ln({history.info.num_classes}) = {history.guessing_loss:.3f}."
+        f"{loss:.3f}, and that of guessing is ln({CIFAR100.num_classes}) = {history.guessing_loss:.3f}."
     )
     if last.val_loss is not None:
         evidence += f" The validation loss is {last.val_loss:.3f}."
@@ -307,7 +301,7 @@ def spread_of_changes(values: np.ndarray) -> float:
 
 
 def judged(history: RunHistory) -> tuple[str, np.ndarray, np.ndarray, int]:
-    """Return what jumps are judged by, validation where there is one: its name, loss, accuracy and number of images."""
+    """Return what jumps are judged by, validation if there is any: name, loss, accuracy and number of images."""
     name, split = ("validation", "val") if history.num_val else ("training", "train")
     images = history.num_val or history.num_train
     return name, history.column(f"{split}_loss"), history.column(f"{split}_top1"), images
@@ -362,7 +356,7 @@ def spikes(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
 
 
 def explain_spike(history: RunHistory, k: int) -> tuple[str, dict[str, Any]]:
-    """Return a sentence with what a spike at epoch k (from 0) coincides with, and its metrics."""
+    """Return a sentence that names what a spike at epoch k (from 0) coincides with, and its metrics."""
     record, causes, metrics = history.records[k], [], {}
     lr = history.column("lr")
     if lr[k - 1] > 0 and lr[k] / lr[k - 1] > 2:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from raycifar.data import CIFAR100, DatasetInfo
+from raycifar.data import CIFAR100
 from raycifar.errors import FailureKind
 from raycifar.models.recipe import Recipe
 from raycifar.models.recipes import recipe_for, recipe_from_json
@@ -28,7 +28,6 @@ class RunHistory:
     run: dict[str, Any]
     records: Sequence[EpochRecord]
     result: dict[str, Any] | None
-    info: DatasetInfo = CIFAR100
 
     @property
     def model(self) -> str:
@@ -66,6 +65,11 @@ class RunHistory:
         return len(self.records) < self.recipe.epochs and (self.result or {}).get("status") in (None, "failed")
 
     @property
+    def test(self) -> dict[str, Any] | None:
+        """The scores on the test set, None if it isn't scored."""
+        return (self.result or {}).get("test")
+
+    @property
     def decayed(self) -> bool:
         """Whether the learning rate has fallen to the end of its schedule."""
         return self.records[-1].lr < self.recipe.lr / 20
@@ -73,32 +77,25 @@ class RunHistory:
     @property
     def guessing_loss(self) -> float:
         """The cross-entropy of a network that gives every class the same probability."""
-        return math.log(self.info.num_classes)
+        return math.log(CIFAR100.num_classes)
 
     @property
     def failure(self) -> FailureKind | None:
         return failure_kind(self.result) if self.result and self.result["status"] == "failed" else None
 
     def column(self, name: str) -> np.ndarray:
-        """Return a column of the records, (epochs,) float, read-only, not a number where it is unknown."""
-        if name not in self._columns:
-            values = [getattr(record, name) for record in self.records]
-            self._columns[name] = np.array([math.nan if value is None else value for value in values], float)
-            self._columns[name].flags.writeable = False
-        return self._columns[name]
-
-    @cached_property
-    def _columns(self) -> dict[str, np.ndarray]:
-        return {}
+        """Return a column of the records, (epochs,) float, not a number where it is unknown."""
+        values = [getattr(record, name) for record in self.records]
+        return np.array([math.nan if value is None else value for value in values], float)
 
 
 def thinned(count: int) -> np.ndarray:
-    """Return the indices of at most 1,000 of `count` points, evenly spaced, the first and the last among them."""
+    """Return at most 1,000 of `count` indices, evenly spaced, with the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(int))
 
 
 def failure_kind(result: dict[str, Any]) -> FailureKind:
-    """Return why a run failed; in folders of earlier versions, the reason is only given in words."""
+    """Return why a run failed; folders of earlier versions say so only in words."""
     if result.get("failure") in list(FailureKind):
         return FailureKind(result["failure"])
     reason = result.get("reason") or ""

@@ -64,29 +64,23 @@ def data_name(run: dict[str, Any]) -> str:
 
 def state(history: RunHistory) -> str:
     """Return how far a run has come, in a sentence."""
-    done, epochs = len(history.records), history.recipe.epochs
+    done, epochs = len(history.records), count(history.recipe.epochs, "epoch")
     if history.result is None:
-        if done == epochs:
-            all_of_it = "The one epoch of this run is" if epochs == 1 else f"All {epochs} epochs of this run are"
-            return f"{all_of_it} recorded, but not yet its result."
-        recorded = f"{done} of {count(epochs, 'epoch')} {'is' if done == 1 else 'are'} recorded"
-        if not done:
-            recorded = (
-                "its one epoch is not recorded yet" if epochs == 1 else f"none of its {epochs} epochs is recorded yet"
-            )
-        return f"This run is under way or was interrupted: {recorded}."
+        if done == history.recipe.epochs:
+            return f"This run has recorded {done} of {epochs}, but no result yet."
+        return f"This run is under way or was interrupted: {done} of {epochs} recorded."
     match history.result["status"]:
         case "finished":
             return f"This run is finished, after {count(done, 'epoch')}."
         case "stopped":
-            return f"A search stopped this run after {done} of {count(epochs, 'epoch')}, because others did better."
+            return f"A search stopped this run after {done} of {epochs}, because others did better."
         case _:
             reason = (history.result.get("reason") or "the reason is not recorded").rstrip(".")
-            return f"This run failed after {done} of {count(epochs, 'epoch')}: {reason}."
+            return f"This run failed after {done} of {epochs}: {reason}."
 
 
 def paragraph(history: RunHistory, findings: Sequence[Finding]) -> str:
-    """Return what could stand under the figure, in plain English."""
+    """Return a paragraph that could stand under the figure."""
     run, data, pretrained = history.run, history.run["data"], history.recipe.pretrained
     start = {"none": "from scratch", "imagenet": "from ImageNet weights"}.get(
         pretrained, f"from the weights in {PurePosixPath(pretrained).name}"
@@ -116,7 +110,7 @@ def paragraph(history: RunHistory, findings: Sequence[Finding]) -> str:
                 else ", its best"
             )
             sentences.append(f"{text}{later}.")
-    if test := (history.result or {}).get("test"):
+    if test := history.test:
         sentences.append(
             f"On {count(test['images'], 'test image')}, scored once, it reached a top-1 accuracy of {test['top1']:.1%} "
             f"and a top-5 accuracy of {test['top5']:.1%}."
@@ -198,7 +192,8 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
         recipe = replace(recipe, lr=own.lr)
         train("the learning rate of the model's own recipe", recipe)
     if has(findings, "improving", "underfitting", "too-early") and not departed and not history.unfinished:
-        epochs = max(findings_epochs(findings), (3 if has(findings, "underfitting") else 2) * recipe.epochs)
+        needed = max((finding.metrics.get("epochs_needed", 0) for finding in findings), default=0)
+        epochs = max(needed, (3 if has(findings, "underfitting") else 2) * recipe.epochs)
         train(f"more epochs, with a schedule that stretches over all {epochs}", replace(recipe, epochs=epochs))
     if departed:
         recipe = replace(recipe, **departed)
@@ -226,8 +221,3 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
         reason = "a search for a better recipe, and three seeds to see how sure the result is"
         steps.append({"command": search, "reason": reason})
     return steps
-
-
-def findings_epochs(findings: Sequence[Finding]) -> int:
-    """Return after how many epochs the findings can tell more."""
-    return max((finding.metrics.get("epochs_needed", 0) for finding in findings), default=0)

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from raycifar.analysis import charts, prose
-from raycifar.analysis.classification import by_class, confused_pairs, confusion, reliability
-from raycifar.analysis.comparison import conclusions, group
+from raycifar.analysis.classification import CLASSES, by_class, confused_pairs, confusion, reliability
+from raycifar.analysis.comparison import by_model, conclusions
 from raycifar.analysis.curves import panels
 from raycifar.analysis.departures import plain_value
 from raycifar.analysis.findings import FIT, diagnose, fit, seed_variance, standard_error
@@ -21,6 +21,7 @@ from raycifar.analysis.mismatch import find_mismatch
 from raycifar.analysis.page import render
 from raycifar.analysis.results import cells, hardware, results_table, text
 from raycifar.analysis.suspects import Suspects, rank_suspects
+from raycifar.data import CIFAR100
 from raycifar.data.pictures import to_png
 from raycifar.data.tables import Source, from_lists, to_images
 from raycifar.models.recipe import changes
@@ -33,7 +34,6 @@ PAIRS, EXAMPLES = 6, 4  # pairs of classes shown, and pictures of each direction
 ROWS = 300  # epochs in a page's table
 PNG = "data:image/png;base64,"
 SEEN = 16  # augmented images shown
-NOTHING_FOUND: dict[str, Any] = {"headline": "", "findings": [], "sentences": [], "results": None, "next": []}
 SAMPLE = 2000  # images of each split whose pixels are measured
 
 
@@ -61,8 +61,7 @@ class RunFiles:
             return None
         labels, probabilities = self.predictions["label"].to_numpy(), from_lists(self.predictions["probabilities"])
         predicted = probabilities.argmax(1)
-        matrix = confusion(labels, predicted, self.history.info.num_classes)
-        return Answers(labels, predicted, probabilities.max(1), matrix)
+        return Answers(labels, predicted, probabilities.max(1), confusion(labels, predicted))
 
     @cached_property
     def suspects(self) -> Suspects | None:
@@ -99,28 +98,13 @@ def run_page(files: RunFiles, report: dict[str, Any]) -> str:
     """Return a run's `report.html`."""
     history, pictures = files.history, files.pictures
     drawn = {name: charts.curve_chart(panel) for name, panel in panels(history).items()} if history.records else {}
-    drawn |= test_charts(files)
+    drawn |= test_charts(files.answers, pictures) if files.answers else {}
     labels = labels_of(files)
     spikes = [
         {"epoch": epoch, "pictures": shown_of(pictures, "train", [(row, labels.get(row, "")) for row in rows])}
         for epoch, rows in behind_spikes(report)
     ]
     doubted = suspects(files)
-    shown = {
-        "behind": [spike for spike in spikes if spike["pictures"]],
-        "suspects": [
-            {**image, **picture}
-            for image in doubted
-            if not image["contradicted"]
-            for picture in shown_of(pictures, "train", [(image["index"], "")])
-        ],
-        "contradictions": [
-            pair
-            for one, other in contradictions(doubted)
-            if len(pair := shown_of(pictures, "train", [(row["index"], row["words"]) for row in (one, other)])) == 2
-        ],
-        "pairs": [{**pair, "pictures": shown_of(pictures, "test", pair["rows"])} for pair in confused(files)],
-    }
     return render(
         "report.html",
         drawn,
@@ -136,9 +120,21 @@ def run_page(files: RunFiles, report: dict[str, Any]) -> str:
         mature=mature(history),
         has_predictions=files.predictions is not None,
         has_pictures=pictures is not None,
-        classes=every_class(files),
+        classes=every_class(files.answers.matrix) if files.answers else [],
+        pairs=[{**pair, "pictures": shown_of(pictures, "test", pair["rows"])} for pair in confused(files)],
+        behind=[spike for spike in spikes if spike["pictures"]],
+        suspects=[
+            {**image, **picture}
+            for image in doubted
+            if not image["contradicted"]
+            for picture in shown_of(pictures, "train", [(image["index"], "")])
+        ],
+        contradictions=[
+            pair
+            for both in contradictions(doubted)
+            if len(pair := shown_of(pictures, "train", [(image["index"], image["words"]) for image in both])) == 2
+        ],
         augmented=[PNG + image for image in (pictures.get("augmented", []) if pictures else [])],
-        **shown,
     )
 
 
@@ -149,7 +145,7 @@ def mature(history: RunHistory) -> bool:
 
 def test_intervals(history: RunHistory) -> dict[str, float]:
     """Return half of the 95% interval of each test accuracy, over the choice of test images."""
-    test = (history.result or {}).get("test")
+    test = history.test
     if not test:
         return {}
     images = dict.fromkeys(("top1", "top5", "superclass_top1"), test["images"])
@@ -185,36 +181,30 @@ def date(created: str | None) -> str | None:
 # The test set ---------------------------------------------------------------------------------------
 
 
-def test_charts(files: RunFiles) -> dict[str, str]:
-    if files.answers is None:
-        return {}
-    (labels, predicted, confidence, matrix), info, pictures = files.answers, files.history.info, files.pictures
+def test_charts(answers: Answers, pictures: PicturesFile | None) -> dict[str, str]:
+    labels, predicted, confidence, matrix = answers
     drawn = {
         "reliability": charts.reliability_diagram(reliability(confidence, predicted == labels)),
-        "classes": charts.class_chart(by_class(matrix, info.class_names)),
+        "classes": charts.class_chart(by_class(matrix, CLASSES)),
     }
-    order = np.arange(info.num_classes)
+    order = np.arange(CIFAR100.num_classes)
     if pictures is not None:
         superclass_of = np.array(pictures["superclass_of"])
         order = np.argsort(superclass_of, kind="stable")
-        superclasses = confusion(superclass_of[labels], superclass_of[predicted], info.num_superclasses)
-        drawn["superclasses"] = charts.confusion_chart(superclasses, info.superclass_names)
-    names = [info.class_names[k] for k in order]
+        superclasses = confusion(superclass_of[labels], superclass_of[predicted], CIFAR100.num_superclasses)
+        drawn["superclasses"] = charts.confusion_chart(superclasses, CIFAR100.superclass_names)
+    names = [CLASSES[k] for k in order]
     drawn["confusion"] = charts.confusion_chart(matrix[np.ix_(order, order)], names, "class")
     return drawn
 
 
-def every_class(files: RunFiles) -> list[dict[str, Any]]:
+def every_class(matrix: np.ndarray) -> list[dict[str, Any]]:
     """Return the scores of each class, by name, and what it is most often taken for."""
-    if files.answers is None:
-        return []
-    matrix, info = files.answers.matrix, files.history.info
     errors = matrix * (1 - np.eye(len(matrix), dtype=int))
-    rows = by_class(matrix, info.class_names)
+    rows = by_class(matrix, CLASSES)
     for row, mistaken in zip(rows, errors, strict=True):
         most = int(mistaken.argmax())
-        row["taken_for"] = f"{plain(info.class_names[most])} ({mistaken[most]})" if mistaken[most] else "–"
-        row["class"] = plain(row["class"])
+        row["taken_for"] = f"{CLASSES[most]} ({mistaken[most]})" if mistaken[most] else "–"
     return sorted(rows, key=lambda row: row["class"])
 
 
@@ -225,15 +215,15 @@ def confused(files: RunFiles) -> list[dict[str, Any]]:
     """Return the pairs of classes that are most often confused, each with its clearest test images and their words."""
     if files.answers is None:
         return []
-    (labels, predicted, confidence, matrix), info = files.answers, files.history.info
-    pairs = confused_pairs(matrix, info.class_names)[:PAIRS]
+    labels, predicted, confidence, matrix = files.answers
+    pairs = confused_pairs(matrix, CLASSES)[:PAIRS]
     for pair in pairs:
         pair["rows"] = []
         for label, taken_for in ((pair["a"], pair["b"]), (pair["b"], pair["a"])):
-            a, b = (info.class_names.index(name) for name in (label, taken_for))
+            a, b = (CLASSES.index(name) for name in (label, taken_for))
             rows = np.flatnonzero((labels == a) & (predicted == b))
             clearest = rows[np.argsort(-confidence[rows])][:EXAMPLES]
-            pair["rows"] += [(int(row), f"{plain(label)}, taken for {plain(taken_for)}") for row in clearest]
+            pair["rows"] += [(int(row), f"{label}, taken for {taken_for}") for row in clearest]
     return pairs
 
 
@@ -245,19 +235,19 @@ def suspects(files: RunFiles) -> list[dict[str, Any]]:
     if not mature(files.history) or (found := files.suspects) is None:
         return []
     contradicted, confirmed = found.contradicted(), found.confirmed()
-    names = [plain(name) for name in files.history.info.class_names]
     rows = [*np.flatnonzero(contradicted)[: 2 * CONTRADICTIONS], *np.flatnonzero(~contradicted)[:GALLERY]]
     return [
         {
             "index": int(found.index[row]),
-            "label": names[found.label[row]],
-            "suggested": names[found.suggested[row]],
+            "label": CLASSES[label],
+            "suggested": CLASSES[found.suggested[row]],
             "contradicted": bool(contradicted[row]),
             "confirmed": bool(confirmed[row]),
             "copy": int(found.copy[row]),
-            "words": f"image {found.index[row]}: {names[found.label[row]]}, the network says {names[found.says[row]]}",
+            "words": f"image {found.index[row]}: {CLASSES[label]}, the network says {CLASSES[found.says[row]]}",
         }
         for row in rows
+        for label in (found.label[row],)
     ]
 
 
@@ -281,15 +271,8 @@ def labels_of(files: RunFiles) -> dict[int, str]:
     """Return the class of each training image, by its row in the source, as far as the folder tells it."""
     if files.example_stats is None:
         return {}
-    names, columns = files.history.info.class_names, files.example_stats
-    return {
-        row: plain(names[label])
-        for row, label in zip(*(columns[c].to_pylist() for c in ("index", "label")), strict=True)
-    }
-
-
-def plain(class_name: str) -> str:
-    return class_name.replace("_", " ")
+    index, label = (files.example_stats[name].to_pylist() for name in ("index", "label"))
+    return {row: CLASSES[k] for row, k in zip(index, label, strict=True)}
 
 
 def choose_pictures(files: RunFiles, source: Source) -> PicturesFile:
@@ -319,11 +302,6 @@ def measured(table: pa.Table) -> Pixels:
     return {"mean": float(pixels.mean()), "std": float(pixels.std())}
 
 
-def picture(table: pa.Table, row: int) -> str:
-    """Return an image of the data set as a data URI."""
-    return PNG + to_base64(table, row)
-
-
 def to_base64(table: pa.Table, row: int) -> str:
     """Return the image of a row as a PNG file in base64."""
     return base64.b64encode(to_png(to_images(table["image"].slice(row, 1))[0])).decode()
@@ -346,10 +324,9 @@ def report_comparison(
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the report of a comparison as `report.json` holds it; `comparison` is None while it is under way."""
-    reports = [report_run(run) for run in runs]
     found = []
     for model, same in by_model(runs).items():
-        tested = [run.history.result["test"] for run in same if run.history.result and "test" in run.history.result]
+        tested = [test for run in same if (test := run.history.test)]
         if tested and (finding := seed_variance(model, [test["top1"] for test in tested], tested[0]["images"])):
             found.append(finding)
     done = sum((run.history.result or {}).get("status") == "finished" for run in runs)
@@ -366,54 +343,45 @@ def report_comparison(
         "sentences": sentences,
         "results": results_table(comparison, {run.name: run.history for run in runs}) if comparison else None,
         "conditions": conditions(runs),
-        "runs": about_runs(runs, reports),
+        "runs": [about_run(run) for run in runs],
         "next": next_comparison(runs, comparison, storage),
     }
 
 
-def about_runs(runs: Sequence[RunFiles], reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def about_run(files: RunFiles) -> dict[str, Any]:
     """Return what a page of several runs says of each."""
-    return [
-        {key: report[key] for key in ("name", "state", "headline", "findings")}
-        | {
-            "model": files.history.model,
-            "seed": files.history.run["seed"],
-            "images": files.history.num_train,
-            "epochs": f"{len(files.history.records)} of {files.history.recipe.epochs}",
-            "top1": ((files.history.result or {}).get("test") or {}).get("top1"),
-        }
-        for files, report in zip(runs, reports, strict=True)
-    ]
+    report, history = report_run(files), files.history
+    return {key: report[key] for key in ("name", "state", "headline", "findings")} | {
+        "model": history.model,
+        "seed": history.run["seed"],
+        "images": history.num_train,
+        "epochs": f"{len(history.records)} of {history.recipe.epochs}",
+        "top1": (history.test or {}).get("top1"),
+    }
 
 
 def conditions(runs: Sequence[RunFiles]) -> str:
     """Return what all runs have in common, in a sentence; empty where they share nothing that matters."""
-    shared = []
-    for values, noun in (
-        ({run.history.recipe.epochs for run in runs}, "epoch"),
-        ({run.history.num_train for run in runs}, "training image"),
-        ({run.history.num_val for run in runs}, "validation image"),
-        ({run.history.run["data"]["test"] for run in runs}, "test image"),
-    ):
-        if len(values) == 1:
-            shared.append(count(values.pop(), noun))
-    seeds = sorted({run.history.run["seed"] for run in runs})
+    histories = [run.history for run in runs]
+    values = {
+        "epoch": {history.recipe.epochs for history in histories},
+        "training image": {history.num_train for history in histories},
+        "validation image": {history.num_val for history in histories},
+        "test image": {history.run["data"]["test"] for history in histories},
+    }
+    shared = [count(numbers.pop(), noun) for noun, numbers in values.items() if len(numbers) == 1]
+    seeds = sorted({history.run["seed"] for history in histories})
     shared.append(f"seed{'s' * (len(seeds) > 1)} {listed(list(map(str, seeds)))}")
     return f"Conditions: {', '.join(shared)}." if runs else ""
 
 
 def report_overlay(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """Return the report of any runs side by side, without a verdict."""
-    reports = [report_run(run) for run in runs]
-    state = f"{count(len(runs), 'run')} side by side, without a verdict."
-    return {
-        **NOTHING_FOUND,
-        "name": listed([run.name for run in runs]),
-        "state": state,
-        "notes": [note for run in runs for note in run.notes],
-        "paragraph": "\n\n".join(f"{report['name']}: {report['paragraph']}" for report in reports),
-        "conditions": conditions(runs),
-        "runs": about_runs(runs, reports),
+    return report_comparison(listed([run.name for run in runs]), runs, None) | {
+        "state": f"{count(len(runs), 'run')} side by side, without a verdict.",
+        "headline": "",
+        "findings": [],
+        "paragraph": "\n\n".join(f"{run.name}: {report_run(run)['paragraph']}" for run in runs),
     }
 
 
@@ -441,11 +409,6 @@ def next_comparison(runs: Sequence[RunFiles], comparison: dict[str, Any] | None,
     return [{"command": command, "reason": listed(reasons)}]
 
 
-def by_model(runs: Sequence[RunFiles]) -> dict[str, list[RunFiles]]:
-    """Return the runs of each model; one with several recipes counts as several."""
-    return group((run.history.model, run.history.recipe, run) for run in runs)
-
-
 def comparison_page(
     report: dict[str, Any],
     runs: Sequence[RunFiles],
@@ -461,11 +424,7 @@ def comparison_page(
     """
     drawn: dict[str, str] = {}
     groups = {run.name: [run] for run in runs} if overlay else by_model(runs)
-    for score, words in (
-        ("val_top1", "validation accuracy"),
-        ("val_loss", "validation loss"),
-        ("train_loss", "training loss"),
-    ):
+    for score, words in charts.COMPARED.items():
         stacked = {model: charts.stack([run.history.column(score) for run in same]) for model, same in groups.items()}
         stacked = {model: values for model, values in stacked.items() if np.isfinite(values).any()}
         if stacked:
@@ -497,8 +456,7 @@ def comparison_page(
 
 def top1_of(model: dict[str, Any], runs: Sequence[RunFiles]) -> list[float]:
     """Return the test accuracy of each run of a model of a comparison; the mean alone where a run is gone."""
-    results = [run.history.result or {} for run in runs if run.name in model["runs"]]
-    top1 = [result["test"]["top1"] for result in results if "test" in result]
+    top1 = [test["top1"] for run in runs if run.name in model["runs"] and (test := run.history.test)]
     return top1 if len(top1) == len(model["runs"]) else [model["top1"]["mean"]]
 
 

@@ -37,13 +37,13 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def bootstrap(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float]:
+def bootstrap(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """Return the 95 % percentile interval of mean(a) - mean(b), resampling runs and, for both alike, images.
 
     Args:
         a, b: (runs, images) bool, whether each image is classified correctly.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     # Images on which all runs agree are interchangeable: drawing how many there are of each kind is enough.
     kinds, counts = np.unique(np.concatenate([a, b]).T, axis=0, return_counts=True)
     drawn = rng.multinomial(counts.sum(), counts / counts.sum(), RESAMPLES) / counts.sum()
@@ -56,14 +56,8 @@ def bootstrap(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float
     return float(low), float(high)
 
 
-def image_variance(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the part of the variance of mean(a) - mean(b) that is due to the choice of test images."""
-    differences = a.mean(0) - b.mean(0)
-    return float(differences.var(ddof=1) / len(differences))
-
-
 def seed_variances(a: np.ndarray, b: np.ndarray) -> tuple[list[tuple[float, int]], bool]:
-    """Return the parts that are due to seeds, each with its degrees of freedom, and whether they are measured.
+    """Return the parts of the variance by seeds, each with its degrees of freedom, and whether they are measured.
 
     With a single run of either model they can't be. Runs that differ in their seed alone err on images
     independently of each other (Jordan, 2023, arXiv:2304.01910), so the variance is at most that of the images
@@ -87,7 +81,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
         difference of this size with a power of 0.8; None where no number up to 100 would.
     """
     d = float(a.mean() - b.mean())
-    images = image_variance(a, b)
+    images = float((a.mean(0) - b.mean(0)).var(ddof=1)) / a.shape[1]  # the variance by the choice of test images
     seeds, measured = seed_variances(a, b)
     variance = images + sum(part for part, _ in seeds)
     spread = sum(part**2 / freedom for part, freedom in seeds)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from raycifar.data import CIFAR100, DatasetInfo
+from raycifar.data import CIFAR100
 from raycifar.storage.spreadsheets import to_csv
 
 
@@ -41,9 +41,9 @@ class Suspects:
         """Return whether each image's label stands at its copy, too, against the network, (n,) bool."""
         return (self.copy >= 0) & (self.copy_label == self.label) & (self.says != self.label)
 
-    def to_csv(self, info: DatasetInfo = CIFAR100) -> str:
+    def to_csv(self) -> str:
         """Return a line for each image: index, label, suggested, score, network, copy, copy_label."""
-        names = info.class_names
+        names = CIFAR100.class_names
         columns = (self.index, self.label, self.suggested, self.score, self.says, self.copy, self.copy_label)
         return to_csv(
             ["index", "label", "suggested", "score", "network", "copy", "copy_label"],

@@ -6,7 +6,6 @@ recipes lack it.
 """
 
 import math
-import numbers
 from dataclasses import Field, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_type_hints
@@ -26,8 +25,8 @@ LARGEST = 10**9  # of any number: more is a slip
 FRACTIONS = ("warmup", "label_smoothing", "momentum", "dropout", "ema")
 KINDS: dict[type, tuple[Any, str]] = {
     bool: (bool, "true or false"),
-    int: (numbers.Integral, "a whole number"),
-    float: (numbers.Real, "a number"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
     str: (str, "a string"),
 }
 
@@ -161,7 +160,7 @@ def choices(field: Field[Any], kind: Any) -> tuple[str, ...]:
     return get_args(kind) or field.metadata["choices"]
 
 
-def check_type(name: str, value: Any, kind: Any, allowed: tuple[str, ...] = ()) -> None:
+def check_type(name: str, value: Any, kind: Any, allowed: tuple[str, ...] = (), most: float = LARGEST) -> None:
     if allowed:
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}: choose from {', '.join(allowed)}")
@@ -171,8 +170,8 @@ def check_type(name: str, value: Any, kind: Any, allowed: tuple[str, ...] = ()) 
         raise ValueError(f"{name} is {value!r}: {wanted} is needed")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}: a finite number is needed")
-    if kind in (int, float) and value > LARGEST:
-        raise ValueError(f"{name} is {value}: it must be at most {LARGEST:,}")
+    if kind in (int, float) and value > most:
+        raise ValueError(f"{name} is {value}: it must be at most {most:,}")
 
 
 def parse_sizes(progressive: str) -> list[tuple[int, float]]:

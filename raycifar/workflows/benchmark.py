@@ -1,22 +1,23 @@
 """Where the time goes on this machine or cluster, beside the bare compute limit."""
 
-import dataclasses
 import itertools
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raycifar.errors import RequestError, WorkError
 from raycifar.machine import processor
 from raycifar.storage.run_folder import BENCH, BENCH_CHART, PLAN_CHART, RUN, RunFolder
-from raycifar.words import listed
+from raycifar.terminal import Screen
+from raycifar.words import count, listed
 from raycifar.workflows import planning
 from raycifar.workflows.planning import INTERCONNECTS, Measured, Place, Plan
 from raycifar.workflows.requests import TrainingRequest, check_value, to_arguments
@@ -24,7 +25,6 @@ from raycifar.workflows.training import fit, prepare
 
 if TYPE_CHECKING:
     from raycifar.engine.trainer import Job
-    from raycifar.terminal import Screen
     from raycifar.workflows.training import PreparedRun
 
 WAYS = ("dataloader", "stream")
@@ -52,19 +52,58 @@ UNSTEADY = 0.2  # by which rounds may differ
 POLL_SECONDS = 0.02  # between two looks whether a run has begun
 
 
+@dataclass(frozen=True)
+class BenchRequest:
+    """What to time, and how.
+
+    rounds: how often each stage is timed, at most. against: other ways of training, timed as well. startup: time the
+    start, up to the first step, as well. plan: numbers of workers to predict, such as `1,2,4`. interconnect: the link
+    between them, instead of the measured one. price_per_hour: of one device. out: a folder or URI.
+
+    Raises:
+        RequestError: a value makes no sense.
+    """
+
+    training: TrainingRequest
+    rounds: int = 5
+    against: Sequence[str] = ()
+    startup: bool = False
+    plan: str | None = None
+    interconnect: str | None = None
+    price_per_hour: float | None = None
+    out: str = "bench"
+
+    def __post_init__(self) -> None:
+        workers = self.training.workers
+        if unknown := set(self.against) - set(WAYS):
+            raise RequestError(f"--against {sorted(unknown)[0]}: choose from {', '.join(WAYS)}.")
+        if "stream" in self.against and workers == 0:
+            raise RequestError("--against stream streams to workers: give --workers 1 or more.")
+        if isinstance(workers, tuple):
+            raise RequestError("an elastic run can't be timed: give --workers one number.")
+        if self.plan is None and (self.interconnect or self.price_per_hour is not None):
+            raise RequestError(
+                "--interconnect and --price-per-hour are for a plan: give --plan, such as --plan 1,2,4,8."
+            )
+        check_value("price_per_hour", float | None, self.price_per_hour, least=0)
+        if self.counts and self.counts[-1] > 1 and workers == 0 and self.interconnect is None:
+            raise RequestError(
+                "a plan can't measure the network with --workers 0: give --interconnect "
+                f"{', '.join(INTERCONNECTS)}, or --workers 2."
+            )
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """The numbers of workers of the plan."""
+        return [] if self.plan is None else planning.parse_plan(self.plan, self.training.recipe)
+
+
 def bench(
-    request: TrainingRequest,
-    screen: "Screen",
+    request: BenchRequest,
+    screen: Screen,
     connection: ExitStack,
     show: Callable[[dict[str, Any]], None],
     *,
-    rounds: int,
-    against: Sequence[str] = (),
-    startup: bool = False,
-    plan: str | None = None,
-    interconnect: str | None = None,
-    price_per_hour: float | None = None,
-    out: str = "bench",
     debug: bool = False,
 ) -> None:
     """Time a model's training, for at most five minutes; write `bench.json` and its charts, and show the first.
@@ -73,58 +112,35 @@ def bench(
 
     Args:
         connection: enters the connection to Ray. show: called at the end.
-        rounds: how often each stage is timed, at most. against: ways of others to time, too.
-        startup: time the way to the first step, too.
-        plan: numbers of workers of which to say what they would take, such as `1,2,4`. interconnect: what lies between
-            them, rather than what is measured. price_per_hour: of one device.
-        out: a folder or URI.
-
-    Raises:
-        RequestError: the request is wrong; nothing was started.
     """
-    if unknown := set(against) - set(WAYS):
-        raise RequestError(f"--against {sorted(unknown)[0]}: choose from {', '.join(WAYS)}.")
-    if "stream" in against and request.workers == 0:
-        raise RequestError("--against stream streams to workers: give --workers 1 or more.")
-    if isinstance(request.workers, tuple):
-        raise RequestError("an elastic run can't be timed: give --workers one number.")
-    if plan is None and (interconnect or price_per_hour is not None):
-        raise RequestError("--interconnect and --price-per-hour are for a plan: give --plan, such as --plan 1,2,4,8.")
-    check_value("price_per_hour", float | None, price_per_hour, least=0)
-    counts = planning.parse_plan(plan, request.recipe) if plan is not None else []
-    if counts and counts[-1] > 1 and request.workers == 0 and interconnect is None:
-        raise RequestError(
-            "--workers 0 has no workers between which a plan could measure the network: give --interconnect "
-            f"{', '.join(INTERCONNECTS)}, or --workers 2."
-        )
-    if 0 < request.recipe.head_epochs < request.recipe.epochs:
-        request = dataclasses.replace(request, recipe=dataclasses.replace(request.recipe, head_epochs=0))
-    folder = RunFolder.for_output(out)
     found: dict[str, Any] = {}
-    machine = processor()
-    clock = Clock(1 + bool(counts) + startup)
+    training, machine = request.training, processor()
+    if 0 < training.recipe.head_epochs < training.recipe.epochs:
+        training = replace(training, recipe=replace(training.recipe, head_epochs=0))
+    folder = RunFolder.for_output(request.out)
+    seconds = shares_of_time(1 + bool(request.counts) + request.startup)
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as storage:  # interrupted, workers still write
-            timed = dataclasses.replace(request, name="bench", storage=storage, checkpoint_steps=0, test=False)
+            timed = replace(training, name="bench", storage=storage, checkpoint_steps=0, test=False)
             run = prepare(timed, screen, connection, debug=debug)
             machine = f"{run.workers}, {processor()}"
-            place = find_place(run, counts, interconnect) if counts else None
+            place = find_place(run, request) if request.counts else None
             screen.say(
                 f"This takes at most about {LONGEST / 60:.0f} minutes; Ctrl-C ends it, and what is timed is shown."
             )
-            time_stages(run, rounds, against, screen, clock.part(), found)
+            time_stages(run, request, screen, next(seconds), found)
             if place:
-                time_plan(run, counts, place, interconnect, price_per_hour, rounds, screen, clock.part(), found)
-        if startup:
+                time_plan(run, request, place, screen, next(seconds), found)
+        if request.startup:
             connection.close()  # this process's Ray would take its share of the cores
-            found["startup"] = time_startup(request, rounds, screen, clock.part())
+            found["startup"] = time_startup(training, request.rounds, screen, next(seconds))
     except KeyboardInterrupt:
         if not found:
             screen.say("No round is complete yet, so there is nothing to show.")
         raise
     finally:
         if found:
-            about = {"model": request.model, "machine": machine, "recipe": dataclasses.asdict(request.recipe)}
+            about = {"model": training.model, "machine": machine, "recipe": asdict(training.recipe)}
             show(found)  # first, so that no figure is lost where a file can't be written
             keep(about | found, folder)
             screen.say(f"Written to {folder.folder}: {BENCH} and charts")
@@ -138,74 +154,64 @@ def keep(found: dict[str, Any], folder: RunFolder) -> None:
         folder.write(PLAN_CHART, draw_plan(found).encode())
 
 
-class Clock:
-    """Shares LONGEST seconds out among the parts of a bench."""
-
-    def __init__(self, parts: int) -> None:
-        self.parts, self.ends = parts, time.monotonic() + LONGEST
-
-    def part(self) -> float:
-        """Return the seconds of the next part: an equal share of what is left."""
-        self.parts -= 1
-        return max(0.0, self.ends - time.monotonic()) / (self.parts + 1)
+def shares_of_time(parts: int) -> Iterator[float]:
+    """Yield the seconds of each part of a bench as it begins: an equal share of what is left of LONGEST."""
+    ends = time.monotonic() + LONGEST
+    for left in range(parts, 0, -1):
+        yield max(0.0, ends - time.monotonic()) / left
 
 
 # Timing ----------------------------------------------------------------------------------------------
 
 
 def time_stages(
-    run: "PreparedRun", rounds: int, against: Sequence[str], screen: "Screen", seconds: float, found: dict[str, Any]
+    run: "PreparedRun", request: BenchRequest, screen: Screen, seconds: float, found: dict[str, Any]
 ) -> None:
     """Add to `found` what came of the stages, as far as whole rounds were timed."""
     from raycifar.engine.bench import BenchmarkJob, bench_loop_per_worker
 
     num_images = len(run.inputs.splits.train)
-    screen.say(f"{run.request.model} on {run.workers}, {num_images:,} images and {rounds} rounds at most")
+    screen.say(
+        f"{run.request.model} on {run.workers}, {num_images:,} images and {count(request.rounds, 'round')} at most"
+    )
     seconds -= WORKERS_START if run.workers.count else 0
-    job_of = partial(BenchmarkJob, rounds=rounds, baselines=tuple(against), seconds=seconds)
+    job_of = partial(BenchmarkJob, rounds=request.rounds, baselines=tuple(request.against), seconds=seconds)
     try:
         do(run, bench_loop_per_worker, job_of, screen)
     finally:
         if rates := run.status_store.timings():
-            found.update(summarise(rates, against))
+            found.update(summarise(rates, request.against))
 
 
 def time_plan(
-    run: "PreparedRun",
-    counts: Sequence[int],
-    place: Place,
-    interconnect: str | None,
-    price_per_hour: float | None,
-    rounds: int,
-    screen: "Screen",
-    seconds: float,
-    found: dict[str, Any],
+    run: "PreparedRun", request: BenchRequest, place: Place, screen: Screen, seconds: float, found: dict[str, Any]
 ) -> None:
     """Add to `found` what each number of workers would take, from what is measured with those that fit here."""
     from raycifar.cluster.sizing import size
     from raycifar.engine.step_times import StepTimesJob, step_times_loop_per_worker
 
-    request, measured, to_run = run.request, {}, planning.runs(counts, place)
-    num_images = len(run.inputs.source.train) - request.val_size
+    measured: dict[int, Measured] = {}
+    training, counts = run.request, request.counts
+    num_images, to_run = len(run.inputs.source.train) - training.val_size, planning.runs(counts, place)
     ends = time.monotonic() + seconds
-    for number, count in enumerate(to_run):
+    for number, several in enumerate(to_run):
         left = (ends - time.monotonic()) / (len(to_run) - number) - (WORKERS_START if run.workers.count else 0)
         if number > 1 and left < SECONDS_OF_ROUND:
             break
-        sizes = tuple(planning.sizes_to_time(counts, count, place, request.recipe.batch_size))
-        timed = dataclasses.replace(request, name=f"plan-{count}", workers=run.workers.count and count)
-        workers = size(count, *request.sizing) if run.workers.count else run.workers
-        few = prepare(timed, type(screen)(quiet=True), inputs=run.inputs, workers=workers)
-        seconds = min(SECONDS_OF_ROUND * rounds, max(SECONDS_OF_ROUND, left))
-        job_of = partial(StepTimesJob, batch_sizes=sizes, rounds=rounds, seconds=seconds)
+        sizes = tuple(planning.sizes_to_time(counts, several, place, training.recipe.batch_size))
+        timed = replace(training, name=f"plan-{several}", workers=run.workers.count and several)
+        workers = size(several, *training.sizing) if run.workers.count else run.workers
+        few = prepare(timed, Screen(quiet=True), inputs=run.inputs, workers=workers)
+        seconds = min(SECONDS_OF_ROUND * request.rounds, max(SECONDS_OF_ROUND, left))
+        job_of = partial(StepTimesJob, batch_sizes=sizes, rounds=request.rounds, seconds=seconds)
         screen.say(f"Timing steps on {workers}, {number + 1} of {len(to_run)}")
-        measured[count] = Measured(**do(few, step_times_loop_per_worker, job_of, screen))
-        plan = Plan(request.recipe, counts, num_images, place, measured, interconnect)
-        found["plan"] = planning.summarize(plan, price_per_hour)
+        measured[several] = Measured(**do(few, step_times_loop_per_worker, job_of, screen))
+        plan = Plan(training.recipe, counts, num_images, place, measured, request.interconnect)
+        found["plan"] = planning.summarize(plan, request.price_per_hour)
 
 
-def do(run: "PreparedRun", loop: Callable[..., Any], job_of: Callable[["Job"], Any], screen: "Screen") -> Any:
-    """Have the workers do this, and return what the first one returned."""
+def do(run: "PreparedRun", loop: Callable[..., Any], job_of: Callable[["Job"], Any], screen: Screen) -> Any:
+    """Run this on the workers, and return what the first one returns."""
     from raycifar.cluster.waiting import Waiting
 
     waiting = Waiting(run.workers, run.request.wait)
@@ -216,16 +222,16 @@ def do(run: "PreparedRun", loop: Callable[..., Any], job_of: Callable[["Job"], A
     )
 
 
-def find_place(run: "PreparedRun", counts: Sequence[int], interconnect: str | None) -> Place:
+def find_place(run: "PreparedRun", request: BenchRequest) -> Place:
     """Return what the workers of a plan would run on.
 
     Raises:
-        RequestError: what lies between workers can't be measured, and isn't given.
+        RequestError: the link between workers can't be measured, and isn't given.
     """
     from raycifar.cluster.sizing import alive_nodes, placeable, usable_cpus
 
     use_gpu = run.workers.use_gpu
-    if interconnect:
+    if request.interconnect:
         return Place(use_gpu, shared=False, most=1)
     nodes = alive_nodes() if run.workers.count else []
     cpus = [usable_cpus(node["CPU"]) for node in nodes if node.get("CPU")]
@@ -237,15 +243,15 @@ def find_place(run: "PreparedRun", counts: Sequence[int], interconnect: str | No
         most = int(cpus[0] / each) if each else max(FEW_WORKERS, int(cpus[0]))
     else:
         most = len(cpus)
-    if most < min(2, counts[-1]):
+    if most < min(2, request.counts[-1]):
         raise RequestError(
-            "one worker alone can be run here, so what lies between several can't be measured: give --interconnect "
+            "only one worker fits here, so the link between several can't be measured: give --interconnect "
             f"{', '.join(INTERCONNECTS)}."
         )
     return Place(use_gpu, shared, max(1, most))
 
 
-def time_startup(request: TrainingRequest, rounds: int, screen: "Screen", seconds: float) -> dict[str, Any]:
+def time_startup(request: TrainingRequest, rounds: int, screen: Screen, seconds: float) -> dict[str, Any]:
     """Return the seconds from a command to its first optimizer step, and those of the least that Ray takes.
 
     It is timed as many rounds as fit into so many seconds, once at least.
@@ -257,7 +263,7 @@ def time_startup(request: TrainingRequest, rounds: int, screen: "Screen", second
         if number and time.monotonic() + sum(values[-1] for values in took.values()) > ends:
             break
         with screen.waiting(f"Timing the start, {number + 1} of {rounds}"):
-            took["first_step_seconds"].append(time_first_step(dataclasses.replace(request, workers=workers)))
+            took["first_step_seconds"].append(time_first_step(replace(request, workers=workers)))
             took["floor_seconds"].append(time_floor(workers))
     return {name: spread(values) for name, values in took.items()} | {"ratio": spread(ratios(*took.values()))}
 
@@ -265,7 +271,7 @@ def time_startup(request: TrainingRequest, rounds: int, screen: "Screen", second
 def time_first_step(request: TrainingRequest) -> float:
     """Return the seconds from the command to the moment at which its run records that training begins."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        timed = dataclasses.replace(request, name="timed", storage=folder, report=False)
+        timed = replace(request, name="timed", storage=folder, report=False)
         command, run = [sys.executable, "-m", "raycifar.train", *to_arguments(timed)], RunFolder(folder, "timed")
         began = time.time()
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
@@ -276,7 +282,7 @@ def time_first_step(request: TrainingRequest) -> float:
                     return training_began - began
                 time.sleep(POLL_SECONDS)
             assert process.stderr is not None
-            raise WorkError(f"the run that was to be timed did not begin: {process.stderr.read().strip()}")
+            raise WorkError(f"the timed run did not begin: {process.stderr.read().strip()}")
 
 
 EMPTY = """
@@ -310,17 +316,15 @@ def time_floor(workers: int) -> float:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return the median of figures, their least and most, and how many there are."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "n": len(values)}
 
 
 def ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Return what each is to the other of the same round."""
+    """Return the ratio of each value to the other of the same round."""
     return [a / b for a, b in zip(values, others, strict=True)]
 
 
 def summarise(rates: dict[str, list[float]], against: Sequence[str]) -> dict[str, Any]:
-    """Return what `bench.json` holds of the stages."""
     shares = {name: ratios(values, rates["bare"]) for name, values in rates.items()}
     speedups = {name: spread(ratios(rates["train"], rates[name])) for name in against}
     return {
@@ -350,7 +354,7 @@ def sentences(bench: dict[str, Any]) -> list[str]:
     """Return where the time goes and what would help, in words."""
     share = {name: stage["share"]["median"] for name, stage in bench["stages"].items()}
     costs = {name: 1 / share[name] - 1 / share[before] for before, name in itertools.pairwise(share)}
-    lines = [f"train runs at {bench['ratio']:.3f} of the bare step's rate (median of {bench['n']} rounds)."]
+    lines = [f"train runs at {bench['ratio']:.3f} of the bare step's rate (median of {count(bench['n'], 'round')})."]
     if max(costs.values()) < 0.02:
         lines.append(
             "Nothing that surrounds the step costs 2% of it: only a cheaper step would help (--compile, --precision)."
@@ -375,7 +379,7 @@ def sentences(bench: dict[str, Any]) -> list[str]:
 
 
 def noise(bench: dict[str, Any]) -> list[str]:
-    """Return why the figures can't be taken at their word, if so: rates that can't be, and rounds that differ."""
+    """Return warnings of noise: of rates that are impossible, and of rounds that differ too much."""
     stages, lines = bench["stages"], []
     faster = [name for name, stage in stages.items() if stage["share"]["median"] > IMPOSSIBLE]
     if faster:
@@ -397,7 +401,6 @@ def noise(bench: dict[str, Any]) -> list[str]:
 
 
 def draw(bench: dict[str, Any]) -> str:
-    """Return the bar chart."""
     from raycifar.analysis.charts import bars
 
     rates = {name: stage["images_per_second"] for name, stage in bench["stages"].items()}
@@ -411,7 +414,6 @@ def draw(bench: dict[str, Any]) -> str:
 
 
 def draw_plan(bench: dict[str, Any]) -> str:
-    """Return the chart of images per second by number of workers."""
     from raycifar.analysis.charts import scaling
 
     plan = bench["plan"]

@@ -1,7 +1,5 @@
 """Summarizing a data set, and writing it as Parquet."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pyarrow as pa
 
@@ -14,9 +12,7 @@ from raycifar.data.trees import MOST_IMAGES
 from raycifar.errors import RequestError
 from raycifar.storage.files import write_file
 from raycifar.storage.locations import join
-
-if TYPE_CHECKING:
-    from raycifar.terminal import Screen
+from raycifar.terminal import Screen
 
 LEAKED = 0.002  # fraction of the test images
 
@@ -59,7 +55,7 @@ def count(table: pa.Table) -> str:
     return f"{len(table):,}, {spread} of each of {classes}"
 
 
-def warn_of_leaks(source: Source, screen: "Screen") -> None:
+def warn_of_leaks(source: Source, screen: Screen) -> None:
     """Say so where test images are among the training images: more than those of CIFAR-100 itself, 10 of 10,000."""
     leaked = count_repeats(source).test_in_training
     if leaked > LEAKED * len(source.test):

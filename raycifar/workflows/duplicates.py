@@ -5,7 +5,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +18,7 @@ from raycifar.models.recipe import Recipe
 from raycifar.storage.files import locate, write_whole
 from raycifar.storage.run_folder import RunFolder
 from raycifar.storage.spreadsheets import to_csv
-
-if TYPE_CHECKING:
-    from raycifar.terminal import Screen
+from raycifar.terminal import Screen
 
 DUPLICATES, DUPLICATES_PAGE, DUPLICATES_PICTURE = "duplicates.csv", "duplicates.html", "duplicates.png"
 KINDS = ("exact", "near", "similar")
@@ -72,14 +70,14 @@ class Duplicates:
         columns = {**vars(self), "same_label": np.where(self.same_label, "true", "false")}
         return to_csv(columns, zip(*columns.values(), strict=True)).encode()
 
-    def photographs(self, split: str, other_split: str) -> np.ndarray:
-        """Return the pairs (n, 2) of rows of two splits that show one photograph, exact or near."""
-        rows = (self.split == split) & (self.other_split == other_split) & (self.kind != "similar")
+    def photographs(self, split: str) -> np.ndarray:
+        """Return the pairs (n, 2) of rows of a split and of training images that show one photograph, exact or near."""
+        rows = (self.split == split) & (self.other_split == "train") & (self.kind != "similar")
         return np.stack([self.index[rows], self.other_index[rows]], 1)
 
     def test_copies(self, train_index: np.ndarray) -> np.ndarray:
         """Return the rows of test images whose photograph is among these rows of the training set."""
-        pairs = self.photographs("test", "train")
+        pairs = self.photographs("test")
         return np.unique(pairs[np.isin(pairs[:, 1], train_index), 0])
 
     def counts(self) -> dict[tuple[str, str], dict[str, int]]:
@@ -93,21 +91,17 @@ class Duplicates:
         return counts
 
     def summary(self) -> dict[str, str]:
-        """Return how many there are, in words."""
         return {
             BETWEEN[splits].lower(): ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
             for splits, counts in self.counts().items()
         }
 
 
-def list_duplicates(data: str, out: str, screen: "Screen", run: str | None = None) -> tuple[Duplicates, RunFolder]:
+def list_duplicates(data: str, out: str, screen: Screen, run: str | None = None) -> tuple[Duplicates, RunFolder]:
     """Find the duplicates of a data set, and write duplicates.csv, a page and a picture of them.
 
     Args:
-        out: the folder or URI to write to. run: of a network by whose features images are held against each other, too.
-
-    Raises:
-        RequestError: the data set or the run can't be read.
+        out: the folder or URI to write to. run: a trained network, by whose features the images are compared, too.
     """
     folder = RunFolder.for_output(out)
     with screen.waiting(f"Reading {data}"):
@@ -119,7 +113,7 @@ def list_duplicates(data: str, out: str, screen: "Screen", run: str | None = Non
     return found, folder
 
 
-def find_duplicates(source: Source, screen: "Screen") -> Duplicates:
+def find_duplicates(source: Source, screen: Screen) -> Duplicates:
     """Return the images of a data set that show one photograph: known ones, or found and put into the cache."""
     fingerprint = source.fingerprint()
     pairs = known_pairs(fingerprint)
@@ -154,13 +148,11 @@ def copied_images(source: Source, recipe: Recipe) -> np.ndarray | None:
     """Return the rows of training images that a recipe doesn't validate on, or None where it validates on any."""
     if not recipe.separate_copies:
         return None
-    from raycifar.terminal import Screen
-
-    return np.unique(find_duplicates(source, Screen(quiet=True)).photographs("train", "train"))
+    return np.unique(find_duplicates(source, Screen(quiet=True)).photographs("train"))
 
 
 def known_pairs(fingerprint: str) -> pa.Table | None:
-    """Return the pairs of the images with a fingerprint, which a `run.json` of others may hold, or None."""
+    """Return the known pairs of a data set, by its fingerprint, which may come from someone else's `run.json`."""
     if not re.fullmatch("[0-9a-f]+", fingerprint):
         return None
     for path in (KNOWN / cached(fingerprint).name, cached(fingerprint)):
@@ -173,12 +165,8 @@ def cached(fingerprint: str) -> Path:
     return cache_folder() / "duplicates" / f"{fingerprint}-{METHOD}.parquet"
 
 
-def search(source: Source, screen: "Screen", run: str | None = None) -> pa.Table:
-    """Return the pairs of a data set's images, numbered from the first test image; training images follow.
-
-    Args:
-        run: see `list_duplicates`.
-    """
+def search(source: Source, screen: Screen, run: str | None = None) -> pa.Table:
+    """Return the pairs of a data set's images, numbered from the first test image; training images follow."""
     with screen.waiting("Loading PyTorch"):
         import torch
 
@@ -216,10 +204,10 @@ def to_page(found: Duplicates, source: Source) -> str:
 
 def to_figure(found: Duplicates, row: int, source: Source) -> dict[str, Any]:
     """Return a pair: pictures, and their places and labels."""
-    from raycifar.analysis.reports import picture
+    from raycifar.analysis.reports import PNG, to_base64
 
     pictures = [
-        {"uri": picture(getattr(source, split), index), "words": f"{split} {index}: {label}", "label": label}
+        {"uri": PNG + to_base64(getattr(source, split), index), "words": f"{split} {index}: {label}", "label": label}
         for split, index, label in both(found, row, source)
     ]
     return {"pictures": pictures, "similarity": found.similarity[row], "same_label": bool(found.same_label[row])}

@@ -1,6 +1,6 @@
 """How long training takes on CPUs, before it starts: from the rate of this machine's matrix products."""
 
-import time
+import timeit
 from typing import TYPE_CHECKING
 
 from raycifar import models
@@ -29,12 +29,8 @@ def cpu_seconds(operations: float, recipe: Recipe) -> float:
     from raycifar.engine.hardware import choose_precision
 
     a, b = torch.ones(2, PROBE, PROBE, dtype=choose_precision(recipe.precision, torch.device("cpu")))
-    times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - began)
-    return operations * min(times) / (2 * PROBE**3)
+    fastest = min(timeit.repeat(lambda: a @ b, number=1, repeat=4))
+    return operations * fastest / (2 * PROBE**3)
 
 
 def warn_of_hours(

@@ -18,6 +18,7 @@ from raycifar.data.tables import Source, from_lists, split_rows, take, to_images
 from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
 from raycifar.models.recipes import read_run, recipe_from_json
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, MANIFEST, PICTURES, PREDICTIONS, RunFolder
+from raycifar.terminal import Screen
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images, find_duplicates
 from raycifar.workflows.reporting import is_source_of, load_images
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from raycifar.cluster.sizing import Workers
     from raycifar.engine.trained_model import Weights
-    from raycifar.terminal import Screen
 
 WAIT_SECONDS = 1800  # for workers to find room
 ATTEMPTS = 3  # at a job whose workers die
@@ -55,7 +55,7 @@ class EvaluationRequest(WorkerSettings):
 
 
 def evaluate(
-    request: EvaluationRequest, screen: "Screen", connection: ExitStack, *, debug: bool = False
+    request: EvaluationRequest, screen: Screen, connection: ExitStack, *, debug: bool = False
 ) -> tuple[dict[str, Any], RunFolder]:
     """Score a network; write evaluation.json, a page of it, and predictions.parquet.
 
@@ -115,7 +115,7 @@ def evaluate(
     return evaluation, out
 
 
-def find_copies(run: dict[str, Any], source: Source, screen: "Screen") -> np.ndarray:
+def find_copies(run: dict[str, Any], source: Source, screen: Screen) -> np.ndarray:
     """Return the rows of test images whose photograph is among a run's training images."""
     recipe = recipe_from_json(run["model"], run["recipe"])
     found = find_duplicates(source, screen)
@@ -126,7 +126,7 @@ def find_copies(run: dict[str, Any], source: Source, screen: "Screen") -> np.nda
 def hold_against_validation(
     folder: RunFolder, run: dict[str, Any], scores: dict[str, Any], logits: "Tensor", table: pa.Table
 ) -> list[dict[str, Any]]:
-    """Return whether these images don't mean what the run's validation images do, as findings."""
+    """Return findings about how these images differ from the run's validation images."""
     from raycifar.analysis.history import RunHistory
     from raycifar.analysis.mismatch import find_mismatch
     from raycifar.analysis.reports import measured
@@ -174,8 +174,6 @@ class Scorer:
 
 @dataclass
 class Network:
-    """A network on its workers."""
-
     weights: "Weights"
     precision: Any
     workers: "Workers"
@@ -200,7 +198,7 @@ def connect(
     weights: "Weights",
     precision: Any,
     request: EvaluationRequest,
-    screen: "Screen",
+    screen: Screen,
     connection: ExitStack,
     *,
     debug: bool,
@@ -248,15 +246,16 @@ def run_job(parts: list[pa.Table], network: Network) -> list[pa.Table]:
             accelerator_type=workers.accelerator,
             **options,
         )
-    for left in reversed(range(ATTEMPTS)):
+    died = 0
+    while True:
         try:
             return list(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
         except RayActorError as error:
-            if not left:
+            died += 1
+            if died == ATTEMPTS:
                 raise WorkError(
-                    f"workers died {ATTEMPTS} times while they scored the images: {in_a_line(error)}."
+                    f"workers died {died} times while they scored the images: {in_a_line(error)}."
                 ) from error
-    raise AssertionError
 
 
 # Results --------------------------------------------------------------------------------------------
@@ -282,7 +281,7 @@ def score_predictions(
         scores |= score_without(near_duplicates, correct)
         if len(near_duplicates) < len(correct):
             ends |= intervals({"top1_without_near_duplicates": np.delete(correct, near_duplicates)})
-    matrix = confusion(labels.numpy(), predicted, CIFAR100.num_classes)
+    matrix = confusion(labels.numpy(), predicted)
     evaluation = {
         **scores,
         "low": ends["top1"][0],
@@ -299,7 +298,7 @@ def score_predictions(
 
 
 def score_corruptions(
-    corruptions: Corruptions, ask: Callable[[Sequence[pa.Table]], list["Tensor"]], screen: "Screen"
+    corruptions: Corruptions, ask: Callable[[Sequence[pa.Table]], list["Tensor"]], screen: Screen
 ) -> dict[str, Any]:
     """Return the scores by corruption and severity, and the mean error over the benchmark's corruptions."""
     import torch
@@ -325,7 +324,6 @@ def score_corruptions(
 
 
 def to_page(evaluation: dict[str, Any], name: str) -> str:
-    """Return `evaluation.html`."""
     from raycifar.analysis import charts
     from raycifar.analysis.page import render
     from raycifar.analysis.prose import without_near_duplicates

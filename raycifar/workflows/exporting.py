@@ -18,13 +18,13 @@ from raycifar.models.recipes import read_run
 from raycifar.storage.files import write_file
 from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import RunFolder
+from raycifar.terminal import Screen
 from raycifar.workflows.reporting import load_images
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from raycifar.engine.trained_model import Weights
-    from raycifar.terminal import Screen
 
 Network = Callable[["Tensor"], "Tensor"]  # images (n, 3, 32, 32) uint8 to logits (n, classes)
 
@@ -42,7 +42,7 @@ class Export:
     difference: float
 
 
-def export(network: str, kind: str, screen: "Screen", *, out: str | None = None, data: str | None = None) -> Export:
+def export(network: str, kind: str, screen: Screen, *, out: str | None = None, data: str | None = None) -> Export:
     """Write a network as `kind`, one of `SUFFIXES`.
 
     The result maps images (n, 3, 32, 32) uint8, channels first, to logits (n, classes) float32.
@@ -68,13 +68,11 @@ def export(network: str, kind: str, screen: "Screen", *, out: str | None = None,
     with screen.waiting("Reading the images"):
         images = to_images(load_images(run, data).test["image"].slice(0, CHECKED))
     expected = check_finite(trained.logits(torch.from_numpy(images.copy())), network).numpy()
-    whole = with_preprocessing(trained.weights)
-    convert, load_back = FORMATS[kind]
     with screen.waiting(f"Writing {kind}"), warnings.catch_warnings(action="ignore"):  # the result is checked
         try:
-            content = convert(whole)
+            content, read_back = FORMATS[kind](with_preprocessing(trained.weights))
             with torch.inference_mode():
-                found = load_back(content, whole)(torch.from_numpy(images.copy())).numpy()
+                found = read_back(torch.from_numpy(images.copy())).numpy()
         except ImportError as error:
             raise RequestError(f"--to {kind} needs the package {error.name}: pip install 'raycifar[onnx]'.") from error
     differing = int((found.argmax(1) != expected.argmax(1)).sum())
@@ -113,8 +111,12 @@ def with_preprocessing(weights: "Weights") -> "nn.Module":
     return Whole().eval()
 
 
-def to_onnx(whole: "nn.Module") -> bytes:
+# A format: the content of its file, and the network that this content holds.
+
+
+def to_onnx(whole: "nn.Module") -> tuple[bytes, Network]:
     import onnx  # noqa: F401 (fails before the export if the package is missing)
+    import onnxruntime
     import torch
 
     program = torch.onnx.export(
@@ -127,67 +129,45 @@ def to_onnx(whole: "nn.Module") -> bytes:
         verbose=False,
     )
     assert program is not None
-    return program.model_proto.SerializeToString()
-
-
-def load_onnx(content: bytes, whole: "nn.Module") -> Network:
-    import onnxruntime
-    import torch
-
+    content = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    return content, lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def to_torch_export(whole: "nn.Module") -> bytes:
+def to_torch_export(whole: "nn.Module") -> tuple[bytes, Network]:
     import torch
 
-    images = torch.zeros(2, *CIFAR100.image_shape, dtype=torch.uint8)
+    images, stream = torch.zeros(2, *CIFAR100.image_shape, dtype=torch.uint8), io.BytesIO()
     program = torch.export.export(whole, (images,), dynamic_shapes=({0: torch.export.Dim("n")},))
-    stream = io.BytesIO()
     torch.export.save(program, stream)
-    return stream.getvalue()
+    content = stream.getvalue()
+    return content, torch.export.load(io.BytesIO(content)).module()
 
 
-def load_torch_export(content: bytes, whole: "nn.Module") -> Network:
+def to_torchscript(whole: "nn.Module") -> tuple[bytes, Network]:
     import torch
 
-    return torch.export.load(io.BytesIO(content)).module()
+    images, stream = torch.zeros(2, *CIFAR100.image_shape, dtype=torch.uint8), io.BytesIO()
+    torch.jit.save(torch.jit.trace(whole, images), stream)
+    content = stream.getvalue()
+    return content, torch.jit.load(io.BytesIO(content))
 
 
-def to_torchscript(whole: "nn.Module") -> bytes:
-    import torch
-
-    stream = io.BytesIO()
-    torch.jit.save(torch.jit.trace(whole, torch.zeros(2, *CIFAR100.image_shape, dtype=torch.uint8)), stream)
-    return stream.getvalue()
-
-
-def load_torchscript(content: bytes, whole: "nn.Module") -> Network:
-    import torch
-
-    return torch.jit.load(io.BytesIO(content))
-
-
-def to_safetensors(whole: Any) -> bytes:
+def to_safetensors(whole: Any) -> tuple[bytes, Network]:
     import safetensors.torch
 
     tensors = {name: value.contiguous() for name, value in whole.state_dict().items()}
-    return safetensors.torch.save(tensors, metadata={"preprocessing": json.dumps(asdict(whole.preprocessing))})
-
-
-def load_safetensors(content: bytes, whole: "nn.Module") -> Network:
-    import safetensors.torch
-
-    empty = copy.deepcopy(whole)
-    for value in empty.state_dict().values():
+    content = safetensors.torch.save(tensors, metadata={"preprocessing": json.dumps(asdict(whole.preprocessing))})
+    read_back = copy.deepcopy(whole)
+    for value in read_back.state_dict().values():
         value.zero_()
-    empty.load_state_dict(safetensors.torch.load(content))
-    return empty
+    read_back.load_state_dict(safetensors.torch.load(content))
+    return content, read_back
 
 
 FORMATS = {
-    "onnx": (to_onnx, load_onnx),
-    "torch-export": (to_torch_export, load_torch_export),
-    "torchscript": (to_torchscript, load_torchscript),
-    "safetensors": (to_safetensors, load_safetensors),
+    "onnx": to_onnx,
+    "torch-export": to_torch_export,
+    "torchscript": to_torchscript,
+    "safetensors": to_safetensors,
 }

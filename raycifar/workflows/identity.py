@@ -17,15 +17,15 @@ from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe, changes, describe_changes
 from raycifar.models.recipes import read_run, recipe_for, recipe_from_json
 from raycifar.storage.run_folder import MANIFEST, RESULT, RUN, RunFolder
+from raycifar.terminal import Screen
 from raycifar.workflows.duplicates import known_duplicates
 from raycifar.workflows.requests import TrainingRequest
 
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
-    from raycifar.terminal import Screen
 
 # What may differ when a run is resumed: the same images and the same weights may lie elsewhere by then, and so may
-# the run itself. The architecture follows from model, recipe and weights; `val` is told as `val_size`.
+# the run itself. The architecture follows from model, recipe and weights; `val` is reported as `val_size`.
 FREE = ("name", "source", "pretrained", "recipe", "data", "architecture", "val")
 # Fields of a recipe that are in force whatever their value; the others are switched off by their defaults.
 IN_FORCE = (
@@ -143,7 +143,7 @@ def overview(identity: dict[str, Any], workers: object, folder: str) -> dict[str
 
 
 @contextmanager
-def writing_first_file(folder: RunFolder, screen: "Screen") -> Iterator[None]:
+def writing_first_file(folder: RunFolder, screen: Screen) -> Iterator[None]:
     """Warn if the folder is temporary, and turn a failure to write into a `RequestError`."""
     if "runtime_resources" in Path(folder.folder).parts:  # where Ray unpacks a job's --working-dir
         screen.say("Note: this job's folder is temporary, and the run in it: give --storage a full path or a URI.")

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
 
 from pyarrow.fs import FileType
 
@@ -57,9 +56,6 @@ class Entry:
     def is_over(self) -> bool:
         """Return whether nothing trains it any more, now or later."""
         return self.state in OVER and not self.host
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def find_runs(location: str) -> list[Entry]:
@@ -159,11 +155,7 @@ class Removable:
 
 
 def removable(location: str) -> Iterator[Removable]:
-    """Yield what can be removed of the runs in a folder: nothing of runs, or comparisons, that are under way.
-
-    Raises:
-        RequestError: there is no such folder.
-    """
+    """Yield what can be removed of the runs in a folder: nothing of runs, or comparisons, that are under way."""
     for entry in find_runs(location):
         for each in entry.trials if entry.trials is not None else [entry]:
             run = RunFolder.at(each.folder)

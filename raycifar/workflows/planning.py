@@ -23,7 +23,7 @@ CLOSE = 0.15  # of the measured rate: a prediction that is further off says why
 
 @dataclass(frozen=True)
 class Link:
-    """What lies between two workers: the seconds of a hop, and bytes per second in each direction."""
+    """The link between two workers: the seconds of a hop, and bytes per second in each direction."""
 
     latency: float
     bandwidth: float
@@ -45,7 +45,7 @@ INTERCONNECTS = {
 class Place:
     """What the workers would run on.
 
-    use_gpu: a GPU for each. shared: the CPUs of one machine for all. most: workers that can be run here.
+    use_gpu: a GPU for each. shared: the CPUs of one machine for all. most: workers that fit here.
     """
 
     use_gpu: bool
@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def link(self) -> Link | None:
-        """Return what lies between workers: as given, or as measured with the most workers; None if it isn't known."""
+        """The link between workers: as given, or as measured with the most workers; None if it isn't known."""
         if self.interconnect:
             return INTERCONNECTS[self.interconnect][0]
         links = [Link(*measured.link) for _, measured in sorted(self.measured.items()) if measured.link]
@@ -106,11 +106,7 @@ class Plan:
 
 
 def parse_plan(text: str, recipe: Recipe) -> list[int]:
-    """Return the numbers of workers of `1,2,4`, rising.
-
-    Raises:
-        RequestError: one isn't a number of workers, or too many for the batch.
-    """
+    """Return the numbers of workers of `1,2,4`, rising, or raise RequestError if one makes no sense."""
     try:
         counts = sorted({int(part) for part in text.split(",")})
     except ValueError as error:
@@ -122,7 +118,7 @@ def parse_plan(text: str, recipe: Recipe) -> list[int]:
 
 
 def runs(counts: Sequence[int], place: Place) -> list[int]:
-    """Return with how many workers to measure: one, those of the plan that fit, and the most that fit of the rest."""
+    """Return the numbers of workers to measure with: one, those of the plan that fit, and the most that fit."""
     return sorted({1, min(place.most, counts[-1]), *(count for count in counts if count <= place.most)})
 
 
@@ -138,12 +134,12 @@ def sizes_to_time(counts: Sequence[int], run: int, place: Place, batch_size: int
 
 
 def share(batch_size: int, count: int) -> int:
-    """Return the images of a step of the worker with the most of them."""
+    """Return the images of a batch that the worker with the most of them has."""
     return -(-batch_size // count)
 
 
 def larger_batch(batch_size: int, count: int) -> int:
-    """Return a larger batch of which a worker's share is no more than a batch of now."""
+    """Return a larger batch size, of which a worker's share is no more than today's batch."""
     return batch_size * min(LARGER_BATCH, count)
 
 
@@ -208,14 +204,15 @@ def assumptions(plan: Plan) -> list[str]:
     else:
         room = "Each worker has a machine like the one that was timed, which is one device, with all its threads."
     if plan.interconnect:
-        between = f"Between workers lies {INTERCONNECTS[plan.interconnect][1]}, used to the full; nothing was measured."
+        _, name = INTERCONNECTS[plan.interconnect]
+        between = f"The link between workers is {name}, used to the full; nothing was measured."
     elif plan.link:
         between = (
-            f"Between workers {plan.link.bandwidth / 1e9:.2f} GB/s and {plan.link.latency * 1e6:.0f} µs a hop were "
-            "measured; more workers have the same."
+            f"The link between workers was measured: {plan.link.bandwidth / 1e9:.2f} GB/s, "
+            f"{plan.link.latency * 1e6:.0f} µs a hop. More workers are assumed to have the same."
         )
     else:
-        between = "What lies between workers was not measured."
+        between = "The link between workers was not measured."
     overlap = (
         "the exchange hides beside the backward pass, two thirds of a step's computation, but for the last bucket"
         if place.use_gpu
@@ -259,9 +256,9 @@ def advice(plan: Plan, workers: Mapping[int, Mapping[str, Any]]) -> list[str]:
 
 
 def say_checked(check: Mapping[str, Any]) -> str:
-    """Return a prediction beside what was measured, in words."""
+    """Return a sentence with a prediction and what was measured."""
     predicted, measured = check["predicted"], check["measured"]
     line = f"{words.count(check['workers'], 'worker')}: predicted {predicted:,.0f}, measured {measured:,.0f} images/s"
     if abs(predicted / measured - 1) <= CLOSE:
         return f"{line}."
-    return f"{line}: {predicted / measured - 1:+.0%}, for what surrounds a step, and other work here, isn't predicted."
+    return f"{line}: {predicted / measured - 1:+.0%}; what surrounds a step, and other work here, isn't predicted."

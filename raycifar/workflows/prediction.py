@@ -1,5 +1,6 @@
 """Predicting the classes of images with a trained network."""
 
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +11,7 @@ from PIL import Image
 from raycifar.analysis.collapse import chance_level
 from raycifar.data import CIFAR100
 from raycifar.data.pictures import find_images, read_image, to_pixels
-from raycifar.errors import DamagedFileError, RequestError
+from raycifar.errors import DamagedFileError, RequestError, in_a_line
 from raycifar.redaction import shown
 from raycifar.storage.run_folder import RESULT, RunFolder
 
@@ -81,7 +82,7 @@ class Model:
 
 def read_images(images: Any) -> np.ndarray:
     """Return images of any type as (n, 3, 32, 32) uint8; see `Model.predict`."""
-    if isinstance(images, (str, Image.Image)) or hasattr(images, "__fspath__"):
+    if isinstance(images, (str, os.PathLike, Image.Image)):
         images = [images]
     if isinstance(images, list | tuple):
         if not images:
@@ -102,18 +103,17 @@ def read_images(images: Any) -> np.ndarray:
 
 
 def as_pixels(image: Any) -> np.ndarray:
-    """Return an image, or a path's images, as (n, 3, 32, 32) uint8."""
-    if isinstance(image, Image.Image):
-        try:
-            return to_pixels(image)[None]
-        except (ValueError, OSError) as error:
-            raise RequestError(f"a PIL image can't be read: {error}.") from error
-    if not isinstance(image, str) and not hasattr(image, "__fspath__"):
-        return read_images(np.asarray(image.cpu() if hasattr(image, "cpu") else image))
+    """Return one of several images, or a path's images, as (n, 3, 32, 32) uint8."""
     try:
-        return np.stack([read_image(file.filesystem, file.path) for file in find_images(str(image))[0]])
+        match image:
+            case Image.Image():
+                return to_pixels(image)[None]
+            case str() | os.PathLike():
+                return np.stack([read_image(file.filesystem, file.path) for file in find_images(str(image))[0]])
     except (ValueError, OSError) as error:
-        raise RequestError(f"{image} can't be read: {reason(error)}.") from error
+        name = "a PIL image" if isinstance(image, Image.Image) else image
+        raise RequestError(f"{name} can't be read: {in_a_line(error)}.") from error
+    return read_images(image)
 
 
 def predict_files(network: str, locations: Iterable[str], device: str = "auto") -> tuple[list[dict[str, Any]], int]:
@@ -137,7 +137,7 @@ def predict_files(network: str, locations: Iterable[str], device: str = "auto") 
             pixels.append(read_image(file.filesystem, file.path))
             rows.append({"image": shown(file.name)})
         except (ValueError, OSError) as error:
-            rows.append({"image": shown(file.name), "error": shown(reason(error))})
+            rows.append({"image": shown(file.name), "error": in_a_line(error)})
     if pixels:
         probabilities = iter(model.probabilities(np.stack(pixels)))
         for row in rows:
@@ -156,10 +156,6 @@ def warn_of_chance(network: str) -> str | None:
                 f"test images, and a guess on {1 / CIFAR100.num_classes:.0%}. Its answers mean nothing."
             )
     return None
-
-
-def reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
 
 
 def likeliest(probabilities: np.ndarray, class_names: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """What a request would train, on what and for how long, without starting anything."""
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from raycifar.cluster.connection import cluster_address
 from raycifar.data.tables import Splits
@@ -10,6 +9,7 @@ from raycifar.engine.order import steps_per_epoch
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
 from raycifar.storage.run_folder import RunFolder
+from raycifar.terminal import Screen
 from raycifar.words import count, duration
 from raycifar.workflows import study
 from raycifar.workflows.estimate import cpu_seconds, operations_of
@@ -17,17 +17,9 @@ from raycifar.workflows.identity import describe_recipe, earlier_result, identif
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.training import allocate_workers, read_inputs
 
-if TYPE_CHECKING:
-    from raycifar.terminal import Screen
 
-
-def preview(request: TrainingRequest, screen: "Screen", connection: ExitStack, *, debug: bool = False) -> None:
-    """Show recipe, data, split, workers and an estimate of the time; write nothing, and start no Ray.
-
-    Raises:
-        RequestError: the request is wrong.
-        WorkError: the cluster can't be reached.
-    """
+def preview(request: TrainingRequest, screen: Screen, connection: ExitStack, *, debug: bool = False) -> None:
+    """Show recipe, data, split, workers and an estimate of the time; write nothing, and start no Ray."""
     folder = RunFolder(request.storage, request.name)
     with screen.waiting(f"Reading {request.data}"):
         inputs = read_inputs(request)
@@ -46,14 +38,10 @@ def preview(request: TrainingRequest, screen: "Screen", connection: ExitStack, *
     screen.say("This run is finished: nothing would be trained." if finished else "Nothing was started.")
 
 
-def preview_comparison(request: ComparisonRequest, screen: "Screen") -> None:
-    """Show the trials of a comparison, and an estimate of their time; write nothing, and start no Ray.
-
-    Raises:
-        RequestError: the request is wrong.
-    """
+def preview_comparison(request: ComparisonRequest, screen: Screen) -> None:
+    """Show the trials of a comparison, and an estimate of their time; write nothing, and start no Ray."""
     folder, spaces = RunFolder(request.storage, request.name), study.build_spaces(request)
-    _, source, splits, starts = study.read_inputs(request, screen)
+    source, splits, starts = study.read_inputs(request, screen)
     study.agree(folder, request, spaces, source, starts)
     at_once = f"as many as fit, each with {count(request.workers, 'worker')}"
     facts = study.overview(request, source, splits, at_once, folder)
@@ -79,7 +67,7 @@ def estimate(device: str, recipe: Recipe, start: InitialWeights, splits: Splits)
 
 
 def in_words(seconds: float | None) -> str:
-    """Return an estimate with what it rests on: how far training is off that differs by network, so it has no range."""
+    """Return an estimate and what it rests on; it has no range, because its error differs by network."""
     if seconds is None:
         return "on a GPU: raycifar bench measures it"
     return f"about {duration(seconds)} on this machine's CPU, by the rate of its matrix products; no step was timed"

@@ -14,7 +14,6 @@ from raycifar.errors import DamagedFileError, RequestError, notice
 from raycifar.models import slug
 from raycifar.models.recipes import read_run
 from raycifar.redaction import shown
-from raycifar.storage.records import finite
 from raycifar.storage.run_folder import (
     COMPARISON,
     EXAMPLE_STATS,
@@ -31,12 +30,12 @@ from raycifar.storage.run_folder import (
     SUSPECTS,
     RunFolder,
 )
+from raycifar.terminal import Screen
 from raycifar.words import count
 from raycifar.workflows.duplicates import known_training_copies
 
 if TYPE_CHECKING:
     from raycifar.analysis.reports import RunFiles
-    from raycifar.terminal import Screen
 
 FRACTION = 0.01  # of a run's time that its reports may take
 FIRST_GUESS = 3.0  # seconds for a report, before the first is timed
@@ -45,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 def report(
-    folder: RunFolder, screen: "Screen", *, data: str | None = None, out: RunFolder | None = None, kind: str = "html"
+    folder: RunFolder, screen: Screen, *, data: str | None = None, out: RunFolder | None = None, kind: str = "html"
 ) -> dict[str, Any]:
     """Write the report of a run or a comparison, and return the content of `report.json`.
 
@@ -85,9 +84,7 @@ def overlay(folders: Sequence[RunFolder], out: RunFolder, kind: str = "html") ->
             raise RequestError(f"{folder.folder} holds no {RUN}: several folders must each be a run's.")
     files = [read_files(folder) for folder in folders]
     content = report_overlay(files)
-    if kind == "html":
-        out.write(REPORT_PAGE, comparison_page(content, files, None, {}, overlay=True).encode())
-    write_content(content, out, kind)
+    write_report(content, lambda: comparison_page(content, files, None, {}, overlay=True), out, kind)
     return content
 
 
@@ -124,7 +121,7 @@ def is_source_of(source: Source, run: dict[str, Any] | None) -> bool:
 
 
 def read_files(folder: RunFolder) -> "RunFiles":
-    """Return the files of a run that its report is based on; what is damaged or missing is told, and left out.
+    """Return the files of a run that its report is based on; what is damaged or missing is noted and left out.
 
     Raises:
         DamagedFileError: `run.json` is damaged, without which nothing can be said.
@@ -147,8 +144,7 @@ def read_files(folder: RunFolder) -> "RunFiles":
         f"{folder.folder}/{file} is missing." for file in folder.lost(METRICS, RESULT, PREDICTIONS, EXAMPLE_STATS)
     ]
     if result and result["status"] == "finished" and len(records) < result.get("epochs", 0):
-        there, verb = len(records) or "None", "is" if len(records) < 2 else "are"
-        notes.append(f"{there} of {count(result['epochs'], 'epoch')} {verb} recorded.")
+        notes.append(f"Only {len(records)} of {count(result['epochs'], 'epoch')} recorded.")
     history = RunHistory(run, records, result)
     copies = known_training_copies(run["data"])
     return RunFiles(folder.name, history, predictions, example_stats, pictures, shown(folder.storage), notes, copies)
@@ -161,18 +157,6 @@ def unless_damaged(read: Callable[[], Any], notes: list[str]) -> Any:
     except DamagedFileError as error:
         notes.append(f"{error} It is left out.")
         return None
-
-
-def read_report(folder: RunFolder) -> dict[str, Any]:
-    """Return a run's current report."""
-    from raycifar.analysis.reports import report_run
-
-    return finite(report_run(read_files(folder)))
-
-
-def read_comparison_report(folder: RunFolder) -> dict[str, Any]:
-    """Return a comparison's current report."""
-    return finite(compile_comparison(folder)[0])
 
 
 def write_run(
@@ -192,21 +176,17 @@ def write_run(
         if out is None or out == folder:
             write_pictures(folder, files.pictures)
     out, content = out or folder, report_run(files)
-    if kind == "html":
-        out.write(REPORT_PAGE, run_page(files, content).encode())
-        if files.suspects:
-            out.write(SUSPECTS, files.suspects.to_csv().encode())
-    write_content(content, out, kind)
+    write_report(content, lambda: run_page(files, content), out, kind)
+    if kind == "html" and files.suspects:
+        out.write(SUSPECTS, files.suspects.to_csv().encode())
     return content
 
 
-def keep_pictures(folder: RunFolder, source: Source) -> dict[str, Any]:
-    """Keep the images that a later report shows, and return the current report."""
-    from raycifar.analysis.reports import choose_pictures, report_run
+def keep_pictures(folder: RunFolder, source: Source) -> None:
+    """Keep the images that a later report shows."""
+    from raycifar.analysis.reports import choose_pictures
 
-    files = read_files(folder)
-    write_pictures(folder, choose_pictures(files, source))
-    return report_run(files)
+    write_pictures(folder, choose_pictures(read_files(folder), source))
 
 
 def write_pictures(folder: RunFolder, pictures: Any) -> None:
@@ -219,17 +199,18 @@ def write_comparison(folder: RunFolder, out: RunFolder | None = None, kind: str 
     """Write the report of a comparison, finished or not, and return the content of `report.json`."""
     from raycifar.analysis.reports import comparison_page
 
-    out = out or folder
-    content, files, comparison = compile_comparison(folder)
-    if kind == "html":
+    content, files, comparison = read_comparison(folder)
+
+    def page() -> str:
         links = {run.name: f"{run.name}/{REPORT_PAGE}" for run in folder.runs() if run.exists(REPORT_PAGE)}
-        out.write(REPORT_PAGE, comparison_page(content, files, comparison, links).encode())
-    write_content(content, out, kind)
+        return comparison_page(content, files, comparison, links)
+
+    write_report(content, page, out or folder, kind)
     return content
 
 
-def compile_comparison(folder: RunFolder) -> tuple[dict[str, Any], list["RunFiles"], dict[str, Any] | None]:
-    """Return a comparison's report, the files of its runs, and its result; what is damaged is told, and left out."""
+def read_comparison(folder: RunFolder) -> tuple[dict[str, Any], list["RunFiles"], dict[str, Any] | None]:
+    """Return a comparison's report, the files of its runs, and its result; what is damaged is noted and left out."""
     from raycifar.analysis.reports import report_comparison
 
     notes: list[str] = []
@@ -244,9 +225,12 @@ def compile_comparison(folder: RunFolder) -> tuple[dict[str, Any], list["RunFile
     return report_comparison(folder.name, files, comparison, folder.storage, notes), files, comparison
 
 
-def write_content(content: dict[str, Any], out: RunFolder, kind: str) -> None:
+def write_report(content: dict[str, Any], page: Callable[[], str], out: RunFolder, kind: str) -> None:
+    """Write a report as one kind; html stands for its page and report.json."""
     from raycifar.analysis.reports import to_markdown
 
+    if kind == "html":
+        out.write(REPORT_PAGE, page().encode())
     if kind == "md":
         out.write(REPORT_TEXT, to_markdown(content).encode())
     else:
@@ -289,7 +273,7 @@ def is_search_trial(run: RunFolder) -> bool:
 
 
 class Refresher:
-    """Writes the report of running work, so often that it takes at most 1 % of the time."""
+    """Writes the report of running work so rarely that it takes at most 1 % of the time."""
 
     def __init__(self, write: Callable[[], Any]) -> None:
         self.write, self.took, self.last = write, FIRST_GUESS, time.monotonic()
@@ -303,8 +287,8 @@ class Refresher:
         self.took = self.last - started
 
 
-def explain(write: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the report that `write` returns; a failure is logged, and doesn't fail the run."""
+def explain(write: Callable[[], Any]) -> Any:
+    """Return the report that `write` returns, if any; a failure is logged, and doesn't fail the run."""
     try:
         return write()
     except Exception as error:
@@ -312,7 +296,7 @@ def explain(write: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"headline": f"the report failed ({type(error).__name__}: {error})"}
 
 
-def show_report(write: Callable[[], dict[str, Any]], screen: "Screen") -> None:
+def show_report(write: Callable[[], dict[str, Any]], screen: Screen) -> None:
     """Write a report, and say what it shows."""
     with screen.waiting("Drawing the report"):
         headline = explain(write)["headline"]

@@ -1,7 +1,6 @@
 """What can be asked for: each option once, with its default and its help, for the commands and the Python API alike."""
 
 import difflib
-import math
 import os
 import re
 import types
@@ -12,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 
 from raycifar import models
 from raycifar.errors import RequestError
-from raycifar.models.recipe import LARGEST, Recipe
+from raycifar.models.recipe import LARGEST, Recipe, check_type
 from raycifar.models.recipes import choose_recipe, recipe_fields, recipe_for, recipe_from_json
 from raycifar.storage.locations import check_location
 from raycifar.workflows.tracking import check_tracker
@@ -53,7 +52,7 @@ class WorkerSettings:
     """What each worker computes on."""
 
     device: Device = setting("auto", "GPUs where there are any, or one kind alone; mps is Apple's, for --workers 0.")
-    cpus_per_worker: float | None = setting(None, "CPUs, so threads.  [fair share]")
+    cpus_per_worker: float | None = setting(None, "CPUs, and so threads, of each.  [fair share]")
     gpus_per_worker: float = setting(1.0, "A share of a GPU, above 0, at most 1.")
     accelerator: str | None = setting(None, "The kind of GPU, such as H100.  [any]")
 
@@ -77,14 +76,10 @@ class WorkerSettings:
         return self.device, self.cpus_per_worker, self.gpus_per_worker, self.accelerator
 
     def check_no_gpu_is_chosen(self, where: str) -> None:
-        for chosen, option in (
-            (self.gpus_per_worker != 1, f"--gpus-per-worker {self.gpus_per_worker:g}"),
-            (self.accelerator, f"--accelerator {self.accelerator}"),
-        ):
-            if chosen:
-                raise RequestError(
-                    f"{option} is for workers on GPUs, which {where} has none of: leave one of them out."
-                )
+        share, kind = self.gpus_per_worker, self.accelerator
+        if share != 1 or kind:
+            option = f"--gpus-per-worker {share:g}" if share != 1 else f"--accelerator {kind}"
+            raise RequestError(f"{option} is for workers on GPUs, which {where} has none of: leave one of them out.")
 
     def check_workers(self, workers: WorkerCount) -> None:
         """Check that so many workers can have what is asked for; 0 is this process."""
@@ -105,15 +100,15 @@ class WorkerSettings:
 class Settings(WorkerSettings):
     """What training one model and comparing several have in common."""
 
-    seed: int = setting(0, "Of the split, the first weights and every epoch.", least=0, most=MAX_SEED)
+    seed: int = setting(0, "Seed of the split, the first weights and every epoch.", least=0, most=MAX_SEED)
     data: str = setting("cifar100", "cifar100, synthetic, path, URI.", env="RAYCIFAR_DATA")
     val_size: int = setting(5000, "Training images held out, as many of each class.", least=0)
     limit: int | None = setting(None, "Use only so many training images, as many of each class.", least=1)
     storage: str = setting("results", "Where runs are kept: a folder or a URI.", env="RAYCIFAR_STORAGE")
-    max_failures: int = setting(3, "Restarts after a worker died.", least=0)
-    wait: float = setting(1800, "Seconds for nodes to come or to be free.", least=0)
+    max_failures: int = setting(3, "Restarts after workers die.", least=0)
+    wait: float = setting(1800, "Seconds to wait for nodes to start or to be free.", least=0)
     report: bool = setting(True, "Draw and explain the curves, also while it runs.")
-    track: str | None = setting(None, "Log runs there, too.  [none]", metavar="mlflow|wandb")
+    track: str | None = setting(None, "Log runs there as well.  [none]", metavar="mlflow|wandb")
     compile: bool = setting(False, "Compile the model with torch.compile.")
     record: bool = setting(True, "Follow each training image and the gradient's norm.")
 
@@ -138,7 +133,7 @@ class TrainingRequest(Settings):
     workers: WorkerCount = setting(
         None, "0: this process; 1:4 elastic.  [one for each GPU, else 1]", metavar="N|MIN:MAX"
     )
-    checkpoint_steps: int = setting(0, "0: at the end of each epoch alone.", least=0)
+    checkpoint_steps: int = setting(0, "Steps between checkpoints; 0: only after each epoch.", least=0)
     profile: bool = setting(False, "Trace some steps, and say what takes longest.")
     test: bool = True  # score the test set at the end
     search: bool = False  # a trial that looks for a recipe
@@ -172,7 +167,7 @@ class TrainingRequest(Settings):
 class ComparisonRequest(Settings):
     """Several models to be trained with several seeds, and compared.
 
-    recipes: of each model. fixed: fields of the recipe that a search leaves alone, for they were given.
+    recipes: of each model. fixed: fields of the recipe that a search leaves alone, because they are given.
 
     Raises:
         RequestError: a value makes no sense.
@@ -181,16 +176,16 @@ class ComparisonRequest(Settings):
     recipes: Mapping[str, Recipe]
     fixed: frozenset[str] = frozenset()
     _: KW_ONLY
-    seed: int = setting(0, "Of the first of --seeds.", least=0, most=MAX_SEED)
+    seed: int = setting(0, "The first of --seeds.", least=0, most=MAX_SEED)
     seeds: int = setting(3, "Runs of each model, with seeds from --seed on.", least=1, most=MAX_TRIALS)
     search: int = setting(0, "Trials that look for each model's best recipe.", least=0, most=MAX_TRIALS)
     space: str | None = setting(None, "TOML file of what a search varies.  [rate, decay, batch, smoothing, augment]")
     price_per_hour: float | None = setting(None, "Of one device: shows what training cost.", least=0)
     without_near_duplicates: bool = setting(False, "Score only test images whose photograph no run has trained on.")
     name: str = setting("", "The comparison's name; the same name continues it.  [compare and time]")
-    workers: int = setting(1, "Of each trial.", least=1, most=MAX_WORKERS)
+    workers: int = setting(1, "Workers of each trial.", least=1, most=MAX_WORKERS)
     max_trials: int | None = setting(None, "Trials at once.  [as many as the cluster holds]", least=1)
-    checkpoint_steps: int = setting(200, "0: at the end of each epoch alone.", least=0)
+    checkpoint_steps: int = setting(200, "Steps between checkpoints; 0: only after each epoch.", least=0)
 
     def __post_init__(self) -> None:
         self.settle(name=self.name or f"compare-{datetime.now():%Y%m%d-%H%M%S-%f}")
@@ -211,8 +206,7 @@ class ComparisonRequest(Settings):
         if len(set(names)) < len(names):
             raise RequestError(f"--models {','.join(names)} names a model twice: --seeds takes several runs of it.")
         settings, recipe = sort_options(cls, options)
-        fixed = frozenset(name for name, value in recipe.items() if value is not None)
-        return cls({name: choose_recipe(name, **recipe) for name in names}, fixed, **settings)
+        return cls({name: choose_recipe(name, **recipe) for name in names}, frozenset(recipe), **settings)
 
     def training(self, model: str) -> TrainingRequest:
         """Return the request that this is for one of the models."""
@@ -242,55 +236,35 @@ def sort_options(kind: type[Settings], options: Mapping[str, Any]) -> tuple[dict
             near = "".join(f": is it {match!r}?" for match in difflib.get_close_matches(name, settings | recipe, 1))
             raise RequestError(f"there is no option {name!r}{near or '.'}")
     return (
-        {name: path_to_text(value) for name, value in options.items() if name in settings},
+        {
+            name: os.fspath(value) if isinstance(value, os.PathLike) else value
+            for name, value in options.items()
+            if name in settings
+        },
         {name: value for name, value in options.items() if name in recipe and value is not None},
     )
 
 
-def path_to_text(value: Any) -> Any:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
 def check_value(name: str, kind: Any, value: Any, least: float | None = None, most: float = LARGEST) -> None:
-    """Check the value of an option.
-
-    Raises:
-        RequestError: it is of another kind, empty, not finite, too small or too large.
-    """
+    """Raise RequestError if the value of an option is of another kind, empty, not finite, too small or too large."""
     if kind == WorkerCount:
         return
-    choices = get_args(kind)
     if isinstance(kind, types.UnionType):
         if value is None:
             return
-        kind, choices = choices[0], ()
-    if choices:
-        if value not in choices:
-            raise RequestError(f"{name} is {value!r}: choose from {', '.join(choices)}.")
-        return
-    kinds = (int, float) if kind is float else kind
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-        raise RequestError(f"{name} is {value!r}: {KINDS[kind]} is needed.")
+        kind = get_args(kind)[0]
+    try:
+        check_type(name, value, kind, get_args(kind), most)
+    except ValueError as error:
+        raise RequestError(f"{error}.") from error
     if kind is str and not value and name != "name":  # an empty name is the default one
         raise RequestError(f"{name} is empty: give a value, or leave it out.")
-    if kind in (int, float):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RequestError(f"{name} is {value}: a finite number is needed.")
-        if least is not None and value < least:
-            raise RequestError(f"{name} is {value}: it must be at least {least:g}.")
-        if value > most:
-            raise RequestError(f"{name} is {value}: it must be at most {most:,}.")
-
-
-KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    if least is not None and value < least:
+        raise RequestError(f"{name} is {value}: it must be at least {least:g}.")
 
 
 def parse_workers(value: Any) -> WorkerCount:
-    """Return a number of workers, or from how many to how many, from `4`, `"4"`, `"1:4"` or `(1, 4)`.
-
-    Raises:
-        RequestError: it is none of these.
-    """
+    """Return a number of workers, or the least and the most, of `4`, `"4"`, `"1:4"` or `(1, 4)`."""
     if value is None:
         return None
     least, colon, most = (":".join(map(str, value)) if isinstance(value, tuple) else str(value)).partition(":")

@@ -6,6 +6,7 @@ trials, so a killed search continues as if it hadn't been interrupted.
 
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ class PastTrial:
 
 
 def default_space(recipe: Recipe) -> Space:
-    """Return the default search space around a model's recipe."""
     return {
         "lr": FloatDistribution(recipe.lr / 8, recipe.lr * 8, log=True),
         "weight_decay": FloatDistribution(1e-5, max(5e-3, recipe.weight_decay), log=True),
@@ -107,16 +107,13 @@ def suggest(space: Space, base: Recipe, earlier: Sequence[PastTrial], seed: int)
     )
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for trial in earlier:
-        if frozen := to_optuna(space, trial):
-            study.add_trial(frozen)
+        with suppress(ValueError):  # outside of the space, as the model's default recipe may be
+            study.add_trial(to_optuna(space, trial))
     return replace(base, **study.ask(space).params)
 
 
-def to_optuna(space: Space, trial: PastTrial) -> optuna.trial.FrozenTrial | None:
-    """Return a trial in Optuna's form, or None if it lies outside the space, as the model's default recipe may."""
-    params = {name: getattr(trial.recipe, name) for name in space}
-    if not all(contains(space[name], value) for name, value in params.items()):
-        return None
+def to_optuna(space: Space, trial: PastTrial) -> optuna.trial.FrozenTrial:
+    """Return a trial in Optuna's form, or raise ValueError if it lies outside of the space."""
     state = {
         "finished": optuna.trial.TrialState.COMPLETE,
         "stopped": optuna.trial.TrialState.PRUNED,
@@ -124,19 +121,12 @@ def to_optuna(space: Space, trial: PastTrial) -> optuna.trial.FrozenTrial | None
         "failed": optuna.trial.TrialState.FAIL,
     }[trial.status]
     return optuna.trial.create_trial(
-        params=params,
+        params={name: getattr(trial.recipe, name) for name in space},
         distributions=space,
         state=state,
         value=trial.history[-1] if trial.status == "finished" else None,
         intermediate_values=dict(enumerate(trial.history, start=1)),
     )
-
-
-def contains(distribution: BaseDistribution, value: Any) -> bool:
-    if isinstance(distribution, CategoricalDistribution):
-        return value in distribution.choices
-    assert isinstance(distribution, FloatDistribution | IntDistribution)
-    return distribution.low <= value <= distribution.high
 
 
 def space_to_json(space: Space) -> dict[str, Any]:

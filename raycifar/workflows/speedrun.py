@@ -3,24 +3,22 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
 from raycifar.errors import RequestError
 from raycifar.machine import available_cpus
 from raycifar.storage.run_folder import SPEEDRUN, RunFolder
+from raycifar.terminal import Screen
 from raycifar.workflows.requests import TrainingRequest
 from raycifar.workflows.training import read_inputs
-
-if TYPE_CHECKING:
-    from raycifar.terminal import Screen
 
 MEANS = ("top1", "top1_flip", "seconds", "whole_seconds")
 
 
 def speedrun(
-    request: TrainingRequest, screen: "Screen", show: Callable[[dict[str, Any]], None], *, runs: int, out: str
+    request: TrainingRequest, screen: Screen, show: Callable[[dict[str, Any]], None], *, runs: int, out: str
 ) -> None:
     """Train with `runs` seeds, one after the other; write `speedrun.json`, and show it.
 

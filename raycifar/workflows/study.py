@@ -22,6 +22,7 @@ from raycifar.analysis.comparison import (
     not_comparable,
     whether_the_order_changes,
 )
+from raycifar.analysis.history import RunHistory
 from raycifar.data.tables import Source, Splits, from_lists
 from raycifar.errors import RequestError, WorkError
 from raycifar.models import Architecture
@@ -42,6 +43,7 @@ from raycifar.storage.run_folder import (
     RunFolder,
 )
 from raycifar.storage.spreadsheets import to_csv
+from raycifar.terminal import Screen
 from raycifar.words import count
 from raycifar.workflows.background import alongside
 from raycifar.workflows.datasets import warn_of_leaks
@@ -49,13 +51,12 @@ from raycifar.workflows.duplicates import find_duplicates
 from raycifar.workflows.estimate import operations_of, warn_of_hours
 from raycifar.workflows.identity import writing_first_file
 from raycifar.workflows.reporting import Refresher, explain, keep_pictures, show_report, write_comparison, write_run
-from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
+from raycifar.workflows.requests import ComparisonRequest
 from raycifar.workflows.tracking import Tracking
 from raycifar.workflows.training import STOP_SECONDS, and_weights, read_images
 
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
-    from raycifar.terminal import Screen
     from raycifar.workflows.tuning import Study, StudySearcher
 
 Show = Callable[[dict[str, Any]], None]
@@ -67,16 +68,14 @@ SCORES = ("top1", "top5", "loss")
 class PreparedComparison:
     """A comparison that is ready to start."""
 
-    request: ComparisonRequest
-    folder: RunFolder
-    source: Source
     study: "Study"
+    source: Source
     searcher: "StudySearcher"
     workers: "Workers"  # of each trial
 
 
 def train_and_compare(
-    request: ComparisonRequest, screen: "Screen", connection: ExitStack, show: Show, *, debug: bool = False
+    request: ComparisonRequest, screen: Screen, connection: ExitStack, show: Show, *, debug: bool = False
 ) -> None:
     """Train each model with each seed, compare them, and write the report.
 
@@ -98,7 +97,7 @@ def train_and_compare(
 
 
 def prepare(
-    request: ComparisonRequest, screen: "Screen", connection: ExitStack, lock: ExitStack, *, debug: bool = False
+    request: ComparisonRequest, screen: Screen, connection: ExitStack, lock: ExitStack, *, debug: bool = False
 ) -> PreparedComparison:
     """Load the trials' inputs, lock the folder, connect to Ray, choose the workers, and write `study.json`.
 
@@ -111,7 +110,7 @@ def prepare(
     """
     recipes, folder = request.recipes, RunFolder(request.storage, request.name)
     spaces = build_spaces(request)
-    first, source, splits, starts = read_inputs(request, screen)
+    source, splits, starts = read_inputs(request, screen)
     warn_of_leaks(source, screen)
     if request.without_near_duplicates:
         find_duplicates(source, screen)  # for the trials, which take them from the cache
@@ -123,7 +122,7 @@ def prepare(
         from raycifar.cluster import sizing
         from raycifar.cluster.connection import connected
         from raycifar.cluster.nodes import check_nodes
-        from raycifar.workflows.tuning import AshaByModel, Study, StudySearcher
+        from raycifar.workflows.tuning import Study, StudySearcher
 
         connection.enter_context(connected(debug=debug, name=request.name))
         trials = len(recipes) * (request.search + request.seeds)
@@ -147,39 +146,38 @@ def prepare(
     # The costliest models come first, so that short trials fill the cluster at the end.
     cost = {model: models.flops(start.architecture) for model, start in starts.items()}.__getitem__
     ordered = {model: recipes[model] for model in sorted(recipes, key=cost, reverse=True)}
-    seeds = list(range(request.seed, request.seed + request.seeds))
-    study = Study(first, folder, ordered, starts, seeds, request.search, spaces)
-    searcher = StudySearcher(study, most, AshaByModel({model: recipe.epochs for model, recipe in ordered.items()}))
-    return PreparedComparison(request, folder, source, study, searcher, workers)
+    study = Study(request, folder, ordered, starts, spaces)
+    return PreparedComparison(study, source, StudySearcher(study, most), workers)
 
 
-def run(prepared: PreparedComparison, screen: "Screen", tracking: Tracking) -> None:
+def run(prepared: PreparedComparison, screen: Screen, tracking: Tracking) -> None:
     """Run the remaining trials, and show and track their progress; the searcher then has their status.
 
     KeyboardInterrupt stops running trials, which leave checkpoints, and is raised again.
     """
     from raycifar.workflows.tuning import orchestrate
 
-    searcher, folder = prepared.searcher, prepared.folder
-    order = list(prepared.request.recipes)
+    study, searcher = prepared.study, prepared.searcher
+    request, folder = study.comparison, study.folder
+    order = list(request.recipes)
     if done := sum(trial.over for trial in searcher.trials):
-        screen.say(f"{done} trials are over already, and not run again.")
+        screen.say(f"Already over, and not run again: {count(done, 'trial')}.")
 
     def stop(thread: Thread) -> None:
         searcher.stop()
         thread.join(STOP_SECONDS)
 
-    redraw = Refresher(lambda: write_comparison(folder)) if prepared.request.report else lambda: None
+    redraw = Refresher(lambda: write_comparison(folder)) if request.report else lambda: None
 
     def refresh() -> None:
-        for trial in searcher.trials if prepared.request.track else ():
+        for trial in searcher.trials if request.track else ():
             if history := trial.status_store.history():
-                tracking.log(prepared.study.run(trial), history, folder)
+                tracking.log(study.run(trial), history, folder)
         redraw()
 
     tracking.log(folder)
     alongside(
-        lambda: orchestrate(prepared.study, searcher, prepared.source, prepared.workers),
+        lambda: orchestrate(study, searcher, prepared.source, prepared.workers),
         lambda running: screen.follow_trials(
             lambda: sorted(searcher.trials, key=lambda trial: order.index(trial.model)),
             running,
@@ -190,15 +188,16 @@ def run(prepared: PreparedComparison, screen: "Screen", tracking: Tracking) -> N
     )
 
 
-def finish(prepared: PreparedComparison, screen: "Screen", show: Show) -> None:
+def finish(prepared: PreparedComparison, screen: Screen, show: Show) -> None:
     """Compare the finished runs, write and show the comparison, and write the reports.
 
     Raises:
         WorkError: trials failed; the message lists them with their reasons.
     """
-    request, searcher, folder = prepared.request, prepared.searcher, prepared.folder
+    study, searcher = prepared.study, prepared.searcher
+    request, folder = study.comparison, study.folder
     finals = [trial for trials in searcher.finals.values() for trial in trials]
-    finished = [read_finished(prepared.study.run(trial).folder) for trial in finals if trial.status == "finished"]
+    finished = [read_finished(study.run(trial).folder) for trial in finals if trial.status == "finished"]
     order = list(request.recipes)
     finished.sort(key=lambda run: (order.index(run.run["model"]), run.run["seed"]))
     draw, doing = (write_run, "Drawing the reports") if request.report else (keep_pictures, "Keeping the pictures")
@@ -223,17 +222,14 @@ def finish(prepared: PreparedComparison, screen: "Screen", show: Show) -> None:
 # Preparation ----------------------------------------------------------------------------------------
 
 
-def read_inputs(
-    request: ComparisonRequest, screen: "Screen"
-) -> tuple[TrainingRequest, Source, Splits, dict[str, InitialWeights]]:
-    """Return the request for a trial of the first model, the images, the splits, and each model's first weights."""
+def read_inputs(request: ComparisonRequest, screen: Screen) -> tuple[Source, Splits, dict[str, InitialWeights]]:
+    """Return the images, the splits, and each model's first weights."""
     recipes = request.recipes
     with screen.waiting(f"Reading {request.data}{and_weights(recipes.values())}"):
-        first = request.training(next(iter(recipes)))
-        source, splits = read_images(first)
+        source, splits = read_images(request.training(next(iter(recipes))))
         starts = {model: load_initial_weights(model, recipe, source) for model, recipe in recipes.items()}
     screen.lines(note for start in starts.values() for note in start.notes)
-    return first, source, splits, starts
+    return source, splits, starts
 
 
 def overview(
@@ -255,14 +251,10 @@ def build_spaces(request: ComparisonRequest) -> dict[str, Any]:
         return {}
     from raycifar.workflows.search_space import default_space, read_space
 
-    spaces = {
-        model: read_space(request.space, model) if request.space else default_space(recipe)
-        for model, recipe in request.recipes.items()
-    }
-    spaces = {
-        model: {field: where for field, where in space.items() if field not in request.fixed}
-        for model, space in spaces.items()
-    }
+    spaces = {}
+    for model, recipe in request.recipes.items():
+        space = read_space(request.space, model) if request.space else default_space(recipe)
+        spaces[model] = {field: where for field, where in space.items() if field not in request.fixed}
     if not all(spaces.values()):
         raise RequestError("--search has nothing to vary: every field of its space is given as an option.")
     return spaces
@@ -294,37 +286,30 @@ def agree(
             now[f"{model} space"] = space_to_json(spaces[model])
     earlier = folder.read_json(STUDY) or {}
     for key in now.keys() & earlier.keys():
-        if earlier[key] != now[key]:
-            there, here = (
-                recipe_from_json(key, value[key]) if key in request.recipes and isinstance(value[key], dict) else None
-                for value in (earlier, now)
-            )
-            if there and there == here:  # an earlier version has other fields
-                continue
-            what = (
-                f"{key} {describe_changes(there, here)} there, {describe_changes(here, there)} here"
-                if there and here
-                else f"{key} {earlier[key]} there, {now[key]} here"
-            )
+        there, here = earlier[key], now[key]
+        is_recipe = key in request.recipes and isinstance(there, dict)
+        if is_recipe:  # one of an earlier version has other fields
+            there, here = recipe_from_json(key, there), recipe_from_json(key, here)
+        if there != here:
+            says = (describe_changes(there, here), describe_changes(here, there)) if is_recipe else (there, here)
+            what = f"{key} {says[0]} there, {says[1]} here"
             raise RequestError(f"{folder.folder} is another comparison: {what}. Give another --name, or its options.")
     return {**earlier, **now}
 
 
 def describe_search(searcher: "StudySearcher", model: str) -> dict[str, Any]:
     """Return the trials of the search for a model's recipe, and its result."""
-    trials = []
     base = searcher.study.recipes[model]
-    for trial in searcher.searches[model]:
-        top1 = searcher.val_top1(trial)
-        trials.append(
-            {
-                "run": trial.name,
-                "status": trial.status,
-                "changes": changes(trial.recipe, base),
-                "epochs": len(top1),
-                "val_top1": top1[-1] if top1 else None,
-            }
-        )
+    trials = [
+        {
+            "run": trial.name,
+            "status": trial.status,
+            "changes": changes(trial.recipe, base),
+            "epochs": len(top1 := searcher.val_top1(trial)),
+            "val_top1": top1[-1] if top1 else None,
+        }
+        for trial in searcher.searches[model]
+    ]
     best, recipe = searcher.best(model), trials[0]["val_top1"]
     if best is None:
         sentence = f"The search for {model} failed in every trial; its recipe was kept."
@@ -346,7 +331,7 @@ def describe_search(searcher: "StudySearcher", model: str) -> dict[str, Any]:
 # The result -----------------------------------------------------------------------------------------
 
 
-def compare_runs(locations: Iterable[str], request: ComparisonRequest, screen: "Screen", show: Show) -> None:
+def compare_runs(locations: Iterable[str], request: ComparisonRequest, screen: Screen, show: Show) -> None:
     """Compare finished runs, given by paths or URIs; write and show the comparison, and write its report.
 
     Raises:
@@ -376,24 +361,22 @@ def read_finished(path: str) -> Finished:
     if predictions is None or "test" not in result:
         raise RequestError(f"{path} can't be compared: it has no {PREDICTIONS}; train it with the test set.")
     history = run.history()
-    facts = {
-        f"no architecture in its {RUN}": "architecture" not in about,
-        f"no parameters in its {RUN}": "parameters" not in about,
-        f"no images_per_second in its {RESULT}": "images_per_second" not in result,
-        f"no loss in its {RESULT}": result["test"]["loss"] is None,
-        f"{len(history)} epochs in its {METRICS}, not {result.get('epochs', 'any')}": not history
-        or len(history) != result.get("epochs", len(history)),
-        f"{len(predictions):,} images in its {PREDICTIONS}, not {about['data']['test']:,}": len(predictions)
-        != about["data"]["test"],
-    }
-    if wrong := [fact for fact, holds in facts.items() if holds]:
+    wrong = [f"no {name} in its {RUN}" for name in ("architecture", "parameters") if name not in about]
+    known = result | result["test"]
+    wrong += [f"no {name} in its {RESULT}" for name in ("images_per_second", "loss") if known.get(name) is None]
+    if not history or len(history) != result.get("epochs", len(history)):
+        wrong.append(f"{len(history)} epochs in its {METRICS}, not {result.get('epochs', 'any')}")
+    if len(predictions) != (images := about["data"]["test"]):
+        wrong.append(f"{len(predictions):,} images in its {PREDICTIONS}, not {images:,}")
+    if wrong:
         raise RequestError(f"{path} can't be compared: it has {' and '.join(wrong)}.")
     labels = predictions["label"].to_numpy()
     correct = from_lists(predictions["top5"]) == labels[:, None]
     likelihood = np.take_along_axis(from_lists(predictions["probabilities"]), labels[:, None], 1)[:, 0]
     loss = -np.log(likelihood.clip(np.finfo(np.float32).tiny))
     copies = predictions["near_duplicate"].to_numpy() > 0 if "near_duplicate" in predictions.column_names else None
-    return Finished(run.name, run.folder, about, history, result, correct[:, 0], correct.any(1), loss, copies)
+    whole = RunHistory(about, history, result)
+    return Finished(run.name, run.folder, whole, correct[:, 0], correct.any(1), loss, copies)
 
 
 def keep_files(finished: Sequence[Finished], folder: RunFolder) -> list[Finished]:
@@ -446,7 +429,8 @@ def conclude(
         told = whether_the_order_changes(before, comparison["models"], images, new)
         comparison["without_near_duplicates"] = {"images": new, "sentence": told}
     folder.write_json(COMPARISON, comparison)
-    folder.write(COMPARISON_TABLE, to_table(comparison).encode())
+    rows = to_rows(comparison)
+    folder.write(COMPARISON_TABLE, to_csv([*rows[0]], (row.values() for row in rows)).encode())
     folder.seal(STUDY, COMPARISON)
     return comparison
 
@@ -464,7 +448,6 @@ def read_architecture(run: Finished) -> Architecture:
 
 
 def sentences(comparison: Mapping[str, Any]) -> list[str]:
-    """Return a comparison's conclusions in words."""
     lines = []
     if any(model["top1"]["n"] == 1 for model in comparison["models"].values()):
         lines.append("An interval needs several seeds.")
@@ -484,9 +467,3 @@ def to_rows(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
         keys = ("parameters", "flops", "images_per_second", "device_seconds", "cost", "at_equal_time")
         rows.append(row | {key: model[key] for key in keys})
     return rows
-
-
-def to_table(comparison: Mapping[str, Any]) -> str:
-    """Return `comparison.csv`."""
-    rows = to_rows(comparison)
-    return to_csv([*rows[0]], (row.values() for row in rows))

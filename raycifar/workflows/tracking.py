@@ -116,11 +116,7 @@ TRACKERS: dict[str, Callable[[], Tracker]] = {"mlflow": MLflow, "wandb": Weights
 
 
 def check_tracker(track: str | None) -> None:
-    """Refuse a tracker that isn't known, or whose package is missing.
-
-    Raises:
-        RequestError: it is.
-    """
+    """Raise RequestError if a tracker isn't known, or its package is missing."""
     if track and track not in TRACKERS:
         raise RequestError(f"--track {track}: choose from {', '.join(TRACKERS)}.")
     if track and not find_spec(track):
@@ -129,23 +125,10 @@ def check_tracker(track: str | None) -> None:
 
 @dataclass
 class Tracked:
-    """A run that is being tracked."""
-
     folder: RunFolder
     tracker: Tracker
     identity: str
     epoch: int  # the last one that is logged
-    key: str
-
-    def log(self, history: Sequence[EpochRecord]) -> None:
-        for record in history[self.epoch :]:
-            self.tracker.epoch(record)
-            self.epoch = record.epoch
-            self.remember()
-
-    def remember(self) -> None:
-        known = self.folder.read_json(TRACKING) or {}
-        self.folder.write_json(TRACKING, {**known, self.key: {"id": self.identity, "epoch": self.epoch}})
 
 
 @dataclass
@@ -185,19 +168,26 @@ class Tracking:
             self.say(f"{self.track} takes longer than {FINISH_SECONDS} s: what is left is not logged there.")
 
     def _log(self, folder: RunFolder, history: Sequence[EpochRecord], parent: RunFolder | None) -> None:
-        if folder.name not in self.runs:
-            self._start(folder, parent)
-        self.runs[folder.name].log(history)
+        run = self.runs.get(folder.name) or self._start(folder, parent)
+        for record in history[run.epoch :]:
+            run.tracker.epoch(record)
+            run.epoch = record.epoch
+            self._remember(run)
 
-    def _start(self, folder: RunFolder, parent: RunFolder | None) -> None:
+    def _start(self, folder: RunFolder, parent: RunFolder | None) -> Tracked:
         assert self.track
         known = (folder.read_json(TRACKING) or {}).get(self.track, {})
         above = self.runs[parent.name].identity if parent else None
         config = folder.read_json(RUN) or folder.read_json(STUDY) or {}
         tracker = TRACKERS[self.track]()
         identity = tracker.start(folder.name, flat(config), known.get("id"), above)
-        self.runs[folder.name] = Tracked(folder, tracker, identity, known.get("epoch", 0), self.track)
-        self.runs[folder.name].remember()
+        run = self.runs[folder.name] = Tracked(folder, tracker, identity, known.get("epoch", 0))
+        self._remember(run)
+        return run
+
+    def _remember(self, run: Tracked) -> None:
+        known = run.folder.read_json(TRACKING) or {}
+        run.folder.write_json(TRACKING, {**known, self.track: {"id": run.identity, "epoch": run.epoch}})
 
     def _finish(self) -> None:
         for run in reversed(self.runs.values()):

@@ -31,6 +31,7 @@ from raycifar.storage.run_folder import (
     RUN,
     RunFolder,
 )
+from raycifar.terminal import Screen
 from raycifar.words import count
 from raycifar.workflows.background import alongside
 from raycifar.workflows.datasets import warn_of_leaks
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
     from raycifar.cluster.stoppable import StoppableTrainer
     from raycifar.engine.trainer import Outcome
-    from raycifar.terminal import Screen
     from raycifar.workflows.ray_train import Work
 
 
@@ -65,7 +65,7 @@ class PreparedRun:
     debug: bool = False  # show Ray's log
 
 
-def train(request: TrainingRequest, screen: "Screen", connection: ExitStack, *, debug: bool = False) -> dict[str, Any]:
+def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, debug: bool = False) -> dict[str, Any]:
     """Train, score and save a run; if the run of that name is finished, only print its result.
 
     Args:
@@ -104,7 +104,7 @@ def train(request: TrainingRequest, screen: "Screen", connection: ExitStack, *, 
 
 def prepare(
     request: TrainingRequest,
-    screen: "Screen",
+    screen: Screen,
     connection: ExitStack | None = None,
     *,
     lock: ExitStack | None = None,
@@ -291,7 +291,7 @@ def fit_trainer(
 # Progress and results -------------------------------------------------------------------------------
 
 
-def following(run: PreparedRun, screen: "Screen", tracking: Tracking) -> Callable[[Callable[[], bool]], None]:
+def following(run: PreparedRun, screen: Screen, tracking: Tracking) -> Callable[[Callable[[], bool]], None]:
     """Return a function that shows and tracks progress, and updates the report from time to time, until the end."""
     from raycifar.cluster.waiting import Waiting
 
@@ -307,7 +307,6 @@ def following(run: PreparedRun, screen: "Screen", tracking: Tracking) -> Callabl
 
 
 def summary(run: PreparedRun, result: dict[str, Any]) -> list[str]:
-    """Return the lines to print for a finished run."""
     from raycifar.analysis.prose import without_near_duplicates
 
     lines = []
@@ -326,7 +325,7 @@ def summary(run: PreparedRun, result: dict[str, Any]) -> list[str]:
     return [*lines, f"Run folder: {run.folder.folder}"]
 
 
-def show_profile(run: PreparedRun, screen: "Screen") -> None:
+def show_profile(run: PreparedRun, screen: Screen) -> None:
     if not run.request.profile:
         return
     if (table := run.folder.read(f"{PROFILE}/worker0.txt")) is None:
@@ -338,8 +337,8 @@ def show_profile(run: PreparedRun, screen: "Screen") -> None:
     screen.lines(table.decode().splitlines())
 
 
-def report(run: PreparedRun, screen: "Screen") -> None:
-    """Write the report, or without one keep what a later one shows."""
+def report(run: PreparedRun, screen: Screen) -> None:
+    """Write the report, or keep what a later one shows."""
     if run.request.report:
         show_report(lambda: write_run(run.folder, run.inputs.source), screen)
     else:

@@ -1,13 +1,11 @@
 """A trial of a comparison, and its status."""
 
 import uuid
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Self
 
 from raycifar.cluster.status import StatusStore
 from raycifar.models.recipe import Recipe
-from raycifar.models.recipes import recipe_from_json
 from raycifar.redaction import shown
 
 
@@ -21,8 +19,6 @@ class TrialStatus(StrEnum):
 
 @dataclass
 class Trial:
-    """A model, seed and recipe to train."""
-
     name: str
     model: str
     seed: int
@@ -37,19 +33,7 @@ class Trial:
     def over(self) -> bool:
         return self.status not in (TrialStatus.WAITING, TrialStatus.RUNNING)
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, "Trial"]:
         """Return the configuration of Ray Tune's trial that runs this one."""
         recipe = replace(self.recipe, pretrained=shown(self.recipe.pretrained))  # Ray keeps it; the weights are read
-        return {"trial": asdict(replace(self, recipe=recipe))}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        values = config["trial"]
-        return cls(
-            **{
-                **values,
-                "recipe": recipe_from_json(values["model"], values["recipe"]),
-                "status": TrialStatus(values["status"]),
-                "status_store": StatusStore(**values["status_store"]),
-            }
-        )
+        return {"trial": replace(self, recipe=recipe)}

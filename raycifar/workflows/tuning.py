@@ -29,7 +29,7 @@ from raycifar.storage.files import ask
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.identity import Inputs
-from raycifar.workflows.requests import TrainingRequest
+from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.search_space import PastTrial, Space, suggest
 from raycifar.workflows.training import finish, fit, prepare, split_images
 from raycifar.workflows.trial import Trial, TrialStatus
@@ -43,14 +43,12 @@ DRIVER = {HEAD: 0.001}
 
 @dataclass(frozen=True)
 class Study:
-    """What to compare. A trial's request is `base` with the trial's model, seed, recipe and name."""
+    """What to compare."""
 
-    base: TrainingRequest
+    comparison: ComparisonRequest
     folder: RunFolder
     recipes: Mapping[str, Recipe]  # by model, in the order of the trials
     starts: Mapping[str, InitialWeights]
-    seeds: Sequence[int]
-    searches: int  # search trials of each model
     spaces: Mapping[str, Space]
 
     def run(self, trial: Trial) -> RunFolder:
@@ -58,10 +56,9 @@ class Study:
 
     def request(self, trial: Trial) -> TrainingRequest:
         return replace(
-            self.base,
+            self.comparison.training(trial.model),
             storage=self.folder.folder,
             name=trial.name,
-            model=trial.model,
             seed=trial.seed,
             recipe=trial.recipe,
             test=not trial.search,
@@ -83,9 +80,10 @@ class StudySearcher(Searcher):
     one resumes with the recipe that it had.
     """
 
-    def __init__(self, study: Study, most_at_once: int, stopper: "AshaByModel") -> None:
+    def __init__(self, study: Study, most_at_once: int) -> None:
         super().__init__()
-        self.study, self.most_at_once, self.stopper = study, most_at_once, stopper
+        self.study, self.comparison, self.most_at_once = study, study.comparison, most_at_once
+        self.stopper = AshaByModel({model: recipe.epochs for model, recipe in study.recipes.items()})
         self.searches: dict[str, list[Trial]] = {model: [] for model in study.recipes}
         self.finals: dict[str, list[Trial]] = {}
         self.running: dict[str, Trial] = {}  # by the identifier of Ray Tune's trial
@@ -125,7 +123,7 @@ class StudySearcher(Searcher):
         to_come = [trial.recipe.epochs * epochs[trial.model] for trial in waiting]
         for model, recipe in self.study.recipes.items():
             planned = len(self.searches[model]) + len(self.finals.get(model, []))
-            to_come += [recipe.epochs * epochs[model]] * (self.study.searches + len(self.study.seeds) - planned)
+            to_come += [recipe.epochs * epochs[model]] * (self.comparison.search + self.comparison.seeds - planned)
         for seconds in to_come:
             heapq.heapreplace(slots, slots[0] + seconds)
         return max(slots)
@@ -184,19 +182,16 @@ class StudySearcher(Searcher):
         for model in self.study.recipes:
             while (known := self._restored(model)) is not None:
                 self.searches[model].append(known)
-            if model in self.finals or not self._searched(model):
+            trials = self.searches[model]
+            if model in self.finals or len(trials) < self.comparison.search or not all(trial.over for trial in trials):
                 continue
             best = self.best(model)
             recipe = best.recipe if best else self.study.recipes[model]
-            setting = describe_changes(recipe, self.study.recipes[model])
+            setting, first = describe_changes(recipe, self.study.recipes[model]), self.comparison.seed
             self.finals[model] = [
                 self._with_status(Trial(f"{slug(model)}-s{seed}", model, seed, recipe, search=False, setting=setting))
-                for seed in self.study.seeds
+                for seed in range(first, first + self.comparison.seeds)
             ]
-
-    def _searched(self, model: str) -> bool:
-        trials = self.searches[model]
-        return len(trials) == self.study.searches and all(trial.over for trial in trials)
 
     def best(self, model: str) -> Trial | None:
         """Return the search trial that ended with the highest validation top-1, the first of equals."""
@@ -204,14 +199,13 @@ class StudySearcher(Searcher):
         return max(finished, key=lambda trial: self.val_top1(trial)[-1], default=None)
 
     def val_top1(self, trial: Trial) -> list[float]:
-        """Return the validation top-1 after each epoch."""
         return [record.val_top1 or 0.0 for record in self.study.run(trial).history()]
 
     def _next_search(self) -> Trial | None:
         for model, trials in self.searches.items():
-            if len(trials) < self.study.searches:
+            if len(trials) < self.comparison.search:
                 past = [PastTrial(trial.recipe, trial.status, self.val_top1(trial)) for trial in trials]
-                recipe = suggest(self.study.spaces[model], self.study.recipes[model], past, self.study.seeds[0])
+                recipe = suggest(self.study.spaces[model], self.study.recipes[model], past, self.comparison.seed)
                 trials.append(self._search_trial(model, recipe))
                 return trials[-1]
         return None
@@ -219,11 +213,11 @@ class StudySearcher(Searcher):
     def _search_trial(self, model: str, recipe: Recipe) -> Trial:
         name = f"{slug(model)}-search-{len(self.searches[model]) + 1:02}"
         setting = describe_changes(recipe, self.study.recipes[model]) or "the recipe itself"
-        return Trial(name, model, self.study.seeds[0], recipe, search=True, setting=setting)
+        return Trial(name, model, self.comparison.seed, recipe, search=True, setting=setting)
 
     def _restored(self, model: str) -> Trial | None:
         """Return the model's next search trial if an earlier driver started it."""
-        if len(self.searches[model]) == self.study.searches:
+        if len(self.searches[model]) == self.comparison.search:
             return None
         run = self.study.run(self._search_trial(model, self.study.recipes[model])).read_json(RUN)
         if run is None:
@@ -273,13 +267,13 @@ class AshaByModel(FIFOScheduler):
                     stopper.on_trial_result(None, past, {"epoch": epoch, "val_top1": top1})
 
     def on_trial_add(self, tune_controller: Any, tune_trial: Any) -> None:
-        trial = Trial.from_config(tune_trial.config)
+        trial = tune_trial.config["trial"]
         if trial.search and (stopper := self.stoppers.get(trial.model)):
             stopper.on_trial_add(tune_controller, tune_trial)
 
     def on_trial_result(self, tune_controller: Any, tune_trial: Any, result: dict[str, Any]) -> str:
         if "val_top1" in result:
-            trial = Trial.from_config(tune_trial.config)
+            trial = tune_trial.config["trial"]
             decision = self.stoppers[trial.model].on_trial_result(tune_controller, tune_trial, result)
             trial.status_store.put_verdict(result["epoch"], stop=decision == TrialScheduler.STOP)
         return TrialScheduler.CONTINUE
@@ -294,7 +288,7 @@ def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: 
     tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([DRIVER])),
         tune_config=tune.TuneConfig(
-            search_alg=searcher, scheduler=searcher.stopper, num_samples=-1, trial_dirname_creator=directory
+            search_alg=searcher, scheduler=searcher.stopper, num_samples=-1, trial_dirname_creator=str
         ),
         run_config=tune.RunConfig(
             name=folder.name,
@@ -312,23 +306,19 @@ class FailedDrivers(ray_internals.progress_callback_class()):  # type: ignore[mi
     """Releases what a failed driver leaves, and records its retry; prints nothing, as Ray Tune by itself would."""
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        store = Trial.from_config(trial.config).status_store
+        store = trial.config["trial"].status_store
         release(store.key)
         store.add_failure(Failure(FailureCause.DRIVER, store.reason() or "it died"))
 
     def on_trial_complete(self, *args: Any, **kwargs: Any) -> None: ...
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        release(Trial.from_config(trial.config).status_store.key)
+        release(trial.config["trial"].status_store.key)
 
 
-def directory(tune_trial: Any) -> str:
-    return f"{Trial.from_config(tune_trial.config).name}-{tune_trial.trial_id}"
-
-
-def run_trial(config: dict[str, Any], study: Study, source: Source, workers: Workers) -> None:
+def run_trial(config: dict[str, Trial], study: Study, source: Source, workers: Workers) -> None:
     """Train a trial in a process started by Ray Tune; errors are for Ray Tune to retry."""
-    trial = Trial.from_config(config)
+    trial = config["trial"]
     request, run, store = study.request(trial), study.run(trial), trial.status_store
     try:
         inputs = Inputs(source, split_images(source, request), study.starts[trial.model])
