@@ -40,7 +40,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def resumable(name: str) -> Iterator[None]:
-    """Say how to continue work that is interrupted, also by whoever reads its output and stops reading."""
+    """Say how to continue after Ctrl-C, SIGTERM or a closed pipe."""
     how = f"To continue, give the same command with --name {name}"
     try:
         yield

@@ -22,11 +22,11 @@ from raycifar.workflows.requests import TrainingRequest
 def main(debug: bool, model: str | None, dry_run: bool, **options: Any) -> None:
     """Train one model, data-parallel, on Ray Train.
 
-    The options of the recipe change the model's own, which is shown at the start.
+    Recipe options override the model's own recipe. The result is printed at the start.
     """
     request, screen = TrainingRequest.of(model or model_of(options["recipe"]), **options), Screen()
     if dry_run:
-        from raycifar.workflows import preview  # and with it PyTorch, which training imports while it reads
+        from raycifar.workflows import preview  # imports PyTorch, which training imports while it reads the data
 
         preview.preview(request, screen, UNTIL_EXIT, debug=debug)
         return

@@ -159,8 +159,8 @@ def test_workers_that_share_a_gpu_say_once_that_their_steps_are_not_captured(mon
     finally:
         dist.destroy_process_group()
     (notice,) = reporter.status.notices
-    assert notice.startswith("Steps are not captured as CUDA graphs")
-    assert "over gloo, which is slow, and right." in notice
+    assert notice.startswith("Steps run without CUDA graphs")
+    assert "over gloo, which a graph can't capture." in notice
 
 
 @pytest.mark.parametrize("model", ["cnn", "speedrun"])

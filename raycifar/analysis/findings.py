@@ -39,7 +39,7 @@ BEYOND_DOUBT = 10.0  # standard errors of a gap next to which a noisy loss need 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a curve shows: `kind` is of the contract's list, `confidence` a probability, `epochs` where it is seen."""
+    """What a curve shows: `kind` is one of `docs/report.md`, `confidence` a probability, `epochs` where it is seen."""
 
     kind: str
     confidence: float

@@ -12,7 +12,7 @@ from torch import Tensor
 from raycifar.engine.torch_internals import waits_for_gpu
 
 WARM_UP = 3  # calls before a graph is captured: libraries are loaded in them, and algorithms chosen
-MEMORY = 1 / 3  # of the process's share of a GPU that a step may need, to be captured: it then needs as much again
+MEMORY = 1 / 3  # of the process's GPU memory: a captured step may need no more, since its graph needs as much again
 AHEAD = 3  # batches prepared before their step's turn, at most: each takes memory
 SIDE_STREAMS = 4  # that take turns
 WAITS = "something in it waits for the GPU"
@@ -78,7 +78,7 @@ class CudaGraphRunner:
         """Record what the function launches, without doing it; return that, where it reads, and what it writes."""
         own = [a.clone() if torch.is_tensor(a) else a for a in arguments]
         graph = torch.cuda.CUDAGraph()
-        # Other threads, which write checkpoints and watch over NCCL, may use the GPU meanwhile.
+        # Other threads, such as NCCL's watchdog and the writer of checkpoints, may use the GPU during capture.
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             output = self.function(*own)
         return graph, [a for a in own if torch.is_tensor(a)], output
@@ -137,7 +137,7 @@ class SideStream:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """Do what is inside beside what comes after it, until `join`; until then, hold on to the tensors it needs."""
+        """Run the block on the side stream, beside what follows, until `join`; keep its tensors alive until then."""
         if self.stream is None:
             yield
             return

@@ -18,8 +18,8 @@ from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
 from raycifar.engine.torch_internals import compiled
 
-UNCAPTURED = "Steps are not captured as CUDA graphs, and their kernels launched one by one"
-SHARED_GPU = "workers that may share a GPU exchange gradients over gloo, which is slow, and right"
+UNCAPTURED = "Steps run without CUDA graphs, kernel by kernel"
+SHARED_GPU = "workers that may share a GPU exchange gradients over gloo, which a graph can't capture"
 
 
 class TrainStep:
@@ -137,7 +137,7 @@ class TrainStep:
         if self.example_stats is not None or self.recipe.clip_norm:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         else:
-            norm = loss.detach() * 0  # which tells a loss that is not finite
+            norm = loss.detach() * 0  # 0, or NaN where the loss isn't finite
         if self.recipe.clip_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.clip_norm, norm)
 

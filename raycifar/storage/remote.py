@@ -47,7 +47,7 @@ tell: ContextVar[Callable[[str], None]] = ContextVar("tell", default=lambda text
 
 @contextmanager
 def telling(show: Callable[[str], None]) -> Iterator[None]:
-    """Have `show` called with what comes of each wait: what has been read so far, or for how long nothing came."""
+    """Call `show` with the progress of slow reads: the bytes so far, or for how long nothing came."""
     token = tell.set(show)
     try:
         yield
