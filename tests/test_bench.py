@@ -1,13 +1,14 @@
 """`raycifar bench`: what it times is what it says, and adds up."""
 
 import json
+import time
 
 import psutil
 import pytest
 from command import Bench, finish
 from conftest import wait_until
 
-from raycifar.workflows.benchmark import draw, sentences, summarise
+from raycifar.workflows.benchmark import draw, sentences, shares_of_time, summarise
 
 TINY = ("--model", "timm:test_resnet", "--pretrained", "none")
 ARGS = ("--limit", 200, "--val-size", 100, "--rounds", 2, "--batch-size", 50, "--cpus-per-worker", 1)
@@ -88,3 +89,10 @@ def test_the_way_to_the_first_step_is_timed(small, tmp_path):
     for name in ("first_step_seconds", "floor_seconds", "ratio"):  # which is longer is for the machine to say
         assert startup[name]["low"] > 0
         assert startup[name]["n"] == 2
+
+
+def test_what_is_done_before_the_first_part_counts():
+    shares = shares_of_time(2, time.monotonic() + 10)
+    time.sleep(0.2)
+    assert 4 < next(shares) <= 4.9
+    assert 8 < next(shares) <= 9.8

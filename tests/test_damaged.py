@@ -159,7 +159,7 @@ def test_a_finished_run_whose_result_says_little_is_not_called_finished(run, cap
     folder = RunFolder.at(str(run))
     with pytest.raises(DamagedFileError, match="it has no epochs and no train_seconds and no images_per_second"):
         earlier_result(folder, json.loads((run / "run.json").read_text()))
-    assert "result" not in reporting.read_files(folder).notes
+    assert not any("result" in note for note in reporting.read_files(folder).notes)
 
 
 # What has changed -----------------------------------------------------------------------------------
@@ -176,6 +176,17 @@ def test_a_digit_that_has_changed_is_told(sealed, file):
     assert reporting.read_files(RunFolder.at(str(sealed))).notes == []
     (sealed / file).write_bytes((sealed / file).read_bytes().replace(b"0.0", b"0.1", 1))
     assert "has changed since manifest.json was written" in reporting.read_files(RunFolder.at(str(sealed))).notes[0]
+
+
+def test_what_has_just_been_sealed_is_watched(tmp_path):
+    folder = RunFolder.at(str(tmp_path))
+    for file in ("first", "second"):
+        folder.write(file, b"as it was")
+        folder.seal(file)
+    folder.delete("second")
+    assert folder.lost("first", "second") == ["second"]
+    with pytest.raises(DamagedFileError, match=r"first is damaged: it has changed since manifest\.json was written"):
+        folder.check_digest("first", b"another")
 
 
 def test_a_byte_of_weights_or_of_predictions_that_has_changed_is_refused(sealed):

@@ -131,6 +131,7 @@ GOOD = {
     "pickles of today": lambda f, x: python(f, x, protocol=5),
     "Parquet as on the hub": parquet,
     "class folders": lambda f, x: pictures(f, x, "{split}/{fine}"),
+    "pickles without superclasses": lambda f, x: python(f, x, coarse_labels=None),
     "superclass folders": lambda f, x: pictures(f, x, "cifar/{split}/{coarse}/{fine}"),
     "Parquet of images and labels": lambda f, x: parquet(f, x, image="image", fine="label", coarse=None),
     "Parquet of bytes": lambda f, x: parquet(f, x, cells=lambda c: pa.array(c[3])),

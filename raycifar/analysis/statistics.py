@@ -57,7 +57,7 @@ def bootstrap(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 
 def seed_variances(a: np.ndarray, b: np.ndarray) -> tuple[list[tuple[float, int]], bool]:
-    """Return the parts of the variance by seeds, each with its degrees of freedom, and whether they are measured.
+    """Return the parts of the variance due to seeds, each with its degrees of freedom, and whether they are measured.
 
     With a single run of either model they can't be. Runs that differ in their seed alone err on images
     independently of each other (Jordan, 2023, arXiv:2304.01910), so the variance is at most that of the images
@@ -81,7 +81,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
         difference of this size with a power of 0.8; None where no number up to 100 would.
     """
     d = float(a.mean() - b.mean())
-    images = float((a.mean(0) - b.mean(0)).var(ddof=1)) / a.shape[1]  # the variance by the choice of test images
+    images = float((a.mean(0) - b.mean(0)).var(ddof=1)) / a.shape[1]  # the variance due to the choice of test images
     seeds, measured = seed_variances(a, b)
     variance = images + sum(part for part, _ in seeds)
     spread = sum(part**2 / freedom for part, freedom in seeds)

@@ -61,7 +61,11 @@ def cluster_address() -> str | None:
 
 
 def start(**options: Any) -> None:
-    """Start a Ray that only this user can use: on loopback, with a token, and its files in a private folder."""
+    """Start a Ray that only this user can use: on loopback, with a token, and its files in a private folder.
+
+    Raises:
+        RequestError: RAY_TMPDIR can't be used. WorkError: Ray doesn't start.
+    """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -99,7 +103,11 @@ def ray_folder() -> str:
 
 
 def join(address: str, **options: Any) -> None:
-    """Join a running cluster."""
+    """Join a running cluster.
+
+    Raises:
+        RequestError: that isn't the address of one. WorkError: it can't be reached or joined.
+    """
     given = os.environ.get("RAY_ADDRESS")
     where = f"{address} (RAY_ADDRESS)" if given else "this machine"
     match = re.fullmatch(r"([^/\s]+):(\d{1,5})", address)

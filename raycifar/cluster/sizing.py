@@ -196,7 +196,7 @@ def alive_nodes() -> list[Resources]:
 
 
 def growth() -> list[tuple[Resources, int]] | None:
-    """Return the resources of each kind of node that the autoscaler may add, and how many; None if that isn't seen."""
+    """Return the nodes that the autoscaler may add, by kind: resources and number; None if that can't be seen."""
     config = ray_internals.autoscaler_config()
     if not config:
         return None if config is None else []

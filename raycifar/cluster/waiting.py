@@ -38,7 +38,11 @@ class Waiting:
 
 
 def make_room(workers: Workers, show: Callable[[str], None], seconds: float) -> None:
-    """Wait until there is room for the workers, and `show` what they wait for, as long as `Waiting` does."""
+    """Wait until there is room for the workers, which the autoscaler may add, and `show` what they wait for.
+
+    Raises:
+        WorkError: there was no room for so many seconds.
+    """
     waiting = Waiting(workers, seconds)
     group = placement_group([workers.resources] * workers.count)
     try:

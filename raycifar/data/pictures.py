@@ -57,6 +57,11 @@ class ImageFile(NamedTuple):
 def find_images(location: str) -> tuple[list[ImageFile], int]:
     """Return an image file, or those in a folder and its subfolders, and the number of other files, not hidden ones.
 
+    In a folder, an image is what has an image's suffix, or another unknown one and an image's content.
+
+    Args:
+        location: a local path or a URI.
+
     Raises:
         RequestError: there are no image files.
     """

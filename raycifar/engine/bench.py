@@ -254,7 +254,7 @@ def train_epoch(trainer: Trainer, *, finish: bool = False) -> None:
 
 
 def update_example_stats(trainer: Trainer) -> Callable[[], None]:
-    """Return a function that follows every image for an epoch, and does nothing else; stages' differences hide it."""
+    """Return a function that only follows every image for an epoch; a difference of stages would hide it."""
     logits = torch.randn(trainer.recipe.batch_size, CIFAR100.num_classes, device=trainer.device)
     stats = trainer.example_stats
 

@@ -174,7 +174,7 @@ def read_tensors(file: str) -> tuple[dict[str, Any], list[str], Architecture | N
 
 
 def find_prefix(tensors: Iterable[str], names: Iterable[str], origin: str) -> str:
-    """Return the prefix that wrappers gave a network's `names` in most `tensors`; two networks are a RequestError."""
+    """Return the prefix of a network's `names` in most `tensors`, or raise RequestError if there are two networks."""
     known = set(names)
     counts: Counter[str] = Counter()
     for tensor in tensors:

@@ -19,7 +19,7 @@ from threading import Event, Thread
 
 import psutil
 
-from raycifar.errors import DamagedFileError, RequestError
+from raycifar.errors import DamagedFileError, RequestError, in_a_line
 from raycifar.storage.records import Count, Real, checked
 from raycifar.storage.run_folder import RunFolder
 
@@ -186,11 +186,12 @@ def claims(places: Iterable[RunFolder]) -> list[tuple[RunFolder, Claim]]:
 
 
 def read(place: RunFolder, file: str) -> Claim | None:
-    values = place.read_json(file)
     try:
+        values = place.read_json(file)
         return None if values is None else checked(Claim, values)
-    except ValueError as error:
-        raise DamagedFileError(f"{place.folder}/{file} is damaged: {error}.") from error
+    except (DamagedFileError, ValueError) as error:
+        where = "" if isinstance(error, DamagedFileError) else f"{place.folder}/{file} is damaged: "
+        raise DamagedFileError(f"{where}{in_a_line(error)}. Delete it if nothing trains this run.") from error
 
 
 def write(folder: RunFolder, claim: Claim) -> None:

@@ -383,6 +383,7 @@ class RunFolder:
         digests = {file: digest(content) for file, content in contents.items() if content is not None}
         self._read_digests_again()
         self.write_json(MANIFEST, {**self._digests, **digests})
+        self._read_digests_again()
 
     def lost(self, *files: str) -> list[str]:
         """Return those of `files` that no longer exist."""
@@ -499,7 +500,8 @@ def check_ranges(table: pa.Table) -> None:
         column, (low, high) = table[name].combine_chunks(), RANGES[name]
         values = (column.flatten() if pa.types.is_fixed_size_list(column.type) else column).to_numpy()
         if not low <= values.min() <= values.max() <= high:
-            raise ValueError(f"the column {name} has values from {values.min()} to {values.max()}, not {low} to {high}")
+            wanted = f"{low} to {high}" if math.isfinite(high) else f"{low} or more"
+            raise ValueError(f"the column {name} has values from {values.min()} to {values.max()}, not {wanted}")
         if name == "probabilities" and column.type.list_size != CIFAR100.num_classes:
             raise ValueError(f"the column {name} has no probabilities of {CIFAR100.num_classes} classes")
 

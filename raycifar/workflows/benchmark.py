@@ -118,7 +118,7 @@ def bench(
     if 0 < training.recipe.head_epochs < training.recipe.epochs:
         training = replace(training, recipe=replace(training.recipe, head_epochs=0))
     folder = RunFolder.for_output(request.out)
-    seconds = shares_of_time(1 + bool(request.counts) + request.startup)
+    seconds = shares_of_time(1 + bool(request.counts) + request.startup, time.monotonic() + LONGEST)
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as storage:  # interrupted, workers still write
             timed = replace(training, name="bench", storage=storage, checkpoint_steps=0, test=False)
@@ -154,9 +154,8 @@ def keep(found: dict[str, Any], folder: RunFolder) -> None:
         folder.write(PLAN_CHART, draw_plan(found).encode())
 
 
-def shares_of_time(parts: int) -> Iterator[float]:
-    """Yield the seconds of each part of a bench as it begins: an equal share of what is left of LONGEST."""
-    ends = time.monotonic() + LONGEST
+def shares_of_time(parts: int, ends: float) -> Iterator[float]:
+    """Yield the seconds of each part of a bench as it begins: an equal share of what is left until `ends`."""
     for left in range(parts, 0, -1):
         yield max(0.0, ends - time.monotonic()) / left
 

@@ -134,12 +134,12 @@ def sizes_to_time(counts: Sequence[int], run: int, place: Place, batch_size: int
 
 
 def share(batch_size: int, count: int) -> int:
-    """Return the images of a batch that the worker with the most of them has."""
+    """Return the largest number of a batch's images on one worker."""
     return -(-batch_size // count)
 
 
 def larger_batch(batch_size: int, count: int) -> int:
-    """Return a larger batch size, of which a worker's share is no more than today's batch."""
+    """Return a larger batch size, of which a worker's share is no more than the present batch."""
     return batch_size * min(LARGER_BATCH, count)
 
 

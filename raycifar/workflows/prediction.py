@@ -113,7 +113,7 @@ def as_pixels(image: Any) -> np.ndarray:
     except (ValueError, OSError) as error:
         name = "a PIL image" if isinstance(image, Image.Image) else image
         raise RequestError(f"{name} can't be read: {in_a_line(error)}.") from error
-    return read_images(image)
+    return read_images(np.asarray(image) if isinstance(image, list | tuple) else image)
 
 
 def predict_files(network: str, locations: Iterable[str], device: str = "auto") -> tuple[list[dict[str, Any]], int]:

@@ -19,7 +19,11 @@ from raycifar.workflows.training import allocate_workers, read_inputs
 
 
 def preview(request: TrainingRequest, screen: Screen, connection: ExitStack, *, debug: bool = False) -> None:
-    """Show recipe, data, split, workers and an estimate of the time; write nothing, and start no Ray."""
+    """Show recipe, data, split, workers and an estimate of the time; write nothing, and start no Ray.
+
+    Raises:
+        RequestError: the request is wrong. WorkError: the cluster can't be reached.
+    """
     folder = RunFolder(request.storage, request.name)
     with screen.waiting(f"Reading {request.data}"):
         inputs = read_inputs(request)
@@ -39,7 +43,11 @@ def preview(request: TrainingRequest, screen: Screen, connection: ExitStack, *, 
 
 
 def preview_comparison(request: ComparisonRequest, screen: Screen) -> None:
-    """Show the trials of a comparison, and an estimate of their time; write nothing, and start no Ray."""
+    """Show the trials of a comparison, and an estimate of their time; write nothing, and start no Ray.
+
+    Raises:
+        RequestError: the request is wrong.
+    """
     folder, spaces = RunFolder(request.storage, request.name), study.build_spaces(request)
     source, splits, starts = study.read_inputs(request, screen)
     study.agree(folder, request, spaces, source, starts)

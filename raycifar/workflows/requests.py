@@ -52,7 +52,7 @@ class WorkerSettings:
     """What each worker computes on."""
 
     device: Device = setting("auto", "GPUs where there are any, or one kind alone; mps is Apple's, for --workers 0.")
-    cpus_per_worker: float | None = setting(None, "CPUs, and so threads, of each.  [fair share]")
+    cpus_per_worker: float | None = setting(None, "CPUs, and so threads, of each worker.  [fair share]")
     gpus_per_worker: float = setting(1.0, "A share of a GPU, above 0, at most 1.")
     accelerator: str | None = setting(None, "The kind of GPU, such as H100.  [any]")
 

@@ -362,7 +362,7 @@ def read_finished(path: str) -> Finished:
         raise RequestError(f"{path} can't be compared: it has no {PREDICTIONS}; train it with the test set.")
     history = run.history()
     wrong = [f"no {name} in its {RUN}" for name in ("architecture", "parameters") if name not in about]
-    known = result | result["test"]
+    known = result["test"] | {"images_per_second": result.get("images_per_second")}
     wrong += [f"no {name} in its {RESULT}" for name in ("images_per_second", "loss") if known.get(name) is None]
     if not history or len(history) != result.get("epochs", len(history)):
         wrong.append(f"{len(history)} epochs in its {METRICS}, not {result.get('epochs', 'any')}")

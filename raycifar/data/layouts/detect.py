@@ -40,7 +40,10 @@ Found = dict[tuple[Layout, PurePosixPath], dict[str, dict[str, list[PurePosixPat
 
 
 def read_tree(tree: Tree, *, test_alone: bool) -> Source:
-    """Return the data set that a tree holds; see `sources.load`.
+    """Return the data set that a tree holds.
+
+    Args:
+        test_alone: take a test set without training images, too.
 
     Raises:
         RequestError: it holds none, more than one, or one that can't be read.

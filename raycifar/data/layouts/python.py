@@ -30,13 +30,13 @@ def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
     if not isinstance(found, dict):
         raise RequestError(f"{origin} holds a {type(found).__name__}, not the dictionary of cifar-100-python.")
     fields = {to_text(key): value for key, value in found.items()}
-    if missing := [name for name in ("data", "fine_labels") if name not in fields]:
+    if missing := [name for name in ("data", "fine_labels") if fields.get(name) is None]:
         raise RequestError(f"{origin} is not from cifar-100-python: it lacks {' and '.join(missing)}.")
     try:
         pixels = to_channels_first(to_array(fields["data"]), f"{origin}: data")
         names = {level: f"{level}_labels" for level in ("fine", "coarse")}
-        labels = {level: read_labels(fields[name]) for level, name in names.items() if name in fields}
-    except ValueError as error:
+        labels = {level: read_labels(fields[name]) for level, name in names.items() if fields.get(name) is not None}
+    except (ValueError, TypeError) as error:
         raise RequestError(f"{origin} is not from cifar-100-python: {error}.") from error
     check_count(len(pixels), origin)
     return to_table(pixels, labels, origin)
