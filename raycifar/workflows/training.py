@@ -174,8 +174,8 @@ def fit(run: PreparedRun, follow: Callable[[Callable[[], bool]], None], work: "W
             trainer.abort()
 
     def go_on(error: Exception) -> None:
-        kind = FailureCause.MEMORY if ray_internals.is_out_of_memory(error) else FailureCause.CONTROLLER
-        failure = Failure(kind, in_a_line(error))
+        cause = FailureCause.MEMORY if ray_internals.is_out_of_memory(error) else FailureCause.CONTROLLER
+        failure = Failure(cause, in_a_line(error))
         reason = f"Ray Train's controller died: {failure.reason}"
         go_on_after(failure, reason, run.status_store, run.request.max_failures)
 
