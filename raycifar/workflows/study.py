@@ -158,7 +158,7 @@ def run(prepared: PreparedComparison, screen: Screen, tracking: Tracking) -> Non
     from raycifar.workflows.tuning import orchestrate
 
     study, searcher = prepared.study, prepared.searcher
-    request, folder = study.comparison, study.folder
+    request, folder = study.request, study.folder
     order = list(request.recipes)
     if done := sum(trial.over for trial in searcher.trials):
         screen.say(f"Already over, and not run again: {count(done, 'trial')}.")
@@ -172,7 +172,7 @@ def run(prepared: PreparedComparison, screen: Screen, tracking: Tracking) -> Non
     def refresh() -> None:
         for trial in searcher.trials if request.track else ():
             if history := trial.status_store.history():
-                tracking.log(study.run(trial), history, folder)
+                tracking.log(study.folder_of(trial), history, folder)
         redraw()
 
     tracking.log(folder)
@@ -195,9 +195,9 @@ def finish(prepared: PreparedComparison, screen: Screen, show: Show) -> None:
         WorkError: trials failed; the message lists them with their reasons.
     """
     study, searcher = prepared.study, prepared.searcher
-    request, folder = study.comparison, study.folder
+    request, folder = study.request, study.folder
     finals = [trial for trials in searcher.finals.values() for trial in trials]
-    finished = [read_finished(study.run(trial).folder) for trial in finals if trial.status == "finished"]
+    finished = [read_finished(study.folder_of(trial).folder) for trial in finals if trial.status == "finished"]
     order = list(request.recipes)
     finished.sort(key=lambda run: (order.index(run.run["model"]), run.run["seed"]))
     draw, doing = (write_run, "Drawing the reports") if request.report else (keep_pictures, "Keeping the pictures")

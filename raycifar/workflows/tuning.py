@@ -45,18 +45,18 @@ DRIVER = {HEAD: 0.001}
 class Study:
     """What to compare."""
 
-    comparison: ComparisonRequest
+    request: ComparisonRequest
     folder: RunFolder
     recipes: Mapping[str, Recipe]  # by model, in the order of the trials
     starts: Mapping[str, InitialWeights]
     spaces: Mapping[str, Space]
 
-    def run(self, trial: Trial) -> RunFolder:
+    def folder_of(self, trial: Trial) -> RunFolder:
         return RunFolder(self.folder.folder, trial.name, self.folder.claim)
 
-    def request(self, trial: Trial) -> TrainingRequest:
+    def training_request(self, trial: Trial) -> TrainingRequest:
         return replace(
-            self.comparison.training(trial.model),
+            self.request.training(trial.model),
             storage=self.folder.folder,
             name=trial.name,
             seed=trial.seed,
@@ -82,7 +82,7 @@ class StudySearcher(Searcher):
 
     def __init__(self, study: Study, most_at_once: int) -> None:
         super().__init__()
-        self.study, self.comparison, self.most_at_once = study, study.comparison, most_at_once
+        self.study, self.request, self.most_at_once = study, study.request, most_at_once
         self.stopper = AshaByModel({model: recipe.epochs for model, recipe in study.recipes.items()})
         self.searches: dict[str, list[Trial]] = {model: [] for model in study.recipes}
         self.finals: dict[str, list[Trial]] = {}
@@ -123,7 +123,7 @@ class StudySearcher(Searcher):
         to_come = [trial.recipe.epochs * epochs[trial.model] for trial in waiting]
         for model, recipe in self.study.recipes.items():
             planned = len(self.searches[model]) + len(self.finals.get(model, []))
-            to_come += [recipe.epochs * epochs[model]] * (self.comparison.search + self.comparison.seeds - planned)
+            to_come += [recipe.epochs * epochs[model]] * (self.request.search + self.request.seeds - planned)
         for seconds in to_come:
             heapq.heapreplace(slots, slots[0] + seconds)
         return max(slots)
@@ -163,7 +163,7 @@ class StudySearcher(Searcher):
         trial = self.running.pop(trial_id, None)
         if trial is None:
             return
-        ending = self.study.run(trial).read_json(RESULT)
+        ending = self.study.folder_of(trial).read_json(RESULT)
         if error or ending is None:
             ending = {"status": TrialStatus.FAILED, "reason": trial.status_store.reason() or "its driver died."}
         trial.reason, trial.status = ending.get("reason"), TrialStatus(ending["status"])
@@ -183,14 +183,14 @@ class StudySearcher(Searcher):
             while (known := self._restored(model)) is not None:
                 self.searches[model].append(known)
             trials = self.searches[model]
-            if model in self.finals or len(trials) < self.comparison.search or not all(trial.over for trial in trials):
+            if model in self.finals or len(trials) < self.request.search or not all(trial.over for trial in trials):
                 continue
             best = self.best(model)
             recipe = best.recipe if best else self.study.recipes[model]
-            setting, first = describe_changes(recipe, self.study.recipes[model]), self.comparison.seed
+            setting, first = describe_changes(recipe, self.study.recipes[model]), self.request.seed
             self.finals[model] = [
                 self._with_status(Trial(f"{slug(model)}-s{seed}", model, seed, recipe, search=False, setting=setting))
-                for seed in range(first, first + self.comparison.seeds)
+                for seed in range(first, first + self.request.seeds)
             ]
 
     def best(self, model: str) -> Trial | None:
@@ -199,13 +199,13 @@ class StudySearcher(Searcher):
         return max(finished, key=lambda trial: self.val_top1(trial)[-1], default=None)
 
     def val_top1(self, trial: Trial) -> list[float]:
-        return [record.val_top1 or 0.0 for record in self.study.run(trial).history()]
+        return [record.val_top1 or 0.0 for record in self.study.folder_of(trial).history()]
 
     def _next_search(self) -> Trial | None:
         for model, trials in self.searches.items():
-            if len(trials) < self.comparison.search:
+            if len(trials) < self.request.search:
                 past = [PastTrial(trial.recipe, trial.status, self.val_top1(trial)) for trial in trials]
-                recipe = suggest(self.study.spaces[model], self.study.recipes[model], past, self.comparison.seed)
+                recipe = suggest(self.study.spaces[model], self.study.recipes[model], past, self.request.seed)
                 trials.append(self._search_trial(model, recipe))
                 return trials[-1]
         return None
@@ -213,13 +213,13 @@ class StudySearcher(Searcher):
     def _search_trial(self, model: str, recipe: Recipe) -> Trial:
         name = f"{slug(model)}-search-{len(self.searches[model]) + 1:02}"
         setting = describe_changes(recipe, self.study.recipes[model]) or "the recipe itself"
-        return Trial(name, model, self.comparison.seed, recipe, search=True, setting=setting)
+        return Trial(name, model, self.request.seed, recipe, search=True, setting=setting)
 
     def _restored(self, model: str) -> Trial | None:
         """Return the model's next search trial if an earlier driver started it."""
-        if len(self.searches[model]) == self.comparison.search:
+        if len(self.searches[model]) == self.request.search:
             return None
-        run = self.study.run(self._search_trial(model, self.study.recipes[model])).read_json(RUN)
+        run = self.study.folder_of(self._search_trial(model, self.study.recipes[model])).read_json(RUN)
         if run is None:
             return None
         trial = self._with_status(self._search_trial(model, recipe_from_json(model, run["recipe"])))
@@ -228,7 +228,7 @@ class StudySearcher(Searcher):
         return trial
 
     def _with_status(self, trial: Trial) -> Trial:
-        ending = self.study.run(trial).read_json(RESULT)
+        ending = self.study.folder_of(trial).read_json(RESULT)
         if ending and (ending["status"] == TrialStatus.FINISHED or trial.search):
             trial.status, trial.reason = TrialStatus(ending["status"]), ending.get("reason")
         return trial
@@ -319,7 +319,7 @@ class FailedDrivers(ray_internals.progress_callback_class()):  # type: ignore[mi
 def run_trial(config: dict[str, Trial], study: Study, source: Source, workers: Workers) -> None:
     """Train a trial in a process started by Ray Tune; errors are for Ray Tune to retry."""
     trial = config["trial"]
-    request, run, store = study.request(trial), study.run(trial), trial.status_store
+    request, run, store = study.training_request(trial), study.folder_of(trial), trial.status_store
     try:
         inputs = Inputs(source, split_images(source, request), study.starts[trial.model])
         prepared = prepare(request, Screen(quiet=True), folder=run, inputs=inputs, workers=workers, status_store=store)
