@@ -145,11 +145,11 @@ class StatusStore:
     def add_failure(self, failure: Failure) -> None:
         self._put("failures", [*(self._get("failures") or []), asdict(failure)])
 
-    def verdict(self, epoch: int) -> bool | None:
+    def stop_decision(self, epoch: int) -> bool | None:
         """Return whether the trial stops after an epoch, or None if that is not decided yet."""
         return self._get(f"stop after {epoch}")
 
-    def put_verdict(self, epoch: int, *, stop: bool) -> None:
+    def put_stop_decision(self, epoch: int, *, stop: bool) -> None:
         self._put(f"stop after {epoch}", stop)
 
     def timings(self) -> dict[str, list[float]]:

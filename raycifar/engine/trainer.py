@@ -464,7 +464,8 @@ class Trainer:
         epoch = self.state.progress.epoch - 1
         if epoch not in self.job.rungs:
             return False
-        return ray.train.collective.broadcast_from_rank_zero(self.reporter.verdict(epoch) if self.rank == 0 else None)
+        decision = self.reporter.stop_decision(epoch) if self.rank == 0 else None
+        return ray.train.collective.broadcast_from_rank_zero(decision)
 
     def save(self, metrics: dict[str, Any], *, best: bool = False, **options: Any) -> None:
         """Save a checkpoint, and the weights if they are the `best` so far; see `Checkpointer.save`."""

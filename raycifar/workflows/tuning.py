@@ -83,7 +83,7 @@ class StudySearcher(Searcher):
     def __init__(self, study: Study, most_at_once: int) -> None:
         super().__init__()
         self.study, self.request, self.most_at_once = study, study.request, most_at_once
-        self.stopper = AshaByModel({model: recipe.epochs for model, recipe in study.recipes.items()})
+        self.scheduler = AshaByModel({model: recipe.epochs for model, recipe in study.recipes.items()})
         self.searches: dict[str, list[Trial]] = {model: [] for model in study.recipes}
         self.finals: dict[str, list[Trial]] = {}
         self.running: dict[str, Trial] = {}  # by the identifier of Ray Tune's trial
@@ -224,7 +224,7 @@ class StudySearcher(Searcher):
             return None
         trial = self._with_status(self._search_trial(model, recipe_from_json(model, run["recipe"])))
         if trial.over:
-            self.stopper.remember(trial, self.val_top1(trial))
+            self.scheduler.remember(trial, self.val_top1(trial))
         return trial
 
     def _with_status(self, trial: Trial) -> Trial:
@@ -243,7 +243,7 @@ class AshaByModel(FIFOScheduler):
 
     def __init__(self, epochs: Mapping[str, int]) -> None:
         super().__init__()
-        self.stoppers = {
+        self.by_model = {
             model: ASHAScheduler(
                 time_attr="epoch",
                 metric="val_top1",
@@ -259,23 +259,23 @@ class AshaByModel(FIFOScheduler):
 
     def remember(self, trial: Trial, val_top1: Sequence[float]) -> None:
         """Add a trial that ended under an earlier driver."""
-        if stopper := self.stoppers.get(trial.model):
+        if scheduler := self.by_model.get(trial.model):
             past = SimpleNamespace(trial_id=trial.name)
-            stopper.on_trial_add(None, past)
+            scheduler.on_trial_add(None, past)
             for epoch, top1 in enumerate(val_top1, start=1):
                 if epoch in rungs(trial.recipe.epochs):
-                    stopper.on_trial_result(None, past, {"epoch": epoch, "val_top1": top1})
+                    scheduler.on_trial_result(None, past, {"epoch": epoch, "val_top1": top1})
 
     def on_trial_add(self, tune_controller: Any, tune_trial: Any) -> None:
         trial = tune_trial.config["trial"]
-        if trial.search and (stopper := self.stoppers.get(trial.model)):
-            stopper.on_trial_add(tune_controller, tune_trial)
+        if trial.search and (scheduler := self.by_model.get(trial.model)):
+            scheduler.on_trial_add(tune_controller, tune_trial)
 
     def on_trial_result(self, tune_controller: Any, tune_trial: Any, result: dict[str, Any]) -> str:
         if "val_top1" in result:
             trial = tune_trial.config["trial"]
-            decision = self.stoppers[trial.model].on_trial_result(tune_controller, tune_trial, result)
-            trial.status_store.put_verdict(result["epoch"], stop=decision == TrialScheduler.STOP)
+            decision = self.by_model[trial.model].on_trial_result(tune_controller, tune_trial, result)
+            trial.status_store.put_stop_decision(result["epoch"], stop=decision == TrialScheduler.STOP)
         return TrialScheduler.CONTINUE
 
 
@@ -288,7 +288,7 @@ def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: 
     tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([DRIVER])),
         tune_config=tune.TuneConfig(
-            search_alg=searcher, scheduler=searcher.stopper, num_samples=-1, trial_dirname_creator=str
+            search_alg=searcher, scheduler=searcher.scheduler, num_samples=-1, trial_dirname_creator=str
         ),
         run_config=tune.RunConfig(
             name=folder.name,
