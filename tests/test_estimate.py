@@ -47,9 +47,9 @@ def test_what_is_short_on_any_cpu_is_not_measured(monkeypatch):
 def searcher(tmp_path):
     """A comparison of two models with two seeds, of which two trials run at once."""
     recipes = {model: recipe_for(model) for model in ("vgg16", "cnn")}
-    starts = {model: SimpleNamespace(architecture=Architecture(model)) for model in recipes}
+    initial_by_model = {model: SimpleNamespace(architecture=Architecture(model)) for model in recipes}
     folder = RunFolder(str(tmp_path), "c")
-    study = Study(ComparisonRequest(recipes, seeds=2), folder, recipes, starts, {})
+    study = Study(ComparisonRequest(recipes, seeds=2), folder, recipes, initial_by_model, {})
     return StudySearcher(study, 2)
 
 

@@ -55,16 +55,16 @@ class InitialWeights:
 
 
 def load_initial_weights(model: str, recipe: Recipe, source: Source) -> InitialWeights:
-    """Return a model's architecture and first weights.
+    """Return a model's architecture and initial weights.
 
     Raises:
         RequestError: the weights can't be loaded, or don't fit the model, or the images don't.
     """
     scratch = recipe.pretrained == "none"
-    start = from_scratch(model, recipe, source) if scratch else from_weights(model, recipe)
-    for size, _ in [(start.architecture.preprocessing.size, 1), *parse_sizes(recipe.progressive)]:
-        start.architecture.check_size(size)
-    return start
+    initial = from_scratch(model, recipe, source) if scratch else from_weights(model, recipe)
+    for size, _ in [(initial.architecture.preprocessing.size, 1), *parse_sizes(recipe.progressive)]:
+        initial.architecture.check_size(size)
+    return initial
 
 
 def from_scratch(model: str, recipe: Recipe, source: Source) -> InitialWeights:

@@ -36,11 +36,11 @@ IN_FORCE = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """A run's data set, its splits, and the first weights."""
+    """A run's data set, its splits, and the initial weights."""
 
     source: Source
     splits: Splits
-    start: InitialWeights
+    initial: InitialWeights
 
     def near_duplicates(self) -> np.ndarray | None:
         """Return the rows of test images whose photograph is among the training images, or None if it isn't known."""
@@ -54,7 +54,7 @@ def identify(request: TrainingRequest, inputs: Inputs) -> dict[str, Any]:
     return {
         "name": request.name,
         "model": request.model,
-        "recipe": asdict(inputs.start.resolve(request.recipe)),
+        "recipe": asdict(inputs.initial.resolve(request.recipe)),
         "data": {
             "source": absolute_name(source.name),
             "fingerprint": source.fingerprint(),
@@ -62,8 +62,8 @@ def identify(request: TrainingRequest, inputs: Inputs) -> dict[str, Any]:
         },
         "val_size": request.val_size,
         "limit": request.limit,
-        "architecture": inputs.start.architecture.to_json(),
-        "weights": inputs.start.fingerprint(),
+        "architecture": inputs.initial.architecture.to_json(),
+        "weights": inputs.initial.fingerprint(),
         "seed": request.seed,
         "compile": request.compile,
     }

@@ -71,7 +71,7 @@ def build_job(run: "PreparedRun") -> Job:
     return Job(
         run=run.folder,
         status_store=run.status_store,
-        initial=inputs.start,
+        initial=inputs.initial,
         recipe=replace(request.recipe, pretrained=shown(request.recipe.pretrained)),  # Ray's dashboard shows it
         seed=request.seed,
         superclass_of=inputs.source.superclass_of(),

@@ -110,11 +110,11 @@ def prepare(
     """
     recipes, folder = request.recipes, RunFolder(request.storage, request.name)
     spaces = build_spaces(request)
-    source, splits, starts = read_inputs(request, screen)
+    source, splits, initial_by_model = read_inputs(request, screen)
     warn_of_leaks(source, screen)
     if request.without_near_duplicates:
         find_duplicates(source, screen)  # for the trials, which take them from the cache
-    agreement = agree(folder, request, spaces, source, starts)
+    agreement = agree(folder, request, spaces, source, initial_by_model)
     with writing_first_file(folder, screen):
         folder = lock.enter_context(locked(folder, screen.say, also=folder.runs()))
 
@@ -135,7 +135,7 @@ def prepare(
     at_once += "; the head's memory holds no more" * (most == held < fit)
     screen.facts(request.name, overview(request, source, splits, at_once, folder))
     operations = (request.search + request.seeds) * sum(
-        operations_of(recipe, starts[model].architecture, splits) for model, recipe in recipes.items()
+        operations_of(recipe, initial_by_model[model].architecture, splits) for model, recipe in recipes.items()
     )
     longest = max(recipes.values(), key=lambda recipe: recipe.epochs)
     screen.lines(warn_of_hours(operations, longest, len(splits.train), workers, at_once=most))
@@ -144,9 +144,9 @@ def prepare(
     folder.write_json(STUDY, agreement)
 
     # The costliest models come first, so that short trials fill the cluster at the end.
-    cost = {model: models.flops(start.architecture) for model, start in starts.items()}.__getitem__
+    cost = {model: models.flops(initial.architecture) for model, initial in initial_by_model.items()}.__getitem__
     ordered = {model: recipes[model] for model in sorted(recipes, key=cost, reverse=True)}
-    study = Study(request, folder, ordered, starts, spaces)
+    study = Study(request, folder, ordered, initial_by_model, spaces)
     return PreparedComparison(study, source, StudySearcher(study, most), workers)
 
 
@@ -223,13 +223,13 @@ def finish(prepared: PreparedComparison, screen: Screen, show: Show) -> None:
 
 
 def read_inputs(request: ComparisonRequest, screen: Screen) -> tuple[Source, Splits, dict[str, InitialWeights]]:
-    """Return the images, the splits, and each model's first weights."""
+    """Return the images, the splits, and each model's initial weights."""
     recipes = request.recipes
     with screen.waiting(f"Reading {request.data}{and_weights(recipes.values())}"):
         source, splits = read_images(request.training(next(iter(recipes))))
-        starts = {model: load_initial_weights(model, recipe, source) for model, recipe in recipes.items()}
-    screen.lines(note for start in starts.values() for note in start.notes)
-    return source, splits, starts
+        initial_by_model = {model: load_initial_weights(model, recipe, source) for model, recipe in recipes.items()}
+    screen.lines(note for initial in initial_by_model.values() for note in initial.notes)
+    return source, splits, initial_by_model
 
 
 def overview(
@@ -265,7 +265,7 @@ def agree(
     request: ComparisonRequest,
     spaces: Mapping[str, Any],
     source: Source,
-    starts: Mapping[str, InitialWeights],
+    initial_by_model: Mapping[str, InitialWeights],
 ) -> dict[str, Any]:
     """Return everything that must be the same for a comparison to be continued; models and seeds may be added.
 
@@ -279,9 +279,9 @@ def agree(
         **{key: getattr(request, key) for key in ("val_size", "limit", "compile", "seed", "search")},
     }
     for model, recipe in request.recipes.items():
-        resolved = starts[model].resolve(recipe)
+        resolved = initial_by_model[model].resolve(recipe)
         now[model] = dataclasses.asdict(dataclasses.replace(resolved, pretrained=shown(recipe.pretrained)))
-        now[f"{model} weights"] = starts[model].fingerprint()
+        now[f"{model} weights"] = initial_by_model[model].fingerprint()
         if request.search:
             now[f"{model} space"] = space_to_json(spaces[model])
     earlier = folder.read_json(STUDY) or {}

@@ -85,7 +85,7 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
             screen.lines(summary(run, run.result))
             return run.result
         splits = run.inputs.splits
-        operations = operations_of(request.recipe, run.inputs.start.architecture, splits)
+        operations = operations_of(request.recipe, run.inputs.initial.architecture, splits)
         screen.lines(warn_of_hours(operations, request.recipe, len(splits.train), run.workers))
         tracking = until_end.enter_context(Tracking(request.track, screen.say))
         try:
@@ -129,7 +129,7 @@ def prepare(
     with screen.waiting(f"Reading {request.data}{and_weights([request.recipe])}"):
         loaded = inputs or read_inputs(request)
     if not inputs:
-        screen.lines(loaded.start.notes)
+        screen.lines(loaded.initial.notes)
         warn_of_leaks(loaded.source, screen)
     identity = identify(request, loaded)
     if result := earlier_result(folder, identity):

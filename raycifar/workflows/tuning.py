@@ -48,7 +48,7 @@ class Study:
     request: ComparisonRequest
     folder: RunFolder
     recipes: Mapping[str, Recipe]  # by model, in the order of the trials
-    starts: Mapping[str, InitialWeights]
+    initial_by_model: Mapping[str, InitialWeights]
     spaces: Mapping[str, Space]
 
     def folder_of(self, trial: Trial) -> RunFolder:
@@ -136,7 +136,7 @@ class StudySearcher(Searcher):
                 timed.setdefault(trial.model, []).append(self.steps[trial.name][0].seconds_of_epoch)
         if not timed:
             return {}
-        flops = {model: models.flops(start.architecture) for model, start in self.study.starts.items()}
+        flops = {model: models.flops(initial.architecture) for model, initial in self.study.initial_by_model.items()}
         known = {model: statistics.mean(seconds) for model, seconds in timed.items()}
         pace = statistics.mean(seconds / flops[model] for model, seconds in known.items())
         return {model: known.get(model, pace * flops[model]) for model in self.study.recipes}
@@ -321,7 +321,7 @@ def run_trial(config: dict[str, Trial], study: Study, source: Source, workers: W
     trial = config["trial"]
     request, run, store = study.training_request(trial), study.folder_of(trial), trial.status_store
     try:
-        inputs = Inputs(source, split_images(source, request), study.starts[trial.model])
+        inputs = Inputs(source, split_images(source, request), study.initial_by_model[trial.model])
         prepared = prepare(request, Screen(quiet=True), folder=run, inputs=inputs, workers=workers, status_store=store)
         waiting = Waiting(workers, request.wait)
         if not prepared.result:
