@@ -20,7 +20,7 @@ from torch import Tensor
 
 from raycifar.cluster.status import Phase
 from raycifar.data import CIFAR100
-from raycifar.data.shards import Shard, bounds
+from raycifar.data.shards import Shard, shard_bounds
 from raycifar.engine import baseline_dataloader
 from raycifar.engine.augment import mix
 from raycifar.engine.cuda import WARM_UP, cuda_graphed
@@ -161,7 +161,7 @@ def use_fewer_images(trainer: Trainer, num_steps: int) -> None:
         return max(world_size, rows * num_images // before)
 
     def shorten(shard: Shard, rows: int) -> Shard:
-        first, last = bounds(rows, world_size)[trainer.rank :][:2]
+        first, last = shard_bounds(rows, world_size)[trainer.rank :][:2]
         return shard.head(last - first)
 
     num_val_images = fewer(trainer.job.num_val_images) if trainer.val_set else 0

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from raycifar.data.shards import bounds
+from raycifar.data.shards import shard_bounds
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class EpochOrder:
         dealt = self._deal(len(past), unseen, world_size)
         num_steps = self.num_steps - first_step
         cuts = [[len(rows) * k // num_steps for k in range(num_steps + 1)] for rows in dealt]
-        mine = dealt[rank] - bounds(self.num_images, world_size)[rank]
+        mine = dealt[rank] - shard_bounds(self.num_images, world_size)[rank]
         for k, (start, end) in enumerate(pairwise(cuts[rank])):
             if k >= current.steps:
                 yield Batch(first_step + k, mine[start:end], sum(cut[k + 1] - cut[k] for cut in cuts))
@@ -84,7 +84,7 @@ class EpochOrder:
             np.random.default_rng([self.seed, self.epoch, part, world_size, rank]).permutation(
                 start + np.flatnonzero(unseen[start:end])
             )
-            for rank, (start, end) in enumerate(pairwise(bounds(len(unseen), world_size)))
+            for rank, (start, end) in enumerate(pairwise(shard_bounds(len(unseen), world_size)))
         ]
 
 

@@ -20,7 +20,7 @@ from raycifar.analysis.collapse import collapse
 from raycifar.cluster.nodes import objection
 from raycifar.cluster.status import ModelFacts, Phase, StatusStore
 from raycifar.data import CIFAR100
-from raycifar.data.shards import Shard, bounds, load_shard
+from raycifar.data.shards import Shard, load_shard, shard_bounds
 from raycifar.engine import hardware
 from raycifar.engine.augment import preprocess
 from raycifar.engine.checkpoint import Checkpointer, Snapshot
@@ -290,7 +290,7 @@ class Trainer:
         if self.state.example_stats is None:
             self.example_stats = blank_stats(len(self.train_set), self.device)
         else:
-            first = bounds(self.job.num_train_images, self.world_size)[self.rank]
+            first = shard_bounds(self.job.num_train_images, self.world_size)[self.rank]
             self.example_stats = self.state.example_stats[first : first + len(self.train_set)].clone()
         self.train_step = self.build_train_step()
 
@@ -475,4 +475,4 @@ class Trainer:
     def gather(self, part: Tensor, num_rows: int | None = None) -> Tensor:
         """Return the rows of all workers' shards of a split with `num_rows` images; None is the training set."""
         num_rows = num_rows or self.job.num_train_images
-        return all_gather_rows(part, num_rows, bounds(num_rows, self.world_size)[self.rank])
+        return all_gather_rows(part, num_rows, shard_bounds(num_rows, self.world_size)[self.rank])
