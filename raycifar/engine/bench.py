@@ -56,7 +56,7 @@ def bench_loop_per_worker(config: dict[str, Any]) -> None:
     began = time.perf_counter()
     trainer = Trainer(benchmark.job)
     trainer.set_up()
-    trainer.describe()
+    trainer.report_model()
     trainer.reporter.phase(Phase.WARMING_UP, "one step")
     left = benchmark.seconds - (time.perf_counter() - began)
     step_seconds, work = time_step(trainer), work_of_round(trainer, benchmark.baselines)
@@ -172,7 +172,7 @@ def use_fewer_images(trainer: Trainer, num_steps: int) -> None:
     trainer.val_set = shorten(trainer.val_set, num_val_images) if trainer.val_set else None
     trainer.state.example_stats = None
     trainer.train_step.close()
-    trainer.begin_training_set()
+    trainer.prepare_train_set()
 
 
 # raycifar's own stages -------------------------------------------------------------------------------

@@ -76,8 +76,8 @@ class EpochMeter:
         self.seconds_before = totals.seconds
         self.measured_from: tuple[int, float] | None = None  # a step, and the time at its end
 
-    def record(self, step: int, metrics: Tensor) -> None:
-        """Store a step's metrics, (4,) float64: see `STEP_METRICS`."""
+    def add(self, step: int, metrics: Tensor) -> None:
+        """Add a step's metrics, (4,) float64: see `STEP_METRICS`."""
         self.metrics[step] = metrics
 
     def check_finite(self) -> None:

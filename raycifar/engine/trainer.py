@@ -170,14 +170,14 @@ class Trainer:
         self.reporter.phase(Phase.BUILDING_MODEL)
         self.state = TrainingState(self.architecture, self.job.initial.weights, self.recipe, self.job.seed, self.device)
         self.resume()
-        self.begin_training_set()
+        self.prepare_train_set()
 
     def train(self) -> Outcome:
         """Train to the end, score the test set, and save the weights."""
-        self.describe()
+        self.report_model()
         self.reporter.phase(Phase.TRAINING)
         while self.state.progress.epoch <= self.recipe.epochs:
-            if self.told_to_stop():
+            if self.search_stops_trial():
                 return self.outcome(Ending.STOPPED)
             if self.train_epoch() is Interruption.STOP:
                 return self.outcome(Ending.INTERRUPTED)
@@ -197,7 +197,7 @@ class Trainer:
             lr = self.recipe.learning_rate(progress.epoch, batch.step, self.steps_per_epoch)
             set_learning_rate(self.state.optimizer, lr)
             size = self.recipe.size(progress.epoch, batch.step, self.steps_per_epoch)
-            self.meter.record(batch.step, self.train_step(batch, size))
+            self.meter.add(batch.step, self.train_step(batch, size))
             if self.profiler:
                 self.profiler.step()
             progress.segments = advance(progress.segments, self.world_size)
@@ -226,10 +226,10 @@ class Trainer:
         if self.state.enter_stage():
             self.train_step.close()
             self.train_step = self.build_train_step()
-        show = partial(self.show, self.state.progress.history)
-        self.save(record.to_json(), best=self.state.progress.best is record, stored=show)
+        publish = partial(self.publish_history, self.state.progress.history)
+        self.save(record.to_json(), best=self.state.progress.best is record, stored=publish)
 
-    def show(self, history: Sequence[EpochRecord]) -> None:
+    def publish_history(self, history: Sequence[EpochRecord]) -> None:
         """Write and report the finished epochs, whose checkpoint is stored."""
         self.run.write_history(history)
         self.event_log.write(history)
@@ -275,7 +275,7 @@ class Trainer:
         workers = f", with {self.world_size} workers" if self.world_size > 1 else ""
         self.reporter.notice(f"Continuing from {step} ({name}){workers}.")
         if self.rank == 0:
-            self.show(progress.history)
+            self.publish_history(progress.history)
 
     def newest_checkpoint(self) -> tuple[str, dict[str, bytes]] | None:
         """Return the checkpoint to resume from, and delete those that are skipped: new ones will pass them."""
@@ -284,8 +284,11 @@ class Trainer:
         self.run.delete_checkpoints(skipped[: skipped.index(found[0])] if found else skipped)
         return found
 
-    def begin_training_set(self) -> None:
-        """Prepare what belongs to `train_set`: the rows of all workers, the images' statistics, and the step."""
+    def prepare_train_set(self) -> None:
+        """Prepare what belongs to `train_set`: the rows of all workers, the images' statistics, and the step.
+
+        `bench` calls it again after it has shortened `train_set`.
+        """
         self.index = self.gather(self.train_set.index)
         if self.state.example_stats is None:
             self.example_stats = blank_stats(len(self.train_set), self.device)
@@ -305,7 +308,7 @@ class Trainer:
             notice=self.reporter.notice,
         )
 
-    def describe(self) -> None:
+    def report_model(self) -> None:
         """Tell what trains on what: on the screen, and in the run's record, with the time at which training begins."""
         facts = ModelFacts(
             parameters=sum(p.numel() for p in self.state.model.parameters()),
@@ -459,7 +462,7 @@ class Trainer:
             end_epoch(stats)
         return rise
 
-    def told_to_stop(self) -> bool:
+    def search_stops_trial(self) -> bool:
         """Return whether the search stops this trial after the last epoch; all workers call it together."""
         epoch = self.state.progress.epoch - 1
         if epoch not in self.job.rungs:
