@@ -37,7 +37,7 @@ from raycifar.workflows.background import alongside
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images
 from raycifar.workflows.estimate import operations_of, warn_of_hours
-from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, record, writing_first_file
+from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, write_run_json, writing_first_file
 from raycifar.workflows.reporting import Refresher, explain, keep_pictures, show_report, write_run
 from raycifar.workflows.requests import TrainingRequest, check_batch_size
 from raycifar.workflows.tracking import Tracking
@@ -141,7 +141,7 @@ def prepare(
     with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
         workers = workers or allocate_workers(request, folder, connection or ExitStack(), debug=debug)
     screen.facts(request.name, overview(identity, workers, folder.folder))
-    record(folder, request, identity, workers)
+    write_run_json(folder, request, identity, workers)
     status_store = status_store or StatusStore(uuid.uuid4().hex)
     if not workers.count:  # there are none to be started
         status_store.put_worker(WorkerStatus(phase=Phase.LOADING_IMAGES))
