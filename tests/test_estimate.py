@@ -66,5 +66,5 @@ def test_the_time_left_of_a_comparison_counts_waiting_trials_as_many_at_once_as_
     flops = {model: models.flops(Architecture(model)) for model in ("cnn", "vgg16")}
     waiting = recipe_for("cnn").epochs * STEP.seconds_of_epoch * flops["cnn"] / flops["vgg16"]  # by the other's pace
     assert searcher.seconds_left() == pytest.approx(STEP.seconds_left + waiting, abs=1)
-    searcher.most_at_once = 4
+    searcher.max_concurrent = 4
     assert searcher.seconds_left() == pytest.approx(max(STEP.seconds_left, waiting), abs=1)

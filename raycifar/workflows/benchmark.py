@@ -187,7 +187,7 @@ def time_plan(
     run: "PreparedRun", request: BenchRequest, place: Place, screen: Screen, seconds: float, found: dict[str, Any]
 ) -> None:
     """Add to `found` what each number of workers would take, from what is measured with those that fit here."""
-    from raycifar.cluster.sizing import size
+    from raycifar.cluster.sizing import size_workers
     from raycifar.engine.step_times import StepTimesJob, step_times_loop_per_worker
 
     measured: dict[int, Measured] = {}
@@ -200,7 +200,7 @@ def time_plan(
             break
         sizes = tuple(planning.sizes_to_time(counts, several, place, training.recipe.batch_size))
         timed = replace(training, name=f"plan-{several}", workers=run.workers.count and several)
-        workers = size(several, *training.sizing) if run.workers.count else run.workers
+        workers = size_workers(several, *training.sizing) if run.workers.count else run.workers
         few = prepare(timed, Screen(quiet=True), inputs=run.inputs, workers=workers)
         seconds = min(SECONDS_OF_ROUND * request.rounds, max(SECONDS_OF_ROUND, left))
         job_of = partial(StepTimesJob, batch_sizes=sizes, rounds=request.rounds, seconds=seconds)

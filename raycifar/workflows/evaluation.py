@@ -216,7 +216,7 @@ def connect(
             import ray.data  # noqa: F401 (it sets the level of its log, which the connection then lowers)
 
             connection.enter_context(connected(debug=debug))
-            workers = sizing.size(request.count, *request.sizing)
+            workers = sizing.size_workers(request.count, *request.sizing)
         with screen.line() as line:
             make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
     return Network(weights, precision, workers)

@@ -112,7 +112,7 @@ def write_run_json(folder: RunFolder, request: TrainingRequest, identity: dict[s
             **identity,
             "search": request.search,
             "workers": workers.count,
-            **({} if workers.least is None else {"least_workers": workers.least}),
+            **({} if workers.min_workers is None else {"least_workers": workers.min_workers}),
             "cpus_per_worker": workers.cpus,
             **({"gpus_per_worker": workers.gpus} if workers.use_gpu else {}),
             "device": workers.device,

@@ -248,7 +248,7 @@ def allocate_workers(request: TrainingRequest, folder: RunFolder, connection: Ex
         connection.enter_context(quiet(debug=debug))
         return sizing.in_process(request.device, request.cpus_per_worker)
     connection.enter_context(connected(debug=debug, name=request.name))
-    workers = sizing.size(request.workers, *request.sizing)
+    workers = sizing.size_workers(request.workers, *request.sizing)
     check_batch_size(request.recipe, workers.count)
     with folder.marker() as file:
         check_nodes(workers, file)

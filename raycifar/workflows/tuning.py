@@ -80,9 +80,9 @@ class StudySearcher(Searcher):
     one resumes with the recipe that it had.
     """
 
-    def __init__(self, study: Study, most_at_once: int) -> None:
+    def __init__(self, study: Study, max_concurrent: int) -> None:
         super().__init__()
-        self.study, self.request, self.most_at_once = study, study.request, most_at_once
+        self.study, self.request, self.max_concurrent = study, study.request, max_concurrent
         self.scheduler = AshaByModel({model: recipe.epochs for model, recipe in study.recipes.items()})
         self.searches: dict[str, list[Trial]] = {model: [] for model in study.recipes}
         self.finals: dict[str, list[Trial]] = {}
@@ -117,7 +117,7 @@ class StudySearcher(Searcher):
             else trial.recipe.epochs * epochs[trial.model]
             for trial in running
         ]
-        slots += [0.0] * (self.most_at_once - len(slots))
+        slots += [0.0] * (self.max_concurrent - len(slots))
         heapq.heapify(slots)
         waiting = [trial for trial in self.trials if trial.status == TrialStatus.WAITING]
         to_come = [trial.recipe.epochs * epochs[trial.model] for trial in waiting]
@@ -147,7 +147,7 @@ class StudySearcher(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        if len(self.running) >= self.most_at_once:
+        if len(self.running) >= self.max_concurrent:
             return None
         if self.stopped:
             return None if self.running else Searcher.FINISHED
