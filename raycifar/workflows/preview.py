@@ -42,7 +42,7 @@ def preview_comparison(request: ComparisonRequest, screen: Screen) -> None:
     """Show the trials of a comparison, and an estimate of their time; write nothing, and start no Ray."""
     folder, spaces = RunFolder(request.storage, request.name), study.build_spaces(request)
     source, splits, initial_by_model = study.read_inputs(request, screen)
-    study.agree(folder, request, spaces, source, initial_by_model)
+    study.check_same_study(folder, request, study.identify_study(request, spaces, source, initial_by_model))
     at_once = f"as many as fit, each with {count(request.workers, 'worker')}"
     facts = study.overview(request, source, splits, at_once, folder)
     number, last = request.search + request.seeds, request.seed + request.seeds - 1

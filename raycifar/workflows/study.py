@@ -114,7 +114,7 @@ def prepare(
     warn_of_leaks(source, screen)
     if request.without_near_duplicates:
         find_duplicates(source, screen)  # for the trials, which take them from the cache
-    agreement = agree(folder, request, spaces, source, initial_by_model)
+    identity = check_same_study(folder, request, identify_study(request, spaces, source, initial_by_model))
     with writing_first_file(folder, screen):
         folder = lock.enter_context(locked(folder, screen.say, also=folder.runs()))
 
@@ -141,7 +141,7 @@ def prepare(
     screen.lines(warn_of_hours(operations, longest, len(splits.train), workers, at_once=most))
     folder.delete_leftovers()
     folder.delete(MANIFEST)
-    folder.write_json(STUDY, agreement)
+    folder.write_json(STUDY, identity)
 
     # The costliest models come first, so that short trials fill the cluster at the end.
     cost = {model: models.flops(initial.architecture) for model, initial in initial_by_model.items()}.__getitem__
@@ -260,33 +260,37 @@ def build_spaces(request: ComparisonRequest) -> dict[str, Any]:
     return spaces
 
 
-def agree(
-    folder: RunFolder,
+def identify_study(
     request: ComparisonRequest,
     spaces: Mapping[str, Any],
     source: Source,
     initial_by_model: Mapping[str, InitialWeights],
 ) -> dict[str, Any]:
-    """Return everything that must be the same for a comparison to be continued; models and seeds may be added.
-
-    Raises:
-        RequestError: the comparison of that name differs; the message names the difference.
-    """
+    """Return everything that must be the same for a comparison to be continued; models and seeds may be added."""
     from raycifar.workflows.search_space import space_to_json
 
-    now: dict[str, Any] = {
+    identity: dict[str, Any] = {
         "data": source.fingerprint(),
         **{key: getattr(request, key) for key in ("val_size", "limit", "compile", "seed", "search")},
     }
     for model, recipe in request.recipes.items():
         resolved = initial_by_model[model].resolve(recipe)
-        now[model] = dataclasses.asdict(dataclasses.replace(resolved, pretrained=shown(recipe.pretrained)))
-        now[f"{model} weights"] = initial_by_model[model].fingerprint()
+        identity[model] = dataclasses.asdict(dataclasses.replace(resolved, pretrained=shown(recipe.pretrained)))
+        identity[f"{model} weights"] = initial_by_model[model].fingerprint()
         if request.search:
-            now[f"{model} space"] = space_to_json(spaces[model])
+            identity[f"{model} space"] = space_to_json(spaces[model])
+    return identity
+
+
+def check_same_study(folder: RunFolder, request: ComparisonRequest, identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the identity, with the models that only the folder's earlier comparison has.
+
+    Raises:
+        RequestError: the comparison of that name differs; the message names the difference.
+    """
     earlier = folder.read_json(STUDY) or {}
-    for key in now.keys() & earlier.keys():
-        there, here = earlier[key], now[key]
+    for key in identity.keys() & earlier.keys():
+        there, here = earlier[key], identity[key]
         is_recipe = key in request.recipes and isinstance(there, dict)
         if is_recipe:  # one of an earlier version has other fields
             there, here = recipe_from_json(key, there), recipe_from_json(key, here)
@@ -294,7 +298,7 @@ def agree(
             says = (describe_changes(there, here), describe_changes(here, there)) if is_recipe else (there, here)
             what = f"{key} {says[0]} there, {says[1]} here"
             raise RequestError(f"{folder.folder} is another comparison: {what}. Give another --name, or its options.")
-    return {**earlier, **now}
+    return {**earlier, **identity}
 
 
 def describe_search(searcher: "StudySearcher", model: str) -> dict[str, Any]:
