@@ -30,7 +30,7 @@ from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, steps_per_epoch
 from raycifar.engine.state import Progress
 from raycifar.engine.trainer import Job, Trainer
-from raycifar.models import PASSES
+from raycifar.models import FORWARD_PASSES_PER_STEP
 
 SHUFFLED_BATCHES = 10  # batches in the local shuffle buffer of Ray's documented ingest
 FEWEST_STEPS = 4  # of a stage, unless even two rounds of them take too long
@@ -134,7 +134,7 @@ def time_step(trainer: Trainer) -> float:
 def work_of_round(trainer: Trainer, baselines: Sequence[str]) -> float:
     """Return about how many epochs of training take as long as a round."""
     scored = trainer.job.num_val_images + len(trainer.train_eval_set) * trainer.world_size
-    stages = 4 + (trainer.world_size > 1) + scored / trainer.job.num_train_images / PASSES
+    stages = 4 + (trainer.world_size > 1) + scored / trainer.job.num_train_images / FORWARD_PASSES_PER_STEP
     return stages + sum(SLOWER[name] for name in baselines)
 
 

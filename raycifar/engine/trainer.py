@@ -40,7 +40,7 @@ from raycifar.engine.state import Progress, TrainingState
 from raycifar.engine.tensorboard import EventLog
 from raycifar.engine.train_step import TrainStep
 from raycifar.errors import FailureKind, notice
-from raycifar.models import PASSES
+from raycifar.models import FORWARD_PASSES_PER_STEP
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
 from raycifar.storage.records import EpochRecord, Rise, sampled_steps
@@ -361,7 +361,7 @@ class Trainer:
         if progress.history:
             scoring = progress.history[-1].seconds - progress.history[-1].training_seconds
         else:
-            scoring = num_scored / images_per_second / PASSES
+            scoring = num_scored / images_per_second / FORWARD_PASSES_PER_STEP
         epoch = self.steps_per_epoch / steps_per_second + scoring
         epochs_left = self.recipe.epochs - progress.epoch + 1
         trained, test_scoring = progress.step / steps_per_second, scoring * self.job.num_test_images / num_scored

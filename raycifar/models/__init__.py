@@ -45,8 +45,9 @@ if TYPE_CHECKING:
     WeightsMaker = Callable[[Recipe, Tensor], dict[str, Tensor]]
     ShapesTest = Callable[[Mapping[str, Sequence[int]]], bool]
 
-PASSES = 3  # forward passes that a training step takes the time of: one forward, two back
-NO_ARCHITECTURES = {"from_timm", "initial_weights", "layers", "recipe", "recipes"}  # the other files here
+# Cost of a training step: the backward pass takes about two forward passes.
+FORWARD_PASSES_PER_STEP = 3
+NOT_ARCHITECTURES = {"from_timm", "initial_weights", "layers", "recipe", "recipes"}  # the other files here
 TIMM = "timm:"
 TIMM_RECIPES = {"transfer": Recipe(**TRANSFER), "scratch": Recipe()}
 RENAMED = {"classes": "num_classes", "mirror": "tta_flip"}  # keys of earlier versions
@@ -199,7 +200,7 @@ class Builtin:
 
 def names() -> tuple[str, ...]:
     """Return the names of this folder's architectures."""
-    return tuple(sorted({module.name for module in pkgutil.iter_modules(__path__)} - NO_ARCHITECTURES))
+    return tuple(sorted({module.name for module in pkgutil.iter_modules(__path__)} - NOT_ARCHITECTURES))
 
 
 def find(name: str) -> Builtin | FromTimm:
