@@ -18,10 +18,15 @@ class FailureKind(StrEnum):
 
     NOT_FINITE = "not-finite"
     NODE_MISMATCH = "node-mismatch"
-    STORAGE = "storage"
-    WORKER_DIED = "worker-died"
-    DRIVER_DIED = "driver-died"
     OTHER = "other"
+
+
+class StopTrainingError(Exception):
+    """Training can't continue, and a retry would fail again."""
+
+    def __init__(self, reason: str, kind: FailureKind) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 class RaycifarError(Exception):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from raycifar.engine.epoch_meter import EpochMeter, EpochTotals
-from raycifar.engine.loss import StopTrainingError
 from raycifar.engine.state import Progress
+from raycifar.errors import StopTrainingError
 from raycifar.storage.records import sampled_steps
 
 CPU = torch.device("cpu")

@@ -95,15 +95,13 @@ def thinned(count: int) -> np.ndarray:
 
 
 def failure_kind(result: dict[str, Any]) -> FailureKind:
-    """Return why a run failed; folders of earlier versions say so only in words."""
-    if result.get("failure") in list(FailureKind):
-        return FailureKind(result["failure"])
+    """Return why a run failed; folders of earlier versions have other kinds, or say it only in words."""
+    if isinstance(kind := result.get("failure"), str):
+        return FailureKind(kind) if kind in list(FailureKind) else FailureKind.OTHER
     reason = result.get("reason") or ""
     for words, kind in (
         ("no longer finite", FailureKind.NOT_FINITE),
         ("a node can't take part", FailureKind.NODE_MISMATCH),
-        ("can't be written", FailureKind.STORAGE),
-        ("its driver died", FailureKind.DRIVER_DIED),
     ):
         if words in reason:
             return kind

@@ -30,7 +30,7 @@ from raycifar.engine.epoch_meter import EpochMeter
 from raycifar.engine.evaluate import per_image, predict, score, score_without, to_predictions_file
 from raycifar.engine.example_stats import blank_stats, describe_rise, end_epoch, to_example_stats_file
 from raycifar.engine.interruption import Interruption, InterruptionWatch, PreemptedError
-from raycifar.engine.loss import CHECK_STEPS, StopTrainingError
+from raycifar.engine.loss import CHECK_STEPS
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, advance, step_seed, steps_per_epoch
 from raycifar.engine.profile import StepProfiler
@@ -39,7 +39,7 @@ from raycifar.engine.reporter import Reporter
 from raycifar.engine.state import Progress, TrainingState
 from raycifar.engine.tensorboard import EventLog
 from raycifar.engine.train_step import TrainStep
-from raycifar.errors import FailureKind, notice
+from raycifar.errors import FailureKind, StopTrainingError, notice
 from raycifar.models import FORWARD_PASSES_PER_STEP
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
