@@ -33,7 +33,7 @@ from raycifar.storage.run_folder import (
 )
 from raycifar.terminal import Screen
 from raycifar.words import count
-from raycifar.workflows.background import alongside
+from raycifar.workflows.background import Follow, alongside
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images
 from raycifar.workflows.estimate import operations_of, warn_of_hours
@@ -148,7 +148,7 @@ def prepare(
     return PreparedRun(request, folder, loaded, workers, status_store, debug=debug)
 
 
-def fit(run: PreparedRun, follow: Callable[[Callable[[], bool]], None], work: "Work | None" = None) -> Any:
+def fit(run: PreparedRun, follow: Follow, work: "Work | None" = None) -> Any:
     """Train while `follow` shows progress, and return the result of the first worker's training function.
 
     What `follow` raises, as KeyboardInterrupt, stops the run, which leaves a checkpoint, and is raised again.
@@ -257,7 +257,7 @@ def allocate_workers(request: TrainingRequest, folder: RunFolder, connection: Ex
 
 def fit_trainer(
     trainer: "StoppableTrainer",
-    follow: Callable[[Callable[[], bool]], None],
+    follow: Follow,
     stop: Callable[[Thread], None],
     go_on_after: Callable[[Exception], None],
 ) -> Any:
@@ -291,7 +291,7 @@ def fit_trainer(
 # Progress and results -------------------------------------------------------------------------------
 
 
-def following(run: PreparedRun, screen: Screen, tracking: Tracking) -> Callable[[Callable[[], bool]], None]:
+def following(run: PreparedRun, screen: Screen, tracking: Tracking) -> Follow:
     """Return a function that shows and tracks progress, and updates the report from time to time, until the end."""
     from raycifar.cluster.waiting import Waiting
 

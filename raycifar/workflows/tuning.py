@@ -28,6 +28,7 @@ from raycifar.models.recipes import recipe_from_json
 from raycifar.storage.files import ask
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
+from raycifar.workflows.background import Running
 from raycifar.workflows.identity import Inputs
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.search_space import PastTrial, Space, suggest
@@ -336,7 +337,7 @@ def run_trial(config: dict[str, Trial], study: Study, source: Source, workers: W
         raise
 
 
-def report_epochs(trial: Trial, running: Callable[[], bool], waiting: Callable[[], str | None]) -> None:
+def report_epochs(trial: Trial, running: Running, waiting: Callable[[], str | None]) -> None:
     """Report a search trial to Ray Tune at each rung, including rungs before it was resumed.
 
     Args:
