@@ -8,7 +8,7 @@ from errno import EACCES, EDQUOT, EISDIR, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, 
 
 from raycifar.redaction import shown
 
-MOST_NAMES = 3  # in a sentence
+MAX_NAMES = 3  # in a sentence
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def in_a_line(error: BaseException) -> str:
 
 
 def first_few(names: Sequence[str]) -> str:
-    return ", ".join(names[:MOST_NAMES]) + " and others" * (len(names) > MOST_NAMES)
+    return ", ".join(names[:MAX_NAMES]) + " and others" * (len(names) > MAX_NAMES)
 
 
 def printable(text: str) -> str:

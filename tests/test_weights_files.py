@@ -25,7 +25,7 @@ from raycifar.errors import RequestError, WorkError
 from raycifar.models import CIFAR, Architecture
 from raycifar.models.initial_weights import load_initial_weights
 from raycifar.models.recipes import choose_recipe
-from raycifar.storage.pickles import MOST_STEPS
+from raycifar.storage.pickles import MAX_STEPS
 from raycifar.storage.torch_files import read_state_dict
 from raycifar.storage.weights import to_file
 from raycifar.terminal import Screen
@@ -302,7 +302,7 @@ ABSURD = {
     "a long array of bytes": b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".",
     "a long string": b"\x80\x02X\xff\xff\xff\x7fa.",
     "a long number": b"\x80\x02\x8b\xff\xff\xff\x7f1.",
-    "endless lists": b"\x80\x02" + b"]" * (MOST_STEPS + 1) + b".",
+    "endless lists": b"\x80\x02" + b"]" * (MAX_STEPS + 1) + b".",
     "endless names": b"\x80\x02" + b"".join(b"ca\n%d\n0" % k for k in range(5000)) + b"N.",
     "an extension": b"\x80\x02\x82\x01.",
     "attributes of a class": b"\x80\x02ca\nb\n}U\x01aK\x01sb.",

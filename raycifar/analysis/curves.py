@@ -12,7 +12,7 @@ from raycifar.storage.records import sampled_steps
 from raycifar.words import count
 
 BLUE, ORANGE = "#0072b2", "#e69f00"
-MOST_MARKS = 8
+MAX_MARKS = 8
 
 
 @dataclass(frozen=True)
@@ -118,4 +118,4 @@ def marks(history: RunHistory) -> list[tuple[int, str]]:
         if record.workers != before.workers:
             found.append((record.epoch, count(record.workers, "worker")))
     found += [(record.epoch, "restart") for record in records if record.restarts]
-    return found[:MOST_MARKS]
+    return found[:MAX_MARKS]

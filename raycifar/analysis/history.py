@@ -14,7 +14,7 @@ from raycifar.models.recipe import Recipe
 from raycifar.models.recipes import recipe_for, recipe_from_json
 from raycifar.storage.records import EpochRecord
 
-MOST_POINTS = 1000  # of a curve that are drawn, or go into what takes time that grows with their square
+MAX_POINTS = 1000  # of a curve that are drawn, or go into what takes time that grows with their square
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class RunHistory:
 
 def thinned(count: int) -> np.ndarray:
     """Return at most 1,000 of `count` indices, evenly spaced, with the first and the last."""
-    return np.unique(np.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(int))
+    return np.unique(np.linspace(0, count - 1, min(count, MAX_POINTS)).round().astype(int))
 
 
 def failure_kind(result: dict[str, Any]) -> FailureKind:

@@ -15,8 +15,8 @@ from raycifar.errors import RequestError
 from raycifar.machine import available_cpus
 
 GPU_WORKER_CPUS = 4  # a GPU's worker computes nothing on the CPU but its bookkeeping
-SMALLEST_SHARE = 0.25  # of a CPU; below, Ray's own processes starve and time out
-MOST_NODES = 1000  # of one type that an autoscaler may add, where it sets no limit
+MIN_CPU_SHARE = 0.25  # of a CPU; below, Ray's own processes starve and time out
+MAX_NODES = 1000  # of one type that an autoscaler may add, where it sets no limit
 LOOK_SECONDS = 1  # between two looks at what is free
 VERDICT_SECONDS = 30  # for the autoscaler to say whether it can help
 TRIAL_MEMORY = 2e9  # bytes: what a trial's driver and Ray Train's processes for it take on the head, 1.96 GB measured
@@ -143,11 +143,11 @@ def default_cpus(nodes: Sequence[Resources], count: int, gpus: float) -> float:
     """Return the CPUs of each of `count` workers that take so many GPUs, or raise RequestError if they are too few."""
     if gpus:
         ratios = [node.get("CPU", 0) / placeable([node], {"GPU": gpus}) for node in nodes if node.get("GPU", 0) >= 1]
-        return max(SMALLEST_SHARE, whole_or_part(min([GPU_WORKER_CPUS, *ratios])))
+        return max(MIN_CPU_SHARE, whole_or_part(min([GPU_WORKER_CPUS, *ratios])))
     free = [usable_cpus(node.get("CPU", 0)) for node in nodes]
     each = largest_share(free, count)
-    if each < SMALLEST_SHARE:
-        fit = int(sum(free) / SMALLEST_SHARE)
+    if each < MIN_CPU_SHARE:
+        fit = int(sum(free) / MIN_CPU_SHARE)
         raise RequestError(f"{count} workers can't share {sum(free):g} CPUs: ask for at most {fit} --workers.")
     return each
 
@@ -168,7 +168,7 @@ def size_trials(
     if not cpus and (device == "cpu" or not any(node.get("GPU") for node in nodes)):
         free = [usable_cpus(node.get("CPU", 0)) for node in nodes]
         each = largest_share(free, count * max(1, min(trials, sum(amount > 0 for amount in free))))
-        cpus = each if each >= SMALLEST_SHARE else None
+        cpus = each if each >= MIN_CPU_SHARE else None
     workers = size_workers(count, device, cpus, gpus, accelerator)
     return workers, max(1, placeable(nodes, workers.resources) // count)
 
@@ -208,9 +208,9 @@ def autoscaler_node_types() -> list[tuple[Resources, int]] | None:
         resources = {key: float(kind["resources"].get(key, 0)) for key in ("CPU", "GPU")}
         resources |= {key: amount for key, amount in kind["resources"].items() if key.startswith(ACCELERATOR)}
         like_it = sum(all(node.get(key, 0) == amount for key, amount in resources.items()) for node in there)
-        most = kind.get("max_workers", config.get("max_workers", MOST_NODES))
+        most = kind.get("max_workers", config.get("max_workers", MAX_NODES))
         if name != config.get("head_node_type", "ray.head.default"):
-            groups.append((resources, max(0, min(most, MOST_NODES) - like_it)))
+            groups.append((resources, max(0, min(most, MAX_NODES) - like_it)))
     return groups
 
 

@@ -33,7 +33,7 @@ from raycifar.engine.trainer import Job, Trainer
 from raycifar.models import FORWARD_PASSES_PER_STEP
 
 SHUFFLED_BATCHES = 10  # batches in the local shuffle buffer of Ray's documented ingest
-FEWEST_STEPS = 4  # of a stage, unless even two rounds of them take too long
+MIN_STEPS = 4  # of a stage, unless even two rounds of them take too long
 SLOWER = {"dataloader": 3, "stream": 1}  # about how many of our epochs one of theirs takes; known once it is timed
 
 
@@ -141,13 +141,13 @@ def work_of_round(trainer: Trainer, baselines: Sequence[str]) -> float:
 def choose_steps(seconds: float, rounds: int, seconds_of_step: float, most: int) -> int:
     """Return the steps of each stage with which all rounds, and one to warm up, end in so many seconds.
 
-    Few steps say little: where there is no time for FEWEST_STEPS, there are fewer rounds.
+    Few steps say little: where there is no time for MIN_STEPS, there are fewer rounds.
 
     Args:
         seconds_of_step: of all stages together.
     """
     steps = int(seconds / seconds_of_step / (rounds + 1))
-    return min(most, max(1, steps, min(FEWEST_STEPS, int(seconds / seconds_of_step / 2))))
+    return min(most, max(1, steps, min(MIN_STEPS, int(seconds / seconds_of_step / 2))))
 
 
 def use_fewer_images(trainer: Trainer, num_steps: int) -> None:

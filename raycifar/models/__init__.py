@@ -31,7 +31,7 @@ from pydantic import Field
 
 from raycifar.data import CIFAR100
 from raycifar.errors import RequestError, in_a_line
-from raycifar.models.recipe import LARGEST_IMAGE, TRANSFER, Recipe, check_type, model_options
+from raycifar.models.recipe import MAX_IMAGE_SIZE, TRANSFER, Recipe, check_type, model_options
 from raycifar.storage.records import Positive, Real, checked
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Architecture:
         except Exception as error:  # networks may raise any
             raise RequestError(
                 f"{self.model} can't take images of {size} pixels ({in_a_line(error)}): give another --image-size or "
-                f"--progressive, up to {LARGEST_IMAGE}, or another model."
+                f"--progressive, up to {MAX_IMAGE_SIZE}, or another model."
             ) from error
 
     def layers(self, network: nn.Module) -> list[list[str]]:

@@ -15,7 +15,7 @@ from raycifar import models
 from raycifar.data.tables import Source, to_images
 from raycifar.errors import RequestError, first_few, in_a_line
 from raycifar.models import CIFAR, Architecture, Preprocessing
-from raycifar.models.recipe import LARGEST_IMAGE, Recipe, model_options, parse_sizes
+from raycifar.models.recipe import MAX_IMAGE_SIZE, Recipe, model_options, parse_sizes
 from raycifar.storage.files import read_file
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def from_scratch(model: str, recipe: Recipe, source: Source) -> InitialWeights:
 def from_weights(model: str, recipe: Recipe) -> InitialWeights:
     check_no_options(model, recipe)
     family, origin = models.find(model), recipe.pretrained
-    preprocessing = family.imagenet_preprocessing(recipe.image_size or LARGEST_IMAGE)
+    preprocessing = family.imagenet_preprocessing(recipe.image_size or MAX_IMAGE_SIZE)
     architecture = Architecture(model, large_stem=True, preprocessing=preprocessing, tta_flip=recipe.tta_flip)
     notes = []
     if origin == "imagenet":

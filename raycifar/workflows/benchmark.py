@@ -43,7 +43,7 @@ HELP = {
     "train": "a larger --batch-size would help: what is done for each step weighs less",
     "epoch": "fewer validation images (--val-size) would help",
 }
-LONGEST = 290  # seconds that a bench takes: all of it in five minutes
+MAX_SECONDS = 290  # of a bench: all of it takes five minutes
 WORKERS_START = 15  # of them that worker processes take to start
 SECONDS_OF_ROUND = 4  # in which steps of a number of workers are timed, at most
 FEW_WORKERS = 3  # are run on CPUs, however few these are
@@ -126,7 +126,7 @@ def bench(
             machine = f"{run.workers}, {processor()}"
             place = find_place(run, request) if request.counts else None
             screen.say(
-                f"This takes at most about {LONGEST / 60:.0f} minutes; Ctrl-C ends it, and what is timed is shown."
+                f"This takes at most about {MAX_SECONDS / 60:.0f} minutes; Ctrl-C ends it, and what is timed is shown."
             )
             time_stages(run, request, screen, next(seconds), found)
             if place:
@@ -155,8 +155,8 @@ def keep(found: dict[str, Any], folder: RunFolder) -> None:
 
 
 def shares_of_time(parts: int) -> Iterator[float]:
-    """Yield the seconds of each part of a bench as it begins: an equal share of what is left of LONGEST."""
-    ends = time.monotonic() + LONGEST
+    """Yield the seconds of each part of a bench as it begins: an equal share of what is left of MAX_SECONDS."""
+    ends = time.monotonic() + MAX_SECONDS
     for left in range(parts, 0, -1):
         yield max(0.0, ends - time.monotonic()) / left
 
