@@ -19,15 +19,11 @@ MAX_POINTS = 1000  # of a curve that are drawn, or go into what takes time that 
 
 @dataclass(frozen=True)
 class RunHistory:
-    """A run as its files tell it.
+    """A run as its files tell it."""
 
-    run: the content of `run.json`. records: of the finished epochs, none at the beginning. result: the content of
-    `result.json`, None while there is none.
-    """
-
-    run: dict[str, Any]
-    records: Sequence[EpochRecord]
-    result: dict[str, Any] | None
+    run: dict[str, Any]  # the content of `run.json`
+    records: Sequence[EpochRecord]  # of the finished epochs, none at the beginning
+    result: dict[str, Any] | None  # the content of `result.json`, None while there is none
 
     @property
     def model(self) -> str:

@@ -62,16 +62,12 @@ class ExactShards(ray.train.DataConfig):
 
 @dataclass(frozen=True)
 class Shard:
-    """A worker's images, all on its device.
+    """A worker's images, all on its device."""
 
-    images: (N, 3, H, W) uint8. labels: (N,) int64, the classes. coarse: (N,) int64, the superclasses.
-    index: (N,) int64, rows of the source's training or test set.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    coarse: torch.Tensor
-    index: torch.Tensor
+    images: torch.Tensor  # (N, 3, H, W) uint8
+    labels: torch.Tensor  # (N,) int64, the classes
+    coarse: torch.Tensor  # (N,) int64, the superclasses
+    index: torch.Tensor  # (N,) int64, rows of the source's training or test set
 
     def __len__(self) -> int:
         return len(self.images)

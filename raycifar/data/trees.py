@@ -35,14 +35,11 @@ CHUNK = 2**24  # bytes to decompress at a time, so that other threads rarely wai
 
 @dataclass(frozen=True)
 class Tree:
-    """Files by their paths in a folder or archive.
+    """Files by their paths in a folder or archive."""
 
-    name: as the user knows it. paths: without hidden files and files of runs. read: returns a file's content.
-    """
-
-    name: str
-    paths: list[PurePosixPath]
-    read: Callable[[PurePosixPath], bytes]
+    name: str  # as the user knows it
+    paths: list[PurePosixPath]  # without hidden files and files of runs
+    read: Callable[[PurePosixPath], bytes]  # returns a file's content
 
     @classmethod
     def of(cls, name: str, paths: list[PurePosixPath], read: Callable[[PurePosixPath], bytes]) -> Self:

@@ -26,14 +26,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's images on one worker.
-
-    rows: (n,) int64, rows of the worker's own shard. num_images: of the step, over all workers.
-    """
+    """One step's images on one worker."""
 
     step: int
-    rows: np.ndarray
-    num_images: int
+    rows: np.ndarray  # (n,) int64, rows of the worker's own shard
+    num_images: int  # of the step, over all workers
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
@@ -49,15 +46,12 @@ def advance(segments: Sequence[Segment], world_size: int) -> list[Segment]:
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """The order of one epoch's images.
-
-    num_images: of the training set, over all workers. num_steps: of the whole epoch.
-    """
+    """The order of one epoch's images."""
 
     seed: int
     epoch: int
-    num_images: int
-    num_steps: int
+    num_images: int  # of the training set, over all workers
+    num_steps: int  # of the whole epoch
 
     def batches(self, segments: Sequence[Segment], world_size: int, rank: int) -> Iterator[Batch]:
         """Yield one worker's remaining batches of the epoch, whose completed steps are the `segments`."""

@@ -54,35 +54,28 @@ WARNED_EPOCHS = 3  # first epochs after which a network that doesn't learn is re
 
 @dataclass(frozen=True)
 class Job:
-    """What the driver asks of the workers.
-
-    num_val_images, num_test_images: 0 leaves that split alone. gpus, threads: of each worker. device: cpu or mps, of
-    one that has no `gpus`. in_process: without worker actors. versions: the driver's. record: follow each training
-    image and the gradient's norm. checkpoint_steps: between two checkpoints; 0: at the end of each epoch alone.
-    profile: trace some steps. rungs: epochs after which the driver says whether to stop. near_duplicates: rows of test
-    images whose photograph is among the training images, None where that isn't known.
-    """
+    """What the driver asks of the workers."""
 
     run: RunFolder
     status_store: StatusStore
     initial: InitialWeights
     recipe: Recipe
     seed: int
-    superclass_of: Sequence[int]
+    superclass_of: Sequence[int]  # of each class
     num_train_images: int
-    num_val_images: int
-    num_test_images: int
-    gpus: float
-    device: str
-    threads: int
-    in_process: bool
-    versions: dict[str, str]
+    num_val_images: int  # 0: none are scored
+    num_test_images: int  # 0: none are scored
+    gpus: float  # of each worker; a share of one GPU, or 0
+    device: str  # cpu or mps, of workers without `gpus`
+    threads: int  # of each worker
+    in_process: bool  # without worker actors
+    versions: dict[str, str]  # the driver's
     compile: bool
-    record: bool
-    checkpoint_steps: int
-    profile: bool
-    rungs: Sequence[int]
-    near_duplicates: np.ndarray | None
+    record: bool  # follow each training image and the gradient's norm
+    checkpoint_steps: int  # between two checkpoints; 0: only at the end of each epoch
+    profile: bool  # trace some steps
+    rungs: Sequence[int]  # epochs after which the driver says whether to stop
+    near_duplicates: np.ndarray | None  # rows of test images whose photograph is trained on; None: unknown
 
 
 class Ending(StrEnum):
@@ -96,17 +89,14 @@ class Ending(StrEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The training function's result.
-
-    test: the scores on the test set. best_epoch: the one with the highest validation top-1.
-    """
+    """The training function's result."""
 
     ending: Ending
     history: Sequence[EpochRecord]
-    best_epoch: int | None = None
-    test: dict[str, Any] | None = None
-    failure: FailureKind | None = None
-    reason: str | None = None
+    best_epoch: int | None = None  # with the highest validation top-1
+    test: dict[str, Any] | None = None  # the scores on the test set
+    failure: FailureKind | None = None  # why training failed
+    reason: str | None = None  # the same in words
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> Outcome:

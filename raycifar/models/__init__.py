@@ -68,19 +68,14 @@ CIFAR = Preprocessing(CIFAR100.image_size, CIFAR100.mean, CIFAR100.std)
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to build and use a network, which travels with its weights.
-
-    large_stem: the first layers are made for ImageNet's 224×224 pixels, not for CIFAR's 32×32.
-    tta_flip: in evaluation mode, the network returns the mean logits of an image and its horizontal flip.
-    options: the architecture's options by name; missing ones take their defaults.
-    """
+    """How to build and use a network, which travels with its weights."""
 
     model: str
     num_classes: int = CIFAR100.num_classes
-    large_stem: bool = False
+    large_stem: bool = False  # first layers for ImageNet's 224×224 pixels, not for CIFAR's 32×32
     preprocessing: Preprocessing = CIFAR
-    tta_flip: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tta_flip: bool = False  # in evaluation mode, return the mean logits of an image and its horizontal flip
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # by name; missing ones take their defaults
 
     def __post_init__(self) -> None:
         for name, kind in (("num_classes", int), ("large_stem", bool), ("tta_flip", bool)):

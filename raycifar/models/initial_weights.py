@@ -27,17 +27,12 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of Distributed
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """An architecture, and the weights it starts with, by name; the seed initializes all others.
-
-    weights: without a head for other classes; None if the seed initializes all.
-    from_images: the weights are computed from the training images.
-    notes: sentences on what was left out of a file, and what was chosen by it.
-    """
+    """An architecture, and the weights it starts with, by name; the seed initializes all others."""
 
     architecture: Architecture
-    weights: Mapping[str, np.ndarray] | None = None
-    from_images: bool = False
-    notes: tuple[str, ...] = ()
+    weights: Mapping[str, np.ndarray] | None = None  # without a head for other classes; None: the seed initializes all
+    from_images: bool = False  # computed from the training images
+    notes: tuple[str, ...] = ()  # on what was left out of a file, and what was chosen by it
 
     def resolve(self, recipe: Recipe) -> Recipe:
         """Return the recipe with the image size that was chosen by the weights."""

@@ -109,14 +109,11 @@ KEPT = 3  # checkpoints: the newest two may be damaged
 
 @dataclass(frozen=True, repr=False)
 class RunFolder:
-    """A run folder, which may not exist yet.
+    """A run folder, which may not exist yet."""
 
-    storage: a local folder or a URI. claim: a file's path on its file system; once it is gone, nothing more is written.
-    """
-
-    storage: str
+    storage: str  # a local folder or a URI
     name: str
-    claim: str | None = None
+    claim: str | None = None  # a file's path on its file system; once it is gone, nothing more is written
 
     @classmethod
     def at(cls, location: str) -> "RunFolder":

@@ -56,22 +56,18 @@ POLL_SECONDS = 0.02  # between two looks whether a run has begun
 class BenchRequest:
     """What to time, and how.
 
-    rounds: how often each stage is timed, at most. against: other ways of training, timed as well. startup: time the
-    start, up to the first step, as well. plan: numbers of workers to predict, such as `1,2,4`. interconnect: the link
-    between them, instead of the measured one. price_per_hour: of one device. out: a folder or URI.
-
     Raises:
         RequestError: a value makes no sense.
     """
 
     training: TrainingRequest
-    rounds: int = 5
-    against: Sequence[str] = ()
-    startup: bool = False
-    plan: str | None = None
-    interconnect: str | None = None
-    price_per_hour: float | None = None
-    out: str = "bench"
+    rounds: int = 5  # how often each stage is timed, at most
+    against: Sequence[str] = ()  # other ways of training, timed as well
+    startup: bool = False  # time the start, up to the first step, as well
+    plan: str | None = None  # numbers of workers to predict, such as `1,2,4`
+    interconnect: str | None = None  # the link between them, instead of the measured one
+    price_per_hour: float | None = None  # of one device
+    out: str = "bench"  # a folder or URI
 
     def __post_init__(self) -> None:
         workers = self.training.workers

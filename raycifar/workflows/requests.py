@@ -167,14 +167,12 @@ class TrainingRequest(Settings):
 class ComparisonRequest(Settings):
     """Several models to be trained with several seeds, and compared.
 
-    recipes: of each model. fixed: fields of the recipe that a search leaves alone, because they are given.
-
     Raises:
         RequestError: a value makes no sense.
     """
 
-    recipes: Mapping[str, Recipe]
-    fixed: frozenset[str] = frozenset()
+    recipes: Mapping[str, Recipe]  # by model
+    fixed: frozenset[str] = frozenset()  # fields of the recipe that a search leaves alone, because they are given
     _: KW_ONLY
     seed: int = setting(0, "The first of --seeds.", least=0, most=MAX_SEED)
     seeds: int = setting(3, "Runs of each model, with seeds from --seed on.", least=1, most=MAX_TRIALS)
