@@ -8,7 +8,7 @@ from errno import EACCES, EDQUOT, EISDIR, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, 
 
 from raycifar.redaction import shown
 
-MOST_NAMES = 3  # in a sentence
+MAX_NAMES = 3  # in a sentence
 
 log = logging.getLogger(__name__)
 
@@ -18,10 +18,15 @@ class FailureKind(StrEnum):
 
     NOT_FINITE = "not-finite"
     NODE_MISMATCH = "node-mismatch"
-    STORAGE = "storage"
-    WORKER_DIED = "worker-died"
-    DRIVER_DIED = "driver-died"
     OTHER = "other"
+
+
+class StopTrainingError(Exception):
+    """Training can't continue, and a retry would fail again."""
+
+    def __init__(self, reason: str, kind: FailureKind) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 class RaycifarError(Exception):
@@ -72,7 +77,7 @@ def in_a_line(error: BaseException) -> str:
 
 
 def first_few(names: Sequence[str]) -> str:
-    return ", ".join(names[:MOST_NAMES]) + " and others" * (len(names) > MOST_NAMES)
+    return ", ".join(names[:MAX_NAMES]) + " and others" * (len(names) > MAX_NAMES)
 
 
 def printable(text: str) -> str:

@@ -11,7 +11,7 @@ from histories import made_up
 from PIL import Image
 
 from raycifar.analysis.charts import (
-    MOST_ROWS,
+    MAX_ROWS,
     bands,
     class_chart,
     confusion_chart,
@@ -23,8 +23,8 @@ from raycifar.analysis.charts import (
     scatter,
     thinned,
 )
-from raycifar.analysis.curves import MOST_MARKS, Line, Panel, panels
-from raycifar.analysis.history import MOST_POINTS
+from raycifar.analysis.curves import MAX_MARKS, Line, Panel, panels
+from raycifar.analysis.history import MAX_POINTS
 
 HOSTILE = "\"><script>alert(1)</script> $a & b's$ _{"
 PAIR = {"a": HOSTILE, "b": "b", "difference": 0.01, "low": -0.01, "high": 0.03}
@@ -77,7 +77,7 @@ def test_long_curves_are_thinned_and_keep_their_ends():
     assert thinned(0).tolist() == []
     assert thinned(3).tolist() == [0, 1, 2]
     shown = thinned(100_000)
-    assert len(shown) == MOST_POINTS
+    assert len(shown) == MAX_POINTS
     assert (shown[0], shown[-1]) == (0, 99_999)
     long, short = (
         curve_chart(Panel([Line("a", np.random.default_rng(0).random(n))], "y", "d")) for n in (100_000, 1000)
@@ -87,9 +87,9 @@ def test_long_curves_are_thinned_and_keep_their_ends():
 
 def test_marks_and_rows_are_bounded():
     history = made_up(epochs=100, restarts=lambda e: 1, workers=lambda e: 1 + e % 2)
-    assert len(panels(history)["loss"].marks) == MOST_MARKS
+    assert len(panels(history)["loss"].marks) == MAX_MARKS
     many = differences([{**PAIR, "a": f"a{k}"} for k in range(100)], "many")
-    assert len(re.findall(r"a\d+ − b<", many)) == MOST_ROWS
+    assert len(re.findall(r"a\d+ − b<", many)) == MAX_ROWS
 
 
 def test_the_figure_of_a_run_shows_four_panels_and_itself_in_a_notebook():

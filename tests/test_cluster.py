@@ -13,7 +13,7 @@ from conftest import ps, wait_until
 from cpus import free_cpus
 
 from raycifar.cluster import nodes, ray_internals
-from raycifar.data.shards import bounds, cuts
+from raycifar.data.shards import block_bounds, shard_bounds
 
 OTHER = """
 import ray
@@ -117,9 +117,9 @@ def test_a_node_with_other_versions_or_without_the_storage_is_named(tmp_path):
 
 def test_images_are_cut_wherever_a_worker_s_may_begin():
     """Then dealing them out needs no task, which would wait for ever where workers hold all CPUs."""
-    assert cuts(100, [2]) == [0, 50, 100]
-    assert cuts(100, range(1, 4)) == [0, 33, 50, 66, 100]
-    assert all(set(cuts(45_001, range(1, 9))).issuperset(bounds(45_001, size)) for size in range(1, 9))
+    assert block_bounds(100, [2]) == [0, 50, 100]
+    assert block_bounds(100, range(1, 4)) == [0, 33, 50, 66, 100]
+    assert all(set(block_bounds(45_001, range(1, 9))).issuperset(shard_bounds(45_001, size)) for size in range(1, 9))
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def test_a_folder_that_ray_can_t_use_is_named(refused, monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_ADDRESS", "local")
     assert "RAY_TMPDIR=/a/a" in refused(RequestError, RAY_TMPDIR="/a" * 50)
     (tmp_path / "file").touch()
-    monkeypatch.setattr(connection, "LONGEST_FOLDER", 1000)
+    monkeypatch.setattr(connection, "MAX_FOLDER_BYTES", 1000)
     assert "file can't be written to (" in refused(RequestError, RAY_TMPDIR=str(tmp_path / "file"))
 
 

@@ -43,7 +43,7 @@ def fail(counter, store, attempt, **errors):
 def test_failures_are_told_and_counted(store, alive):
     counter = FailureCounter(store, 1)
     fail(counter, store, 1, rank1=DIED)
-    assert [failure.kind for failure in store.failures()] == [FailureCause.WORKER]
+    assert [failure.cause for failure in store.failures()] == [FailureCause.WORKER]
     assert store.failures()[0].ranks == [1]
     assert store.worker().phase == Phase.STARTING
     with pytest.raises(WorkError, match="on worker 0, the loss"):
@@ -67,14 +67,14 @@ def test_a_failure_under_which_a_node_died_is_not_counted(store, alive):
 def test_a_preempted_run_goes_on_and_nothing_is_counted(store, alive):
     counter = FailureCounter(store, 0)
     fail(counter, store, 1, rank0=PreemptedError(), rank1=PreemptedError("in any words"))
-    assert [failure.kind for failure in store.failures()] == [FailureCause.PREEMPTED]
+    assert [failure.cause for failure in store.failures()] == [FailureCause.PREEMPTED]
     assert "the run continues elsewhere from a new checkpoint" in str(store.failures()[0])
 
 
 def test_a_disk_that_is_full_ends_the_run_at_once_and_a_storage_that_is_slow_does_not(store, alive):
     counter = FailureCounter(store, 3)
     fail(counter, store, 1, rank0=SLOW)
-    assert [failure.kind for failure in store.failures()] == [FailureCause.WORKER]
+    assert [failure.cause for failure in store.failures()] == [FailureCause.WORKER]
     with pytest.raises(WorkError, match="on worker 0, /runs/a can't be written: No space left on device"):
         fail(counter, store, 2, rank0=FULL)
 

@@ -7,25 +7,25 @@ import pytest
 import torch
 
 from raycifar.engine.epoch_meter import EpochMeter, EpochTotals
-from raycifar.engine.loss import StopTrainingError
 from raycifar.engine.state import Progress
+from raycifar.errors import StopTrainingError
 from raycifar.storage.records import sampled_steps
 
 CPU = torch.device("cpu")
 STEPS = torch.tensor([[10, 40.0, 1, 2.0], [10, 30.0, 3, 5.0], [9, 20.0, 4, 3.0]], dtype=torch.float64)
 
 
-def record(meter, steps):
+def add(meter, steps):
     for step in steps:
-        meter.record(step, STEPS[step])
+        meter.add(step, STEPS[step])
 
 
 def test_totals_are_sums_and_the_largest_norm_has_its_step():
     meter = EpochMeter(1, 3, 0, EpochTotals(), CPU)
-    record(meter, (0, 1))
+    add(meter, (0, 1))
     assert meter.running(2)["loss"] == pytest.approx(3.5)
     assert meter.running(2)["top1"] == pytest.approx(0.2)
-    record(meter, (2,))
+    add(meter, (2,))
     meter.collect()
     totals = meter.totals
     assert (totals.num_images, totals.loss, totals.num_correct) == (29, 90, 8)
@@ -35,15 +35,15 @@ def test_totals_are_sums_and_the_largest_norm_has_its_step():
 
 def test_an_epoch_that_is_resumed_counts_as_one_that_is_not():
     whole = EpochMeter(1, 3, 0, EpochTotals(), CPU, sampled=(0, 2))
-    record(whole, (0, 1, 2))
+    add(whole, (0, 1, 2))
     whole.collect()
     assert whole.totals.step_losses == [4.0, 20 / 9]
     first = EpochMeter(1, 3, 0, EpochTotals(), CPU, sampled=(0, 2))
-    record(first, (0, 1))
+    add(first, (0, 1))
     first.collect()
     first.totals.seconds = 100.0
     rest = EpochMeter(1, 3, 2, EpochTotals(**json.loads(json.dumps(vars(first.totals)))), CPU, sampled=(0, 2))
-    record(rest, (2,))
+    add(rest, (2,))
     rest.collect()
     assert rest.totals.seconds > 100
     rest.totals.seconds = whole.totals.seconds
@@ -63,7 +63,7 @@ def test_the_sampled_steps_are_evenly_spaced_over_the_whole_run_and_at_most_2000
 
 def test_a_gradient_that_is_not_finite_is_named_by_its_step():
     meter = EpochMeter(4, 3, 0, EpochTotals(), CPU)
-    meter.record(1, torch.tensor([10, 1.0, 1, torch.nan], dtype=torch.float64))
+    meter.add(1, torch.tensor([10, 1.0, 1, torch.nan], dtype=torch.float64))
     with pytest.raises(StopTrainingError, match="epoch 4, step 2") as raised:
         meter.collect()
     assert raised.value.kind == "not-finite"

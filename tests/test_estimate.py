@@ -47,9 +47,9 @@ def test_what_is_short_on_any_cpu_is_not_measured(monkeypatch):
 def searcher(tmp_path):
     """A comparison of two models with two seeds, of which two trials run at once."""
     recipes = {model: recipe_for(model) for model in ("vgg16", "cnn")}
-    starts = {model: SimpleNamespace(architecture=Architecture(model)) for model in recipes}
+    initial_by_model = {model: SimpleNamespace(architecture=Architecture(model)) for model in recipes}
     folder = RunFolder(str(tmp_path), "c")
-    study = Study(ComparisonRequest(recipes, seeds=2), folder, recipes, starts, {})
+    study = Study(ComparisonRequest(recipes, seeds=2), folder, recipes, initial_by_model, {})
     return StudySearcher(study, 2)
 
 
@@ -66,5 +66,5 @@ def test_the_time_left_of_a_comparison_counts_waiting_trials_as_many_at_once_as_
     flops = {model: models.flops(Architecture(model)) for model in ("cnn", "vgg16")}
     waiting = recipe_for("cnn").epochs * STEP.seconds_of_epoch * flops["cnn"] / flops["vgg16"]  # by the other's pace
     assert searcher.seconds_left() == pytest.approx(STEP.seconds_left + waiting, abs=1)
-    searcher.most_at_once = 4
+    searcher.max_concurrent = 4
     assert searcher.seconds_left() == pytest.approx(max(STEP.seconds_left, waiting), abs=1)

@@ -33,8 +33,8 @@ def load_initial_weights(path, model="resnet50", **changes):
     return initial_weights.load_initial_weights(model, recipe, synthetic(100, 100))
 
 
-def state_of(start, recipe, seed=0):
-    return TrainingState(start.architecture, start.weights, recipe, seed, CPU)
+def state_of(initial, recipe, seed=0):
+    return TrainingState(initial.architecture, initial.weights, recipe, seed, CPU)
 
 
 # From scratch ---------------------------------------------------------------------------------------
@@ -42,20 +42,20 @@ def state_of(start, recipe, seed=0):
 
 def test_from_scratch_the_recipe_decides_the_architecture():
     recipe = Recipe(image_size=64, tta_flip=True)
-    start = initial_weights.load_initial_weights("vgg16", recipe, synthetic(100, 100))
-    assert (start.weights, start.fingerprint()) == (None, None)
-    assert start.architecture.preprocessing == dataclasses.replace(models.CIFAR, size=64)
-    assert (start.architecture.num_classes, start.architecture.tta_flip) == (100, True)
+    initial = initial_weights.load_initial_weights("vgg16", recipe, synthetic(100, 100))
+    assert (initial.weights, initial.fingerprint()) == (None, None)
+    assert initial.architecture.preprocessing == dataclasses.replace(models.CIFAR, size=64)
+    assert (initial.architecture.num_classes, initial.architecture.tta_flip) == (100, True)
 
 
 def test_an_architecture_makes_weights_from_the_first_images():
     source = synthetic(1200, 100)
-    start = initial_weights.load_initial_weights("cnn", CnnRecipe(whiten=True), source)
+    initial = initial_weights.load_initial_weights("cnn", CnnRecipe(whiten=True), source)
     pixels = to_images(source.train["image"])[:1000].astype(np.float32) / 255
     mean, std = (np.float32(values)[:, None, None] for values in (CIFAR100.mean, CIFAR100.std))
     filters = whitening_filters(torch.from_numpy((pixels - mean) / std), 3)
-    assert np.array_equal(start.weights["whiten.weight"], filters.numpy())
-    assert start.fingerprint() is None  # the images have one
+    assert np.array_equal(initial.weights["whiten.weight"], filters.numpy())
+    assert initial.fingerprint() is None  # the images have one
     assert initial_weights.load_initial_weights("cnn", CnnRecipe(depth=2), source).weights is None
 
 
@@ -80,9 +80,9 @@ def test_the_first_batch_gives_the_features_of_torchvision_s_own_model(published
         ]
     )
     pictures = torch.stack([pipeline(Image.fromarray(image.transpose(1, 2, 0))) for image in images])
-    start = load_initial_weights(resnet50_file)
-    ours = state_of(start, recipe_for("resnet50", str(resnet50_file))).model.eval()
-    inputs = preprocess(torch.from_numpy(images), start.architecture.preprocessing)
+    initial = load_initial_weights(resnet50_file)
+    ours = state_of(initial, recipe_for("resnet50", str(resnet50_file))).model.eval()
+    inputs = preprocess(torch.from_numpy(images), initial.architecture.preprocessing)
     assert (inputs - pictures).abs().max() < 1.01 / 255 / min(published.std)  # PIL rounds to whole pixels, twice
     with torch.no_grad():
         ours.fc, head = torch.nn.Identity(), ours.fc
@@ -113,9 +113,9 @@ def test_vgg16_takes_torchvision_s_features_and_a_head_of_its_own(tmp_path):
 def test_raycifar_s_own_weights_bring_their_stem_and_their_pixels(tmp_path):
     architecture = Architecture("resnet50")
     (tmp_path / "own.safetensors").write_bytes(to_file(architecture.build().state_dict(), architecture))
-    start = load_initial_weights(tmp_path / "own.safetensors", image_size=32)
-    assert start.architecture == architecture
-    assert "fc.weight" in start.weights
+    initial = load_initial_weights(tmp_path / "own.safetensors", image_size=32)
+    assert initial.architecture == architecture
+    assert "fc.weight" in initial.weights
     with pytest.raises(RequestError, match=r"holds weights of resnet50, not of vgg16\.$"):
         load_initial_weights(tmp_path / "own.safetensors", "vgg16")
 
@@ -182,8 +182,9 @@ def test_weights_in_the_cache_are_used_and_checked(monkeypatch, tmp_path, publis
     cached = tmp_path / "hub/checkpoints" / url.rpartition("/")[2]
     cached.parent.mkdir(parents=True)
     content.rename(cached)
-    start = load_initial_weights("imagenet")
-    assert torch.equal(torch.tensor(start.weights["layer4.2.conv3.weight"]), published_resnet50.layer4[2].conv3.weight)
+    initial = load_initial_weights("imagenet")
+    ours = torch.tensor(initial.weights["layer4.2.conv3.weight"])
+    assert torch.equal(ours, published_resnet50.layer4[2].conv3.weight)
 
 
 # timm -----------------------------------------------------------------------------------------------
@@ -196,10 +197,10 @@ def test_timm_s_networks_are_read_for_images_of_another_size(tmp_path, name):
     published = Architecture(name, num_classes=1000, preprocessing=pixels).build()
     torch.save(published.state_dict(), tmp_path / "w.pth")
     recipe = recipe_for(name, str(tmp_path / "w.pth"))
-    start = load_initial_weights(tmp_path / "w.pth", name, image_size=64)
-    state = state_of(start, recipe)
+    initial = load_initial_weights(tmp_path / "w.pth", name, image_size=64)
+    state = state_of(initial, recipe)
     assert state.model.eval()(torch.randn(2, 3, 64, 64)).shape == (2, 100)
-    body = [n for n, v in published.state_dict().items() if not n.startswith(start.architecture.heads(published))]
+    body = [n for n, v in published.state_dict().items() if not n.startswith(initial.architecture.heads(published))]
     same = [n for n in body if torch.equal(state.model.state_dict()[n], published.state_dict()[n])] if body else []
     assert len(same) >= len(body) - 1  # a transformer's position embeddings are interpolated
     assert set(state.layers[-1]) == {n for n, p in state.model.named_parameters() if p.requires_grad}

@@ -308,7 +308,7 @@ def test_an_archive_is_refused_before_it_is_read(tmp_path):
         for number in range(300):
             archive.addfile(tarfile.TarInfo(str(number)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("raycifar.data.trees.MOST_MEMBERS", 200)
+        patch.setattr("raycifar.data.trees.MAX_MEMBERS", 200)
         with pytest.raises(RequestError, match="more than 200 members"):
             load(many)
 

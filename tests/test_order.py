@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from raycifar.data.shards import bounds
+from raycifar.data.shards import shard_bounds
 from raycifar.engine.order import EpochOrder, Segment, advance, steps_per_epoch
 
 
@@ -11,7 +11,7 @@ def shown(images, steps, segments, world_size, epoch=1, seed=0, count=None):
     """The global rows that all workers show in each of the next `count` steps."""
     order = EpochOrder(seed, epoch, images, steps)
     workers = [list(order.batches(segments, world_size, rank)) for rank in range(world_size)]
-    first = bounds(images, world_size)
+    first = shard_bounds(images, world_size)
     result = []
     for together in list(zip(*workers, strict=True))[:count]:
         rows = np.concatenate([first[rank] + batch.rows for rank, batch in enumerate(together)])

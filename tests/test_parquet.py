@@ -120,8 +120,8 @@ def test_a_value_that_stands_in_many_rows_takes_memory_once():
 
 
 def test_more_than_a_file_may_hold_is_refused_before_it_is_read(monkeypatch):
-    monkeypatch.setattr("raycifar.storage.parquet.MOST_ROWS", 10_000)
-    monkeypatch.setattr("raycifar.storage.parquet.MOST_BYTES", 2**30 // 100)
+    monkeypatch.setattr("raycifar.storage.parquet.MAX_ROWS", 10_000)
+    monkeypatch.setattr("raycifar.storage.parquet.MAX_BYTES", 2**30 // 100)
     with pytest.raises(ParquetError, match="has 20,000 rows, not 1 to 10,000"):
         read_parquet(parquet({"x": np.zeros(20_000, np.int8)}), {"x": "integers"})
     with pytest.raises(ParquetError, match=r"takes 0.011 GiB of memory; at most 0.01 GiB is read"):

@@ -10,7 +10,7 @@ from command import Command, finish
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from raycifar.cluster import sizing
-from raycifar.cluster.sizing import Workers, describe, placeable, size, size_trials
+from raycifar.cluster.sizing import Workers, describe, placeable, size_trials, size_workers
 from raycifar.errors import RequestError
 from raycifar.terminal import Screen
 from raycifar.workflows.requests import TrainingRequest
@@ -31,9 +31,9 @@ def wait_while(running):
 def cluster_of(monkeypatch):
     """Have the cluster consist of these nodes, and an autoscaler that may add others."""
 
-    def consist(*nodes, growth=()):
+    def consist(*nodes, node_types=()):
         monkeypatch.setattr(sizing, "alive_nodes", lambda: list(nodes))
-        monkeypatch.setattr(sizing, "growth", lambda: list(growth))
+        monkeypatch.setattr(sizing, "autoscaler_node_types", lambda: list(node_types))
 
     return consist
 
@@ -48,35 +48,35 @@ def test_a_share_is_of_one_gpu(share, fit):
 
 def test_a_worker_takes_a_gpu_and_its_part_of_the_cpus(cluster_of):
     cluster_of(HEAD, A100, L4)
-    assert size(None, "auto", None, 1, None) == Workers(3, 4, 1)
-    assert size(None, "cpu", None, 1, None) == Workers(1, 15)
-    assert size(6, "auto", None, 0.5, None) == Workers(6, 4, 0.5)
-    assert size(None, "auto", None, 0.5, None) == Workers(1, 4, 0.5)  # several would be packed on one GPU
-    assert size(30, "auto", None, 0.1, None) == Workers(30, 0.8, 0.1)
-    assert size(6, "auto", None, 1 / 6, None).gpus == 0.1666
+    assert size_workers(None, "auto", None, 1, None) == Workers(3, 4, 1)
+    assert size_workers(None, "cpu", None, 1, None) == Workers(1, 15)
+    assert size_workers(6, "auto", None, 0.5, None) == Workers(6, 4, 0.5)
+    assert size_workers(None, "auto", None, 0.5, None) == Workers(1, 4, 0.5)  # several would be packed on one GPU
+    assert size_workers(30, "auto", None, 0.1, None) == Workers(30, 0.8, 0.1)
+    assert size_workers(6, "auto", None, 1 / 6, None).gpus == 0.1666
 
 
 def test_workers_keep_to_the_kind_of_gpu_that_is_asked_for(cluster_of):
     cluster_of(HEAD, A100, L4)
-    workers = size(None, "auto", None, 1, "A100")
+    workers = size_workers(None, "auto", None, 1, "A100")
     assert workers == Workers(2, 4, 1, "A100")
     assert workers.resources == {"CPU": 4, "GPU": 1, "accelerator_type:A100": 0.001}
     assert describe(workers.resources) == "4 CPUs, 1 GPU, A100"
     with pytest.raises(RequestError, match="--accelerator H100: this cluster has A100, L4"):
-        size(1, "auto", None, 1, "H100")
+        size_workers(1, "auto", None, 1, "H100")
     with pytest.raises(RequestError, match="has 16 CPUs, 2 GPUs, room for at most 2 of them"):
-        size(3, "auto", None, 1, "A100")
-    cluster_of(HEAD, growth=[(L4, 4)])
-    assert size(4, "auto", None, 1, "L4") == Workers(4, 4, 1, "L4")
+        size_workers(3, "auto", None, 1, "A100")
+    cluster_of(HEAD, node_types=[(L4, 4)])
+    assert size_workers(4, "auto", None, 1, "L4") == Workers(4, 4, 1, "L4")
     with pytest.raises(RequestError, match="this cluster can have L4"):
-        size(1, "auto", None, 1, "A100")
+        size_workers(1, "auto", None, 1, "A100")
 
 
 @pytest.mark.parametrize("wanted", [{"gpus": 0.5}, {"accelerator": "H100"}])
 def test_who_asks_for_a_part_or_a_kind_of_gpu_gets_no_cpu_instead(cluster_of, wanted):
     cluster_of(HEAD)
     with pytest.raises(RequestError, match=r"0 GPUs, room for at most 0|no GPU whose kind Ray knows"):
-        size(None, "auto", None, **{"gpus": 1, "accelerator": None, **wanted})
+        size_workers(None, "auto", None, **{"gpus": 1, "accelerator": None, **wanted})
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_the_head_s_memory_bounds_the_trials_whose_drivers_run_there(cluster_of,
     assert sizing.trials_on_head() == trials
 
 
-@pytest.mark.parametrize("ask", [size, lambda *each: size_trials(*each, trials=6)])
+@pytest.mark.parametrize("ask", [size_workers, lambda *each: size_trials(*each, trials=6)])
 def test_more_workers_than_cpus_can_be_shared_among_are_refused(cluster_of, ask):
     cluster_of(HEAD)
     with pytest.raises(RequestError, match="1000 workers can't share 2 CPUs: ask for at most 8"):
@@ -125,7 +125,7 @@ def test_ray_places_shares_and_kinds_as_they_are_counted(nodes, tmp_path):
 
     ray.init(address=two.env["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
     try:
-        workers = size(4, "auto", None, 0.4, "A100")
+        workers = size_workers(4, "auto", None, 0.4, "A100")
         assert workers.resources == {"CPU": 2, "GPU": 0.4, "accelerator_type:A100": 0.001}
         assert (placeable(sizing.alive_nodes(), workers.resources)) == 4
         for count, fits in ((5, False), (4, True)):

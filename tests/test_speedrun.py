@@ -161,8 +161,8 @@ def timed(small):
         source = load(small)
         tables = split(source, 100, 200, seed).tables()
         shards = [to_shard([tables[name]], CPU) for name in ("train", "val")]
-        start = load_initial_weights("speedrun", recipe, source)
-        return SpeedRun(start.architecture, recipe, *shards, CPU, threads=1)
+        initial = load_initial_weights("speedrun", recipe, source)
+        return SpeedRun(initial.architecture, recipe, *shards, CPU, threads=1)
 
     return make
 

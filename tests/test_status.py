@@ -65,10 +65,10 @@ def test_keys_of_another_version_are_ignored():
     assert checked(WorkerStatus, values) == WorkerStatus(phase=Phase.TRAINING, step=StepStatus(**STEP))
 
 
-def test_a_verdict_is_of_its_epoch_and_a_request_to_stop_stays(store):
-    store.put_verdict(3, stop=False)
-    assert store.verdict(3) is False
-    assert store.verdict(9) is None
+def test_a_decision_to_stop_is_of_its_epoch_and_a_request_to_stop_stays(store):
+    store.put_stop_decision(3, stop=False)
+    assert store.stop_decision(3) is False
+    assert store.stop_decision(9) is None
     assert not store.stop_requested()
     store.request_stop()
     assert store.stop_requested()

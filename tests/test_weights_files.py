@@ -25,7 +25,7 @@ from raycifar.errors import RequestError, WorkError
 from raycifar.models import CIFAR, Architecture
 from raycifar.models.initial_weights import load_initial_weights
 from raycifar.models.recipes import choose_recipe
-from raycifar.storage.pickles import MOST_STEPS
+from raycifar.storage.pickles import MAX_STEPS
 from raycifar.storage.torch_files import read_state_dict
 from raycifar.storage.weights import to_file
 from raycifar.terminal import Screen
@@ -81,11 +81,11 @@ WAYS = {
 @pytest.mark.parametrize("legacy", [False, True])
 def test_the_same_weights_are_read_however_they_were_saved(weights, tmp_path, way, legacy):
     torch.save(WAYS[way](weights), tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
-    start = load(tmp_path / "w.pth")
-    for name, values in start.weights.items():
+    initial = load(tmp_path / "w.pth")
+    for name, values in initial.weights.items():
         assert np.array_equal(values, weights[name].numpy())
-    assert len(start.weights) == len(weights) - 2  # all but the head
-    assert start.notes == (f"The head of {tmp_path}/w.pth is left out: it is for 1,000 classes.",)
+    assert len(initial.weights) == len(weights) - 2  # all but the head
+    assert initial.notes == (f"The head of {tmp_path}/w.pth is left out: it is for 1,000 classes.",)
 
 
 def test_the_same_weights_are_read_from_safetensors(weights, tmp_path):
@@ -137,14 +137,14 @@ def cifar_resnet50(tmp_path_factory):
 
 @pytest.mark.parametrize(("options", "size"), [({}, 32), ({"image_size": 64}, 64), ({"recipe": "transfer"}, 32)])
 def test_a_small_stem_means_small_images_and_a_head_of_these_classes_is_kept(cifar_resnet50, options, size):
-    start = load(cifar_resnet50, "resnet50", **options)
-    pixels = start.architecture.preprocessing
+    initial = load(cifar_resnet50, "resnet50", **options)
+    pixels = initial.architecture.preprocessing
     assert (pixels.size, pixels.mean, pixels.std) == (size, CIFAR100.mean, CIFAR100.std)
-    assert not start.architecture.large_stem
-    assert "fc.weight" in start.weights
-    assert f"was trained on small images, so images have {size} pixels a side here, too" in start.notes[0]
-    assert len(start.notes) == 1
-    assert start.resolve(choose_recipe("resnet50", pretrained="x")).image_size == size
+    assert not initial.architecture.large_stem
+    assert "fc.weight" in initial.weights
+    assert f"was trained on small images, so images have {size} pixels a side here, too" in initial.notes[0]
+    assert len(initial.notes) == 1
+    assert initial.resolve(choose_recipe("resnet50", pretrained="x")).image_size == size
 
 
 def test_a_map_of_one_pixel_means_small_images_and_another_head_is_left_out(tmp_path):
@@ -153,9 +153,9 @@ def test_a_map_of_one_pixel_means_small_images_and_another_head_is_left_out(tmp_
         network.classifier = nn.Sequential(nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 100))
     tensors = {name: torch.ones(value.shape, dtype=value.dtype) for name, value in network.state_dict().items()}
     torch.save(tensors, tmp_path / "w.pth")
-    start = load(tmp_path / "w.pth", "vgg16")
-    assert (start.architecture.preprocessing.size, start.architecture.preprocessing.mean) == (32, CIFAR100.mean)
-    assert start.notes[1] == f"The head of {tmp_path}/w.pth is left out: it has other layers."
+    initial = load(tmp_path / "w.pth", "vgg16")
+    assert (initial.architecture.preprocessing.size, initial.architecture.preprocessing.mean) == (32, CIFAR100.mean)
+    assert initial.notes[1] == f"The head of {tmp_path}/w.pth is left out: it has other layers."
     own = Architecture("vgg16")
     torch.save(
         {n: torch.ones(v.shape, dtype=v.dtype) for n, v in own.outline().state_dict().items()}, tmp_path / "w.pth"
@@ -208,8 +208,8 @@ def test_nothing_that_a_pickle_names_is_run(weights, tmp_path, way, legacy):
     payload = Payload(tmp_path / "CODE_WAS_RUN", way)
     content = {"model": {**weights, "payload": payload}, "args": payload}
     torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
-    start = load(tmp_path / "w.pth")
-    assert len(start.weights) == len(weights) - 2
+    initial = load(tmp_path / "w.pth")
+    assert len(initial.weights) == len(weights) - 2
     assert not (tmp_path / "CODE_WAS_RUN").exists()
     torch.load(tmp_path / "w.pth", weights_only=False)
     assert (tmp_path / "CODE_WAS_RUN").exists()  # the payload works
@@ -302,7 +302,7 @@ ABSURD = {
     "a long array of bytes": b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".",
     "a long string": b"\x80\x02X\xff\xff\xff\x7fa.",
     "a long number": b"\x80\x02\x8b\xff\xff\xff\x7f1.",
-    "endless lists": b"\x80\x02" + b"]" * (MOST_STEPS + 1) + b".",
+    "endless lists": b"\x80\x02" + b"]" * (MAX_STEPS + 1) + b".",
     "endless names": b"\x80\x02" + b"".join(b"ca\n%d\n0" % k for k in range(5000)) + b"N.",
     "an extension": b"\x80\x02\x82\x01.",
     "attributes of a class": b"\x80\x02ca\nb\n}U\x01aK\x01sb.",

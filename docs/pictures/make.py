@@ -24,7 +24,7 @@ sys.path.insert(0, str(PICTURES.parents[1] / "tests"))
 
 from browser import Browser  # noqa: E402
 
-MOST_BYTES = 200_000
+MAX_BYTES = 200_000
 COLUMNS = 128
 # The reports that are shown.
 PAGES = {"report": "results/first", "dead": "study/dead", "black": "study/black", "comparison": "results/both"}
@@ -134,7 +134,7 @@ def shrink(picture: Path) -> None:
     image = Image.open(picture).convert("RGB")
     for colors in (256, 128, 64, 32):
         image.quantize(colors, dither=Image.Dither.NONE).save(picture, optimize=True)
-        if picture.stat().st_size < MOST_BYTES:
+        if picture.stat().st_size < MAX_BYTES:
             return
     raise SystemExit(f"{picture} is too large.")
 

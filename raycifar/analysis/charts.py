@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from raycifar.analysis.curves import BLUE, ORANGE, Panel, panels
-from raycifar.analysis.history import MOST_POINTS, RunHistory, thinned
+from raycifar.analysis.history import MAX_POINTS, RunHistory, thinned
 from raycifar.storage.records import finite
 
 INK = "#010203"  # stands for currentColor until the SVG is written
@@ -32,7 +32,7 @@ MARKERS = "osD^vP"
 TRANSPARENT_TO_ORANGE = LinearSegmentedColormap.from_list("", [to_rgba(ORANGE, 0), to_rgba(ORANGE, 1)])
 COMPARED = {"val_top1": "validation accuracy", "val_loss": "validation loss", "train_loss": "training loss"}
 FEW_RUNS = 3  # are drawn one by one
-MOST_ROWS = 20  # of a chart
+MAX_ROWS = 20  # of a chart
 LONG_NAME = 24  # characters: of a model that is named with its recipe
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -128,7 +128,7 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
         shown = thinned(len(line.values))
         marker = marker if np.isfinite(line.values).sum() < 2 else ""
         epochs, values = panel.epochs[shown], line.values[shown]
-        width = 1.8 if len(line.values) < MOST_POINTS else 0.8
+        width = 1.8 if len(line.values) < MAX_POINTS else 0.8
         axes.plot(epochs, values, line.style, color=line.color, marker=marker, linewidth=width, label=line.label)
         if panel.fill:
             axes.fill_between(epochs, 0, values, color=line.color, alpha=0.15, linewidth=0)
@@ -314,7 +314,7 @@ def scaling(predicted: dict[int, float], measured: dict[int, tuple[float, float]
 @rc_context(STYLE)
 def differences(pairs: Sequence[dict[str, Any]], description: str) -> str:
     """Return the difference of each pair of models with its interval, in points: of the 20 largest at most."""
-    pairs = sorted(pairs, key=lambda pair: -abs(pair["difference"]))[:MOST_ROWS][::-1]  # the largest on top
+    pairs = sorted(pairs, key=lambda pair: -abs(pair["difference"]))[:MAX_ROWS][::-1]  # the largest on top
     figure, axes = new_axes(4.7, 0.8 + 0.45 * len(pairs))
     for k, pair in enumerate(pairs):
         axes.plot([100 * pair["low"], 100 * pair["high"]], [k, k], color=BLUE, linewidth=1.8)
@@ -371,7 +371,7 @@ def confusion_chart(matrix: np.ndarray, names: Sequence[str], kind: str = "super
         kind: what the names are of, "superclass" or "class".
     """
     fractions = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    many = len(names) > MOST_ROWS
+    many = len(names) > MAX_ROWS
     figure, axes = new_axes(10.4, 9.6) if many else new_axes(6.4, 5.6)
     image = axes.imshow(fractions, cmap=TRANSPARENT_TO_ORANGE, vmin=0, vmax=max(0.5, float(fractions.max())))
     words, size = [name.replace("_", " ") for name in names], 5.0 if many else 9.0

@@ -19,10 +19,7 @@ IMMATURE = {"too-early", "underfitting", "improving"}  # findings of runs that h
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run, and how it does on each test image.
-
-    near_duplicate: whether the image's photograph is among the run's training images, None where that isn't known.
-    """
+    """A finished run, and how it does on each test image."""
 
     name: str
     folder: str
@@ -30,7 +27,7 @@ class Finished:
     correct: np.ndarray  # (images,) bool
     top5: np.ndarray  # (images,) bool
     loss: np.ndarray  # (images,) float32
-    near_duplicate: np.ndarray | None = None  # (images,) bool
+    near_duplicate: np.ndarray | None = None  # (images,) bool: the run has trained on its photograph; None: unknown
 
     @property
     def run(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from raycifar.storage.records import sampled_steps
 from raycifar.words import count
 
 BLUE, ORANGE = "#0072b2", "#e69f00"
-MOST_MARKS = 8
+MAX_MARKS = 8
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart of curves by epoch. `marks` are epochs with a word each; `fill` tints the area below its line.
-
-    at: where the values of the lines are, in epochs since the beginning; by default at the end of each epoch.
-    """
+    """A chart of curves by epoch."""
 
     lines: Sequence[Line]
     ylabel: str
     description: str
-    marks: Sequence[tuple[int, str]] = ()
-    fill: bool = False
+    marks: Sequence[tuple[int, str]] = ()  # epochs with a word each
+    fill: bool = False  # tint the area below the line
     log: bool = False
     from_zero: bool = False
-    at: np.ndarray | None = None
+    at: np.ndarray | None = None  # of the lines' values, in epochs since the beginning; None: at the end of each epoch
 
     @property
     def epochs(self) -> np.ndarray:
@@ -118,4 +115,4 @@ def marks(history: RunHistory) -> list[tuple[int, str]]:
         if record.workers != before.workers:
             found.append((record.epoch, count(record.workers, "worker")))
     found += [(record.epoch, "restart") for record in records if record.restarts]
-    return found[:MOST_MARKS]
+    return found[:MAX_MARKS]

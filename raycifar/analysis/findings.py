@@ -31,7 +31,7 @@ VANISHED = 1e-3  # first layer's gradient over the last's: bfloat16 keeps 3 digi
 PLAIN = ("none", "flip", "crop")  # augmentations that cutout adds to
 CONCENTRATED = 0.25  # fraction of a rise that is due to 1% of the images; equal images would cause 3 or 4%
 OFF = 8.0  # factor from a recipe's own learning rate, the range that a search covers
-MOST_SPIKES = 5  # that are reported one by one
+MAX_SPIKES = 5  # that are reported one by one
 LEARNED = 0.4  # pseudo-R² of a network that can be called healthy: the upper end of McFadden's excellent fits
 FEW_SIGMAS = 1.5  # of a loss, next to a gap that is beyond doubt
 BEYOND_DOUBT = 10.0  # standard errors of a gap next to which a noisy loss need not be significant by itself
@@ -345,7 +345,7 @@ def spikes(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         if seen and recovers(losses, top1, k, images):
             recovered.append((k, z))
     result = []
-    for k, z in sorted(sorted(recovered, key=lambda jump: -jump[1])[:MOST_SPIKES]):
+    for k, z in sorted(sorted(recovered, key=lambda jump: -jump[1])[:MAX_SPIKES]):
         cause, metrics = explain_spike(history, k)
         evidence = (
             f"At epoch {k + 1}, the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {times(z)} its "

@@ -14,20 +14,16 @@ from raycifar.models.recipe import Recipe
 from raycifar.models.recipes import recipe_for, recipe_from_json
 from raycifar.storage.records import EpochRecord
 
-MOST_POINTS = 1000  # of a curve that are drawn, or go into what takes time that grows with their square
+MAX_POINTS = 1000  # of a curve that are drawn, or go into what takes time that grows with their square
 
 
 @dataclass(frozen=True)
 class RunHistory:
-    """A run as its files tell it.
+    """A run as its files tell it."""
 
-    run: the content of `run.json`. records: of the finished epochs, none at the beginning. result: the content of
-    `result.json`, None while there is none.
-    """
-
-    run: dict[str, Any]
-    records: Sequence[EpochRecord]
-    result: dict[str, Any] | None
+    run: dict[str, Any]  # the content of `run.json`
+    records: Sequence[EpochRecord]  # of the finished epochs, none at the beginning
+    result: dict[str, Any] | None  # the content of `result.json`, None while there is none
 
     @property
     def model(self) -> str:
@@ -91,19 +87,17 @@ class RunHistory:
 
 def thinned(count: int) -> np.ndarray:
     """Return at most 1,000 of `count` indices, evenly spaced, with the first and the last."""
-    return np.unique(np.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(int))
+    return np.unique(np.linspace(0, count - 1, min(count, MAX_POINTS)).round().astype(int))
 
 
 def failure_kind(result: dict[str, Any]) -> FailureKind:
-    """Return why a run failed; folders of earlier versions say so only in words."""
-    if result.get("failure") in list(FailureKind):
-        return FailureKind(result["failure"])
+    """Return why a run failed; folders of earlier versions have other kinds, or say it only in words."""
+    if isinstance(kind := result.get("failure"), str):
+        return FailureKind(kind) if kind in list(FailureKind) else FailureKind.OTHER
     reason = result.get("reason") or ""
     for words, kind in (
         ("no longer finite", FailureKind.NOT_FINITE),
         ("a node can't take part", FailureKind.NODE_MISMATCH),
-        ("can't be written", FailureKind.STORAGE),
-        ("its driver died", FailureKind.DRIVER_DIED),
     ):
         if words in reason:
             return kind

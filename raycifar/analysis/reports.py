@@ -39,20 +39,16 @@ SAMPLE = 2000  # images of each split whose pixels are measured
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run's folder holds; what isn't there is None, and the report says so.
-
-    storage: where the folder stands. notes: sentences about what is damaged, has changed or is missing. copies: pairs
-    (n, 2) of training images that show one photograph, by rows in the source.
-    """
+    """What a run's folder holds; what isn't there is None, and the report says so."""
 
     name: str
     history: RunHistory
     predictions: pa.Table | None = None
     example_stats: pa.Table | None = None
     pictures: PicturesFile | None = None
-    storage: str = "results"
-    notes: Sequence[str] = ()
-    copies: np.ndarray | None = None
+    storage: str = "results"  # where the folder stands
+    notes: Sequence[str] = ()  # sentences about what is damaged, has changed or is missing
+    copies: np.ndarray | None = None  # (n, 2): training images that show one photograph, by rows in the source
 
     @cached_property
     def answers(self) -> "Answers | None":

@@ -14,7 +14,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 POWER = 0.8  # of the number of seeds that is advised: the chance that they detect the difference
-MOST_SEEDS = 100
+MAX_SEEDS = 100
 RESAMPLES = 2_000
 
 
@@ -107,7 +107,7 @@ def seeds_needed(d: float, seed: float, images: float) -> int | None:
     Args:
         seed: variance of a model's accuracy between seeds. images: variance of the difference by images.
     """
-    for n in range(2, MOST_SEEDS + 1) if d else ():
+    for n in range(2, MAX_SEEDS + 1) if d else ():
         needed = stats.t.ppf((1 + CONFIDENCE) / 2, 2 * n - 2) + stats.norm.ppf(POWER)
         if abs(d) >= needed * math.sqrt(2 * seed / n + images):
             return n

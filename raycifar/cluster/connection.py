@@ -21,7 +21,7 @@ from raycifar.errors import RequestError, WorkError, in_a_line
 from raycifar.machine import available_cpus, private_folder
 
 CONNECT_SECONDS = 10
-LONGEST_FOLDER = 40  # bytes: Ray's sockets lie 64 below, and macOS takes 104 for a socket's path
+MAX_FOLDER_BYTES = 40  # Ray's sockets lie 64 below, and macOS takes 104 for a socket's path
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def ray_folder() -> str:
     """
     given = os.environ.get("RAY_TMPDIR")
     parent = given or tempfile.gettempdir()
-    if len(os.fsencode(parent)) + len(f"/ray-{os.getuid()}/ray") > LONGEST_FOLDER:
+    if len(os.fsencode(parent)) + len(f"/ray-{os.getuid()}/ray") > MAX_FOLDER_BYTES:
         if given:
             raise RequestError(
                 f"RAY_TMPDIR={given} is too long: the paths of Ray's sockets have a limit of 107 bytes. Set it to a "

@@ -35,12 +35,12 @@ class FailureCounter(ray.train.UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         time.sleep(DRIVER_DEATH_SECONDS)  # a dead driver ends its workers: see `TiedToDriver`
-        rank, kind, error = decisive(worker_exceptions)
+        rank, cause, error = decisive(worker_exceptions)
         reason, status = in_a_line(error), self.status_store.worker() or WorkerStatus()
         if status.attempt and (status.attempt, reason) == self.last:
             return  # while a node is being removed, Ray Train reports the same failure repeatedly
         self.last = status.attempt, reason
-        failure = Failure(kind, reason, sorted(worker_exceptions), status.nodes)
+        failure = Failure(cause, reason, sorted(worker_exceptions), status.nodes)
         go_on_after(failure, f"on worker {rank}, {reason}", self.status_store, self.max_failures)
 
 
@@ -51,15 +51,15 @@ def go_on_after(failure: Failure, reason: str, status_store: StatusStore, max_fa
         WorkError: the failure is permanent, or there were too many; the message has the `reason`.
     """
     failures = [*status_store.failures(), failure]
-    if failure.kind == FailureCause.STORAGE or (
-        failure.kind != FailureCause.PREEMPTED and too_many(failures, max_failures)
+    if failure.cause == FailureCause.STORAGE or (
+        failure.cause != FailureCause.PREEMPTED and too_many(failures, max_failures)
     ):
-        if failure.kind == FailureCause.MEMORY:
+        if failure.cause == FailureCause.MEMORY:
             reason = "a node's memory ran short, and Ray ended the workers: fewer workers or more memory help"
         raise WorkError(reason)
     status_store.add_failure(failure)
     status = replace(status_store.worker() or WorkerStatus(), phase=Phase.STARTING, detail="", step=None)
-    if failure.kind == FailureCause.MEMORY:
+    if failure.cause == FailureCause.MEMORY:
         deadline, limit = time.monotonic() + MEMORY_SECONDS, ray_internals.memory_limit() - ROOM
         while (used := ray_internals.memory_used()) > limit and time.monotonic() < deadline:
             status_store.put_worker(replace(status, detail=f"once memory is free: {used:.0%} is in use"))
@@ -78,7 +78,7 @@ def too_many(failures: Sequence[Failure], max_failures: int) -> bool:
 def count(failures: Iterable[Failure]) -> int:
     """Return the number of failures during which no node died or was preempted."""
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    return sum(alive.issuperset(failure.nodes) for failure in failures if failure.kind != FailureCause.PREEMPTED)
+    return sum(alive.issuperset(failure.nodes) for failure in failures if failure.cause != FailureCause.PREEMPTED)
 
 
 def decisive(worker_exceptions: dict[int, Exception]) -> tuple[int, FailureCause, Exception]:

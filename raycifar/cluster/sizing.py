@@ -15,8 +15,8 @@ from raycifar.errors import RequestError
 from raycifar.machine import available_cpus
 
 GPU_WORKER_CPUS = 4  # a GPU's worker computes nothing on the CPU but its bookkeeping
-SMALLEST_SHARE = 0.25  # of a CPU; below, Ray's own processes starve and time out
-MOST_NODES = 1000  # of one type that an autoscaler may add, where it sets no limit
+MIN_CPU_SHARE = 0.25  # of a CPU; below, Ray's own processes starve and time out
+MAX_NODES = 1000  # of one type that an autoscaler may add, where it sets no limit
 LOOK_SECONDS = 1  # between two looks at what is free
 VERDICT_SECONDS = 30  # for the autoscaler to say whether it can help
 TRIAL_MEMORY = 2e9  # bytes: what a trial's driver and Ray Train's processes for it take on the head, 1.96 GB measured
@@ -35,7 +35,7 @@ class Workers:
     cpus: float  # of each worker
     gpus: float = 0  # of each worker: a share of one GPU; 0 computes on the CPU
     accelerator: str | None = None  # the kind of GPU, in Ray's words; None takes any
-    least: int | None = None  # of an elastic run, which takes up to `count`
+    min_workers: int | None = None  # of an elastic run, which takes up to `count`
     mps: bool = False  # this process computes on Apple's GPU
 
     @property
@@ -54,7 +54,7 @@ class Workers:
     @property
     def needed(self) -> int:
         """How many there must be for the run to begin."""
-        return self.count if self.least is None else self.least
+        return self.count if self.min_workers is None else self.min_workers
 
     @property
     def threads(self) -> int:
@@ -73,7 +73,7 @@ class Workers:
     def __str__(self) -> str:
         if self.count == 0:
             return "this process"
-        span = "" if self.least is None else f"{self.least} to "
+        span = "" if self.min_workers is None else f"{self.min_workers} to "
         return f"{span}{words.count(self.count, 'worker')} of {describe(self.resources)}"
 
 
@@ -92,7 +92,7 @@ def in_process(device: str, cpus: float | None) -> Workers:
     return Workers(0, cpus or available_cpus(), gpus=int(found == "cuda"), mps=found == "mps")
 
 
-def size(
+def size_workers(
     wanted: int | tuple[int, int] | None, device: str, cpus: float | None, gpus: float, accelerator: str | None
 ) -> Workers:
     """Return the sizing of a run on the connected cluster, counting the nodes that its autoscaler may add.
@@ -108,7 +108,7 @@ def size(
     Raises:
         RequestError: the cluster can never hold that; the message names the most that fit.
     """
-    alive, groups = alive_nodes(), growth()
+    alive, groups = alive_nodes(), autoscaler_node_types()
     everything = alive + new_nodes(groups)
     there, nodes = (
         [node for node in some if not accelerator or ACCELERATOR + accelerator in node] for some in (alive, everything)
@@ -116,10 +116,10 @@ def size(
     any_gpu = any(node.get("GPU", 0) >= 1 for node in nodes)
     if device == "cpu" or (device == "auto" and gpus == 1 and not accelerator and not any_gpu):
         gpus = 0
-    least, count = wanted if isinstance(wanted, tuple) else (None, wanted)
+    min_workers, count = wanted if isinstance(wanted, tuple) else (None, wanted)
     count = count or (max(1, sum(int(node.get("GPU", 0)) for node in there)) if gpus > 0.5 else 1)
     gpus = floor_to_unit(gpus)
-    workers = Workers(count, cpus or share(nodes, count, gpus), gpus, accelerator, least)
+    workers = Workers(count, cpus or default_cpus(nodes, count, gpus), gpus, accelerator, min_workers)
     if placeable(nodes, workers.resources) >= workers.needed:
         return workers
     if groups is None and autoscaler_can([workers.resources] * workers.needed):
@@ -139,15 +139,15 @@ def size(
     )
 
 
-def share(nodes: Sequence[Resources], count: int, gpus: float) -> float:
+def default_cpus(nodes: Sequence[Resources], count: int, gpus: float) -> float:
     """Return the CPUs of each of `count` workers that take so many GPUs, or raise RequestError if they are too few."""
     if gpus:
         ratios = [node.get("CPU", 0) / placeable([node], {"GPU": gpus}) for node in nodes if node.get("GPU", 0) >= 1]
-        return max(SMALLEST_SHARE, whole_or_part(min([GPU_WORKER_CPUS, *ratios])))
+        return max(MIN_CPU_SHARE, whole_or_part(min([GPU_WORKER_CPUS, *ratios])))
     free = [usable_cpus(node.get("CPU", 0)) for node in nodes]
     each = largest_share(free, count)
-    if each < SMALLEST_SHARE:
-        fit = int(sum(free) / SMALLEST_SHARE)
+    if each < MIN_CPU_SHARE:
+        fit = int(sum(free) / MIN_CPU_SHARE)
         raise RequestError(f"{count} workers can't share {sum(free):g} CPUs: ask for at most {fit} --workers.")
     return each
 
@@ -160,14 +160,16 @@ def size_trials(
     By default a run on CPUs takes as much of a node as keeps every node busy.
 
     Args:
-        count: workers of each run. device, cpus, gpus, accelerator: as `size` takes them. trials: how many runs.
+        count: workers of each run.
+        device, cpus, gpus, accelerator: as `size_workers` takes them.
+        trials: how many runs.
     """
-    nodes = alive_nodes() + new_nodes(growth())
+    nodes = alive_nodes() + new_nodes(autoscaler_node_types())
     if not cpus and (device == "cpu" or not any(node.get("GPU") for node in nodes)):
         free = [usable_cpus(node.get("CPU", 0)) for node in nodes]
         each = largest_share(free, count * max(1, min(trials, sum(amount > 0 for amount in free))))
-        cpus = each if each >= SMALLEST_SHARE else None
-    workers = size(count, device, cpus, gpus, accelerator)
+        cpus = each if each >= MIN_CPU_SHARE else None
+    workers = size_workers(count, device, cpus, gpus, accelerator)
     return workers, max(1, placeable(nodes, workers.resources) // count)
 
 
@@ -179,10 +181,10 @@ def trials_on_head() -> int:
 
 def placeable(nodes: Iterable[Resources], each: Resources) -> int:
     """Return how many workers that take `each` fit on the nodes; a share of a GPU is of one of them."""
-    return sum(min(holds(node.get(name, 0), amount, name) for name, amount in each.items()) for node in nodes)
+    return sum(min(times_it_fits(node.get(name, 0), amount, name) for name, amount in each.items()) for node in nodes)
 
 
-def holds(available: float, amount: float, name: str) -> int:
+def times_it_fits(available: float, amount: float, name: str) -> int:
     """Return how many times a node that has so much of a resource can give that amount."""
     if name == "GPU" and amount < 1:
         rest = available % 1
@@ -195,7 +197,7 @@ def alive_nodes() -> list[Resources]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def growth() -> list[tuple[Resources, int]] | None:
+def autoscaler_node_types() -> list[tuple[Resources, int]] | None:
     """Return the nodes that the autoscaler may add, by kind: resources and number; None if that can't be seen."""
     config = ray_internals.autoscaler_config()
     if not config:
@@ -206,14 +208,14 @@ def growth() -> list[tuple[Resources, int]] | None:
         resources = {key: float(kind["resources"].get(key, 0)) for key in ("CPU", "GPU")}
         resources |= {key: amount for key, amount in kind["resources"].items() if key.startswith(ACCELERATOR)}
         like_it = sum(all(node.get(key, 0) == amount for key, amount in resources.items()) for node in there)
-        most = kind.get("max_workers", config.get("max_workers", MOST_NODES))
+        most = kind.get("max_workers", config.get("max_workers", MAX_NODES))
         if name != config.get("head_node_type", "ray.head.default"):
-            groups.append((resources, max(0, min(most, MOST_NODES) - like_it)))
+            groups.append((resources, max(0, min(most, MAX_NODES) - like_it)))
     return groups
 
 
 def new_nodes(groups: list[tuple[Resources, int]] | None) -> list[Resources]:
-    """Return the resources of each node that the autoscaler may add; see `growth`."""
+    """Return the resources of each node that the autoscaler may add; see `autoscaler_node_types`."""
     return [resources for resources, extra in groups or () for _ in range(extra)]
 
 

@@ -97,24 +97,21 @@ class WorkerStatus:
 
 @dataclass(frozen=True)
 class Failure:
-    """A failure after which the run continues.
+    """A failure after which the run continues."""
 
-    ranks: of the workers that failed. nodes: of all workers.
-    """
-
-    kind: FailureCause
+    cause: FailureCause
     reason: str
-    ranks: list[int] = field(default_factory=list)
-    nodes: list[str | None] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)  # of the workers that failed
+    nodes: list[str | None] = field(default_factory=list)  # of all workers
 
     def __str__(self) -> str:
-        if self.kind == FailureCause.PREEMPTED:
+        if self.cause == FailureCause.PREEMPTED:
             return "A node of this run is being preempted; the run continues elsewhere from a new checkpoint."
-        if self.kind == FailureCause.DRIVER:
+        if self.cause == FailureCause.DRIVER:
             return f"Its driver failed ({self.reason}) and is restarted."
-        if self.kind == FailureCause.MEMORY:
+        if self.cause == FailureCause.MEMORY:
             return "Memory ran short, and Ray ended the workers; they are restarted from the last checkpoint."
-        if self.kind == FailureCause.CONTROLLER:
+        if self.cause == FailureCause.CONTROLLER:
             return "Ray Train's controller died; it and the workers are restarted from the last checkpoint."
         ranks = ", ".join(map(str, self.ranks))
         return f"Worker {ranks} failed ({self.reason}); the workers are restarted from the last checkpoint."
@@ -148,11 +145,11 @@ class StatusStore:
     def add_failure(self, failure: Failure) -> None:
         self._put("failures", [*(self._get("failures") or []), asdict(failure)])
 
-    def verdict(self, epoch: int) -> bool | None:
+    def stop_decision(self, epoch: int) -> bool | None:
         """Return whether the trial stops after an epoch, or None if that is not decided yet."""
         return self._get(f"stop after {epoch}")
 
-    def put_verdict(self, epoch: int, *, stop: bool) -> None:
+    def put_stop_decision(self, epoch: int, *, stop: bool) -> None:
         self._put(f"stop after {epoch}", stop)
 
     def timings(self) -> dict[str, list[float]]:

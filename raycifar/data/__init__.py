@@ -16,18 +16,14 @@ from raycifar.data.names import COARSE, FINE, SUPERCLASS_OF
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Facts about a data set.
-
-    image_size: pixels per side. mean, std: of the training images, per channel, for pixels from 0 to 1.
-    superclass_of: the superclass of each class.
-    """
+    """Facts about a data set."""
 
     class_names: tuple[str, ...]
     superclass_names: tuple[str, ...]
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    superclass_of: tuple[int, ...]
+    image_size: int  # pixels per side
+    mean: tuple[float, ...]  # of the training images, per channel, for pixels from 0 to 1
+    std: tuple[float, ...]  # likewise
+    superclass_of: tuple[int, ...]  # of each class
 
     @property
     def num_classes(self) -> int:

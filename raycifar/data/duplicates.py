@@ -30,16 +30,12 @@ CHUNK = 1024
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of images, the most alike first.
+    """Pairs of images, the most alike first."""
 
-    first, second: (n,) int64, rows of the images; first < second. similarity: (n,) float32, from `SIMILAR` to 1.
-    exact: (n,) bool, equal pixels, or mirrored ones.
-    """
-
-    first: Tensor
-    second: Tensor
-    similarity: Tensor
-    exact: Tensor
+    first: Tensor  # (n,) int64, rows of the images
+    second: Tensor  # (n,) int64, larger than `first`
+    similarity: Tensor  # (n,) float32, from `SIMILAR` to 1
+    exact: Tensor  # (n,) bool, equal pixels, or mirrored ones
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import numpy as np
 from raycifar.data import CIFAR100 as INFO
 from raycifar.errors import RequestError
 
-MOST_MISSPELT = 3  # names of a numbering
+MAX_MISSPELT = 3  # names of a numbering
 NAMES = {"fine": INFO.class_names, "coarse": INFO.superclass_names}
 
 
@@ -64,7 +64,7 @@ def numbers_of(names: Sequence[str], level: str, origin: str) -> np.ndarray:
     others = [name for name in names if simple(name) not in known]
     if not names:
         return np.arange(len(own))
-    if len(others) > MOST_MISSPELT or sorted(numbers) != list(range(len(own))):
+    if len(others) > MAX_MISSPELT or sorted(numbers) != list(range(len(own))):
         reason = f"such as {others[0][:40]!r}" if others else f"{len(names)} instead of {len(own)}"
         raise RequestError(f"{origin} names other {level} classes than CIFAR-100's, {reason}.")
     return numbers

@@ -22,7 +22,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it says of da
 
 # Read by libraries. Pillow's other formats are rare, and one of them, EPS, starts a program: Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-MOST_BYTES = 2**28  # of an image file
+MAX_BYTES = 2**28  # of an image file
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -89,7 +89,7 @@ def find_images(location: str) -> tuple[list[ImageFile], int]:
 
 def read_image(filesystem: fs.FileSystem, path: str) -> np.ndarray:
     """Return an image file as (3, 32, 32) uint8; see `open_file`, `decode` and `to_pixels`."""
-    with open_file(filesystem, path, most_bytes=MOST_BYTES) as file:
+    with open_file(filesystem, path, max_bytes=MAX_BYTES) as file:
         return to_pixels(decode(file.read()))
 
 

@@ -19,7 +19,7 @@ from raycifar.data import CIFAR100
 from raycifar.data.tables import to_images
 
 
-def bounds(rows: int, world_size: int) -> list[int]:
+def shard_bounds(rows: int, world_size: int) -> list[int]:
     """Return the boundaries between workers: rank r has the rows bounds[r]:bounds[r + 1]."""
     return [rows * rank // world_size for rank in range(world_size + 1)]
 
@@ -37,23 +37,23 @@ def to_datasets(tables: dict[str, pa.Table], world_sizes: Sequence[int]) -> dict
 
     # from_arrow would start tasks that wait for a CPU, forever if the head has none.
     return {
-        name: ray.data.from_blocks([table.slice(a, b - a) for a, b in pairwise(cuts(len(table), world_sizes))])
+        name: ray.data.from_blocks([table.slice(a, b - a) for a, b in pairwise(block_bounds(len(table), world_sizes))])
         for name, table in tables.items()
     }
 
 
-def cuts(rows: int, world_sizes: Sequence[int]) -> list[int]:
+def block_bounds(rows: int, world_sizes: Sequence[int]) -> list[int]:
     """Return the boundaries of all `world_sizes`, so that each worker's rows are whole blocks."""
-    return sorted({cut for size in world_sizes for cut in bounds(rows, size)})
+    return sorted({bound for size in world_sizes for bound in shard_bounds(rows, size)})
 
 
 class ExactShards(ray.train.DataConfig):
-    """Splits datasets by `bounds`, without Ray tasks: all rows, and always the same rows for each worker."""
+    """Splits datasets by `shard_bounds`, without Ray tasks: all rows, and always the same rows for each worker."""
 
     def configure(self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
         shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
         for name, dataset in datasets.items():
-            inner = bounds(dataset.count(), world_size)[1:-1]
+            inner = shard_bounds(dataset.count(), world_size)[1:-1]
             parts = dataset.split_at_indices(inner) if inner else [dataset]
             for shard, part in zip(shards, parts, strict=True):
                 shard[name] = part
@@ -62,16 +62,12 @@ class ExactShards(ray.train.DataConfig):
 
 @dataclass(frozen=True)
 class Shard:
-    """A worker's images, all on its device.
+    """A worker's images, all on its device."""
 
-    images: (N, 3, H, W) uint8. labels: (N,) int64, the classes. coarse: (N,) int64, the superclasses.
-    index: (N,) int64, rows of the source's training or test set.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    coarse: torch.Tensor
-    index: torch.Tensor
+    images: torch.Tensor  # (N, 3, H, W) uint8
+    labels: torch.Tensor  # (N,) int64, the classes
+    coarse: torch.Tensor  # (N,) int64, the superclasses
+    index: torch.Tensor  # (N,) int64, rows of the source's training or test set
 
     def __len__(self) -> int:
         return len(self.images)

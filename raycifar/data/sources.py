@@ -27,7 +27,7 @@ MD5 = "03b5dce01913d631647c71ecec9e9cb8"
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz", ".zip", ".npz")
 ONE_SPLIT = {b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xff\xff\xff": "Arrow", b"\x93NUMPY": "NumPy"}
 SYNTHETIC_SIZE = re.compile(rf"{SYNTHETIC}:(.*)")
-MOST_SYNTHETIC = 1_000_000  # images, 3 GB
+MAX_SYNTHETIC = 1_000_000  # images, 3 GB
 
 
 def load(name: str, *, test_alone: bool = False) -> Source:
@@ -43,10 +43,10 @@ def load(name: str, *, test_alone: bool = False) -> Source:
         return synthetic()
     if match := SYNTHETIC_SIZE.fullmatch(name):
         count = int(match[1]) if re.fullmatch(r"\d{1,9}", match[1]) else 0
-        if not 0 < count <= MOST_SYNTHETIC or count % INFO.num_classes:
+        if not 0 < count <= MAX_SYNTHETIC or count % INFO.num_classes:
             raise RequestError(
                 f"{name}: write {SYNTHETIC}:N, where N is a multiple of {INFO.num_classes}, for equally many images of "
-                f"each class, and at most {MOST_SYNTHETIC:,}."
+                f"each class, and at most {MAX_SYNTHETIC:,}."
             )
         return synthetic(count)
     filesystem, path = locate(fetch() if name == "cifar100" else name)

@@ -18,10 +18,10 @@ from raycifar.errors import RequestError, in_a_line
 from raycifar.storage.files import list_files, open_file
 from raycifar.storage.run_folder import COMPARISON, EVALUATION, RUN
 
-MOST_IMAGES = 200_000  # of a split: four times CIFAR-100's
-MOST_BYTES = 2**30  # of a file, and of all that an archive holds
-MOST_MEMBERS = 100_000  # of an archive
-MOST_EXTENDED = 2**16  # bytes of a tar's long names and attributes
+MAX_IMAGES = 200_000  # of a split: four times CIFAR-100's
+MAX_BYTES = 2**30  # of a file, and of all that an archive holds
+MAX_MEMBERS = 100_000  # of an archive
+MAX_EXTENDED = 2**16  # bytes of a tar's long names and attributes
 RECORD = 2 + INFO.image_bytes  # of the official binary files: coarse label, fine label, pixels
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
 READABLE = (
@@ -35,14 +35,11 @@ CHUNK = 2**24  # bytes to decompress at a time, so that other threads rarely wai
 
 @dataclass(frozen=True)
 class Tree:
-    """Files by their paths in a folder or archive.
+    """Files by their paths in a folder or archive."""
 
-    name: as the user knows it. paths: without hidden files and files of runs. read: returns a file's content.
-    """
-
-    name: str
-    paths: list[PurePosixPath]
-    read: Callable[[PurePosixPath], bytes]
+    name: str  # as the user knows it
+    paths: list[PurePosixPath]  # without hidden files and files of runs
+    read: Callable[[PurePosixPath], bytes]  # returns a file's content
 
     @classmethod
     def of(cls, name: str, paths: list[PurePosixPath], read: Callable[[PurePosixPath], bytes]) -> Self:
@@ -53,13 +50,13 @@ class Tree:
 
 def check_count(images: int, origin: str) -> None:
     """Refuse more images than are read; the message begins with `origin`."""
-    if images > MOST_IMAGES:
-        raise RequestError(f"{origin} holds more than {MOST_IMAGES:,} images, the most that are read.")
+    if images > MAX_IMAGES:
+        raise RequestError(f"{origin} holds more than {MAX_IMAGES:,} images, the most that are read.")
 
 
-def most_bytes(path: PurePosixPath) -> int:
+def max_bytes(path: PurePosixPath) -> int:
     """Return how large a file of that name may be."""
-    return {".bin": MOST_IMAGES * RECORD, **dict.fromkeys(PICTURES, 2**20)}.get(path.suffix.lower(), MOST_BYTES)
+    return {".bin": MAX_IMAGES * RECORD, **dict.fromkeys(PICTURES, 2**20)}.get(path.suffix.lower(), MAX_BYTES)
 
 
 def open_folder(name: str, filesystem: fs.FileSystem, folder: str) -> Tree:
@@ -68,7 +65,7 @@ def open_folder(name: str, filesystem: fs.FileSystem, folder: str) -> Tree:
     paths = [PurePosixPath(file[start:]) for file in list_files(filesystem, folder)]
 
     def read(path: PurePosixPath) -> bytes:
-        with open_file(filesystem, f"{folder}/{path}", most_bytes=most_bytes(path)) as file:
+        with open_file(filesystem, f"{folder}/{path}", max_bytes=max_bytes(path)) as file:
             return file.read()
 
     return Tree.of(name, paths, read)
@@ -175,7 +172,7 @@ class Member(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         header = super().frombuf(buf, encoding, errors)
-        if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) and header.size > MOST_EXTENDED:
+        if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) and header.size > MAX_EXTENDED:
             raise ValueError(f"a header of {header.size:,} bytes")
         return header
 
@@ -184,11 +181,9 @@ def check_member(name: str, path: PurePosixPath, size: int, count: int, total: i
     """Refuse an archive by a member, before it is read: it has `count` members and `total` bytes up to this one."""
     if path.is_absolute() or ".." in path.parts or not inside:
         raise RequestError(f"{name} is refused: its member {str(path)!r} points outside the archive's folder.")
-    if count >= MOST_MEMBERS:
-        raise RequestError(
-            f"{name} is refused: it has more than {MOST_MEMBERS:,} members, and CIFAR-100 60,000 images."
-        )
-    if size > most_bytes(path) or total > MOST_BYTES:
+    if count >= MAX_MEMBERS:
+        raise RequestError(f"{name} is refused: it has more than {MAX_MEMBERS:,} members, and CIFAR-100 60,000 images.")
+    if size > max_bytes(path) or total > MAX_BYTES:
         raise RequestError(
             f"{name} is refused: its member {path} has {size:,} bytes, {total:,} with those before it, which is more "
             "than any copy of CIFAR-100."

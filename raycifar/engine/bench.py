@@ -20,7 +20,7 @@ from torch import Tensor
 
 from raycifar.cluster.status import Phase
 from raycifar.data import CIFAR100
-from raycifar.data.shards import Shard, bounds
+from raycifar.data.shards import Shard, shard_bounds
 from raycifar.engine import baseline_dataloader
 from raycifar.engine.augment import mix
 from raycifar.engine.cuda import WARM_UP, cuda_graphed
@@ -30,10 +30,10 @@ from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, steps_per_epoch
 from raycifar.engine.state import Progress
 from raycifar.engine.trainer import Job, Trainer
-from raycifar.models import PASSES
+from raycifar.models import FORWARD_PASSES_PER_STEP
 
 SHUFFLED_BATCHES = 10  # batches in the local shuffle buffer of Ray's documented ingest
-FEWEST_STEPS = 4  # of a stage, unless even two rounds of them take too long
+MIN_STEPS = 4  # of a stage, unless even two rounds of them take too long
 SLOWER = {"dataloader": 3, "stream": 1}  # about how many of our epochs one of theirs takes; known once it is timed
 
 
@@ -56,7 +56,7 @@ def bench_loop_per_worker(config: dict[str, Any]) -> None:
     began = time.perf_counter()
     trainer = Trainer(benchmark.job)
     trainer.set_up()
-    trainer.describe()
+    trainer.report_model()
     trainer.reporter.phase(Phase.WARMING_UP, "one step")
     left = benchmark.seconds - (time.perf_counter() - began)
     step_seconds, work = time_step(trainer), work_of_round(trainer, benchmark.baselines)
@@ -134,20 +134,20 @@ def time_step(trainer: Trainer) -> float:
 def work_of_round(trainer: Trainer, baselines: Sequence[str]) -> float:
     """Return about how many epochs of training take as long as a round."""
     scored = trainer.job.num_val_images + len(trainer.train_eval_set) * trainer.world_size
-    stages = 4 + (trainer.world_size > 1) + scored / trainer.job.num_train_images / PASSES
+    stages = 4 + (trainer.world_size > 1) + scored / trainer.job.num_train_images / FORWARD_PASSES_PER_STEP
     return stages + sum(SLOWER[name] for name in baselines)
 
 
 def choose_steps(seconds: float, rounds: int, seconds_of_step: float, most: int) -> int:
     """Return the steps of each stage with which all rounds, and one to warm up, end in so many seconds.
 
-    Few steps say little: where there is no time for FEWEST_STEPS, there are fewer rounds.
+    Few steps say little: where there is no time for MIN_STEPS, there are fewer rounds.
 
     Args:
         seconds_of_step: of all stages together.
     """
     steps = int(seconds / seconds_of_step / (rounds + 1))
-    return min(most, max(1, steps, min(FEWEST_STEPS, int(seconds / seconds_of_step / 2))))
+    return min(most, max(1, steps, min(MIN_STEPS, int(seconds / seconds_of_step / 2))))
 
 
 def use_fewer_images(trainer: Trainer, num_steps: int) -> None:
@@ -161,7 +161,7 @@ def use_fewer_images(trainer: Trainer, num_steps: int) -> None:
         return max(world_size, rows * num_images // before)
 
     def shorten(shard: Shard, rows: int) -> Shard:
-        first, last = bounds(rows, world_size)[trainer.rank :][:2]
+        first, last = shard_bounds(rows, world_size)[trainer.rank :][:2]
         return shard.head(last - first)
 
     num_val_images = fewer(trainer.job.num_val_images) if trainer.val_set else 0
@@ -172,7 +172,7 @@ def use_fewer_images(trainer: Trainer, num_steps: int) -> None:
     trainer.val_set = shorten(trainer.val_set, num_val_images) if trainer.val_set else None
     trainer.state.example_stats = None
     trainer.train_step.close()
-    trainer.begin_training_set()
+    trainer.prepare_train_set()
 
 
 # raycifar's own stages -------------------------------------------------------------------------------

@@ -19,20 +19,16 @@ GRAD_NORM = 3
 
 @dataclass
 class EpochTotals:
-    """Sums over all workers and the current epoch's completed steps.
-
-    loss: natural-log cross-entropy, summed over images. grad_norm: of each step's gradient, summed over steps.
-    grad_norm_max_step: from 0. seconds: of training. step_losses: means over the images of single steps.
-    """
+    """Sums over all workers and the current epoch's completed steps."""
 
     num_images: float = 0.0
-    loss: float = 0.0
+    loss: float = 0.0  # natural-log cross-entropy, summed over images
     num_correct: float = 0.0
-    grad_norm: float = 0.0
+    grad_norm: float = 0.0  # of each step's gradient, summed over steps
     grad_norm_max: float = 0.0
-    grad_norm_max_step: int = 0
-    seconds: float = 0.0
-    step_losses: list[float] = field(default_factory=list)
+    grad_norm_max_step: int = 0  # from 0
+    seconds: float = 0.0  # of training
+    step_losses: list[float] = field(default_factory=list)  # means over the images of single steps
 
     def gradients(self, num_steps: int) -> dict[str, Any]:
         """Return what an epoch's record says of the gradient's norm."""
@@ -76,8 +72,8 @@ class EpochMeter:
         self.seconds_before = totals.seconds
         self.measured_from: tuple[int, float] | None = None  # a step, and the time at its end
 
-    def record(self, step: int, metrics: Tensor) -> None:
-        """Store a step's metrics, (4,) float64: see `STEP_METRICS`."""
+    def add(self, step: int, metrics: Tensor) -> None:
+        """Add a step's metrics, (4,) float64: see `STEP_METRICS`."""
         self.metrics[step] = metrics
 
     def check_finite(self) -> None:

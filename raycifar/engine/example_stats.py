@@ -22,7 +22,7 @@ from raycifar.storage.records import Rise
 
 LOSS, BEFORE, MARGIN, SEEN, RIVAL, VOTES = COLUMNS = range(6)
 UNSEEN = -1.0  # in place of a cross-entropy, which is never negative
-MOST_INDICES = 12  # images listed with a rise of the loss
+MAX_INDICES = 12  # images listed with a rise of the loss
 TOP_FRACTION = 0.01  # of images, whose part in a rise is recorded
 
 
@@ -81,7 +81,7 @@ def describe_rise(stats: Tensor, index: Tensor) -> Rise | None:
     if not total > 0:
         return None
     top = rise.topk(max(1, int(len(rise) * TOP_FRACTION)))
-    return {"fraction": (top.values.sum() / total).item(), "indices": index[top.indices[:MOST_INDICES]].tolist()}
+    return {"fraction": (top.values.sum() / total).item(), "indices": index[top.indices[:MAX_INDICES]].tolist()}
 
 
 def to_example_stats_file(stats: Tensor, index: Tensor, labels: Tensor) -> bytes:

@@ -4,17 +4,9 @@ import torch
 from torch import Tensor
 
 from raycifar.engine.hardware import WIDEST
-from raycifar.errors import FailureKind
+from raycifar.errors import FailureKind, StopTrainingError
 
 CHECK_STEPS = {"cpu": 1, "cuda": 200, "mps": 200}  # between two checks that gradients are finite, which wait for a GPU
-
-
-class StopTrainingError(Exception):
-    """Training can't continue, and a retry would fail again."""
-
-    def __init__(self, reason: str, kind: FailureKind) -> None:
-        super().__init__(reason)
-        self.kind = kind
 
 
 def loss_and_counts(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:

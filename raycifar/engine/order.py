@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from raycifar.data.shards import bounds
+from raycifar.data.shards import shard_bounds
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's images on one worker.
-
-    rows: (n,) int64, rows of the worker's own shard. num_images: of the step, over all workers.
-    """
+    """One step's images on one worker."""
 
     step: int
-    rows: np.ndarray
-    num_images: int
+    rows: np.ndarray  # (n,) int64, rows of the worker's own shard
+    num_images: int  # of the step, over all workers
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
@@ -49,15 +46,12 @@ def advance(segments: Sequence[Segment], world_size: int) -> list[Segment]:
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """The order of one epoch's images.
-
-    num_images: of the training set, over all workers. num_steps: of the whole epoch.
-    """
+    """The order of one epoch's images."""
 
     seed: int
     epoch: int
-    num_images: int
-    num_steps: int
+    num_images: int  # of the training set, over all workers
+    num_steps: int  # of the whole epoch
 
     def batches(self, segments: Sequence[Segment], world_size: int, rank: int) -> Iterator[Batch]:
         """Yield one worker's remaining batches of the epoch, whose completed steps are the `segments`."""
@@ -73,7 +67,7 @@ class EpochOrder:
         dealt = self._deal(len(past), unseen, world_size)
         num_steps = self.num_steps - first_step
         cuts = [[len(rows) * k // num_steps for k in range(num_steps + 1)] for rows in dealt]
-        mine = dealt[rank] - bounds(self.num_images, world_size)[rank]
+        mine = dealt[rank] - shard_bounds(self.num_images, world_size)[rank]
         for k, (start, end) in enumerate(pairwise(cuts[rank])):
             if k >= current.steps:
                 yield Batch(first_step + k, mine[start:end], sum(cut[k + 1] - cut[k] for cut in cuts))
@@ -84,7 +78,7 @@ class EpochOrder:
             np.random.default_rng([self.seed, self.epoch, part, world_size, rank]).permutation(
                 start + np.flatnonzero(unseen[start:end])
             )
-            for rank, (start, end) in enumerate(pairwise(bounds(len(unseen), world_size)))
+            for rank, (start, end) in enumerate(pairwise(shard_bounds(len(unseen), world_size)))
         ]
 
 

@@ -11,7 +11,7 @@ from raycifar.storage.run_folder import PROFILE, RunFolder
 
 BEFORE, WARM_UP, TRACED = 5, 2, 8  # steps: in the first ones, libraries are loaded and CUDA graphs captured
 NEEDED = BEFORE + WARM_UP + TRACED
-ROWS, LONGEST_NAME = 12, 60  # of the table
+ROWS, MAX_NAME_LENGTH = 12, 60  # of the table
 GRAPHS = "Steps are replayed as CUDA graphs: these are the kernels of the graphs, which no operation launches."
 
 
@@ -71,7 +71,7 @@ class StepProfiler:
         lines = [f"{steps} steps of {total / steps / 1000:.2f} ms on the {'GPU' if self.on_gpu else 'CPU'}"]
         lines.append(f"{'share':>6}  {'ms':>8}  {'calls':>6}  operation")
         for key, (time, count) in sorted(found.items(), key=lambda item: -item[1][0])[:ROWS]:
-            name = "Python, between operations" if key.startswith("ProfilerStep") else key[:LONGEST_NAME]
+            name = "Python, between operations" if key.startswith("ProfilerStep") else key[:MAX_NAME_LENGTH]
             lines.append(f"{time / total:6.1%}  {time / steps / 1000:8.3f}  {count / steps:6.1f}  {name}")
         if any(event.key == "cudaGraphLaunch" for event in events):
             lines.append(GRAPHS)

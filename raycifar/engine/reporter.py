@@ -12,7 +12,7 @@ from raycifar.storage.records import EpochRecord
 
 STEP_SECONDS = 0.5  # between two reports of a step, or of how much is scored
 STOP_SECONDS = 0.2  # between two checks for a request to stop
-VERDICT_SECONDS = 0.05  # between two checks for a verdict
+DECISION_SECONDS = 0.05  # between two checks for a decision
 
 
 class Reporter:
@@ -52,11 +52,11 @@ class Reporter:
         if self.leader:
             self.status_store.put_timings(rates)
 
-    def verdict(self, epoch: int) -> bool:
+    def stop_decision(self, epoch: int) -> bool:
         """Wait for the search's decision, and return whether the run stops after `epoch`."""
         self.phase(Phase.COMPARING)
-        while (stop := self.status_store.verdict(epoch)) is None:
-            time.sleep(VERDICT_SECONDS)
+        while (stop := self.status_store.stop_decision(epoch)) is None:
+            time.sleep(DECISION_SECONDS)
         self.phase(Phase.TRAINING)
         return stop
 

@@ -38,18 +38,14 @@ UNTIMED = (
 
 @dataclass(frozen=True)
 class Work:
-    """What a run computes, counted from the operations on tensors.
-
-    multiply_adds: of one image's forward pass, by side of the images in pixels. multiply_adds_mean: over the images of
-        all steps. petaflop: of all steps, forward, backward and optimizer; a multiply-add is two operations.
-    """
+    """What a run computes, counted from the operations on tensors."""
 
     parameters: int
     steps: int
     images: int
-    multiply_adds: dict[int, int]
-    multiply_adds_mean: float
-    petaflop: float
+    multiply_adds: dict[int, int]  # of one image's forward pass, by side of the images in pixels
+    multiply_adds_mean: float  # over the images of all steps
+    petaflop: float  # of all steps, forward, backward and optimizer; a multiply-add is two operations
 
 
 class SpeedRun:

@@ -31,17 +31,13 @@ PER_EXAMPLE = {"example_stats": "images", "val_correct": "val_right"}  # and wha
 
 @dataclass
 class Progress:
-    """A run's progress.
+    """A run's progress."""
 
-    epoch: the current one, from 1. segments: its completed steps, by number of workers. totals: their metrics.
-    restarts: during the epoch. history: of earlier epochs.
-    """
-
-    epoch: int = 1
-    segments: list[Segment] = field(default_factory=list)
-    totals: EpochTotals = field(default_factory=EpochTotals)
-    restarts: int = 0
-    history: list[EpochRecord] = field(default_factory=list)
+    epoch: int = 1  # the current one, from 1
+    segments: list[Segment] = field(default_factory=list)  # its completed steps, by number of workers
+    totals: EpochTotals = field(default_factory=EpochTotals)  # the metrics of these steps
+    restarts: int = 0  # during the epoch
+    history: list[EpochRecord] = field(default_factory=list)  # of earlier epochs
 
     @property
     def step(self) -> int:

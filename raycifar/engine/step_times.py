@@ -53,7 +53,7 @@ def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     timed: StepTimesJob = config["job"]
     trainer = Trainer(timed.job)
     trainer.set_up()
-    trainer.describe()
+    trainer.report_model()
     world_size, single = trainer.world_size, trainer.world_size == 1
     trainer.reporter.phase(Phase.TIMING, f"{count(world_size, 'worker')}, up to {timed.seconds:.0f} s")
     with nullcontext() if dist.is_initialized() else process_group_of_one(trainer.device):

@@ -20,7 +20,7 @@ from raycifar.analysis.collapse import collapse
 from raycifar.cluster.nodes import objection
 from raycifar.cluster.status import ModelFacts, Phase, StatusStore
 from raycifar.data import CIFAR100
-from raycifar.data.shards import Shard, bounds, load_shard
+from raycifar.data.shards import Shard, load_shard, shard_bounds
 from raycifar.engine import hardware
 from raycifar.engine.augment import preprocess
 from raycifar.engine.checkpoint import Checkpointer, Snapshot
@@ -30,7 +30,7 @@ from raycifar.engine.epoch_meter import EpochMeter
 from raycifar.engine.evaluate import per_image, predict, score, score_without, to_predictions_file
 from raycifar.engine.example_stats import blank_stats, describe_rise, end_epoch, to_example_stats_file
 from raycifar.engine.interruption import Interruption, InterruptionWatch, PreemptedError
-from raycifar.engine.loss import CHECK_STEPS, StopTrainingError
+from raycifar.engine.loss import CHECK_STEPS
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, advance, step_seed, steps_per_epoch
 from raycifar.engine.profile import StepProfiler
@@ -39,8 +39,8 @@ from raycifar.engine.reporter import Reporter
 from raycifar.engine.state import Progress, TrainingState
 from raycifar.engine.tensorboard import EventLog
 from raycifar.engine.train_step import TrainStep
-from raycifar.errors import FailureKind, notice
-from raycifar.models import PASSES
+from raycifar.errors import FailureKind, StopTrainingError, notice
+from raycifar.models import FORWARD_PASSES_PER_STEP
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
 from raycifar.storage.records import EpochRecord, Rise, sampled_steps
@@ -54,35 +54,28 @@ WARNED_EPOCHS = 3  # first epochs after which a network that doesn't learn is re
 
 @dataclass(frozen=True)
 class Job:
-    """What the driver asks of the workers.
-
-    num_val_images, num_test_images: 0 leaves that split alone. gpus, threads: of each worker. device: cpu or mps, of
-    one that has no `gpus`. in_process: without worker actors. versions: the driver's. record: follow each training
-    image and the gradient's norm. checkpoint_steps: between two checkpoints; 0: at the end of each epoch alone.
-    profile: trace some steps. rungs: epochs after which the driver says whether to stop. near_duplicates: rows of test
-    images whose photograph is among the training images, None where that isn't known.
-    """
+    """What the driver asks of the workers."""
 
     run: RunFolder
     status_store: StatusStore
     initial: InitialWeights
     recipe: Recipe
     seed: int
-    superclass_of: Sequence[int]
+    superclass_of: Sequence[int]  # of each class
     num_train_images: int
-    num_val_images: int
-    num_test_images: int
-    gpus: float
-    device: str
-    threads: int
-    in_process: bool
-    versions: dict[str, str]
+    num_val_images: int  # 0: none are scored
+    num_test_images: int  # 0: none are scored
+    gpus: float  # of each worker; a share of one GPU, or 0
+    device: str  # cpu or mps, of workers without `gpus`
+    threads: int  # of each worker
+    in_process: bool  # without worker actors
+    versions: dict[str, str]  # the driver's
     compile: bool
-    record: bool
-    checkpoint_steps: int
-    profile: bool
-    rungs: Sequence[int]
-    near_duplicates: np.ndarray | None
+    record: bool  # follow each training image and the gradient's norm
+    checkpoint_steps: int  # between two checkpoints; 0: only at the end of each epoch
+    profile: bool  # trace some steps
+    rungs: Sequence[int]  # epochs after which the driver says whether to stop
+    near_duplicates: np.ndarray | None  # rows of test images whose photograph is trained on; None: unknown
 
 
 class Ending(StrEnum):
@@ -96,17 +89,14 @@ class Ending(StrEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The training function's result.
-
-    test: the scores on the test set. best_epoch: the one with the highest validation top-1.
-    """
+    """The training function's result."""
 
     ending: Ending
     history: Sequence[EpochRecord]
-    best_epoch: int | None = None
-    test: dict[str, Any] | None = None
-    failure: FailureKind | None = None
-    reason: str | None = None
+    best_epoch: int | None = None  # with the highest validation top-1
+    test: dict[str, Any] | None = None  # the scores on the test set
+    failure: FailureKind | None = None  # why training failed
+    reason: str | None = None  # the same in words
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> Outcome:
@@ -170,14 +160,14 @@ class Trainer:
         self.reporter.phase(Phase.BUILDING_MODEL)
         self.state = TrainingState(self.architecture, self.job.initial.weights, self.recipe, self.job.seed, self.device)
         self.resume()
-        self.begin_training_set()
+        self.prepare_train_set()
 
     def train(self) -> Outcome:
         """Train to the end, score the test set, and save the weights."""
-        self.describe()
+        self.report_model()
         self.reporter.phase(Phase.TRAINING)
         while self.state.progress.epoch <= self.recipe.epochs:
-            if self.told_to_stop():
+            if self.search_stops_trial():
                 return self.outcome(Ending.STOPPED)
             if self.train_epoch() is Interruption.STOP:
                 return self.outcome(Ending.INTERRUPTED)
@@ -197,7 +187,7 @@ class Trainer:
             lr = self.recipe.learning_rate(progress.epoch, batch.step, self.steps_per_epoch)
             set_learning_rate(self.state.optimizer, lr)
             size = self.recipe.size(progress.epoch, batch.step, self.steps_per_epoch)
-            self.meter.record(batch.step, self.train_step(batch, size))
+            self.meter.add(batch.step, self.train_step(batch, size))
             if self.profiler:
                 self.profiler.step()
             progress.segments = advance(progress.segments, self.world_size)
@@ -226,10 +216,10 @@ class Trainer:
         if self.state.enter_stage():
             self.train_step.close()
             self.train_step = self.build_train_step()
-        show = partial(self.show, self.state.progress.history)
-        self.save(record.to_json(), best=self.state.progress.best is record, stored=show)
+        publish = partial(self.publish_history, self.state.progress.history)
+        self.save(record.to_json(), best=self.state.progress.best is record, stored=publish)
 
-    def show(self, history: Sequence[EpochRecord]) -> None:
+    def publish_history(self, history: Sequence[EpochRecord]) -> None:
         """Write and report the finished epochs, whose checkpoint is stored."""
         self.run.write_history(history)
         self.event_log.write(history)
@@ -275,7 +265,7 @@ class Trainer:
         workers = f", with {self.world_size} workers" if self.world_size > 1 else ""
         self.reporter.notice(f"Continuing from {step} ({name}){workers}.")
         if self.rank == 0:
-            self.show(progress.history)
+            self.publish_history(progress.history)
 
     def newest_checkpoint(self) -> tuple[str, dict[str, bytes]] | None:
         """Return the checkpoint to resume from, and delete those that are skipped: new ones will pass them."""
@@ -284,13 +274,16 @@ class Trainer:
         self.run.delete_checkpoints(skipped[: skipped.index(found[0])] if found else skipped)
         return found
 
-    def begin_training_set(self) -> None:
-        """Prepare what belongs to `train_set`: the rows of all workers, the images' statistics, and the step."""
+    def prepare_train_set(self) -> None:
+        """Prepare what belongs to `train_set`: the rows of all workers, the images' statistics, and the step.
+
+        `bench` calls it again after it has shortened `train_set`.
+        """
         self.index = self.gather(self.train_set.index)
         if self.state.example_stats is None:
             self.example_stats = blank_stats(len(self.train_set), self.device)
         else:
-            first = bounds(self.job.num_train_images, self.world_size)[self.rank]
+            first = shard_bounds(self.job.num_train_images, self.world_size)[self.rank]
             self.example_stats = self.state.example_stats[first : first + len(self.train_set)].clone()
         self.train_step = self.build_train_step()
 
@@ -305,7 +298,7 @@ class Trainer:
             notice=self.reporter.notice,
         )
 
-    def describe(self) -> None:
+    def report_model(self) -> None:
         """Tell what trains on what: on the screen, and in the run's record, with the time at which training begins."""
         facts = ModelFacts(
             parameters=sum(p.numel() for p in self.state.model.parameters()),
@@ -358,7 +351,7 @@ class Trainer:
         if progress.history:
             scoring = progress.history[-1].seconds - progress.history[-1].training_seconds
         else:
-            scoring = num_scored / images_per_second / PASSES
+            scoring = num_scored / images_per_second / FORWARD_PASSES_PER_STEP
         epoch = self.steps_per_epoch / steps_per_second + scoring
         epochs_left = self.recipe.epochs - progress.epoch + 1
         trained, test_scoring = progress.step / steps_per_second, scoring * self.job.num_test_images / num_scored
@@ -459,12 +452,13 @@ class Trainer:
             end_epoch(stats)
         return rise
 
-    def told_to_stop(self) -> bool:
+    def search_stops_trial(self) -> bool:
         """Return whether the search stops this trial after the last epoch; all workers call it together."""
         epoch = self.state.progress.epoch - 1
         if epoch not in self.job.rungs:
             return False
-        return ray.train.collective.broadcast_from_rank_zero(self.reporter.verdict(epoch) if self.rank == 0 else None)
+        decision = self.reporter.stop_decision(epoch) if self.rank == 0 else None
+        return ray.train.collective.broadcast_from_rank_zero(decision)
 
     def save(self, metrics: dict[str, Any], *, best: bool = False, **options: Any) -> None:
         """Save a checkpoint, and the weights if they are the `best` so far; see `Checkpointer.save`."""
@@ -474,4 +468,4 @@ class Trainer:
     def gather(self, part: Tensor, num_rows: int | None = None) -> Tensor:
         """Return the rows of all workers' shards of a split with `num_rows` images; None is the training set."""
         num_rows = num_rows or self.job.num_train_images
-        return all_gather_rows(part, num_rows, bounds(num_rows, self.world_size)[self.rank])
+        return all_gather_rows(part, num_rows, shard_bounds(num_rows, self.world_size)[self.rank])

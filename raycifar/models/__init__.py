@@ -31,7 +31,7 @@ from pydantic import Field
 
 from raycifar.data import CIFAR100
 from raycifar.errors import RequestError, in_a_line
-from raycifar.models.recipe import LARGEST_IMAGE, TRANSFER, Recipe, check_type, model_options
+from raycifar.models.recipe import MAX_IMAGE_SIZE, TRANSFER, Recipe, check_type, model_options
 from raycifar.storage.records import Positive, Real, checked
 
 if TYPE_CHECKING:
@@ -45,8 +45,9 @@ if TYPE_CHECKING:
     WeightsMaker = Callable[[Recipe, Tensor], dict[str, Tensor]]
     ShapesTest = Callable[[Mapping[str, Sequence[int]]], bool]
 
-PASSES = 3  # forward passes that a training step takes the time of: one forward, two back
-NO_ARCHITECTURES = {"from_timm", "initial_weights", "layers", "recipe", "recipes"}  # the other files here
+# Cost of a training step: the backward pass takes about two forward passes.
+FORWARD_PASSES_PER_STEP = 3
+NOT_ARCHITECTURES = {"from_timm", "initial_weights", "layers", "recipe", "recipes"}  # the other files here
 TIMM = "timm:"
 TIMM_RECIPES = {"transfer": Recipe(**TRANSFER), "scratch": Recipe()}
 RENAMED = {"classes": "num_classes", "mirror": "tta_flip"}  # keys of earlier versions
@@ -67,19 +68,14 @@ CIFAR = Preprocessing(CIFAR100.image_size, CIFAR100.mean, CIFAR100.std)
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to build and use a network, which travels with its weights.
-
-    large_stem: the first layers are made for ImageNet's 224×224 pixels, not for CIFAR's 32×32.
-    tta_flip: in evaluation mode, the network returns the mean logits of an image and its horizontal flip.
-    options: the architecture's options by name; missing ones take their defaults.
-    """
+    """How to build and use a network, which travels with its weights."""
 
     model: str
     num_classes: int = CIFAR100.num_classes
-    large_stem: bool = False
+    large_stem: bool = False  # first layers for ImageNet's 224×224 pixels, not for CIFAR's 32×32
     preprocessing: Preprocessing = CIFAR
-    tta_flip: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tta_flip: bool = False  # in evaluation mode, return the mean logits of an image and its horizontal flip
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # by name; missing ones take their defaults
 
     def __post_init__(self) -> None:
         for name, kind in (("num_classes", int), ("large_stem", bool), ("tta_flip", bool)):
@@ -123,7 +119,7 @@ class Architecture:
         except Exception as error:  # networks may raise any
             raise RequestError(
                 f"{self.model} can't take images of {size} pixels ({in_a_line(error)}): give another --image-size or "
-                f"--progressive, up to {LARGEST_IMAGE}, or another model."
+                f"--progressive, up to {MAX_IMAGE_SIZE}, or another model."
             ) from error
 
     def layers(self, network: nn.Module) -> list[list[str]]:
@@ -199,7 +195,7 @@ class Builtin:
 
 def names() -> tuple[str, ...]:
     """Return the names of this folder's architectures."""
-    return tuple(sorted({module.name for module in pkgutil.iter_modules(__path__)} - NO_ARCHITECTURES))
+    return tuple(sorted({module.name for module in pkgutil.iter_modules(__path__)} - NOT_ARCHITECTURES))
 
 
 def find(name: str) -> Builtin | FromTimm:

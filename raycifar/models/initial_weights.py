@@ -15,7 +15,7 @@ from raycifar import models
 from raycifar.data.tables import Source, to_images
 from raycifar.errors import RequestError, first_few, in_a_line
 from raycifar.models import CIFAR, Architecture, Preprocessing
-from raycifar.models.recipe import LARGEST_IMAGE, Recipe, model_options, parse_sizes
+from raycifar.models.recipe import MAX_IMAGE_SIZE, Recipe, model_options, parse_sizes
 from raycifar.storage.files import read_file
 
 if TYPE_CHECKING:
@@ -27,17 +27,12 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of Distributed
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """An architecture, and the weights it starts with, by name; the seed initializes all others.
-
-    weights: without a head for other classes; None if the seed initializes all.
-    from_images: the weights are computed from the training images.
-    notes: sentences on what was left out of a file, and what was chosen by it.
-    """
+    """An architecture, and the weights it starts with, by name; the seed initializes all others."""
 
     architecture: Architecture
-    weights: Mapping[str, np.ndarray] | None = None
-    from_images: bool = False
-    notes: tuple[str, ...] = ()
+    weights: Mapping[str, np.ndarray] | None = None  # without a head for other classes; None: the seed initializes all
+    from_images: bool = False  # computed from the training images
+    notes: tuple[str, ...] = ()  # on what was left out of a file, and what was chosen by it
 
     def resolve(self, recipe: Recipe) -> Recipe:
         """Return the recipe with the image size that was chosen by the weights."""
@@ -55,16 +50,16 @@ class InitialWeights:
 
 
 def load_initial_weights(model: str, recipe: Recipe, source: Source) -> InitialWeights:
-    """Return a model's architecture and first weights.
+    """Return a model's architecture and initial weights.
 
     Raises:
         RequestError: the weights can't be loaded, or don't fit the model, or the images don't.
     """
     scratch = recipe.pretrained == "none"
-    start = from_scratch(model, recipe, source) if scratch else from_weights(model, recipe)
-    for size, _ in [(start.architecture.preprocessing.size, 1), *parse_sizes(recipe.progressive)]:
-        start.architecture.check_size(size)
-    return start
+    initial = from_scratch(model, recipe, source) if scratch else from_weights(model, recipe)
+    for size, _ in [(initial.architecture.preprocessing.size, 1), *parse_sizes(recipe.progressive)]:
+        initial.architecture.check_size(size)
+    return initial
 
 
 def from_scratch(model: str, recipe: Recipe, source: Source) -> InitialWeights:
@@ -78,7 +73,7 @@ def from_scratch(model: str, recipe: Recipe, source: Source) -> InitialWeights:
 def from_weights(model: str, recipe: Recipe) -> InitialWeights:
     check_no_options(model, recipe)
     family, origin = models.find(model), recipe.pretrained
-    preprocessing = family.imagenet_preprocessing(recipe.image_size or LARGEST_IMAGE)
+    preprocessing = family.imagenet_preprocessing(recipe.image_size or MAX_IMAGE_SIZE)
     architecture = Architecture(model, large_stem=True, preprocessing=preprocessing, tta_flip=recipe.tta_flip)
     notes = []
     if origin == "imagenet":

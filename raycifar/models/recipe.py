@@ -19,9 +19,9 @@ BatchNorm = Literal["train", "frozen"]
 Stage = Literal["head", "whole"]
 
 OPTIMIZERS = ("sgd", "adamw", "muon")
-LARGEST_IMAGE = 224  # pixels per side
-IMAGE_SIZES = range(CIFAR100.image_size, LARGEST_IMAGE + 1)
-LARGEST = 10**9  # of any number: more is a slip
+MAX_IMAGE_SIZE = 224  # pixels per side
+IMAGE_SIZES = range(CIFAR100.image_size, MAX_IMAGE_SIZE + 1)
+MAX_NUMBER = 10**9  # more is a slip
 FRACTIONS = ("warmup", "label_smoothing", "momentum", "dropout", "ema")
 KINDS: dict[type, tuple[Any, str]] = {
     bool: (bool, "true or false"),
@@ -73,7 +73,7 @@ class Recipe:
     tta_flip: bool = option(False, "score the mean of each image and its horizontal flip")
     image_size: int = option(
         CIFAR100.image_size,
-        f"side to which images are scaled, {CIFAR100.image_size} to {LARGEST_IMAGE} pixels; 0: that of the weights",
+        f"side to which images are scaled, {CIFAR100.image_size} to {MAX_IMAGE_SIZE} pixels; 0: that of the weights",
     )
     progressive: str = option(
         "", "smaller images at first, as PIXELS:END,... where END is a fraction of all steps, such as 20:0.15,24:0.5"
@@ -140,7 +140,7 @@ class Recipe:
 
 
 TRANSFER: dict[str, Any] = {
-    "epochs": 20, "lr": 0.02, "warmup": 0.1, "weight_decay": 1e-4, "image_size": LARGEST_IMAGE,
+    "epochs": 20, "lr": 0.02, "warmup": 0.1, "weight_decay": 1e-4, "image_size": MAX_IMAGE_SIZE,
     "pretrained": "imagenet", "head_epochs": 2, "layer_decay": 0.7,
 }  # fmt: skip
 """How a recipe that starts from ImageNet weights differs from the default."""
@@ -160,7 +160,7 @@ def choices(field: Field[Any], kind: Any) -> tuple[str, ...]:
     return get_args(kind) or field.metadata["choices"]
 
 
-def check_type(name: str, value: Any, kind: Any, allowed: tuple[str, ...] = (), most: float = LARGEST) -> None:
+def check_type(name: str, value: Any, kind: Any, allowed: tuple[str, ...] = (), most: float = MAX_NUMBER) -> None:
     if allowed:
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}: choose from {', '.join(allowed)}")
@@ -185,10 +185,10 @@ def parse_sizes(progressive: str) -> list[tuple[int, float]]:
     except ValueError:
         sizes = [(0, 0.0)]
     ends = [0.0, *(end for _, end in sizes), 1.0]
-    if not all(1 <= size <= LARGEST_IMAGE for size, _ in sizes) or not all(a < b for a, b in pairwise(ends)):
+    if not all(1 <= size <= MAX_IMAGE_SIZE for size, _ in sizes) or not all(a < b for a, b in pairwise(ends)):
         raise ValueError(
-            f"progressive is {progressive!r}: it must be PIXELS:END,... with 1 to {LARGEST_IMAGE} pixels and fractions "
-            "that rise from above 0 to below 1, such as 20:0.15,24:0.5"
+            f"progressive is {progressive!r}: it must be PIXELS:END,... with 1 to {MAX_IMAGE_SIZE} pixels and "
+            "fractions that rise from above 0 to below 1, such as 20:0.15,24:0.5"
         )
     return sizes
 

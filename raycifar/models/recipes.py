@@ -13,7 +13,7 @@ from pyarrow import fs
 
 from raycifar import models
 from raycifar.errors import DamagedFileError, RequestError, in_a_line, notice
-from raycifar.models.recipe import LARGEST, Recipe, field_types
+from raycifar.models.recipe import MAX_NUMBER, Recipe, field_types
 from raycifar.storage.files import file_type, locate, read_file
 from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import RUN, RunFolder
@@ -166,7 +166,7 @@ def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
         (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
         raise ValueError(f"a recipe has no field {name!r}; the nearest is {nearest!r}")
     values = {
-        name: float(v) if known[name] is float and type(v) is int and abs(v) <= LARGEST else v
+        name: float(v) if known[name] is float and type(v) is int and abs(v) <= MAX_NUMBER else v
         for name, v in values.items()
     }
     if isinstance(epochs := values.get("epochs"), int) and epochs < base.epochs:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
-from raycifar.storage.parquet import MOST_BYTES, MOST_ROWS, ParquetError, complete, expect, flat, reading
+from raycifar.storage.parquet import MAX_BYTES, MAX_ROWS, ParquetError, complete, expect, flat, reading
 
 EXTENSION, HIDDEN = b"ARROW:extension:", b"arrow-extension:"  # equally long, so the message's structure stays
 FILE_MAGIC = b"ARROW1\0\0"  # of a file that isn't a plain stream; a stream follows it
@@ -27,10 +27,10 @@ def read_arrow(content: bytes, columns: Mapping[str, str]) -> pa.Table:
             batch.validate(full=True)  # until then, it may point anywhere
             batches.append(batch)
             size += batch.nbytes
-            if size > MOST_BYTES:
-                raise ParquetError(f"takes more than {MOST_BYTES / 2**30:.2g} GiB of memory")
-        if not (rows := sum(batch.num_rows for batch in batches)) or rows > MOST_ROWS:
-            raise ParquetError(f"has {rows:,} rows, not 1 to {MOST_ROWS:,}")
+            if size > MAX_BYTES:
+                raise ParquetError(f"takes more than {MAX_BYTES / 2**30:.2g} GiB of memory")
+        if not (rows := sum(batch.num_rows for batch in batches)) or rows > MAX_ROWS:
+            raise ParquetError(f"has {rows:,} rows, not 1 to {MAX_ROWS:,}")
         table = pa.Table.from_batches(batches).flatten()
         return pa.table({name: complete(table[name], name) for name in columns})
 

@@ -20,7 +20,7 @@ from raycifar.storage.locations import Location, check_location, to_path
 
 Answer = TypeVar("Answer")
 
-MOST_BYTES = 2**32  # of a file: weights of a thousand million parameters
+MAX_BYTES = 2**32  # of a file: weights of a thousand million parameters
 
 
 def locate(location: Location, *, to_write: bool = False) -> tuple[fs.FileSystem, str]:
@@ -68,7 +68,7 @@ def read_file(location: Location) -> bytes:
 
 
 def open_file(
-    filesystem: fs.FileSystem, path: str, *, inside: str | None = None, most_bytes: int = MOST_BYTES
+    filesystem: fs.FileSystem, path: str, *, inside: str | None = None, max_bytes: int = MAX_BYTES
 ) -> IO[bytes]:
     """Open a file to be read; one that isn't local is read into memory. No fifo, device or socket is waited for.
 
@@ -79,14 +79,14 @@ def open_file(
         OSError: it can't be opened, is not a file, is too large, or is outside the folder.
     """
     if not is_local(filesystem):
-        return io.BytesIO(remote.download(filesystem, path, most_bytes))
+        return io.BytesIO(remote.download(filesystem, path, max_bytes))
     if inside and not Path(path).resolve().is_relative_to(Path(inside).resolve()):
         raise PermissionError(errno.EACCES, "it is a link to a place outside the folder", path)
     file = open(path, "rb", opener=open_regular)  # noqa: SIM115 (the caller closes it)
     size = os.fstat(file.fileno()).st_size
-    if size > most_bytes:
+    if size > max_bytes:
         file.close()
-        raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {most_bytes:,} are read", path)
+        raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {max_bytes:,} are read", path)
     return file
 
 

@@ -34,19 +34,15 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Claim:
-    """A process's claim to a folder.
-
-    started: seconds from the machine's boot, which no clock changes. number: the claim with the least is the first; 0
-    while it is being chosen.
-    """
+    """A process's claim to a folder."""
 
     owner: str
     pid: Count
     host: str
     machine: str
-    started: Real
+    started: Real  # seconds from the machine's boot, which no clock changes
     since: str
-    number: Count = 0
+    number: Count = 0  # the claim with the least is the first; 0 while it is being chosen
     beats: Count = 0
 
     @classmethod

@@ -16,8 +16,8 @@ from pyarrow import types
 
 from raycifar.errors import in_a_line
 
-MOST_ROWS = 10_000_000
-MOST_BYTES = 2**30  # decompressed
+MAX_ROWS = 10_000_000
+MAX_BYTES = 2**30  # decompressed
 MAGIC = b"PAR1"
 ARROW_TYPES, HIDDEN = b"ARROW:schema", b"arrow-schema"  # equally long, so the footer's structure stays
 
@@ -113,12 +113,12 @@ def expect(schema: pa.Schema, columns: Mapping[str, str]) -> None:
 
 def check_size(metadata: pq.FileMetaData) -> None:
     """Refuse a file that would take too much memory, by what its footer says."""
-    if not 0 < metadata.num_rows <= MOST_ROWS:
-        raise ParquetError(f"has {metadata.num_rows:,} rows, not 1 to {MOST_ROWS:,}")
+    if not 0 < metadata.num_rows <= MAX_ROWS:
+        raise ParquetError(f"has {metadata.num_rows:,} rows, not 1 to {MAX_ROWS:,}")
     # Not by its columns: pyarrow ends the process where a column's part of the footer is damaged.
     size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
-    if size > MOST_BYTES:
-        needed, most = (f"{count / 2**30:.2g} GiB" for count in (size, MOST_BYTES))
+    if size > MAX_BYTES:
+        needed, most = (f"{count / 2**30:.2g} GiB" for count in (size, MAX_BYTES))
         raise ParquetError(f"takes {needed} of memory; at most {most} is read")
 
 

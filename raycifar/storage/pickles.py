@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-MOST_STEPS = 2**21  # of a pickle; they take seconds, and half a gigabyte
-MOST_NAMES = 2**12
+MAX_STEPS = 2**21  # of a pickle; they take seconds, and half a gigabyte
+MAX_NAMES = 2**12
 EXTENSIONS = (pickle.EXT1, pickle.EXT2, pickle.EXT4)  # names that are registered in a process
 NUMBER_TYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")  # of NumPy's arrays
 
@@ -75,14 +75,14 @@ class Dissector(pickle._Unpickler):
 
     def __init__(self, content: io.BytesIO, persistent: Callable[[Any], Any] | None = None, **options: Any) -> None:
         super().__init__(content, **options)
-        self.content, self.persistent, self.left = content, persistent, MOST_STEPS
+        self.content, self.persistent, self.left = content, persistent, MAX_STEPS
         self._file_read = self.read_some
         self.named: dict[str, Any] = {"collections.OrderedDict": Items, "__builtin__.bytes": no_bytes}
 
     def read_some(self, size: int) -> bytes:
         self.left -= 1
         if self.left < 0:
-            raise pickle.UnpicklingError(f"the pickle has more than {MOST_STEPS:,} steps")
+            raise pickle.UnpicklingError(f"the pickle has more than {MAX_STEPS:,} steps")
         return self.content.read(size)
 
     def persistent_load(self, pid: Any) -> Any:
@@ -94,8 +94,8 @@ class Dissector(pickle._Unpickler):
         name = f"{module}.{name}"
         if name not in self.named:
             self.named[name] = type("Call", (Call,), {"__slots__": (), "name": name})
-        if len(self.named) > MOST_NAMES:
-            raise pickle.UnpicklingError(f"the pickle has more than {MOST_NAMES:,} names")
+        if len(self.named) > MAX_NAMES:
+            raise pickle.UnpicklingError(f"the pickle has more than {MAX_NAMES:,} names")
         return self.named[name]
 
     # Steps of a pickle ------------------------------------------------------------------------------

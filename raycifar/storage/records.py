@@ -15,14 +15,14 @@ from typing_extensions import TypedDict, is_typeddict  # pydantic wants this one
 
 from raycifar.data import CIFAR100
 
-MOST_STEP_LOSSES = 2000
-LARGEST = 3.5e38  # the largest float32, nearly
+MAX_STEP_LOSSES = 2000
+MAX_FLOAT32 = 3.5e38  # nearly
 Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
 Positive = Annotated[int, Field(strict=True, ge=1, le=2**53)]
 Whole = Annotated[int, Field(strict=True, ge=-(2**63), le=2**64)]
 Flag = Annotated[bool, Field(strict=True)]
-Real = Annotated[float, Field(strict=True, ge=-LARGEST, le=LARGEST)]
-Amount = Annotated[float, Field(strict=True, ge=0, le=LARGEST)]
+Real = Annotated[float, Field(strict=True, ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
+Amount = Annotated[float, Field(strict=True, ge=0, le=MAX_FLOAT32)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 Image = Annotated[str, Field(max_length=2**14, pattern=r"^[A-Za-z0-9+/]+=*$")]
 
@@ -100,7 +100,7 @@ class EpochRecord:
 
 def sampled_steps(epoch: int, steps: int, epochs: int) -> range:
     """Return the steps, from 0, of an epoch (from 1) whose losses are recorded: at most 2,000 in all epochs."""
-    stride = -(-epochs * steps // MOST_STEP_LOSSES)
+    stride = -(-epochs * steps // MAX_STEP_LOSSES)
     return range(-(epoch - 1) * steps % stride, steps, stride)
 
 

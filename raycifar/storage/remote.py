@@ -31,8 +31,8 @@ SLOWEST = 2.5e5  # bytes per second of an upload, which tells nothing of its pro
 TELL_SECONDS = 1
 PAUSES = (1, 4, 10)  # seconds before each new try
 CHUNK = 2**16
-LARGEST_PAGE = 2**24  # bytes of a folder's list on a web server
-MOST_LEVELS = 4  # of folders on a web server
+MAX_PAGE_BYTES = 2**24  # of a folder's list on a web server
+MAX_LEVELS = 4  # of folders on a web server
 MEGABYTE = 1e6
 
 BUGS = (AttributeError, NameError, TypeError, AssertionError)
@@ -119,19 +119,19 @@ def connect(uri: str) -> tuple[fs.FileSystem, str]:
     return filesystem, path
 
 
-def download(filesystem: fs.FileSystem, path: str, most_bytes: int) -> bytes:
+def download(filesystem: fs.FileSystem, path: str, max_bytes: int) -> bytes:
     """Return a file's content, read once from front to back."""
 
     def work(beat: Callable[[int], None]) -> bytes:
         info = filesystem.get_file_info(path)
         if info.type == fs.FileType.NotFound:
             raise FileNotFoundError("there is no such file")
-        check_size(info.size or 0, most_bytes)
+        check_size(info.size or 0, max_bytes)
         content = bytearray()
         with filesystem.open_input_stream(path, compression=None) as stream:
             while chunk := stream.read(CHUNK if filesystem.type_name.startswith("py::") else 2**23):
                 content += chunk
-                check_size(len(content), most_bytes)
+                check_size(len(content), max_bytes)
                 beat(len(content))
         return bytes(content)
 
@@ -148,9 +148,9 @@ def upload(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
     ask(work, SILENCE_SECONDS + len(content) / SLOWEST)
 
 
-def check_size(size: int, most_bytes: int) -> None:
-    if size > most_bytes:
-        raise OSError(f"it has {size:,} bytes or more, and at most {most_bytes:,} are read")
+def check_size(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise OSError(f"it has {size:,} bytes or more, and at most {max_bytes:,} are read")
 
 
 # Web servers ----------------------------------------------------------------------------------------
@@ -174,10 +174,10 @@ class Web(fs.FSSpecHandler):
         return [fs.FileInfo(path, kind_of(path)) for path in paths]
 
     def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
-        return list(self.entries(f"{selector.base_dir.rstrip('/')}/", MOST_LEVELS if selector.recursive else 1))
+        return list(self.entries(f"{selector.base_dir.rstrip('/')}/", MAX_LEVELS if selector.recursive else 1))
 
     def entries(self, folder: str, levels: int) -> Iterator[fs.FileInfo]:
-        page = self.open_input_stream(folder).read(LARGEST_PAGE).decode(errors="replace")
+        page = self.open_input_stream(folder).read(MAX_PAGE_BYTES).decode(errors="replace")
         links = (urljoin(folder, link) for link in re.findall(r'href="([^"?#]+)"', page))
         for link in sorted(set(links)):
             if re.fullmatch(r"[^/]+/?", link.removeprefix(folder)) and link.startswith(folder):

@@ -43,7 +43,7 @@ from pyarrow import fs
 from raycifar.data import CIFAR100
 from raycifar.errors import DamagedFileError, RequestError, StorageError, in_a_line, notice
 from raycifar.redaction import shown
-from raycifar.storage.files import MOST_BYTES, append_to, ask, file_type, is_local, locate, open_file, write_whole
+from raycifar.storage.files import MAX_BYTES, append_to, ask, file_type, is_local, locate, open_file, write_whole
 from raycifar.storage.locations import check_location, is_utf8, join, parent_and_name
 from raycifar.storage.parquet import read_parquet, read_schema
 from raycifar.storage.records import (
@@ -102,21 +102,18 @@ RANGES = {
     "near_duplicate": (0, 1),
     "probabilities": (0, 1.001),
 }
-LARGEST = {".json": 2**24, ".jsonl": 2**27, ".parquet": 2**28}  # bytes, by suffix
-LONGEST_LINE, MOST_LINES = 2**20, 200_000  # bytes, and epochs
+MAX_BYTES_BY_SUFFIX = {".json": 2**24, ".jsonl": 2**27, ".parquet": 2**28}
+MAX_LINE_BYTES, MAX_LINES = 2**20, 200_000  # of `metrics.jsonl`, which has a line for each epoch
 KEPT = 3  # checkpoints: the newest two may be damaged
 
 
 @dataclass(frozen=True, repr=False)
 class RunFolder:
-    """A run folder, which may not exist yet.
+    """A run folder, which may not exist yet."""
 
-    storage: a local folder or a URI. claim: a file's path on its file system; once it is gone, nothing more is written.
-    """
-
-    storage: str
+    storage: str  # a local folder or a URI
     name: str
-    claim: str | None = None
+    claim: str | None = None  # a file's path on its file system; once it is gone, nothing more is written
 
     @classmethod
     def at(cls, location: str) -> "RunFolder":
@@ -176,9 +173,9 @@ class RunFolder:
 
     def read(self, file: str) -> bytes | None:
         """Return a file's content, None if it doesn't exist, or raise StorageError if it can't be read."""
-        most = LARGEST.get(PurePath(file).suffix, MOST_BYTES)
+        most = MAX_BYTES_BY_SUFFIX.get(PurePath(file).suffix, MAX_BYTES)
         try:
-            with open_file(self.filesystem, self.path(file), inside=self.path(), most_bytes=most) as opened:
+            with open_file(self.filesystem, self.path(file), inside=self.path(), max_bytes=most) as opened:
                 return opened.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -283,9 +280,9 @@ class RunFolder:
             return []
         try:
             for line in io.BytesIO(content):
-                if len(records) == MOST_LINES:
-                    raise ValueError(f"at most {MOST_LINES:,} epochs are read")
-                values = checked(dict, parse(line) if len(line) <= LONGEST_LINE else None)
+                if len(records) == MAX_LINES:
+                    raise ValueError(f"at most {MAX_LINES:,} epochs are read")
+                values = checked(dict, parse(line) if len(line) <= MAX_LINE_BYTES else None)
                 record = EpochRecord.from_json(values)
                 if record.epoch != len(records) + 1:
                     raise ValueError(f"epoch {record.epoch} follows epoch {len(records)}")

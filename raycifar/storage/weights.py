@@ -15,7 +15,7 @@ from raycifar.models import Architecture
 
 KEY = "raycifar"  # only one: safetensors writes several keys in an order that differs between processes
 DIGEST = "digest"  # of the rest, in the same key; earlier versions wrote none
-MOST_TENSORS = 2**14  # of a file; each could mean a layer
+MAX_TENSORS = 2**14  # of a file; each could mean a layer
 
 
 def to_file(tensors: Mapping[str, Tensor], architecture: Architecture) -> bytes:
@@ -47,7 +47,7 @@ def from_file(content: bytes, origin: str) -> tuple[dict[str, Tensor], Architect
         reason = str(error).removeprefix("Error while deserializing: ")
         raise RequestError(f"{origin} is not a safetensors file, or is damaged: {reason}.") from error
     try:
-        if len(tensors) > MOST_TENSORS:
+        if len(tensors) > MAX_TENSORS:
             raise ValueError(f"it holds {len(tensors):,} tensors, more than any network has")
         # The header is JSON, after 8 bytes that hold its length.
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

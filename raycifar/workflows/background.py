@@ -8,13 +8,15 @@ from raycifar.cluster.status import in_a_cluster
 from raycifar.errors import RayDiedError
 
 T = TypeVar("T")
+Running = Callable[[], bool]  # returns whether the work is running
+Follow = Callable[[Running], None]  # shows progress; returns once nothing is running
 
 
-def alongside(work: Callable[[], T], follow: Callable[[Callable[[], bool]], None], stop: Callable[[Thread], None]) -> T:
+def alongside(work: Callable[[], T], follow: Follow, stop: Callable[[Thread], None]) -> T:
     """Run `work` in a thread and `follow` in this one; return or raise as `work` does.
 
     Args:
-        follow: called with a function that returns whether the work is running; returns when it isn't.
+        follow: shows progress until nothing is running.
         stop: called with the thread to end the work, if `follow` raises, as KeyboardInterrupt.
 
     Raises:
@@ -42,7 +44,7 @@ def alongside(work: Callable[[], T], follow: Callable[[Callable[[], bool]], None
     return outcome["returned"]
 
 
-def watched(running: Callable[[], bool]) -> Callable[[], bool]:
+def watched(running: Running) -> Running:
     """Return `running`, which also raises once Ray has died."""
     if not in_a_cluster():
         return running

@@ -43,7 +43,7 @@ HELP = {
     "train": "a larger --batch-size would help: what is done for each step weighs less",
     "epoch": "fewer validation images (--val-size) would help",
 }
-LONGEST = 290  # seconds that a bench takes: all of it in five minutes
+MAX_SECONDS = 290  # of a bench: all of it takes five minutes
 WORKERS_START = 15  # of them that worker processes take to start
 SECONDS_OF_ROUND = 4  # in which steps of a number of workers are timed, at most
 FEW_WORKERS = 3  # are run on CPUs, however few these are
@@ -56,22 +56,18 @@ POLL_SECONDS = 0.02  # between two looks whether a run has begun
 class BenchRequest:
     """What to time, and how.
 
-    rounds: how often each stage is timed, at most. against: other ways of training, timed as well. startup: time the
-    start, up to the first step, as well. plan: numbers of workers to predict, such as `1,2,4`. interconnect: the link
-    between them, instead of the measured one. price_per_hour: of one device. out: a folder or URI.
-
     Raises:
         RequestError: a value makes no sense.
     """
 
     training: TrainingRequest
-    rounds: int = 5
-    against: Sequence[str] = ()
-    startup: bool = False
-    plan: str | None = None
-    interconnect: str | None = None
-    price_per_hour: float | None = None
-    out: str = "bench"
+    rounds: int = 5  # how often each stage is timed, at most
+    against: Sequence[str] = ()  # other ways of training, timed as well
+    startup: bool = False  # time the start, up to the first step, as well
+    plan: str | None = None  # numbers of workers to predict, such as `1,2,4`
+    interconnect: str | None = None  # the link between them, instead of the measured one
+    price_per_hour: float | None = None  # of one device
+    out: str = "bench"  # a folder or URI
 
     def __post_init__(self) -> None:
         workers = self.training.workers
@@ -118,7 +114,7 @@ def bench(
     if 0 < training.recipe.head_epochs < training.recipe.epochs:
         training = replace(training, recipe=replace(training.recipe, head_epochs=0))
     folder = RunFolder.for_output(request.out)
-    seconds = shares_of_time(1 + bool(request.counts) + request.startup, time.monotonic() + LONGEST)
+    seconds = shares_of_time(1 + bool(request.counts) + request.startup, time.monotonic() + MAX_SECONDS)
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as storage:  # interrupted, workers still write
             timed = replace(training, name="bench", storage=storage, checkpoint_steps=0, test=False)
@@ -126,7 +122,7 @@ def bench(
             machine = f"{run.workers}, {processor()}"
             place = find_place(run, request) if request.counts else None
             screen.say(
-                f"This takes at most about {LONGEST / 60:.0f} minutes; Ctrl-C ends it, and what is timed is shown."
+                f"This takes at most about {MAX_SECONDS / 60:.0f} minutes; Ctrl-C ends it, and what is timed is shown."
             )
             time_stages(run, request, screen, next(seconds), found)
             if place:
@@ -186,7 +182,7 @@ def time_plan(
     run: "PreparedRun", request: BenchRequest, place: Place, screen: Screen, seconds: float, found: dict[str, Any]
 ) -> None:
     """Add to `found` what each number of workers would take, from what is measured with those that fit here."""
-    from raycifar.cluster.sizing import size
+    from raycifar.cluster.sizing import size_workers
     from raycifar.engine.step_times import StepTimesJob, step_times_loop_per_worker
 
     measured: dict[int, Measured] = {}
@@ -199,7 +195,7 @@ def time_plan(
             break
         sizes = tuple(planning.sizes_to_time(counts, several, place, training.recipe.batch_size))
         timed = replace(training, name=f"plan-{several}", workers=run.workers.count and several)
-        workers = size(several, *training.sizing) if run.workers.count else run.workers
+        workers = size_workers(several, *training.sizing) if run.workers.count else run.workers
         few = prepare(timed, Screen(quiet=True), inputs=run.inputs, workers=workers)
         seconds = min(SECONDS_OF_ROUND * request.rounds, max(SECONDS_OF_ROUND, left))
         job_of = partial(StepTimesJob, batch_sizes=sizes, rounds=request.rounds, seconds=seconds)

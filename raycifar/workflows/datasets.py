@@ -8,7 +8,7 @@ from raycifar.data.overlap import count_repeats
 from raycifar.data.pictures import to_png
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, to_images, to_parquet
-from raycifar.data.trees import MOST_IMAGES
+from raycifar.data.trees import MAX_IMAGES
 from raycifar.errors import RequestError
 from raycifar.storage.files import write_file
 from raycifar.storage.locations import join
@@ -40,8 +40,8 @@ def write_parquet(source: Source, destination: str) -> None:
         RequestError: the folder holds other data.
         StorageError: it can't be written.
     """
-    if len(source.train) > MOST_IMAGES:
-        raise RequestError(f"{source.name} has more than the {MOST_IMAGES:,} training images that are read from files.")
+    if len(source.train) > MAX_IMAGES:
+        raise RequestError(f"{source.name} has more than the {MAX_IMAGES:,} training images that are read from files.")
     for split in ("train", "test"):
         write_file(join(destination, f"{split}.parquet"), to_parquet(to_hub_layout(getattr(source, split))))
     if load(destination).fingerprint() != source.fingerprint():

@@ -36,19 +36,15 @@ COLUMNS = ["first", "second", "similarity", "kind"]
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Pairs of images that show one photograph, the most alike first.
+    """Pairs of images that show one photograph, the most alike first."""
 
-    split, other_split: (n,) "test" or "train". index, other_index: (n,) rows of these sets. kind: (n,) one of `KINDS`.
-    similarity: (n,) up to 1. same_label: (n,) bool.
-    """
-
-    split: np.ndarray
-    index: np.ndarray
-    other_split: np.ndarray
-    other_index: np.ndarray
-    kind: np.ndarray
-    similarity: np.ndarray
-    same_label: np.ndarray
+    split: np.ndarray  # (n,) "test" or "train"
+    index: np.ndarray  # (n,) rows of that set
+    other_split: np.ndarray  # (n,) "test" or "train"
+    other_index: np.ndarray  # (n,) rows of that set
+    kind: np.ndarray  # (n,) one of `KINDS`
+    similarity: np.ndarray  # (n,) up to 1
+    same_label: np.ndarray  # (n,) bool
 
     @classmethod
     def of(cls, pairs: pa.Table, source: Source) -> Self:

@@ -19,7 +19,8 @@ SLOWEST = 1e10  # operations per second of a CPU: what takes under an hour at th
 
 def operations_of(recipe: Recipe, architecture: models.Architecture, splits: Splits) -> float:
     """Return the floating-point operations of training and validation."""
-    return (models.PASSES * len(splits.train) + len(splits.val)) * recipe.epochs * models.flops(architecture)
+    passes_per_epoch = models.FORWARD_PASSES_PER_STEP * len(splits.train) + len(splits.val)
+    return passes_per_epoch * recipe.epochs * models.flops(architecture)
 
 
 def cpu_seconds(operations: float, recipe: Recipe) -> float:

@@ -37,17 +37,13 @@ BLOCK = 1000  # images in a block of Ray Data, which are scored together
 
 @dataclass(frozen=True)
 class EvaluationRequest(WorkerSettings):
-    """What to score, and how.
+    """What to score, and how."""
 
-    network: a run's folder, or a weights file. data: of other images than the run's own. count: of workers; 0 takes
-    this process. out: the folder to write to.
-    """
-
-    network: str
-    data: str | None = None
+    network: str  # a run's folder, or a weights file
+    data: str | None = None  # of other images than the run's own
     split: str = "test"
-    count: int | None = None
-    out: str | None = None
+    count: int | None = None  # of workers; 0: this process
+    out: str | None = None  # the folder to write to
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -216,7 +212,7 @@ def connect(
             import ray.data  # noqa: F401 (it sets the level of its log, which the connection then lowers)
 
             connection.enter_context(connected(debug=debug))
-            workers = sizing.size(request.count, *request.sizing)
+            workers = sizing.size_workers(request.count, *request.sizing)
         with screen.line() as line:
             make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
     return Network(weights, precision, workers)

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 # What may differ when a run is resumed: the same images and the same weights may lie elsewhere by then, and so may
 # the run itself. The architecture follows from model, recipe and weights; `val` is reported as `val_size`.
-FREE = ("name", "source", "pretrained", "recipe", "data", "architecture", "val")
-# Fields of a recipe that are in force whatever their value; the others are switched off by their defaults.
-IN_FORCE = (
+MAY_DIFFER = ("name", "source", "pretrained", "recipe", "data", "architecture", "val")
+# Shown always; other fields only where they differ from their defaults, which switch them off.
+ALWAYS_SHOWN = (
     *("epochs", "batch_size", "optimizer", "lr", "momentum", "schedule", "warmup", "weight_decay", "label_smoothing"),
     "augment",
 )
@@ -36,11 +36,11 @@ IN_FORCE = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """A run's data set, its splits, and the first weights."""
+    """A run's data set, its splits, and the initial weights."""
 
     source: Source
     splits: Splits
-    start: InitialWeights
+    initial: InitialWeights
 
     def near_duplicates(self) -> np.ndarray | None:
         """Return the rows of test images whose photograph is among the training images, or None if it isn't known."""
@@ -54,7 +54,7 @@ def identify(request: TrainingRequest, inputs: Inputs) -> dict[str, Any]:
     return {
         "name": request.name,
         "model": request.model,
-        "recipe": asdict(inputs.start.resolve(request.recipe)),
+        "recipe": asdict(inputs.initial.resolve(request.recipe)),
         "data": {
             "source": absolute_name(source.name),
             "fingerprint": source.fingerprint(),
@@ -62,8 +62,8 @@ def identify(request: TrainingRequest, inputs: Inputs) -> dict[str, Any]:
         },
         "val_size": request.val_size,
         "limit": request.limit,
-        "architecture": inputs.start.architecture.to_json(),
-        "weights": inputs.start.fingerprint(),
+        "architecture": inputs.initial.architecture.to_json(),
+        "weights": inputs.initial.fingerprint(),
         "seed": request.seed,
         "compile": request.compile,
     }
@@ -95,10 +95,10 @@ def earlier_result(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any
 def flatten(identity: dict[str, Any]) -> dict[str, Any]:
     recipe = recipe_from_json(identity["model"], identity["recipe"])  # with the fields of this version
     values = {**identity, **asdict(recipe), **identity["data"], "val_size": identity["data"]["val"]}
-    return {name: value for name, value in values.items() if name not in FREE}
+    return {name: value for name, value in values.items() if name not in MAY_DIFFER}
 
 
-def record(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any], workers: "Workers") -> None:
+def write_run_json(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any], workers: "Workers") -> None:
     """Write `run.json`, and delete what failed attempts left; a resumed run keeps its creation time."""
     from raycifar.cluster.nodes import versions
 
@@ -112,7 +112,7 @@ def record(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any]
             **identity,
             "search": request.search,
             "workers": workers.count,
-            **({} if workers.least is None else {"least_workers": workers.least}),
+            **({} if workers.min_workers is None else {"least_workers": workers.min_workers}),
             "cpus_per_worker": workers.cpus,
             **({"gpus_per_worker": workers.gpus} if workers.use_gpu else {}),
             "device": workers.device,
@@ -125,7 +125,7 @@ def record(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any]
 def describe_recipe(model: str, recipe: Recipe) -> str:
     """Return the fields of a recipe that are in force, those that differ from the model's own first."""
     own, plain = recipe_for(model, recipe.pretrained, recipe.epochs), models.recipe_type(model)()
-    differs, shown = describe_changes(recipe, own), dict.fromkeys(IN_FORCE) | changes(recipe, plain)
+    differs, shown = describe_changes(recipe, own), dict.fromkeys(ALWAYS_SHOWN) | changes(recipe, plain)
     same = ", ".join(f"{name} {getattr(recipe, name)}" for name in shown if name not in changes(recipe, own))
     return f"{differs}; else the {model}'s own: {same}" if differs else f"the {model}'s own: {same}"
 

@@ -31,25 +31,20 @@ STATES = {"finished": State.FINISHED, "stopped": State.STOPPED_BY_SEARCH, "faile
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A run, or a comparison with its `trials`, as it is listed.
-
-    models: of a comparison, in the order in which they were given. host: on which it, or its comparison, is being
-    trained. of_epochs: of the recipe. val_top1: after the last epoch. test_top1: a figure for each of the `models`, a
-    mean over its runs. seconds: of training. reason: why it failed, or what is damaged.
-    """
+    """A run, or a comparison with its `trials`, as it is listed."""
 
     name: str
     folder: str
     state: State
-    models: list[str] = field(default_factory=list)
-    host: str | None = None
+    models: list[str] = field(default_factory=list)  # of a comparison, in the order in which they were given
+    host: str | None = None  # on which it, or its comparison, is being trained
     epochs: int | None = None
-    of_epochs: int | None = None
-    val_top1: float | None = None
-    test_top1: list[float] = field(default_factory=list)
-    seconds: float = 0.0
+    of_epochs: int | None = None  # of the recipe
+    val_top1: float | None = None  # after the last epoch
+    test_top1: list[float] = field(default_factory=list)  # of each of the `models`, a mean over its runs
+    seconds: float = 0.0  # of training
     created: str = ""
-    reason: str | None = None
+    reason: str | None = None  # why it failed, or what is damaged
     trials: list["Entry"] | None = None
 
     @property

@@ -43,14 +43,11 @@ INTERCONNECTS = {
 
 @dataclass(frozen=True)
 class Place:
-    """What the workers would run on.
+    """What the workers would run on."""
 
-    use_gpu: a GPU for each. shared: the CPUs of one machine for all. most: workers that fit here.
-    """
-
-    use_gpu: bool
-    shared: bool
-    most: int
+    use_gpu: bool  # a GPU for each
+    shared: bool  # the CPUs of one machine for all
+    most: int  # workers that fit here
 
 
 @dataclass(frozen=True)
@@ -66,16 +63,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is planned, and what is known of it.
-
-    measured: by number of workers, of one at least. num_images: of an epoch.
-    """
+    """What is planned, and what is known of it."""
 
     recipe: Recipe
-    counts: Sequence[int]
-    num_images: int
+    counts: Sequence[int]  # of workers
+    num_images: int  # of an epoch
     place: Place
-    measured: Mapping[int, Measured]
+    measured: Mapping[int, Measured]  # by number of workers, of one at least
     interconnect: str | None = None
 
     @property

@@ -28,7 +28,7 @@ def preview(request: TrainingRequest, screen: Screen, connection: ExitStack, *, 
     with screen.waiting(f"Reading {request.data}"):
         inputs = read_inputs(request)
         identity = identify(request, inputs)
-    screen.lines(inputs.start.notes)
+    screen.lines(inputs.initial.notes)
     finished = earlier_result(folder, identity)
     if request.workers == 0 or cluster_address():
         workers = str(allocate_workers(request, folder, connection, debug=debug))
@@ -37,7 +37,7 @@ def preview(request: TrainingRequest, screen: Screen, connection: ExitStack, *, 
         workers = f"{request.workers or 'one'}, in a Ray that is started on this machine{unchecked}"
     num_steps = steps_per_epoch(len(inputs.splits.train), request.recipe.batch_size)
     facts = {**overview(identity, workers, folder.folder), "steps": f"{num_steps:,} in each epoch"}
-    seconds = estimate(request.device, request.recipe, inputs.start, inputs.splits)
+    seconds = estimate(request.device, request.recipe, inputs.initial, inputs.splits)
     screen.facts(request.name, facts | {"time": in_words(seconds)})
     screen.say("This run is finished: nothing would be trained." if finished else "Nothing was started.")
 
@@ -49,15 +49,15 @@ def preview_comparison(request: ComparisonRequest, screen: Screen) -> None:
         RequestError: the request is wrong.
     """
     folder, spaces = RunFolder(request.storage, request.name), study.build_spaces(request)
-    source, splits, starts = study.read_inputs(request, screen)
-    study.agree(folder, request, spaces, source, starts)
+    source, splits, initial_by_model = study.read_inputs(request, screen)
+    study.check_same_study(folder, request, study.identify_study(request, spaces, source, initial_by_model))
     at_once = f"as many as fit, each with {count(request.workers, 'worker')}"
     facts = study.overview(request, source, splits, at_once, folder)
     number, last = request.search + request.seeds, request.seed + request.seeds - 1
     seeds = f"seeds {request.seed} to {last}" if request.seeds > 1 else f"seed {last}"
     total = 0.0
     for model, recipe in request.recipes.items():
-        seconds = estimate(request.device, recipe, starts[model], splits)
+        seconds = estimate(request.device, recipe, initial_by_model[model], splits)
         total += number * (seconds or 0)
         searched = f"{request.search} search trials, then " if request.search else ""
         each = f", {duration(seconds)} each" if seconds else ""
@@ -67,11 +67,11 @@ def preview_comparison(request: ComparisonRequest, screen: Screen) -> None:
     screen.say("Nothing was started.")
 
 
-def estimate(device: str, recipe: Recipe, start: InitialWeights, splits: Splits) -> float | None:
+def estimate(device: str, recipe: Recipe, initial: InitialWeights, splits: Splits) -> float | None:
     """Return about how long training takes on this machine's CPUs, in seconds; None where it would be on a GPU."""
     if device != "cpu" and find_device("auto").type != "cpu":
         return None
-    return cpu_seconds(operations_of(recipe, start.architecture, splits), recipe)
+    return cpu_seconds(operations_of(recipe, initial.architecture, splits), recipe)
 
 
 def in_words(seconds: float | None) -> str:

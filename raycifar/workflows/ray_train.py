@@ -35,7 +35,7 @@ def build_trainer(run: "PreparedRun", work: Work | None = None) -> StoppableTrai
     # Ray Train takes one report of each worker at each look, every 2 s by default: epochs of a GPU are shorter.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     workers, folder, splits = run.workers, run.folder, run.inputs.splits
-    if workers.least is not None:  # a node that has just died is still counted for a while: look again
+    if workers.min_workers is not None:  # a node that has just died is still counted for a while: look again
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     tables = {name: table for name, table in splits.tables().items() if name != "test" or run.request.test}
     job = build_job(run)
@@ -47,7 +47,7 @@ def build_trainer(run: "PreparedRun", work: Work | None = None) -> StoppableTrai
         datasets=to_datasets(tables, range(workers.needed, workers.count + 1)),
         dataset_config=ExactShards(),
         scaling_config=ScalingConfig(
-            num_workers=workers.count if workers.least is None else (workers.least, workers.count),
+            num_workers=workers.count if workers.min_workers is None else (workers.min_workers, workers.count),
             use_gpu=workers.use_gpu,
             resources_per_worker=workers.resources,
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
@@ -71,7 +71,7 @@ def build_job(run: "PreparedRun") -> Job:
     return Job(
         run=run.folder,
         status_store=run.status_store,
-        initial=inputs.start,
+        initial=inputs.initial,
         recipe=replace(request.recipe, pretrained=shown(request.recipe.pretrained)),  # Ray's dashboard shows it
         seed=request.seed,
         superclass_of=inputs.source.superclass_of(),

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 
 from raycifar import models
 from raycifar.errors import RequestError
-from raycifar.models.recipe import LARGEST, Recipe, check_type
+from raycifar.models.recipe import MAX_NUMBER, Recipe, check_type
 from raycifar.models.recipes import choose_recipe, recipe_fields, recipe_for, recipe_from_json
 from raycifar.storage.locations import check_location
 from raycifar.workflows.tracking import check_tracker
@@ -19,11 +19,11 @@ from raycifar.workflows.tracking import check_tracker
 WorkerCount = int | tuple[int, int] | None
 Device = Literal["auto", "gpu", "cpu", "mps"]
 
-SMALLEST_GPU_SHARE = 0.0001  # Ray's unit
+MIN_GPU_SHARE = 0.0001  # Ray's unit
 MAX_ELASTIC_WORKERS = 64  # the images are cut wherever a shard of any of the numbers begins
 MAX_WORKERS = MAX_TRIALS = 10_000  # more is a slip
 MAX_SEED = 2**63 - 1  # of PyTorch's generators
-LONGEST_NAME = 200  # bytes; file systems take 255
+MAX_NAME_BYTES = 200  # file systems take 255
 
 
 def setting(
@@ -31,7 +31,7 @@ def setting(
     help: str,  # noqa: A002 (click's own word)
     *,
     least: float | None = None,
-    most: float = LARGEST,
+    most: float = MAX_NUMBER,
     env: str | None = None,
     metavar: str | None = None,
 ) -> Any:
@@ -62,10 +62,10 @@ class WorkerSettings:
                 check_value(f.name, f.type, getattr(self, f.name), f.metadata["least"], f.metadata["most"])
         if self.cpus_per_worker is not None and not self.cpus_per_worker > 0:
             raise RequestError(f"--cpus-per-worker {self.cpus_per_worker}: it must be above 0.")
-        if not SMALLEST_GPU_SHARE <= self.gpus_per_worker <= 1:
+        if not MIN_GPU_SHARE <= self.gpus_per_worker <= 1:
             raise RequestError(
                 f"--gpus-per-worker {self.gpus_per_worker:g}: it must be a share of a GPU, above 0 "
-                f"({SMALLEST_GPU_SHARE} at least) and at most 1."
+                f"({MIN_GPU_SHARE} at least) and at most 1."
             )
         if self.device == "cpu":
             self.check_no_gpu_is_chosen("--device cpu")
@@ -167,14 +167,12 @@ class TrainingRequest(Settings):
 class ComparisonRequest(Settings):
     """Several models to be trained with several seeds, and compared.
 
-    recipes: of each model. fixed: fields of the recipe that a search leaves alone, because they are given.
-
     Raises:
         RequestError: a value makes no sense.
     """
 
-    recipes: Mapping[str, Recipe]
-    fixed: frozenset[str] = frozenset()
+    recipes: Mapping[str, Recipe]  # by model
+    fixed: frozenset[str] = frozenset()  # fields of the recipe that a search leaves alone, because they are given
     _: KW_ONLY
     seed: int = setting(0, "The first of --seeds.", least=0, most=MAX_SEED)
     seeds: int = setting(3, "Runs of each model, with seeds from --seed on.", least=1, most=MAX_TRIALS)
@@ -245,7 +243,7 @@ def sort_options(kind: type[Settings], options: Mapping[str, Any]) -> tuple[dict
     )
 
 
-def check_value(name: str, kind: Any, value: Any, least: float | None = None, most: float = LARGEST) -> None:
+def check_value(name: str, kind: Any, value: Any, least: float | None = None, most: float = MAX_NUMBER) -> None:
     """Raise RequestError if the value of an option is of another kind, empty, not finite, too small or too large."""
     if kind == WorkerCount:
         return
@@ -286,9 +284,9 @@ def parse_workers(value: Any) -> WorkerCount:
 def check_name(name: str) -> None:
     if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
         raise RequestError(f"--name {name!r} is no folder's name: use letters, digits, '-', '_' and '.'.")
-    if len(name.encode()) > LONGEST_NAME:
+    if len(name.encode()) > MAX_NAME_BYTES:
         raise RequestError(
-            f"--name {name[:20]}… takes {len(name.encode())} bytes: a folder's name may have at most {LONGEST_NAME}."
+            f"--name {name[:20]}… takes {len(name.encode())} bytes: a folder's name may have at most {MAX_NAME_BYTES}."
         )
 
 

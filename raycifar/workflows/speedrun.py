@@ -37,7 +37,7 @@ def speedrun(
     folder = RunFolder.for_output(out)
     with screen.waiting(f"Reading {request.data}"):
         inputs = read_inputs(request)
-    source, architecture = inputs.source, replace(inputs.start.architecture, tta_flip=False)
+    source, architecture = inputs.source, replace(inputs.initial.architecture, tta_flip=False)
     with screen.waiting("Loading PyTorch"):
         import torch
 

@@ -110,11 +110,11 @@ def prepare(
     """
     recipes, folder = request.recipes, RunFolder(request.storage, request.name)
     spaces = build_spaces(request)
-    source, splits, starts = read_inputs(request, screen)
+    source, splits, initial_by_model = read_inputs(request, screen)
     warn_of_leaks(source, screen)
     if request.without_near_duplicates:
         find_duplicates(source, screen)  # for the trials, which take them from the cache
-    agreement = agree(folder, request, spaces, source, starts)
+    identity = check_same_study(folder, request, identify_study(request, spaces, source, initial_by_model))
     with writing_first_file(folder, screen):
         folder = lock.enter_context(locked(folder, screen.say, also=folder.runs()))
 
@@ -135,18 +135,18 @@ def prepare(
     at_once += "; the head's memory holds no more" * (most == held < fit)
     screen.facts(request.name, overview(request, source, splits, at_once, folder))
     operations = (request.search + request.seeds) * sum(
-        operations_of(recipe, starts[model].architecture, splits) for model, recipe in recipes.items()
+        operations_of(recipe, initial_by_model[model].architecture, splits) for model, recipe in recipes.items()
     )
     longest = max(recipes.values(), key=lambda recipe: recipe.epochs)
     screen.lines(warn_of_hours(operations, longest, len(splits.train), workers, at_once=most))
     folder.delete_leftovers()
     folder.delete(MANIFEST)
-    folder.write_json(STUDY, agreement)
+    folder.write_json(STUDY, identity)
 
     # The costliest models come first, so that short trials fill the cluster at the end.
-    cost = {model: models.flops(start.architecture) for model, start in starts.items()}.__getitem__
+    cost = {model: models.flops(initial.architecture) for model, initial in initial_by_model.items()}.__getitem__
     ordered = {model: recipes[model] for model in sorted(recipes, key=cost, reverse=True)}
-    study = Study(request, folder, ordered, starts, spaces)
+    study = Study(request, folder, ordered, initial_by_model, spaces)
     return PreparedComparison(study, source, StudySearcher(study, most), workers)
 
 
@@ -158,7 +158,7 @@ def run(prepared: PreparedComparison, screen: Screen, tracking: Tracking) -> Non
     from raycifar.workflows.tuning import orchestrate
 
     study, searcher = prepared.study, prepared.searcher
-    request, folder = study.comparison, study.folder
+    request, folder = study.request, study.folder
     order = list(request.recipes)
     if done := sum(trial.over for trial in searcher.trials):
         screen.say(f"Already over, and not run again: {count(done, 'trial')}.")
@@ -172,7 +172,7 @@ def run(prepared: PreparedComparison, screen: Screen, tracking: Tracking) -> Non
     def refresh() -> None:
         for trial in searcher.trials if request.track else ():
             if history := trial.status_store.history():
-                tracking.log(study.run(trial), history, folder)
+                tracking.log(study.folder_of(trial), history, folder)
         redraw()
 
     tracking.log(folder)
@@ -195,9 +195,9 @@ def finish(prepared: PreparedComparison, screen: Screen, show: Show) -> None:
         WorkError: trials failed; the message lists them with their reasons.
     """
     study, searcher = prepared.study, prepared.searcher
-    request, folder = study.comparison, study.folder
+    request, folder = study.request, study.folder
     finals = [trial for trials in searcher.finals.values() for trial in trials]
-    finished = [read_finished(study.run(trial).folder) for trial in finals if trial.status == "finished"]
+    finished = [read_finished(study.folder_of(trial).folder) for trial in finals if trial.status == "finished"]
     order = list(request.recipes)
     finished.sort(key=lambda run: (order.index(run.run["model"]), run.run["seed"]))
     draw, doing = (write_run, "Drawing the reports") if request.report else (keep_pictures, "Keeping the pictures")
@@ -223,13 +223,13 @@ def finish(prepared: PreparedComparison, screen: Screen, show: Show) -> None:
 
 
 def read_inputs(request: ComparisonRequest, screen: Screen) -> tuple[Source, Splits, dict[str, InitialWeights]]:
-    """Return the images, the splits, and each model's first weights."""
+    """Return the images, the splits, and each model's initial weights."""
     recipes = request.recipes
     with screen.waiting(f"Reading {request.data}{and_weights(recipes.values())}"):
         source, splits = read_images(request.training(next(iter(recipes))))
-        starts = {model: load_initial_weights(model, recipe, source) for model, recipe in recipes.items()}
-    screen.lines(note for start in starts.values() for note in start.notes)
-    return source, splits, starts
+        initial_by_model = {model: load_initial_weights(model, recipe, source) for model, recipe in recipes.items()}
+    screen.lines(note for initial in initial_by_model.values() for note in initial.notes)
+    return source, splits, initial_by_model
 
 
 def overview(
@@ -260,33 +260,37 @@ def build_spaces(request: ComparisonRequest) -> dict[str, Any]:
     return spaces
 
 
-def agree(
-    folder: RunFolder,
+def identify_study(
     request: ComparisonRequest,
     spaces: Mapping[str, Any],
     source: Source,
-    starts: Mapping[str, InitialWeights],
+    initial_by_model: Mapping[str, InitialWeights],
 ) -> dict[str, Any]:
-    """Return everything that must be the same for a comparison to be continued; models and seeds may be added.
-
-    Raises:
-        RequestError: the comparison of that name differs; the message names the difference.
-    """
+    """Return everything that must be the same for a comparison to be continued; models and seeds may be added."""
     from raycifar.workflows.search_space import space_to_json
 
-    now: dict[str, Any] = {
+    identity: dict[str, Any] = {
         "data": source.fingerprint(),
         **{key: getattr(request, key) for key in ("val_size", "limit", "compile", "seed", "search")},
     }
     for model, recipe in request.recipes.items():
-        resolved = starts[model].resolve(recipe)
-        now[model] = dataclasses.asdict(dataclasses.replace(resolved, pretrained=shown(recipe.pretrained)))
-        now[f"{model} weights"] = starts[model].fingerprint()
+        resolved = initial_by_model[model].resolve(recipe)
+        identity[model] = dataclasses.asdict(dataclasses.replace(resolved, pretrained=shown(recipe.pretrained)))
+        identity[f"{model} weights"] = initial_by_model[model].fingerprint()
         if request.search:
-            now[f"{model} space"] = space_to_json(spaces[model])
+            identity[f"{model} space"] = space_to_json(spaces[model])
+    return identity
+
+
+def check_same_study(folder: RunFolder, request: ComparisonRequest, identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the identity, with the models that only the folder's earlier comparison has.
+
+    Raises:
+        RequestError: the comparison of that name differs; the message names the difference.
+    """
     earlier = folder.read_json(STUDY) or {}
-    for key in now.keys() & earlier.keys():
-        there, here = earlier[key], now[key]
+    for key in identity.keys() & earlier.keys():
+        there, here = earlier[key], identity[key]
         is_recipe = key in request.recipes and isinstance(there, dict)
         if is_recipe:  # one of an earlier version has other fields
             there, here = recipe_from_json(key, there), recipe_from_json(key, here)
@@ -294,7 +298,7 @@ def agree(
             says = (describe_changes(there, here), describe_changes(here, there)) if is_recipe else (there, here)
             what = f"{key} {says[0]} there, {says[1]} here"
             raise RequestError(f"{folder.folder} is another comparison: {what}. Give another --name, or its options.")
-    return {**earlier, **now}
+    return {**earlier, **identity}
 
 
 def describe_search(searcher: "StudySearcher", model: str) -> dict[str, Any]:

@@ -33,11 +33,11 @@ from raycifar.storage.run_folder import (
 )
 from raycifar.terminal import Screen
 from raycifar.words import count
-from raycifar.workflows.background import alongside
+from raycifar.workflows.background import Follow, alongside
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images
 from raycifar.workflows.estimate import operations_of, warn_of_hours
-from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, record, writing_first_file
+from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, write_run_json, writing_first_file
 from raycifar.workflows.reporting import Refresher, explain, keep_pictures, show_report, write_run
 from raycifar.workflows.requests import TrainingRequest, check_batch_size
 from raycifar.workflows.tracking import Tracking
@@ -85,7 +85,7 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
             screen.lines(summary(run, run.result))
             return run.result
         splits = run.inputs.splits
-        operations = operations_of(request.recipe, run.inputs.start.architecture, splits)
+        operations = operations_of(request.recipe, run.inputs.initial.architecture, splits)
         screen.lines(warn_of_hours(operations, request.recipe, len(splits.train), run.workers))
         tracking = until_end.enter_context(Tracking(request.track, screen.say))
         try:
@@ -129,7 +129,7 @@ def prepare(
     with screen.waiting(f"Reading {request.data}{and_weights([request.recipe])}"):
         loaded = inputs or read_inputs(request)
     if not inputs:
-        screen.lines(loaded.start.notes)
+        screen.lines(loaded.initial.notes)
         warn_of_leaks(loaded.source, screen)
     identity = identify(request, loaded)
     if result := earlier_result(folder, identity):
@@ -141,14 +141,14 @@ def prepare(
     with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
         workers = workers or allocate_workers(request, folder, connection or ExitStack(), debug=debug)
     screen.facts(request.name, overview(identity, workers, folder.folder))
-    record(folder, request, identity, workers)
+    write_run_json(folder, request, identity, workers)
     status_store = status_store or StatusStore(uuid.uuid4().hex)
     if not workers.count:  # there are none to be started
         status_store.put_worker(WorkerStatus(phase=Phase.LOADING_IMAGES))
     return PreparedRun(request, folder, loaded, workers, status_store, debug=debug)
 
 
-def fit(run: PreparedRun, follow: Callable[[Callable[[], bool]], None], work: "Work | None" = None) -> Any:
+def fit(run: PreparedRun, follow: Follow, work: "Work | None" = None) -> Any:
     """Train while `follow` shows progress, and return the result of the first worker's training function.
 
     What `follow` raises, as KeyboardInterrupt, stops the run, which leaves a checkpoint, and is raised again.
@@ -174,8 +174,8 @@ def fit(run: PreparedRun, follow: Callable[[Callable[[], bool]], None], work: "W
             trainer.abort()
 
     def go_on(error: Exception) -> None:
-        kind = FailureCause.MEMORY if ray_internals.is_out_of_memory(error) else FailureCause.CONTROLLER
-        failure = Failure(kind, in_a_line(error))
+        cause = FailureCause.MEMORY if ray_internals.is_out_of_memory(error) else FailureCause.CONTROLLER
+        failure = Failure(cause, in_a_line(error))
         reason = f"Ray Train's controller died: {failure.reason}"
         go_on_after(failure, reason, run.status_store, run.request.max_failures)
 
@@ -248,7 +248,7 @@ def allocate_workers(request: TrainingRequest, folder: RunFolder, connection: Ex
         connection.enter_context(quiet(debug=debug))
         return sizing.in_process(request.device, request.cpus_per_worker)
     connection.enter_context(connected(debug=debug, name=request.name))
-    workers = sizing.size(request.workers, *request.sizing)
+    workers = sizing.size_workers(request.workers, *request.sizing)
     check_batch_size(request.recipe, workers.count)
     with folder.marker() as file:
         check_nodes(workers, file)
@@ -257,7 +257,7 @@ def allocate_workers(request: TrainingRequest, folder: RunFolder, connection: Ex
 
 def fit_trainer(
     trainer: "StoppableTrainer",
-    follow: Callable[[Callable[[], bool]], None],
+    follow: Follow,
     stop: Callable[[Thread], None],
     go_on_after: Callable[[Exception], None],
 ) -> Any:
@@ -291,7 +291,7 @@ def fit_trainer(
 # Progress and results -------------------------------------------------------------------------------
 
 
-def following(run: PreparedRun, screen: Screen, tracking: Tracking) -> Callable[[Callable[[], bool]], None]:
+def following(run: PreparedRun, screen: Screen, tracking: Tracking) -> Follow:
     """Return a function that shows and tracks progress, and updates the report from time to time, until the end."""
     from raycifar.cluster.waiting import Waiting
 

@@ -28,6 +28,7 @@ from raycifar.models.recipes import recipe_from_json
 from raycifar.storage.files import ask
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
+from raycifar.workflows.background import Running
 from raycifar.workflows.identity import Inputs
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.search_space import PastTrial, Space, suggest
@@ -45,18 +46,18 @@ DRIVER = {HEAD: 0.001}
 class Study:
     """What to compare."""
 
-    comparison: ComparisonRequest
+    request: ComparisonRequest
     folder: RunFolder
     recipes: Mapping[str, Recipe]  # by model, in the order of the trials
-    starts: Mapping[str, InitialWeights]
+    initial_by_model: Mapping[str, InitialWeights]
     spaces: Mapping[str, Space]
 
-    def run(self, trial: Trial) -> RunFolder:
+    def folder_of(self, trial: Trial) -> RunFolder:
         return RunFolder(self.folder.folder, trial.name, self.folder.claim)
 
-    def request(self, trial: Trial) -> TrainingRequest:
+    def training_request(self, trial: Trial) -> TrainingRequest:
         return replace(
-            self.comparison.training(trial.model),
+            self.request.training(trial.model),
             storage=self.folder.folder,
             name=trial.name,
             seed=trial.seed,
@@ -80,10 +81,10 @@ class StudySearcher(Searcher):
     one resumes with the recipe that it had.
     """
 
-    def __init__(self, study: Study, most_at_once: int) -> None:
+    def __init__(self, study: Study, max_concurrent: int) -> None:
         super().__init__()
-        self.study, self.comparison, self.most_at_once = study, study.comparison, most_at_once
-        self.stopper = AshaByModel({model: recipe.epochs for model, recipe in study.recipes.items()})
+        self.study, self.request, self.max_concurrent = study, study.request, max_concurrent
+        self.scheduler = AshaByModel({model: recipe.epochs for model, recipe in study.recipes.items()})
         self.searches: dict[str, list[Trial]] = {model: [] for model in study.recipes}
         self.finals: dict[str, list[Trial]] = {}
         self.running: dict[str, Trial] = {}  # by the identifier of Ray Tune's trial
@@ -117,13 +118,13 @@ class StudySearcher(Searcher):
             else trial.recipe.epochs * epochs[trial.model]
             for trial in running
         ]
-        slots += [0.0] * (self.most_at_once - len(slots))
+        slots += [0.0] * (self.max_concurrent - len(slots))
         heapq.heapify(slots)
         waiting = [trial for trial in self.trials if trial.status == TrialStatus.WAITING]
         to_come = [trial.recipe.epochs * epochs[trial.model] for trial in waiting]
         for model, recipe in self.study.recipes.items():
             planned = len(self.searches[model]) + len(self.finals.get(model, []))
-            to_come += [recipe.epochs * epochs[model]] * (self.comparison.search + self.comparison.seeds - planned)
+            to_come += [recipe.epochs * epochs[model]] * (self.request.search + self.request.seeds - planned)
         for seconds in to_come:
             heapq.heapreplace(slots, slots[0] + seconds)
         return max(slots)
@@ -136,7 +137,7 @@ class StudySearcher(Searcher):
                 timed.setdefault(trial.model, []).append(self.steps[trial.name][0].seconds_of_epoch)
         if not timed:
             return {}
-        flops = {model: models.flops(start.architecture) for model, start in self.study.starts.items()}
+        flops = {model: models.flops(initial.architecture) for model, initial in self.study.initial_by_model.items()}
         known = {model: statistics.mean(seconds) for model, seconds in timed.items()}
         pace = statistics.mean(seconds / flops[model] for model, seconds in known.items())
         return {model: known.get(model, pace * flops[model]) for model in self.study.recipes}
@@ -147,7 +148,7 @@ class StudySearcher(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        if len(self.running) >= self.most_at_once:
+        if len(self.running) >= self.max_concurrent:
             return None
         if self.stopped:
             return None if self.running else Searcher.FINISHED
@@ -163,7 +164,7 @@ class StudySearcher(Searcher):
         trial = self.running.pop(trial_id, None)
         if trial is None:
             return
-        ending = self.study.run(trial).read_json(RESULT)
+        ending = self.study.folder_of(trial).read_json(RESULT)
         if error or ending is None:
             ending = {"status": TrialStatus.FAILED, "reason": trial.status_store.reason() or "its driver died."}
         trial.reason, trial.status = ending.get("reason"), TrialStatus(ending["status"])
@@ -183,14 +184,14 @@ class StudySearcher(Searcher):
             while (known := self._restored(model)) is not None:
                 self.searches[model].append(known)
             trials = self.searches[model]
-            if model in self.finals or len(trials) < self.comparison.search or not all(trial.over for trial in trials):
+            if model in self.finals or len(trials) < self.request.search or not all(trial.over for trial in trials):
                 continue
             best = self.best(model)
             recipe = best.recipe if best else self.study.recipes[model]
-            setting, first = describe_changes(recipe, self.study.recipes[model]), self.comparison.seed
+            setting, first = describe_changes(recipe, self.study.recipes[model]), self.request.seed
             self.finals[model] = [
                 self._with_status(Trial(f"{slug(model)}-s{seed}", model, seed, recipe, search=False, setting=setting))
-                for seed in range(first, first + self.comparison.seeds)
+                for seed in range(first, first + self.request.seeds)
             ]
 
     def best(self, model: str) -> Trial | None:
@@ -199,13 +200,13 @@ class StudySearcher(Searcher):
         return max(finished, key=lambda trial: self.val_top1(trial)[-1], default=None)
 
     def val_top1(self, trial: Trial) -> list[float]:
-        return [record.val_top1 or 0.0 for record in self.study.run(trial).history()]
+        return [record.val_top1 or 0.0 for record in self.study.folder_of(trial).history()]
 
     def _next_search(self) -> Trial | None:
         for model, trials in self.searches.items():
-            if len(trials) < self.comparison.search:
+            if len(trials) < self.request.search:
                 past = [PastTrial(trial.recipe, trial.status, self.val_top1(trial)) for trial in trials]
-                recipe = suggest(self.study.spaces[model], self.study.recipes[model], past, self.comparison.seed)
+                recipe = suggest(self.study.spaces[model], self.study.recipes[model], past, self.request.seed)
                 trials.append(self._search_trial(model, recipe))
                 return trials[-1]
         return None
@@ -213,22 +214,22 @@ class StudySearcher(Searcher):
     def _search_trial(self, model: str, recipe: Recipe) -> Trial:
         name = f"{slug(model)}-search-{len(self.searches[model]) + 1:02}"
         setting = describe_changes(recipe, self.study.recipes[model]) or "the recipe itself"
-        return Trial(name, model, self.comparison.seed, recipe, search=True, setting=setting)
+        return Trial(name, model, self.request.seed, recipe, search=True, setting=setting)
 
     def _restored(self, model: str) -> Trial | None:
         """Return the model's next search trial if an earlier driver started it."""
-        if len(self.searches[model]) == self.comparison.search:
+        if len(self.searches[model]) == self.request.search:
             return None
-        run = self.study.run(self._search_trial(model, self.study.recipes[model])).read_json(RUN)
+        run = self.study.folder_of(self._search_trial(model, self.study.recipes[model])).read_json(RUN)
         if run is None:
             return None
         trial = self._with_status(self._search_trial(model, recipe_from_json(model, run["recipe"])))
         if trial.over:
-            self.stopper.remember(trial, self.val_top1(trial))
+            self.scheduler.remember(trial, self.val_top1(trial))
         return trial
 
     def _with_status(self, trial: Trial) -> Trial:
-        ending = self.study.run(trial).read_json(RESULT)
+        ending = self.study.folder_of(trial).read_json(RESULT)
         if ending and (ending["status"] == TrialStatus.FINISHED or trial.search):
             trial.status, trial.reason = TrialStatus(ending["status"]), ending.get("reason")
         return trial
@@ -243,7 +244,7 @@ class AshaByModel(FIFOScheduler):
 
     def __init__(self, epochs: Mapping[str, int]) -> None:
         super().__init__()
-        self.stoppers = {
+        self.by_model = {
             model: ASHAScheduler(
                 time_attr="epoch",
                 metric="val_top1",
@@ -259,23 +260,23 @@ class AshaByModel(FIFOScheduler):
 
     def remember(self, trial: Trial, val_top1: Sequence[float]) -> None:
         """Add a trial that ended under an earlier driver."""
-        if stopper := self.stoppers.get(trial.model):
+        if scheduler := self.by_model.get(trial.model):
             past = SimpleNamespace(trial_id=trial.name)
-            stopper.on_trial_add(None, past)
+            scheduler.on_trial_add(None, past)
             for epoch, top1 in enumerate(val_top1, start=1):
                 if epoch in rungs(trial.recipe.epochs):
-                    stopper.on_trial_result(None, past, {"epoch": epoch, "val_top1": top1})
+                    scheduler.on_trial_result(None, past, {"epoch": epoch, "val_top1": top1})
 
     def on_trial_add(self, tune_controller: Any, tune_trial: Any) -> None:
         trial = tune_trial.config["trial"]
-        if trial.search and (stopper := self.stoppers.get(trial.model)):
-            stopper.on_trial_add(tune_controller, tune_trial)
+        if trial.search and (scheduler := self.by_model.get(trial.model)):
+            scheduler.on_trial_add(tune_controller, tune_trial)
 
     def on_trial_result(self, tune_controller: Any, tune_trial: Any, result: dict[str, Any]) -> str:
         if "val_top1" in result:
             trial = tune_trial.config["trial"]
-            decision = self.stoppers[trial.model].on_trial_result(tune_controller, tune_trial, result)
-            trial.status_store.put_verdict(result["epoch"], stop=decision == TrialScheduler.STOP)
+            decision = self.by_model[trial.model].on_trial_result(tune_controller, tune_trial, result)
+            trial.status_store.put_stop_decision(result["epoch"], stop=decision == TrialScheduler.STOP)
         return TrialScheduler.CONTINUE
 
 
@@ -288,7 +289,7 @@ def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: 
     tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([DRIVER])),
         tune_config=tune.TuneConfig(
-            search_alg=searcher, scheduler=searcher.stopper, num_samples=-1, trial_dirname_creator=str
+            search_alg=searcher, scheduler=searcher.scheduler, num_samples=-1, trial_dirname_creator=str
         ),
         run_config=tune.RunConfig(
             name=folder.name,
@@ -319,9 +320,9 @@ class FailedDrivers(ray_internals.progress_callback_class()):  # type: ignore[mi
 def run_trial(config: dict[str, Trial], study: Study, source: Source, workers: Workers) -> None:
     """Train a trial in a process started by Ray Tune; errors are for Ray Tune to retry."""
     trial = config["trial"]
-    request, run, store = study.request(trial), study.run(trial), trial.status_store
+    request, run, store = study.training_request(trial), study.folder_of(trial), trial.status_store
     try:
-        inputs = Inputs(source, split_images(source, request), study.starts[trial.model])
+        inputs = Inputs(source, split_images(source, request), study.initial_by_model[trial.model])
         prepared = prepare(request, Screen(quiet=True), folder=run, inputs=inputs, workers=workers, status_store=store)
         waiting = Waiting(workers, request.wait)
         if not prepared.result:
@@ -336,7 +337,7 @@ def run_trial(config: dict[str, Trial], study: Study, source: Source, workers: W
         raise
 
 
-def report_epochs(trial: Trial, running: Callable[[], bool], waiting: Callable[[], str | None]) -> None:
+def report_epochs(trial: Trial, running: Running, waiting: Callable[[], str | None]) -> None:
     """Report a search trial to Ray Tune at each rung, including rungs before it was resumed.
 
     Args:

@@ -27,16 +27,13 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout: `place` says where a file belongs, and None where it isn't of this layout.
+    """How the files of a data set may be named and written."""
 
-    name: of its files. hint: how they are recognised. read: makes a table of the files of a split; its last argument is
-    the start of an error's message.
-    """
-
-    name: str
+    name: str  # of its files
     suffixes: tuple[str, ...]
-    hint: str
-    place: Callable[[PurePosixPath], Place | None]
+    hint: str  # how they are recognised
+    place: Callable[[PurePosixPath], Place | None]  # where a file belongs; None: it isn't of this layout
+    # Makes a table of the files of a split; the last argument is the start of an error's message.
     read: Callable[[Tree, list[PurePosixPath], str], pa.Table]
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from raycifar.data import CIFAR100 as INFO
 from raycifar.data.layouts import Place, split_in
 from raycifar.data.tables import to_table
-from raycifar.data.trees import MOST_IMAGES, Tree
+from raycifar.data.trees import MAX_IMAGES, Tree
 from raycifar.errors import RequestError, in_a_line
 
 ROLES = {
@@ -52,9 +52,9 @@ def read_array(content: bytes, origin: str) -> np.ndarray:
     except Exception as error:  # a damaged header may cause any
         raise RequestError(f"{origin} is not a readable .npy array: {in_a_line(error)}.") from error
     data = memoryview(content)[file.tell() :]
-    if dtype.kind not in "iu" or not shape or shape[0] > MOST_IMAGES or math.prod(shape) * dtype.itemsize != len(data):
+    if dtype.kind not in "iu" or not shape or shape[0] > MAX_IMAGES or math.prod(shape) * dtype.itemsize != len(data):
         raise RequestError(
-            f"{origin} is {dtype} of shape {shape} in {len(data):,} bytes, not integers of at most {MOST_IMAGES:,} "
+            f"{origin} is {dtype} of shape {shape} in {len(data):,} bytes, not integers of at most {MAX_IMAGES:,} "
             "images."
         )
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
