@@ -100,6 +100,6 @@ def test_workers_start_again_once_memory_is_free_below_ray_s_limit(store, alive,
         "once memory is free: 60% is in use",
         "once memory is free: 45% is in use",
     ]
-    assert store.failures()[0].kind == FailureCause.MEMORY
+    assert store.failures()[0].cause == FailureCause.MEMORY
     with pytest.raises(WorkError, match="fewer workers or more memory help"):
         fail(FailureCounter(store, 1), store, 2, rank0=OutOfMemoryError("killed"))
