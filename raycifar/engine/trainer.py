@@ -327,7 +327,7 @@ class Trainer:
         interruption = self.interruptions.check()
         due = self.job.checkpoint_steps and step % self.job.checkpoint_steps == 0
         if step == self.steps_per_epoch or not (due or interruption):
-            return None
+            return None  # after the last step, the epoch's own checkpoint follows, and the next step looks again
         if interruption:
             self.reporter.phase(Phase.SAVING, interruption)
         self.collect()
