@@ -115,7 +115,7 @@ import ray
 from raycifar.engine.ray_metrics import Gauges
 
 ray.init("auto")
-gauges = Gauges("a", "cnn")
+gauges = Gauges("ü", "cnn")
 gauges.set({"val_top1": 0.25})
 for step in range(140):
     gauges.set({"loss": 4.0 - step / 100})
