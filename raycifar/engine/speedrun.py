@@ -67,8 +67,7 @@ class SpeedRun:
         compile: bool = False,  # noqa: A002 (torch's own word)
     ) -> None:
         set_up(device, threads)
-        if device.type == "cpu":
-            retain_malloc_pages()
+        retain_malloc_pages(device)
         self.architecture, self.recipe, self.device, self.compile = architecture, recipe, device, compile
         pin = Tensor.pin_memory if device.type == "cuda" else Tensor.contiguous
         self.source = train_set.map(pin)

@@ -148,8 +148,7 @@ class Trainer:
         """Load the images, and build or resume the network."""
         hardware.set_up(self.device, self.job.threads)
         hardware.limit_gpu_memory(self.job.gpus)
-        if self.device.type == "cpu":
-            hardware.retain_malloc_pages()
+        hardware.retain_malloc_pages(self.device)
         self.reporter.phase(Phase.LOADING_IMAGES)
         self.check_node()
         self.train_set = load_shard("train", self.device)
