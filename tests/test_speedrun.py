@@ -168,8 +168,9 @@ def timed(small):
 
 
 def test_a_run_depends_on_nothing_but_its_seed(timed):
-    runs = timed(choose_recipe("speedrun", epochs=1, batch_size=100))
-    first, other, again = (runs.run(seed) for seed in (3, 4, 3))
+    runs, fractions = timed(choose_recipe("speedrun", epochs=1, batch_size=100)), []
+    first, other, again = (runs.run(seed, fractions.append) for seed in (3, 4, 3))
+    assert fractions == [0.5, 1] * 3
     drop = {"seconds", "whole_seconds"}
     assert {k: v for k, v in first.items() if k not in drop} == {k: v for k, v in again.items() if k not in drop}
     assert other["train_loss"] != first["train_loss"]
@@ -200,6 +201,7 @@ def test_the_command_times_runs_by_the_public_rules_and_ctrl_c_shows_what_is_the
     assert found["work"]["steps"] == 8
     for part in ("top-1, one view", "with the mirror image", "by the public clock", "not timed", "the user's clock"):
         assert part in done.stdout
+    assert "Training with seed 1 …" in done.stdout
     assert not (tmp_path / "results").exists()
 
 

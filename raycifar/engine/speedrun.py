@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -89,8 +89,11 @@ class SpeedRun:
                 self.step(batch, size)
         synchronize(self.device)
 
-    def run(self, number: int) -> dict[str, Any]:
+    def run(self, number: int, progress: Callable[[float], None]) -> dict[str, Any]:
         """Train with the seed `number` and score the network; return the times in seconds, and the scores.
+
+        Args:
+            progress: called after each step with the fraction of steps that are taken.
 
         Returns:
             seed, seconds (by the public clock), whole_seconds (scoring included), top1 (one view of each image),
@@ -99,7 +102,7 @@ class SpeedRun:
         synchronize(self.device)
         began = time.perf_counter()
         self.reset(number)
-        loss = self.train(number)
+        loss = self.train(number, progress)
         synchronize(self.device)
         seconds = time.perf_counter() - began
         scores = self.score()
@@ -123,11 +126,12 @@ class SpeedRun:
         if self.state.average:
             self.state.average.n_averaged.zero_()
 
-    def train(self, number: int) -> Tensor:
+    def train(self, number: int, progress: Callable[[float], None]) -> Tensor:
         """Take all steps; return the mean loss of the last epoch's."""
         self.state.train_mode()
         last = []
-        for epoch, batch, size in self.batches(number):
+        num_steps = self.recipe.epochs * self.steps_per_epoch
+        for done, (epoch, batch, size) in enumerate(self.batches(number), start=1):
             self.state.progress = Progress(epoch)
             seed(step_seed(number, epoch, batch.step, 1, 0), self.device)
             lr = self.recipe.learning_rate(epoch, batch.step, self.steps_per_epoch)
@@ -135,6 +139,7 @@ class SpeedRun:
             metrics = self.step(batch, size)
             if epoch == self.recipe.epochs:
                 last.append(metrics.clone())  # the next step overwrites it
+            progress(done / num_steps)
         num_images, loss = torch.stack(last).sum(0)[:2]
         return loss / num_images
 

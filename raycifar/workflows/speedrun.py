@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -74,7 +75,10 @@ def speedrun(
     }
     try:
         for number in range(runs):
-            found["runs"].append(run := trainer.run(request.seed + number))
+            seed = request.seed + number
+            doing = f"Training with seed {seed}"  # not shown on a GPU, where it takes seconds and costs time
+            with screen.progress(doing) if device.type == "cpu" else nullcontext(lambda _: None) as progress:
+                found["runs"].append(run := trainer.run(seed, progress))
             if not number:
                 found["first_result_seconds"] = time.time() - psutil.Process().create_time()
             screen.say(
