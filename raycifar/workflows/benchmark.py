@@ -20,7 +20,7 @@ from raycifar.terminal import Screen
 from raycifar.words import count, listed
 from raycifar.workflows import planning
 from raycifar.workflows.planning import INTERCONNECTS, Measured, Place, Plan
-from raycifar.workflows.requests import TrainingRequest, check_value, to_arguments
+from raycifar.workflows.requests import TrainingRequest, checked_option, to_arguments
 from raycifar.workflows.training import fit, prepare
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class BenchRequest:
             raise RequestError(
                 "--interconnect and --price-per-hour are for a plan: give --plan, such as --plan 1,2,4,8."
             )
-        check_value("price_per_hour", float | None, self.price_per_hour, least=0)
+        checked_option("price_per_hour", float | None, self.price_per_hour, least=0)
         if self.counts and self.counts[-1] > 1 and workers == 0 and self.interconnect is None:
             raise RequestError(
                 "a plan can't measure the network with --workers 0: give --interconnect "
