@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,12 @@ from raycifar.storage.run_folder import BENCH, BENCH_CHART, PLAN_CHART, RUN, Run
 from raycifar.terminal import Screen
 from raycifar.words import count, listed
 from raycifar.workflows import planning
+from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.planning import INTERCONNECTS, Measured, Place, Plan
 from raycifar.workflows.requests import TrainingRequest, checked_option, to_arguments
-from raycifar.workflows.training import fit, prepare
+from raycifar.workflows.training import allocate_workers, fit, prepare, read_inputs
 
 if TYPE_CHECKING:
-    from raycifar.engine.trainer import Job
     from raycifar.workflows.training import PreparedRun
 
 WAYS = ("dataloader", "stream")
@@ -118,7 +118,10 @@ def bench(
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as storage:  # interrupted, workers still write
             timed = replace(training, name="bench", storage=storage, checkpoint_steps=0, test=False)
-            run = prepare(timed, screen, connection, debug=debug)
+            folder_of_run, inputs = RunFolder(storage, timed.name), read_inputs(timed, screen)
+            warn_of_leaks(inputs.source, screen)
+            workers = allocate_workers(timed, folder_of_run, screen, connection, debug=debug)
+            run = prepare(timed, folder_of_run, inputs, workers, screen, debug=debug)
             machine = f"{run.workers}, {processor()}"
             place = find_place(run, request) if request.counts else None
             screen.say(
@@ -163,16 +166,16 @@ def time_stages(
     run: "PreparedRun", request: BenchRequest, screen: Screen, seconds: float, found: dict[str, Any]
 ) -> None:
     """Add to `found` what came of the stages, as far as whole rounds were timed."""
-    from raycifar.engine.bench import BenchmarkJob, bench_loop_per_worker
+    from raycifar.engine.bench import bench_loop_per_worker
 
     num_images = len(run.inputs.splits.train)
     screen.say(
         f"{run.request.model} on {run.workers}, {num_images:,} images and {count(request.rounds, 'round')} at most"
     )
     seconds -= WORKERS_START if run.workers.count else 0
-    job_of = partial(BenchmarkJob, rounds=request.rounds, baselines=tuple(request.against), seconds=seconds)
+    options = {"rounds": request.rounds, "baselines": tuple(request.against), "seconds": seconds}
     try:
-        do(run, bench_loop_per_worker, job_of, screen)
+        time_on_workers(run, screen, bench_loop_per_worker, **options)
     finally:
         if rates := run.status_store.timings():
             found.update(summarise(rates, request.against))
@@ -183,7 +186,7 @@ def time_plan(
 ) -> None:
     """Add to `found` what each number of workers would take, from what is measured with those that fit here."""
     from raycifar.cluster.sizing import size_workers
-    from raycifar.engine.step_times import StepTimesJob, step_times_loop_per_worker
+    from raycifar.engine.step_times import step_times_loop_per_worker
 
     measured: dict[int, Measured] = {}
     training, counts = run.request, request.counts
@@ -196,25 +199,21 @@ def time_plan(
         sizes = tuple(planning.sizes_to_time(counts, several, place, training.recipe.batch_size))
         timed = replace(training, name=f"plan-{several}", workers=run.workers.count and several)
         workers = size_workers(several, *training.sizing) if run.workers.count else run.workers
-        few = prepare(timed, Screen(quiet=True), inputs=run.inputs, workers=workers)
+        few = prepare(timed, RunFolder(timed.storage, timed.name), run.inputs, workers, Screen(quiet=True))
         seconds = min(SECONDS_OF_ROUND * request.rounds, max(SECONDS_OF_ROUND, left))
-        job_of = partial(StepTimesJob, batch_sizes=sizes, rounds=request.rounds, seconds=seconds)
+        options = {"batch_sizes": sizes, "rounds": request.rounds, "seconds": seconds}
         screen.say(f"Timing steps on {workers}, {number + 1} of {len(to_run)}")
-        measured[several] = Measured(**do(few, step_times_loop_per_worker, job_of, screen))
+        measured[several] = Measured(**time_on_workers(few, screen, step_times_loop_per_worker, **options))
         plan = Plan(training.recipe, counts, num_images, place, measured, request.interconnect)
         found["plan"] = planning.summarize(plan, request.price_per_hour)
 
 
-def do(run: "PreparedRun", loop: Callable[..., Any], job_of: Callable[["Job"], Any], screen: Screen) -> Any:
-    """Run this on the workers, and return what the first one returns."""
+def time_on_workers(run: "PreparedRun", screen: Screen, loop: Callable[..., Any], **options: Any) -> Any:
+    """Run a timing loop on the workers, and return what the first one returns; see `fit`."""
     from raycifar.cluster.waiting import Waiting
 
     waiting = Waiting(run.workers, run.request.wait)
-    return fit(
-        run,
-        lambda running: screen.follow_phase(run.status_store, running, waiting),
-        lambda job: (loop, {"job": job_of(job)}),
-    )
+    return fit(run, lambda running: screen.follow_phase(run.status_store, running, waiting), loop, **options)
 
 
 def find_place(run: "PreparedRun", request: BenchRequest) -> Place:

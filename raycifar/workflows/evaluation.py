@@ -23,6 +23,7 @@ from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images, find_duplicates
 from raycifar.workflows.reporting import is_source_of, load_images
 from raycifar.workflows.requests import WorkerSettings
+from raycifar.workflows.training import connect
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +81,7 @@ def evaluate(
         if request.split != "test":
             raise RequestError(f"--split {request.split}: {request.data} holds test images alone.")
         out = out or RunFolder.for_output("evaluation")
-        network = connect(weights, precision, request, screen, connection, debug=debug)
+        network = connect_network(weights, precision, request, screen, connection, debug=debug)
         scores = score_corruptions(corruptions, ask, screen)
         evaluation = {"network": request.network, "data": request.data, "split": "test", **scores}
     else:
@@ -94,7 +95,7 @@ def evaluate(
             warn_of_leaks(source, screen)
         images = getattr(source, request.split)
         table = take(images, np.arange(len(images)))
-        network = connect(weights, precision, request, screen, connection, debug=debug)
+        network = connect_network(weights, precision, request, screen, connection, debug=debug)
         with screen.waiting(f"Asking the {weights.architecture.model} on {network.workers}"):
             (logits,) = ask([table])
         scores, predictions = score_predictions(logits, table, source, copies)
@@ -190,7 +191,7 @@ class Network:
         return [torch.from_numpy(part.copy()) for part in np.split(logits, bounds[1:-1])]
 
 
-def connect(
+def connect_network(
     weights: "Weights",
     precision: Any,
     request: EvaluationRequest,
@@ -199,22 +200,17 @@ def connect(
     *,
     debug: bool,
 ) -> Network:
-    """Connect to Ray, unless the network is asked in this process, and choose the workers."""
-    from raycifar.cluster import sizing
-    from raycifar.cluster.connection import connected, quiet
-    from raycifar.cluster.waiting import make_room
-
+    """Connect to Ray, unless the network is asked in this process, and wait for room for its workers."""
     if request.count == 0:
-        connection.enter_context(quiet(debug=debug))
-        workers = sizing.in_process(request.device, request.cpus_per_worker)
-    else:
-        with screen.waiting("Starting Ray"):
-            import ray.data  # noqa: F401 (it sets the level of its log, which the connection then lowers)
+        return Network(weights, precision, connect(request, 0, connection, debug=debug))
+    with screen.waiting("Starting Ray"):
+        import ray.data  # noqa: F401 (it sets the level of its log, which the connection then lowers)
 
-            connection.enter_context(connected(debug=debug))
-            workers = sizing.size_workers(request.count, *request.sizing)
-        with screen.line() as line:
-            make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
+        from raycifar.cluster.waiting import make_room
+
+        workers = connect(request, request.count, connection, debug=debug)
+    with screen.line() as line:
+        make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
     return Network(weights, precision, workers)
 
 

@@ -1,7 +1,7 @@
 """From a prepared run to Ray Train's trainer: the same for one process, one machine and a cluster."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -15,7 +15,7 @@ from raycifar.cluster.controller_callbacks import FailureCounter
 from raycifar.cluster.nodes import versions
 from raycifar.cluster.stoppable import StoppableTrainer
 from raycifar.data.shards import ExactShards, to_datasets
-from raycifar.engine.trainer import Job, train_loop_per_worker
+from raycifar.engine.train_loop import TrainLoopConfig
 from raycifar.redaction import shown
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 RESIZE_SECONDS = 15  # between two looks whether an elastic run can grow
 
-Work = Callable[[Job], tuple[Callable[[dict[str, Any]], Any], dict[str, Any]]]
 
-
-def build_trainer(run: "PreparedRun", work: Work | None = None) -> StoppableTrainer:
+def build_trainer(
+    run: "PreparedRun", loop: Callable[[dict[str, Any]], Any], options: Mapping[str, Any]
+) -> StoppableTrainer:
     """Return Ray Train's trainer for the run.
 
     Args:
-        work: gives what the workers do, and its configuration, instead of training.
+        loop: the workers' training function. options: what its configuration has beyond `TrainLoopConfig`.
     """
     # Ray Train takes one report of each worker at each look, every 2 s by default: epochs of a GPU are shorter.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -38,12 +38,10 @@ def build_trainer(run: "PreparedRun", work: Work | None = None) -> StoppableTrai
     if workers.min_workers is not None:  # a node that has just died is still counted for a while: look again
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     tables = {name: table for name, table in splits.tables().items() if name != "test" or run.request.test}
-    job = build_job(run)
-    loop, config = work(job) if work else (train_loop_per_worker, {"job": job})
     return StoppableTrainer(
         loop,
         key=run.status_store.key,
-        train_loop_config=config,
+        train_loop_config={**vars(build_config(run)), **options},
         datasets=to_datasets(tables, range(workers.needed, workers.count + 1)),
         dataset_config=ExactShards(),
         scaling_config=ScalingConfig(
@@ -66,10 +64,10 @@ def build_trainer(run: "PreparedRun", work: Work | None = None) -> StoppableTrai
     )
 
 
-def build_job(run: "PreparedRun") -> Job:
+def build_config(run: "PreparedRun") -> TrainLoopConfig:
     request, inputs = run.request, run.inputs
-    return Job(
-        run=run.folder,
+    return TrainLoopConfig(
+        folder=run.folder,
         status_store=run.status_store,
         initial=inputs.initial,
         recipe=replace(request.recipe, pretrained=shown(request.recipe.pretrained)),  # Ray's dashboard shows it

@@ -30,7 +30,6 @@ from raycifar.models.initial_weights import InitialWeights, load_initial_weights
 from raycifar.models.recipe import changes, describe_changes
 from raycifar.models.recipes import read_run, recipe_from_json
 from raycifar.redaction import shown
-from raycifar.storage.lock import locked
 from raycifar.storage.run_folder import (
     COMPARISON,
     COMPARISON_TABLE,
@@ -49,11 +48,10 @@ from raycifar.workflows.background import alongside
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import find_duplicates
 from raycifar.workflows.estimate import operations_of, warn_of_hours
-from raycifar.workflows.identity import writing_first_file
 from raycifar.workflows.reporting import Refresher, explain, keep_pictures, show_report, write_comparison, write_run
 from raycifar.workflows.requests import ComparisonRequest
 from raycifar.workflows.tracking import Tracking
-from raycifar.workflows.training import STOP_SECONDS, and_weights, read_images
+from raycifar.workflows.training import STOP_SECONDS, and_weights, lock, read_images
 
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
@@ -97,13 +95,13 @@ def train_and_compare(
 
 
 def prepare(
-    request: ComparisonRequest, screen: Screen, connection: ExitStack, lock: ExitStack, *, debug: bool = False
+    request: ComparisonRequest, screen: Screen, connection: ExitStack, until_end: ExitStack, *, debug: bool = False
 ) -> PreparedComparison:
     """Load the trials' inputs, lock the folder, connect to Ray, choose the workers, and write `study.json`.
 
     Args:
         connection: holds the connection to Ray.
-        lock: holds the lock of the folder and of all runs in it.
+        until_end: holds the lock of the folder and of all runs in it.
 
     Raises:
         RequestError: the request is wrong; nothing was started or written.
@@ -115,8 +113,7 @@ def prepare(
     if request.without_near_duplicates:
         find_duplicates(source, screen)  # for the trials, which take them from the cache
     identity = check_same_study(folder, request, identify_study(request, spaces, source, initial_by_model))
-    with writing_first_file(folder, screen):
-        folder = lock.enter_context(locked(folder, screen.say, also=folder.runs()))
+    folder = lock(folder, screen, until_end, folder.runs())
 
     with screen.waiting("Starting Ray"):
         from raycifar.cluster import sizing

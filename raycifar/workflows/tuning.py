@@ -29,7 +29,7 @@ from raycifar.storage.files import ask
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.background import Running
-from raycifar.workflows.identity import Inputs
+from raycifar.workflows.identity import Inputs, earlier_result, identify
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.search_space import PastTrial, Space, suggest
 from raycifar.workflows.training import finish, fit, prepare, split_images
@@ -320,15 +320,16 @@ class FailedDrivers(ray_internals.progress_callback_class()):  # type: ignore[mi
 def run_trial(config: dict[str, Trial], study: Study, source: Source, workers: Workers) -> None:
     """Train a trial in a process started by Ray Tune; errors are for Ray Tune to retry."""
     trial = config["trial"]
-    request, run, store = study.training_request(trial), study.folder_of(trial), trial.status_store
+    request, folder, store = study.training_request(trial), study.folder_of(trial), trial.status_store
     try:
         inputs = Inputs(source, split_images(source, request), study.initial_by_model[trial.model])
-        prepared = prepare(request, Screen(quiet=True), folder=run, inputs=inputs, workers=workers, status_store=store)
+        if earlier_result(folder, identify(request, inputs)):
+            return
+        run = prepare(request, folder, inputs, workers, Screen(quiet=True), status_store=store)
         waiting = Waiting(workers, request.wait)
-        if not prepared.result:
-            finish(prepared, fit(prepared, lambda running: report_epochs(trial, running, waiting)))
+        finish(run, fit(run, lambda running: report_epochs(trial, running, waiting)))
     except WorkError as error:
-        if (run.read_json(RESULT) or {}).get("status") == TrialStatus.FAILED:
+        if (folder.read_json(RESULT) or {}).get("status") == TrialStatus.FAILED:
             return  # a retry would fail again
         store.put_reason(str(error))
         raise
