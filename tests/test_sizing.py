@@ -15,7 +15,7 @@ from raycifar.errors import RequestError
 from raycifar.storage.run_folder import RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.requests import TrainingRequest
-from raycifar.workflows.training import allocate_workers, fit, prepare, read_inputs
+from raycifar.workflows.training import TrainingRun, allocate_workers, fit, prepare, read_inputs
 
 A100 = {"CPU": 16.0, "GPU": 2.0, "accelerator_type:A100": 1.0}
 L4 = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:L4": 1.0}
@@ -141,7 +141,8 @@ def test_ray_places_shares_and_kinds_as_they_are_counted(nodes, tmp_path):
         connection = ExitStack()
         folder, screen = RunFolder(request.storage, request.name), Screen(quiet=True)
         workers = allocate_workers(request, folder, screen, connection, debug=False)
-        run = prepare(request, folder, read_inputs(request, screen), workers, screen)
+        run = TrainingRun(request, folder, read_inputs(request, screen), workers)
+        prepare(run, screen)
 
         def loop(config):  # the GPU is there in name only
             return dist.get_backend(), ray.get_gpu_ids()

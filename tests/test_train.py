@@ -15,12 +15,11 @@ from ray.train import ControllerError
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from raycifar.cluster import controller_callbacks
 from raycifar.cluster.status import StatusStore
 from raycifar.data import CIFAR100
 from raycifar.errors import WorkError
 from raycifar.models.recipe import Recipe
-from raycifar.workflows.training import fit_with_restarts
+from raycifar.workflows import ray_train
 
 ARGS = (*RUN, "--workers", 0, "--no-report")
 
@@ -321,7 +320,7 @@ class Fallible:
 
 def test_a_worker_that_dies_as_it_is_launched_ends_no_run(monkeypatch):
     def fit(*failures, most):
-        return fit_with_restarts(Fallible(*failures), StatusStore("a"), most)
+        return ray_train.fit_with_restarts(Fallible(*failures), StatusStore(), most)
 
     def go_on_after(failure, reason, status_store, max_failures):
         seen.append(failure)
@@ -329,7 +328,7 @@ def test_a_worker_that_dies_as_it_is_launched_ends_no_run(monkeypatch):
             raise WorkError("too often")
 
     seen = []
-    monkeypatch.setattr(controller_callbacks, "go_on_after", go_on_after)
+    monkeypatch.setattr(ray_train, "go_on_after", go_on_after)
     assert fit(RayActorError(), RayActorError(), most=2) == {"history": []}
     assert len(seen) == 2
     with pytest.raises(WorkError, match=r"too often\. The same command continues from the last checkpoint"):

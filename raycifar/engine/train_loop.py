@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,6 +12,8 @@ from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
 from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import RunFolder
+
+Status = Literal["finished", "stopped", "interrupted", "failed"]  # stopped by a search, interrupted by the driver
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,11 @@ class TrainLoopConfig:
     near_duplicates: np.ndarray | None  # rows of test images whose photograph is trained on; None: unknown
 
 
-class Ending(StrEnum):
-    """How training ends."""
-
-    FINISHED = "finished"
-    STOPPED = "stopped"  # by a search, because other trials are better
-    INTERRUPTED = "interrupted"  # by the driver
-    FAILED = "failed"
-
-
 @dataclass(frozen=True)
 class Outcome:
     """The training function's result."""
 
-    ending: Ending
+    status: Status
     history: Sequence[EpochRecord]
     best_epoch: int | None = None  # with the highest validation top-1
     test: dict[str, Any] | None = None  # the scores on the test set

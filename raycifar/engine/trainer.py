@@ -32,7 +32,7 @@ from raycifar.engine.ray_metrics import Gauges
 from raycifar.engine.reporter import Reporter
 from raycifar.engine.state import Progress, TrainingState
 from raycifar.engine.tensorboard import EventLog
-from raycifar.engine.train_loop import Ending, Outcome, TrainLoopConfig
+from raycifar.engine.train_loop import Outcome, Status, TrainLoopConfig
 from raycifar.engine.train_step import TrainStep
 from raycifar.errors import FailureKind, PreemptedError, StopTrainingError, notice
 from raycifar.models import FORWARD_PASSES_PER_STEP
@@ -55,7 +55,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> Outcome:
         return trainer.train()
     except StopTrainingError as stop:
         trainer.checkpointer.wait()
-        return Outcome(Ending.FAILED, trainer.folder.history(notice), failure=stop.kind, reason=str(stop))
+        return Outcome("failed", trainer.folder.history(notice), failure=stop.kind, reason=str(stop))
     finally:
         if trainer.profiler:
             trainer.profiler.stop()
@@ -111,11 +111,11 @@ class Trainer:
         self.reporter.phase(Phase.TRAINING)
         while self.state.progress.epoch <= self.recipe.epochs:
             if self.search_stops_trial():
-                return self.outcome(Ending.STOPPED)
+                return self.outcome("stopped")
             if self.train_epoch() is Interruption.STOP:
-                return self.outcome(Ending.INTERRUPTED)
+                return self.outcome("interrupted")
             self.finish_epoch()
-        return self.outcome(Ending.FINISHED, test=self.finish())
+        return self.outcome("finished", test=self.finish())
 
     def train_epoch(self) -> Interruption | None:
         """Take the current epoch's remaining steps, or until the run is interrupted."""
@@ -170,11 +170,11 @@ class Trainer:
                 self.folder.write(EXAMPLE_STATS, to_example_stats_file(self.state.example_stats, self.index, labels))
         return scores
 
-    def outcome(self, ending: Ending, test: dict[str, Any] | None = None) -> Outcome:
+    def outcome(self, status: Status, test: dict[str, Any] | None = None) -> Outcome:
         """Return the outcome, once the last checkpoint is stored."""
         self.checkpointer.wait()
         progress = self.state.progress
-        return Outcome(ending, progress.history, progress.best.epoch if progress.best else None, test)
+        return Outcome(status, progress.history, progress.best.epoch if progress.best else None, test)
 
     # Setting up ---------------------------------------------------------------------------------------
 

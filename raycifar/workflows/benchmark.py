@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raycifar.errors import RequestError, WorkError
 from raycifar.machine import processor
@@ -22,10 +22,7 @@ from raycifar.workflows import planning
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.planning import INTERCONNECTS, Measured, Place, Plan
 from raycifar.workflows.requests import TrainingRequest, checked_option, to_arguments
-from raycifar.workflows.training import allocate_workers, fit, prepare, read_inputs
-
-if TYPE_CHECKING:
-    from raycifar.workflows.training import PreparedRun
+from raycifar.workflows.training import TrainingRun, allocate_workers, fit, prepare, read_inputs
 
 WAYS = ("dataloader", "stream")
 STAGES = {
@@ -113,15 +110,16 @@ def bench(
     training, machine = request.training, processor()
     if 0 < training.recipe.head_epochs < training.recipe.epochs:
         training = replace(training, recipe=replace(training.recipe, head_epochs=0))
-    folder = RunFolder.for_output(request.out)
+    out = RunFolder.for_output(request.out)
     seconds = shares_of_time(1 + bool(request.counts) + request.startup, time.monotonic() + MAX_SECONDS)
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as storage:  # interrupted, workers still write
             timed = replace(training, name="bench", storage=storage, checkpoint_steps=0, test=False)
-            folder_of_run, inputs = RunFolder(storage, timed.name), read_inputs(timed, screen)
+            folder, inputs = RunFolder(storage, timed.name), read_inputs(timed, screen)
             warn_of_leaks(inputs.source, screen)
-            workers = allocate_workers(timed, folder_of_run, screen, connection, debug=debug)
-            run = prepare(timed, folder_of_run, inputs, workers, screen, debug=debug)
+            workers = allocate_workers(timed, folder, screen, connection, debug=debug)
+            run = TrainingRun(timed, folder, inputs, workers, debug=debug)
+            prepare(run, screen)
             machine = f"{run.workers}, {processor()}"
             place = find_place(run, request) if request.counts else None
             screen.say(
@@ -141,16 +139,16 @@ def bench(
         if found:
             about = {"model": training.model, "machine": machine, "recipe": asdict(training.recipe)}
             show(found)  # first, so that no figure is lost where a file can't be written
-            keep(about | found, folder)
-            screen.say(f"Written to {folder.folder}: {BENCH} and charts")
+            keep(about | found, out)
+            screen.say(f"Written to {out.folder}: {BENCH} and charts")
 
 
-def keep(found: dict[str, Any], folder: RunFolder) -> None:
-    folder.write_json(BENCH, found)
+def keep(found: dict[str, Any], out: RunFolder) -> None:
+    out.write_json(BENCH, found)
     if "stages" in found:
-        folder.write(BENCH_CHART, draw(found).encode())
+        out.write(BENCH_CHART, draw(found).encode())
     if len(found.get("plan", {}).get("workers", {})) > 1:
-        folder.write(PLAN_CHART, draw_plan(found).encode())
+        out.write(PLAN_CHART, draw_plan(found).encode())
 
 
 def shares_of_time(parts: int, ends: float) -> Iterator[float]:
@@ -162,9 +160,7 @@ def shares_of_time(parts: int, ends: float) -> Iterator[float]:
 # Timing ----------------------------------------------------------------------------------------------
 
 
-def time_stages(
-    run: "PreparedRun", request: BenchRequest, screen: Screen, seconds: float, found: dict[str, Any]
-) -> None:
+def time_stages(run: TrainingRun, request: BenchRequest, screen: Screen, seconds: float, found: dict[str, Any]) -> None:
     """Add to `found` what came of the stages, as far as whole rounds were timed."""
     from raycifar.engine.bench import bench_loop_per_worker
 
@@ -182,7 +178,7 @@ def time_stages(
 
 
 def time_plan(
-    run: "PreparedRun", request: BenchRequest, place: Place, screen: Screen, seconds: float, found: dict[str, Any]
+    run: TrainingRun, request: BenchRequest, place: Place, screen: Screen, seconds: float, found: dict[str, Any]
 ) -> None:
     """Add to `found` what each number of workers would take, from what is measured with those that fit here."""
     from raycifar.cluster.sizing import size_workers
@@ -199,7 +195,8 @@ def time_plan(
         sizes = tuple(planning.sizes_to_time(counts, several, place, training.recipe.batch_size))
         timed = replace(training, name=f"plan-{several}", workers=run.workers.count and several)
         workers = size_workers(several, *training.sizing) if run.workers.count else run.workers
-        few = prepare(timed, RunFolder(timed.storage, timed.name), run.inputs, workers, Screen(quiet=True))
+        few = TrainingRun(timed, RunFolder(timed.storage, timed.name), run.inputs, workers)
+        prepare(few, Screen(quiet=True))
         seconds = min(SECONDS_OF_ROUND * request.rounds, max(SECONDS_OF_ROUND, left))
         options = {"batch_sizes": sizes, "rounds": request.rounds, "seconds": seconds}
         screen.say(f"Timing steps on {workers}, {number + 1} of {len(to_run)}")
@@ -208,7 +205,7 @@ def time_plan(
         found["plan"] = planning.summarize(plan, request.price_per_hour)
 
 
-def time_on_workers(run: "PreparedRun", screen: Screen, loop: Callable[..., Any], **options: Any) -> Any:
+def time_on_workers(run: TrainingRun, screen: Screen, loop: Callable[..., Any], **options: Any) -> Any:
     """Run a timing loop on the workers, and return what the first one returns; see `fit`."""
     from raycifar.cluster.waiting import Waiting
 
@@ -216,7 +213,7 @@ def time_on_workers(run: "PreparedRun", screen: Screen, loop: Callable[..., Any]
     return fit(run, lambda running: screen.follow_phase(run.status_store, running, waiting), loop, **options)
 
 
-def find_place(run: "PreparedRun", request: BenchRequest) -> Place:
+def find_place(run: TrainingRun, request: BenchRequest) -> Place:
     """Return what the workers of a plan would run on.
 
     Raises:

@@ -1,7 +1,7 @@
 """Scoring a trained network on a data set, as a Ray Data job."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -69,20 +69,16 @@ def evaluate(
     out = RunFolder.for_output(request.out) if request.out is not None else None
     run = None if folder.name.endswith(".safetensors") else read_run(folder)
     with screen.waiting("Loading PyTorch"):
-        from raycifar.engine.trained_model import check_finite, read_weights
+        from raycifar.engine.trained_model import read_weights
 
         weights = read_weights(request.network)
     precision = (run or {}).get("precision", "auto")  # that of the run: its scores come out the same
-
-    def ask(tables: Sequence[pa.Table]) -> list["Tensor"]:
-        return [check_finite(logits, request.network) for logits in network.logits(tables)]
-
     if request.data and is_location(request.data) and (corruptions := find_corruptions(request.data)):
         if request.split != "test":
             raise RequestError(f"--split {request.split}: {request.data} holds test images alone.")
         out = out or RunFolder.for_output("evaluation")
         network = connect_network(weights, precision, request, screen, connection, debug=debug)
-        scores = score_corruptions(corruptions, ask, screen)
+        scores = score_corruptions(corruptions, network, screen)
         evaluation = {"network": request.network, "data": request.data, "split": "test", **scores}
     else:
         with screen.waiting("Reading the images"):
@@ -97,7 +93,7 @@ def evaluate(
         table = take(images, np.arange(len(images)))
         network = connect_network(weights, precision, request, screen, connection, debug=debug)
         with screen.waiting(f"Asking the {weights.architecture.model} on {network.workers}"):
-            (logits,) = ask([table])
+            (logits,) = network.logits([table])
         scores, predictions = score_predictions(logits, table, source, copies)
         evaluation = {"network": request.network, "data": source.name, "split": request.split, **scores}
         if run and request.split == "test":
@@ -171,13 +167,22 @@ class Scorer:
 
 @dataclass
 class Network:
+    """A trained network, and the workers that compute with it."""
+
+    location: str  # a run's folder, or a weights file
     weights: "Weights"
     precision: Any
     workers: "Workers"
 
     def logits(self, tables: Sequence[pa.Table]) -> list["Tensor"]:
-        """Return the logits (images, classes) float32 of each table, with columns image and index."""
+        """Return the logits (images, classes) float32 of each table, with columns image and index.
+
+        Raises:
+            WorkError: some aren't finite numbers.
+        """
         import torch
+
+        from raycifar.engine.trained_model import check_finite
 
         bounds = np.cumsum([0, *map(len, tables)])
         rows = [pa.array(np.arange(*ends)) for ends in pairwise(bounds)]
@@ -188,7 +193,8 @@ class Network:
         parts = [table.slice(start, block) for start in range(0, len(table), block)]
         answers = run_job(parts, self) if self.workers.count else list(map(Scorer(self), parts))
         logits = from_lists(pa.concat_tables(answers).sort_by("index")["logits"])
-        return [torch.from_numpy(part.copy()) for part in np.split(logits, bounds[1:-1])]
+        parts_of_tables = np.split(logits, bounds[1:-1])
+        return [check_finite(torch.from_numpy(part.copy()), self.location) for part in parts_of_tables]
 
 
 def connect_network(
@@ -202,7 +208,7 @@ def connect_network(
 ) -> Network:
     """Connect to Ray, unless the network is asked in this process, and wait for room for its workers."""
     if request.count == 0:
-        return Network(weights, precision, connect(request, 0, connection, debug=debug))
+        return Network(request.network, weights, precision, connect(request, 0, connection, debug=debug))
     with screen.waiting("Starting Ray"):
         import ray.data  # noqa: F401 (it sets the level of its log, which the connection then lowers)
 
@@ -211,7 +217,7 @@ def connect_network(
         workers = connect(request, request.count, connection, debug=debug)
     with screen.line() as line:
         make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
-    return Network(weights, precision, workers)
+    return Network(request.network, weights, precision, workers)
 
 
 def run_job(parts: list[pa.Table], network: Network) -> list[pa.Table]:
@@ -289,9 +295,7 @@ def score_predictions(
     return evaluation, to_predictions_file(probabilities, labels, near_duplicates)
 
 
-def score_corruptions(
-    corruptions: Corruptions, ask: Callable[[Sequence[pa.Table]], list["Tensor"]], screen: Screen
-) -> dict[str, Any]:
+def score_corruptions(corruptions: Corruptions, network: Network, screen: Screen) -> dict[str, Any]:
     """Return the scores by corruption and severity, and the mean error over the benchmark's corruptions."""
     import torch
 
@@ -300,7 +304,7 @@ def score_corruptions(
         for done, name in enumerate(corruptions.names):
             tables = corruptions.read(name)
             rows = []
-            for logits, table in zip(ask(tables), tables, strict=True):
+            for logits, table in zip(network.logits(tables), tables, strict=True):
                 correct = (logits.argmax(1) == torch.from_numpy(table["fine"].to_numpy().copy())).numpy()
                 low, high = intervals({"top1": correct})["top1"]
                 rows.append({"top1": float(correct.mean()), "low": low, "high": high})

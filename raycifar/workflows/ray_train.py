@@ -1,4 +1,4 @@
-"""From a prepared run to Ray Train's trainer: the same for one process, one machine and a cluster."""
+"""Ray Train's trainer of a run: the same for one process, one machine and a cluster."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -8,24 +8,28 @@ from urllib.parse import quote
 
 import fsspec
 from pyarrow import fs
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
-from raycifar.cluster.controller_callbacks import FailureCounter
+from raycifar.cluster import ray_internals
+from raycifar.cluster.controller_callbacks import FailureCounter, go_on_after
 from raycifar.cluster.nodes import versions
+from raycifar.cluster.status import Failure, FailureCause, StatusStore
 from raycifar.cluster.stoppable import StoppableTrainer
 from raycifar.data.shards import ExactShards, to_datasets
 from raycifar.engine.train_loop import TrainLoopConfig
+from raycifar.errors import WorkError, in_a_line
 from raycifar.redaction import shown
 
 if TYPE_CHECKING:
-    from raycifar.workflows.training import PreparedRun
+    from raycifar.workflows.training import TrainingRun
 
 RESIZE_SECONDS = 15  # between two looks whether an elastic run can grow
 
 
 def build_trainer(
-    run: "PreparedRun", loop: Callable[[dict[str, Any]], Any], options: Mapping[str, Any]
+    run: "TrainingRun", loop: Callable[[dict[str, Any]], Any], options: Mapping[str, Any]
 ) -> StoppableTrainer:
     """Return Ray Train's trainer for the run.
 
@@ -64,7 +68,33 @@ def build_trainer(
     )
 
 
-def build_config(run: "PreparedRun") -> TrainLoopConfig:
+def fit_with_restarts(trainer: StoppableTrainer, status_store: StatusStore, max_failures: int) -> Any:
+    """Return the result of the training function; Ray Train's controller is started again when it dies.
+
+    Raises:
+        WorkError: training failed, or there were more than `max_failures`.
+    """
+    while True:
+        try:
+            return trainer.fit().return_value
+        except Exception as error:
+            # What a callback in the controller raises, and a worker's death while Ray Train starts it, is wrapped.
+            cause = getattr(error, "controller_failure", error)
+            try:
+                if isinstance(cause, RayActorError | OutOfMemoryError):
+                    memory = ray_internals.is_out_of_memory(cause)
+                    failure = Failure(FailureCause.MEMORY if memory else FailureCause.CONTROLLER, in_a_line(cause))
+                    reason = f"Ray Train's controller died: {failure.reason}"
+                    go_on_after(failure, reason, status_store, max_failures)
+                    continue
+            except WorkError as end:
+                cause = end
+            raise WorkError(
+                f"training failed: {in_a_line(cause)}. The same command continues from the last checkpoint."
+            ) from error
+
+
+def build_config(run: "TrainingRun") -> TrainLoopConfig:
     request, inputs = run.request, run.inputs
     return TrainLoopConfig(
         folder=run.folder,

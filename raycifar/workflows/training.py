@@ -5,16 +5,15 @@
 
 # Ray and PyTorch take seconds to import, so functions import what needs them.
 
-import uuid
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from raycifar.cluster.status import Failure, FailureCause, Phase, StatusStore, WorkerStatus
+from raycifar.cluster.status import Phase, StatusStore, WorkerStatus
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, Splits, split
 from raycifar.errors import RequestError, WorkError, in_a_line
@@ -49,19 +48,18 @@ STOP_SECONDS = 10  # for a run that is interrupted to save what it has trained
 
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
-    from raycifar.cluster.stoppable import StoppableTrainer
     from raycifar.engine.train_loop import Outcome
 
 
 @dataclass(frozen=True)
-class PreparedRun:
-    """A run that is ready to start."""
+class TrainingRun:
+    """A run that is under way: what is asked for, where it is kept, what it trains on, and with which workers."""
 
     request: TrainingRequest
     folder: RunFolder
     inputs: Inputs
     workers: "Workers"
-    status_store: StatusStore
+    status_store: StatusStore = field(default_factory=StatusStore)
     debug: bool = False  # show Ray's log
 
 
@@ -88,7 +86,8 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
     with ExitStack() as until_end:
         folder = lock(folder, screen, until_end, filter(None, [folder.comparison]))
         workers = allocate_workers(request, folder, screen, connection, debug=debug)
-        run = prepare(request, folder, inputs, workers, screen, debug=debug)
+        run = TrainingRun(request, folder, inputs, workers, debug=debug)
+        prepare(run, screen)
         operations = operations_of(request.recipe, inputs.initial.architecture, inputs.splits)
         screen.lines(warn_of_hours(operations, request.recipe, len(inputs.splits.train), workers))
         tracking = until_end.enter_context(Tracking(request.track, screen.say))
@@ -106,30 +105,16 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
 # The three steps ------------------------------------------------------------------------------------
 
 
-def prepare(
-    request: TrainingRequest,
-    folder: RunFolder,
-    inputs: Inputs,
-    workers: "Workers",
-    screen: Screen,
-    *,
-    status_store: StatusStore | None = None,
-    debug: bool = False,
-) -> PreparedRun:
-    """Show what is trained on what, and write `run.json`.
-
-    Args:
-        status_store: of a comparison's trial; by default a new one.
-    """
-    identity, status_store = identify(request, inputs), status_store or StatusStore(uuid.uuid4().hex)
-    screen.facts(request.name, overview(identity, workers, folder.folder))
-    write_run_json(folder, request, identity, workers)
-    if not workers.count:  # there are none to be started
-        status_store.put_worker(WorkerStatus(phase=Phase.LOADING_IMAGES))
-    return PreparedRun(request, folder, inputs, workers, status_store, debug)
+def prepare(run: TrainingRun, screen: Screen) -> None:
+    """Show what is trained on what, and write `run.json`."""
+    identity = identify(run.request, run.inputs)
+    screen.facts(run.request.name, overview(identity, run.workers, run.folder.folder))
+    write_run_json(run.folder, run.request, identity, run.workers)
+    if not run.workers.count:  # there are none to be started
+        run.status_store.put_worker(WorkerStatus(phase=Phase.LOADING_IMAGES))
 
 
-def fit(run: PreparedRun, follow: Follow, loop: Callable[[dict[str, Any]], Any] | None = None, **options: Any) -> Any:
+def fit(run: TrainingRun, follow: Follow, loop: Callable[[dict[str, Any]], Any] | None = None, **options: Any) -> Any:
     """Train while `follow` shows progress, and return the result of the first worker's training function.
 
     What `follow` raises, as KeyboardInterrupt, stops the run, which leaves a checkpoint, and is raised again.
@@ -141,7 +126,7 @@ def fit(run: PreparedRun, follow: Follow, loop: Callable[[dict[str, Any]], Any] 
         WorkError: training failed.
     """
     from raycifar.engine.trainer import train_loop_per_worker
-    from raycifar.workflows.ray_train import build_trainer
+    from raycifar.workflows.ray_train import build_trainer, fit_with_restarts
 
     trainer = build_trainer(run, loop or train_loop_per_worker, options)
 
@@ -156,43 +141,17 @@ def fit(run: PreparedRun, follow: Follow, loop: Callable[[dict[str, Any]], Any] 
     return alongside(lambda: fit_with_restarts(trainer, run.status_store, run.request.max_failures), follow, stop)
 
 
-def fit_with_restarts(trainer: "StoppableTrainer", status_store: StatusStore, max_failures: int) -> Any:
-    """Fit the trainer, again each time Ray Train's controller dies, and return the result; see `fit`."""
-    from ray.exceptions import OutOfMemoryError, RayActorError
-
-    from raycifar.cluster import controller_callbacks, ray_internals
-
-    while True:
-        try:
-            return trainer.fit().return_value
-        except Exception as error:
-            # What a callback in the controller raises, and a worker's death while Ray Train starts it, is wrapped.
-            cause = getattr(error, "controller_failure", error)
-            try:
-                if isinstance(cause, RayActorError | OutOfMemoryError):
-                    memory = ray_internals.is_out_of_memory(cause)
-                    failure = Failure(FailureCause.MEMORY if memory else FailureCause.CONTROLLER, in_a_line(cause))
-                    reason = f"Ray Train's controller died: {failure.reason}"
-                    controller_callbacks.go_on_after(failure, reason, status_store, max_failures)
-                    continue
-            except WorkError as end:
-                cause = end
-            raise WorkError(
-                f"training failed: {in_a_line(cause)}. The same command continues from the last checkpoint."
-            ) from error
-
-
-def finish(run: PreparedRun, outcome: "Outcome") -> dict[str, Any]:
+def finish(run: TrainingRun, outcome: "Outcome") -> dict[str, Any]:
     """Write `result.json` and return its content; an interrupted run has no such file.
 
     Raises:
         WorkError: training failed; the result contains the reason.
     """
     history, folder = outcome.history, run.folder
-    result: dict[str, Any] = {"status": outcome.ending, "epochs": len(history)}
-    if outcome.ending == "interrupted":
+    result: dict[str, Any] = {"status": outcome.status, "epochs": len(history)}
+    if outcome.status == "interrupted":
         return result
-    if outcome.ending == "finished":
+    if outcome.status == "finished":
         training_seconds = sum(record.training_seconds for record in history)
         num_images = sum(record.images_per_second * record.training_seconds for record in history)
         result |= {
@@ -201,11 +160,11 @@ def finish(run: PreparedRun, outcome: "Outcome") -> dict[str, Any]:
             "images_per_second": num_images / training_seconds,
             **({"test": outcome.test} if outcome.test else {}),
         }
-    elif outcome.ending == "failed":
+    elif outcome.status == "failed":
         result |= {"reason": outcome.reason, "failure": outcome.failure}
     folder.write_json(RESULT, result)
     folder.seal(RUN, METRICS, RESULT, MODEL, BEST, PREDICTIONS, EXAMPLE_STATS)
-    if outcome.ending == "failed":
+    if outcome.status == "failed":
         raise WorkError(f"{outcome.reason}. The last checkpoint and the history are kept in {folder.folder}.")
     return result
 
@@ -296,7 +255,7 @@ def connect(
 # Progress and results -------------------------------------------------------------------------------
 
 
-def following(run: PreparedRun, screen: Screen, tracking: Tracking) -> Follow:
+def following(run: TrainingRun, screen: Screen, tracking: Tracking) -> Follow:
     """Return a function that shows and tracks progress, and updates the report from time to time, until the end."""
     from raycifar.cluster.waiting import Waiting
 
@@ -312,7 +271,7 @@ def following(run: PreparedRun, screen: Screen, tracking: Tracking) -> Follow:
 
 
 def summary(folder: RunFolder, source: Source, result: dict[str, Any]) -> list[str]:
-    """Return the scores and the costs of a finished or interrupted run, in words."""
+    """Return the scores and the costs of a finished run, in words."""
     from raycifar.analysis.prose import without_near_duplicates
 
     lines = []
@@ -331,7 +290,7 @@ def summary(folder: RunFolder, source: Source, result: dict[str, Any]) -> list[s
     return [*lines, f"Run folder: {folder.folder}"]
 
 
-def show_profile(run: PreparedRun, screen: Screen) -> None:
+def show_profile(run: TrainingRun, screen: Screen) -> None:
     if not run.request.profile:
         return
     if (table := run.folder.read(f"{PROFILE}/worker0.txt")) is None:
@@ -343,7 +302,7 @@ def show_profile(run: PreparedRun, screen: Screen) -> None:
     screen.lines(table.decode().splitlines())
 
 
-def report(run: PreparedRun, screen: Screen) -> None:
+def report(run: TrainingRun, screen: Screen) -> None:
     """Write the report, or keep what a later one shows."""
     if run.request.report:
         show_report(lambda: write_run(run.folder, run.inputs.source), screen)

@@ -32,7 +32,7 @@ from raycifar.workflows.background import Running
 from raycifar.workflows.identity import Inputs, earlier_result, identify
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.search_space import PastTrial, Space, suggest
-from raycifar.workflows.training import finish, fit, prepare, split_images
+from raycifar.workflows.training import TrainingRun, finish, fit, prepare, split_images
 from raycifar.workflows.trial import Trial, TrialStatus
 
 POLL_SECONDS = 0.25  # between two checks of a trial
@@ -325,7 +325,8 @@ def run_trial(config: dict[str, Trial], study: Study, source: Source, workers: W
         inputs = Inputs(source, split_images(source, request), study.initial_by_model[trial.model])
         if earlier_result(folder, identify(request, inputs)):
             return
-        run = prepare(request, folder, inputs, workers, Screen(quiet=True), status_store=store)
+        run = TrainingRun(request, folder, inputs, workers, store)
+        prepare(run, Screen(quiet=True))
         waiting = Waiting(workers, request.wait)
         finish(run, fit(run, lambda running: report_epochs(trial, running, waiting)))
     except WorkError as error:
