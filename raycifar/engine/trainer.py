@@ -20,11 +20,10 @@ from raycifar.data.shards import Shard, load_shard, shard_bounds
 from raycifar.engine import hardware
 from raycifar.engine.checkpoint import Checkpointer, Snapshot
 from raycifar.engine.distributed import all_gather_objects, all_gather_rows
-from raycifar.engine.epoch_meter import EpochMeter
+from raycifar.engine.epoch_meter import CHECK_STEPS, EpochMeter
 from raycifar.engine.evaluator import Evaluator
 from raycifar.engine.example_stats import blank_stats, describe_rise, end_epoch, to_example_stats_file
 from raycifar.engine.interruption import Interruption, InterruptionWatch
-from raycifar.engine.loss import CHECK_STEPS
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, advance, step_seed, steps_per_epoch
 from raycifar.engine.profile import StepProfiler
@@ -153,7 +152,7 @@ class Trainer:
             seconds=record.training_seconds + time.perf_counter() - began,
         )
         self.state.progress = Progress(record.epoch + 1, history=[*self.state.progress.history, record])
-        self.reporter.end_epoch()
+        self.reporter.put(step=None, part=None)
         if self.state.enter_stage():
             self.train_step.close()
             self.train_step = self.build_train_step()
@@ -185,7 +184,7 @@ class Trainer:
         if reason := next(filter(None, objections), None):
             raise StopTrainingError(f"a node can't take part: {reason}", FailureKind.NODE_MISMATCH)
         node = None if self.config.in_process else ray.get_runtime_context().get_node_id()
-        self.reporter.nodes(all_gather_objects(node))
+        self.reporter.put(nodes=all_gather_objects(node))
 
     def resume(self) -> None:
         """Resume all workers from the newest checkpoint that can be read."""
@@ -324,7 +323,7 @@ class Trainer:
             threads=torch.get_num_threads(),
             precision=str(self.state.dtype).removeprefix("torch."),
         )
-        self.reporter.about(facts)
+        self.reporter.put(model=facts)
         if self.rank == 0:
             began = {"training_began": time.time()}
             self.folder.write_json(RUN, {**self.folder.read_json(RUN), **vars(facts), **began})

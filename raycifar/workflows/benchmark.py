@@ -174,7 +174,7 @@ def time_stages(run: TrainingRun, request: BenchRequest, screen: Screen, seconds
         time_on_workers(run, screen, bench_loop_per_worker, **options)
     finally:
         if rates := run.status_store.timings():
-            found.update(summarise(rates, request.against))
+            found.update(summarize(rates, request.against))
 
 
 def time_plan(
@@ -186,7 +186,7 @@ def time_plan(
 
     measured: dict[int, Measured] = {}
     training, counts = run.request, request.counts
-    num_images, to_run = len(run.inputs.source.train) - training.val_size, planning.runs(counts, place)
+    num_images, to_run = len(run.inputs.source.train) - training.val_size, planning.counts_to_measure(counts, place)
     ends = time.monotonic() + seconds
     for number, several in enumerate(to_run):
         left = (ends - time.monotonic()) / (len(to_run) - number) - (WORKERS_START if run.workers.count else 0)
@@ -315,7 +315,7 @@ def ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(values, others, strict=True)]
 
 
-def summarise(rates: dict[str, list[float]], against: Sequence[str]) -> dict[str, Any]:
+def summarize(rates: dict[str, list[float]], against: Sequence[str]) -> dict[str, Any]:
     shares = {name: ratios(values, rates["bare"]) for name, values in rates.items()}
     speedups = {name: spread(ratios(rates["train"], rates[name])) for name in against}
     return {

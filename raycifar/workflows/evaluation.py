@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -73,11 +74,12 @@ def evaluate(
 
         weights = read_weights(request.network)
     precision = (run or {}).get("precision", "auto")  # that of the run: its scores come out the same
+    allocate = partial(allocate_workers, request, screen, connection, debug=debug)
     if request.data and is_location(request.data) and (corruptions := find_corruptions(request.data)):
         if request.split != "test":
             raise RequestError(f"--split {request.split}: {request.data} holds test images alone.")
         out = out or RunFolder.for_output("evaluation")
-        network = connect_network(weights, precision, request, screen, connection, debug=debug)
+        network = Network(request.network, weights, precision, allocate())
         scores = score_corruptions(corruptions, network, screen)
         evaluation = {"network": request.network, "data": request.data, "split": "test", **scores}
     else:
@@ -91,7 +93,7 @@ def evaluate(
             warn_of_leaks(source, screen)
         images = getattr(source, request.split)
         table = take(images, np.arange(len(images)))
-        network = connect_network(weights, precision, request, screen, connection, debug=debug)
+        network = Network(request.network, weights, precision, allocate())
         with screen.waiting(f"Asking the {weights.architecture.model} on {network.workers}"):
             (logits,) = network.logits([table])
         scores, predictions = score_predictions(logits, table, source, copies)
@@ -197,18 +199,10 @@ class Network:
         return [check_finite(torch.from_numpy(part.copy()), self.location) for part in parts_of_tables]
 
 
-def connect_network(
-    weights: "Weights",
-    precision: Any,
-    request: EvaluationRequest,
-    screen: Screen,
-    connection: ExitStack,
-    *,
-    debug: bool,
-) -> Network:
-    """Connect to Ray, unless the network is asked in this process, and wait for room for its workers."""
+def allocate_workers(request: EvaluationRequest, screen: Screen, connection: ExitStack, *, debug: bool) -> "Workers":
+    """Connect to Ray, unless the network is asked in this process, and wait for room for the workers."""
     if request.count == 0:
-        return Network(request.network, weights, precision, connect(request, 0, connection, debug=debug))
+        return connect(request, 0, connection, debug=debug)
     with screen.waiting("Starting Ray"):
         import ray.data  # noqa: F401 (it sets the level of its log, which the connection then lowers)
 
@@ -217,7 +211,7 @@ def connect_network(
         workers = connect(request, request.count, connection, debug=debug)
     with screen.line() as line:
         make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
-    return Network(request.network, weights, precision, workers)
+    return workers
 
 
 def run_job(parts: list[pa.Table], network: Network) -> list[pa.Table]:

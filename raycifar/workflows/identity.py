@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 MAY_DIFFER = ("name", "source", "pretrained", "recipe", "data", "architecture", "val")
 # Shown always; other fields only where they differ from their defaults, which switch them off.
 ALWAYS_SHOWN = (
-    *("epochs", "batch_size", "optimizer", "lr", "momentum", "schedule", "warmup", "weight_decay", "label_smoothing"),
+    "epochs", "batch_size", "optimizer", "lr", "momentum", "schedule", "warmup", "weight_decay", "label_smoothing",
     "augment",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

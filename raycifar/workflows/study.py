@@ -87,7 +87,7 @@ def train_and_compare(
     """
     with ExitStack() as until_end:
         prepared = prepare(request, screen, connection, until_end, debug=debug)
-        run(prepared, screen, until_end.enter_context(Tracking(request.track, screen.say)))
+        run_trials(prepared, screen, until_end.enter_context(Tracking(request.track, screen.say)))
         finish(prepared, screen, show)
 
 
@@ -147,8 +147,8 @@ def prepare(
     return PreparedComparison(study, source, StudySearcher(study, most), workers)
 
 
-def run(prepared: PreparedComparison, screen: Screen, tracking: Tracking) -> None:
-    """Run the remaining trials, and show and track their progress; the searcher then has their status.
+def run_trials(prepared: PreparedComparison, screen: Screen, tracking: Tracking) -> None:
+    """Run the trials that aren't over, and show and track their progress; the searcher then has their status.
 
     KeyboardInterrupt stops running trials, which leave checkpoints, and is raised again.
     """
@@ -193,14 +193,12 @@ def finish(prepared: PreparedComparison, screen: Screen, show: Show) -> None:
     """
     study, searcher = prepared.study, prepared.searcher
     request, folder = study.request, study.folder
-    finals = [trial for trials in searcher.finals.values() for trial in trials]
+    finals = [trial for model in request.recipes for trial in searcher.finals.get(model, [])]
     finished = [read_finished(study.folder_of(trial).folder) for trial in finals if trial.status == "finished"]
-    order = list(request.recipes)
-    finished.sort(key=lambda run: (order.index(run.run["model"]), run.run["seed"]))
     draw, doing = (write_run, "Drawing the reports") if request.report else (keep_pictures, "Keeping the pictures")
     with screen.waiting(f"{doing} of the runs"):
-        for each in finished:
-            explain(partial(draw, RunFolder.at(each.folder), prepared.source))
+        for run in finished:
+            explain(partial(draw, RunFolder.at(run.folder), prepared.source))
     if finished:
         more = {
             "search": {model: describe_search(searcher, model) for model in request.recipes if request.search},

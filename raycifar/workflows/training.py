@@ -1,6 +1,6 @@
-"""Training one model, from the request to its result: prepare, fit, finish.
+"""Training one model, from the request to its result; `train` is the whole story.
 
-`raycifar train`, the trials of a comparison, `raycifar bench` and `raycifar.api` all take these three steps.
+The trials of a comparison, and `raycifar bench`, take the same three steps with other inputs: prepare, fit, finish.
 """
 
 # Ray and PyTorch take seconds to import, so functions import what needs them.

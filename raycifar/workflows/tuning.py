@@ -179,7 +179,7 @@ class StudySearcher(Searcher):
     # Planning trials -------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """Add the final runs of each model whose best recipe is known."""
+        """Add search trials of an earlier driver, and the final runs of each model whose best recipe is known."""
         for model in self.study.recipes:
             while (known := self._restored(model)) is not None:
                 self.searches[model].append(known)
@@ -220,10 +220,10 @@ class StudySearcher(Searcher):
         """Return the model's next search trial if an earlier driver started it."""
         if len(self.searches[model]) == self.request.search:
             return None
-        run = self.study.folder_of(self._search_trial(model, self.study.recipes[model])).read_json(RUN)
-        if run is None:
+        earlier = self.study.folder_of(self._search_trial(model, self.study.recipes[model])).read_json(RUN)
+        if earlier is None:
             return None
-        trial = self._with_status(self._search_trial(model, recipe_from_json(model, run["recipe"])))
+        trial = self._with_status(self._search_trial(model, recipe_from_json(model, earlier["recipe"])))
         if trial.over:
             self.scheduler.remember(trial, self.val_top1(trial))
         return trial
