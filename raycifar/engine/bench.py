@@ -154,7 +154,7 @@ def choose_steps(seconds: float, rounds: int, seconds_of_step: float, most: int)
 
 
 def use_fewer_images(trainer: Trainer, num_steps: int) -> None:
-    """Go on with so many steps an epoch, and with the same part of the images that are scored."""
+    """Shorten an epoch to so many steps, and what is scored after it by the same factor."""
     before, world_size = trainer.config.num_train_images, trainer.world_size
     num_images = max(1, num_steps) * trainer.recipe.batch_size
     if num_images > before - world_size:

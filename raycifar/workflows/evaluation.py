@@ -85,10 +85,10 @@ def evaluate(
     else:
         with screen.waiting("Reading the images"):
             source = load_images(run, request.data, test_alone=request.split == "test")
-        own = is_source_of(source, run)
+        own = request.split == "test" and is_source_of(source, run)
         # What a run predicted of its own test set is its own, and nothing else may replace it.
-        out = out or RunFolder.for_output(request.network if own and request.split == "test" else "evaluation")
-        copies = find_copies(run, source, screen) if run and own and request.split == "test" else None
+        out = out or RunFolder.for_output(request.network if own else "evaluation")
+        copies = find_copies(run, source, screen) if run and own else None
         if request.split == "test" and len(source.train):
             warn_of_leaks(source, screen)
         images = getattr(source, request.split)

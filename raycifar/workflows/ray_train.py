@@ -68,32 +68,6 @@ def build_trainer(
     )
 
 
-def fit_with_restarts(trainer: StoppableTrainer, status_store: StatusStore, max_failures: int) -> Any:
-    """Return the result of the training function; Ray Train's controller is started again when it dies.
-
-    Raises:
-        WorkError: training failed, or there were more than `max_failures`.
-    """
-    while True:
-        try:
-            return trainer.fit().return_value
-        except Exception as error:
-            # What a callback in the controller raises, and a worker's death while Ray Train starts it, is wrapped.
-            cause = getattr(error, "controller_failure", error)
-            try:
-                if isinstance(cause, RayActorError | OutOfMemoryError):
-                    memory = ray_internals.is_out_of_memory(cause)
-                    failure = Failure(FailureCause.MEMORY if memory else FailureCause.CONTROLLER, in_a_line(cause))
-                    reason = f"Ray Train's controller died: {failure.reason}"
-                    go_on_after(failure, reason, status_store, max_failures)
-                    continue
-            except WorkError as end:
-                cause = end
-            raise WorkError(
-                f"training failed: {in_a_line(cause)}. The same command continues from the last checkpoint."
-            ) from error
-
-
 def build_config(run: "TrainingRun") -> TrainLoopConfig:
     request, inputs = run.request, run.inputs
     return TrainLoopConfig(
@@ -118,3 +92,29 @@ def build_config(run: "TrainingRun") -> TrainLoopConfig:
         rungs=request.rungs,
         near_duplicates=inputs.near_duplicates() if request.test else None,
     )
+
+
+def fit_with_restarts(trainer: StoppableTrainer, status_store: StatusStore, max_failures: int) -> Any:
+    """Return the result of the training function; Ray Train's controller is started again when it dies.
+
+    Raises:
+        WorkError: training failed, or there were more than `max_failures`.
+    """
+    while True:
+        try:
+            return trainer.fit().return_value
+        except Exception as error:
+            # What a callback in the controller raises, and a worker's death while Ray Train starts it, is wrapped.
+            cause = getattr(error, "controller_failure", error)
+            try:
+                if isinstance(cause, RayActorError | OutOfMemoryError):
+                    memory = ray_internals.is_out_of_memory(cause)
+                    failure = Failure(FailureCause.MEMORY if memory else FailureCause.CONTROLLER, in_a_line(cause))
+                    reason = f"Ray Train's controller died: {failure.reason}"
+                    go_on_after(failure, reason, status_store, max_failures)
+                    continue
+            except WorkError as end:
+                cause = end
+            raise WorkError(
+                f"training failed: {in_a_line(cause)}. The same command continues from the last checkpoint."
+            ) from error
