@@ -177,7 +177,8 @@ def checked_value(name: str, value: Any, kind: Any, allowed: tuple[str, ...] = (
         raise ValueError(f"{name} is {value!r}: {wanted} is needed")
     if kind not in (int, float):
         return value
-    if not isinstance(value, Integral) and not math.isfinite(value):
+    value = int(value) if isinstance(value, Integral) else float(value)
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}: a finite number is needed")
     if value > most:
         raise ValueError(f"{name} is {value}: it must be at most {most:,}")
