@@ -24,6 +24,8 @@ from raycifar.workflows.planning import INTERCONNECTS, Measured, Place, Plan
 from raycifar.workflows.requests import TrainingRequest, checked_option, to_arguments
 from raycifar.workflows.training import TrainingRun, allocate_workers, fit, prepare, read_inputs
 
+Show = Callable[[dict[str, Any]], None]
+
 WAYS = ("dataloader", "stream")
 STAGES = {
     "bare": "the step alone, on tensors that are there",
@@ -91,14 +93,7 @@ class BenchRequest:
         return [] if self.plan is None else planning.parse_plan(self.plan, self.training.recipe)
 
 
-def bench(
-    request: BenchRequest,
-    screen: Screen,
-    connection: ExitStack,
-    show: Callable[[dict[str, Any]], None],
-    *,
-    debug: bool = False,
-) -> None:
+def bench(request: BenchRequest, screen: Screen, connection: ExitStack, show: Show, *, debug: bool = False) -> None:
     """Time a model's training, for at most five minutes; write `bench.json` and its charts, and show the first.
 
     What was timed is written and shown, too, where an error or Ctrl-C ends the rest.
