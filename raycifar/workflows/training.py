@@ -21,17 +21,7 @@ from raycifar.machine import available_cpus
 from raycifar.models.initial_weights import load_initial_weights
 from raycifar.models.recipe import Recipe
 from raycifar.storage.lock import delete_dead, locked
-from raycifar.storage.run_folder import (
-    BEST,
-    EXAMPLE_STATS,
-    METRICS,
-    MODEL,
-    PREDICTIONS,
-    PROFILE,
-    RESULT,
-    RUN,
-    RunFolder,
-)
+from raycifar.storage.run_folder import BEST, EXAMPLE_STATS, METRICS, MODEL, PREDICTIONS, RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
 from raycifar.words import count
 from raycifar.workflows.background import Follow, alongside
@@ -39,7 +29,7 @@ from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images
 from raycifar.workflows.estimate import operations_of, warn_of_hours
 from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, write_run_json
-from raycifar.workflows.reporting import Refresher, explain, keep_pictures, show_report, write_run
+from raycifar.workflows.reporting import Refresher, explain, keep_pictures, show_profile, show_report, write_run
 from raycifar.workflows.requests import TrainingRequest, WorkerCount, WorkerSettings, check_batch_size
 from raycifar.workflows.tracking import Tracking
 
@@ -97,7 +87,8 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
             report(run, screen)
             raise
         screen.lines(summary(folder, inputs.source, result))
-        show_profile(run, screen)
+        if request.profile:
+            show_profile(folder, screen)
         report(run, screen)
         return result
 
@@ -288,18 +279,6 @@ def summary(folder: RunFolder, source: Source, result: dict[str, Any]) -> list[s
         f"{result['images_per_second']:,.0f} images/s{best}"
     )
     return [*lines, f"Run folder: {folder.folder}"]
-
-
-def show_profile(run: TrainingRun, screen: Screen) -> None:
-    if not run.request.profile:
-        return
-    if (table := run.folder.read(f"{PROFILE}/worker0.txt")) is None:
-        from raycifar.engine.profile import NEEDED
-
-        screen.say(f"Nothing is traced: --profile needs {NEEDED} steps in one go.")
-        return
-    screen.say(f"What takes longest in a step of worker 0; traces are in {PROFILE}/, for TensorBoard or Perfetto:")
-    screen.lines(table.decode().splitlines())
 
 
 def report(run: TrainingRun, screen: Screen) -> None:
