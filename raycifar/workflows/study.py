@@ -2,10 +2,9 @@
 
 # Ray and PyTorch take seconds to import: see `training`.
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -270,7 +269,7 @@ def identify_study(
     }
     for model, recipe in request.recipes.items():
         resolved = initial_by_model[model].resolve(recipe)
-        identity[model] = dataclasses.asdict(dataclasses.replace(resolved, pretrained=shown(recipe.pretrained)))
+        identity[model] = asdict(replace(resolved, pretrained=shown(recipe.pretrained)))
         identity[f"{model} weights"] = initial_by_model[model].fingerprint()
         if request.search:
             identity[f"{model} space"] = space_to_json(spaces[model])
@@ -397,7 +396,7 @@ def keep_files(finished: Sequence[Finished], folder: RunFolder) -> list[Finished
             for file in (RUN, METRICS, RESULT):
                 copy.write(file, source.read(file) or b"")
             copy.seal(RUN, METRICS, RESULT)
-        kept.append(dataclasses.replace(run, name=name))
+        kept.append(replace(run, name=name))
     return kept
 
 

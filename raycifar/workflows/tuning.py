@@ -21,7 +21,6 @@ from raycifar.cluster.stoppable import release
 from raycifar.cluster.waiting import Waiting
 from raycifar.data.tables import Source
 from raycifar.errors import WorkError
-from raycifar.models import slug
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe, describe_changes
 from raycifar.models.recipes import recipe_from_json
@@ -188,11 +187,10 @@ class StudySearcher(Searcher):
                 continue
             best = self.best(model)
             recipe = best.recipe if best else self.study.recipes[model]
-            setting, first = describe_changes(recipe, self.study.recipes[model]), self.request.seed
-            self.finals[model] = [
-                self._with_status(Trial(f"{slug(model)}-s{seed}", model, seed, recipe, search=False, setting=setting))
-                for seed in range(first, first + self.request.seeds)
-            ]
+            name, setting = models.slug(model), describe_changes(recipe, self.study.recipes[model])
+            seeds = range(self.request.seed, self.request.seed + self.request.seeds)
+            finals = [Trial(f"{name}-s{seed}", model, seed, recipe, search=False, setting=setting) for seed in seeds]
+            self.finals[model] = list(map(self._with_status, finals))
 
     def best(self, model: str) -> Trial | None:
         """Return the search trial that ended with the highest validation top-1, the first of equals."""
@@ -212,7 +210,7 @@ class StudySearcher(Searcher):
         return None
 
     def _search_trial(self, model: str, recipe: Recipe) -> Trial:
-        name = f"{slug(model)}-search-{len(self.searches[model]) + 1:02}"
+        name = f"{models.slug(model)}-search-{len(self.searches[model]) + 1:02}"
         setting = describe_changes(recipe, self.study.recipes[model]) or "the recipe itself"
         return Trial(name, model, self.request.seed, recipe, search=True, setting=setting)
 
