@@ -29,6 +29,13 @@ class StopTrainingError(Exception):
         self.kind = kind
 
 
+class PreemptedError(Exception):
+    """Ends a worker whose run continues elsewhere; it doesn't count as a failure."""
+
+    def __init__(self, reason: str = "a node of this run is being preempted") -> None:  # given when it is unpickled
+        super().__init__(reason)
+
+
 class RaycifarError(Exception):
     """An error that raycifar raises on purpose; its message is one or more whole sentences, without secrets."""
 

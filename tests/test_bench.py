@@ -8,7 +8,7 @@ import pytest
 from command import Bench, finish
 from conftest import wait_until
 
-from raycifar.workflows.benchmark import draw, sentences, shares_of_time, summarise
+from raycifar.workflows.benchmark import draw, sentences, shares_of_time, summarize
 
 TINY = ("--model", "timm:test_resnet", "--pretrained", "none")
 ARGS = ("--limit", 200, "--val-size", 100, "--rounds", 2, "--batch-size", 50, "--cpus-per-worker", 1)
@@ -65,20 +65,20 @@ def test_the_sentence_names_what_costs_most():
         "checkpoint": [9_850.0] * 3,
         "dataloader": [40.0, 41.0, 39.0],
     }
-    bench = summarise(rates, ["dataloader"])
+    bench = summarize(rates, ["dataloader"])
     assert bench["ratio"] == pytest.approx(0.985, abs=0.001)
     lines = sentences(bench)
     assert "Most is lost to validation" in lines[1]
     assert "0.49% of this epoch, a checkpoint 1.00%" in lines[2]
     assert "2.4" in lines[3]
     assert not any("noise" in line for line in lines)
-    noisy = sentences(summarise({**rates, "images": [150.0, 151.0, 149.0]}, ["dataloader"]))
+    noisy = sentences(summarize({**rates, "images": [150.0, 151.0, 149.0]}, ["dataloader"]))
     assert any(line.startswith("This is noise: images can't be faster") for line in noisy)
     svg = draw({**bench, "model": "cnn", "machine": "2 workers, a processor"})
     assert ">Where the time goes: cnn on 2 workers, a processor<" in svg
     assert ">the bare step: 100 images per second<" in svg
     quick = {name: [100.0] * 3 for name in ("bare", "images", "train", "epoch", "following", "checkpoint")}
-    assert "only a cheaper step would help" in sentences(summarise(quick, []))[1]
+    assert "only a cheaper step would help" in sentences(summarize(quick, []))[1]
 
 
 @pytest.mark.slow

@@ -11,8 +11,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from raycifar.cluster import controller_callbacks as room
 from raycifar.cluster.controller_callbacks import FailureCounter, decisive
 from raycifar.cluster.status import FailureCause, Phase, StatusStore, WorkerStatus
-from raycifar.engine.interruption import PreemptedError
-from raycifar.errors import StorageError, WorkError
+from raycifar.errors import PreemptedError, StorageError, WorkError
 
 FULL = StorageError.of("/runs/a", OSError(errno.ENOSPC, "No space left on device"))
 SLOW = StorageError.of("/runs/a", OSError(errno.ETIMEDOUT, "Connection timed out"))

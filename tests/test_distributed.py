@@ -98,7 +98,7 @@ def pauses_and_closes(rank, world_size):
 
 def gathers(rank, world_size):
     assert all_gather_objects({"rank": rank}) == [{"rank": k} for k in range(world_size)]
-    rows = all_gather_rows(torch.full((2, 3), float(rank)), 2 * world_size, 2 * rank)
+    rows = all_gather_rows(torch.full((2, 3), float(rank)), 2 * world_size)
     assert rows[:, 0].tolist() == [float(k) for k in range(world_size) for _ in range(2)]
     value = torch.tensor([float(rank)])
     all_reduce_mean(value)

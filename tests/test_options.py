@@ -51,7 +51,7 @@ def run(in_process, monkeypatch):
     def begin(*args, **options):
         raise AcceptedError
 
-    monkeypatch.setattr(benchmark, "prepare", begin)
+    monkeypatch.setattr(benchmark, "read_inputs", begin)
     for module, work in (
         ("train", "training.train"), ("compare", "study.train_and_compare"), ("evaluate", "evaluate"),
         ("report", "reporting.report"), ("predict", "predict_files"), ("export", "export"), ("data.__main__", "load"),

@@ -20,9 +20,9 @@ from raycifar.workflows.planning import (
     Measured,
     Place,
     Plan,
+    counts_to_measure,
     exchange_seconds,
     parse_plan,
-    runs,
     sizes_to_time,
     summarize,
 )
@@ -61,8 +61,8 @@ def test_an_exchange_passes_each_byte_around_a_ring():
 
 
 def test_what_is_measured_where():
-    assert runs([1, 2, 4], GPUS) == [1]
-    assert runs([1, 2, 8], ONE_MACHINE) == [1, 2, 3]
+    assert counts_to_measure([1, 2, 4], GPUS) == [1]
+    assert counts_to_measure([1, 2, 8], ONE_MACHINE) == [1, 2, 3]
     assert sizes_to_time([1, 2, 4], 1, GPUS, 128) == [128, 64, 32]
     assert sizes_to_time([1, 2, 8], 3, ONE_MACHINE, 128) == [64, 43, 16]
     assert sizes_to_time([1, 2], 2, Place(use_gpu=True, shared=False, most=2), 128) == []

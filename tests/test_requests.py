@@ -1,8 +1,10 @@
 """What can be asked for: the same options, with the same defaults, from a command and from Python."""
 
 import inspect
+import json
 import math
 
+import numpy as np
 import pytest
 
 from raycifar import api, compare, train
@@ -79,6 +81,26 @@ def test_whole_numbers_are_numbers_and_fewer_epochs_reach_both_stages():
     request = TrainingRequest.of("resnet50", lr=1, wait=5, epochs=2)
     assert (request.recipe.lr, request.recipe.head_epochs) == (1.0, 1)
     assert type(request.recipe.lr) is float
+
+
+def test_numpys_numbers_are_as_good_as_pythons():
+    options = {"epochs": np.int64(3), "lr": np.float32(0.5), "warmup": np.float64(0), "seed": np.uint8(7)}
+    options |= {"limit": np.int32(500), "wait": np.int64(5), "gpus_per_worker": np.float16(0.5)}
+    request = TrainingRequest.of("cnn", **options, workers=np.int64(2), name="a")
+    assert request == TrainingRequest.of("cnn", **{k: v.item() for k, v in options.items()}, workers=2, name="a")
+    numbers = {**vars(request), **vars(request.recipe)}
+    assert all(type(numbers[name]) in (int, float) for name in (*options, "workers"))
+    assert request.recipe.augment == "crop"  # as of any short training
+    assert Recipe(epochs=np.int64(3), lr=1) == Recipe(epochs=3, lr=1.0)
+    assert json.dumps(vars(Recipe(epochs=np.int64(3), lr=np.float32(0.5))))
+    for wrong in (
+        {"epochs": np.float64(3)},
+        {"lr": np.float32("nan")},
+        {"epochs": np.int64(0)},
+        {"epochs": np.bool_(1)},
+    ):
+        with pytest.raises(RequestError, match=next(iter(wrong))):
+            TrainingRequest.of("cnn", **wrong)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from raycifar.cluster import sizing
 from raycifar.cluster.sizing import Workers, describe, placeable, size_trials, size_workers
 from raycifar.errors import RequestError
+from raycifar.storage.run_folder import RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.requests import TrainingRequest
-from raycifar.workflows.training import fit, prepare
+from raycifar.workflows.training import TrainingRun, allocate_workers, fit, prepare, read_inputs
 
 A100 = {"CPU": 16.0, "GPU": 2.0, "accelerator_type:A100": 1.0}
 L4 = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:L4": 1.0}
@@ -138,12 +139,15 @@ def test_ray_places_shares_and_kinds_as_they_are_counted(nodes, tmp_path):
             storage=str(tmp_path), name="a",
         )  # fmt: skip
         connection = ExitStack()
-        run = prepare(request, Screen(quiet=True), connection)
+        folder, screen = RunFolder(request.storage, request.name), Screen(quiet=True)
+        workers = allocate_workers(request, folder, screen, connection, debug=False)
+        run = TrainingRun(request, folder, read_inputs(request, screen), workers)
+        prepare(run, screen)
 
         def loop(config):  # the GPU is there in name only
             return dist.get_backend(), ray.get_gpu_ids()
 
-        assert fit(run, wait_while, lambda job: (loop, {})) == ("gloo", [0])
+        assert fit(run, wait_while, loop) == ("gloo", [0])
         assert run.folder.read_json("run.json")["gpus_per_worker"] == 0.5
     finally:
         ray.shutdown()

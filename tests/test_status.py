@@ -75,7 +75,7 @@ def test_a_decision_to_stop_is_of_its_epoch_and_a_request_to_stop_stays(store):
 
 
 def test_the_reporter_tells_all_that_it_was_told_so_far(store, reporter):
-    reporter.about(ModelFacts(**MODEL))
+    reporter.put(model=ModelFacts(**MODEL))
     reporter.notice("One.")
     reporter.notice("Two.")
     reporter.phase(Phase.TRAINING)
@@ -89,7 +89,7 @@ def test_the_reporter_tells_all_that_it_was_told_so_far(store, reporter):
     reporter.part("validating", 2400, 5000)
     assert str(store.worker().part) == "validating 2,400 of 5,000"
     assert not reporter.due()
-    reporter.end_epoch()
+    reporter.put(step=None, part=None)
     assert store.worker().part is None
     reporter.history([EpochRecord(**RECORD)])
     assert store.worker().step is None
@@ -99,7 +99,7 @@ def test_the_reporter_tells_all_that_it_was_told_so_far(store, reporter):
 def test_only_the_leader_speaks_and_looks(store):
     other = Reporter(store, Gauges("a", "cnn"), leader=False)
     other.phase(Phase.TRAINING)
-    other.end_epoch()
+    other.put(step=None, part=None)
     store.request_stop()
     assert store.worker() is None
     assert not other.due()

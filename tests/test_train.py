@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from command import Command, Program, finish
@@ -16,10 +15,11 @@ from ray.train import ControllerError
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from raycifar.cluster.status import StatusStore
 from raycifar.data import CIFAR100
 from raycifar.errors import WorkError
 from raycifar.models.recipe import Recipe
-from raycifar.workflows.training import fit_trainer
+from raycifar.workflows import ray_train
 
 ARGS = (*RUN, "--workers", 0, "--no-report")
 
@@ -318,20 +318,17 @@ class Fallible:
         return self
 
 
-def test_a_worker_that_dies_as_it_is_launched_ends_no_run():
+def test_a_worker_that_dies_as_it_is_launched_ends_no_run(monkeypatch):
     def fit(*failures, most):
-        return fit_trainer(Fallible(*failures), follow, print, lambda error: go_on_after(seen, error, most))
+        return ray_train.fit_with_restarts(Fallible(*failures), StatusStore(), most)
 
-    def go_on_after(seen, error, most):
-        seen.append(error)
-        if len(seen) > most:
+    def go_on_after(failure, reason, status_store, max_failures):
+        seen.append(failure)
+        if len(seen) > max_failures:
             raise WorkError("too often")
 
-    def follow(running):
-        while running():
-            time.sleep(0.01)
-
     seen = []
+    monkeypatch.setattr(ray_train, "go_on_after", go_on_after)
     assert fit(RayActorError(), RayActorError(), most=2) == {"history": []}
     assert len(seen) == 2
     with pytest.raises(WorkError, match=r"too often\. The same command continues from the last checkpoint"):

@@ -12,8 +12,7 @@ from ray import cloudpickle
 
 from raycifar.cluster import ray_internals
 from raycifar.cluster.status import Failure, FailureCause, Phase, StatusStore, WorkerStatus
-from raycifar.engine.interruption import PreemptedError
-from raycifar.errors import StorageError, WorkError, in_a_line
+from raycifar.errors import PreemptedError, StorageError, WorkError, in_a_line
 
 LOOK_SECONDS = 0.05  # between two checks for a node's death
 NODE_DEATH_SECONDS = 15  # until Ray notices a node's death

@@ -12,7 +12,6 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from raycifar import words
 from raycifar.cluster import ray_internals
 from raycifar.errors import RequestError
-from raycifar.machine import available_cpus
 
 GPU_WORKER_CPUS = 4  # a GPU's worker computes nothing on the CPU but its bookkeeping
 MIN_CPU_SHARE = 0.25  # of a CPU; below, Ray's own processes starve and time out
@@ -82,14 +81,6 @@ def describe(resources: Resources) -> str:
         name.removeprefix(ACCELERATOR) if name.startswith(ACCELERATOR) else f"{amount:g} {name}{'s' * (amount != 1)}"
         for name, amount in resources.items()
     )
-
-
-def in_process(device: str, cpus: float | None) -> Workers:
-    """Return the sizing of a run without worker actors, for which Ray isn't started."""
-    from raycifar.engine.hardware import find_device
-
-    found = find_device(device).type
-    return Workers(0, cpus or available_cpus(), gpus=int(found == "cuda"), mps=found == "mps")
 
 
 def size_workers(

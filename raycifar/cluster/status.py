@@ -6,6 +6,7 @@ otherwise in this process. It is stored as JSON; keys of another version are ign
 
 import json
 import sys
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -121,7 +122,7 @@ class Failure:
 class StatusStore:
     """The status of one execution of a run; `key` is unique to it."""
 
-    key: str
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def worker(self) -> WorkerStatus | None:
         """Return the first worker's last status, or None if there is none yet."""

@@ -29,7 +29,8 @@ from raycifar.engine.hardware import synchronize
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, steps_per_epoch
 from raycifar.engine.state import Progress
-from raycifar.engine.trainer import Job, Trainer
+from raycifar.engine.train_loop import TrainLoopConfig
+from raycifar.engine.trainer import Trainer
 from raycifar.models import FORWARD_PASSES_PER_STEP
 
 SHUFFLED_BATCHES = 10  # batches in the local shuffle buffer of Ray's documented ingest
@@ -37,43 +38,45 @@ MIN_STEPS = 4  # of a stage, unless even two rounds of them take too long
 SLOWER = {"dataloader": 3, "stream": 1}  # about how many of our epochs one of theirs takes; known once it is timed
 
 
-@dataclass(frozen=True)
-class BenchmarkJob:
+@dataclass(frozen=True, kw_only=True)
+class BenchLoopConfig(TrainLoopConfig):
     """What is timed: at most `rounds` of each stage, and the `baselines` to compare with, in about so many seconds."""
 
-    job: Job
     rounds: int
     baselines: tuple[str, ...]
     seconds: float
 
 
 def bench_loop_per_worker(config: dict[str, Any]) -> None:
-    """Time every stage; Ray Train calls it on each worker, with a `BenchmarkJob` as `job`.
+    """Time every stage; Ray Train calls it on each worker.
 
     After each round the status store has the images per second over all workers, by stage, a figure for each round.
+
+    Args:
+        config: the fields of `BenchLoopConfig`.
     """
-    benchmark: BenchmarkJob = config["job"]
+    timed = BenchLoopConfig(**config)
     began = time.perf_counter()
-    trainer = Trainer(benchmark.job)
+    trainer = Trainer(timed)
     trainer.set_up()
     trainer.report_model()
     trainer.reporter.phase(Phase.WARMING_UP, "one step")
-    left = benchmark.seconds - (time.perf_counter() - began)
-    step_seconds, work = time_step(trainer), work_of_round(trainer, benchmark.baselines)
-    num_steps = choose_steps(left, benchmark.rounds, work * step_seconds, trainer.steps_per_epoch)
+    left = timed.seconds - (time.perf_counter() - began)
+    step_seconds, work = time_step(trainer), work_of_round(trainer, timed.baselines)
+    num_steps = choose_steps(left, timed.rounds, work * step_seconds, trainer.steps_per_epoch)
     use_fewer_images(trainer, num_steps)
-    stages = build_stages(trainer, benchmark.baselines)
+    stages = build_stages(trainer, timed.baselines)
     round_seconds = work * step_seconds * trainer.steps_per_epoch
     trainer.reporter.phase(
         Phase.WARMING_UP,
-        f"then up to {benchmark.rounds} rounds of {trainer.job.num_train_images:,} images: "
-        f"about {min(benchmark.seconds, round_seconds * (benchmark.rounds + 1)):.0f} s",
+        f"then up to {timed.rounds} rounds of {trainer.config.num_train_images:,} images: "
+        f"about {min(timed.seconds, round_seconds * (timed.rounds + 1)):.0f} s",
     )
     round_seconds = time_round(trainer, stages, {})  # compiles, fills caches, starts processes
     rates: dict[str, list[float]] = {}
-    for number in range(1, benchmark.rounds + 1):
-        left = benchmark.seconds - (time.perf_counter() - began)
-        rounds = max(1, min(benchmark.rounds, number - 1 + broadcast_from_rank_zero(int(left / round_seconds))))
+    for number in range(1, timed.rounds + 1):
+        left = timed.seconds - (time.perf_counter() - began)
+        rounds = max(1, min(timed.rounds, number - 1 + broadcast_from_rank_zero(int(left / round_seconds))))
         if number > rounds:
             break
         to_come = (rounds - number + 1) * round_seconds
@@ -103,7 +106,7 @@ def time_round(trainer: Trainer, stages: dict[str, Callable[[], None]], rates: d
         trainer.reporter.part(f"{name}, stage", number, len(stages))
         began = clock(trainer)
         stage()
-        rates.setdefault(name, []).append(trainer.job.num_train_images / (clock(trainer) - began))
+        rates.setdefault(name, []).append(trainer.config.num_train_images / (clock(trainer) - began))
         trainer.checkpointer.wait()  # what is still being written is not the next stage's
     return clock(trainer) - first
 
@@ -133,8 +136,8 @@ def time_step(trainer: Trainer) -> float:
 
 def work_of_round(trainer: Trainer, baselines: Sequence[str]) -> float:
     """Return about how many epochs of training take as long as a round."""
-    scored = trainer.job.num_val_images + len(trainer.train_eval_set) * trainer.world_size
-    stages = 4 + (trainer.world_size > 1) + scored / trainer.job.num_train_images / FORWARD_PASSES_PER_STEP
+    scored = trainer.evaluator.num_images / trainer.config.num_train_images
+    stages = 4 + (trainer.world_size > 1) + scored / FORWARD_PASSES_PER_STEP
     return stages + sum(SLOWER[name] for name in baselines)
 
 
@@ -151,8 +154,8 @@ def choose_steps(seconds: float, rounds: int, seconds_of_step: float, most: int)
 
 
 def use_fewer_images(trainer: Trainer, num_steps: int) -> None:
-    """Go on with so many steps an epoch, and with the same part of the images that are scored."""
-    before, world_size = trainer.job.num_train_images, trainer.world_size
+    """Shorten an epoch to so many steps, and what is scored after it by the same factor."""
+    before, world_size = trainer.config.num_train_images, trainer.world_size
     num_images = max(1, num_steps) * trainer.recipe.batch_size
     if num_images > before - world_size:
         return
@@ -164,12 +167,17 @@ def use_fewer_images(trainer: Trainer, num_steps: int) -> None:
         first, last = shard_bounds(rows, world_size)[trainer.rank :][:2]
         return shard.head(last - first)
 
-    num_val_images = fewer(trainer.job.num_val_images) if trainer.val_set else 0
-    trainer.job = replace(trainer.job, num_train_images=num_images, num_val_images=num_val_images)
+    scored, val_set = trainer.evaluator.train_eval_set, trainer.evaluator.val_set
+    num_val_images = fewer(trainer.config.num_val_images) if val_set else 0
+    trainer.config = replace(trainer.config, num_train_images=num_images, num_val_images=num_val_images)
     trainer.steps_per_epoch = steps_per_epoch(num_images, trainer.recipe.batch_size)
     trainer.train_set = shorten(trainer.train_set, num_images)
-    trainer.train_eval_set = trainer.train_eval_set.head(max(1, len(trainer.train_eval_set) * num_images // before))
-    trainer.val_set = shorten(trainer.val_set, num_val_images) if trainer.val_set else None
+    trainer.evaluator = replace(
+        trainer.evaluator,
+        config=trainer.config,
+        train_eval_set=scored.head(max(1, len(scored) * num_images // before)),
+        val_set=shorten(val_set, num_val_images) if val_set else None,
+    )
     trainer.state.example_stats = None
     trainer.train_step.close()
     trainer.prepare_train_set()
@@ -229,9 +237,8 @@ def bare_step(trainer: Trainer, *, exchange: bool) -> Callable[[Tensor, Tensor],
 
 
 def random_batch(trainer: Trainer) -> tuple[Tensor, Tensor]:
-    size, batch_size = trainer.preprocessing.size, batch_size_per_worker(trainer)
-    channels = len(trainer.preprocessing.mean)
-    inputs = torch.randn(batch_size, channels, size, size, device=trainer.device)
+    pixels, batch_size = trainer.architecture.preprocessing, batch_size_per_worker(trainer)
+    inputs = torch.randn(batch_size, len(pixels.mean), pixels.size, pixels.size, device=trainer.device)
     targets = torch.randint(0, CIFAR100.num_classes, (batch_size,), device=trainer.device)
     return inputs.contiguous(memory_format=torch.channels_last), targets
 
@@ -241,7 +248,7 @@ def batch_size_per_worker(trainer: Trainer) -> int:
 
 
 def epoch_batches(trainer: Trainer) -> Iterator[Batch]:
-    order = EpochOrder(trainer.job.seed, 1, trainer.job.num_train_images, trainer.steps_per_epoch)
+    order = EpochOrder(trainer.config.seed, 1, trainer.config.num_train_images, trainer.steps_per_epoch)
     return order.batches([], trainer.world_size, trainer.rank)
 
 
@@ -293,7 +300,7 @@ def dataloader(trainer: Trainer) -> Callable[[], None]:
         labels=trainer.train_set.labels.tolist(),
         batch_size=batch_size_per_worker(trainer),
         device=trainer.device,
-        threads=trainer.job.threads,
+        threads=trainer.config.threads,
         rank=trainer.rank,
         world_size=trainer.world_size,
         address=broadcast_from_rank_zero(address),

@@ -1,4 +1,4 @@
-"""What keeps a GPU busy: it is faster at small steps than Python is at launching their kernels one by one."""
+"""CUDA graphs and streams, which keep a GPU busy: it computes a small step faster than Python launches its kernels."""
 
 import functools
 from collections import Counter, deque

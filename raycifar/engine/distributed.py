@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raycifar.data.shards import shard_bounds
+
 BUCKET_BYTES = 25 * 2**20  # of gradients sent together, as in DistributedDataParallel
 LAST_BUCKET_BYTES = 2**20  # of the last layers' gradients, which are ready first
 
@@ -106,6 +108,14 @@ def group_by_size(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]
     return groups
 
 
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def broadcast(tensors: Iterable[Tensor]) -> None:
     """Copy the first worker's tensors to all workers, in place."""
     if dist.is_initialized():
@@ -124,9 +134,8 @@ def all_reduce_sum(*tensors: Tensor) -> None:
 def all_reduce_mean(*tensors: Tensor) -> None:
     """Replace each tensor by its mean over all workers, in place."""
     all_reduce_sum(*tensors)
-    if dist.is_initialized():
-        for tensor in tensors:
-            tensor /= dist.get_world_size()
+    for tensor in tensors:
+        tensor /= world_size()
 
 
 def all_gather_objects(value: Any) -> list[Any]:
@@ -139,9 +148,9 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 @torch.no_grad()
-def all_gather_rows(part: Tensor, num_rows: int, first: int) -> Tensor:
-    """Return the rows of all workers, (num_rows, …); `part` holds this worker's, which start at row `first`."""
-    whole = part.new_zeros((num_rows, *part.shape[1:]))
+def all_gather_rows(part: Tensor, num_rows: int) -> Tensor:
+    """Return the rows of all workers' shards, (num_rows, …); `part` holds those of this worker's."""
+    whole, first = part.new_zeros((num_rows, *part.shape[1:])), shard_bounds(num_rows, world_size())[rank()]
     whole[first : first + len(part)] = part
     all_reduce_sum(whole)
     return whole

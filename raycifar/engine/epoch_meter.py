@@ -10,11 +10,12 @@ from torch import Tensor
 
 from raycifar.engine.distributed import all_reduce_sum
 from raycifar.engine.hardware import WIDEST
-from raycifar.engine.loss import check_finite
+from raycifar.errors import FailureKind, StopTrainingError
 
 STEP_METRICS = ("num_images", "loss", "num_correct", "grad_norm")  # the first three are of this worker's images
 COUNTS = slice(0, 3)
 GRAD_NORM = 3
+CHECK_STEPS = {"cpu": 1, "cuda": 200, "mps": 200}  # between two checks that gradients are finite, which wait for a GPU
 
 
 @dataclass
@@ -77,8 +78,20 @@ class EpochMeter:
         self.metrics[step] = metrics
 
     def check_finite(self) -> None:
-        """Raise StopTrainingError if a gradient is not finite; waits for the device."""
-        check_finite(self.metrics[:, GRAD_NORM], self.epoch)
+        """Check that the gradients since the last `collect` are finite; they aren't if the loss isn't.
+
+        Gradients are averaged over workers before they are measured, so all workers find the same step.
+
+        Raises:
+            StopTrainingError: a gradient is not finite; the message names the first such step.
+        """
+        bad = (~self.metrics[:, GRAD_NORM].isfinite()).nonzero()
+        if len(bad):
+            raise StopTrainingError(
+                f"the loss is no longer finite: epoch {self.epoch}, step {int(bad[0]) + 1}. Try a smaller --lr, a "
+                "longer --warmup, --clip-norm 1 or --precision float32",
+                FailureKind.NOT_FINITE,
+            )
 
     def collect(self) -> None:
         """Add the metrics since the last call to the totals; all workers call it together."""

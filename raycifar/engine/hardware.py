@@ -46,7 +46,7 @@ def set_up(device: torch.device, threads: int) -> None:
 
 
 def limit_gpu_memory(gpus: float) -> None:
-    """Take no more than this share of the current GPU's memory: who wants more fails, and not the neighbors.
+    """Take no more than this share of the current GPU's memory: a process that wants more fails, not its neighbors.
 
     What CUDA itself takes, some hundred MB for each process, isn't counted.
     """

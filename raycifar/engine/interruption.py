@@ -18,13 +18,6 @@ class Interruption(StrEnum):
     STOP = "the run was asked to stop"
 
 
-class PreemptedError(Exception):
-    """Ends a worker whose run continues elsewhere; it doesn't count as a failure."""
-
-    def __init__(self, reason: str = "a node of this run is being preempted") -> None:  # given when it is unpickled
-        super().__init__(reason)
-
-
 class InterruptionWatch:
     """Checks for interruptions from time to time, on all workers after the same step.
 

@@ -1,12 +1,9 @@
-"""The loss, the counts for the history, and the check that gradients are finite."""
+"""The loss, and the counts for the history."""
 
 import torch
 from torch import Tensor
 
 from raycifar.engine.hardware import WIDEST
-from raycifar.errors import FailureKind, StopTrainingError
-
-CHECK_STEPS = {"cpu": 1, "cuda": 200, "mps": 200}  # between two checks that gradients are finite, which wait for a GPU
 
 
 def loss_and_counts(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
@@ -34,23 +31,3 @@ def loss_and_counts(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[
         num_images = torch.full((), float(len(logits)), device=logits.device)
         counts = torch.stack([num_images, cross_entropy, num_correct]).to(WIDEST[logits.device.type])
     return (1 - smoothing) * cross_entropy + smoothing * uniform, counts
-
-
-def check_finite(norms: Tensor, epoch: int) -> None:
-    """Check that all gradients of an epoch are finite; they aren't if the loss isn't.
-
-    Gradients are averaged over workers before they are measured, so all workers find the same step.
-
-    Args:
-        norms: (steps,) of the gradients, 0 for a step not taken yet.
-
-    Raises:
-        StopTrainingError: a gradient is not finite; the message names the first such step.
-    """
-    bad = (~norms.isfinite()).nonzero()
-    if len(bad):
-        raise StopTrainingError(
-            f"the loss is no longer finite: epoch {epoch}, step {int(bad[0]) + 1}. Try a smaller --lr, a longer "
-            "--warmup, --clip-norm 1 or --precision float32",
-            FailureKind.NOT_FINITE,
-        )

@@ -41,7 +41,7 @@ def build_optimizer(model: nn.Module, layers: Sequence[Sequence[str]], recipe: R
 
 
 class SGD(EagerOptimizer, torch.optim.SGD):
-    """PyTorch's, given filters in the order in which they lie; else it copies their gradients first, on a CPU."""
+    """PyTorch's, given filters in the order of their memory: on a CPU it would copy other gradients first."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -53,7 +53,7 @@ class SGD(EagerOptimizer, torch.optim.SGD):
 
 
 def as_it_lies(tensor: Tensor) -> Tensor:
-    """Return a view of filters, which are channels_last, in the order of their memory, and all else as it is."""
+    """Return filters, which are channels_last, as a view in the order of their memory, and all else as it is."""
     return tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor
 
 

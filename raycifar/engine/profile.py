@@ -22,8 +22,8 @@ class StepProfiler:
     On a GPU it also writes a snapshot of the memory, which https://pytorch.org/memory_viz draws.
     """
 
-    def __init__(self, run: RunFolder, rank: int, device: torch.device) -> None:
-        self.run, self.name, self.on_gpu = run, f"{PROFILE}/worker{rank}", device.type == "cuda"
+    def __init__(self, folder: RunFolder, rank: int, device: torch.device) -> None:
+        self.folder, self.name, self.on_gpu = folder, f"{PROFILE}/worker{rank}", device.type == "cuda"
         self.is_over = False
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * self.on_gpu]
         torch_internals.start_tracer(activities)
@@ -51,13 +51,13 @@ class StepProfiler:
         if self.is_over:
             return
         self.is_over = True
-        self.run.write(f"{self.name}.txt", self.table(traced).encode())
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "trace.json.gz")
+        self.folder.write(f"{self.name}.txt", self.table(traced).encode())
+        with tempfile.TemporaryDirectory() as temporary:
+            file = Path(temporary, "trace.json.gz")
             traced.export_chrome_trace(str(file))
-            self.run.write(f"{self.name}.pt.trace.json.gz", file.read_bytes())
+            self.folder.write(f"{self.name}.pt.trace.json.gz", file.read_bytes())
         if self.on_gpu:
-            self.run.write(f"{self.name}.memory.pickle", torch_internals.memory_snapshot())
+            self.folder.write(f"{self.name}.memory.pickle", torch_internals.memory_snapshot())
 
     def table(self, traced: profile) -> str:
         """Return what takes longest, itself, without what it calls: milliseconds and calls of a step."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from raycifar.cluster.status import ModelFacts, PartStatus, Phase, StatusStore, StepStatus, WorkerStatus
+from raycifar.cluster.status import PartStatus, Phase, StatusStore, StepStatus, WorkerStatus
 from raycifar.engine.ray_metrics import Gauges
 from raycifar.storage.records import EpochRecord
 
@@ -24,23 +24,19 @@ class Reporter:
         self.reported = self.checked = 0.0
         self.stop = False
 
+    def put(self, **changes: Any) -> None:
+        """Report changes of the status: fields of `WorkerStatus`."""
+        self.status = replace(self.status, **changes)
+        if self.leader:
+            self.status_store.put_worker(self.status)
+
     def phase(self, phase: Phase, detail: str = "") -> None:
-        self._put(phase=phase, detail=detail, part=None)
+        self.put(phase=phase, detail=detail, part=None)
 
     def notice(self, sentence: str) -> None:
         """Say a sentence, once."""
         if sentence not in self.status.notices:
-            self._put(notices=[*self.status.notices, sentence])
-
-    def about(self, model: ModelFacts) -> None:
-        self._put(model=model)
-
-    def nodes(self, ids: list[str | None]) -> None:
-        self._put(nodes=ids)
-
-    def end_epoch(self) -> None:
-        """Report that no step is being taken, and nothing scored."""
-        self._put(step=None, part=None)
+            self.put(notices=[*self.status.notices, sentence])
 
     def history(self, history: Sequence[EpochRecord]) -> None:
         """Report the records of all finished epochs; the leader calls it, in any thread."""
@@ -75,15 +71,10 @@ class Reporter:
     def step(self, **values: Any) -> None:
         """Report the current epoch's progress: the fields of `StepStatus`."""
         self.reported = time.perf_counter()
-        self._put(step=StepStatus(**values))
+        self.put(step=StepStatus(**values))
         self.gauges.set(values)
 
     def part(self, what: str, done: int, total: int) -> None:
         """Report how much is done of something that has a length."""
         self.reported = time.perf_counter()
-        self._put(part=PartStatus(what=what, done=done, total=total))
-
-    def _put(self, **changes: Any) -> None:
-        self.status = replace(self.status, **changes)
-        if self.leader:
-            self.status_store.put_worker(self.status)
+        self.put(part=PartStatus(what=what, done=done, total=total))

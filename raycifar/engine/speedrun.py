@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from raycifar.data.shards import Shard
+from raycifar.engine import hardware
 from raycifar.engine.cuda import WARM_UP
 from raycifar.engine.evaluate import predict
-from raycifar.engine.hardware import retain_malloc_pages, seed, set_up, synchronize
 from raycifar.engine.optimizers import build_optimizer, set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, step_seed, steps_per_epoch
 from raycifar.engine.state import Progress, TrainingState
@@ -66,8 +66,8 @@ class SpeedRun:
         *,
         compile: bool = False,  # noqa: A002 (torch's own word)
     ) -> None:
-        set_up(device, threads)
-        retain_malloc_pages(device)
+        hardware.set_up(device, threads)
+        hardware.retain_malloc_pages(device)
         self.architecture, self.recipe, self.device, self.compile = architecture, recipe, device, compile
         pin = Tensor.pin_memory if device.type == "cuda" else Tensor.contiguous
         self.source = train_set.map(pin)
@@ -87,10 +87,10 @@ class SpeedRun:
         for batch, size in {(len(batch.rows), size): (batch, size) for _, batch, size in self.batches(0)}.values():
             for _ in range(calls):
                 self.step(batch, size)
-        synchronize(self.device)
+        hardware.synchronize(self.device)
 
-    def run(self, number: int, progress: Callable[[float], None]) -> dict[str, Any]:
-        """Train with the seed `number` and score the network; return the times in seconds, and the scores.
+    def run(self, seed: int, progress: Callable[[float], None]) -> dict[str, Any]:
+        """Train with a seed and score the network; return the times in seconds, and the scores.
 
         Args:
             progress: called after each step with the fraction of steps that are taken.
@@ -99,19 +99,19 @@ class SpeedRun:
             seed, seconds (by the public clock), whole_seconds (scoring included), top1 (one view of each image),
             top1_flip (each image and its mirror image), train_loss (of the last epoch).
         """
-        synchronize(self.device)
+        hardware.synchronize(self.device)
         began = time.perf_counter()
-        self.reset(number)
-        loss = self.train(number, progress)
-        synchronize(self.device)
+        self.reset(seed)
+        loss = self.train(seed, progress)
+        hardware.synchronize(self.device)
         seconds = time.perf_counter() - began
         scores = self.score()
         whole = time.perf_counter() - began
-        return {"seed": number, "seconds": seconds, "whole_seconds": whole, **scores, "train_loss": loss.item()}
+        return {"seed": seed, "seconds": seconds, "whole_seconds": whole, **scores, "train_loss": loss.item()}
 
-    def reset(self, number: int) -> None:
+    def reset(self, seed: int) -> None:
         """Begin with the first weights of a seed, as `TrainingState` does, and with the images on the device."""
-        torch.manual_seed(number)
+        torch.manual_seed(seed)
         with self.device:
             network = self.architecture.build(self.recipe.dropout)
         for own, value in zip(vars(self.train_set).values(), vars(self.source).values(), strict=True):
@@ -126,14 +126,14 @@ class SpeedRun:
         if self.state.average:
             self.state.average.n_averaged.zero_()
 
-    def train(self, number: int, progress: Callable[[float], None]) -> Tensor:
+    def train(self, seed: int, progress: Callable[[float], None]) -> Tensor:
         """Take all steps; return the mean loss of the last epoch's."""
         self.state.train_mode()
         last = []
         num_steps = self.recipe.epochs * self.steps_per_epoch
-        for done, (epoch, batch, size) in enumerate(self.batches(number), start=1):
+        for done, (epoch, batch, size) in enumerate(self.batches(seed), start=1):
             self.state.progress = Progress(epoch)
-            seed(step_seed(number, epoch, batch.step, 1, 0), self.device)
+            hardware.seed(step_seed(seed, epoch, batch.step, 1, 0), self.device)
             lr = self.recipe.learning_rate(epoch, batch.step, self.steps_per_epoch)
             set_learning_rate(self.state.optimizer, lr)
             metrics = self.step(batch, size)
@@ -143,10 +143,10 @@ class SpeedRun:
         num_images, loss = torch.stack(last).sum(0)[:2]
         return loss / num_images
 
-    def batches(self, number: int) -> Iterator[tuple[int, Batch, int | None]]:
+    def batches(self, seed: int) -> Iterator[tuple[int, Batch, int | None]]:
         """Yield the epoch, images and size of each step of a seed."""
         for epoch in range(1, self.recipe.epochs + 1):
-            order = EpochOrder(number, epoch, len(self.train_set), self.steps_per_epoch)
+            order = EpochOrder(seed, epoch, len(self.train_set), self.steps_per_epoch)
             for batch in order.batches([], 1, 0):
                 yield epoch, batch, self.recipe.size(epoch, batch.step, self.steps_per_epoch)
 

@@ -22,25 +22,28 @@ from raycifar.engine.hardware import synchronize
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
+from raycifar.engine.train_loop import TrainLoopConfig
 from raycifar.engine.train_step import TrainStep
-from raycifar.engine.trainer import Job, Trainer
+from raycifar.engine.trainer import Trainer
 from raycifar.words import count
 
 EXCHANGES = 10  # of a size that are timed in a round
 
 
-@dataclass(frozen=True)
-class StepTimesJob:
+@dataclass(frozen=True, kw_only=True)
+class StepTimesLoopConfig(TrainLoopConfig):
     """What is timed: steps of so many images on each worker, and epochs of all workers, in about so many seconds."""
 
-    job: Job
     batch_sizes: tuple[int, ...]
     rounds: int
     seconds: float
 
 
 def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Time steps, epochs and exchanges, in turn; Ray Train calls it on each worker, with a `StepTimesJob` as `job`.
+    """Time steps, epochs and exchanges, in turn; Ray Train calls it on each worker.
+
+    Args:
+        config: the fields of `StepTimesLoopConfig`.
 
     Returns:
         Of several rounds the fastest, for other work on a machine can only slow it:
@@ -50,8 +53,8 @@ def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
         `link`, of several workers: seconds of a hop, and bytes per second between two.
         `rates`: images per second of epochs as `train` runs them, over all workers, of each round.
     """
-    timed: StepTimesJob = config["job"]
-    trainer = Trainer(timed.job)
+    timed = StepTimesLoopConfig(**config)
+    trainer = Trainer(timed)
     trainer.set_up()
     trainer.report_model()
     world_size, single = trainer.world_size, trainer.world_size == 1
@@ -60,7 +63,7 @@ def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
         ways = {"alone": False, "exchanging": True} if single else {"alone": False}
         seconds = timed.seconds / (len(timed.batch_sizes) * len(ways) + 1) / (timed.rounds + 1)
         timers = {
-            (way, size): timer(build_step(timed.job, trainer.device, size, exchange=exchange), seconds)
+            (way, size): timer(build_step(timed, trainer.device, size, exchange=exchange), seconds)
             for way, exchange in ways.items()
             for size in timed.batch_sizes
         }
@@ -73,7 +76,7 @@ def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
                 times[key].append(max(all_gather_objects(seconds_of_step())))
             began = clock(trainer)
             train_epoch(trainer)
-            rates.append(trainer.job.num_train_images / (clock(trainer) - began))
+            rates.append(trainer.config.num_train_images / (clock(trainer) - began))
             if not single:
                 links.append(measure_link(trainer.device))
     trained = [p for p in trainer.state.model.parameters() if p.requires_grad]
@@ -94,15 +97,15 @@ def timer(step: TrainStep, seconds: float) -> Callable[[], float]:
     return partial(time_steps, max(1, round(seconds / time_steps(1))))
 
 
-def build_step(job: Job, device: torch.device, batch_size: int, *, exchange: bool) -> TrainStep:
+def build_step(config: TrainLoopConfig, device: torch.device, batch_size: int, *, exchange: bool) -> TrainStep:
     """Return a step of random images."""
     pixels = torch.randint(0, 256, (batch_size, *CIFAR100.image_shape), dtype=torch.uint8, device=device)
     labels = torch.randint(0, CIFAR100.num_classes, (batch_size,), device=device)
-    state = TrainingState(job.initial.architecture, job.initial.weights, job.recipe, job.seed, device)
+    state = TrainingState(config.initial.architecture, config.initial.weights, config.recipe, config.seed, device)
     set_learning_rate(state.optimizer, 1e-6)  # random images teach nothing
     state.train_mode()
     train_set = Shard(pixels, labels, labels, torch.arange(batch_size, device=device))
-    return TrainStep(state, train_set, blank_stats(batch_size, device), exchange=exchange, compile=job.compile)
+    return TrainStep(state, train_set, blank_stats(batch_size, device), exchange=exchange, compile=config.compile)
 
 
 def measure_link(device: torch.device) -> tuple[float, float]:

@@ -34,10 +34,10 @@ class EventLog:
     replaced by a longer one with the same beginning.
     """
 
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
-        self.file = EVENTS if is_local(run.filesystem) else f"{EVENTS}.{time.time():.0f}"
-        files = {name: run.read(name) or b"" for name in run.file_names() if name.startswith(EVENTS)}
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.file = EVENTS if is_local(folder.filesystem) else f"{EVENTS}.{time.time():.0f}"
+        files = {name: folder.read(name) or b"" for name in folder.file_names() if name.startswith(EVENTS)}
         events = {name: list(read_events(content)) for name, content in files.items()}
         whole = sum(len(frame(event)) for event in events.get(self.file, ()))
         self.content = files.get(self.file, b"")[:whole]  # without a last event that is cut
@@ -51,7 +51,7 @@ class EventLog:
         if not self.content:
             new.insert(0, Event(wall_time=new[0].wall_time, file_version="brain.Event:2"))
         added = b"".join(map(frame, new))
-        self.run.append(self.file, self.content, added)
+        self.folder.append(self.file, self.content, added)
         self.content += added
         self.epoch = new[-1].step
 

@@ -3,12 +3,10 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.collective
@@ -16,21 +14,16 @@ import ray.train.torch
 import torch
 from torch import Tensor
 
-from raycifar.analysis.collapse import collapse
 from raycifar.cluster.nodes import objection
-from raycifar.cluster.status import ModelFacts, Phase, StatusStore
-from raycifar.data import CIFAR100
+from raycifar.cluster.status import ModelFacts, Phase
 from raycifar.data.shards import Shard, load_shard, shard_bounds
 from raycifar.engine import hardware
-from raycifar.engine.augment import preprocess
 from raycifar.engine.checkpoint import Checkpointer, Snapshot
-from raycifar.engine.diagnostics import examine
 from raycifar.engine.distributed import all_gather_objects, all_gather_rows
-from raycifar.engine.epoch_meter import EpochMeter
-from raycifar.engine.evaluate import per_image, predict, score, score_without, to_predictions_file
+from raycifar.engine.epoch_meter import CHECK_STEPS, EpochMeter
+from raycifar.engine.evaluator import Evaluator
 from raycifar.engine.example_stats import blank_stats, describe_rise, end_epoch, to_example_stats_file
-from raycifar.engine.interruption import Interruption, InterruptionWatch, PreemptedError
-from raycifar.engine.loss import CHECK_STEPS
+from raycifar.engine.interruption import Interruption, InterruptionWatch
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, advance, step_seed, steps_per_epoch
 from raycifar.engine.profile import StepProfiler
@@ -38,80 +31,30 @@ from raycifar.engine.ray_metrics import Gauges
 from raycifar.engine.reporter import Reporter
 from raycifar.engine.state import Progress, TrainingState
 from raycifar.engine.tensorboard import EventLog
+from raycifar.engine.train_loop import Outcome, Status, TrainLoopConfig
 from raycifar.engine.train_step import TrainStep
-from raycifar.errors import FailureKind, StopTrainingError, notice
+from raycifar.errors import FailureKind, PreemptedError, StopTrainingError, notice
 from raycifar.models import FORWARD_PASSES_PER_STEP
-from raycifar.models.initial_weights import InitialWeights
-from raycifar.models.recipe import Recipe
 from raycifar.storage.records import EpochRecord, Rise, sampled_steps
-from raycifar.storage.run_folder import EXAMPLE_STATS, MODEL, PREDICTIONS, RUN, RunFolder
+from raycifar.storage.run_folder import EXAMPLE_STATS, MODEL, RUN
 from raycifar.storage.weights import to_file
 
 TRAIN_EVAL_IMAGES = 1000  # training images scored as validation images are, after each epoch
-EXAMINED_IMAGES = 250  # of those, passed through a network that doesn't learn, to see why
-WARNED_EPOCHS = 3  # first epochs after which a network that doesn't learn is reported at once
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the driver asks of the workers."""
-
-    run: RunFolder
-    status_store: StatusStore
-    initial: InitialWeights
-    recipe: Recipe
-    seed: int
-    superclass_of: Sequence[int]  # of each class
-    num_train_images: int
-    num_val_images: int  # 0: none are scored
-    num_test_images: int  # 0: none are scored
-    gpus: float  # of each worker; a share of one GPU, or 0
-    device: str  # cpu or mps, of workers without `gpus`
-    threads: int  # of each worker
-    in_process: bool  # without worker actors
-    versions: dict[str, str]  # the driver's
-    compile: bool
-    record: bool  # follow each training image and the gradient's norm
-    checkpoint_steps: int  # between two checkpoints; 0: only at the end of each epoch
-    profile: bool  # trace some steps
-    rungs: Sequence[int]  # epochs after which the driver says whether to stop
-    near_duplicates: np.ndarray | None  # rows of test images whose photograph is trained on; None: unknown
-
-
-class Ending(StrEnum):
-    """How training ends."""
-
-    FINISHED = "finished"
-    STOPPED = "stopped"  # by a search, because other trials are better
-    INTERRUPTED = "interrupted"  # by the driver
-    FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The training function's result."""
-
-    ending: Ending
-    history: Sequence[EpochRecord]
-    best_epoch: int | None = None  # with the highest validation top-1
-    test: dict[str, Any] | None = None  # the scores on the test set
-    failure: FailureKind | None = None  # why training failed
-    reason: str | None = None  # the same in words
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> Outcome:
     """Train, score and save; Ray Train calls it on each worker.
 
     Args:
-        config: `job`, a `Job`.
+        config: the fields of `TrainLoopConfig`.
     """
-    trainer = Trainer(config["job"])
+    trainer = Trainer(TrainLoopConfig(**config))
     try:
         trainer.set_up()
         return trainer.train()
     except StopTrainingError as stop:
         trainer.checkpointer.wait()
-        return Outcome(Ending.FAILED, trainer.run.history(notice), failure=stop.kind, reason=str(stop))
+        return Outcome("failed", trainer.folder.history(notice), failure=stop.kind, reason=str(stop))
     finally:
         if trainer.profiler:
             trainer.profiler.stop()
@@ -120,44 +63,44 @@ def train_loop_per_worker(config: dict[str, Any]) -> Outcome:
 class Trainer:
     """One worker's part in a run."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, config: TrainLoopConfig) -> None:
         context = ray.train.get_context()
-        self.job, self.recipe, self.run = job, job.recipe, job.run
+        self.config, self.recipe, self.folder = config, config.recipe, config.folder
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device() if job.gpus else torch.device(job.device)
-        self.architecture = job.initial.architecture
-        self.preprocessing = self.architecture.preprocessing
-        self.steps_per_epoch = steps_per_epoch(job.num_train_images, job.recipe.batch_size)
-        self.reporter = Reporter(job.status_store, Gauges(job.run.name, self.architecture.model), leader=self.rank == 0)
-        self.checkpointer = Checkpointer(job.run)
-        self.profiler = StepProfiler(job.run, self.rank, self.device) if job.profile else None
-        self.interruptions = InterruptionWatch(self.reporter, in_process=job.in_process)
+        self.device = ray.train.torch.get_device() if config.gpus else torch.device(config.device)
+        self.architecture = config.initial.architecture
+        self.steps_per_epoch = steps_per_epoch(config.num_train_images, config.recipe.batch_size)
+        gauges = Gauges(self.folder.name, self.architecture.model)
+        self.reporter = Reporter(config.status_store, gauges, leader=self.rank == 0)
+        self.checkpointer = Checkpointer(self.folder)
+        self.profiler = StepProfiler(self.folder, self.rank, self.device) if config.profile else None
+        self.interruptions = InterruptionWatch(self.reporter, in_process=config.in_process)
         # Set by `set_up`, once there are images and a network.
         self.train_set: Shard
-        self.train_eval_set: Shard
-        self.val_set: Shard | None
         self.index: Tensor  # (n,) int64, of all workers' training images: rows in the source
         self.state: TrainingState
         self.example_stats: Tensor  # of this worker's images
         self.train_step: TrainStep
+        self.evaluator: Evaluator
         self.meter: EpochMeter
 
     # From images and weights to a trained network -----------------------------------------------------
 
     def set_up(self) -> None:
         """Load the images, and build or resume the network."""
-        hardware.set_up(self.device, self.job.threads)
-        hardware.limit_gpu_memory(self.job.gpus)
+        hardware.set_up(self.device, self.config.threads)
+        hardware.limit_gpu_memory(self.config.gpus)
         hardware.retain_malloc_pages(self.device)
         self.reporter.phase(Phase.LOADING_IMAGES)
         self.check_node()
         self.train_set = load_shard("train", self.device)
-        num_eval = math.ceil(len(self.train_set) * min(1, TRAIN_EVAL_IMAGES / self.job.num_train_images))
-        self.train_eval_set = self.train_set.head(num_eval)
-        self.val_set = load_shard("val", self.device) if self.job.num_val_images else None
+        num_eval = math.ceil(len(self.train_set) * min(1, TRAIN_EVAL_IMAGES / self.config.num_train_images))
+        val_set = load_shard("val", self.device) if self.config.num_val_images else None
 
         self.reporter.phase(Phase.BUILDING_MODEL)
-        self.state = TrainingState(self.architecture, self.job.initial.weights, self.recipe, self.job.seed, self.device)
+        weights, seed = self.config.initial.weights, self.config.seed
+        self.state = TrainingState(self.architecture, weights, self.recipe, seed, self.device)
+        self.evaluator = Evaluator(self.config, self.state, self.reporter, self.train_set.head(num_eval), val_set)
         self.resume()
         self.prepare_train_set()
 
@@ -167,25 +110,23 @@ class Trainer:
         self.reporter.phase(Phase.TRAINING)
         while self.state.progress.epoch <= self.recipe.epochs:
             if self.search_stops_trial():
-                return self.outcome(Ending.STOPPED)
+                return self.outcome("stopped")
             if self.train_epoch() is Interruption.STOP:
-                return self.outcome(Ending.INTERRUPTED)
+                return self.outcome("interrupted")
             self.finish_epoch()
-        return self.outcome(Ending.FINISHED, test=self.finish())
+        return self.outcome("finished", test=self.finish())
 
     def train_epoch(self) -> Interruption | None:
         """Take the current epoch's remaining steps, or until the run is interrupted."""
-        progress = self.state.progress
+        config, progress, num_steps = self.config, self.state.progress, self.steps_per_epoch
         self.state.train_mode()
-        sampled = sampled_steps(progress.epoch, self.steps_per_epoch, self.recipe.epochs)
-        self.meter = EpochMeter(
-            progress.epoch, self.steps_per_epoch, progress.step, progress.totals, self.device, sampled
-        )
+        sampled = sampled_steps(progress.epoch, num_steps, self.recipe.epochs)
+        self.meter = EpochMeter(progress.epoch, num_steps, progress.step, progress.totals, self.device, sampled)
         for batch in self.remaining_batches():
-            hardware.seed(step_seed(self.job.seed, progress.epoch, batch.step, self.world_size, self.rank), self.device)
-            lr = self.recipe.learning_rate(progress.epoch, batch.step, self.steps_per_epoch)
+            hardware.seed(step_seed(config.seed, progress.epoch, batch.step, self.world_size, self.rank), self.device)
+            lr = self.recipe.learning_rate(progress.epoch, batch.step, num_steps)
             set_learning_rate(self.state.optimizer, lr)
-            size = self.recipe.size(progress.epoch, batch.step, self.steps_per_epoch)
+            size = self.recipe.size(progress.epoch, batch.step, num_steps)
             self.meter.add(batch.step, self.train_step(batch, size))
             if self.profiler:
                 self.profiler.step()
@@ -200,56 +141,50 @@ class Trainer:
         self.collect()
         return None
 
-    @cached_property
-    def event_log(self) -> EventLog:
-        return EventLog(self.run)
-
     def finish_epoch(self) -> None:
         """Score the network, record the epoch, and save a checkpoint."""
         began = time.perf_counter()
         self.state.average_buffers()
-        record = self.diagnose(self.score_epoch())
-        record = replace(record, seconds=record.training_seconds + time.perf_counter() - began)
+        record = self.record_epoch()
+        record = replace(
+            record,
+            diagnostics=self.evaluator.diagnose(record, record.epoch * self.steps_per_epoch),
+            seconds=record.training_seconds + time.perf_counter() - began,
+        )
         self.state.progress = Progress(record.epoch + 1, history=[*self.state.progress.history, record])
-        self.reporter.end_epoch()
+        self.reporter.put(step=None, part=None)
         if self.state.enter_stage():
             self.train_step.close()
             self.train_step = self.build_train_step()
         publish = partial(self.publish_history, self.state.progress.history)
         self.save(record.to_json(), best=self.state.progress.best is record, stored=publish)
 
-    def publish_history(self, history: Sequence[EpochRecord]) -> None:
-        """Write and report the finished epochs, whose checkpoint is stored."""
-        self.run.write_history(history)
-        self.event_log.write(history)
-        self.reporter.history(history)
-
     def finish(self) -> dict[str, Any] | None:
         """Score the test set, write the final weights and the images' statistics, and return the scores."""
-        scores = self.score_test_set() if self.job.num_test_images else None
+        scores = self.evaluator.score_test_set() if self.config.num_test_images else None
         labels = self.gather(self.train_set.labels)
         if self.rank == 0:
-            self.run.write(MODEL, to_file(self.state.scored.state_dict(), self.architecture))
-            if self.job.record and self.state.example_stats is not None:
-                self.run.write(EXAMPLE_STATS, to_example_stats_file(self.state.example_stats, self.index, labels))
+            self.folder.write(MODEL, to_file(self.state.scored.state_dict(), self.architecture))
+            if self.config.record and self.state.example_stats is not None:
+                self.folder.write(EXAMPLE_STATS, to_example_stats_file(self.state.example_stats, self.index, labels))
         return scores
 
-    def outcome(self, ending: Ending, test: dict[str, Any] | None = None) -> Outcome:
+    def outcome(self, status: Status, test: dict[str, Any] | None = None) -> Outcome:
         """Return the outcome, once the last checkpoint is stored."""
         self.checkpointer.wait()
         progress = self.state.progress
-        return Outcome(ending, progress.history, progress.best.epoch if progress.best else None, test)
+        return Outcome(status, progress.history, progress.best.epoch if progress.best else None, test)
 
     # Setting up ---------------------------------------------------------------------------------------
 
     def check_node(self) -> None:
         """Stop all workers if one's node can't take part; nodes may join after the driver's check."""
-        sees_run = self.run.exists(RUN)
-        objections = all_gather_objects(objection(None if sees_run else f"{self.run.folder}/{RUN}", self.job.versions))
+        unseen = None if self.folder.exists(RUN) else f"{self.folder.folder}/{RUN}"
+        objections = all_gather_objects(objection(unseen, self.config.versions))
         if reason := next(filter(None, objections), None):
             raise StopTrainingError(f"a node can't take part: {reason}", FailureKind.NODE_MISMATCH)
-        node = None if self.job.in_process else ray.get_runtime_context().get_node_id()
-        self.reporter.nodes(all_gather_objects(node))
+        node = None if self.config.in_process else ray.get_runtime_context().get_node_id()
+        self.reporter.put(nodes=all_gather_objects(node))
 
     def resume(self) -> None:
         """Resume all workers from the newest checkpoint that can be read."""
@@ -257,7 +192,7 @@ class Trainer:
         name = ray.train.collective.broadcast_from_rank_zero(found and found[0])
         if name is None:
             return
-        self.state.load_files(found[1] if found else self.run.read_checkpoint(name))
+        self.state.load_files(found[1] if found else self.folder.read_checkpoint(name))
         progress = self.state.progress
         progress.restarts += 1
         step = f"epoch {progress.epoch}, step {progress.step}" if progress.step else f"after epoch {progress.epoch - 1}"
@@ -268,9 +203,9 @@ class Trainer:
 
     def newest_checkpoint(self) -> tuple[str, dict[str, bytes]] | None:
         """Return the checkpoint to resume from, and delete those that are skipped: new ones will pass them."""
-        skipped = self.run.checkpoint_names()
-        found = next(self.run.sound_checkpoints(self.reporter.notice), None)
-        self.run.delete_checkpoints(skipped[: skipped.index(found[0])] if found else skipped)
+        skipped = self.folder.checkpoint_names()
+        found = next(self.folder.sound_checkpoints(self.reporter.notice), None)
+        self.folder.delete_checkpoints(skipped[: skipped.index(found[0])] if found else skipped)
         return found
 
     def prepare_train_set(self) -> None:
@@ -282,7 +217,7 @@ class Trainer:
         if self.state.example_stats is None:
             self.example_stats = blank_stats(len(self.train_set), self.device)
         else:
-            first = shard_bounds(self.job.num_train_images, self.world_size)[self.rank]
+            first = shard_bounds(self.config.num_train_images, self.world_size)[self.rank]
             self.example_stats = self.state.example_stats[first : first + len(self.train_set)].clone()
         self.train_step = self.build_train_step()
 
@@ -291,30 +226,19 @@ class Trainer:
         return TrainStep(
             self.state,
             self.train_set,
-            self.example_stats if self.job.record else None,
+            self.example_stats if self.config.record else None,
             exchange=self.world_size > 1,
-            compile=self.job.compile,
+            compile=self.config.compile,
             notice=self.reporter.notice,
         )
-
-    def report_model(self) -> None:
-        """Tell what trains on what: on the screen, and in the run's record, with the time at which training begins."""
-        facts = ModelFacts(
-            parameters=sum(p.numel() for p in self.state.model.parameters()),
-            device=hardware.device_name(self.device),
-            threads=torch.get_num_threads(),
-            precision=str(self.state.dtype).removeprefix("torch."),
-        )
-        self.reporter.about(facts)
-        if self.rank == 0:
-            self.run.write_json(RUN, {**self.run.read_json(RUN), **vars(facts), "training_began": time.time()})
 
     # Within an epoch ----------------------------------------------------------------------------------
 
     def remaining_batches(self) -> Iterator[Batch]:
         """Return this worker's remaining batches of the current epoch."""
-        order = EpochOrder(self.job.seed, self.state.progress.epoch, self.job.num_train_images, self.steps_per_epoch)
-        return order.batches(self.state.progress.segments, self.world_size, self.rank)
+        progress, num_images = self.state.progress, self.config.num_train_images
+        order = EpochOrder(self.config.seed, progress.epoch, num_images, self.steps_per_epoch)
+        return order.batches(progress.segments, self.world_size, self.rank)
 
     def save_in_mid_epoch(self) -> Interruption | None:
         """Save a checkpoint if one is due or the run is interrupted; return STOP if the run ends here.
@@ -324,7 +248,7 @@ class Trainer:
         """
         step = self.state.progress.step
         interruption = self.interruptions.check()
-        due = self.job.checkpoint_steps and step % self.job.checkpoint_steps == 0
+        due = self.config.checkpoint_steps and step % self.config.checkpoint_steps == 0
         if step == self.steps_per_epoch or not (due or interruption):
             return None  # after the last step, the epoch's own checkpoint follows, and the next step looks again
         if interruption:
@@ -341,49 +265,33 @@ class Trainer:
         self.meter.collect()
         self.state.example_stats = self.gather(self.example_stats)
 
-    def report_step(self, lr: float) -> None:
-        progress = self.state.progress
-        running = self.meter.running(progress.step)
-        steps_per_second = running["steps_per_second"]
-        images_per_second = steps_per_second * self.job.num_train_images / self.steps_per_epoch
-        num_scored = self.job.num_val_images + len(self.train_eval_set) * self.world_size  # after each epoch
-        if progress.history:
-            scoring = progress.history[-1].seconds - progress.history[-1].training_seconds
-        else:
-            scoring = num_scored / images_per_second / FORWARD_PASSES_PER_STEP
-        epoch = self.steps_per_epoch / steps_per_second + scoring
-        epochs_left = self.recipe.epochs - progress.epoch + 1
-        trained, test_scoring = progress.step / steps_per_second, scoring * self.job.num_test_images / num_scored
-        self.reporter.step(
-            epoch=progress.epoch,
-            step=progress.step,
-            steps=self.steps_per_epoch,
-            lr=lr,
-            loss=running["loss"],
-            top1=running["top1"],
-            images_per_second=images_per_second,
-            seconds_of_epoch=epoch,
-            seconds_left=epochs_left * epoch - trained + test_scoring,
-        )
+    def save(self, metrics: dict[str, Any], *, best: bool = False, **options: Any) -> None:
+        """Save a checkpoint, and the weights if they are the `best` so far; see `Checkpointer.save`."""
+        snapshot = Snapshot(self.state, best=best) if self.rank == 0 else None
+        self.checkpointer.save(metrics, snapshot, **options)
 
     # Between epochs -----------------------------------------------------------------------------------
 
-    def score_epoch(self) -> EpochRecord:
-        """Return the record of the trained epoch; its `seconds` don't include scoring yet."""
-        progress, totals = self.state.progress, self.state.progress.totals
-        train_eval = score(self.predict(self.train_eval_set, "scoring training images")[1])
+    def search_stops_trial(self) -> bool:
+        """Return whether the search stops this trial after the last epoch; all workers call it together."""
+        epoch = self.state.progress.epoch - 1
+        if epoch not in self.config.rungs:
+            return False
+        decision = self.reporter.stop_decision(epoch) if self.rank == 0 else None
+        return ray.train.collective.broadcast_from_rank_zero(decision)
+
+    def record_epoch(self) -> EpochRecord:
+        """Score the network, and return the record of the trained epoch; its `seconds` don't include scoring yet."""
+        progress, totals, num_steps = self.state.progress, self.state.progress.totals, self.steps_per_epoch
         return EpochRecord(
             epoch=progress.epoch,
             train_loss=totals.loss / totals.num_images,
             train_top1=totals.num_correct / totals.num_images,
-            **(self.validate(self.val_set) if self.val_set else {}),
-            train_eval_loss=train_eval["loss"],
-            train_eval_top1=train_eval["top1"],
-            train_eval_images=train_eval["images"],
+            **self.evaluator.score_epoch(),
             step_losses=[*totals.step_losses],
-            lr=self.recipe.learning_rate(progress.epoch, self.steps_per_epoch - 1, self.steps_per_epoch),
+            lr=self.recipe.learning_rate(progress.epoch, num_steps - 1, num_steps),
             stage=self.state.stage,
-            **(totals.gradients(self.steps_per_epoch) if self.job.record else {}),
+            **(totals.gradients(num_steps) if self.config.record else {}),
             rise=self.end_example_stats(),
             restarts=progress.restarts,
             images_per_second=totals.num_images / totals.seconds,
@@ -393,56 +301,6 @@ class Trainer:
             time=time.time(),
         )
 
-    def validate(self, shard: Shard) -> dict[str, Any]:
-        """Return the validation metrics of an epoch's record, and keep which images are classified correctly."""
-        _, images = self.predict(shard, "validating")
-        scores = score(images)
-        losses, correct = (self.gather(images[name].float(), self.job.num_val_images) for name in ("loss", "top1"))
-        before, self.state.val_correct = self.state.val_correct, correct
-        return {
-            **{f"val_{name}": scores[name] for name in ("loss", "top1", "top5")},
-            "val_loss_se": (losses.cpu().double().std() / len(losses) ** 0.5).item(),
-            "val_gained": None if before is None else int((correct > before).sum()),
-            "val_lost": None if before is None else int((correct < before).sum()),
-        }
-
-    def score_test_set(self) -> dict[str, Any]:
-        """Return the scores on the test set, and write the predictions."""
-        self.reporter.phase(Phase.SCORING_TEST)
-        test_set, num_images = load_shard("test", self.device), self.job.num_test_images
-        logits, images = self.predict(test_set, Phase.SCORING_TEST)
-        scores = score(images)
-        probabilities, labels = (self.gather(part, num_images) for part in (logits.softmax(1), test_set.labels))
-        if self.job.near_duplicates is not None:
-            correct = (probabilities.argmax(1) == labels).cpu().numpy()
-            scores |= score_without(self.job.near_duplicates, correct)
-        if self.rank == 0:
-            self.run.write(PREDICTIONS, to_predictions_file(probabilities, labels, self.job.near_duplicates))
-        return scores
-
-    def predict(self, shard: Shard, doing: str) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the logits of this worker's images, and how they are scored: see `per_image`."""
-
-        def progress(done: int) -> None:
-            if self.reporter.due():
-                self.reporter.part(doing, done * self.world_size, len(shard) * self.world_size)
-
-        logits = predict(self.state.scored, shard.images, self.state.autocast, self.preprocessing, progress)
-        return logits, per_image(logits, shard.labels, shard.coarse, self.job.superclass_of)
-
-    def diagnose(self, record: EpochRecord) -> EpochRecord:
-        """Return the record with diagnostics if the network isn't learning; warn of that in the first epochs."""
-        num_steps = record.epoch * self.steps_per_epoch
-        num_images = int(self.state.progress.totals.num_images)
-        warning = collapse(record, num_images, num_steps, CIFAR100.num_classes)
-        if warning is None:
-            return record
-        if record.epoch <= WARNED_EPOCHS:
-            self.reporter.notice(f"Warning: {warning}")
-        some = self.train_eval_set.head(EXAMINED_IMAGES)
-        inputs = preprocess(some.images, self.preprocessing)
-        return replace(record, diagnostics=examine(self.state.model, inputs, some.labels))
-
     def end_example_stats(self) -> Rise | None:
         """Start a new epoch of the images' statistics, and return the rise of this one's losses."""
         assert self.state.example_stats is not None
@@ -451,20 +309,54 @@ class Trainer:
             end_epoch(stats)
         return rise
 
-    def search_stops_trial(self) -> bool:
-        """Return whether the search stops this trial after the last epoch; all workers call it together."""
-        epoch = self.state.progress.epoch - 1
-        if epoch not in self.job.rungs:
-            return False
-        decision = self.reporter.stop_decision(epoch) if self.rank == 0 else None
-        return ray.train.collective.broadcast_from_rank_zero(decision)
+    def gather(self, part: Tensor) -> Tensor:
+        """Return the rows of all workers' training images."""
+        return all_gather_rows(part, self.config.num_train_images)
 
-    def save(self, metrics: dict[str, Any], *, best: bool = False, **options: Any) -> None:
-        """Save a checkpoint, and the weights if they are the `best` so far; see `Checkpointer.save`."""
-        snapshot = Snapshot(self.state, best=best) if self.rank == 0 else None
-        self.checkpointer.save(metrics, snapshot, **options)
+    # Reports ------------------------------------------------------------------------------------------
 
-    def gather(self, part: Tensor, num_rows: int | None = None) -> Tensor:
-        """Return the rows of all workers' shards of a split with `num_rows` images; None is the training set."""
-        num_rows = num_rows or self.job.num_train_images
-        return all_gather_rows(part, num_rows, shard_bounds(num_rows, self.world_size)[self.rank])
+    def report_model(self) -> None:
+        """Tell what trains on what: on the screen, and in the run's record, with the time at which training begins."""
+        facts = ModelFacts(
+            parameters=sum(p.numel() for p in self.state.model.parameters()),
+            device=hardware.device_name(self.device),
+            threads=torch.get_num_threads(),
+            precision=str(self.state.dtype).removeprefix("torch."),
+        )
+        self.reporter.put(model=facts)
+        if self.rank == 0:
+            began = {"training_began": time.time()}
+            self.folder.write_json(RUN, {**self.folder.read_json(RUN), **vars(facts), **began})
+
+    def report_step(self, lr: float) -> None:
+        progress, num_scored = self.state.progress, self.evaluator.num_images
+        running = self.meter.running(progress.step)
+        steps_per_second = running.pop("steps_per_second")
+        images_per_second = steps_per_second * self.config.num_train_images / self.steps_per_epoch
+        if progress.history:
+            scoring = progress.history[-1].seconds - progress.history[-1].training_seconds
+        else:
+            scoring = num_scored / images_per_second / FORWARD_PASSES_PER_STEP
+        epoch = self.steps_per_epoch / steps_per_second + scoring
+        epochs_left = self.recipe.epochs - progress.epoch + 1
+        trained, test_scoring = progress.step / steps_per_second, scoring * self.config.num_test_images / num_scored
+        self.reporter.step(
+            epoch=progress.epoch,
+            step=progress.step,
+            steps=self.steps_per_epoch,
+            lr=lr,
+            **running,
+            images_per_second=images_per_second,
+            seconds_of_epoch=epoch,
+            seconds_left=epochs_left * epoch - trained + test_scoring,
+        )
+
+    def publish_history(self, history: Sequence[EpochRecord]) -> None:
+        """Write and report the finished epochs, whose checkpoint is stored."""
+        self.folder.write_history(history)
+        self.event_log.write(history)
+        self.reporter.history(history)
+
+    @cached_property
+    def event_log(self) -> EventLog:
+        return EventLog(self.folder)

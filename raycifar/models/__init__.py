@@ -31,7 +31,7 @@ from pydantic import Field
 
 from raycifar.data import CIFAR100
 from raycifar.errors import RequestError, in_a_line
-from raycifar.models.recipe import MAX_IMAGE_SIZE, TRANSFER, Recipe, check_type, model_options
+from raycifar.models.recipe import MAX_IMAGE_SIZE, TRANSFER, Recipe, checked_value, model_options
 from raycifar.storage.records import Positive, Real, checked
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Architecture:
 
     def __post_init__(self) -> None:
         for name, kind in (("num_classes", int), ("large_stem", bool), ("tta_flip", bool)):
-            check_type(name, getattr(self, name), kind)
+            checked_value(name, getattr(self, name), kind)
         if self.num_classes < 1:
             raise ValueError(f"num_classes is {self.num_classes}: it must be at least 1")
         object.__setattr__(self, "options", model_options(recipe_type(self.model)(**self.options)))
@@ -142,7 +142,7 @@ class Architecture:
             ValueError, KeyError, TypeError: the values are not those of an architecture.
         """
         values = {RENAMED.get(name, name): value for name, value in values.items()}
-        check_type("model", values["model"], str)
+        checked_value("model", values["model"], str)
         preprocessing = checked(Preprocessing, values.pop("preprocessing"))
         common = {name: values[name] for name in ("model", "num_classes", "large_stem", "tta_flip") if name in values}
         given = {**values, **values.get("options", {})}  # earlier versions wrote the options beside the rest

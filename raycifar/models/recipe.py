@@ -8,6 +8,7 @@ recipes lack it.
 import math
 from dataclasses import Field, dataclass, field, fields
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_type_hints
 
 from raycifar.data import CIFAR100
@@ -25,8 +26,8 @@ MAX_NUMBER = 10**9  # more is a slip
 FRACTIONS = ("warmup", "label_smoothing", "momentum", "dropout", "ema")
 KINDS: dict[type, tuple[Any, str]] = {
     bool: (bool, "true or false"),
-    int: (int, "a whole number"),
-    float: ((int, float), "a number"),
+    int: (Integral, "a whole number"),  # also NumPy's, as the next
+    float: (Real, "a number"),
     str: (str, "a string"),
 }
 
@@ -87,7 +88,8 @@ class Recipe:
     def __post_init__(self) -> None:
         types = field_types(type(self))
         for f in fields(self):
-            check_type(f.name, getattr(self, f.name), types[f.name], choices(f, types[f.name]))
+            value = checked_value(f.name, getattr(self, f.name), types[f.name], choices(f, types[f.name]))
+            object.__setattr__(self, f.name, value)
         for names, allowed, wanted in (
             (("epochs", "batch_size"), lambda v: v >= 1, "at least 1"),
             (("muon_steps",), lambda v: 1 <= v <= 10, "from 1 to 10"),
@@ -160,18 +162,27 @@ def choices(field: Field[Any], kind: Any) -> tuple[str, ...]:
     return get_args(kind) or field.metadata["choices"]
 
 
-def check_type(name: str, value: Any, kind: Any, allowed: tuple[str, ...] = (), most: float = MAX_NUMBER) -> None:
+def checked_value(name: str, value: Any, kind: Any, allowed: tuple[str, ...] = (), most: float = MAX_NUMBER) -> Any:
+    """Return the value of a field as one of `kind`: a whole number is a number, and NumPy's are as good as Python's.
+
+    Raises:
+        ValueError: it is of another kind, or not allowed; the message names the field.
+    """
     if allowed:
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}: choose from {', '.join(allowed)}")
-        return
+        return value
     admitted, wanted = KINDS[kind]
     if not isinstance(value, admitted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{name} is {value!r}: {wanted} is needed")
+    if kind not in (int, float):
+        return value
+    value = int(value) if isinstance(value, Integral) else float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}: a finite number is needed")
-    if kind in (int, float) and value > most:
+    if value > most:
         raise ValueError(f"{name} is {value}: it must be at most {most:,}")
+    return kind(value) if value >= -most else value  # which no field takes, and a float may not hold
 
 
 def parse_sizes(progressive: str) -> list[tuple[int, float]]:

@@ -7,13 +7,14 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from typing import Any
 
 from pyarrow import fs
 
 from raycifar import models
 from raycifar.errors import DamagedFileError, RequestError, in_a_line, notice
-from raycifar.models.recipe import MAX_NUMBER, Recipe, field_types
+from raycifar.models.recipe import Recipe, field_types
 from raycifar.storage.files import file_type, locate, read_file
 from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import RUN, RunFolder
@@ -86,7 +87,7 @@ def recipe_for(model: str, pretrained: str | None = None, epochs: int | None = N
     if pretrained is not None:
         base = recipes.get("scratch" if pretrained == "none" else "transfer", base)
         base = change(model, base, {"pretrained": pretrained})
-    is_short = isinstance(epochs, int) and epochs < LONG_EPOCHS <= base.epochs
+    is_short = isinstance(epochs, Integral) and epochs < LONG_EPOCHS <= base.epochs
     return recipes["study"] if is_short and base.pretrained == "none" else base
 
 
@@ -165,12 +166,8 @@ def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
             raise ValueError(f"{name} is an option of {', '.join(owners)}, not of {model}")
         (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
         raise ValueError(f"a recipe has no field {name!r}; the nearest is {nearest!r}")
-    values = {
-        name: float(v) if known[name] is float and type(v) is int and abs(v) <= MAX_NUMBER else v
-        for name, v in values.items()
-    }
-    if isinstance(epochs := values.get("epochs"), int) and epochs < base.epochs:
-        values = {"head_epochs": max(0, min(base.head_epochs, epochs - 1)), **values}
+    if isinstance(epochs := values.get("epochs"), Integral) and epochs < base.epochs:
+        values = {"head_epochs": max(0, min(base.head_epochs, int(epochs) - 1)), **values}
     if base.pretrained == "imagenet" and values.get("pretrained", "none") not in ("imagenet", "none"):
         values = {"image_size": 0, **values}
     return replace(base, **values)

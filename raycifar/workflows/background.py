@@ -1,8 +1,9 @@
 """Work in a thread, while the caller's thread shows progress and handles Ctrl-C."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from threading import Thread
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from raycifar.cluster.status import in_a_cluster
 from raycifar.errors import RayDiedError
@@ -22,13 +23,13 @@ def alongside(work: Callable[[], T], follow: Follow, stop: Callable[[Thread], No
     Raises:
         RayDiedError: Ray has died, so that the work can't end.
     """
-    outcome: dict[str, Any] = {}
+    outcome: Future[T] = Future()
 
     def do() -> None:
         try:
-            outcome["returned"] = work()
+            outcome.set_result(work())
         except BaseException as error:
-            outcome["error"] = error
+            outcome.set_exception(error)
 
     thread = Thread(target=do, daemon=True)
     thread.start()
@@ -39,9 +40,7 @@ def alongside(work: Callable[[], T], follow: Follow, stop: Callable[[Thread], No
     except BaseException:
         stop(thread)
         raise
-    if error := outcome.get("error"):
-        raise error
-    return outcome["returned"]
+    return outcome.result()
 
 
 def watched(running: Running) -> Running:

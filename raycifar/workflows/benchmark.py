@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raycifar.errors import RequestError, WorkError
 from raycifar.machine import processor
@@ -19,13 +19,12 @@ from raycifar.storage.run_folder import BENCH, BENCH_CHART, PLAN_CHART, RUN, Run
 from raycifar.terminal import Screen
 from raycifar.words import count, listed
 from raycifar.workflows import planning
+from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.planning import INTERCONNECTS, Measured, Place, Plan
-from raycifar.workflows.requests import TrainingRequest, check_value, to_arguments
-from raycifar.workflows.training import fit, prepare
+from raycifar.workflows.requests import TrainingRequest, checked_option, to_arguments
+from raycifar.workflows.training import TrainingRun, allocate_workers, fit, prepare, read_inputs
 
-if TYPE_CHECKING:
-    from raycifar.engine.trainer import Job
-    from raycifar.workflows.training import PreparedRun
+Show = Callable[[dict[str, Any]], None]
 
 WAYS = ("dataloader", "stream")
 STAGES = {
@@ -81,7 +80,7 @@ class BenchRequest:
             raise RequestError(
                 "--interconnect and --price-per-hour are for a plan: give --plan, such as --plan 1,2,4,8."
             )
-        check_value("price_per_hour", float | None, self.price_per_hour, least=0)
+        checked_option("price_per_hour", float | None, self.price_per_hour, least=0)
         if self.counts and self.counts[-1] > 1 and workers == 0 and self.interconnect is None:
             raise RequestError(
                 "a plan can't measure the network with --workers 0: give --interconnect "
@@ -94,14 +93,7 @@ class BenchRequest:
         return [] if self.plan is None else planning.parse_plan(self.plan, self.training.recipe)
 
 
-def bench(
-    request: BenchRequest,
-    screen: Screen,
-    connection: ExitStack,
-    show: Callable[[dict[str, Any]], None],
-    *,
-    debug: bool = False,
-) -> None:
+def bench(request: BenchRequest, screen: Screen, connection: ExitStack, show: Show, *, debug: bool = False) -> None:
     """Time a model's training, for at most five minutes; write `bench.json` and its charts, and show the first.
 
     What was timed is written and shown, too, where an error or Ctrl-C ends the rest.
@@ -113,12 +105,16 @@ def bench(
     training, machine = request.training, processor()
     if 0 < training.recipe.head_epochs < training.recipe.epochs:
         training = replace(training, recipe=replace(training.recipe, head_epochs=0))
-    folder = RunFolder.for_output(request.out)
+    out = RunFolder.for_output(request.out)
     seconds = shares_of_time(1 + bool(request.counts) + request.startup, time.monotonic() + MAX_SECONDS)
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as storage:  # interrupted, workers still write
             timed = replace(training, name="bench", storage=storage, checkpoint_steps=0, test=False)
-            run = prepare(timed, screen, connection, debug=debug)
+            folder, inputs = RunFolder(storage, timed.name), read_inputs(timed, screen)
+            warn_of_leaks(inputs.source, screen)
+            workers = allocate_workers(timed, folder, screen, connection, debug=debug)
+            run = TrainingRun(timed, folder, inputs, workers, debug=debug)
+            prepare(run, screen)
             machine = f"{run.workers}, {processor()}"
             place = find_place(run, request) if request.counts else None
             screen.say(
@@ -138,16 +134,16 @@ def bench(
         if found:
             about = {"model": training.model, "machine": machine, "recipe": asdict(training.recipe)}
             show(found)  # first, so that no figure is lost where a file can't be written
-            keep(about | found, folder)
-            screen.say(f"Written to {folder.folder}: {BENCH} and charts")
+            keep(about | found, out)
+            screen.say(f"Written to {out.folder}: {BENCH} and charts")
 
 
-def keep(found: dict[str, Any], folder: RunFolder) -> None:
-    folder.write_json(BENCH, found)
+def keep(found: dict[str, Any], out: RunFolder) -> None:
+    out.write_json(BENCH, found)
     if "stages" in found:
-        folder.write(BENCH_CHART, draw(found).encode())
+        out.write(BENCH_CHART, draw(found).encode())
     if len(found.get("plan", {}).get("workers", {})) > 1:
-        folder.write(PLAN_CHART, draw_plan(found).encode())
+        out.write(PLAN_CHART, draw_plan(found).encode())
 
 
 def shares_of_time(parts: int, ends: float) -> Iterator[float]:
@@ -159,35 +155,33 @@ def shares_of_time(parts: int, ends: float) -> Iterator[float]:
 # Timing ----------------------------------------------------------------------------------------------
 
 
-def time_stages(
-    run: "PreparedRun", request: BenchRequest, screen: Screen, seconds: float, found: dict[str, Any]
-) -> None:
+def time_stages(run: TrainingRun, request: BenchRequest, screen: Screen, seconds: float, found: dict[str, Any]) -> None:
     """Add to `found` what came of the stages, as far as whole rounds were timed."""
-    from raycifar.engine.bench import BenchmarkJob, bench_loop_per_worker
+    from raycifar.engine.bench import bench_loop_per_worker
 
     num_images = len(run.inputs.splits.train)
     screen.say(
         f"{run.request.model} on {run.workers}, {num_images:,} images and {count(request.rounds, 'round')} at most"
     )
     seconds -= WORKERS_START if run.workers.count else 0
-    job_of = partial(BenchmarkJob, rounds=request.rounds, baselines=tuple(request.against), seconds=seconds)
+    options = {"rounds": request.rounds, "baselines": tuple(request.against), "seconds": seconds}
     try:
-        do(run, bench_loop_per_worker, job_of, screen)
+        time_on_workers(run, screen, bench_loop_per_worker, **options)
     finally:
         if rates := run.status_store.timings():
-            found.update(summarise(rates, request.against))
+            found.update(summarize(rates, request.against))
 
 
 def time_plan(
-    run: "PreparedRun", request: BenchRequest, place: Place, screen: Screen, seconds: float, found: dict[str, Any]
+    run: TrainingRun, request: BenchRequest, place: Place, screen: Screen, seconds: float, found: dict[str, Any]
 ) -> None:
     """Add to `found` what each number of workers would take, from what is measured with those that fit here."""
     from raycifar.cluster.sizing import size_workers
-    from raycifar.engine.step_times import StepTimesJob, step_times_loop_per_worker
+    from raycifar.engine.step_times import step_times_loop_per_worker
 
     measured: dict[int, Measured] = {}
     training, counts = run.request, request.counts
-    num_images, to_run = len(run.inputs.source.train) - training.val_size, planning.runs(counts, place)
+    num_images, to_run = len(run.inputs.source.train) - training.val_size, planning.counts_to_measure(counts, place)
     ends = time.monotonic() + seconds
     for number, several in enumerate(to_run):
         left = (ends - time.monotonic()) / (len(to_run) - number) - (WORKERS_START if run.workers.count else 0)
@@ -196,28 +190,25 @@ def time_plan(
         sizes = tuple(planning.sizes_to_time(counts, several, place, training.recipe.batch_size))
         timed = replace(training, name=f"plan-{several}", workers=run.workers.count and several)
         workers = size_workers(several, *training.sizing) if run.workers.count else run.workers
-        few = prepare(timed, Screen(quiet=True), inputs=run.inputs, workers=workers)
+        few = TrainingRun(timed, RunFolder(timed.storage, timed.name), run.inputs, workers)
+        prepare(few, Screen(quiet=True))
         seconds = min(SECONDS_OF_ROUND * request.rounds, max(SECONDS_OF_ROUND, left))
-        job_of = partial(StepTimesJob, batch_sizes=sizes, rounds=request.rounds, seconds=seconds)
+        options = {"batch_sizes": sizes, "rounds": request.rounds, "seconds": seconds}
         screen.say(f"Timing steps on {workers}, {number + 1} of {len(to_run)}")
-        measured[several] = Measured(**do(few, step_times_loop_per_worker, job_of, screen))
+        measured[several] = Measured(**time_on_workers(few, screen, step_times_loop_per_worker, **options))
         plan = Plan(training.recipe, counts, num_images, place, measured, request.interconnect)
         found["plan"] = planning.summarize(plan, request.price_per_hour)
 
 
-def do(run: "PreparedRun", loop: Callable[..., Any], job_of: Callable[["Job"], Any], screen: Screen) -> Any:
-    """Run this on the workers, and return what the first one returns."""
+def time_on_workers(run: TrainingRun, screen: Screen, loop: Callable[..., Any], **options: Any) -> Any:
+    """Run a timing loop on the workers, and return what the first one returns; see `fit`."""
     from raycifar.cluster.waiting import Waiting
 
     waiting = Waiting(run.workers, run.request.wait)
-    return fit(
-        run,
-        lambda running: screen.follow_phase(run.status_store, running, waiting),
-        lambda job: (loop, {"job": job_of(job)}),
-    )
+    return fit(run, lambda running: screen.follow_phase(run.status_store, running, waiting), loop, **options)
 
 
-def find_place(run: "PreparedRun", request: BenchRequest) -> Place:
+def find_place(run: TrainingRun, request: BenchRequest) -> Place:
     """Return what the workers of a plan would run on.
 
     Raises:
@@ -319,7 +310,7 @@ def ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(values, others, strict=True)]
 
 
-def summarise(rates: dict[str, list[float]], against: Sequence[str]) -> dict[str, Any]:
+def summarize(rates: dict[str, list[float]], against: Sequence[str]) -> dict[str, Any]:
     shares = {name: ratios(values, rates["bare"]) for name, values in rates.items()}
     speedups = {name: spread(ratios(rates["train"], rates[name])) for name in against}
     return {

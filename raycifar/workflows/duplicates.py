@@ -204,12 +204,12 @@ def to_figure(found: Duplicates, row: int, source: Source) -> dict[str, Any]:
 
     pictures = [
         {"uri": PNG + to_base64(getattr(source, split), index), "words": f"{split} {index}: {label}", "label": label}
-        for split, index, label in both(found, row, source)
+        for split, index, label in images_of(found, row, source)
     ]
     return {"pictures": pictures, "similarity": found.similarity[row], "same_label": bool(found.same_label[row])}
 
 
-def both(found: Duplicates, row: int, source: Source) -> list[tuple[str, int, str]]:
+def images_of(found: Duplicates, row: int, source: Source) -> list[tuple[str, int, str]]:
     """Return split, row there and class of the two images of a pair."""
     places = (found.split[row], found.index[row]), (found.other_split[row], found.other_index[row])
     labels = [getattr(source, split)["fine"][int(index)].as_py() for split, index in places]
@@ -230,7 +230,7 @@ def to_picture(found: Duplicates, source: Source) -> bytes:
         for spot in axes:
             spot.set(xticks=[], yticks=[], frame_on=False)
         for spot, row in zip(axes, rows[chosen], strict=False):
-            pair = both(found, row, source)
+            pair = images_of(found, row, source)
             one, other = (to_images(getattr(source, split)["image"].slice(index, 1))[0] for split, index, _ in pair)
             gap = np.full((3, one.shape[1], 2), 255, np.uint8)
             spot.imshow(np.concatenate([one, gap, other], axis=2).transpose(1, 2, 0))

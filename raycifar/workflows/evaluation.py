@@ -1,9 +1,10 @@
 """Scoring a trained network on a data set, as a Ray Data job."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images, find_duplicates
 from raycifar.workflows.reporting import is_source_of, load_images
 from raycifar.workflows.requests import WorkerSettings
+from raycifar.workflows.training import connect
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,35 +70,32 @@ def evaluate(
     out = RunFolder.for_output(request.out) if request.out is not None else None
     run = None if folder.name.endswith(".safetensors") else read_run(folder)
     with screen.waiting("Loading PyTorch"):
-        from raycifar.engine.trained_model import check_finite, read_weights
+        from raycifar.engine.trained_model import read_weights
 
         weights = read_weights(request.network)
     precision = (run or {}).get("precision", "auto")  # that of the run: its scores come out the same
-
-    def ask(tables: Sequence[pa.Table]) -> list["Tensor"]:
-        return [check_finite(logits, request.network) for logits in network.logits(tables)]
-
+    allocate = partial(allocate_workers, request, screen, connection, debug=debug)
     if request.data and is_location(request.data) and (corruptions := find_corruptions(request.data)):
         if request.split != "test":
             raise RequestError(f"--split {request.split}: {request.data} holds test images alone.")
         out = out or RunFolder.for_output("evaluation")
-        network = connect(weights, precision, request, screen, connection, debug=debug)
-        scores = score_corruptions(corruptions, ask, screen)
+        network = Network(request.network, weights, precision, allocate())
+        scores = score_corruptions(corruptions, network, screen)
         evaluation = {"network": request.network, "data": request.data, "split": "test", **scores}
     else:
         with screen.waiting("Reading the images"):
             source = load_images(run, request.data, test_alone=request.split == "test")
-        own = is_source_of(source, run)
+        own = request.split == "test" and is_source_of(source, run)
         # What a run predicted of its own test set is its own, and nothing else may replace it.
-        out = out or RunFolder.for_output(request.network if own and request.split == "test" else "evaluation")
-        copies = find_copies(run, source, screen) if run and own and request.split == "test" else None
+        out = out or RunFolder.for_output(request.network if own else "evaluation")
+        copies = find_copies(run, source, screen) if run and own else None
         if request.split == "test" and len(source.train):
             warn_of_leaks(source, screen)
         images = getattr(source, request.split)
         table = take(images, np.arange(len(images)))
-        network = connect(weights, precision, request, screen, connection, debug=debug)
+        network = Network(request.network, weights, precision, allocate())
         with screen.waiting(f"Asking the {weights.architecture.model} on {network.workers}"):
-            (logits,) = ask([table])
+            (logits,) = network.logits([table])
         scores, predictions = score_predictions(logits, table, source, copies)
         evaluation = {"network": request.network, "data": source.name, "split": request.split, **scores}
         if run and request.split == "test":
@@ -170,13 +169,22 @@ class Scorer:
 
 @dataclass
 class Network:
+    """A trained network, and the workers that compute with it."""
+
+    location: str  # a run's folder, or a weights file
     weights: "Weights"
     precision: Any
     workers: "Workers"
 
     def logits(self, tables: Sequence[pa.Table]) -> list["Tensor"]:
-        """Return the logits (images, classes) float32 of each table, with columns image and index."""
+        """Return the logits (images, classes) float32 of each table, with columns image and index.
+
+        Raises:
+            WorkError: some aren't finite numbers.
+        """
         import torch
+
+        from raycifar.engine.trained_model import check_finite
 
         bounds = np.cumsum([0, *map(len, tables)])
         rows = [pa.array(np.arange(*ends)) for ends in pairwise(bounds)]
@@ -187,35 +195,23 @@ class Network:
         parts = [table.slice(start, block) for start in range(0, len(table), block)]
         answers = run_job(parts, self) if self.workers.count else list(map(Scorer(self), parts))
         logits = from_lists(pa.concat_tables(answers).sort_by("index")["logits"])
-        return [torch.from_numpy(part.copy()) for part in np.split(logits, bounds[1:-1])]
+        parts_of_tables = np.split(logits, bounds[1:-1])
+        return [check_finite(torch.from_numpy(part.copy()), self.location) for part in parts_of_tables]
 
 
-def connect(
-    weights: "Weights",
-    precision: Any,
-    request: EvaluationRequest,
-    screen: Screen,
-    connection: ExitStack,
-    *,
-    debug: bool,
-) -> Network:
-    """Connect to Ray, unless the network is asked in this process, and choose the workers."""
-    from raycifar.cluster import sizing
-    from raycifar.cluster.connection import connected, quiet
-    from raycifar.cluster.waiting import make_room
-
+def allocate_workers(request: EvaluationRequest, screen: Screen, connection: ExitStack, *, debug: bool) -> "Workers":
+    """Connect to Ray, unless the network is asked in this process, and wait for room for the workers."""
     if request.count == 0:
-        connection.enter_context(quiet(debug=debug))
-        workers = sizing.in_process(request.device, request.cpus_per_worker)
-    else:
-        with screen.waiting("Starting Ray"):
-            import ray.data  # noqa: F401 (it sets the level of its log, which the connection then lowers)
+        return connect(request, 0, connection, debug=debug)
+    with screen.waiting("Starting Ray"):
+        import ray.data  # noqa: F401 (it sets the level of its log, which the connection then lowers)
 
-            connection.enter_context(connected(debug=debug))
-            workers = sizing.size_workers(request.count, *request.sizing)
-        with screen.line() as line:
-            make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
-    return Network(weights, precision, workers)
+        from raycifar.cluster.waiting import make_room
+
+        workers = connect(request, request.count, connection, debug=debug)
+    with screen.line() as line:
+        make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
+    return workers
 
 
 def run_job(parts: list[pa.Table], network: Network) -> list[pa.Table]:
@@ -293,9 +289,7 @@ def score_predictions(
     return evaluation, to_predictions_file(probabilities, labels, near_duplicates)
 
 
-def score_corruptions(
-    corruptions: Corruptions, ask: Callable[[Sequence[pa.Table]], list["Tensor"]], screen: Screen
-) -> dict[str, Any]:
+def score_corruptions(corruptions: Corruptions, network: Network, screen: Screen) -> dict[str, Any]:
     """Return the scores by corruption and severity, and the mean error over the benchmark's corruptions."""
     import torch
 
@@ -304,7 +298,7 @@ def score_corruptions(
         for done, name in enumerate(corruptions.names):
             tables = corruptions.read(name)
             rows = []
-            for logits, table in zip(ask(tables), tables, strict=True):
+            for logits, table in zip(network.logits(tables), tables, strict=True):
                 correct = (logits.argmax(1) == torch.from_numpy(table["fine"].to_numpy().copy())).numpy()
                 low, high = intervals({"top1": correct})["top1"]
                 rows.append({"top1": float(correct.mean()), "low": low, "high": high})

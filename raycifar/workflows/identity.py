@@ -1,10 +1,7 @@
 """A run's identity: written to `run.json` at the start, and compared when the run is resumed."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,12 +9,11 @@ import numpy as np
 from raycifar import models
 from raycifar.data.sources import absolute_name
 from raycifar.data.tables import Source, Splits
-from raycifar.errors import DamagedFileError, RequestError, in_a_line
+from raycifar.errors import DamagedFileError, RequestError
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe, changes, describe_changes
 from raycifar.models.recipes import read_run, recipe_for, recipe_from_json
 from raycifar.storage.run_folder import MANIFEST, RESULT, RUN, RunFolder
-from raycifar.terminal import Screen
 from raycifar.workflows.duplicates import known_duplicates
 from raycifar.workflows.requests import TrainingRequest
 
@@ -29,9 +25,9 @@ if TYPE_CHECKING:
 MAY_DIFFER = ("name", "source", "pretrained", "recipe", "data", "architecture", "val")
 # Shown always; other fields only where they differ from their defaults, which switch them off.
 ALWAYS_SHOWN = (
-    *("epochs", "batch_size", "optimizer", "lr", "momentum", "schedule", "warmup", "weight_decay", "label_smoothing"),
+    "epochs", "batch_size", "optimizer", "lr", "momentum", "schedule", "warmup", "weight_decay", "label_smoothing",
     "augment",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,15 +136,3 @@ def overview(identity: dict[str, Any], workers: object, folder: str) -> dict[str
         "recipe": describe_recipe(identity["model"], recipe),
         "folder": folder,
     }
-
-
-@contextmanager
-def writing_first_file(folder: RunFolder, screen: Screen) -> Iterator[None]:
-    """Warn if the folder is temporary, and turn a failure to write into a `RequestError`."""
-    if "runtime_resources" in Path(folder.folder).parts:  # where Ray unpacks a job's --working-dir
-        screen.say("Note: this job's folder is temporary, and the run in it: give --storage a full path or a URI.")
-    try:
-        yield
-    except OSError as error:
-        reason = in_a_line(error.__cause__ or error)  # a `StorageError` names the file, too
-        raise RequestError(f"{folder.folder} can't be written: {reason}. Give another --storage.") from error

@@ -84,9 +84,9 @@ class Plan:
         """Return the seconds of a step of so many workers."""
         size = share(batch_size, count)
         if self.place.shared:
-            run = max(number for number in self.measured if number <= count)
-            # More workers than were run take turns on the same CPUs.
-            compute = self.measured[run].alone[size] * count / run
+            most = max(number for number in self.measured if number <= count)
+            # More workers than were timed take turns on the same CPUs.
+            compute = self.measured[most].alone[size] * count / most
         else:
             one = self.measured[1]
             compute = one.alone[size] if count == 1 or not one.exchanging else one.exchanging[size]
@@ -111,19 +111,19 @@ def parse_plan(text: str, recipe: Recipe) -> list[int]:
     return counts
 
 
-def runs(counts: Sequence[int], place: Place) -> list[int]:
+def counts_to_measure(counts: Sequence[int], place: Place) -> list[int]:
     """Return the numbers of workers to measure with: one, those of the plan that fit, and the most that fit."""
     return sorted({1, min(place.most, counts[-1]), *(count for count in counts if count <= place.most)})
 
 
-def sizes_to_time(counts: Sequence[int], run: int, place: Place, batch_size: int) -> list[int]:
-    """Return the images of the steps that are timed with `run` workers.
+def sizes_to_time(counts: Sequence[int], workers: int, place: Place, batch_size: int) -> list[int]:
+    """Return the images of the steps that are timed with so many workers.
 
     On shared CPUs they are the shares of as many workers or more, else those of all, on one worker.
     """
-    if run > 1 and not place.shared:
+    if workers > 1 and not place.shared:
         return []
-    sizes = {share(batch_size, count) for count in {*counts, *runs(counts, place)} if count >= run}
+    sizes = {share(batch_size, count) for count in {*counts, *counts_to_measure(counts, place)} if count >= workers}
     return sorted(sizes | {share(larger_batch(batch_size, counts[-1]), counts[-1])}, reverse=True)
 
 
@@ -179,8 +179,8 @@ def summarize(plan: Plan, price_per_hour: float | None) -> dict[str, Any]:
         for count, measured in sorted(plan.measured.items())
     ]
     steps = {
-        str(run): {"alone": dict(measured.alone), "exchanging": dict(measured.exchanging or {})}
-        for run, measured in sorted(plan.measured.items())
+        str(count): {"alone": dict(measured.alone), "exchanging": dict(measured.exchanging or {})}
+        for count, measured in sorted(plan.measured.items())
     }
     link = plan.link and {"seconds_of_hop": plan.link.latency, "bytes_per_second": plan.link.bandwidth}
     found = {"workers": workers, "assumptions": assumptions(plan), "checked": checked, "steps": steps, "link": link}

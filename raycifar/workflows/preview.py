@@ -25,13 +25,11 @@ def preview(request: TrainingRequest, screen: Screen, connection: ExitStack, *, 
         RequestError: the request is wrong. WorkError: the cluster can't be reached.
     """
     folder = RunFolder(request.storage, request.name)
-    with screen.waiting(f"Reading {request.data}"):
-        inputs = read_inputs(request)
-        identity = identify(request, inputs)
-    screen.lines(inputs.initial.notes)
+    inputs = read_inputs(request, screen)
+    identity = identify(request, inputs)
     finished = earlier_result(folder, identity)
     if request.workers == 0 or cluster_address():
-        workers = str(allocate_workers(request, folder, connection, debug=debug))
+        workers = str(allocate_workers(request, folder, screen, connection, debug=debug))
     else:
         unchecked = f"; whether it has {request.accelerator} can't be told before" if request.accelerator else ""
         workers = f"{request.workers or 'one'}, in a Ray that is started on this machine{unchecked}"

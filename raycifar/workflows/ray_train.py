@@ -1,36 +1,40 @@
-"""From a prepared run to Ray Train's trainer: the same for one process, one machine and a cluster."""
+"""Ray Train's trainer of a run: the same for one process, one machine and a cluster."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import fsspec
 from pyarrow import fs
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
-from raycifar.cluster.controller_callbacks import FailureCounter
+from raycifar.cluster import ray_internals
+from raycifar.cluster.controller_callbacks import FailureCounter, go_on_after
 from raycifar.cluster.nodes import versions
+from raycifar.cluster.status import Failure, FailureCause, StatusStore
 from raycifar.cluster.stoppable import StoppableTrainer
 from raycifar.data.shards import ExactShards, to_datasets
-from raycifar.engine.trainer import Job, train_loop_per_worker
+from raycifar.engine.train_loop import TrainLoopConfig
+from raycifar.errors import WorkError, in_a_line
 from raycifar.redaction import shown
 
 if TYPE_CHECKING:
-    from raycifar.workflows.training import PreparedRun
+    from raycifar.workflows.training import TrainingRun
 
 RESIZE_SECONDS = 15  # between two looks whether an elastic run can grow
 
-Work = Callable[[Job], tuple[Callable[[dict[str, Any]], Any], dict[str, Any]]]
 
-
-def build_trainer(run: "PreparedRun", work: Work | None = None) -> StoppableTrainer:
+def build_trainer(
+    run: "TrainingRun", loop: Callable[[dict[str, Any]], Any], options: Mapping[str, Any]
+) -> StoppableTrainer:
     """Return Ray Train's trainer for the run.
 
     Args:
-        work: gives what the workers do, and its configuration, instead of training.
+        loop: the workers' training function. options: what its configuration has beyond `TrainLoopConfig`.
     """
     # Ray Train takes one report of each worker at each look, every 2 s by default: epochs of a GPU are shorter.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -38,12 +42,10 @@ def build_trainer(run: "PreparedRun", work: Work | None = None) -> StoppableTrai
     if workers.min_workers is not None:  # a node that has just died is still counted for a while: look again
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     tables = {name: table for name, table in splits.tables().items() if name != "test" or run.request.test}
-    job = build_job(run)
-    loop, config = work(job) if work else (train_loop_per_worker, {"job": job})
     return StoppableTrainer(
         loop,
         key=run.status_store.key,
-        train_loop_config=config,
+        train_loop_config={**vars(build_config(run)), **options},
         datasets=to_datasets(tables, range(workers.needed, workers.count + 1)),
         dataset_config=ExactShards(),
         scaling_config=ScalingConfig(
@@ -66,10 +68,10 @@ def build_trainer(run: "PreparedRun", work: Work | None = None) -> StoppableTrai
     )
 
 
-def build_job(run: "PreparedRun") -> Job:
+def build_config(run: "TrainingRun") -> TrainLoopConfig:
     request, inputs = run.request, run.inputs
-    return Job(
-        run=run.folder,
+    return TrainLoopConfig(
+        folder=run.folder,
         status_store=run.status_store,
         initial=inputs.initial,
         recipe=replace(request.recipe, pretrained=shown(request.recipe.pretrained)),  # Ray's dashboard shows it
@@ -90,3 +92,29 @@ def build_job(run: "PreparedRun") -> Job:
         rungs=request.rungs,
         near_duplicates=inputs.near_duplicates() if request.test else None,
     )
+
+
+def fit_with_restarts(trainer: StoppableTrainer, status_store: StatusStore, max_failures: int) -> Any:
+    """Return the result of the training function; Ray Train's controller is started again when it dies.
+
+    Raises:
+        WorkError: training failed, or there were more than `max_failures`.
+    """
+    while True:
+        try:
+            return trainer.fit().return_value
+        except Exception as error:
+            # What a callback in the controller raises, and a worker's death while Ray Train starts it, is wrapped.
+            cause = getattr(error, "controller_failure", error)
+            try:
+                if isinstance(cause, RayActorError | OutOfMemoryError):
+                    memory = ray_internals.is_out_of_memory(cause)
+                    failure = Failure(FailureCause.MEMORY if memory else FailureCause.CONTROLLER, in_a_line(cause))
+                    reason = f"Ray Train's controller died: {failure.reason}"
+                    go_on_after(failure, reason, status_store, max_failures)
+                    continue
+            except WorkError as end:
+                cause = end
+            raise WorkError(
+                f"training failed: {in_a_line(cause)}. The same command continues from the last checkpoint."
+            ) from error

@@ -21,6 +21,7 @@ from raycifar.storage.run_folder import (
     METRICS,
     PICTURES,
     PREDICTIONS,
+    PROFILE,
     REPORT,
     REPORT_PAGE,
     REPORT_TEXT,
@@ -301,3 +302,14 @@ def show_report(write: Callable[[], dict[str, Any]], screen: Screen) -> None:
     with screen.waiting("Drawing the report"):
         headline = explain(write)["headline"]
     screen.say((f"What the curves show: {headline}. " if headline else "") + f"See {REPORT_PAGE}")
+
+
+def show_profile(folder: RunFolder, screen: Screen) -> None:
+    """Say what takes longest in a step."""
+    if (table := folder.read(f"{PROFILE}/worker0.txt")) is None:
+        from raycifar.engine.profile import NEEDED
+
+        screen.say(f"Nothing is traced: --profile needs {NEEDED} steps in one go.")
+        return
+    screen.say(f"What takes longest in a step of worker 0; traces are in {PROFILE}/, for TensorBoard or Perfetto:")
+    screen.lines(table.decode().splitlines())

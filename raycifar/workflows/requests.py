@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 
 from raycifar import models
 from raycifar.errors import RequestError
-from raycifar.models.recipe import MAX_NUMBER, Recipe, check_type
+from raycifar.models.recipe import MAX_NUMBER, Recipe, checked_value
 from raycifar.models.recipes import choose_recipe, recipe_fields, recipe_for, recipe_from_json
 from raycifar.storage.locations import check_location
 from raycifar.workflows.tracking import check_tracker
@@ -59,7 +59,8 @@ class WorkerSettings:
     def __post_init__(self) -> None:
         for f in fields(self):
             if f.metadata:
-                check_value(f.name, f.type, getattr(self, f.name), f.metadata["least"], f.metadata["most"])
+                value = checked_option(f.name, f.type, getattr(self, f.name), f.metadata["least"], f.metadata["most"])
+                self.settle(**{f.name: value})
         if self.cpus_per_worker is not None and not self.cpus_per_worker > 0:
             raise RequestError(f"--cpus-per-worker {self.cpus_per_worker}: it must be above 0.")
         if not MIN_GPU_SHARE <= self.gpus_per_worker <= 1:
@@ -243,22 +244,27 @@ def sort_options(kind: type[Settings], options: Mapping[str, Any]) -> tuple[dict
     )
 
 
-def check_value(name: str, kind: Any, value: Any, least: float | None = None, most: float = MAX_NUMBER) -> None:
-    """Raise RequestError if the value of an option is of another kind, empty, not finite, too small or too large."""
+def checked_option(name: str, kind: Any, value: Any, least: float | None = None, most: float = MAX_NUMBER) -> Any:
+    """Return the value of an option as one of `kind`.
+
+    Raises:
+        RequestError: it is of another kind, empty, not finite, too small or too large.
+    """
     if kind == WorkerCount:
-        return
+        return value
     if isinstance(kind, types.UnionType):
         if value is None:
-            return
+            return None
         kind = get_args(kind)[0]
     try:
-        check_type(name, value, kind, get_args(kind), most)
+        value = checked_value(name, value, kind, get_args(kind), most)
     except ValueError as error:
         raise RequestError(f"{error}.") from error
     if kind is str and not value and name != "name":  # an empty name is the default one
         raise RequestError(f"{name} is empty: give a value, or leave it out.")
     if least is not None and value < least:
         raise RequestError(f"{name} is {value}: it must be at least {least:g}.")
+    return value
 
 
 def parse_workers(value: Any) -> WorkerCount:

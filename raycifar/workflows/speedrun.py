@@ -36,8 +36,7 @@ def speedrun(
         if (value := getattr(recipe, name)) != usual:
             raise RequestError(f"{name} is {value}: the clock is for training from scratch, so for {name} {usual}.")
     folder = RunFolder.for_output(out)
-    with screen.waiting(f"Reading {request.data}"):
-        inputs = read_inputs(request)
+    inputs = read_inputs(request, screen)
     source, architecture = inputs.source, replace(inputs.initial.architecture, tta_flip=False)
     with screen.waiting("Loading PyTorch"):
         import torch

@@ -2,10 +2,9 @@
 
 # Ray and PyTorch take seconds to import: see `training`.
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,6 @@ from raycifar.models.initial_weights import InitialWeights, load_initial_weights
 from raycifar.models.recipe import changes, describe_changes
 from raycifar.models.recipes import read_run, recipe_from_json
 from raycifar.redaction import shown
-from raycifar.storage.lock import locked
 from raycifar.storage.run_folder import (
     COMPARISON,
     COMPARISON_TABLE,
@@ -49,11 +47,10 @@ from raycifar.workflows.background import alongside
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import find_duplicates
 from raycifar.workflows.estimate import operations_of, warn_of_hours
-from raycifar.workflows.identity import writing_first_file
 from raycifar.workflows.reporting import Refresher, explain, keep_pictures, show_report, write_comparison, write_run
 from raycifar.workflows.requests import ComparisonRequest
 from raycifar.workflows.tracking import Tracking
-from raycifar.workflows.training import STOP_SECONDS, and_weights, read_images
+from raycifar.workflows.training import STOP_SECONDS, and_weights, lock, read_images
 
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
@@ -89,7 +86,7 @@ def train_and_compare(
     """
     with ExitStack() as until_end:
         prepared = prepare(request, screen, connection, until_end, debug=debug)
-        run(prepared, screen, until_end.enter_context(Tracking(request.track, screen.say)))
+        run_trials(prepared, screen, until_end.enter_context(Tracking(request.track, screen.say)))
         finish(prepared, screen, show)
 
 
@@ -97,13 +94,13 @@ def train_and_compare(
 
 
 def prepare(
-    request: ComparisonRequest, screen: Screen, connection: ExitStack, lock: ExitStack, *, debug: bool = False
+    request: ComparisonRequest, screen: Screen, connection: ExitStack, until_end: ExitStack, *, debug: bool = False
 ) -> PreparedComparison:
     """Load the trials' inputs, lock the folder, connect to Ray, choose the workers, and write `study.json`.
 
     Args:
         connection: holds the connection to Ray.
-        lock: holds the lock of the folder and of all runs in it.
+        until_end: holds the lock of the folder and of all runs in it.
 
     Raises:
         RequestError: the request is wrong; nothing was started or written.
@@ -115,8 +112,7 @@ def prepare(
     if request.without_near_duplicates:
         find_duplicates(source, screen)  # for the trials, which take them from the cache
     identity = check_same_study(folder, request, identify_study(request, spaces, source, initial_by_model))
-    with writing_first_file(folder, screen):
-        folder = lock.enter_context(locked(folder, screen.say, also=folder.runs()))
+    folder = lock(folder, screen, until_end, folder.runs())
 
     with screen.waiting("Starting Ray"):
         from raycifar.cluster import sizing
@@ -150,8 +146,8 @@ def prepare(
     return PreparedComparison(study, source, StudySearcher(study, most), workers)
 
 
-def run(prepared: PreparedComparison, screen: Screen, tracking: Tracking) -> None:
-    """Run the remaining trials, and show and track their progress; the searcher then has their status.
+def run_trials(prepared: PreparedComparison, screen: Screen, tracking: Tracking) -> None:
+    """Run the trials that aren't over, and show and track their progress; the searcher then has their status.
 
     KeyboardInterrupt stops running trials, which leave checkpoints, and is raised again.
     """
@@ -196,14 +192,12 @@ def finish(prepared: PreparedComparison, screen: Screen, show: Show) -> None:
     """
     study, searcher = prepared.study, prepared.searcher
     request, folder = study.request, study.folder
-    finals = [trial for trials in searcher.finals.values() for trial in trials]
+    finals = [trial for model in request.recipes for trial in searcher.finals.get(model, [])]
     finished = [read_finished(study.folder_of(trial).folder) for trial in finals if trial.status == "finished"]
-    order = list(request.recipes)
-    finished.sort(key=lambda run: (order.index(run.run["model"]), run.run["seed"]))
     draw, doing = (write_run, "Drawing the reports") if request.report else (keep_pictures, "Keeping the pictures")
     with screen.waiting(f"{doing} of the runs"):
-        for each in finished:
-            explain(partial(draw, RunFolder.at(each.folder), prepared.source))
+        for run in finished:
+            explain(partial(draw, RunFolder.at(run.folder), prepared.source))
     if finished:
         more = {
             "search": {model: describe_search(searcher, model) for model in request.recipes if request.search},
@@ -275,7 +269,7 @@ def identify_study(
     }
     for model, recipe in request.recipes.items():
         resolved = initial_by_model[model].resolve(recipe)
-        identity[model] = dataclasses.asdict(dataclasses.replace(resolved, pretrained=shown(recipe.pretrained)))
+        identity[model] = asdict(replace(resolved, pretrained=shown(recipe.pretrained)))
         identity[f"{model} weights"] = initial_by_model[model].fingerprint()
         if request.search:
             identity[f"{model} space"] = space_to_json(spaces[model])
@@ -402,7 +396,7 @@ def keep_files(finished: Sequence[Finished], folder: RunFolder) -> list[Finished
             for file in (RUN, METRICS, RESULT):
                 copy.write(file, source.read(file) or b"")
             copy.seal(RUN, METRICS, RESULT)
-        kept.append(dataclasses.replace(run, name=name))
+        kept.append(replace(run, name=name))
     return kept
 
 

@@ -1,45 +1,36 @@
-"""Training one model, from the request to its result: prepare, fit, finish.
+"""Training one model, from the request to its result; `train` is the whole story.
 
-`raycifar train`, the trials of a comparison, `raycifar bench` and `raycifar.api` all take these three steps.
+The trials of a comparison, and `raycifar bench`, take the same three steps with other inputs: prepare, fit, finish.
 """
 
 # Ray and PyTorch take seconds to import, so functions import what needs them.
 
-import uuid
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from raycifar.cluster.status import Failure, FailureCause, Phase, StatusStore, WorkerStatus
+from raycifar.cluster.status import Phase, StatusStore, WorkerStatus
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, Splits, split
-from raycifar.errors import WorkError, in_a_line
+from raycifar.errors import RequestError, WorkError, in_a_line
+from raycifar.machine import available_cpus
 from raycifar.models.initial_weights import load_initial_weights
 from raycifar.models.recipe import Recipe
 from raycifar.storage.lock import delete_dead, locked
-from raycifar.storage.run_folder import (
-    BEST,
-    EXAMPLE_STATS,
-    METRICS,
-    MODEL,
-    PREDICTIONS,
-    PROFILE,
-    RESULT,
-    RUN,
-    RunFolder,
-)
+from raycifar.storage.run_folder import BEST, EXAMPLE_STATS, METRICS, MODEL, PREDICTIONS, RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
 from raycifar.words import count
 from raycifar.workflows.background import Follow, alongside
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images
 from raycifar.workflows.estimate import operations_of, warn_of_hours
-from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, write_run_json, writing_first_file
-from raycifar.workflows.reporting import Refresher, explain, keep_pictures, show_report, write_run
-from raycifar.workflows.requests import TrainingRequest, check_batch_size
+from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, write_run_json
+from raycifar.workflows.reporting import Refresher, explain, keep_pictures, show_profile, show_report, write_run
+from raycifar.workflows.requests import TrainingRequest, WorkerCount, WorkerSettings, check_batch_size
 from raycifar.workflows.tracking import Tracking
 
 SCORES = {"top1": "top-1", "top5": "top-5", "superclass_top1": "superclass", "loss": "loss", "ece": "calibration error"}
@@ -47,21 +38,18 @@ STOP_SECONDS = 10  # for a run that is interrupted to save what it has trained
 
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
-    from raycifar.cluster.stoppable import StoppableTrainer
-    from raycifar.engine.trainer import Outcome
-    from raycifar.workflows.ray_train import Work
+    from raycifar.engine.train_loop import Outcome
 
 
 @dataclass(frozen=True)
-class PreparedRun:
-    """A run that is ready to start; one with a `result` is finished, and has no workers or status store."""
+class TrainingRun:
+    """A run that is under way: what is asked for, where it is kept, what it trains on, and with which workers."""
 
     request: TrainingRequest
     folder: RunFolder
     inputs: Inputs
-    workers: "Workers" = None  # type: ignore[assignment]
-    status_store: StatusStore = None  # type: ignore[assignment]
-    result: dict[str, Any] | None = None
+    workers: "Workers"
+    status_store: StatusStore = field(default_factory=StatusStore)
     debug: bool = False  # show Ray's log
 
 
@@ -78,23 +66,29 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
         RequestError: the request is wrong; nothing was started or written.
         WorkError: training failed; the run folder keeps what was reached.
     """
+    folder, inputs = RunFolder(request.storage, request.name), read_inputs(request, screen)
+    warn_of_leaks(inputs.source, screen)
+    if result := earlier_result(folder, identify(request, inputs)):
+        delete_dead(folder)
+        screen.say(f"{folder.folder} is finished; nothing is trained again.")
+        screen.lines(summary(folder, inputs.source, result))
+        return result
     with ExitStack() as until_end:
-        run = prepare(request, screen, connection, lock=until_end, debug=debug)
-        if run.result:
-            screen.say(f"{run.folder.folder} is finished; nothing is trained again.")
-            screen.lines(summary(run, run.result))
-            return run.result
-        splits = run.inputs.splits
-        operations = operations_of(request.recipe, run.inputs.initial.architecture, splits)
-        screen.lines(warn_of_hours(operations, request.recipe, len(splits.train), run.workers))
+        folder = lock(folder, screen, until_end, filter(None, [folder.comparison]))
+        workers = allocate_workers(request, folder, screen, connection, debug=debug)
+        run = TrainingRun(request, folder, inputs, workers, debug=debug)
+        prepare(run, screen)
+        operations = operations_of(request.recipe, inputs.initial.architecture, inputs.splits)
+        screen.lines(warn_of_hours(operations, request.recipe, len(inputs.splits.train), workers))
         tracking = until_end.enter_context(Tracking(request.track, screen.say))
         try:
             result = finish(run, fit(run, following(run, screen, tracking)))
         except WorkError:
             report(run, screen)
             raise
-        screen.lines(summary(run, result))
-        show_profile(run, screen)
+        screen.lines(summary(folder, inputs.source, result))
+        if request.profile:
+            show_profile(folder, screen)
         report(run, screen)
         return result
 
@@ -102,97 +96,53 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
 # The three steps ------------------------------------------------------------------------------------
 
 
-def prepare(
-    request: TrainingRequest,
-    screen: Screen,
-    connection: ExitStack | None = None,
-    *,
-    lock: ExitStack | None = None,
-    folder: RunFolder | None = None,
-    inputs: Inputs | None = None,
-    workers: "Workers | None" = None,
-    status_store: StatusStore | None = None,
-    debug: bool = False,
-) -> PreparedRun:
-    """Load a run's inputs, lock its folder, connect to Ray, choose the workers, and write `run.json`.
-
-    Args:
-        connection: holds the connection to Ray; not needed if `workers` are given.
-        lock: holds the folder's lock; not needed if the folder is locked, or nobody else's.
-        folder, inputs, workers, status_store: given for a comparison's trials, else created here.
-
-    Raises:
-        RequestError: the request is wrong; nothing was started or written.
-        WorkError: the cluster can't be reached.
-    """
-    folder = folder or RunFolder(request.storage, request.name)
-    with screen.waiting(f"Reading {request.data}{and_weights([request.recipe])}"):
-        loaded = inputs or read_inputs(request)
-    if not inputs:
-        screen.lines(loaded.initial.notes)
-        warn_of_leaks(loaded.source, screen)
-    identity = identify(request, loaded)
-    if result := earlier_result(folder, identity):
-        delete_dead(folder)
-        return PreparedRun(request, folder, loaded, result=result)
-    if lock:
-        with writing_first_file(folder, screen):
-            folder = lock.enter_context(locked(folder, screen.say, also=filter(None, [folder.comparison])))
-    with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
-        workers = workers or allocate_workers(request, folder, connection or ExitStack(), debug=debug)
-    screen.facts(request.name, overview(identity, workers, folder.folder))
-    write_run_json(folder, request, identity, workers)
-    status_store = status_store or StatusStore(uuid.uuid4().hex)
-    if not workers.count:  # there are none to be started
-        status_store.put_worker(WorkerStatus(phase=Phase.LOADING_IMAGES))
-    return PreparedRun(request, folder, loaded, workers, status_store, debug=debug)
+def prepare(run: TrainingRun, screen: Screen) -> None:
+    """Show what is trained on what, and write `run.json`."""
+    identity = identify(run.request, run.inputs)
+    screen.facts(run.request.name, overview(identity, run.workers, run.folder.folder))
+    write_run_json(run.folder, run.request, identity, run.workers)
+    if not run.workers.count:  # there are none to be started
+        run.status_store.put_worker(WorkerStatus(phase=Phase.LOADING_IMAGES))
 
 
-def fit(run: PreparedRun, follow: Follow, work: "Work | None" = None) -> Any:
+def fit(run: TrainingRun, follow: Follow, loop: Callable[[dict[str, Any]], Any] | None = None, **options: Any) -> Any:
     """Train while `follow` shows progress, and return the result of the first worker's training function.
 
     What `follow` raises, as KeyboardInterrupt, stops the run, which leaves a checkpoint, and is raised again.
 
     Args:
-        work: returns, given the `Job`, another function for the workers, and its configuration.
+        loop: another training function for the workers. options: what its configuration has besides.
 
     Raises:
         WorkError: training failed.
     """
-    from raycifar.cluster import ray_internals
-    from raycifar.cluster.controller_callbacks import go_on_after
-    from raycifar.workflows.ray_train import build_trainer
+    from raycifar.engine.trainer import train_loop_per_worker
+    from raycifar.workflows.ray_train import build_trainer, fit_with_restarts
 
-    trainer = build_trainer(run, work)
+    trainer = build_trainer(run, loop or train_loop_per_worker, options)
 
     def stop(thread: Thread) -> None:
         run.status_store.request_stop()
         status = run.status_store.worker() or WorkerStatus()
-        if status.phase == Phase.TRAINING and not work:
+        if status.phase == Phase.TRAINING and not loop:
             thread.join(STOP_SECONDS)
         if thread.is_alive():
             trainer.abort()
 
-    def go_on(error: Exception) -> None:
-        cause = FailureCause.MEMORY if ray_internals.is_out_of_memory(error) else FailureCause.CONTROLLER
-        failure = Failure(cause, in_a_line(error))
-        reason = f"Ray Train's controller died: {failure.reason}"
-        go_on_after(failure, reason, run.status_store, run.request.max_failures)
-
-    return fit_trainer(trainer, follow, stop, go_on)
+    return alongside(lambda: fit_with_restarts(trainer, run.status_store, run.request.max_failures), follow, stop)
 
 
-def finish(run: PreparedRun, outcome: "Outcome") -> dict[str, Any]:
+def finish(run: TrainingRun, outcome: "Outcome") -> dict[str, Any]:
     """Write `result.json` and return its content; an interrupted run has no such file.
 
     Raises:
         WorkError: training failed; the result contains the reason.
     """
     history, folder = outcome.history, run.folder
-    result: dict[str, Any] = {"status": outcome.ending, "epochs": len(history)}
-    if outcome.ending == "interrupted":
+    result: dict[str, Any] = {"status": outcome.status, "epochs": len(history)}
+    if outcome.status == "interrupted":
         return result
-    if outcome.ending == "finished":
+    if outcome.status == "finished":
         training_seconds = sum(record.training_seconds for record in history)
         num_images = sum(record.images_per_second * record.training_seconds for record in history)
         result |= {
@@ -201,11 +151,11 @@ def finish(run: PreparedRun, outcome: "Outcome") -> dict[str, Any]:
             "images_per_second": num_images / training_seconds,
             **({"test": outcome.test} if outcome.test else {}),
         }
-    elif outcome.ending == "failed":
+    elif outcome.status == "failed":
         result |= {"reason": outcome.reason, "failure": outcome.failure}
     folder.write_json(RESULT, result)
     folder.seal(RUN, METRICS, RESULT, MODEL, BEST, PREDICTIONS, EXAMPLE_STATS)
-    if outcome.ending == "failed":
+    if outcome.status == "failed":
         raise WorkError(f"{outcome.reason}. The last checkpoint and the history are kept in {folder.folder}.")
     return result
 
@@ -213,9 +163,18 @@ def finish(run: PreparedRun, outcome: "Outcome") -> dict[str, Any]:
 # Preparation ----------------------------------------------------------------------------------------
 
 
-def read_inputs(request: TrainingRequest) -> Inputs:
-    source, splits = read_images(request)
-    return Inputs(source, splits, load_initial_weights(request.model, request.recipe, source))
+def read_inputs(request: TrainingRequest, screen: Screen) -> Inputs:
+    """Return the images and the initial weights, and tell what there is to say of them."""
+    with screen.waiting(f"Reading {request.data}{and_weights([request.recipe])}"):
+        source, splits = read_images(request)
+        initial = load_initial_weights(request.model, request.recipe, source)
+    screen.lines(initial.notes)
+    return Inputs(source, splits, initial)
+
+
+def and_weights(recipes: Iterable[Recipe]) -> str:
+    weights = sorted({recipe.pretrained for recipe in recipes} - {"none"})
+    return f" and weights ({', '.join(weights)})" if weights else ""
 
 
 def read_images(request: TrainingRequest) -> tuple[Source, Splits]:
@@ -233,65 +192,61 @@ def split_images(source: Source, request: TrainingRequest) -> Splits:
     return split(source, request.val_size, request.limit, request.seed, copied)
 
 
-def and_weights(recipes: Iterable[Recipe]) -> str:
-    weights = sorted({recipe.pretrained for recipe in recipes} - {"none"})
-    return f" and weights ({', '.join(weights)})" if weights else ""
+def lock(folder: RunFolder, screen: Screen, until: ExitStack, also: Iterable[RunFolder]) -> RunFolder:
+    """Lock a folder for as long as `until` is open, and return it to be written to.
+
+    Args:
+        also: other folders that no other process may hold.
+
+    Raises:
+        RequestError: another process holds one of them, or the folder can't be written.
+    """
+    if "runtime_resources" in Path(folder.folder).parts:  # where Ray unpacks a job's --working-dir
+        screen.say("Note: this job's folder is temporary, and the run in it: give --storage a full path or a URI.")
+    try:
+        return until.enter_context(locked(folder, screen.say, also=also))
+    except OSError as error:
+        reason = in_a_line(error.__cause__ or error)  # a `StorageError` names the file, too
+        raise RequestError(f"{folder.folder} can't be written: {reason}. Give another --storage.") from error
 
 
-def allocate_workers(request: TrainingRequest, folder: RunFolder, connection: ExitStack, *, debug: bool) -> "Workers":
+def allocate_workers(
+    request: TrainingRequest, folder: RunFolder, screen: Screen, connection: ExitStack, *, debug: bool
+) -> "Workers":
     """Connect to Ray, unless training in this process, size the workers to it, and see that all nodes can take part."""
-    from raycifar.cluster import sizing
-    from raycifar.cluster.connection import connected, quiet
-    from raycifar.cluster.nodes import check_nodes
+    with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
+        workers = connect(request, request.workers, connection, debug=debug, name=request.name)
+        if workers.count:
+            from raycifar.cluster.nodes import check_nodes
 
-    if request.workers == 0:
-        connection.enter_context(quiet(debug=debug))
-        return sizing.in_process(request.device, request.cpus_per_worker)
-    connection.enter_context(connected(debug=debug, name=request.name))
-    workers = sizing.size_workers(request.workers, *request.sizing)
-    check_batch_size(request.recipe, workers.count)
-    with folder.marker() as file:
-        check_nodes(workers, file)
+            check_batch_size(request.recipe, workers.count)
+            with folder.marker() as file:
+                check_nodes(workers, file)
     return workers
 
 
-def fit_trainer(
-    trainer: "StoppableTrainer",
-    follow: Follow,
-    stop: Callable[[Thread], None],
-    go_on_after: Callable[[Exception], None],
-) -> Any:
-    """Run the trainer in a thread while `follow` shows progress.
+def connect(
+    settings: WorkerSettings, count: WorkerCount, connection: ExitStack, *, debug: bool, name: str | None = None
+) -> "Workers":
+    """Connect to Ray, and return so many workers; 0 is this process, for which Ray isn't started."""
+    from raycifar.cluster.connection import connected, quiet
+    from raycifar.cluster.sizing import Workers, size_workers
 
-    Args:
-        go_on_after: called when Ray Train's controller died, with its error; raises if it is not to be started again.
-    """
-    from ray.exceptions import OutOfMemoryError, RayActorError
+    if count == 0:
+        from raycifar.engine.hardware import find_device
 
-    def attempt() -> Any:
-        while True:
-            try:
-                return trainer.fit().return_value
-            except Exception as error:
-                # What a callback in the controller raises, and a worker's death while Ray Train starts it, is wrapped.
-                cause = getattr(error, "controller_failure", error)
-                if isinstance(cause, RayActorError | OutOfMemoryError):
-                    try:
-                        go_on_after(cause)
-                        continue
-                    except WorkError as end:
-                        cause = end
-                raise WorkError(
-                    f"training failed: {in_a_line(cause)}. The same command continues from the last checkpoint."
-                ) from error
-
-    return alongside(attempt, follow, stop)
+        connection.enter_context(quiet(debug=debug))
+        device = find_device(settings.device).type
+        cpus = settings.cpus_per_worker or available_cpus()
+        return Workers(0, cpus, gpus=int(device == "cuda"), mps=device == "mps")
+    connection.enter_context(connected(debug=debug, name=name))
+    return size_workers(count, *settings.sizing)
 
 
 # Progress and results -------------------------------------------------------------------------------
 
 
-def following(run: PreparedRun, screen: Screen, tracking: Tracking) -> Follow:
+def following(run: TrainingRun, screen: Screen, tracking: Tracking) -> Follow:
     """Return a function that shows and tracks progress, and updates the report from time to time, until the end."""
     from raycifar.cluster.waiting import Waiting
 
@@ -306,7 +261,8 @@ def following(run: PreparedRun, screen: Screen, tracking: Tracking) -> Follow:
     return lambda running: screen.follow(run.status_store, running, run.request.recipe.epochs, waiting, refresh)
 
 
-def summary(run: PreparedRun, result: dict[str, Any]) -> list[str]:
+def summary(folder: RunFolder, source: Source, result: dict[str, Any]) -> list[str]:
+    """Return the scores and the costs of a finished run, in words."""
     from raycifar.analysis.prose import without_near_duplicates
 
     lines = []
@@ -315,29 +271,17 @@ def summary(run: PreparedRun, result: dict[str, Any]) -> list[str]:
         lines.append(f"Test, {test['images']:,} images: {'  '.join(scores)}")
         if without := without_near_duplicates(test):
             lines.append(f"Top-1 is {without}.")
-        if run.inputs.source.name.startswith("synthetic"):
+        if source.name.startswith("synthetic"):
             lines.append("These are synthetic images: the accuracy says nothing about CIFAR-100.")
     best = f"; best validation at epoch {result['best_epoch']}" if result.get("best_epoch") else ""
     lines.append(
         f"Trained {count(result['epochs'], 'epoch')} in {result['train_seconds']:.0f} s, "
         f"{result['images_per_second']:,.0f} images/s{best}"
     )
-    return [*lines, f"Run folder: {run.folder.folder}"]
+    return [*lines, f"Run folder: {folder.folder}"]
 
 
-def show_profile(run: PreparedRun, screen: Screen) -> None:
-    if not run.request.profile:
-        return
-    if (table := run.folder.read(f"{PROFILE}/worker0.txt")) is None:
-        from raycifar.engine.profile import NEEDED
-
-        screen.say(f"Nothing is traced: --profile needs {NEEDED} steps in one go.")
-        return
-    screen.say(f"What takes longest in a step of worker 0; traces are in {PROFILE}/, for TensorBoard or Perfetto:")
-    screen.lines(table.decode().splitlines())
-
-
-def report(run: PreparedRun, screen: Screen) -> None:
+def report(run: TrainingRun, screen: Screen) -> None:
     """Write the report, or keep what a later one shows."""
     if run.request.report:
         show_report(lambda: write_run(run.folder, run.inputs.source), screen)

@@ -1,6 +1,5 @@
 """A trial of a comparison, and its status."""
 
-import uuid
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -27,7 +26,7 @@ class Trial:
     setting: str = ""  # how the recipe differs from the model's
     status: TrialStatus = TrialStatus.WAITING
     reason: str | None = None
-    status_store: StatusStore = field(default_factory=lambda: StatusStore(uuid.uuid4().hex))
+    status_store: StatusStore = field(default_factory=StatusStore)
 
     @property
     def over(self) -> bool:

@@ -21,7 +21,6 @@ from raycifar.cluster.stoppable import release
 from raycifar.cluster.waiting import Waiting
 from raycifar.data.tables import Source
 from raycifar.errors import WorkError
-from raycifar.models import slug
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe, describe_changes
 from raycifar.models.recipes import recipe_from_json
@@ -29,10 +28,10 @@ from raycifar.storage.files import ask
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.background import Running
-from raycifar.workflows.identity import Inputs
+from raycifar.workflows.identity import Inputs, earlier_result, identify
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.search_space import PastTrial, Space, suggest
-from raycifar.workflows.training import finish, fit, prepare, split_images
+from raycifar.workflows.training import TrainingRun, finish, fit, prepare, split_images
 from raycifar.workflows.trial import Trial, TrialStatus
 
 POLL_SECONDS = 0.25  # between two checks of a trial
@@ -179,7 +178,7 @@ class StudySearcher(Searcher):
     # Planning trials -------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """Add the final runs of each model whose best recipe is known."""
+        """Add search trials of an earlier driver, and the final runs of each model whose best recipe is known."""
         for model in self.study.recipes:
             while (known := self._restored(model)) is not None:
                 self.searches[model].append(known)
@@ -188,11 +187,10 @@ class StudySearcher(Searcher):
                 continue
             best = self.best(model)
             recipe = best.recipe if best else self.study.recipes[model]
-            setting, first = describe_changes(recipe, self.study.recipes[model]), self.request.seed
-            self.finals[model] = [
-                self._with_status(Trial(f"{slug(model)}-s{seed}", model, seed, recipe, search=False, setting=setting))
-                for seed in range(first, first + self.request.seeds)
-            ]
+            name, setting = models.slug(model), describe_changes(recipe, self.study.recipes[model])
+            seeds = range(self.request.seed, self.request.seed + self.request.seeds)
+            finals = [Trial(f"{name}-s{seed}", model, seed, recipe, search=False, setting=setting) for seed in seeds]
+            self.finals[model] = list(map(self._with_status, finals))
 
     def best(self, model: str) -> Trial | None:
         """Return the search trial that ended with the highest validation top-1, the first of equals."""
@@ -212,7 +210,7 @@ class StudySearcher(Searcher):
         return None
 
     def _search_trial(self, model: str, recipe: Recipe) -> Trial:
-        name = f"{slug(model)}-search-{len(self.searches[model]) + 1:02}"
+        name = f"{models.slug(model)}-search-{len(self.searches[model]) + 1:02}"
         setting = describe_changes(recipe, self.study.recipes[model]) or "the recipe itself"
         return Trial(name, model, self.request.seed, recipe, search=True, setting=setting)
 
@@ -220,10 +218,10 @@ class StudySearcher(Searcher):
         """Return the model's next search trial if an earlier driver started it."""
         if len(self.searches[model]) == self.request.search:
             return None
-        run = self.study.folder_of(self._search_trial(model, self.study.recipes[model])).read_json(RUN)
-        if run is None:
+        earlier = self.study.folder_of(self._search_trial(model, self.study.recipes[model])).read_json(RUN)
+        if earlier is None:
             return None
-        trial = self._with_status(self._search_trial(model, recipe_from_json(model, run["recipe"])))
+        trial = self._with_status(self._search_trial(model, recipe_from_json(model, earlier["recipe"])))
         if trial.over:
             self.scheduler.remember(trial, self.val_top1(trial))
         return trial
@@ -320,15 +318,17 @@ class FailedDrivers(ray_internals.progress_callback_class()):  # type: ignore[mi
 def run_trial(config: dict[str, Trial], study: Study, source: Source, workers: Workers) -> None:
     """Train a trial in a process started by Ray Tune; errors are for Ray Tune to retry."""
     trial = config["trial"]
-    request, run, store = study.training_request(trial), study.folder_of(trial), trial.status_store
+    request, folder, store = study.training_request(trial), study.folder_of(trial), trial.status_store
     try:
         inputs = Inputs(source, split_images(source, request), study.initial_by_model[trial.model])
-        prepared = prepare(request, Screen(quiet=True), folder=run, inputs=inputs, workers=workers, status_store=store)
+        if earlier_result(folder, identify(request, inputs)):
+            return
+        run = TrainingRun(request, folder, inputs, workers, store)
+        prepare(run, Screen(quiet=True))
         waiting = Waiting(workers, request.wait)
-        if not prepared.result:
-            finish(prepared, fit(prepared, lambda running: report_epochs(trial, running, waiting)))
+        finish(run, fit(run, lambda running: report_epochs(trial, running, waiting)))
     except WorkError as error:
-        if (run.read_json(RESULT) or {}).get("status") == TrialStatus.FAILED:
+        if (folder.read_json(RESULT) or {}).get("status") == TrialStatus.FAILED:
             return  # a retry would fail again
         store.put_reason(str(error))
         raise

@@ -1,0 +1,102 @@
+"""Scoring a network that is being trained: after each epoch, and at the end on the test set."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from raycifar.analysis.collapse import collapse
+from raycifar.cluster.status import Phase
+from raycifar.data import CIFAR100
+from raycifar.data.shards import Shard, load_shard
+from raycifar.engine.augment import preprocess
+from raycifar.engine.diagnostics import examine
+from raycifar.engine.distributed import all_gather_rows, rank, world_size
+from raycifar.engine.evaluate import per_image, predict, score, score_without, to_predictions_file
+from raycifar.engine.reporter import Reporter
+from raycifar.engine.state import TrainingState
+from raycifar.engine.train_loop import TrainLoopConfig
+from raycifar.storage.records import Diagnostics, EpochRecord
+from raycifar.storage.run_folder import PREDICTIONS
+
+EXAMINED_IMAGES = 250  # training images that pass through a network that doesn't learn, to see why
+WARNED_EPOCHS = 3  # first epochs after which a network that doesn't learn is reported at once
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores the network of `state` on the images of all workers, which call it together."""
+
+    config: TrainLoopConfig
+    state: TrainingState
+    reporter: Reporter
+    train_eval_set: Shard  # training images, scored as validation images are
+    val_set: Shard | None
+
+    @property
+    def num_images(self) -> int:
+        """How many images are scored after each epoch, by all workers."""
+        return self.config.num_val_images + len(self.train_eval_set) * world_size()
+
+    def score_epoch(self) -> dict[str, Any]:
+        """Return the scores in an epoch's record."""
+        train_eval = score(self.predict(self.train_eval_set, "scoring training images")[1])
+        scores = {f"train_eval_{name}": train_eval[name] for name in ("loss", "top1", "images")}
+        return scores | self.validate(self.val_set) if self.val_set else scores
+
+    def validate(self, val_set: Shard) -> dict[str, Any]:
+        """Return the validation metrics, and keep in the state which images are classified correctly."""
+        _, images = self.predict(val_set, "validating")
+        scores = score(images)
+        losses, correct = (
+            all_gather_rows(images[name].float(), self.config.num_val_images) for name in ("loss", "top1")
+        )
+        before, self.state.val_correct = self.state.val_correct, correct
+        return {
+            **{f"val_{name}": scores[name] for name in ("loss", "top1", "top5")},
+            "val_loss_se": (losses.cpu().double().std() / len(losses) ** 0.5).item(),
+            "val_gained": None if before is None else int((correct > before).sum()),
+            "val_lost": None if before is None else int((correct < before).sum()),
+        }
+
+    def score_test_set(self) -> dict[str, Any]:
+        """Return the scores on the test set, and write the predictions."""
+        self.reporter.phase(Phase.SCORING_TEST)
+        test_set = load_shard("test", self.train_eval_set.images.device)
+        logits, images = self.predict(test_set, Phase.SCORING_TEST)
+        scores = score(images)
+        probabilities, labels = (
+            all_gather_rows(part, self.config.num_test_images) for part in (logits.softmax(1), test_set.labels)
+        )
+        near_duplicates = self.config.near_duplicates
+        if near_duplicates is not None:
+            scores |= score_without(near_duplicates, (probabilities.argmax(1) == labels).cpu().numpy())
+        if rank() == 0:
+            self.config.folder.write(PREDICTIONS, to_predictions_file(probabilities, labels, near_duplicates))
+        return scores
+
+    def diagnose(self, record: EpochRecord, steps: int) -> Diagnostics | None:
+        """Return diagnostics if the network isn't learning, else None; warn of that in the first epochs.
+
+        Args:
+            steps: taken since training began.
+        """
+        num_images = int(self.state.progress.totals.num_images)
+        warning = collapse(record, num_images, steps, CIFAR100.num_classes)
+        if warning is None:
+            return None
+        if record.epoch <= WARNED_EPOCHS:
+            self.reporter.notice(f"Warning: {warning}")
+        some = self.train_eval_set.head(EXAMINED_IMAGES)
+        return examine(self.state.model, preprocess(some.images, self.state.architecture.preprocessing), some.labels)
+
+    def predict(self, shard: Shard, doing: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the logits of this worker's images, and how they are scored: see `per_image`."""
+
+        def progress(done: int) -> None:
+            if self.reporter.due():
+                self.reporter.part(doing, done * world_size(), len(shard) * world_size())
+
+        state = self.state
+        logits = predict(state.scored, shard.images, state.autocast, state.architecture.preprocessing, progress)
+        return logits, per_image(logits, shard.labels, shard.coarse, self.config.superclass_of)
