@@ -4,8 +4,9 @@ Fields that a version lacks are NotRequired, and fields that this version doesn'
 """
 
 import functools
+import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired, Self
 
@@ -16,6 +17,7 @@ from typing_extensions import TypedDict, is_typeddict  # pydantic wants this one
 from raycifar.data import CIFAR100
 
 MAX_STEP_LOSSES = 2000
+MAX_LINE_BYTES, MAX_LINES = 2**20, 200_000  # of `metrics.jsonl`, which has a line for each epoch
 MAX_FLOAT32 = 3.5e38  # nearly
 Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
 Positive = Annotated[int, Field(strict=True, ge=1, le=2**53)]
@@ -96,6 +98,25 @@ class EpochRecord:
         if isinstance(rise := row.get("rise"), dict) and "share" in rise:
             row["rise"] = {"fraction": rise["share"], "indices": rise.get("images")}
         return checked(cls, finite(row))
+
+
+def parse_history(content: bytes) -> Iterator[tuple[EpochRecord, set[str]]]:
+    """Yield the records of `metrics.jsonl`, each with the fields of its row that this version doesn't know.
+
+    Raises:
+        ValueError: a row is damaged, or doesn't follow the one before it; the message names its line.
+    """
+    for number, line in enumerate(io.BytesIO(content), 1):
+        try:
+            if number > MAX_LINES:
+                raise ValueError(f"at most {MAX_LINES:,} epochs are read")
+            values = checked(dict, parse(line) if len(line) <= MAX_LINE_BYTES else None)
+            record = EpochRecord.from_json(values)
+            if record.epoch != number:
+                raise ValueError(f"epoch {record.epoch} follows epoch {number - 1}")
+        except ValueError as error:
+            raise ValueError(f"line {number}, {error}") from error
+        yield record, values.keys() - EpochRecord.__dataclass_fields__.keys() - RENAMED.keys()
 
 
 def sampled_steps(epoch: int, steps: int, epochs: int) -> range:
