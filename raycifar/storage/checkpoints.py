@@ -16,7 +16,7 @@ from raycifar.errors import DamagedFileError
 from raycifar.storage.files import ask
 from raycifar.storage.folder import Folder
 from raycifar.storage.manifest import MANIFEST, digest
-from raycifar.storage.records import checked, parse
+from raycifar.storage.records import parse
 
 KEPT = 3  # checkpoints: the newest two may be damaged
 PROGRESS = "progress.json"  # how far a checkpoint was trained
@@ -67,7 +67,7 @@ class Checkpoints:
         if manifest is None:
             raise ValueError("it is incomplete")
         try:
-            digests = checked(dict[str, str], parse(manifest))
+            digests = parse(manifest, dict[str, str])
         except ValueError as error:
             raise ValueError(f"{MANIFEST} is damaged") from error
         contents = {}

@@ -6,13 +6,13 @@ It may have been made by others: what is read lies in it, is no larger than such
 import errno
 import json
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import filterfalse
 from pathlib import Path, PurePath
+from tempfile import NamedTemporaryFile
 from typing import Any, Self
 
 from pyarrow import fs
@@ -21,7 +21,7 @@ from raycifar.errors import DamagedFileError, RequestError, StorageError, in_a_l
 from raycifar.redaction import shown
 from raycifar.storage.files import MAX_BYTES, append_to, ask, file_type, is_local, locate, open_file, write_whole
 from raycifar.storage.locations import check_location, is_utf8, join, parent_and_name
-from raycifar.storage.records import checked, finite, parse
+from raycifar.storage.records import finite, parse
 
 TEXTS = (".json", ".html", ".md", ".csv")  # which may name where something lies, and never a secret
 MAX_BYTES_BY_SUFFIX = {".json": 2**24, ".jsonl": 2**27, ".parquet": 2**28}
@@ -127,14 +127,14 @@ class Folder:
             raise DamagedFileError(f"{self.folder}/{file} is damaged: {error}.") from error
 
     def read_as(self, file: str, kind: Any) -> Any:
-        """Return the value of a JSON file as `kind`, see `records.checked`, or None if the file doesn't exist.
+        """Return the content of a JSON file as `kind`, see `records.parse`, or None if it doesn't exist.
 
         Raises:
             DamagedFileError: it can't be read, or doesn't hold what it should.
         """
         with self.reading(file):
             content = self.read(file)
-            return None if content is None else checked(kind, finite(parse(content)))
+            return None if content is None else parse(content, kind)
 
     # Writing ----------------------------------------------------------------------------------------
 
@@ -193,13 +193,10 @@ class Folder:
             return
         path = Path(self.path())
         existing = next(place for place in (path, *path.parents) if os.path.lexists(place))
-        marker = existing / f".raycifar-{uuid.uuid4().hex}"
         try:
-            marker.touch()
+            marker = NamedTemporaryFile(prefix=".raycifar-", dir=existing)  # noqa: SIM115 (closed below)
         except OSError as error:
             reason = in_a_line(error) if existing.is_dir() else f"{existing} is not a folder"
             raise RequestError(f"{self.folder} can't be written: {reason}. Give another {option}.") from error
-        try:
-            yield str(marker)
-        finally:
-            marker.unlink()
+        with marker:
+            yield marker.name

@@ -5,7 +5,6 @@ first is decided by Lamport's bakery algorithm (1974), which asks of a storage o
 last: not every storage can create a file exclusively.
 """
 
-import json
 import math
 import os
 import platform
@@ -197,7 +196,7 @@ def read(place: RunFolder, file: str) -> Claim | None:
 
 
 def write(folder: RunFolder, claim: Claim) -> None:
-    folder.write(claim.file, json.dumps(asdict(claim)).encode())
+    folder.write_json(claim.file, asdict(claim))
 
 
 @contextmanager

@@ -110,7 +110,9 @@ def parse_history(content: bytes) -> Iterator[tuple[EpochRecord, set[str]]]:
         try:
             if number > MAX_LINES:
                 raise ValueError(f"at most {MAX_LINES:,} epochs are read")
-            values = checked(dict, parse(line) if len(line) <= MAX_LINE_BYTES else None)
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(f"it has more than {MAX_LINE_BYTES:,} bytes")
+            values = parse(line, dict)
             record = EpochRecord.from_json(values)
             if record.epoch != number:
                 raise ValueError(f"epoch {record.epoch} follows epoch {number - 1}")
@@ -163,6 +165,10 @@ class RunFile(TypedDict, total=False):
     threads: Count
     precision: Literal["auto", "bfloat16", "float32"]
     training_began: Real
+
+
+# What a `run.json` of the first versions, or of other programs, lacks.
+RUN_DEFAULTS = {"seed": 0, "val_size": 5000, "limit": None, "workers": 1, "device": None}
 
 
 class Scores(TypedDict):
@@ -295,11 +301,15 @@ def checked(kind: Any, value: Any) -> Any:
         raise ValueError(f"{where + ': ' if where else ''}{first['msg'][:1].lower()}{first['msg'][1:]}") from error
 
 
-def parse(content: bytes) -> Any:
-    """Return the value of a JSON text, or raise ValueError if it is none, or nested too deeply."""
+def parse(content: bytes, kind: Any = Any) -> Any:
+    """Return the value of a JSON text as `kind`, with None for each number that isn't finite.
+
+    Raises:
+        ValueError: it is no JSON, nested too deeply, or of another kind.
+    """
     if not content.strip():
         raise ValueError("it is empty")
-    return from_json(content)
+    return checked(kind, finite(from_json(content)))
 
 
 def unknown_fields(kind: Any, value: Mapping[str, Any]) -> set[str]:

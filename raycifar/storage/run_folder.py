@@ -31,13 +31,12 @@ from raycifar.storage.folder import Folder
 from raycifar.storage.image_tables import EXAMPLE_STATS_COLUMNS, PREDICTION_COLUMNS, read_image_table
 from raycifar.storage.manifest import Manifest
 from raycifar.storage.records import (
+    RUN_DEFAULTS,
     ComparisonFile,
     EpochRecord,
     PicturesFile,
     ResultFile,
     RunFile,
-    checked,
-    finite,
     parse,
     parse_history,
     unknown_fields,
@@ -64,12 +63,6 @@ DOCUMENTS: dict[str, Any] = {
     STUDY: dict[str, Any],
     PICTURES: PicturesFile,
 }
-TABLES = {
-    PREDICTIONS: PREDICTION_COLUMNS,
-    **dict.fromkeys((EXAMPLE_STATS, OLD_EXAMPLE_STATS), EXAMPLE_STATS_COLUMNS),
-}
-# What a `run.json` of the first versions, or of other programs, lacks.
-RUN_DEFAULTS = {"seed": 0, "val_size": 5000, "limit": None, "workers": 1, "device": None}
 
 
 class RunFolder(Folder):
@@ -103,7 +96,7 @@ class RunFolder(Folder):
             content = self.read(file)
             if content is None:
                 return None
-            value = checked(kind, finite(parse(content)))
+            value = parse(content, kind)
         self.manifest.warn_of_change(file, content, warn)
         self._warn_of_fields(file, unknown_fields(kind, value), warn)
         return {**RUN_DEFAULTS, "name": self.name, **value} if file == RUN else value
@@ -155,7 +148,7 @@ class RunFolder(Folder):
             if content is None:
                 return self.read_table(OLD_EXAMPLE_STATS) if file == EXAMPLE_STATS else None
             self.manifest.check(file, content)
-            return read_image_table(content, TABLES[file])
+            return read_image_table(content, PREDICTION_COLUMNS if file == PREDICTIONS else EXAMPLE_STATS_COLUMNS)
 
     def delete_leftovers(self) -> None:
         """Delete what killed processes have left: files that they were writing, and those of Ray Train."""

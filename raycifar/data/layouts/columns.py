@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 import numpy as np
 import pyarrow as pa
 
-from raycifar.data import CIFAR100 as INFO
+from raycifar.data import CIFAR100
 from raycifar.data.labels import numbers_of, to_labels
 from raycifar.data.pictures import decode, to_rgb
 from raycifar.data.tables import to_table
@@ -90,10 +90,10 @@ def decode_all(files: Iterable[tuple[bytes, str]], count: int) -> np.ndarray:
     Raises:
         RequestError: one isn't an image of the data set's size, which is looked at before it is decoded.
     """
-    pixels = np.empty((count, *INFO.image_shape), np.uint8)
+    pixels = np.empty((count, *CIFAR100.image_shape), np.uint8)
     for row, (content, origin) in enumerate(files):
         try:
-            image = to_rgb(decode(content, (INFO.image_size, INFO.image_size)))
+            image = to_rgb(decode(content, (CIFAR100.image_size, CIFAR100.image_size)))
         except ValueError as error:
             raise RequestError(f"{origin} can't be read: {error}.") from error
         pixels[row] = np.asarray(image).transpose(2, 0, 1)
