@@ -42,16 +42,14 @@ def read(
         except ParquetError as error:
             raise RequestError(f"{origin} {error}.") from error
         check_count(len(columns) + sum(map(len, tables)), origin)
-        values = {role: columns[name] for role, (name, _) in chosen.items()}
-        labels = {
-            level: to_labels(column.to_numpy() if KINDS["integers"](column.type) else column.to_pylist(), level, origin)
-            for level, column in values.items()
-            if level != "image"
-        }
+        images, _ = chosen.pop("image")
+        labels = {}
         for level, (name, kind) in chosen.items():
-            if kind == "integers" and (names := class_names(schema, name)):
-                labels[level] = numbers_of(names, level, f"{origin}, column {name},")[labels[level]]
-        files = ((file.as_py(), f"{origin}: image {row}") for row, file in enumerate(values["image"]))
+            values = columns[name].to_numpy() if kind == "integers" else columns[name].to_pylist()
+            labels[level] = to_labels(values, level, origin)
+            if kind == "integers":
+                labels[level] = numbers_of(class_names(schema, name), level, f"{origin}, column {name},")[labels[level]]
+        files = ((file.as_py(), f"{origin}: image {row}") for row, file in enumerate(columns[images]))
         pixels = decode_all(files, len(columns))
         tables.append(to_table(pixels, labels, origin))
     return pa.concat_tables(tables)
