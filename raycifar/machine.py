@@ -5,7 +5,6 @@ import os
 import platform
 import stat
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 
@@ -36,17 +35,14 @@ def cpu_quota(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/se
     Args:
         mounted: where the cgroups are mounted. own: the file that names this process's.
     """
-    return min(quotas(mounted, own), default=math.inf)
-
-
-def quotas(mounted: Path, own: Path) -> Iterator[float]:
     try:
         lines = own.read_text().splitlines()
     except OSError:  # not Linux
-        return
+        return math.inf
+    folders: list[Path] = []
     for line in lines:
-        _, controllers, path = line.split(":", 2)
-        relative = PurePosixPath(path.lstrip("/"))
+        _, controllers, place = line.split(":", 2)
+        relative = PurePosixPath(place.lstrip("/"))
         if not controllers:
             hierarchies = [mounted, mounted / "unified"]
         elif "cpu" in controllers.split(","):
@@ -54,8 +50,8 @@ def quotas(mounted: Path, own: Path) -> Iterator[float]:
         else:
             continue
         for hierarchy in hierarchies:
-            for folder in (hierarchy / relative, *(hierarchy / parent for parent in relative.parents)):
-                yield quota_of(folder)
+            folders += (hierarchy / path for path in (relative, *relative.parents))
+    return min(map(quota_of, folders), default=math.inf)
 
 
 def quota_of(folder: Path) -> float:
@@ -73,7 +69,7 @@ def quota_of(folder: Path) -> float:
 def provide_home() -> None:
     """Where the user has no home folder, as in a container with a user of its own, give this process a private one.
 
-    The libraries that keep something in a home fail without one. One that can be read alone stays: it may hold keys.
+    The libraries that keep something in a home fail without one. A home that can only be read stays: it may hold keys.
     """
     home = os.path.expanduser("~")  # noqa: PTH111 (Path raises what this returns unchanged)
     if home == "~":

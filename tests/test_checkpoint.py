@@ -12,7 +12,8 @@ from raycifar.engine.checkpoint import MAX_PENDING, Checkpointer, HostCopy, Snap
 from raycifar.engine.state import TENSORS, TrainingState
 from raycifar.models import Architecture
 from raycifar.models.recipe import Recipe
-from raycifar.storage.run_folder import BEST, KEPT, RunFolder, checkpoint_name
+from raycifar.storage.checkpoints import KEPT, Checkpoints, checkpoint_name
+from raycifar.storage.run_folder import BEST, RunFolder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -52,8 +53,8 @@ def test_a_snapshot_is_of_its_moment_with_the_best_weights_beside_it(run, state)
         state.model.head[2].weight.zero_()
     snapshot.write(run)
     assert torch.equal(load(run.read(BEST))["head.2.weight"], before)
-    (name,) = run.checkpoint_names()
-    assert torch.equal(load(run.read_checkpoint(name)[TENSORS])["model.head.2.weight"], before)
+    (name,) = Checkpoints(run).names()
+    assert torch.equal(load(Checkpoints(run).read(name)[TENSORS])["model.head.2.weight"], before)
 
 
 def test_those_trained_furthest_are_kept_and_metrics_are_reported(run, state, reported):
@@ -62,15 +63,15 @@ def test_those_trained_furthest_are_kept_and_metrics_are_reported(run, state, re
         state.progress.epoch = epoch
         checkpointer.save({"epoch": epoch}, Snapshot(state))
     checkpointer.wait()
-    assert run.checkpoint_names() == [checkpoint_name(epoch, 0) for epoch in reversed(range(2, KEPT + 2))]
+    assert Checkpoints(run).names() == [checkpoint_name(epoch, 0) for epoch in reversed(range(2, KEPT + 2))]
     assert [metrics["epoch"] for metrics in reported] == list(range(KEPT + 2))
 
 
 def test_an_epoch_is_shown_once_its_checkpoint_is_stored(run, state, reported):
     seen = []
     checkpointer = Checkpointer(run)
-    checkpointer.save({}, Snapshot(state), stored=lambda: seen.extend(run.sound_checkpoints(pytest.fail)), wait=True)
-    assert [name for name, _ in seen] == run.checkpoint_names()
+    checkpointer.save({}, Snapshot(state), stored=lambda: seen.extend(Checkpoints(run).sound(pytest.fail)), wait=True)
+    assert [name for name, _ in seen] == Checkpoints(run).names()
 
 
 class Stuck:

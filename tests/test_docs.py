@@ -19,12 +19,12 @@ from raycifar import models
 from raycifar.analysis.prose import PHRASES
 from raycifar.cli import COMMANDS
 from raycifar.engine.ray_metrics import METRICS as METRICS_OF_RAY
+from raycifar.storage.manifest import MANIFEST
 from raycifar.storage.records import EpochRecord, ResultFile, Scores
 from raycifar.storage.run_folder import (
     BEST,
     EVENTS,
     EXAMPLE_STATS,
-    MANIFEST,
     METRICS,
     MODEL,
     PICTURES,

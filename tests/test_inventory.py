@@ -11,9 +11,10 @@ from pyarrow import fs
 from raycifar import clean as clean_door
 from raycifar import runs as runs_door
 from raycifar.errors import RequestError
+from raycifar.storage.checkpoints import Checkpoints, checkpoint_name
 from raycifar.storage.lock import locked
 from raycifar.storage.records import EpochRecord
-from raycifar.storage.run_folder import RunFolder, checkpoint_name
+from raycifar.storage.run_folder import RunFolder
 from raycifar.tables import runs_table
 from raycifar.workflows import inventory
 from raycifar.workflows.inventory import find_runs
@@ -30,7 +31,7 @@ def make(storage, name, hour, result=None, epochs=2, model="cnn"):
     run.write_json("run.json", about)
     run.write_history([EpochRecord(epoch=k + 1, **ROW) for k in range(epochs)])
     for epoch in range(1, 4):
-        run.write_checkpoint({"model.pt": bytes(1000)}, checkpoint_name(epoch, 0))
+        Checkpoints(run).write(checkpoint_name(epoch, 0), {"model.pt": bytes(1000)})
     if result:
         run.write_json(
             "result.json",

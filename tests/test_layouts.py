@@ -18,11 +18,10 @@ from conftest import write_archive
 from PIL import Image
 
 from raycifar.data import CIFAR100
-from raycifar.data.overlap import Repeats, count_repeats
 from raycifar.data.sources import load
 from raycifar.data.tables import to_images
 from raycifar.errors import RequestError
-from raycifar.workflows.datasets import warn_of_leaks, write_parquet
+from raycifar.workflows.datasets import count_repeats, warn_of_leaks, write_parquet
 
 
 @pytest.fixture(scope="module")
@@ -427,12 +426,12 @@ def test_test_images_among_the_training_images_are_counted_and_told(tmp_path, im
     warn_of_leaks(source, said)
     assert "300 of the 300 test images are also among the training images" in said[0]
     pixels = to_images(source.train["image"]).copy()
-    assert count_repeats(source) == Repeats(len(pixels) - len({x.tobytes() for x in pixels}), 300)
+    assert count_repeats(source) == (len(pixels) - len({x.tobytes() for x in pixels}), 300)
 
 
 def test_cifar_100_itself_has_ten(cifar):
     source = load(cifar)
-    assert count_repeats(source) == Repeats(14, 10)
+    assert count_repeats(source) == (14, 10)
     assert source.superclass_of() == CIFAR100.superclass_of
     said = Said()
     warn_of_leaks(source, said)

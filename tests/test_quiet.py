@@ -11,6 +11,7 @@ from command import Command, finish
 from conftest import RUN
 from PIL import Image
 
+from raycifar.storage.checkpoints import Checkpoints
 from raycifar.storage.run_folder import RunFolder
 from raycifar.workflows.inventory import removable, remove
 
@@ -31,7 +32,7 @@ def cleaned(trained, tmp_path_factory):
     folder = shutil.copytree(trained, tmp_path_factory.mktemp("cleaned") / "a")
     for what in removable(str(folder)):
         remove(what, print)
-    assert not RunFolder.at(str(folder)).checkpoint_names()
+    assert not Checkpoints(RunFolder.at(str(folder))).names()
     return folder
 
 

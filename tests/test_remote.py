@@ -17,9 +17,10 @@ from moto.server import DomainDispatcherApplication, ThreadedMotoServer, create_
 from pyarrow import fs
 from werkzeug.serving import make_server
 
-from raycifar.errors import RequestError
+from raycifar.errors import RequestError, StorageError
 from raycifar.models.initial_weights import read_tensors
 from raycifar.storage import remote
+from raycifar.storage.checkpoints import Checkpoints
 from raycifar.storage.files import list_files, locate, read_file, write_file
 from raycifar.storage.run_folder import RunFolder
 
@@ -232,10 +233,19 @@ def flaky(monkeypatch):
 def test_of_a_store_that_fails_every_third_request_nothing_is_noticed(flaky):
     run, store = flaky
     store.fails = lambda count: count % 3 == 0
+    checkpoints = Checkpoints(run)
     for epoch in (1, 2):
-        run.write_checkpoint({"state": CONTENT}, f"checkpoint_{epoch:04}_000000")
-    run.delete_checkpoints(run.checkpoint_names()[1:])
-    assert list(run.sound_checkpoints(print)) == [("checkpoint_0002_000000", {"state": CONTENT})]
+        checkpoints.write(f"checkpoint_{epoch:04}_000000", {"state": CONTENT})
+    checkpoints.delete(checkpoints.names()[1:])
+    assert list(checkpoints.sound(print)) == [("checkpoint_0002_000000", {"state": CONTENT})]
+
+
+def test_a_checkpoint_that_can_t_be_reached_is_not_taken_for_damaged(flaky):
+    run, store = flaky
+    Checkpoints(run).write("checkpoint_0001_000000", {"state": CONTENT})
+    store.fails, store.status = lambda count: True, "403 Forbidden"
+    with pytest.raises(StorageError, match=r"manifest\.json can't be read"):
+        Checkpoints(run).read("checkpoint_0001_000000")
 
 
 def test_what_fails_for_a_passing_reason_is_tried_again_later(flaky):

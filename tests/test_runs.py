@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from raycifar.storage.checkpoints import Checkpoints, checkpoint_name
 from raycifar.storage.records import EpochRecord
-from raycifar.storage.run_folder import RunFolder, checkpoint_name
+from raycifar.storage.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -19,13 +20,13 @@ def run(tmp_path):
 
 @pytest.fixture
 def upload(run):
-    return lambda name, **files: run.write_checkpoint(files, name)
+    return lambda name, **files: Checkpoints(run).write(name, files)
 
 
 def test_what_is_not_there_is_none(run):
     assert run.read("result.json") is None
     assert RunFolder(run.storage, "other").read_json("run.json") is None
-    assert RunFolder(run.storage, "other").checkpoint_names() == []
+    assert Checkpoints(RunFolder(run.storage, "other")).names() == []
 
 
 def test_the_history_comes_back_as_it_was_written(run):
@@ -68,7 +69,8 @@ def test_the_checkpoint_that_was_trained_furthest_comes_first(run, upload):
     for position in ((2, 9), (2, 11), (10, 0)):
         upload(checkpoint_name(*position), weights=b"")
     upload("checkpoint_2026-05-02_00-00-00.000000", weights=b"without progress")
-    assert [name for name, _ in run.sound_checkpoints(pytest.fail)] == [
+    upload("checkpoint_2026-05-01_23-00-00.000000", **{"progress.json": b"{"})
+    assert [name for name, _ in Checkpoints(run).sound(pytest.fail)] == [
         "checkpoint_2026-05-01_05-00-00.000000",
         "checkpoint_0010_000000",
         "checkpoint_2026-05-01_12-00-00.000000",
@@ -76,6 +78,7 @@ def test_the_checkpoint_that_was_trained_furthest_comes_first(run, upload):
         "checkpoint_0002_000009",
         "checkpoint_2026-05-01_21-00-00.000000",
         "checkpoint_2026-05-02_00-00-00.000000",
+        "checkpoint_2026-05-01_23-00-00.000000",
     ]
 
 
@@ -96,7 +99,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(run, upload, damage, tmp_
         case _:
             (folder / "manifest.json").write_bytes(b'{"weights": "12')
     said = []
-    assert next(run.sound_checkpoints(said.append)) == ("checkpoint_0001_000000", {"weights": b"good weights"})
+    assert next(Checkpoints(run).sound(said.append)) == ("checkpoint_0001_000000", {"weights": b"good weights"})
     assert len(said) == 1
     assert said[0].startswith("checkpoint_0001_000002 is skipped: ")
 

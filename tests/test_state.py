@@ -9,8 +9,8 @@ import torch
 from raycifar.engine.state import TENSORS, Progress, TrainingState
 from raycifar.models import Architecture
 from raycifar.models.recipe import Recipe
+from raycifar.storage.checkpoints import PROGRESS
 from raycifar.storage.records import EpochRecord
-from raycifar.storage.run_folder import PROGRESS
 
 CPU = torch.device("cpu")
 

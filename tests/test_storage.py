@@ -8,6 +8,7 @@ from conftest import history, wait_until
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
+from raycifar.storage.checkpoints import Checkpoints
 from raycifar.storage.run_folder import RunFolder
 
 CNN = ("--model", "cnn", "--val-size", 200, "--batch-size", 50, "--no-report", "--name", "a")
@@ -37,7 +38,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_it_goes_on_when_there_is_roo
     assert len(full.stderr.splitlines()) == 1
     rows = history(small_disk / "a")
     assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
-    assert list(RunFolder(str(small_disk), "a").sound_checkpoints(print))
+    assert list(Checkpoints(RunFolder(str(small_disk), "a")).sound(print))
     subprocess.run(["mount", "-o", "remount,size=1G", small_disk], check=True)
     more = Command(*args, storage=small_disk, env=cluster).finish()
     assert more.returncode == 0, more.stdout + more.stderr
@@ -81,7 +82,7 @@ def test_an_object_store_that_goes_away_ends_the_run_and_it_goes_on_when_it_is_b
     assert "can't be written: " in gone.stderr
     assert len(gone.stderr.splitlines()) == 1
     server.start()
-    assert list(RunFolder(storage, "a").sound_checkpoints(print))
+    assert list(Checkpoints(RunFolder(storage, "a")).sound(print))
     back = Command(*args, storage=storage).finish()
     assert back.returncode == 0, back.stdout + back.stderr
     assert "Continuing from" in back.stdout

@@ -6,18 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from raycifar.data import CIFAR100 as INFO
+from raycifar.data import CIFAR100
 from raycifar.errors import RequestError
 
 MAX_MISSPELT = 3  # names of a numbering
-NAMES = {"fine": INFO.class_names, "coarse": INFO.superclass_names}
+NAMES = {"fine": CIFAR100.class_names, "coarse": CIFAR100.superclass_names}
 
 
-def simple(name: str) -> str:
+def normalize(name: str) -> str:
+    """Return a class's name as `names` spells it."""
     return name.strip().lower().replace(" ", "_").replace("-", "_")
 
 
-NUMBERS = {level: {simple(name): number for number, name in enumerate(names)} for level, names in NAMES.items()}
+NUMBERS = {level: {normalize(name): number for number, name in enumerate(names)} for level, names in NAMES.items()}
 
 
 def to_labels(values: np.ndarray | Sequence[Any], level: str, origin: str) -> np.ndarray:
@@ -39,15 +40,14 @@ def to_labels(values: np.ndarray | Sequence[Any], level: str, origin: str) -> np
         if not len(values) or 0 <= values.min() <= values.max() < len(NAMES[level]):
             return values.ravel().astype(np.int64)
         values = values.ravel().tolist()
-    known = NUMBERS[level] | {str(number): number for number in range(len(NAMES[level]))}
+    known: dict[Any, int] = {key: number for number in range(len(NAMES[level])) for key in (number, str(number))}
+    known |= NUMBERS[level]
     labels = np.empty(len(values), np.int64)
     for row, value in enumerate(values):
-        if type(value) is int and 0 <= value < len(NAMES[level]):
-            labels[row] = value
-        elif isinstance(value, str) and simple(value) in known:
-            labels[row] = known[simple(value)]
-        else:
+        key = normalize(value) if isinstance(value, str) else value if type(value) is int else None
+        if key not in known:
             raise RequestError(f"{origin}: the {level} label of image {row} is {describe(value, level)}.")
+        labels[row] = known[key]
     return labels
 
 
@@ -60,8 +60,8 @@ def numbers_of(names: Sequence[str], level: str, origin: str) -> np.ndarray:
         RequestError: these are names of other classes.
     """
     own, known = NAMES[level], NUMBERS[level]
-    numbers = np.array([known.get(simple(name), place) for place, name in enumerate(names)], np.int64)
-    others = [name for name in names if simple(name) not in known]
+    numbers = np.array([known.get(normalize(name), place) for place, name in enumerate(names)], np.int64)
+    others = [name for name in names if normalize(name) not in known]
     if not names:
         return np.arange(len(own))
     if len(others) > MAX_MISSPELT or sorted(numbers) != list(range(len(own))):
@@ -77,6 +77,6 @@ def describe(value: Any, level: str) -> str:
         shown = str(value) if abs(value) < 2**64 else "a number of more than 64 bits"
         return f"{shown}; CIFAR-100's range from 0 to {len(names) - 1}"
     if isinstance(value, str):
-        near = difflib.get_close_matches(simple(value[:40]), names, 1)
+        near = difflib.get_close_matches(normalize(value[:40]), names, 1)
         return f"{value[:40]!r}, which is none of CIFAR-100's" + (f"; the nearest is {near[0]!r}" if near else "")
     return f"a {type(value).__name__}, not a number or a class's name"

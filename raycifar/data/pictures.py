@@ -5,7 +5,6 @@ import io
 import logging
 import mimetypes
 import warnings
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -71,16 +70,14 @@ def find_images(location: str) -> tuple[list[ImageFile], int]:
         raise RequestError(f"{location} does not exist.")
     if kind != fs.FileType.Directory:
         return [ImageFile(location, filesystem, path)], 0
-    found, others = [], 0
-    for file in list_files(filesystem, path):
-        inside = file.removeprefix(path).lstrip("/")
-        if any(part.startswith(".") for part in PurePosixPath(inside).parts):
-            continue
-        image = ImageFile(join(location, inside), filesystem, file)
-        if image.is_image():
-            found.append(image)
-        else:
-            others += 1
+    inside = {file.removeprefix(path).lstrip("/"): file for file in list_files(filesystem, path)}
+    files = [
+        ImageFile(join(location, name), filesystem, file)
+        for name, file in inside.items()
+        if not any(part.startswith(".") for part in name.split("/"))
+    ]
+    found = [file for file in files if file.is_image()]
+    others = len(files) - len(found)
     if not found:
         but = f", but {count(others, 'other file')}" if others else ""
         raise RequestError(f"{location} holds no images{but}.")

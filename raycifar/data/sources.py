@@ -10,7 +10,7 @@ import pooch
 import requests
 from pyarrow import fs
 
-from raycifar.data import CIFAR100 as INFO
+from raycifar.data import CIFAR100
 from raycifar.data.layouts import SPLITS
 from raycifar.data.layouts.detect import find, read_tree
 from raycifar.data.synthetic import SYNTHETIC, synthetic
@@ -25,6 +25,7 @@ URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
 MD5 = "03b5dce01913d631647c71ecec9e9cb8"
 
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz", ".zip", ".npz")
+# Formats whose files hold one split, by how a file begins.
 ONE_SPLIT = {b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xff\xff\xff": "Arrow", b"\x93NUMPY": "NumPy"}
 SYNTHETIC_SIZE = re.compile(rf"{SYNTHETIC}:(.*)")
 MAX_SYNTHETIC = 1_000_000  # images, 3 GB
@@ -43,10 +44,10 @@ def load(name: str, *, test_alone: bool = False) -> Source:
         return synthetic()
     if match := SYNTHETIC_SIZE.fullmatch(name):
         count = int(match[1]) if re.fullmatch(r"\d{1,9}", match[1]) else 0
-        if not 0 < count <= MAX_SYNTHETIC or count % INFO.num_classes:
+        if not 0 < count <= MAX_SYNTHETIC or count % CIFAR100.num_classes:
             raise RequestError(
-                f"{name}: write {SYNTHETIC}:N, where N is a multiple of {INFO.num_classes}, for equally many images of "
-                f"each class, and at most {MAX_SYNTHETIC:,}."
+                f"{name}: write {SYNTHETIC}:N, where N is a multiple of {CIFAR100.num_classes}, for equally many "
+                f"images of each class, and at most {MAX_SYNTHETIC:,}."
             )
         return synthetic(count)
     filesystem, path = locate(fetch() if name == "cifar100" else name)

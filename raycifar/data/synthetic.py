@@ -8,7 +8,7 @@ convolution finds the stripes anywhere.
 import numpy as np
 import pyarrow as pa
 
-from raycifar.data import CIFAR100 as INFO
+from raycifar.data import CIFAR100
 from raycifar.data.tables import Source, to_table
 
 ANGLES = np.linspace(0, np.pi / 2, 5)  # up to 90°: a flipped image must not belong to another class
@@ -28,7 +28,7 @@ def synthetic(train: int = NUM_IMAGES, test: int = 10_000, seed: int = 0) -> Sou
 
 def make_table(num_images: int, rng: np.random.Generator) -> pa.Table:
     """Return images in random order, equally many of each class."""
-    fine = rng.permutation(np.arange(num_images) % INFO.num_classes)
+    fine = rng.permutation(np.arange(num_images) % CIFAR100.num_classes)
     chunks = np.array_split(fine, -(-num_images // CHUNK))
     pixels = np.concatenate([make_images(part, rng) for part in chunks])
     return to_table(pixels, {"fine": fine, "coarse": fine // len(COLORS)}, SYNTHETIC)
@@ -36,7 +36,7 @@ def make_table(num_images: int, rng: np.random.Generator) -> pa.Table:
 
 def make_images(fine: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return images (N, 3, H, W) uint8 of these classes (N,)."""
-    _, height, width = INFO.image_shape
+    _, height, width = CIFAR100.image_shape
     coarse, color = np.divmod(fine, len(COLORS))
     angle = ANGLES[coarse % len(ANGLES)].astype(np.float32)
     cycles = CYCLES[coarse // len(ANGLES)].astype(np.float32)[:, None, None]

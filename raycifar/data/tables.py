@@ -1,17 +1,15 @@
 """Arrow tables of images: checking, converting and splitting them."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raycifar.data import CIFAR100
-from raycifar.data.labels import to_labels
 from raycifar.errors import RequestError
 
 
@@ -67,27 +65,26 @@ class Splits:
         return {name: table for name, table in vars(self).items() if len(table)}
 
 
-def to_table(pixels: np.ndarray, labels: Mapping[str, np.ndarray | Sequence[Any]], origin: str) -> pa.Table:
+def to_table(pixels: np.ndarray, labels: Mapping[str, np.ndarray], origin: str) -> pa.Table:
     """Return a table of images and their labels.
 
     Args:
         pixels: (N, 3, H, W) or (N, 3 * H * W) uint8.
-        labels: "fine" and, unless they follow from these, "coarse", as `to_labels` takes them.
+        labels: "fine" and, unless they follow from these, "coarse", as `to_labels` returns them.
         origin: the start of an error's message.
 
     Raises:
-        RequestError: there are no images, more or fewer labels, or labels of no class.
+        RequestError: there are no images, or more or fewer labels.
     """
     if not len(pixels):
         raise RequestError(f"{origin} holds no images.")
-    columns = {level: to_labels(values, level, origin) for level, values in labels.items()}
-    for level, column in columns.items():
-        if len(column) != len(pixels):
-            raise RequestError(f"{origin} has {len(pixels):,} images and {len(column):,} {level} labels.")
-    coarse = columns.get("coarse", np.array(CIFAR100.superclass_of)[columns["fine"]])
+    for level, values in labels.items():
+        if len(values) != len(pixels):
+            raise RequestError(f"{origin} has {len(pixels):,} images and {len(values):,} {level} labels.")
+    coarse = labels.get("coarse", np.array(CIFAR100.superclass_of)[labels["fine"]])
     buffer = pa.py_buffer(np.ascontiguousarray(pixels, np.uint8))
     images = pa.FixedSizeBinaryArray.from_buffers(pa.binary(CIFAR100.image_bytes), len(pixels), [None, buffer])
-    return pa.table({"image": images, "fine": columns["fine"], "coarse": coarse})
+    return pa.table({"image": images, "fine": labels["fine"], "coarse": coarse})
 
 
 def to_images(column: pa.Array | pa.ChunkedArray) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import IO, Any, Self
 
 from pyarrow import fs
 
-from raycifar.data import CIFAR100 as INFO
+from raycifar.data import CIFAR100
 from raycifar.errors import RequestError, in_a_line
 from raycifar.storage.files import list_files, open_file
 from raycifar.storage.run_folder import COMPARISON, EVALUATION, RUN
@@ -22,7 +22,7 @@ MAX_IMAGES = 200_000  # of a split: four times CIFAR-100's
 MAX_BYTES = 2**30  # of a file, and of all that an archive holds
 MAX_MEMBERS = 100_000  # of an archive
 MAX_EXTENDED = 2**16  # bytes of a tar's long names and attributes
-RECORD = 2 + INFO.image_bytes  # of the official binary files: coarse label, fine label, pixels
+RECORD = 2 + CIFAR100.image_bytes  # of the official binary files: coarse label, fine label, pixels
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
 READABLE = (
     "CIFAR-100 is read as the official binary archive or cifar-100-python; as folders of pictures, train/CLASS and "

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from raycifar.engine.state import TENSORS, TrainingState
-from raycifar.storage.run_folder import BEST, KEPT, PROGRESS, RunFolder, checkpoint_name
+from raycifar.storage.checkpoints import KEPT, PROGRESS, Checkpoints, checkpoint_name
+from raycifar.storage.run_folder import BEST, RunFolder
 from raycifar.storage.weights import to_file
 
 MAX_PENDING = 2  # checkpoints being written; training waits for a slower storage
@@ -45,7 +46,7 @@ class Snapshot:
         if self.best_weights:
             run.write(BEST, to_file(self.best_weights.wait(), self.architecture))
         files = {TENSORS: safetensors.torch.save(self.state.wait()), PROGRESS: self.progress}
-        run.write_checkpoint(files, self.name)
+        Checkpoints(run).write(self.name, files)
 
 
 class Checkpointer:
@@ -91,4 +92,5 @@ class Checkpointer:
     def _store(self, snapshot: Snapshot, stored: Callable[[], None]) -> None:
         snapshot.write(self.run)
         stored()
-        self.run.delete_checkpoints(self.run.checkpoint_names()[KEPT:])
+        checkpoints = Checkpoints(self.run)
+        checkpoints.delete(checkpoints.names()[KEPT:])

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from raycifar.storage.files import is_local
 from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import EVENTS, RunFolder
 
@@ -36,7 +35,7 @@ class EventLog:
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self.file = EVENTS if is_local(folder.filesystem) else f"{EVENTS}.{time.time():.0f}"
+        self.file = f"{EVENTS}.{time.time():.0f}" if folder.is_remote else EVENTS
         files = {name: folder.read(name) or b"" for name in folder.file_names() if name.startswith(EVENTS)}
         events = {name: list(read_events(content)) for name, content in files.items()}
         whole = sum(len(frame(event)) for event in events.get(self.file, ()))

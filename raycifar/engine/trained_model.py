@@ -77,7 +77,7 @@ def read_weights(location: str) -> Weights:
     except OSError as error:
         raise RequestError(f"{file} can't be read: {error.strerror or error}.") from error
     folder, name = parent_and_name(file)
-    RunFolder.at(folder).check_digest(name, content)
+    RunFolder.at(folder).manifest.check(name, content)
     tensors, architecture = weights_file.from_file(content, file)
     if architecture is None:
         raise RequestError(f"{file} was not written by raycifar: it doesn't name the model of its weights.")

@@ -35,6 +35,7 @@ from raycifar.engine.train_loop import Outcome, Status, TrainLoopConfig
 from raycifar.engine.train_step import TrainStep
 from raycifar.errors import FailureKind, PreemptedError, StopTrainingError, notice
 from raycifar.models import FORWARD_PASSES_PER_STEP
+from raycifar.storage.checkpoints import Checkpoints
 from raycifar.storage.records import EpochRecord, Rise, sampled_steps
 from raycifar.storage.run_folder import EXAMPLE_STATS, MODEL, RUN
 from raycifar.storage.weights import to_file
@@ -192,7 +193,7 @@ class Trainer:
         name = ray.train.collective.broadcast_from_rank_zero(found and found[0])
         if name is None:
             return
-        self.state.load_files(found[1] if found else self.folder.read_checkpoint(name))
+        self.state.load_files(found[1] if found else Checkpoints(self.folder).read(name))
         progress = self.state.progress
         progress.restarts += 1
         step = f"epoch {progress.epoch}, step {progress.step}" if progress.step else f"after epoch {progress.epoch - 1}"
@@ -203,9 +204,10 @@ class Trainer:
 
     def newest_checkpoint(self) -> tuple[str, dict[str, bytes]] | None:
         """Return the checkpoint to resume from, and delete those that are skipped: new ones will pass them."""
-        skipped = self.folder.checkpoint_names()
-        found = next(self.folder.sound_checkpoints(self.reporter.notice), None)
-        self.folder.delete_checkpoints(skipped[: skipped.index(found[0])] if found else skipped)
+        checkpoints = Checkpoints(self.folder)
+        skipped = checkpoints.names()
+        found = next(checkpoints.sound(self.reporter.notice), None)
+        checkpoints.delete(skipped[: skipped.index(found[0])] if found else skipped)
         return found
 
     def prepare_train_set(self) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
-from raycifar.storage.parquet import MAX_BYTES, MAX_ROWS, ParquetError, complete, expect, flat, reading
+from raycifar.storage.parquet import ParquetError, check_size, complete, expect, flat, reading
 
 EXTENSION, HIDDEN = b"ARROW:extension:", b"arrow-extension:"  # equally long, so the message's structure stays
 FILE_MAGIC = b"ARROW1\0\0"  # of a file that isn't a plain stream; a stream follows it
@@ -18,7 +18,7 @@ def read_arrow(content: bytes, columns: Mapping[str, str]) -> pa.Table:
         schema, messages = open_arrow(content)
         expect(flat(schema), columns)
         tops = {name.split(".")[0] for name in columns}
-        batches, size = [], 0
+        batches = []
         for message in messages:
             if message.type != "record batch" or is_compressed(message.metadata.to_pybytes()):
                 raise ParquetError("is compressed, or has dictionaries: save it as Parquet")
@@ -26,11 +26,7 @@ def read_arrow(content: bytes, columns: Mapping[str, str]) -> pa.Table:
             batch = batch.select([position for position, name in enumerate(schema.names) if name in tops])
             batch.validate(full=True)  # until then, it may point anywhere
             batches.append(batch)
-            size += batch.nbytes
-            if size > MAX_BYTES:
-                raise ParquetError(f"takes more than {MAX_BYTES / 2**30:.2g} GiB of memory")
-        if not (rows := sum(batch.num_rows for batch in batches)) or rows > MAX_ROWS:
-            raise ParquetError(f"has {rows:,} rows, not 1 to {MAX_ROWS:,}")
+        check_size(sum(batch.num_rows for batch in batches), sum(batch.nbytes for batch in batches))
         table = pa.Table.from_batches(batches).flatten()
         return pa.table({name: complete(table[name], name) for name in columns})
 

@@ -5,7 +5,7 @@ first is decided by Lamport's bakery algorithm (1974), which asks of a storage o
 last: not every storage can create a file exclusively.
 """
 
-import json
+import math
 import os
 import platform
 import time
@@ -19,8 +19,9 @@ from threading import Event, Thread
 
 import psutil
 
-from raycifar.errors import DamagedFileError, RequestError, in_a_line
-from raycifar.storage.records import Count, Real, checked
+from raycifar.errors import DamagedFileError, RequestError
+from raycifar.storage.files import ask
+from raycifar.storage.records import Count, Real
 from raycifar.storage.run_folder import RunFolder
 
 CLAIM = ".lock-"  # and its owner
@@ -129,9 +130,15 @@ def living_claim(folder: RunFolder) -> Claim | None:
     """
     for place, claim in claims([folder]):
         alive = claim.is_alive()
-        if alive or (alive is None and place.seconds_since_written(claim.file) < DEAD_SECONDS):
+        if alive or (alive is None and seconds_since_renewed(place, claim) < DEAD_SECONDS):
             return claim
     return None
+
+
+def seconds_since_renewed(place: RunFolder, claim: Claim) -> float:
+    """Return a claim's age by the clocks of this machine and of the storage; infinity if it is withdrawn."""
+    renewed = ask(place.filesystem, lambda: place.filesystem.get_file_info(place.path(claim.file)).mtime)
+    return (datetime.now(UTC) - renewed).total_seconds() if renewed else math.inf
 
 
 def delete_dead(folder: RunFolder) -> None:
@@ -183,15 +190,13 @@ def claims(places: Iterable[RunFolder]) -> list[tuple[RunFolder, Claim]]:
 
 def read(place: RunFolder, file: str) -> Claim | None:
     try:
-        values = place.read_json(file)
-        return None if values is None else checked(Claim, values)
-    except (DamagedFileError, ValueError) as error:
-        where = "" if isinstance(error, DamagedFileError) else f"{place.folder}/{file} is damaged: "
-        raise DamagedFileError(f"{where}{in_a_line(error)}. Delete it if nothing trains this run.") from error
+        return place.read_as(file, Claim)
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error} Delete it if nothing trains this run.") from error
 
 
 def write(folder: RunFolder, claim: Claim) -> None:
-    folder.write(claim.file, json.dumps(asdict(claim)).encode())
+    folder.write_json(claim.file, asdict(claim))
 
 
 @contextmanager

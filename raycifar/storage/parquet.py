@@ -50,7 +50,10 @@ def read_parquet(content: bytes, columns: Mapping[str, str]) -> pa.Table:
     """
     with reading(), open_parquet(content, columns) as parquet:
         expect(flat(parquet.schema_arrow), columns)
-        check_size(parquet.metadata)
+        metadata = parquet.metadata
+        # Not by columns: pyarrow ends the process where a column's part of the footer is damaged.
+        sizes = (metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+        check_size(metadata.num_rows, sum(sizes))
         table = parquet.read([*columns]).flatten()
         table.validate(full=True)
         return pa.table({name: complete(table[name], name) for name in columns})
@@ -111,14 +114,12 @@ def expect(schema: pa.Schema, columns: Mapping[str, str]) -> None:
             raise ParquetError(f"has {schema.field(name).type} in the column {name}, not {kind}")
 
 
-def check_size(metadata: pq.FileMetaData) -> None:
-    """Refuse a file that would take too much memory, by what its footer says."""
-    if not 0 < metadata.num_rows <= MAX_ROWS:
-        raise ParquetError(f"has {metadata.num_rows:,} rows, not 1 to {MAX_ROWS:,}")
-    # Not by its columns: pyarrow ends the process where a column's part of the footer is damaged.
-    size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
-    if size > MAX_BYTES:
-        needed, most = (f"{count / 2**30:.2g} GiB" for count in (size, MAX_BYTES))
+def check_size(rows: int, num_bytes: int) -> None:
+    """Refuse a file that has no rows, or would take too much memory."""
+    if not 0 < rows <= MAX_ROWS:
+        raise ParquetError(f"has {rows:,} rows, not 1 to {MAX_ROWS:,}")
+    if num_bytes > MAX_BYTES:
+        needed, most = (f"{count / 2**30:.2g} GiB" for count in (num_bytes, MAX_BYTES))
         raise ParquetError(f"takes {needed} of memory; at most {most} is read")
 
 

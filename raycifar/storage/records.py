@@ -4,8 +4,9 @@ Fields that a version lacks are NotRequired, and fields that this version doesn'
 """
 
 import functools
+import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired, Self
 
@@ -16,6 +17,7 @@ from typing_extensions import TypedDict, is_typeddict  # pydantic wants this one
 from raycifar.data import CIFAR100
 
 MAX_STEP_LOSSES = 2000
+MAX_LINE_BYTES, MAX_LINES = 2**20, 200_000  # of `metrics.jsonl`, which has a line for each epoch
 MAX_FLOAT32 = 3.5e38  # nearly
 Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
 Positive = Annotated[int, Field(strict=True, ge=1, le=2**53)]
@@ -98,6 +100,27 @@ class EpochRecord:
         return checked(cls, finite(row))
 
 
+def parse_history(content: bytes) -> Iterator[tuple[EpochRecord, set[str]]]:
+    """Yield the records of `metrics.jsonl`, each with the fields of its row that this version doesn't know.
+
+    Raises:
+        ValueError: a row is damaged, or doesn't follow the one before it; the message names its line.
+    """
+    for number, line in enumerate(io.BytesIO(content), 1):
+        try:
+            if number > MAX_LINES:
+                raise ValueError(f"at most {MAX_LINES:,} epochs are read")
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(f"it has more than {MAX_LINE_BYTES:,} bytes")
+            values = parse(line, dict)
+            record = EpochRecord.from_json(values)
+            if record.epoch != number:
+                raise ValueError(f"epoch {record.epoch} follows epoch {number - 1}")
+        except ValueError as error:
+            raise ValueError(f"line {number}, {error}") from error
+        yield record, values.keys() - EpochRecord.__dataclass_fields__.keys() - RENAMED.keys()
+
+
 def sampled_steps(epoch: int, steps: int, epochs: int) -> range:
     """Return the steps, from 0, of an epoch (from 1) whose losses are recorded: at most 2,000 in all epochs."""
     stride = -(-epochs * steps // MAX_STEP_LOSSES)
@@ -142,6 +165,10 @@ class RunFile(TypedDict, total=False):
     threads: Count
     precision: Literal["auto", "bfloat16", "float32"]
     training_began: Real
+
+
+# What a `run.json` of the first versions, or of other programs, lacks.
+RUN_DEFAULTS = {"seed": 0, "val_size": 5000, "limit": None, "workers": 1, "device": None}
 
 
 class Scores(TypedDict):
@@ -274,11 +301,15 @@ def checked(kind: Any, value: Any) -> Any:
         raise ValueError(f"{where + ': ' if where else ''}{first['msg'][:1].lower()}{first['msg'][1:]}") from error
 
 
-def parse(content: bytes) -> Any:
-    """Return the value of a JSON text, or raise ValueError if it is none, or nested too deeply."""
+def parse(content: bytes, kind: Any = Any) -> Any:
+    """Return the value of a JSON text as `kind`, with None for each number that isn't finite.
+
+    Raises:
+        ValueError: it is no JSON, nested too deeply, or of another kind.
+    """
     if not content.strip():
         raise ValueError("it is empty")
-    return from_json(content)
+    return checked(kind, finite(from_json(content)))
 
 
 def unknown_fields(kind: Any, value: Mapping[str, Any]) -> set[str]:

@@ -33,9 +33,8 @@ PAUSES = (1, 4, 10)  # seconds before each new try
 CHUNK = 2**16
 MAX_PAGE_BYTES = 2**24  # of a folder's list on a web server
 MAX_LEVELS = 4  # of folders on a web server
-MEGABYTE = 1e6
 
-BUGS = (AttributeError, NameError, TypeError, AssertionError)
+BUGS = (AttributeError, NameError, TypeError, AssertionError)  # raised as they are
 
 
 class PassingError(OSError):
@@ -56,9 +55,10 @@ def telling(show: Callable[[str], None]) -> Iterator[None]:
 
 
 def ask(work: Callable[[Callable[[int], None]], Answer], patience: float = SILENCE_SECONDS) -> Answer:
-    """Return what `work` returns; it is called with a function that takes the number of bytes read so far.
+    """Return what `work` returns.
 
     Args:
+        work: is called with a function, to which it tells how many bytes it has read so far.
         patience: seconds to wait for the answer, or for more bytes, at each try.
     """
     for pause in PAUSES:
@@ -95,7 +95,7 @@ def ask_once(work: Callable[[Callable[[int], None]], Answer], patience: float) -
         if time.monotonic() - told_last >= TELL_SECONDS:
             told_last = time.monotonic()
             tell.get()(
-                f"{value / MEGABYTE:,.0f} MB so far"
+                f"{value / 1e6:,.0f} MB so far"
                 if kind == "bytes"
                 else f"no answer for {told_last - heard_last:.0f} s, of {patience:.0f} s at most"
             )
@@ -203,6 +203,20 @@ def kind_of(address: str) -> fs.FileType:
 
 # Errors ---------------------------------------------------------------------------------------------
 
+BUSY = (408, 429)  # statuses: a time-out, and too many requests
+# What the message of an object store's library holds where a new try may help.
+PASSING = (
+    r"HTTP status (5\d\d|408|429)|NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|REQUEST_TIME_?OUT|INTERNAL_FAILURE"
+    r"|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
+)
+# What a library's message holds, and what it means.
+SIGNS = {
+    "OAuth2 access token": "no credentials for Google's cloud are found: set GOOGLE_APPLICATION_CREDENTIALS, or give "
+    "gs://anonymous@BUCKET for a public bucket",
+    "DefaultAzureCredential": "no credentials for Azure are found: set AZURE_TENANT_ID, AZURE_CLIENT_ID and "
+    "AZURE_CLIENT_SECRET, or log in with `az login`",
+}
+
 
 def plain(error: BaseException) -> OSError:
     """Return the error of a library as an `OSError` whose message says what is wrong, in plain words."""
@@ -235,26 +249,9 @@ def plain(error: BaseException) -> OSError:
         text = detail[1]
     if passes:
         return PassingError(text)
-    if isinstance(error, OSError):
-        return type(error)(text) if isinstance(error, FileNotFoundError | PermissionError) else OSError(text)
     if isinstance(error, ImportError):
         return OSError(f"the package {error.name} is needed, and isn't installed")
-    return OSError(text or type(error).__name__)
-
-
-BUSY = (408, 429)  # statuses: a time-out, and too many requests
-# What the message of an object store's library holds where a new try may help.
-PASSING = (
-    r"HTTP status (5\d\d|408|429)|NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|REQUEST_TIME_?OUT|INTERNAL_FAILURE"
-    r"|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
-)
-# What a library's message holds, and what it means.
-SIGNS = {
-    "OAuth2 access token": "no credentials for Google's cloud are found: set GOOGLE_APPLICATION_CREDENTIALS, or give "
-    "gs://anonymous@BUCKET for a public bucket",
-    "DefaultAzureCredential": "no credentials for Azure are found: set AZURE_TENANT_ID, AZURE_CLIENT_ID and "
-    "AZURE_CLIENT_SECRET, or log in with `az login`",
-}
+    return type(error)(text) if isinstance(error, FileNotFoundError | PermissionError) else OSError(text)
 
 
 def refusal(status: int) -> str:

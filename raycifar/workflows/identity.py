@@ -13,7 +13,7 @@ from raycifar.errors import DamagedFileError, RequestError
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe, changes, describe_changes
 from raycifar.models.recipes import read_run, recipe_for, recipe_from_json
-from raycifar.storage.run_folder import MANIFEST, RESULT, RUN, RunFolder
+from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.workflows.duplicates import known_duplicates
 from raycifar.workflows.requests import TrainingRequest
 
@@ -100,7 +100,7 @@ def write_run_json(folder: RunFolder, request: TrainingRequest, identity: dict[s
 
     folder.delete_leftovers()
     folder.delete(RESULT)
-    folder.delete(MANIFEST)
+    folder.manifest.delete()
     now = f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}"
     folder.write_json(
         RUN,

@@ -9,6 +9,7 @@ from enum import StrEnum
 from pyarrow.fs import FileType
 
 from raycifar.errors import DamagedFileError, RequestError
+from raycifar.storage.checkpoints import Checkpoints
 from raycifar.storage.files import file_type
 from raycifar.storage.lock import living_claim
 from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, STUDY, RunFolder
@@ -69,7 +70,7 @@ def find_runs(location: str) -> list[Entry]:
     around = folder if folder.exists(STUDY) else None
     comparisons = [] if around else folder.folders_with(STUDY, COMPARISON)
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        runs = pool.map(lambda run: list_run(run, around), folder.folders_with(RUN))
+        runs = pool.map(lambda run: list_run(run, around), folder.runs())
         return newest_first([*runs, *pool.map(list_comparison, comparisons)])
 
 
@@ -117,7 +118,7 @@ def list_comparison(folder: RunFolder) -> Entry:
         study = folder.read_json(STUDY, ignore) or {}
     except DamagedFileError as error:
         return Entry(name=folder.name, folder=folder.folder, state=State.DAMAGED, reason=str(error), trials=[])
-    trials = newest_first([list_run(run, folder) for run in folder.folders_with(RUN)])
+    trials = newest_first([list_run(run, folder) for run in folder.runs()])
     results = comparison.get("models", {})
     given = [key for key, value in study.items() if isinstance(value, dict) and f"{key} weights" in study]
     return Entry(
@@ -154,13 +155,14 @@ def removable(location: str) -> Iterator[Removable]:
     for entry in find_runs(location):
         for each in entry.trials if entry.trials is not None else [entry]:
             run = RunFolder.at(each.folder)
-            if each.is_over and (names := run.checkpoint_names()):
-                yield Removable(run, names, run.size_of(names))
+            checkpoints = Checkpoints(run)
+            if each.is_over and (names := checkpoints.names()):
+                yield Removable(run, names, checkpoints.size(names))
 
 
 def remove(what: Removable, say: Callable[[str], None]) -> None:
     """Remove checkpoints, unless their run has been begun again."""
     if list_run(what.run, what.run.comparison).is_over:
-        what.run.delete_checkpoints(what.names)
+        Checkpoints(what.run).delete(what.names)
     else:
         say(f"{what.run.folder} is being trained again, and is left alone.")

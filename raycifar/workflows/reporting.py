@@ -17,7 +17,6 @@ from raycifar.redaction import shown
 from raycifar.storage.run_folder import (
     COMPARISON,
     EXAMPLE_STATS,
-    MANIFEST,
     METRICS,
     PICTURES,
     PREDICTIONS,
@@ -141,9 +140,8 @@ def read_files(folder: RunFolder) -> "RunFiles":
     predictions, example_stats = (
         unless_damaged(partial(folder.read_table, file), notes) for file in (PREDICTIONS, EXAMPLE_STATS)
     )
-    notes += [
-        f"{folder.folder}/{file} is missing." for file in folder.lost(METRICS, RESULT, PREDICTIONS, EXAMPLE_STATS)
-    ]
+    lost = folder.manifest.lost(METRICS, RESULT, PREDICTIONS, EXAMPLE_STATS)
+    notes += [f"{folder.folder}/{file} is missing." for file in lost]
     if result and result["status"] == "finished" and len(records) < result.get("epochs", 0):
         notes.append(f"Only {len(records)} of {count(result['epochs'], 'epoch')} recorded.")
     history = RunHistory(run, records, result)
@@ -192,8 +190,7 @@ def keep_pictures(folder: RunFolder, source: Source) -> None:
 
 def write_pictures(folder: RunFolder, pictures: Any) -> None:
     folder.write_json(PICTURES, pictures)
-    if folder.exists(MANIFEST):
-        folder.seal(PICTURES)
+    folder.manifest.renew(PICTURES)
 
 
 def write_comparison(folder: RunFolder, out: RunFolder | None = None, kind: str = "html") -> dict[str, Any]:
@@ -216,7 +213,7 @@ def read_comparison(folder: RunFolder) -> tuple[dict[str, Any], list["RunFiles"]
 
     notes: list[str] = []
     comparison = unless_damaged(lambda: folder.read_json(COMPARISON, notes.append), notes)
-    notes += [f"{folder.folder}/{file} is missing." for file in folder.lost(COMPARISON)]
+    notes += [f"{folder.folder}/{file} is missing." for file in folder.manifest.lost(COMPARISON)]
     files = []
     for run in find_runs(folder, comparison, notes.append):
         try:

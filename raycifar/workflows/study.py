@@ -32,7 +32,6 @@ from raycifar.redaction import shown
 from raycifar.storage.run_folder import (
     COMPARISON,
     COMPARISON_TABLE,
-    MANIFEST,
     METRICS,
     PREDICTIONS,
     RESULT,
@@ -136,7 +135,7 @@ def prepare(
     longest = max(recipes.values(), key=lambda recipe: recipe.epochs)
     screen.lines(warn_of_hours(operations, longest, len(splits.train), workers, at_once=most))
     folder.delete_leftovers()
-    folder.delete(MANIFEST)
+    folder.manifest.delete()
     folder.write_json(STUDY, identity)
 
     # The costliest models come first, so that short trials fill the cluster at the end.
@@ -395,7 +394,7 @@ def keep_files(finished: Sequence[Finished], folder: RunFolder) -> list[Finished
                 raise RequestError(f"{copy.folder} holds another run: give another --name.")
             for file in (RUN, METRICS, RESULT):
                 copy.write(file, source.read(file) or b"")
-            copy.seal(RUN, METRICS, RESULT)
+            copy.manifest.seal(RUN, METRICS, RESULT)
         kept.append(replace(run, name=name))
     return kept
 
@@ -429,7 +428,7 @@ def conclude(
     folder.write_json(COMPARISON, comparison)
     rows = to_rows(comparison)
     folder.write(COMPARISON_TABLE, to_csv([*rows[0]], (row.values() for row in rows)).encode())
-    folder.seal(STUDY, COMPARISON)
+    folder.manifest.seal(STUDY, COMPARISON)
     return comparison
 
 

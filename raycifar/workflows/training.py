@@ -154,7 +154,7 @@ def finish(run: TrainingRun, outcome: "Outcome") -> dict[str, Any]:
     elif outcome.status == "failed":
         result |= {"reason": outcome.reason, "failure": outcome.failure}
     folder.write_json(RESULT, result)
-    folder.seal(RUN, METRICS, RESULT, MODEL, BEST, PREDICTIONS, EXAMPLE_STATS)
+    folder.manifest.seal(RUN, METRICS, RESULT, MODEL, BEST, PREDICTIONS, EXAMPLE_STATS)
     if outcome.status == "failed":
         raise WorkError(f"{outcome.reason}. The last checkpoint and the history are kept in {folder.folder}.")
     return result

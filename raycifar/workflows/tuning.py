@@ -291,7 +291,7 @@ def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: 
         ),
         run_config=tune.RunConfig(
             name=folder.name,
-            storage_path=folder.root,
+            storage_path=study.folder.path(),
             storage_filesystem=folder.filesystem,
             failure_config=tune.FailureConfig(max_failures=RETRIES),
             callbacks=[FailedDrivers()],

@@ -8,7 +8,8 @@ from pathlib import PurePosixPath
 import numpy as np
 import pyarrow as pa
 
-from raycifar.data import CIFAR100 as INFO
+from raycifar.data import CIFAR100
+from raycifar.data.labels import to_labels
 from raycifar.data.layouts import Place, split_in
 from raycifar.data.tables import to_table
 from raycifar.data.trees import MAX_IMAGES, Tree
@@ -39,7 +40,8 @@ def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
     chosen = {role: found[0] for role, found in files.items() if found}
     arrays = {role: read_array(tree.read(path), f"{tree.name}: {path}") for role, path in chosen.items()}
     pixels = to_channels_first(arrays["image"], f"{tree.name}: {chosen['image']}")
-    return to_table(pixels, {level: arrays[level] for level in ("fine", "coarse") if level in arrays}, origin)
+    labels = {level: to_labels(array, level, origin) for level, array in arrays.items() if level != "image"}
+    return to_table(pixels, labels, origin)
 
 
 def read_array(content: bytes, origin: str) -> np.ndarray:
@@ -62,10 +64,10 @@ def read_array(content: bytes, origin: str) -> np.ndarray:
 
 def to_channels_first(pixels: np.ndarray, origin: str) -> np.ndarray:
     """Return images (N, H, W, 3), (N, 3, H, W) or (N, 3 * H * W) as either of the last two."""
-    channels, height, width = INFO.image_shape
+    channels, height, width = CIFAR100.image_shape
     if pixels.dtype == np.uint8 and pixels.shape[1:] == (height, width, channels):
         return pixels.transpose(0, 3, 1, 2)
-    if pixels.dtype == np.uint8 and pixels.shape[1:] in (INFO.image_shape, (INFO.image_bytes,)):
+    if pixels.dtype == np.uint8 and pixels.shape[1:] in (CIFAR100.image_shape, (CIFAR100.image_bytes,)):
         return pixels
-    wanted = f"uint8 (N, {height}, {width}, {channels}) or (N, {INFO.image_bytes})"
+    wanted = f"uint8 (N, {height}, {width}, {channels}) or (N, {CIFAR100.image_bytes})"
     raise RequestError(f"{origin} is {pixels.dtype} of shape {pixels.shape}, not {wanted}.")

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 import numpy as np
 import pyarrow as pa
 
-from raycifar.data import CIFAR100 as INFO
+from raycifar.data import CIFAR100
 from raycifar.data.labels import numbers_of, to_labels
 from raycifar.data.pictures import decode, to_rgb
 from raycifar.data.tables import to_table
@@ -42,16 +42,14 @@ def read(
         except ParquetError as error:
             raise RequestError(f"{origin} {error}.") from error
         check_count(len(columns) + sum(map(len, tables)), origin)
-        values = {role: columns[name] for role, (name, _) in chosen.items()}
-        labels = {
-            level: to_labels(column.to_numpy() if KINDS["integers"](column.type) else column.to_pylist(), level, origin)
-            for level, column in values.items()
-            if level != "image"
-        }
+        images, _ = chosen.pop("image")
+        labels = {}
         for level, (name, kind) in chosen.items():
-            if kind == "integers" and (names := class_names(schema, name)):
-                labels[level] = numbers_of(names, level, f"{origin}, column {name},")[labels[level]]
-        files = ((file.as_py(), f"{origin}: image {row}") for row, file in enumerate(values["image"]))
+            values = columns[name].to_numpy() if kind == "integers" else columns[name].to_pylist()
+            labels[level] = to_labels(values, level, origin)
+            if kind == "integers":
+                labels[level] = numbers_of(class_names(schema, name), level, f"{origin}, column {name},")[labels[level]]
+        files = ((file.as_py(), f"{origin}: image {row}") for row, file in enumerate(columns[images]))
         pixels = decode_all(files, len(columns))
         tables.append(to_table(pixels, labels, origin))
     return pa.concat_tables(tables)
@@ -90,10 +88,10 @@ def decode_all(files: Iterable[tuple[bytes, str]], count: int) -> np.ndarray:
     Raises:
         RequestError: one isn't an image of the data set's size, which is looked at before it is decoded.
     """
-    pixels = np.empty((count, *INFO.image_shape), np.uint8)
+    pixels = np.empty((count, *CIFAR100.image_shape), np.uint8)
     for row, (content, origin) in enumerate(files):
         try:
-            image = to_rgb(decode(content, (INFO.image_size, INFO.image_size)))
+            image = to_rgb(decode(content, (CIFAR100.image_size, CIFAR100.image_size)))
         except ValueError as error:
             raise RequestError(f"{origin} can't be read: {error}.") from error
         pixels[row] = np.asarray(image).transpose(2, 0, 1)

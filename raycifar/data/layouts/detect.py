@@ -119,10 +119,8 @@ def in_order(name: str) -> str:
 
 def origin(tree: Tree, root: PurePosixPath, paths: list[PurePosixPath]) -> str:
     """Return what an error about a split begins with: its file, or the folder that its files are in."""
-    if len(paths) == 1:
-        return f"{tree.name}: {paths[0]}"
-    inside = paths[0].relative_to(root).parts[0] if len(paths[0].relative_to(root).parts) > 1 else ""
-    return f"{tree.name}: {root / inside}"
+    place = paths[0] if len(paths) == 1 else root.joinpath(*paths[0].relative_to(root).parent.parts[:1])
+    return f"{tree.name}: {place}" if place.parts else tree.name
 
 
 def what_is_there(paths: list[PurePosixPath], found: Found) -> str:

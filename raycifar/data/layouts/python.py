@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from raycifar.data.labels import to_labels
 from raycifar.data.layouts.arrays import to_channels_first
 from raycifar.data.tables import to_table
 from raycifar.data.trees import Tree, check_count
@@ -35,11 +36,11 @@ def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
     try:
         pixels = to_channels_first(to_array(fields["data"]), f"{origin}: data")
         names = {level: f"{level}_labels" for level in ("fine", "coarse")}
-        labels = {level: read_labels(fields[name]) for level, name in names.items() if fields.get(name) is not None}
+        given = {level: read_labels(fields[name]) for level, name in names.items() if fields.get(name) is not None}
     except (ValueError, TypeError) as error:
         raise RequestError(f"{origin} is not from cifar-100-python: {error}.") from error
     check_count(len(pixels), origin)
-    return to_table(pixels, labels, origin)
+    return to_table(pixels, {level: to_labels(values, level, origin) for level, values in given.items()}, origin)
 
 
 def read_names(content: bytes) -> dict[str, list[str]]:

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
-from raycifar.data import CIFAR100 as INFO
+from raycifar.data import CIFAR100
+from raycifar.data.labels import to_labels
 from raycifar.data.tables import to_table
 from raycifar.data.trees import Tree, check_count
 from raycifar.errors import RequestError, in_a_line
@@ -29,12 +30,12 @@ def read_file(content: bytes, origin: str) -> pa.Table:
     names = [name.strip() for name in names]
     found = {level: next((name for name in known if name in names), None) for level, known in LABELS.items()}
     pixels = [name for name in names if name not in found.values()]
-    if not found["fine"] or len(pixels) != INFO.image_bytes or len(set(names)) != len(names):
+    if not found["fine"] or len(pixels) != CIFAR100.image_bytes or len(set(names)) != len(names):
         raise RequestError(
-            f"{origin} must have a header with a column label and {INFO.image_bytes:,} columns of pixels, channels "
+            f"{origin} must have a header with a column label and {CIFAR100.image_bytes:,} columns of pixels, channels "
             f"first; it has {len(names):,}: {', '.join(names[:3])[:60]}…"
         )
-    labels: dict[str, list[str]] = {level: [] for level, name in found.items() if name}
+    texts: dict[str, list[str]] = {level: [] for level, name in found.items() if name}
     blocks: list[np.ndarray] = []
     try:
         batches = arrow_csv.open_csv(
@@ -47,11 +48,12 @@ def read_file(content: bytes, origin: str) -> pa.Table:
         )
         for batch in batches:
             blocks.append(np.stack([batch.column(name).to_numpy() for name in pixels], axis=1))
-            for level, values in labels.items():
+            for level, values in texts.items():
                 values += batch.column(found[level]).to_pylist()
             check_count(sum(map(len, blocks)), origin)
     except pa.ArrowException as error:
         raise RequestError(f"{origin} is not a readable CSV file: {in_a_line(error)}.") from error
     if not blocks:
         raise RequestError(f"{origin} holds no images.")
+    labels = {level: to_labels(values, level, origin) for level, values in texts.items()}
     return to_table(np.concatenate(blocks), labels, origin)
