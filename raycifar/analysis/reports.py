@@ -15,7 +15,7 @@ from raycifar.analysis.classification import CLASSES, by_class, confused_pairs, 
 from raycifar.analysis.comparison import by_model, conclusions
 from raycifar.analysis.curves import panels
 from raycifar.analysis.departures import plain_value
-from raycifar.analysis.findings import FIT, diagnose, fit, seed_variance, standard_error
+from raycifar.analysis.findings import FIT, Finding, diagnose, fit, seed_variance, standard_error
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.mismatch import find_mismatch
 from raycifar.analysis.page import render
@@ -51,6 +51,12 @@ class RunFiles:
     copies: np.ndarray | None = None  # (n, 2): training images that show one photograph, by rows in the source
 
     @cached_property
+    def findings(self) -> list[Finding]:
+        """What the run shows, what matters most first."""
+        differs, found = find_mismatch(self.history, self.predictions, self.pictures), diagnose(self.history)
+        return [*differs, *(finding for finding in found if not (differs and finding.kind == "healthy"))]
+
+    @cached_property
     def answers(self) -> "Answers | None":
         """What the network says of the test images."""
         if self.predictions is None:
@@ -76,17 +82,15 @@ class Answers(NamedTuple):
 
 def report_run(files: RunFiles) -> dict[str, Any]:
     """Return the report of a run as `report.json` holds it."""
-    differs, found = find_mismatch(files.history, files.predictions, files.pictures), diagnose(files.history)
-    if differs:
-        found = [*differs, *(finding for finding in found if finding.kind != "healthy")]
+    history, found = files.history, files.findings
     return {
         "name": files.name,
-        "state": prose.state(files.history),
+        "state": prose.state(history),
         "notes": list(files.notes),
         "headline": prose.headline(found),
         "findings": [finding.to_json() for finding in found],
-        "next": prose.next_steps(files.history, found, files.storage) if found else [],
-        "paragraph": prose.paragraph(files.history, found),
+        "next": prose.next_steps(history, found, files.storage) if found else [],
+        "paragraph": prose.paragraph(history, found),
     }
 
 
@@ -98,7 +102,7 @@ def run_page(files: RunFiles, report: dict[str, Any]) -> str:
     labels = labels_of(files)
     spikes = [
         {"epoch": epoch, "pictures": shown_of(pictures, "train", [(row, labels.get(row, "")) for row in rows])}
-        for epoch, rows in behind_spikes(report)
+        for epoch, rows in behind_spikes(files.findings)
     ]
     doubted = suspects(files)
     return render(
@@ -254,12 +258,12 @@ def contradictions(doubted: Sequence[dict[str, Any]]) -> list[tuple[dict[str, An
     return [(by_index[one], by_index[other]) for one, other in pairs if one in by_index and other in by_index]
 
 
-def behind_spikes(report: dict[str, Any]) -> list[tuple[int, list[int]]]:
+def behind_spikes(findings: Sequence[Finding]) -> list[tuple[int, list[int]]]:
     """Return the epoch of each spike that a few images caused, and the training images whose losses rose most."""
     return [
-        (finding["epochs"][0], finding["metrics"]["example_indices"])
-        for finding in report["findings"]
-        if finding["kind"] == "spike" and finding["metrics"].get("example_indices")
+        (finding.epochs[0], finding.metrics["example_indices"])
+        for finding in findings
+        if finding.kind == "spike" and finding.metrics.get("example_indices")
     ]
 
 
@@ -274,7 +278,7 @@ def labels_of(files: RunFiles) -> dict[int, str]:
 def choose_pictures(files: RunFiles, source: Source) -> PicturesFile:
     """Return the content of `pictures.json`: what the report shows of a data set, a few hundred kilobytes."""
     train = {image["index"] for image in suspects(files)}
-    train |= {row for _, rows in behind_spikes(report_run(files)) for row in rows}
+    train |= {row for _, rows in behind_spikes(files.findings) for row in rows}
     test = {row for pair in confused(files) for row, _ in pair["rows"]}
     return {
         "train": {str(row): to_base64(source.train, row) for row in sorted(train)},
@@ -346,8 +350,12 @@ def report_comparison(
 
 def about_run(files: RunFiles) -> dict[str, Any]:
     """Return what a page of several runs says of each."""
-    report, history = report_run(files), files.history
-    return {key: report[key] for key in ("name", "state", "headline", "findings")} | {
+    history = files.history
+    return {
+        "name": files.name,
+        "state": prose.state(history),
+        "headline": prose.headline(files.findings),
+        "findings": [finding.to_json() for finding in files.findings],
         "model": history.model,
         "seed": history.run["seed"],
         "images": history.num_train,
@@ -377,7 +385,7 @@ def report_overlay(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "state": f"{count(len(runs), 'run')} side by side, without a verdict.",
         "headline": "",
         "findings": [],
-        "paragraph": "\n\n".join(f"{run.name}: {report_run(run)['paragraph']}" for run in runs),
+        "paragraph": "\n\n".join(f"{run.name}: {prose.paragraph(run.history, run.findings)}" for run in runs),
     }
 
 
