@@ -284,7 +284,7 @@ def bars(
     errors = [np.subtract(medians, lows), np.subtract(highs, medians)]
     axes.barh(names, medians, 0.6, color=BLUE, xerr=errors, error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2})
     axes.axvline(limit[1], color=ORANGE, linewidth=1.5, linestyle="--", label=limit[0])
-    axes.set_yticks(names, [f"{name}  {median:,.0f}" for name, median in zip(names, medians, strict=True)])
+    axes.set_yticks(names, [f"{name}: {median:,.0f}" for name, median in zip(names, medians, strict=True)])
     axes.set(xlabel=xlabel)
     axes.xaxis.set_major_formatter(plain_number)
     legend_above(axes)

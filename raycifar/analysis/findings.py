@@ -18,6 +18,7 @@ from raycifar.analysis.departures import LOOSE, departures, plain_value
 from raycifar.analysis.history import RunHistory, thinned
 from raycifar.data import CIFAR100
 from raycifar.errors import FailureKind
+from raycifar.models.recipe import Recipe
 from raycifar.storage.records import Diagnostics, finite
 from raycifar.words import count, listed
 
@@ -31,6 +32,7 @@ VANISHED = 1e-3  # first layer's gradient over the last's: bfloat16 keeps 3 digi
 PLAIN = ("none", "flip", "crop")  # augmentations that cutout adds to
 CONCENTRATED = 0.25  # fraction of a rise that is due to 1% of the images; equal images would cause 3 or 4%
 OFF = 8.0  # factor from a recipe's own learning rate, the range that a search covers
+FEW_EPOCHS = 5  # of fewer, no spread of changes can be estimated
 MAX_SPIKES = 5  # that are reported one by one
 LEARNED = 0.4  # pseudo-R² of a network that can be called healthy: the upper end of McFadden's excellent fits
 FEW_SIGMAS = 1.5  # of a loss, next to a gap that is beyond doubt
@@ -144,14 +146,11 @@ def too_little_learned(history: RunHistory) -> Finding:
     done, epochs = len(history.records), history.recipe.epochs
     after = f"{done} of {count(epochs, 'epoch')}" if done < epochs else count(done, "epoch")
     evidence = (
-        f"After {after}, the network has learned little: its loss has come {max(0.0, fit(history)):.0%} of the way "
-        "from guessing to a perfect fit. Whether it underfits, overfits or "
+        f"After {after}, the loss on training images has come {max(0.0, fit(history)):.0%} of the way from guessing to "
+        "a perfect fit. Whether the network underfits, overfits or is healthy can't be told yet."
     )
-    if history.unfinished:
-        evidence += "is healthy shows when its schedule ends."
-        return Finding("too-early", 0.9, evidence, "Continue this run.", [], {"epochs_needed": epochs})
-    evidence += "is healthy shows after more epochs."
-    return Finding("too-early", 0.9, evidence, "Train for more --epochs.", [], {"epochs_needed": 2 * epochs})
+    advice, needed = ("Continue this run.", epochs) if history.unfinished else ("Train for more --epochs.", 2 * epochs)
+    return Finding("too-early", 0.9, evidence, advice, [], {"epochs_needed": needed})
 
 
 # A network that doesn't learn -----------------------------------------------------------------------
@@ -203,11 +202,11 @@ def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         return []
     z = (history.column("train_top1")[-1] - 1 / classes) / standard_error(1 / classes, history.num_train)
     cause, metrics = explain_collapse(last.diagnostics)
-    stays = "is" if len(epochs) == 1 else "stays"
+    stays, so_far = "is" if len(epochs) == 1 else "stays", " so far" if history.unfinished else ""
     evidence = (
         f"{span(epochs)} the training loss {stays} at the level of guessing ({last.train_loss:.4f}; ln({classes}) = "
         f"{history.guessing_loss:.4f}). Training accuracy is {last.train_top1:.2%}, {abs(z):.1f} standard errors from "
-        f"chance (1 in {classes}): the network has learned nothing. {cause}"
+        f"chance (1 in {classes}): the network has learned nothing{so_far}. {cause}"
     )
     advice = f"{calm(history)} Then look at the gradients of the first layers."
     return [Finding("collapse", SURE, evidence.strip(), advice, epochs, metrics)]
@@ -249,13 +248,15 @@ def underfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]
     evidence = (
         f"After epoch {last.epoch}, the loss on training images, scored without augmentation, is {loss:.3f}. Guessing "
         f"gives ln({CIFAR100.num_classes}) = {history.guessing_loss:.3f}, so the loss has come "
-        f"{max(fitted, 0):.0%} of the way to a perfect fit; below {FIT:.0%}, a network underfits."
+        f"{max(fitted, 0):.1%} of the way to a perfect fit; below {FIT:.0%}, a network underfits."
         if fitted >= 0.005
         else f"After epoch {last.epoch}, the network does no better on training images than guessing: their loss is "
         f"{loss:.3f}, and that of guessing is ln({CIFAR100.num_classes}) = {history.guessing_loss:.3f}."
     )
     if last.val_loss is not None:
         evidence += f" The validation loss is {last.val_loss:.3f}."
+    if len(history.records) < FEW_EPOCHS:
+        evidence += " So few epochs may be the only reason."
     advice = "Train for more --epochs. If that isn't enough, raise --lr, augment less or take a larger model."
     if rate_ratio(history) <= 1 / OFF:
         advice = "First of all, raise --lr."
@@ -312,7 +313,7 @@ def jumps(losses: np.ndarray) -> list[tuple[int, float]]:
 
     The last epoch is left out: its rise may be the beginning of anything.
     """
-    if len(losses) < 5:
+    if len(losses) < FEW_EPOCHS:
         return []
     changes, spread = np.diff(losses), spread_of_changes(losses)
     scores = (changes - np.median(changes)) / max(spread, 1e-9)
@@ -397,15 +398,19 @@ def overfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     last = history.records[-1]
     seen = float(history.column("train_top1")[-1] - history.column("val_top1")[-1])
     hidden = float(gap) - seen
-    significant = f" ({z:.0f} standard errors)" if z >= SIGMAS else ""
+    significant = f", {z:.0f} standard errors above it" if z >= SIGMAS else ""
     evidence = (
-        f"After epoch {best + 1}, the validation loss rises from {val[best]:.3f} to {end:.3f}{significant}, while the "
-        f"loss on training images keeps falling, from {train[best]:.3f} to {train[-1]:.3f}. In the end, accuracy is "
-        f"{last.train_eval_top1:.3f} on training images and {last.val_top1:.3f} on validation images, both scored "
-        f"without augmentation, a gap of {points(gap)}, {gap / gap_se:.0f} standard errors."
+        f"The validation loss is lowest after epoch {best + 1}, {val[best]:.3f}; the median of the last three epochs "
+        f"is {end:.3f}{significant}. Meanwhile, the loss on training images falls from {train[best]:.3f} to "
+        f"{train[-1]:.3f}. After epoch {last.epoch}, accuracy is {last.train_eval_top1:.3f} on training images and "
+        f"{last.val_top1:.3f} on validation images, both scored without augmentation: a gap of {points(gap)}, "
+        f"{gap / gap_se:.0f} standard errors."
     )
     if hidden >= 0.005 and seen > 0:
-        evidence += f" The training curve shows {points(seen)} of it; regularization hides {points(hidden)}."
+        evidence += (
+            f" Accuracy as trained shows only {points(seen)} of it, because it is lowered by "
+            f"{listed(lower_training_accuracy(history.recipe))}."
+        )
     metrics = {"gap": float(gap), "from_epoch": best + 1, "hidden_by_regularization": hidden}
     epochs = list(range(best + 1, len(val) + 1))
     return [Finding("overfitting", confidence(max(z, gap / gap_se)), evidence, regularize(history), epochs, metrics)]
@@ -467,7 +472,7 @@ def validation_above_training(history: RunHistory, found: Sequence[Finding]) -> 
     # A first epoch's training accuracy is a mean over all of its learning: validation after it must be higher.
     if not history.num_val or len(history.records) < 2:
         return []
-    recipe, last = history.recipe, history.records[-1]
+    last = history.records[-1]
     train, val = (float(history.column(name)[-1]) for name in ("train_top1", "val_top1"))
     z = (val - train) / math.hypot(standard_error(val, history.num_val), standard_error(train, history.num_train))
     gap, gap_se = (values[-1] for values in generalization_gap(history))
@@ -479,21 +484,29 @@ def validation_above_training(history: RunHistory, found: Sequence[Finding]) -> 
         f"{points(val - train)} lower ({z:.0f} standard errors). Scored without augmentation and in evaluation mode, "
         f"training images reach {last.train_eval_top1:.3f}"
     )
-    causes = {
-        f"augmentation ({recipe.augment})": recipe.augment != "none",
-        "mixup or CutMix": recipe.mixup + recipe.cutmix > 0,
-        "dropout": recipe.dropout > 0,
-        "the running average of the weights": recipe.ema > 0,
-    }
     if explained:
-        because = listed([*(cause for cause, on in causes.items() if on), "averaging over the whole epoch"])
-        evidence += f", no less than validation images: what lowers training accuracy is {because}."
+        causes = listed(lower_training_accuracy(history.recipe))
+        evidence += (
+            f", {'no less' if gap >= 0 else 'not significantly less'}: what lowers training accuracy is {causes}."
+        )
         advice = "Nothing is wrong. Judge the gap by training images that are scored without augmentation."
     else:
         evidence += ", which is still less: augmentation and averaging over the epoch don't explain it."
         advice = "Check whether the validation images are easier, or are also among the training images."
     metrics = {"explained": explained}
     return [Finding("validation-above-training", confidence(z), evidence, advice, [last.epoch], metrics)]
+
+
+def lower_training_accuracy(recipe: Recipe) -> list[str]:
+    """Return what makes accuracy as trained lower than that of the same images, scored like validation."""
+    causes = {
+        f"augmentation ({recipe.augment})": recipe.augment != "none",
+        "mixup or CutMix": recipe.mixup + recipe.cutmix > 0,
+        "dropout": recipe.dropout > 0,
+        "the running average of the weights": recipe.ema > 0,
+        "averaging over the whole epoch": True,
+    }
+    return [cause for cause, on in causes.items() if on]
 
 
 def validation_noise(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
@@ -582,7 +595,7 @@ def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         advice = "Stop here, or change the recipe: a longer schedule keeps the learning rate high for longer."
     else:
         evidence += (
-            f" As many epochs again would add at most {points(gain)}, which "
+            f" As many epochs again would hardly add more than {points(gain)}, which "
             f"{count(history.num_val, 'validation image')} can hardly show."
         )
         advice = "Stop here, or change the recipe."
@@ -611,6 +624,8 @@ def improving(history: RunHistory, epochs: list[int], slope: float, interval: st
 
 def healthy(history: RunHistory, found: Sequence[Finding]) -> Finding:
     losses, val_losses, val_top1 = (history.column(name) for name in ("train_loss", "val_loss", "val_top1"))
+    few = len(losses) < FEW_EPOCHS
+    so_far = " so far" if few or history.unfinished else ""
     if not history.num_val:
         evidence = (
             f"The training loss falls from {np.fmax.reduce(losses):.3f} to {losses[-1]:.3f}. No images are held out "
@@ -618,16 +633,18 @@ def healthy(history: RunHistory, found: Sequence[Finding]) -> Finding:
         )
     else:
         evidence = (
-            f"Training and validation loss fall together, to {losses[-1]:.3f} and {val_losses[-1]:.3f}, without a "
-            f"jump or a reversal. Validation accuracy is {val_top1[-1]:.3f}"
+            f"Training and validation loss fall together{so_far}, to {losses[-1]:.3f} and {val_losses[-1]:.3f}. "
+            f"Validation accuracy is {val_top1[-1]:.3f}"
         )
         gap = float(generalization_gap(history)[0][-1])
         if math.isfinite(gap):
             side = "below" if gap >= 0 else "above"
             evidence += f", {points(abs(gap))} {side} that of training images scored the same way"
         evidence += "."
+    if few:
+        evidence += " Jumps and reversals can't be told from noise in so few epochs."
     more = has(found, "improving") and not history.unfinished
-    advice = f"Nothing needs fixing.{' More epochs help.' if more else ''}"
+    advice = f"Nothing needs fixing{so_far}.{' More epochs may help.' if more else ''}"
     return Finding("healthy", 0.9, evidence, advice)
 
 
