@@ -6,7 +6,7 @@ import torch
 from histories import GUESSES, OVERFITS, made_up
 from torch import nn
 
-from raycifar.analysis.findings import diagnose, seed_variance
+from raycifar.analysis.diagnosis import diagnose, seed_variance
 from raycifar.engine.diagnostics import examine
 from raycifar.errors import FailureKind
 

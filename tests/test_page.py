@@ -12,17 +12,10 @@ import pytest
 from browser import CHROMIUM, Browser
 from histories import GUESSES, OVERFITS, made_up
 
-from raycifar.analysis import reports
-from raycifar.analysis.reports import (
-    ROWS,
-    RunFiles,
-    comparison_page,
-    report_comparison,
-    report_overlay,
-    report_run,
-    run_page,
-    to_markdown,
-)
+from raycifar.analysis import run_files
+from raycifar.analysis.comparison_report import comparison_page, report_comparison, report_overlay
+from raycifar.analysis.reports import ROWS, report_run, run_page, to_markdown
+from raycifar.analysis.run_files import RunFiles
 
 HOSTILE = "javascript:alert(1)"
 TAGS = '"><script>alert(1)</script>'
@@ -200,8 +193,8 @@ def test_pages_in_a_browser(tmp_path):
 
 
 def test_each_of_several_runs_is_diagnosed_once(monkeypatch):
-    diagnosed, diagnose = [], reports.diagnose
-    monkeypatch.setattr(reports, "diagnose", lambda history: diagnosed.append(history) or diagnose(history))
+    diagnosed, diagnose = [], run_files.diagnose
+    monkeypatch.setattr(run_files, "diagnose", lambda history: diagnosed.append(history) or diagnose(history))
     files = [RunFiles(name, made_up(epochs=3)) for name in "ab"]
     comparison_page(report_overlay(files), files, None, {}, overlay=True)
     assert diagnosed == [run.history for run in files]

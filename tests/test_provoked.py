@@ -9,8 +9,10 @@ from collections import Counter
 import pytest
 from provoked import FOLDER, LENGTHS, PICTURED, PROVOKED, TRENDS, recorded, to_history
 
-from raycifar.analysis.findings import COARSE, Finding, diagnose, generalization_gap, seed_variance
+from raycifar.analysis.diagnosis import diagnose, seed_variance
+from raycifar.analysis.findings import COARSE, Finding
 from raycifar.analysis.history import RunHistory
+from raycifar.analysis.rules.generalization import generalization_gap
 
 WHOLE = FOLDER.parent / "whole.jsonl"  # runs on all 45,000 images, up to 185 epochs, on an H100
 

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from raycifar.analysis.findings import generalization_gap
 from raycifar.analysis.history import RunHistory
+from raycifar.analysis.rules.generalization import generalization_gap
 from raycifar.storage.records import sampled_steps
 from raycifar.words import count
 

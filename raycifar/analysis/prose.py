@@ -7,30 +7,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raycifar.analysis.departures import plain_value
-from raycifar.analysis.findings import PLAIN, Finding, has
+from raycifar.analysis.diagnosis import PHRASES
+from raycifar.analysis.findings import Finding, has
 from raycifar.analysis.history import RunHistory
+from raycifar.analysis.rules.generalization import PLAIN
 from raycifar.models.recipe import Recipe, changes
 from raycifar.models.recipes import recipe_for
 from raycifar.words import count, listed
-
-PHRASES = {
-    "test-differs": "the test set doesn't match the validation images",
-    "too-early": "it is too early to tell",
-    "collapse": "the network has learned nothing",
-    "overfitting": "it overfits",
-    "generalization-gap": "it does better on training images than on new ones",
-    "spike": "the loss spikes",
-    "plateau": "validation accuracy has stopped rising",
-    "improving": "it is still improving",
-    "underfitting": "it underfits",
-    "validation-noise": "the validation curve is noisy",
-    "validation-above-training": "validation is ahead of training",
-    "divergence": "training diverges",
-    "learning-rate-high": "the learning rate is too high",
-    "learning-rate-low": "the learning rate is too low",
-    "seed-variance": "seeds differ more than they should",
-    "healthy": "nothing looks wrong",
-}
 
 
 def headline(findings: Sequence[Finding]) -> str:
