@@ -27,10 +27,8 @@ def spikes(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     result = []
     for k, z in sorted(sorted(recovered, key=lambda jump: -jump[1])[:MAX_SPIKES]):
         cause, metrics = explain_spike(history, k)
-        evidence = (
-            f"At epoch {k + 1}, the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {times(z)} its "
-            f"usual variation, and accuracy falls from {top1[k - 1]:.3f} to {top1[k]:.3f}; both recover. {cause}"
-        )
+        falls = f"accuracy falls from {top1[k - 1]:.3f} to {top1[k]:.3f}; both recover"
+        evidence = f"{jump_in_words(name, losses, k, z)}, and {falls}. {cause}"
         result.append(Finding("spike", confidence(z), evidence, advice, [k + 1], metrics))
     return result
 
@@ -42,12 +40,15 @@ def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Findin
         recovered = recovers(losses, top1, k, images)
         if not recovered and train[-1] > train[:k].min():  # else training goes on: it is overfitting
             cause, metrics = explain_spike(history, k)
-            evidence = (
-                f"At epoch {k + 1}, the {name} loss jumps from {losses[k - 1]:.3f} to {losses[k]:.3f}, {times(z)} its "
-                f"usual variation, and it never recovers: it ends at {losses[-1]:.3f}. {cause}"
-            )
+            stays = "has not recovered so far: it stands" if history.unfinished else "never recovers: it ends"
+            evidence = f"{jump_in_words(name, losses, k, z)}, and it {stays} at {losses[-1]:.3f}. {cause}"
             return [Finding("divergence", confidence(z), evidence, calm(history), [k + 1], metrics)]
     return []
+
+
+def jump_in_words(name: str, losses: np.ndarray, k: int, z: float) -> str:
+    rise = f"from {losses[k - 1]:.3f} to {losses[k]:.3f}"
+    return f"At epoch {k + 1}, the {name} loss jumps {rise}, {times(z)} its usual variation"
 
 
 def judged(history: RunHistory) -> tuple[str, np.ndarray, np.ndarray, int]:
