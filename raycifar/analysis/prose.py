@@ -168,11 +168,7 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
             return steps
     if run["limit"] and has(findings, "overfitting", "generalization-gap", "too-early"):
         early = has(findings, "too-early")
-        more_data = (
-            "the same number of epochs teaches more"
-            if early
-            else "nothing makes a network generalize better than more data"
-        )
+        more_data = "an epoch teaches more" if early else "nothing makes a network generalize better than more data"
         mended = f", with the {history.model}'s own {departed_names}" if departed else ""
         train(f"all images{mended}: {more_data}", replace(recipe, **departed), {**run, "limit": None})
     if has(findings, "learning-rate-low"):
@@ -188,7 +184,8 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
     elif broken:
         rate = own.lr if has(findings, "learning-rate-high") else min(own.lr, recipe.lr) / 2
         gentle = replace(recipe, lr=rate, warmup=max(own.warmup, recipe.warmup), clip_norm=1.0)
-        train("a lower learning rate, a warm-up and clipped gradients, to see whether it learns at all", gentle)
+        aim = ", to see whether it learns at all" if has(findings, "collapse") else ""
+        train(f"a lower learning rate, a warm-up and clipped gradients{aim}", gentle)
     if has(findings, "spike"):
         if recipe.clip_norm:
             train("half the learning rate, against spikes", replace(recipe, lr=recipe.lr / 2))

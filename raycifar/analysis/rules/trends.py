@@ -50,7 +50,7 @@ def swings(history: RunHistory, top1: np.ndarray) -> tuple[float, float, float]:
     The spread is estimated from second differences (Gasser, Sroka and Jennen-Steinmetz, 1986). The same images are
     scored at each epoch, so that sampling's part in a change is that of the images that changed sides (McNemar, 1947).
     """
-    if len(top1) < 5:
+    if len(top1) < FEW_EPOCHS:
         return math.nan, math.nan, 1.0
     second = top1[1:-1] - (top1[:-2] + top1[2:]) / 2
     variance = float((second**2).mean()) / 1.5
