@@ -18,18 +18,17 @@ MAX_SPIKES = 5  # that are reported one by one
 def spikes(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     name, losses, top1, images = judged(history)
     noise = history.column("val_loss_se") * math.sqrt(2) if history.num_val else np.zeros(len(losses))
-    advice = calm(history)
-    recovered = []
-    for k, z in jumps(losses):
-        seen = dips(top1, k, images) and losses[k] - losses[k - 1] > SIGMAS * noise[k]
-        if seen and recovers(losses, top1, k, images):
-            recovered.append((k, z))
+    recovered = [
+        (k, z)
+        for k, z in jumps(losses)
+        if dips(top1, k, images) and losses[k] - losses[k - 1] > SIGMAS * noise[k] and recovers(losses, top1, k, images)
+    ]
     result = []
-    for k, z in sorted(sorted(recovered, key=lambda jump: -jump[1])[:MAX_SPIKES]):
+    for k, z in sorted(sorted(recovered, key=lambda jump: -jump[1])[:MAX_SPIKES]):  # the largest, in their order
         cause, metrics = explain_spike(history, k)
         falls = f"accuracy falls from {top1[k - 1]:.3f} to {top1[k]:.3f}; both recover"
         evidence = f"{jump_in_words(name, losses, k, z)}, and {falls}. {cause}"
-        result.append(Finding("spike", confidence(z), evidence, advice, [k + 1], metrics))
+        result.append(Finding("spike", confidence(z), evidence, calm(history), [k + 1], metrics))
     return result
 
 

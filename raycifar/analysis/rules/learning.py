@@ -109,15 +109,15 @@ def explain_collapse(diagnostics: Diagnostics | None) -> tuple[str, dict[str, An
             "gradient passes through them."
         )
         return text, {"cause": "dead ReLUs", "layer": layer, "fraction": fraction}
-    (first, small), (last, large) = norms[0], norms[-1]
-    both = f"the norm is {small:.2g} at {first} and {large:.2g} at {last}"
-    if small < VANISHED * large:
-        text = f"Its gradients vanish on the way to the input: {both}."
-        return text, {"cause": "vanishing gradients", "ratio": small / large}
-    if small > large / VANISHED:
-        text = f"Its gradients explode on the way to the input: {both}."
-        return text, {"cause": "exploding gradients", "ratio": small / large if large else None}
-    return "", {}
+    (first, at_first), (last, at_last) = norms[0], norms[-1]
+    if not (vanish := at_first < VANISHED * at_last) and at_first <= at_last / VANISHED:
+        return "", {}
+    text = (
+        f"Its gradients {'vanish' if vanish else 'explode'} on the way to the input: the norm is {at_first:.2g} at "
+        f"{first} and {at_last:.2g} at {last}."
+    )
+    cause = f"{'vanishing' if vanish else 'exploding'} gradients"
+    return text, {"cause": cause, "ratio": at_first / at_last if at_last else None}
 
 
 def underfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
