@@ -160,9 +160,8 @@ def learning_rate(history: RunHistory, found: Sequence[Finding]) -> list[Finding
     rises = [k + 2 for k, step in enumerate(np.diff(losses)) if step > usual]
     unstable = has(found, "collapse", "divergence") or len(rises) >= max(2, len(losses) // 4)
     if unstable and ratio >= OFF:
-        evidence = (
-            f"Training is unstable, and the peak learning rate, {lr:g}, is {times(ratio)} that of the {history.model} "
-            f"recipe, {own:g}."
-        )
+        seen = "The network doesn't learn" if has(found, "collapse") else "Training is unstable"
+        higher = f"{times(ratio)} that of the {history.model} recipe, {own:g}"
+        evidence = f"{seen}, and the peak learning rate, {lr:g}, is {higher}."
         return [Finding("learning-rate-high", 0.95, evidence, advice, rises, {"ratio": ratio})]
     return []
