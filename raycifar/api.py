@@ -214,7 +214,7 @@ class Comparison(_InFolder):
 
     @property
     def models(self) -> pd.DataFrame:
-        """A row for each model: mean scores with 95 % intervals over the seeds, and costs."""
+        """A row for each model: mean scores with 95% intervals over the seeds, and costs."""
         return pd.DataFrame(study.to_rows(self.result)).set_index("model")
 
     @property

@@ -110,7 +110,7 @@ def plan_table(workers: dict[int, dict[str, Any]]) -> Table:
 
 
 def speedrun_table(found: dict[str, Any]) -> Table:
-    table = new_table([""], [f"mean of {len(found['runs'])}", "95 % interval"])
+    table = new_table([""], [f"mean of {len(found['runs'])}", "95% interval"])
     for name, (label, digits) in SPEEDRUN_ROWS.items():
         mean, *ends = (found[name][part] for part in ("mean", "low", "high"))
         interval = "" if ends[0] is None else " to ".join(f"{end:.{digits}f}" for end in ends)

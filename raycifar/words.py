@@ -14,6 +14,24 @@ def listed(words: Sequence[str], last: str = "and") -> str:
     return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def points(fraction: float) -> str:
+    return f"{100 * fraction:.1f} points"
+
+
+def change(fraction: float) -> str:
+    """Return a fraction in points, with its sign: +0.31 or -2.00, and +0.00 of what rounds to nothing."""
+    return f"{round(100 * fraction, 2) + 0.0:+.2f}"
+
+
+def times(factor: float) -> str:
+    return f"{factor:,.0f} times" if factor < 1000 else "more than 1,000 times"
+
+
+def span(epochs: Sequence[int]) -> str:
+    """Return "At epoch 3," or "From epoch 3 to 5,"."""
+    return f"At epoch {epochs[0]}," if len(epochs) == 1 else f"From epoch {epochs[0]} to {epochs[-1]},"
+
+
 def duration(seconds: float) -> str:
     """Return a length of time as people say it: 52 s, 12 min, 2 h 53 min or 3 days 4 h."""
     if seconds < 90:

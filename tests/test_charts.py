@@ -3,16 +3,20 @@
 import io
 import re
 from html import unescape
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from histories import made_up
+from histories import OVERFITS, made_up
+from matplotlib.figure import Figure
 from PIL import Image
 
+from raycifar.analysis import charts
 from raycifar.analysis.charts import (
     MAX_ROWS,
     bands,
+    bars,
     class_chart,
     confusion_chart,
     curve_chart,
@@ -20,6 +24,7 @@ from raycifar.analysis.charts import (
     plot_comparison,
     plot_history,
     reliability_diagram,
+    scaling,
     scatter,
     thinned,
 )
@@ -28,6 +33,32 @@ from raycifar.analysis.history import MAX_POINTS
 
 HOSTILE = "\"><script>alert(1)</script> $a & b's$ _{"
 PAIR = {"a": HOSTILE, "b": "b", "difference": 0.01, "low": -0.01, "high": 0.03}
+
+
+RESTARTED = {"restarts": lambda e: 1}
+DEAD = {
+    "train_top1": lambda e: (0.005, 0.0055, 0.008, 0.005, 0.0065, 0.01)[e - 1],
+    "train_eval_top1": lambda e: (0.01, 0.004, 0.012, 0.009, 0.01, 0.01)[e - 1],
+    "val_top1": lambda e: 0.01,
+}
+FULL = {
+    f"{name}{k}": np.random.default_rng(k).random((4, 50))
+    for name in ("cnn", "cnn augment=trivial lr=0.02")
+    for k in range(5)
+}
+BINS = [{"from": k / 15, "to": (k + 1) / 15, "images": 1, "accuracy": 1.0, "confidence": 1.0} for k in range(15)]
+LEGENDS = {
+    **{f"{n} epochs": lambda n=n: plot_history(made_up(n, **OVERFITS, **RESTARTED), "a") for n in (1, 2, 50)},
+    "a dead network": lambda: curve_chart(panels(made_up(6, **DEAD))["top1"]),
+    **{name: lambda n=name: curve_chart(panels(made_up(50, **RESTARTED))[n]) for name in ("top1", "norm")},
+    "short names": lambda: bands({name: values for name, values in FULL.items() if len(name) < 9}, "y", "d"),
+    "long names": lambda: bands(FULL, "y", "d"),
+    "two models": lambda: plot_comparison({"cnn": [made_up(9)], "vgg16": [made_up(9)]}),
+    "scatter": lambda: scatter({"cnn": (1.0, [0.4, 0.6]), "vgg16": (1.1, [0.5, 0.7])}, "x", "d"),
+    "bars": lambda: bars([("bare", 10.0, 9.0, 11.0), ("train", 9.0, 8.0, 10.0)], ("limit", 10.0), "x", "title", "d"),
+    "scaling": lambda: scaling({1: 100.0, 2: 200.0, 64: 200.0}, {1: (90.0, 95.0)}, "d"),
+    "reliability": lambda: reliability_diagram(BINS),
+}  # fmt: skip
 
 
 def label_of(svg):
@@ -137,3 +168,22 @@ def test_ticks_of_logarithmic_axes_are_plain_numbers():
 def test_one_epoch_is_drawn_as_points_that_can_be_told_apart():
     figure = plot_history(made_up(epochs=1))
     assert [line.get_marker() for line in figure.axes[0].lines[:3]] == ["o", "s", "D"]
+
+
+@pytest.mark.parametrize("name", LEGENDS)
+def test_no_legend_covers_what_is_drawn(name, monkeypatch):
+    drawn, to_svg = [], charts.to_svg
+    monkeypatch.setattr(charts, "to_svg", lambda figure, *rest: drawn.append(figure) or to_svg(figure, *rest))
+    if isinstance(figure := LEGENDS[name](), Figure):
+        drawn.append(figure)
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    legends = [(axes, axes.get_legend().get_window_extent()) for axes in figure.axes if axes.get_legend()]
+    assert legends
+    for axes, box in legends:
+        for line in axes.lines:
+            points = line.get_transform().transform(line.get_xydata())
+            between = [np.linspace(a, b, 100) for a, b in pairwise(points)] or [points]
+            assert not any(box.contains(*point) for point in np.concatenate(between))
+        areas = [area.get_tightbbox() for area in (*axes.patches, *axes.collections, *axes.texts)]
+        assert not any(box.overlaps(area) for area in areas if np.isfinite(area.get_points()).all())

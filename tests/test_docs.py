@@ -16,7 +16,7 @@ from command import ROOT, Program, finish
 from PIL import Image
 
 from raycifar import models
-from raycifar.analysis.prose import PHRASES
+from raycifar.analysis.diagnosis import PHRASES
 from raycifar.cli import COMMANDS
 from raycifar.engine.ray_metrics import METRICS as METRICS_OF_RAY
 from raycifar.storage.manifest import MANIFEST

@@ -6,7 +6,7 @@ import torch
 from histories import GUESSES, OVERFITS, made_up
 from torch import nn
 
-from raycifar.analysis.findings import diagnose, seed_variance
+from raycifar.analysis.diagnosis import diagnose, seed_variance
 from raycifar.engine.diagnostics import examine
 from raycifar.errors import FailureKind
 
@@ -148,17 +148,16 @@ def test_why_a_run_failed_is_a_kind_and_not_its_words():
 
 
 def test_a_jump_that_never_comes_back_is_a_divergence_at_its_epoch():
-    broken = made_up(
-        train_loss=lambda e: 1.2 + 3 * np.exp(-e / 5) if e < 12 else 4.58,
-        train_eval_loss=lambda e: 1.2 + 3 * np.exp(-e / 5) if e < 12 else 4.58,
-        val_loss=lambda e: 1.2 + 3 * np.exp(-e / 5) if e < 12 else 4.58,
-        train_top1=lambda e: 0.5 if e < 12 else 0.015,
-        val_top1=lambda e: 0.5 if e < 12 else 0.015,
-        lr=lambda e: 0.6 if e == 12 else 0.02,
+    losses = dict.fromkeys(
+        ("train_loss", "train_eval_loss", "val_loss"), lambda e: 1.2 + 3 * np.exp(-e / 5) if e < 12 else 4.58
     )
-    (finding,) = diagnose(broken)
+    accuracies = dict.fromkeys(("train_top1", "val_top1"), lambda e: 0.5 if e < 12 else 0.015)
+    broken = {**losses, **accuracies, "lr": lambda e: 0.6 if e == 12 else 0.02}
+    (finding,) = diagnose(made_up(**broken))
     assert (finding.kind, finding.epochs) == ("divergence", [12])
     assert "it never recovers" in finding.evidence
+    (under_way,) = diagnose(made_up(**broken, recipe={"epochs": 30}))
+    assert "it has not recovered so far" in under_way.evidence
     assert "30 times that of the epoch before" in finding.evidence
 
 

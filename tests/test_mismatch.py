@@ -5,8 +5,10 @@ import pyarrow as pa
 import pytest
 from histories import made_up
 
+from raycifar.analysis.gallery import choose_pictures
 from raycifar.analysis.mismatch import find_mismatch
-from raycifar.analysis.reports import RunFiles, choose_pictures, report_run
+from raycifar.analysis.reports import report_run
+from raycifar.analysis.run_files import RunFiles
 from raycifar.data.synthetic import synthetic
 from raycifar.data.tables import Source, to_images, to_lists, to_table
 

@@ -12,16 +12,10 @@ import pytest
 from browser import CHROMIUM, Browser
 from histories import GUESSES, OVERFITS, made_up
 
-from raycifar.analysis.reports import (
-    ROWS,
-    RunFiles,
-    comparison_page,
-    report_comparison,
-    report_overlay,
-    report_run,
-    run_page,
-    to_markdown,
-)
+from raycifar.analysis import run_files
+from raycifar.analysis.comparison_report import comparison_page, report_comparison, report_overlay
+from raycifar.analysis.reports import ROWS, report_run, run_page, to_markdown
+from raycifar.analysis.run_files import RunFiles
 
 HOSTILE = "javascript:alert(1)"
 TAGS = '"><script>alert(1)</script>'
@@ -196,6 +190,14 @@ def test_pages_in_a_browser(tmp_path):
         assert head == 'epoch,"training, as trained","training, as validation",validation'
         assert first.startswith("1,0.1")
         assert saved[1].count("\n") == 201
+
+
+def test_each_of_several_runs_is_diagnosed_once(monkeypatch):
+    diagnosed, diagnose = [], run_files.diagnose
+    monkeypatch.setattr(run_files, "diagnose", lambda history: diagnosed.append(history) or diagnose(history))
+    files = [RunFiles(name, made_up(epochs=3)) for name in "ab"]
+    comparison_page(report_overlay(files), files, None, {}, overlay=True)
+    assert diagnosed == [run.history for run in files]
 
 
 def test_one_model_with_two_recipes_is_drawn_as_two_and_its_runs_are_no_seeds_of_one():

@@ -3,8 +3,8 @@
 import pytest
 from histories import OVERFITS, made_up
 
-from raycifar.analysis.findings import diagnose
-from raycifar.analysis.prose import PHRASES, headline, next_steps, paragraph, state
+from raycifar.analysis.diagnosis import PHRASES, diagnose
+from raycifar.analysis.prose import headline, next_steps, paragraph, state
 from raycifar.words import count
 
 

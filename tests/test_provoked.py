@@ -9,8 +9,10 @@ from collections import Counter
 import pytest
 from provoked import FOLDER, LENGTHS, PICTURED, PROVOKED, TRENDS, recorded, to_history
 
-from raycifar.analysis.findings import COARSE, Finding, diagnose, generalization_gap, seed_variance
+from raycifar.analysis.diagnosis import diagnose, seed_variance
+from raycifar.analysis.findings import COARSE, Finding
 from raycifar.analysis.history import RunHistory
+from raycifar.analysis.rules.generalization import generalization_gap
 
 WHOLE = FOLDER.parent / "whole.jsonl"  # runs on all 45,000 images, up to 185 epochs, on an H100
 
@@ -56,6 +58,28 @@ def test_what_is_provoked_is_found_and_nothing_else(name):
 def test_seeds_of_an_unstable_recipe_differ_by_more_than_sampling():
     tests = [run.result["test"] for run in recorded("differs by seed")]
     assert seed_variance("cnn", [test["top1"] for test in tests], tests[0]["images"])
+
+
+def test_a_network_that_begins_to_learn_in_its_second_epoch_is_not_called_dead():
+    for run in recorded("spikes"):
+        for epochs in range(1, 5):
+            found = diagnose(RunHistory(run.run, run.records[:epochs], None))
+            assert "collapse" not in {finding.kind for finding in found}, (run.run["seed"], epochs)
+
+
+def test_after_few_epochs_a_healthy_run_is_so_only_so_far():
+    for line in WHOLE.read_text().splitlines():
+        whole = to_history(json.loads(line))
+        for epochs in range(1, 6):
+            for finding in diagnose(RunHistory(whole.run, whole.records[:epochs], None)):
+                if finding.kind == "healthy":
+                    assert "fall together so far" in finding.evidence
+                    assert finding.advice == "Nothing needs fixing so far."
+                if finding.kind == "validation-above-training":
+                    ahead = finding.evidence.partition(", no less:")[1]
+                    assert bool(ahead) == (
+                        whole.records[epochs - 1].train_eval_top1 >= whole.records[epochs - 1].val_top1
+                    )
 
 
 def test_healthy_runs_are_alarmed_at_most_once_in_fifty_readings():

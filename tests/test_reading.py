@@ -8,7 +8,7 @@ from histories import GUESSES, made_up
 from record import FOLDER, RECORDED, recorded
 
 from raycifar.analysis.departures import departures
-from raycifar.analysis.findings import diagnose
+from raycifar.analysis.diagnosis import diagnose
 from raycifar.analysis.prose import next_steps
 from raycifar.models.recipe import Recipe
 

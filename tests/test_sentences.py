@@ -8,9 +8,10 @@ from histories import GUESSES, OVERFITS, made_up
 from provoked import PROVOKED, recorded
 
 from raycifar.analysis.comparison import sentence
-from raycifar.analysis.findings import seed_variance
-from raycifar.analysis.prose import PHRASES
-from raycifar.analysis.reports import RunFiles, conditions, report_run, to_markdown
+from raycifar.analysis.comparison_report import conditions
+from raycifar.analysis.diagnosis import PHRASES, seed_variance
+from raycifar.analysis.reports import report_run, to_markdown
+from raycifar.analysis.run_files import RunFiles
 from raycifar.workflows.benchmark import noise
 
 WRONG = re.compile(

@@ -18,7 +18,8 @@ from provoked import recorded, to_history  # noqa: E402
 
 from raycifar.analysis.charts import bands, curve_chart, stack  # noqa: E402
 from raycifar.analysis.curves import panels  # noqa: E402
-from raycifar.analysis.findings import Finding, diagnose, seed_variance  # noqa: E402
+from raycifar.analysis.diagnosis import diagnose, seed_variance  # noqa: E402
+from raycifar.analysis.findings import Finding  # noqa: E402
 from raycifar.analysis.history import RunHistory  # noqa: E402
 
 # As the report itself, on a card of its own: an <img> takes no colors from its page.

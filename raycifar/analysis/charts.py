@@ -27,12 +27,12 @@ from raycifar.storage.records import finite
 INK = "#010203"  # stands for currentColor until the SVG is written
 PLOT = "plot"  # of the area between the axes
 GREEN, PURPLE = "#009e73", "#cc79a7"
-SERIES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"), ("#56b4e9", "-"), ("#d55e00", "--"))
-MARKERS = "osD^vP"
+COLORS, STYLES, MARKERS = (BLUE, ORANGE, GREEN, PURPLE, "#56b4e9", "#d55e00"), ("-", "--", "-.", ":"), "osD^vP"
 TRANSPARENT_TO_ORANGE = LinearSegmentedColormap.from_list("", [to_rgba(ORANGE, 0), to_rgba(ORANGE, 1)])
 COMPARED = {"val_top1": "validation accuracy", "val_loss": "validation loss", "train_loss": "training loss"}
 FEW_RUNS = 3  # are drawn one by one
 MAX_ROWS = 20  # of a chart
+WORD_HEIGHT = 0.07  # of a mark's word, as a fraction of its axes' height
 LONG_NAME = 24  # characters: of a model that is named with its recipe
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -103,6 +103,17 @@ def label_epochs(axes: Axes, ylabel: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
 
 
+def legend_above(axes: Axes, lift: float = 0.0) -> None:
+    """Name what the axes show, above them: within, a legend would hide a part of it.
+
+    Args:
+        lift: of the legend, as a fraction of the axes' height.
+    """
+    _, labels = axes.get_legend_handles_labels()
+    columns = 2 if max(map(len, labels), default=0) <= LONG_NAME else 1
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1 + lift), ncols=columns)
+
+
 def plain_number(value: float, position: float = 0) -> str:
     """Return a tick's label; Matplotlib gives its position, too."""
     return f"{value / 1e6:g} M" if value >= 1e6 else f"{value:,.6g}"
@@ -138,12 +149,10 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
         axes.set_ylim(bottom=0)
     for k, (epoch, word) in enumerate(panel.marks):
         axes.axvline(epoch, color=INK, linewidth=0.8, linestyle=":", alpha=0.7)
-        place = (epoch, 1.0 + 0.07 * (k % 2))
+        place = (epoch, 1 + WORD_HEIGHT * (k % 2))
         axes.annotate(word, place, xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
-    if len(panel.epochs) == 1:
-        axes.set_xlim(0.9, 1.4)  # room for the legend
     if len(panel.lines) > 1:
-        axes.legend(loc="best" if len(panel.epochs) > 1 else "right")
+        legend_above(axes, WORD_HEIGHT * min(len(panel.marks), 2))
 
 
 @rc_context(STYLE)
@@ -204,7 +213,8 @@ def draw_bands(axes: Axes, groups: dict[str, np.ndarray], ylabel: str) -> tuple[
     label_epochs(axes, ylabel)
     longest = max((values.shape[1] for values in groups.values()), default=0)
     shown, means = thinned(longest), {}
-    for (model, values), (color, style), marker in zip(groups.items(), cycle(SERIES), cycle(MARKERS), strict=False):
+    looks = zip(cycle(COLORS), cycle(STYLES), cycle(MARKERS), strict=False)
+    for (model, values), (color, style, marker) in zip(groups.items(), looks, strict=False):
         padding = (0, 0), (0, longest - values.shape[1])
         values = np.pad(values, padding, constant_values=np.nan)[:, shown]
         with warnings.catch_warnings(action="ignore"):  # of epochs of which nothing is known
@@ -216,10 +226,7 @@ def draw_bands(axes: Axes, groups: dict[str, np.ndarray], ylabel: str) -> tuple[
         elif len(values) > 1:
             axes.plot(shown + 1, values.T, color=color, marker=point, linewidth=0.6, alpha=0.6)
         means[model] = mean
-    if max(map(len, groups), default=0) <= LONG_NAME:
-        axes.legend(loc="best")
-    else:  # above the curves, or it hides them
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1))
+    legend_above(axes)
     return shown + 1, means
 
 
@@ -251,14 +258,13 @@ def scatter(models: Mapping[str, tuple[float, Sequence[float]]], xlabel: str, de
     axes.set(xlabel=xlabel, ylabel="test accuracy")
     axes.grid(color=INK, alpha=0.12, linewidth=0.6)
     means = {model: float(np.mean(top1)) for model, (_, top1) in models.items()}
-    for k, (model, (cost, top1)) in enumerate(models.items()):
-        color, _ = SERIES[k % len(SERIES)]
+    for (model, (cost, top1)), color, marker in zip(models.items(), cycle(COLORS), cycle(MARKERS), strict=False):
         if len(top1) > 1:
             axes.plot([cost] * len(top1), top1, ".", color=color, markersize=5, alpha=0.7)
-        axes.plot(cost, means[model], MARKERS[k % len(MARKERS)], color=color, markersize=7)
-        axes.annotate(fill(model, LONG_NAME), (cost, means[model]), (7, 5), textcoords="offset points")
+        axes.plot(cost, means[model], marker, color=color, markersize=7, label=model)
     axes.margins(0.25)
     plain_log(axes, "x")
+    legend_above(axes)
     costs = [cost for cost, _ in models.values()]
     series = {xlabel: costs, "test accuracy": list(means.values())}
     return to_svg(figure, description, values_of(axes, "model", costs, series, names=list(models)))
@@ -278,11 +284,10 @@ def bars(
     errors = [np.subtract(medians, lows), np.subtract(highs, medians)]
     axes.barh(names, medians, 0.6, color=BLUE, xerr=errors, error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2})
     axes.axvline(limit[1], color=ORANGE, linewidth=1.5, linestyle="--", label=limit[0])
-    for name, median in zip(names, medians, strict=True):
-        axes.annotate(f" {median:,.0f}", (0, name), color="white", va="center")
+    axes.set_yticks(names, [f"{name}: {median:,.0f}" for name, median in zip(names, medians, strict=True)])
     axes.set(xlabel=xlabel)
     axes.xaxis.set_major_formatter(plain_number)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    legend_above(axes)
     figure.suptitle(title, fontsize=10, y=1.02, va="bottom")
     return to_svg(figure, description)
 
@@ -307,7 +312,7 @@ def scaling(predicted: dict[int, float], measured: dict[int, tuple[float, float]
     axes.yaxis.set_major_formatter(plain_number)
     axes.set(xlabel="workers", ylabel="images per second")
     axes.set_ylim(bottom=0)
-    axes.legend(loc="best")
+    legend_above(axes)
     return to_svg(figure, description)
 
 
@@ -343,7 +348,7 @@ def reliability_diagram(bins: Sequence[dict[str, Any]]) -> str:
     fraction = np.array([b["images"] for b in filled]) / sum(b["images"] for b in filled)
     axes.step(centers, fraction, where="mid", color=ORANGE, linewidth=1.5, label="fraction of images")
     axes.set(xlabel="confidence", ylabel="fraction", xlim=(0, 1), ylim=(0, 1))
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0))
+    legend_above(axes)
     series = {"accuracy": [b["accuracy"] for b in filled], "images": [b["images"] for b in filled]}
     values = values_of(axes, "confidence", centers, series)
     return to_svg(figure, "Reliability diagram: accuracy by confidence of the prediction", values)

@@ -13,7 +13,7 @@ BINS = 15  # of confidence, Guo et al. (2017), arXiv:1706.04599
 
 
 def intervals(values: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-    """Return the 95 % percentile bootstrap interval of each mean, over images.
+    """Return the 95% percentile bootstrap interval of each mean, over images.
 
     Args:
         values: (images,) by name; the same images are drawn for all.

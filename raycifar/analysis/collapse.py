@@ -18,12 +18,14 @@ def guesses(record: EpochRecord, num_images: int, num_classes: int) -> bool:
 
     Guessing gives a cross-entropy of ln(classes), and a number of correct answers that is binomial around
     images / classes. A network at or above that loss, and within three standard deviations of that number, has
-    learned nothing that `num_images` could show.
+    learned nothing that `num_images` could show. A network that begins to learn within the epoch shows it in the loss
+    at the epoch's end.
     """
-    loss, top1 = record.train_loss, record.train_top1
+    loss, top1, at_end = record.train_loss, record.train_top1, record.train_eval_loss
     if loss is None or top1 is None:
         return False
-    return loss >= math.log(num_classes) - 0.01 and top1 <= chance_level(num_images, num_classes)
+    least = loss if at_end is None else min(loss, at_end)
+    return least >= math.log(num_classes) - 0.01 and top1 <= chance_level(num_images, num_classes)
 
 
 def collapse(record: EpochRecord, num_images: int, steps: int, num_classes: int) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from raycifar.analysis.findings import diagnose
+from raycifar.analysis.diagnosis import diagnose
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.statistics import difference, holm, mcnemar, mean_interval
 from raycifar.models.recipe import Recipe, changes

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from raycifar.analysis.findings import generalization_gap
 from raycifar.analysis.history import RunHistory
+from raycifar.analysis.rules.generalization import generalization_gap
 from raycifar.storage.records import sampled_steps
 from raycifar.words import count
 
@@ -100,7 +100,7 @@ def in_words(line: Line, digits: int = 3) -> str:
 
 
 def marks(history: RunHistory) -> list[tuple[int, str]]:
-    """Return the epochs that are worth a mark: the best, a new stage, the peak learning rate, restarts, new workers."""
+    """Return what is marked, by epoch: the best, the peak learning rate, a new stage, new workers, restarts."""
     records, found = history.records, []
     if len(records) == 1 and not records[0].restarts:
         return []
@@ -115,4 +115,4 @@ def marks(history: RunHistory) -> list[tuple[int, str]]:
         if record.workers != before.workers:
             found.append((record.epoch, count(record.workers, "worker")))
     found += [(record.epoch, "restart") for record in records if record.restarts]
-    return found[:MAX_MARKS]
+    return sorted(found[:MAX_MARKS])

@@ -1,4 +1,4 @@
-"""A run as its files tell it."""
+"""A run's settings, its epochs and its result, for those who read its curves."""
 
 import math
 from collections.abc import Sequence
@@ -74,6 +74,19 @@ class RunHistory:
     def guessing_loss(self) -> float:
         """The cross-entropy of a network that gives every class the same probability."""
         return math.log(CIFAR100.num_classes)
+
+    @property
+    def fit(self) -> float:
+        """McFadden's pseudo-R² on training images: 0 for guessing, 1 for a perfect fit."""
+        last = self.records[-1]
+        loss = last.train_eval_loss if last.train_eval_loss is not None else last.train_loss
+        return math.nan if loss is None else 1 - loss / self.guessing_loss
+
+    @property
+    def rate_ratio(self) -> float:
+        """The peak learning rate over that of the model's own recipe; 1 where their scales differ."""
+        own, same = self.own_recipe.lr, self.recipe.optimizer == self.own_recipe.optimizer
+        return self.recipe.lr / own if own and same else 1.0
 
     @property
     def failure(self) -> FailureKind | None:

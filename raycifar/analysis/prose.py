@@ -7,30 +7,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raycifar.analysis.departures import plain_value
-from raycifar.analysis.findings import PLAIN, Finding, has
+from raycifar.analysis.diagnosis import PHRASES
+from raycifar.analysis.findings import Finding, has
 from raycifar.analysis.history import RunHistory
+from raycifar.analysis.rules.generalization import PLAIN
 from raycifar.models.recipe import Recipe, changes
 from raycifar.models.recipes import recipe_for
 from raycifar.words import count, listed
-
-PHRASES = {
-    "test-differs": "the test set doesn't match the validation images",
-    "too-early": "it is too early to tell",
-    "collapse": "the network has learned nothing",
-    "overfitting": "it overfits",
-    "generalization-gap": "it does better on training images than on new ones",
-    "spike": "the loss spikes",
-    "plateau": "validation accuracy has stopped rising",
-    "improving": "it is still improving",
-    "underfitting": "it underfits",
-    "validation-noise": "the validation curve is noisy",
-    "validation-above-training": "validation is ahead of training",
-    "divergence": "training diverges",
-    "learning-rate-high": "the learning rate is too high",
-    "learning-rate-low": "the learning rate is too low",
-    "seed-variance": "seeds differ more than they should",
-    "healthy": "nothing is wrong",
-}
 
 
 def headline(findings: Sequence[Finding]) -> str:
@@ -95,19 +78,19 @@ def paragraph(history: RunHistory, findings: Sequence[Finding]) -> str:
     held_out = f", with {data['val']:,} more held out for validation" if data["val"] else ""
     sentences = [f"The {run['model']} {trained}{held_out}."]
     if history.records:
-        last = history.records[-1]
+        last, ended = history.records[-1], "ended" if history.result or done == epochs else "stands"
         if last.train_loss is not None and last.train_top1 is not None:
             sentences.append(
-                f"Training ended at a loss of {last.train_loss:.3f} and an accuracy of {last.train_top1:.1%}."
+                f"Training {ended} at a loss of {last.train_loss:.3f} and an accuracy of {last.train_top1:.1%}."
             )
         scored = [record for record in history.records if record.val_top1 is not None]
         if scored and last.val_loss is not None and last.val_top1 is not None:
             best = max(scored, key=lambda record: record.val_top1 or 0.0)
-            text = f"Validation ended at a loss of {last.val_loss:.3f} and an accuracy of {last.val_top1:.1%}"
+            text = f"Validation {ended} at a loss of {last.val_loss:.3f} and an accuracy of {last.val_top1:.1%}"
             later = (
                 f"; the best, {best.val_top1:.1%}, came after epoch {best.epoch}"
                 if f"{best.val_top1:.1%}" != f"{last.val_top1:.1%}"
-                else ", its best"
+                else ", its best" * (len(scored) > 1)
             )
             sentences.append(f"{text}{later}.")
     if test := history.test:
@@ -185,7 +168,7 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
             return steps
     if run["limit"] and has(findings, "overfitting", "generalization-gap", "too-early"):
         early = has(findings, "too-early")
-        more_data = "as many epochs teach more" if early else "nothing makes a network generalize better than more data"
+        more_data = "an epoch teaches more" if early else "nothing makes a network generalize better than more data"
         mended = f", with the {history.model}'s own {departed_names}" if departed else ""
         train(f"all images{mended}: {more_data}", replace(recipe, **departed), {**run, "limit": None})
     if has(findings, "learning-rate-low"):
@@ -194,14 +177,15 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
     if has(findings, "improving", "underfitting", "too-early") and not departed and not history.unfinished:
         needed = max((finding.metrics.get("epochs_needed", 0) for finding in findings), default=0)
         epochs = max(needed, (3 if has(findings, "underfitting") else 2) * recipe.epochs)
-        train(f"more epochs, with a schedule that stretches over all {epochs}", replace(recipe, epochs=epochs))
+        train(f"{epochs} epochs, with a schedule that stretches over all of them", replace(recipe, epochs=epochs))
     if departed:
         recipe = replace(recipe, **departed)
         train(f"the {departed_names} of the {history.model}'s own recipe", recipe)
     elif broken:
         rate = own.lr if has(findings, "learning-rate-high") else min(own.lr, recipe.lr) / 2
         gentle = replace(recipe, lr=rate, warmup=max(own.warmup, recipe.warmup), clip_norm=1.0)
-        train("a lower learning rate, a warm-up and clipped gradients, to see whether it learns at all", gentle)
+        aim = ", to see whether it learns at all" if has(findings, "collapse") else ""
+        train(f"a lower learning rate, a warm-up and clipped gradients{aim}", gentle)
     if has(findings, "spike"):
         if recipe.clip_norm:
             train("half the learning rate, against spikes", replace(recipe, lr=recipe.lr / 2))

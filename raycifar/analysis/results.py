@@ -20,7 +20,7 @@ def results_table(comparison: dict[str, Any], histories: Mapping[str, RunHistory
     for name, model in comparison["models"].items():
         scores = [interval(model[score]) for score in ("top1", "top5", "loss")]
         rows.append([name, str(model["top1"]["n"]), *scores, *how(model, histories)])
-    return "\n".join(f"| {' | '.join(map(text, row))} |" for row in rows)
+    return "\n".join(f"| {' | '.join(map(escaped, row))} |" for row in rows)
 
 
 def how(model: dict[str, Any], histories: Mapping[str, RunHistory]) -> list[str]:
@@ -33,10 +33,10 @@ def how(model: dict[str, Any], histories: Mapping[str, RunHistory]) -> list[str]
     return [str(len(history.records)), hardware(history.run), seconds, command]
 
 
-def text(words: str) -> str:
+def escaped(words: str) -> str:
     """Return words that Markdown shows as they are: no HTML, no link, no cell or line that ends early."""
-    escaped = re.sub(r"[\[\]|]", r"\\\g<0>", " ".join(words.split()))
-    return escaped.replace("&", "&amp;").replace("<", "&lt;")
+    quoted = re.sub(r"[\[\]|]", r"\\\g<0>", " ".join(words.split()))
+    return quoted.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def cells(model: dict[str, Any]) -> dict[str, str]:

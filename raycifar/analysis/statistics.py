@@ -19,7 +19,7 @@ RESAMPLES = 2_000
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, low, high and n: Student's t interval of 95 %, None for its ends where n is 1."""
+    """Return mean, low, high and n: Student's t interval of 95%, None for its ends where n is 1."""
     n, mean = len(values), float(np.mean(values))
     if n == 1:
         return {"mean": mean, "low": None, "high": None, "n": 1}
@@ -38,7 +38,7 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def bootstrap(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % percentile interval of mean(a) - mean(b), resampling runs and, for both alike, images.
+    """Return the 95% percentile interval of mean(a) - mean(b), resampling runs and, for both alike, images.
 
     Args:
         a, b: (runs, images) bool, whether each image is classified correctly.
@@ -76,7 +76,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
         a, b: (runs, images) bool, whether each run classifies each test image correctly.
 
     Returns:
-        difference (of the means, a less b), low and high (95 %), p_value (two-sided t test), degrees_of_freedom,
+        difference (of the means, a less b), low and high (95%), p_value (two-sided t test), degrees_of_freedom,
         seeds_measured, bootstrap (low, high), and seeds_needed: how many runs of each model would detect a
         difference of this size with a power of 0.8; None where no number up to 100 would.
     """

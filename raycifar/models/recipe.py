@@ -54,7 +54,7 @@ class Recipe:
     lr: float = option(0.05, "peak learning rate")
     norm_lr: float = option(1.0, "learning rate of norms and biases, as a multiple of the others'")
     momentum: float = option(0.9, "of sgd and muon; the first beta of adamw")
-    schedule: Schedule = option("cosine", "learning rate after warm-up; step divides by 5 at 30, 60 and 80 %")
+    schedule: Schedule = option("cosine", "learning rate after warm-up; step divides by 5 at 30, 60 and 80%")
     warmup: float = option(0.2, "fraction of all steps over which the learning rate rises from 0")
     weight_decay: float = option(5e-4, "of weights; none on norms and biases")
     label_smoothing: float = option(0.1, "fraction of each label spread over all classes")

@@ -200,7 +200,7 @@ def to_page(found: Duplicates, source: Source) -> str:
 
 def to_figure(found: Duplicates, row: int, source: Source) -> dict[str, Any]:
     """Return a pair: pictures, and their places and labels."""
-    from raycifar.analysis.reports import PNG, to_base64
+    from raycifar.analysis.gallery import PNG, to_base64
 
     pictures = [
         {"uri": PNG + to_base64(getattr(source, split), index), "words": f"{split} {index}: {label}", "label": label}

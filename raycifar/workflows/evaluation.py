@@ -121,9 +121,9 @@ def hold_against_validation(
     folder: RunFolder, run: dict[str, Any], scores: dict[str, Any], logits: "Tensor", table: pa.Table
 ) -> list[dict[str, Any]]:
     """Return findings about how these images differ from the run's validation images."""
+    from raycifar.analysis.gallery import measure_pixels
     from raycifar.analysis.history import RunHistory
     from raycifar.analysis.mismatch import find_mismatch
-    from raycifar.analysis.reports import measured
 
     try:
         records, pictures = folder.history(notice), folder.read_json(PICTURES)
@@ -133,7 +133,7 @@ def hold_against_validation(
     history = RunHistory(run, records, {"status": "finished", "test": scores})
     answers = pa.table({"label": table["fine"], "top5": to_lists(logits.topk(5).indices.numpy())})
     if pictures and "train" in pictures["pixels"]:
-        pictures = {**pictures, "pixels": {"train": pictures["pixels"]["train"], "test": measured(table)}}
+        pictures = {**pictures, "pixels": {"train": pictures["pixels"]["train"], "test": measure_pixels(table)}}
     return [finding.to_json() for finding in find_mismatch(history, answers, pictures)]
 
 

@@ -35,7 +35,7 @@ from raycifar.words import count
 from raycifar.workflows.duplicates import known_training_copies
 
 if TYPE_CHECKING:
-    from raycifar.analysis.reports import RunFiles
+    from raycifar.analysis.run_files import RunFiles
 
 FRACTION = 0.01  # of a run's time that its reports may take
 FIRST_GUESS = 3.0  # seconds for a report, before the first is timed
@@ -77,7 +77,7 @@ def overlay(folders: Sequence[RunFolder], out: RunFolder, kind: str = "html") ->
     Raises:
         RequestError: a folder holds no run.
     """
-    from raycifar.analysis.reports import comparison_page, report_overlay
+    from raycifar.analysis.comparison_report import comparison_page, report_overlay
 
     for folder in folders:
         if not folder.exists(RUN):
@@ -127,7 +127,7 @@ def read_files(folder: RunFolder) -> "RunFiles":
         DamagedFileError: `run.json` is damaged, without which nothing can be said.
     """
     from raycifar.analysis.history import RunHistory
-    from raycifar.analysis.reports import RunFiles
+    from raycifar.analysis.run_files import RunFiles
 
     notes: list[str] = []
     run = read_run(folder, notes.append)
@@ -167,7 +167,8 @@ def write_run(
         source: the data set; the images that the page shows are then kept in the run's folder.
         out: the folder to write to, by default the run's.
     """
-    from raycifar.analysis.reports import choose_pictures, report_run, run_page
+    from raycifar.analysis.gallery import choose_pictures
+    from raycifar.analysis.reports import report_run, run_page
 
     files = read_files(folder)
     if source is not None:
@@ -183,7 +184,7 @@ def write_run(
 
 def keep_pictures(folder: RunFolder, source: Source) -> None:
     """Keep the images that a later report shows."""
-    from raycifar.analysis.reports import choose_pictures
+    from raycifar.analysis.gallery import choose_pictures
 
     write_pictures(folder, choose_pictures(read_files(folder), source))
 
@@ -195,7 +196,7 @@ def write_pictures(folder: RunFolder, pictures: Any) -> None:
 
 def write_comparison(folder: RunFolder, out: RunFolder | None = None, kind: str = "html") -> dict[str, Any]:
     """Write the report of a comparison, finished or not, and return the content of `report.json`."""
-    from raycifar.analysis.reports import comparison_page
+    from raycifar.analysis.comparison_report import comparison_page
 
     content, files, comparison = read_comparison(folder)
 
@@ -209,7 +210,7 @@ def write_comparison(folder: RunFolder, out: RunFolder | None = None, kind: str 
 
 def read_comparison(folder: RunFolder) -> tuple[dict[str, Any], list["RunFiles"], dict[str, Any] | None]:
     """Return a comparison's report, the files of its runs, and its result; what is damaged is noted and left out."""
-    from raycifar.analysis.reports import report_comparison
+    from raycifar.analysis.comparison_report import report_comparison
 
     notes: list[str] = []
     comparison = unless_damaged(lambda: folder.read_json(COMPARISON, notes.append), notes)
@@ -271,7 +272,7 @@ def is_search_trial(run: RunFolder) -> bool:
 
 
 class Refresher:
-    """Writes the report of running work so rarely that it takes at most 1 % of the time."""
+    """Writes the report of running work so rarely that it takes at most 1% of the time."""
 
     def __init__(self, write: Callable[[], Any]) -> None:
         self.write, self.took, self.last = write, FIRST_GUESS, time.monotonic()

@@ -1,0 +1,117 @@
+"""Reading the curves of a run as an expert would: what they show, how sure that is, and what to do about it.
+
+A rule is a function of `rules` that takes a run's history and the findings so far, and returns a list of findings. To
+add one, list it in `RULES`, and give its kind a phrase in `PHRASES`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from scipy import stats
+
+from raycifar.analysis.collapse import MIN_STEPS
+from raycifar.analysis.departures import LOOSE, departures, plain_value
+from raycifar.analysis.findings import SIGMAS, SURE, Finding, has, standard_error
+from raycifar.analysis.history import RunHistory
+from raycifar.analysis.rules.generalization import gap_to_validation, overfitting, regularize, validation_above_training
+from raycifar.analysis.rules.jumps import never_recovers, spikes
+from raycifar.analysis.rules.learning import (
+    collapsed,
+    divergence,
+    learning_rate,
+    too_few_steps,
+    too_little_learned,
+    underfitting,
+)
+from raycifar.analysis.rules.trends import healthy, trend, validation_noise
+from raycifar.words import listed, points
+
+LEARNED = 0.4  # pseudo-R² of a network that can be called healthy: the upper end of McFadden's excellent fits
+RULES: Sequence[Callable[[RunHistory, Sequence[Finding]], list[Finding]]] = (
+    divergence,
+    collapsed,
+    never_recovers,
+    underfitting,
+    learning_rate,
+    spikes,
+    overfitting,
+    gap_to_validation,
+    validation_above_training,
+    validation_noise,
+    trend,
+)
+ALWAYS = (divergence, collapsed, learning_rate)  # the others are of networks that learn
+TRENDS = {"improving", "plateau"}
+PHRASES = {
+    "test-differs": "the test set doesn't match the validation images",
+    "too-early": "it is too early to tell",
+    "collapse": "the network has learned nothing",
+    "overfitting": "it overfits",
+    "generalization-gap": "it does better on training images than on new ones",
+    "spike": "the loss spikes",
+    "plateau": "validation accuracy has stopped rising",
+    "improving": "it is still improving",
+    "underfitting": "it underfits",
+    "validation-noise": "the validation curve is noisy",
+    "validation-above-training": "validation is ahead of training",
+    "divergence": "training diverges",
+    "learning-rate-high": "the learning rate is too high",
+    "learning-rate-low": "the learning rate is too low",
+    "seed-variance": "seeds differ more than they should",
+    "healthy": "nothing looks wrong",
+}
+
+
+def diagnose(history: RunHistory) -> list[Finding]:
+    """Return what the curves of a run show, what matters most first."""
+    early = not history.records or history.steps < MIN_STEPS
+    found: list[Finding] = []
+    for rule in (divergence, learning_rate) if early else RULES:
+        if rule in ALWAYS or not has(found, "collapse", "divergence"):
+            found += rule(history, found)
+    if early:
+        return [blame_recipe(history, finding) for finding in found] or [too_few_steps(history)] * bool(history.records)
+    if all(finding.kind in TRENDS or finding.metrics.get("explained") for finding in found):
+        if history.fit >= LEARNED:
+            found.insert(0, healthy(history, found))
+        elif not found:
+            found.append(too_little_learned(history))
+    return [blame_recipe(history, finding) for finding in found]
+
+
+def blame_recipe(history: RunHistory, finding: Finding) -> Finding:
+    """Return the finding with its cause in the recipe, if there is one, named first."""
+    causes = departures(history, finding.kind)
+    if not causes:
+        return finding
+    defaults = "default" if len(causes) == 1 else "defaults"
+    evidence = f"A likely cause is in the recipe: {listed(list(map(str, causes)))}, the {history.model}'s {defaults}. "
+    remedies = listed([f"{cause.option} {plain_value(cause.own)}" for cause in causes])
+    advice = regularize(history, remedies) if finding.kind in LOOSE else f"First of all, use {remedies}."
+    metrics = {**finding.metrics, "recipe": {cause.field: cause.value for cause in causes}}
+    return replace(finding, evidence=evidence + finding.evidence, advice=advice, metrics=metrics)
+
+
+def seed_variance(model: str, top1: Sequence[float], num_images: int) -> Finding | None:
+    """Return whether runs that differ in their seed alone differ by more than their test images explain.
+
+    Runs that err independently differ by the binomial variance of p (1 - p) / n at most (Jordan, 2023,
+    arXiv:2304.01910); more is instability. The variance of several runs follows chi-squared.
+    """
+    if len(top1) < 2:
+        return None
+    mean, variance = float(np.mean(top1)), float(np.var(top1, ddof=1))
+    ratio = variance / standard_error(mean, num_images) ** 2
+    chance = float(stats.chi2.sf(ratio * (len(top1) - 1), len(top1) - 1))
+    if chance >= 2 * stats.norm.sf(SIGMAS):
+        return None
+    evidence = (
+        f"The {len(top1)} runs of {model} end with test accuracies from {min(top1):.3f} to {max(top1):.3f}. Their "
+        f"standard deviation, {points(math.sqrt(variance))}, is {math.sqrt(ratio):.1f} times what {num_images:,} test "
+        "images explain."
+    )
+    advice = "Lower --lr or lengthen --warmup, and report more seeds."
+    sure = round(min(SURE, 1 - chance), 3)
+    return Finding("seed-variance", sure, evidence, advice, [], {"ratio": math.sqrt(ratio)})

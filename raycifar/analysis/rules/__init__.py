@@ -1,0 +1,1 @@
+"""Rules: functions from the curves of a run to what they show."""

@@ -1,0 +1,110 @@
+"""Jumps of the loss from one epoch to the next, and whether it recovers."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from raycifar.analysis.findings import FEW_EPOCHS, SIGMAS, Finding, calm, confidence, spread_of_changes, standard_error
+from raycifar.analysis.history import RunHistory
+from raycifar.words import times
+
+SPIKE_SIGMAS = 6.0  # of the robust spread of all changes: a long run reaches 4 by chance
+CONCENTRATED = 0.25  # fraction of a rise that is due to 1% of the images; equal images would cause 3 or 4%
+MAX_SPIKES = 5  # that are reported one by one
+
+
+def spikes(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
+    name, losses, top1, images = judged(history)
+    noise = history.column("val_loss_se") * math.sqrt(2) if history.num_val else np.zeros(len(losses))
+    recovered = [
+        (k, z)
+        for k, z in jumps(losses)
+        if dips(top1, k, images) and losses[k] - losses[k - 1] > SIGMAS * noise[k] and recovers(losses, top1, k, images)
+    ]
+    result = []
+    for k, z in sorted(sorted(recovered, key=lambda jump: -jump[1])[:MAX_SPIKES]):  # the largest, in their order
+        cause, metrics = explain_spike(history, k)
+        falls = f"accuracy falls from {top1[k - 1]:.3f} to {top1[k]:.3f}; both recover"
+        evidence = f"{jump_in_words(name, losses, k, z)}, and {falls}. {cause}"
+        result.append(Finding("spike", confidence(z), evidence, calm(history), [k + 1], metrics))
+    return result
+
+
+def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
+    """Return the jump of the loss from which a run never recovers, if there is one."""
+    (name, losses, top1, images), train = judged(history), history.column("train_loss")
+    for k, z in jumps(losses):
+        recovered = recovers(losses, top1, k, images)
+        if not recovered and train[-1] > train[:k].min():  # else training goes on: it is overfitting
+            cause, metrics = explain_spike(history, k)
+            stays = "has not recovered so far: it stands" if history.unfinished else "never recovers: it ends"
+            evidence = f"{jump_in_words(name, losses, k, z)}, and it {stays} at {losses[-1]:.3f}. {cause}"
+            return [Finding("divergence", confidence(z), evidence, calm(history), [k + 1], metrics)]
+    return []
+
+
+def jump_in_words(name: str, losses: np.ndarray, k: int, z: float) -> str:
+    rise = f"from {losses[k - 1]:.3f} to {losses[k]:.3f}"
+    return f"At epoch {k + 1}, the {name} loss jumps {rise}, {times(z)} its usual variation"
+
+
+def judged(history: RunHistory) -> tuple[str, np.ndarray, np.ndarray, int]:
+    """Return what jumps are judged by, validation if there is any: name, loss, accuracy and number of images."""
+    name, split = ("validation", "val") if history.num_val else ("training", "train")
+    images = history.num_val or history.num_train
+    return name, history.column(f"{split}_loss"), history.column(f"{split}_top1"), images
+
+
+def jumps(losses: np.ndarray) -> list[tuple[int, float]]:
+    """Return the epochs (from 0) at which a loss rises out of all proportion, and by how many robust deviations.
+
+    The last epoch is left out: its rise may be the beginning of anything.
+    """
+    if len(losses) < FEW_EPOCHS:
+        return []
+    changes, spread = np.diff(losses), spread_of_changes(losses)
+    scores = (changes - np.median(changes)) / max(spread, 1e-9)
+    return [(k, float(scores[k - 1])) for k in range(1, len(losses) - 1) if scores[k - 1] > SPIKE_SIGMAS]
+
+
+def dips(top1: np.ndarray, k: int, images: int) -> bool:
+    """Return whether accuracy falls at epoch k by more than sampling explains."""
+    return bool(top1[k - 1] - top1[k] > least_change(top1[k], images))
+
+
+def least_change(p: float, images: int) -> float:
+    """Return by how much an accuracy must change from `p` to be significant."""
+    return SIGMAS * standard_error(p, images) * math.sqrt(2)
+
+
+def recovers(losses: np.ndarray, top1: np.ndarray, k: int, images: int) -> bool:
+    """Return whether at least half of the loss's rise at epoch k is undone later, and accuracy rises if it dips."""
+    rises = top1[k + 1 :].max() - top1[k] > least_change(top1[k], images)
+    return bool(losses[k + 1 :].min() < (losses[k - 1] + losses[k]) / 2 and (rises or not dips(top1, k, images)))
+
+
+def explain_spike(history: RunHistory, k: int) -> tuple[str, dict[str, Any]]:
+    """Return a sentence that names what a spike at epoch k (from 0) coincides with, and its metrics."""
+    record, causes, metrics = history.records[k], [], {}
+    lr = history.column("lr")
+    if lr[k - 1] > 0 and lr[k] / lr[k - 1] > 2:
+        causes.append(f"a learning rate {times(lr[k] / lr[k - 1])} that of the epoch before ({lr[k]:.3g})")
+        metrics["learning_rate_ratio"] = lr[k] / lr[k - 1]
+    if record.restarts:
+        causes.append("a restart of the run")
+        metrics["restarts"] = record.restarts
+    norms = history.column("grad_norm_max")
+    usual = float(np.nanmedian(norms)) if np.isfinite(norms).any() else 0.0
+    if usual > 0 and norms[k] > 3 * usual:
+        step = (record.grad_norm_max_step or 0) + 1
+        causes.append(f"a gradient norm of {norms[k]:.2f} (usually {usual:.2f}) at step {step}")
+        metrics["gradient_norm_ratio"] = norms[k] / usual
+    rise = record.rise
+    if rise and rise["fraction"] > CONCENTRATED:
+        causes.append(f"a few hard images: 1% of them cause {rise['fraction']:.0%} of the rise in training loss")
+        metrics["example_indices"] = rise["indices"]
+    if not causes:
+        return "Nothing that was recorded coincides with it.", metrics
+    return f"It coincides with {'; with '.join(causes)}.", metrics

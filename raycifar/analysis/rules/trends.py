@@ -1,0 +1,145 @@
+"""Where validation accuracy is going, and how noisy it is."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from raycifar.analysis.findings import COARSE, FEW_EPOCHS, Finding, confidence, has, robust_slope, standard_error
+from raycifar.analysis.history import RunHistory
+from raycifar.analysis.rules.generalization import generalization_gap
+from raycifar.words import change, count, points, span
+
+
+def validation_noise(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
+    if not history.num_val:
+        return []
+    top1, n = history.column("val_top1"), history.num_val
+    half = min(1.0, 1.96 * standard_error(float(top1[-1]), n))
+    late = top1[max(warmed_up(history), len(top1) // 2 if len(top1) >= 10 else 0) :]
+    wiggle, ratio, chance = swings(history, late)
+    falls = int((np.diff(late) < -half).sum())
+    sampled = half >= COARSE
+    settles = history.unfinished and history.recipe.schedule != "constant"  # as the learning rate falls
+    swinging = chance < 0.001 and wiggle > half and falls > 1 and not settles and not has(found, "spike")
+    if not sampled and not swinging:
+        return []
+    evidence = (
+        f"With {count(n, 'validation image')}, an accuracy of {top1[-1]:.3f} is uncertain by ± {points(half)} (95%)."
+    )
+    if math.isfinite(wiggle):
+        evidence += f" From epoch to epoch it fluctuates by {points(wiggle)} (standard deviation)"
+        if math.isfinite(ratio):
+            more = f"more than sampling explains ({math.sqrt(ratio):.1f} times as much)"
+            evidence += f", {more if chance < 0.001 else 'no more than sampling explains'}"
+        evidence += "."
+    if sampled:
+        advice = "Read nothing into single epochs, and hold out more images (--val-size 5000)."
+    else:
+        advice = "The network itself is unstable: lower --lr, raise --batch-size, or average weights with --ema 0.999."
+    metrics = {"images": n, "half_width": half, "swings": wiggle, "cause": "sampling" if sampled else "network"}
+    sure = 0.95 if sampled else confidence(float(stats.norm.isf(chance / 2)))
+    return [Finding("validation-noise", sure, evidence, advice, [], metrics)]
+
+
+def swings(history: RunHistory, top1: np.ndarray) -> tuple[float, float, float]:
+    """Return how much a curve swings around its trend, over what sampling explains, and the chance of as much.
+
+    The spread is estimated from second differences (Gasser, Sroka and Jennen-Steinmetz, 1986). The same images are
+    scored at each epoch, so that sampling's part in a change is that of the images that changed sides (McNemar, 1947).
+    """
+    if len(top1) < FEW_EPOCHS:
+        return math.nan, math.nan, 1.0
+    second = top1[1:-1] - (top1[:-2] + top1[2:]) / 2
+    variance = float((second**2).mean()) / 1.5
+    moved = (history.column("val_gained") + history.column("val_lost"))[-len(top1) :]
+    expected = float(np.nanmean(moved)) / history.num_val**2 / 2 if np.isfinite(moved).any() else math.nan
+    ratio = variance / expected if expected and math.isfinite(expected) else math.nan
+    chance = float(stats.chi2.sf(ratio * len(second), len(second))) if math.isfinite(ratio) else 1.0
+    return math.sqrt(variance), ratio, chance
+
+
+def warmed_up(history: RunHistory) -> int:
+    """Return the epoch (from 0) at whose end the learning rate is highest: the curves bend while it rises."""
+    return int(np.argmax(history.column("lr")))
+
+
+def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
+    if not history.num_val or has(found, "overfitting"):
+        return []
+    top1 = history.column("val_top1")
+    late = top1[max(warmed_up(history), len(top1) - max(4, len(top1) // 2)) :]
+    if len(late) < 4:
+        return []
+    slope, low, high = robust_slope(late)
+    epochs = list(range(len(top1) - len(late) + 1, len(top1) + 1))
+    noise = standard_error(float(top1[-1]), history.num_val)
+    metrics = {"slope": slope, "low": low, "high": high, "schedule_ended": history.decayed}
+    interval = f"(95% interval: {change(low)} to {change(high)})"
+    if low > 0 and low * len(late) > noise:
+        return [improving(history, epochs, slope, interval, metrics)]
+    gain = max(0.0, high) * len(late)
+    if history.unfinished or gain > 2 * 1.96 * noise:  # before the end, a falling learning rate may still help
+        return []
+    stalls = "hardly rises" if low >= 0.00005 else "no longer rises"
+    evidence = (
+        f"{span(epochs)} validation accuracy {stalls}: it changes by {change(slope)} points per epoch {interval}."
+    )
+    if history.decayed:
+        evidence += " The learning rate has fallen to the end of its schedule, so more of the same would change little."
+        advice = "Stop here, or change the recipe: a longer schedule keeps the learning rate high for longer."
+    else:
+        evidence += (
+            f" By this trend, as many epochs again would add at most {points(gain)}, which "
+            f"{count(history.num_val, 'validation image')} can hardly show."
+        )
+        advice = "Stop here, or change the recipe."
+        if history.recipe.schedule == "constant":
+            advice = "Let the learning rate fall: --schedule cosine."
+    return [Finding("plateau", 0.95, evidence, advice, epochs, {**metrics, "gain": gain})]
+
+
+def improving(history: RunHistory, epochs: list[int], slope: float, interval: str, metrics: dict[str, Any]) -> Finding:
+    """Return the finding of a curve that rises, and whether more epochs would go on like that."""
+    evidence = f"{span(epochs)} validation accuracy rises by {points(slope)} per epoch {interval}."
+    if history.unfinished:
+        advice = "Continue this run."
+    elif history.decayed:
+        before, last = history.column("val_top1")[-2:]
+        added = points(last - before) if last - before >= 0.0005 else "nothing"
+        evidence += (
+            f" It rises as the learning rate falls to the end of the schedule: the last epoch adds {added}, so more of "
+            "the same would add little."
+        )
+        advice = f"Train with a longer schedule: --epochs {2 * history.recipe.epochs}."
+    else:
+        advice = f"Train for more epochs: --epochs {2 * history.recipe.epochs}."
+    return Finding("improving", 0.95, evidence, advice, epochs, metrics)
+
+
+def healthy(history: RunHistory, found: Sequence[Finding]) -> Finding:
+    losses, val_losses, val_top1 = (history.column(name) for name in ("train_loss", "val_loss", "val_top1"))
+    few = len(losses) < FEW_EPOCHS
+    so_far = " so far" if few or history.unfinished else ""
+    if not history.num_val:
+        evidence = (
+            f"The training loss falls from {np.fmax.reduce(losses):.3f} to {losses[-1]:.3f}. No images are held out "
+            "for validation, so how well the network generalizes can't be seen."
+        )
+    else:
+        evidence = (
+            f"Training and validation loss fall together{so_far}, to {losses[-1]:.3f} and {val_losses[-1]:.3f}. "
+            f"Validation accuracy is {val_top1[-1]:.3f}"
+        )
+        gap = float(generalization_gap(history)[0][-1])
+        if math.isfinite(gap):
+            side = "below" if gap >= 0 else "above"
+            evidence += f", {points(abs(gap))} {side} that of training images scored the same way"
+        evidence += "."
+    if few:
+        evidence += " Jumps and reversals can't be told from noise in so few epochs."
+    more = has(found, "improving") and not history.unfinished
+    advice = f"Nothing needs fixing{so_far}.{' More epochs may help.' if more else ''}"
+    return Finding("healthy", 0.9, evidence, advice)
