@@ -165,9 +165,15 @@ class RunFolder:
         around = RunFolder.at(self.storage)
         return around if around.exists(STUDY) else None
 
+    def check_holds_none(self, *files: str, option: str = "--name") -> None:
+        """Raise RequestError if one of these files of another run, or of a comparison, is in the folder."""
+        if found := next(filter(self.exists, files), None):
+            whose = "run" if found == RUN else "comparison"
+            raise RequestError(f"{self.folder} is the folder of a {whose}: give another {option}.")
+
     def path(self, file: str = "") -> str:
         """Return the path of a file, or of the folder, on `filesystem`."""
-        return f"{self._location[1]}/{file}".rstrip("/")
+        return f"{self._location[1]}/{file}".rstrip("/") or self._location[1]
 
     # Files ------------------------------------------------------------------------------------------
 
@@ -183,7 +189,11 @@ class RunFolder:
             raise StorageError.of(join(self.folder, file), error, "read") from error
 
     def exists(self, file: str) -> bool:
-        return file_type(self.filesystem, self.path(file)) != fs.FileType.NotFound
+        """Return whether a file exists, or raise StorageError if that can't be told."""
+        try:
+            return file_type(self.filesystem, self.path(file)) != fs.FileType.NotFound
+        except OSError as error:
+            raise StorageError.of(join(self.folder, file), error, "read") from error
 
     def write(self, file: str, content: bytes) -> None:
         """Write a file, whole or not at all.

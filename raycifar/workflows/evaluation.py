@@ -17,7 +17,17 @@ from raycifar.data.sources import is_location
 from raycifar.data.tables import Source, from_lists, split_rows, take, to_images, to_lists
 from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
 from raycifar.models.recipes import read_run, recipe_from_json
-from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, MANIFEST, PICTURES, PREDICTIONS, RunFolder
+from raycifar.storage.run_folder import (
+    COMPARISON,
+    EVALUATION,
+    EVALUATION_PAGE,
+    MANIFEST,
+    PICTURES,
+    PREDICTIONS,
+    RUN,
+    STUDY,
+    RunFolder,
+)
 from raycifar.terminal import Screen
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images, find_duplicates
@@ -66,6 +76,8 @@ def evaluate(
     """
     folder, predictions = RunFolder.at(request.network), None
     out = RunFolder.for_output(request.out) if request.out is not None else None
+    if out and out != folder:
+        out.check_holds_none(RUN, STUDY, COMPARISON, option="--out")
     run = None if folder.name.endswith(".safetensors") else read_run(folder)
     with screen.waiting("Loading PyTorch"):
         from raycifar.engine.trained_model import check_finite, read_weights
@@ -88,6 +100,8 @@ def evaluate(
             source = load_images(run, request.data, test_alone=request.split == "test")
         own = is_source_of(source, run)
         # What a run predicted of its own test set is its own, and nothing else may replace it.
+        if out == folder and not (own and request.split == "test"):
+            raise RequestError(f"--out {request.out} keeps what the run predicts of its own test set: give another.")
         out = out or RunFolder.for_output(request.network if own and request.split == "test" else "evaluation")
         copies = find_copies(run, source, screen) if run and own and request.split == "test" else None
         if request.split == "test" and len(source.train):

@@ -16,7 +16,7 @@ from raycifar.errors import DamagedFileError, RequestError, in_a_line
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe, changes, describe_changes
 from raycifar.models.recipes import read_run, recipe_for, recipe_from_json
-from raycifar.storage.run_folder import MANIFEST, RESULT, RUN, RunFolder
+from raycifar.storage.run_folder import COMPARISON, MANIFEST, RESULT, RUN, STUDY, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.duplicates import known_duplicates
 from raycifar.workflows.requests import TrainingRequest
@@ -77,6 +77,7 @@ def earlier_result(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any
     """
     earlier = read_run(folder)
     if earlier is None:
+        folder.check_holds_none(STUDY, COMPARISON)
         return None
     before, now = flatten(earlier), flatten(identity)
     if differences := [f"{key} {before.get(key)} there, {now[key]} here" for key in now if before.get(key) != now[key]]:
