@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 from collections.abc import Sequence
 from enum import StrEnum
 from errno import EACCES, EDQUOT, EISDIR, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
@@ -78,6 +79,7 @@ class StorageError(OSError):
 def in_a_line(error: BaseException) -> str:
     """Return an error's message in one line: the last line of a traceback, else the first line; without secrets."""
     message = (isinstance(error, OSError) and error.strerror) or str(error)
+    message = re.sub(r"^Failed .* Detail: \[errno \d+\] ", "", message)  # Arrow's, of a local file
     lines = message.strip().splitlines() or [type(error).__name__]
     line = lines[-1 if any(line.startswith("Traceback") for line in lines) else 0]
     return shown(line.removeprefix("raycifar.errors.StorageError: ").rstrip(".: "))

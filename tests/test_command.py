@@ -12,7 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from raycifar import cli
+from raycifar import cli, predict
 from raycifar.command import CLOSED_OUTPUT, ending
 from raycifar.errors import RequestError, StorageError, WorkError
 
@@ -35,6 +35,11 @@ def test_a_misspelt_command_is_answered_with_the_nearest():
         done = CliRunner().invoke(cli.main, args)
         assert done.exit_code == 2
         assert f"Did you mean {nearest}?" in done.stderr
+
+
+def test_an_argument_that_is_empty_is_called_as_the_help_calls_it(in_process):
+    code, _, said = in_process(predict.main, "", "x.png")
+    assert (code, said) == (2, "Error: RUN|WEIGHTS is empty: give a value, or leave it out.\n")
 
 
 STUCK = """

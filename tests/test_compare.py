@@ -3,6 +3,7 @@
 import csv
 import json
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,6 +143,26 @@ def test_runs_that_are_not_comparable_are_refused_with_the_reason(made_up, compa
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_comparison_takes_no_run_s_folder_and_a_run_no_comparison_s(made_up, compare, train, tmp_path):
+    first, second = made_up("cnn", 0, 0.6), made_up("cnn", 1, 0.6)
+    before = {file.name: file.read_bytes() for file in Path(first).iterdir()}
+    assert (
+        "cnn-s0 is the folder of a run: give another --name"
+        in finish(Compare(first, second, "--name", "cnn-s0", storage=tmp_path / "made"), 2).stderr
+    )
+    assert {file.name: file.read_bytes() for file in Path(first).iterdir()} == before
+    compare(first, second, "--name", "c", "--no-report")
+    assert "is the folder of a comparison: give another --name" in train("--name", "c", code=2).stderr
+    assert not (tmp_path / "runs/c/run.json").exists()
+
+
+@pytest.mark.parametrize("option", [("--lr", 3), ("--search", 3), ("--seeds", 2), ("--recipe", "study")])
+def test_what_finished_runs_have_no_use_for_is_refused(made_up, compare, tmp_path, option):
+    says = compare(made_up("cnn", 0, 0.6), made_up("cnn", 1, 0.6), *option, code=2).stderr
+    assert f"{option[0]} is for --models to train" in says
+    assert not (tmp_path / "runs").exists()
+
+
 # Runs that Ray Tune orchestrates --------------------------------------------------------------------
 
 
@@ -152,7 +173,8 @@ def test_runs_that_are_not_comparable_are_refused_with_the_reason(made_up, compa
         (("--models", "cnn, cnn"), "names a model twice"),
         (("--models", "cnn", "--workers", 4, "--batch-size", 7), "leaves less than 2 images for each of 4 workers"),
         (("--models", "cnn", "--search", 3, "--val-size", 0), "needs --val-size above 0"),
-        (("--models", "cnn", "--search", 3, "--space", "nowhere.toml"), "--space nowhere.toml can't be read"),
+        (("--models", "cnn", "--search", 3, "--space", "nowhere.toml"), "--space nowhere.toml can't be read: No such"),
+        (("--models", "cnn", "--space", "nowhere.toml"), "--space nowhere.toml is for a search"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(compare, small, tmp_path, args, says):

@@ -89,6 +89,23 @@ def test_another_data_set_leaves_the_run_as_it_was(trained, evaluate, small, tmp
     assert json.loads((tmp_path / "elsewhere/evaluation.json").read_text())["images"] == 300
 
 
+def test_only_a_run_s_own_test_set_is_scored_into_its_folder(trained, evaluate, small, tmp_path):
+    for name in "ab":
+        shutil.copytree(trained, tmp_path / name)
+    before = (tmp_path / "a/predictions.parquet").read_bytes()
+    for network, more in (("b", ()), ("a", ("--split", "train"))):
+        request = EvaluationRequest(
+            str(tmp_path / network),
+            data=str(small),
+            split="train" if more else "test",
+            count=0,
+            out=str(tmp_path / "a"),
+        )
+        with pytest.raises(RequestError, match=r"--out"):
+            evaluation.evaluate(request, Screen(quiet=True), ExitStack())
+    assert (tmp_path / "a/predictions.parquet").read_bytes() == before
+
+
 def test_a_run_is_evaluated_on_its_own_images_without_being_told_where_they_are(trained, evaluate, tmp_path):
     nowhere = {"RAYCIFAR_DATA": "", "RAYCIFAR_CACHE": str(tmp_path / "empty")}
     evaluate(trained, "--workers", 0, "--out", tmp_path / "out", env=nowhere)

@@ -1,6 +1,7 @@
 """`raycifar export`: what is written answers as the network does."""
 
 import io
+import shutil
 
 import numpy as np
 import onnxruntime
@@ -12,8 +13,11 @@ from safetensors.torch import load_file
 from raycifar.data.sources import load
 from raycifar.data.tables import to_images
 from raycifar.engine.augment import preprocess
+from raycifar.errors import RequestError
 from raycifar.models import Architecture
 from raycifar.storage.weights import to_file
+from raycifar.terminal import Screen
+from raycifar.workflows.exporting import export
 
 
 @pytest.fixture
@@ -67,6 +71,16 @@ def test_what_is_written_chooses_the_same_classes(network, small, tmp_path, kind
                 found = model((torch.from_numpy(images).float() - tensors["mean"]) / tensors["std"]).numpy()
     assert np.allclose(found, expected, atol=1e-3)
     assert (found.argmax(1) == expected.argmax(1)).all()
+
+
+def test_weights_that_a_run_keeps_are_not_replaced(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "a")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "a").glob("*.safetensors")}
+    shutil.copy(trained / "model.safetensors", tmp_path / "alone.safetensors")
+    for network, out in (("a", "a/model.safetensors"), ("a", "a/best.safetensors"), ("alone.safetensors",) * 2):
+        with pytest.raises(RequestError, match="would replace the weights"):
+            export(str(tmp_path / network), "safetensors", Screen(quiet=True), out=str(tmp_path / out))
+    assert {file.name: file.read_bytes() for file in (tmp_path / "a").glob("*.safetensors")} == before
 
 
 def test_a_run_is_checked_on_its_own_images_without_being_told_where_they_are(trained, tmp_path):

@@ -63,6 +63,16 @@ def test_what_can_t_be_written_leaves_nothing(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("fifo")
+    for name in ("fifo", "link"):
+        with pytest.raises(StorageError, match="can't be written: it is a device, a pipe or a socket, not a file"):
+            write_file(str(tmp_path / name), b"x")
+    assert (tmp_path / "fifo").is_fifo()
+    assert {path.name for path in tmp_path.iterdir()} == {"fifo", "link"}
+
+
 WRITERS = {
     "export": lambda run, out: export(str(run), "safetensors", Screen(quiet=True), out=out, data="synthetic:200"),
     "report --out": lambda run, out: reporting.report(

@@ -157,6 +157,7 @@ def test_json_is_for_programs_and_what_is_no_folder_is_refused(storage, run, tmp
     assert run(runs_door, tmp_path / "file")[0] == run(clean_door, tmp_path / "file")[0] == 2
     with pytest.raises(RequestError, match="file is not a folder"):
         find_runs(str(tmp_path / "file"))
+    assert RunFolder.at("/").exists("")  # which `runs /` lists
 
 
 def test_names_that_others_gave_break_no_line_and_what_is_wrong_is_said_below(storage, run):

@@ -243,3 +243,12 @@ def test_what_is_no_network_is_refused_in_a_sentence(tmp_path, weights, photo):
     assert "nowhere.png does not exist" in predict(weights, tmp_path / "nowhere.png", code=2).stderr
     shutil.copytree(tmp_path / "run", tmp_path / "empty", ignore=lambda *_: ["model.safetensors"])
     assert "does not exist" in predict(tmp_path / "empty", tmp_path / "a.png", code=2).stderr
+
+
+def test_a_storage_that_can_t_be_asked_is_named(monkeypatch):
+    def refuse(filesystem, path):
+        raise OSError("Could not resolve host")
+
+    monkeypatch.setattr("raycifar.data.pictures.file_type", refuse)
+    with pytest.raises(RequestError, match=r"photos can't be read: Could not resolve host\."):
+        find_images("photos")

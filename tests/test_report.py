@@ -97,6 +97,17 @@ def test_other_formats_and_places(trained, report, small, tmp_path):
     assert not (tmp_path / "out/report.html").exists()
 
 
+def test_a_report_goes_into_no_other_run_s_folder(trained, report, tmp_path):
+    for name in "ab":
+        shutil.copytree(trained, tmp_path / name)
+    before = (tmp_path / "b/report.json").read_bytes()
+    for folders in ("a",), ("a", "b"):
+        done = report(*(tmp_path / name for name in folders), "--out", tmp_path / "b", code=2)
+        assert "b is the folder of a run: give another --out" in done.stderr
+    assert (tmp_path / "b/report.json").read_bytes() == before
+    report(tmp_path / "b", "--format", "json", "--out", tmp_path / "b")
+
+
 def test_a_report_opens_nothing_but_what_the_user_names(trained, report, small, tmp_path):
     """The run's images are said to be in a fifo, which whoever opens it waits for."""
     shutil.copytree(trained, tmp_path / "a")

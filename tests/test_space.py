@@ -1,5 +1,7 @@
 """What a search varies, and that where it looks next depends on nothing but what is known."""
 
+import os
+
 import pytest
 
 from raycifar.errors import RequestError
@@ -51,6 +53,12 @@ def test_trials_that_failed_or_lie_outside_the_space_are_passed_over(tmp_path):
     space = read_space(str(file), "vgg16")
     trials = [PastTrial(BASE, "finished", [0.5]), PastTrial(Recipe(epochs=4, lr=0.15), "failed", [])]
     assert 0.1 <= suggest(space, BASE, trials, seed=0).lr <= 0.2
+
+
+def test_a_space_is_read_from_a_file_alone(tmp_path):
+    os.mkfifo(tmp_path / "space.toml")
+    with pytest.raises(RequestError, match=r"space\.toml can't be read: it is a device, a pipe or a socket"):
+        read_space(str(tmp_path / "space.toml"), "cnn")
 
 
 def test_a_space_is_read_from_toml(tmp_path):

@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 from pyarrow import fs
 
 from raycifar.data import CIFAR100
-from raycifar.errors import RequestError
+from raycifar.errors import RequestError, in_a_line
 from raycifar.storage.files import file_type, list_files, locate, open_file
 from raycifar.storage.locations import join
 from raycifar.words import count
@@ -65,7 +65,10 @@ def find_images(location: str) -> tuple[list[ImageFile], int]:
         RequestError: there are no image files.
     """
     filesystem, path = locate(location)
-    kind = file_type(filesystem, path)
+    try:
+        kind = file_type(filesystem, path)
+    except OSError as error:
+        raise RequestError(f"{location} can't be read: {in_a_line(error)}.") from error
     if kind == fs.FileType.NotFound:
         raise RequestError(f"{location} does not exist.")
     if kind != fs.FileType.Directory:

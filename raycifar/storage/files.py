@@ -21,6 +21,7 @@ from raycifar.storage.locations import Location, check_location, to_path
 Answer = TypeVar("Answer")
 
 MAX_BYTES = 2**32  # of a file: weights of a thousand million parameters
+NO_FILE = "it is a device, a pipe or a socket, not a file"
 
 
 def locate(location: Location, *, to_write: bool = False) -> tuple[fs.FileSystem, str]:
@@ -99,7 +100,7 @@ def open_regular(path: str, flags: int, mode: int = 0o777) -> int:
     os.close(descriptor)
     if stat.S_ISDIR(kind):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    raise OSError(errno.EINVAL, "it is a device, a pipe or a socket, not a file", path)
+    raise OSError(errno.EINVAL, NO_FILE, path)
 
 
 def is_local(filesystem: fs.FileSystem) -> bool:
@@ -126,6 +127,8 @@ def write_whole(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
         remote.upload(filesystem, path, content)
         return
     target = Path(path)
+    if target.exists() and not (target.is_file() or target.is_dir()):  # the rename would replace /dev/null for everyone
+        raise OSError(errno.EINVAL, NO_FILE, path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

@@ -74,12 +74,16 @@ class Folder:
 
     def path(self, file: str = "") -> str:
         """Return the path of a file, or of the folder, on `filesystem`."""
-        return f"{self._location[1]}/{file}".rstrip("/")
+        return f"{self._location[1]}/{file}".rstrip("/") or self._location[1]
 
     # Reading ----------------------------------------------------------------------------------------
 
     def exists(self, file: str) -> bool:
-        return file_type(self.filesystem, self.path(file)) != fs.FileType.NotFound
+        """Return whether a file exists, or raise StorageError if that can't be told."""
+        try:
+            return file_type(self.filesystem, self.path(file)) != fs.FileType.NotFound
+        except OSError as error:
+            raise StorageError.of(join(self.folder, file), error, "read") from error
 
     def file_names(self, kind: fs.FileType = fs.FileType.File) -> list[str]:
         """Return the names of the files, or of the folders, directly in this one, sorted.

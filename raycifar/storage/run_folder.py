@@ -26,7 +26,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from raycifar.errors import DamagedFileError, notice
+from raycifar.errors import DamagedFileError, RequestError, notice
 from raycifar.storage.folder import Folder
 from raycifar.storage.image_tables import EXAMPLE_STATS_COLUMNS, PREDICTION_COLUMNS, read_image_table
 from raycifar.storage.manifest import Manifest
@@ -81,6 +81,12 @@ class RunFolder(Folder):
     def runs(self) -> list[Self]:
         """Return the runs inside this folder, sorted by name."""
         return self.folders_with(RUN)
+
+    def check_holds_none(self, *files: str, option: str = "--name") -> None:
+        """Raise RequestError if one of these files of another run, or of a comparison, is in the folder."""
+        if found := next(filter(self.exists, files), None):
+            whose = "run" if found == RUN else "comparison"
+            raise RequestError(f"{self.folder} is the folder of a {whose}: give another {option}.")
 
     def read_json(self, file: str, warn: Callable[[str], None] = notice) -> Any:
         """Return the content of a JSON file, checked against `DOCUMENTS`, or None if it doesn't exist.

@@ -18,7 +18,16 @@ from raycifar.data.sources import is_location
 from raycifar.data.tables import Source, from_lists, split_rows, take, to_images, to_lists
 from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
 from raycifar.models.recipes import read_run, recipe_from_json
-from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PICTURES, PREDICTIONS, RunFolder
+from raycifar.storage.run_folder import (
+    COMPARISON,
+    EVALUATION,
+    EVALUATION_PAGE,
+    PICTURES,
+    PREDICTIONS,
+    RUN,
+    STUDY,
+    RunFolder,
+)
 from raycifar.terminal import Screen
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images, find_duplicates
@@ -68,6 +77,8 @@ def evaluate(
     """
     folder, predictions = RunFolder.at(request.network), None
     out = RunFolder.for_output(request.out) if request.out is not None else None
+    if out and out != folder:
+        out.check_holds_none(RUN, STUDY, COMPARISON, option="--out")
     run = None if folder.name.endswith(".safetensors") else read_run(folder)
     with screen.waiting("Loading PyTorch"):
         from raycifar.engine.trained_model import read_weights
@@ -87,6 +98,8 @@ def evaluate(
             source = load_images(run, request.data, test_alone=request.split == "test")
         own = request.split == "test" and is_source_of(source, run)
         # What a run predicted of its own test set is its own, and nothing else may replace it.
+        if out == folder and not own:
+            raise RequestError(f"--out {request.out} keeps what the run predicts of its own test set: give another.")
         out = out or RunFolder.for_output(request.network if own else "evaluation")
         copies = find_copies(run, source, screen) if run and own else None
         if request.split == "test" and len(source.train):

@@ -16,8 +16,8 @@ from raycifar.errors import RequestError, WorkError
 from raycifar.models import slug
 from raycifar.models.recipes import read_run
 from raycifar.storage.files import write_file
-from raycifar.storage.locations import check_location
-from raycifar.storage.run_folder import RunFolder
+from raycifar.storage.locations import check_location, parent_and_name
+from raycifar.storage.run_folder import BEST, MODEL, RUN, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.reporting import load_images
 
@@ -58,6 +58,8 @@ def export(network: str, kind: str, screen: Screen, *, out: str | None = None, d
     if out is not None:
         check_location(out, "--out", to_write=True)
     folder = RunFolder.at(network)
+    if out is not None and is_own_weights(out, network):
+        raise RequestError(f"--out {out} would replace the weights of a run, or those to be exported: give another.")
     run = None if folder.name.endswith(".safetensors") else read_run(folder)
     with screen.waiting("Loading PyTorch"):
         import torch
@@ -85,6 +87,14 @@ def export(network: str, kind: str, screen: Screen, *, out: str | None = None, d
     out = out or f"{slug(trained.weights.architecture.model)}{SUFFIXES[kind]}"
     write_file(out, content)
     return Export(out, len(content), len(images), largest)
+
+
+def is_own_weights(out: str, network: str) -> bool:
+    """Return whether a file is the network's, or among the weights that a run's folder keeps."""
+    folder, name = parent_and_name(out)
+    if parent_and_name(network) == (folder, name):
+        return True
+    return name in (MODEL, BEST) and RunFolder.at(folder).exists(RUN)
 
 
 def with_preprocessing(weights: "Weights") -> "nn.Module":

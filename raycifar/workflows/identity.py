@@ -13,7 +13,7 @@ from raycifar.errors import DamagedFileError, RequestError
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe, changes, describe_changes
 from raycifar.models.recipes import read_run, recipe_for, recipe_from_json
-from raycifar.storage.run_folder import RESULT, RUN, RunFolder
+from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, STUDY, RunFolder
 from raycifar.workflows.duplicates import known_duplicates
 from raycifar.workflows.requests import TrainingRequest
 
@@ -73,6 +73,7 @@ def earlier_result(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any
     """
     earlier = read_run(folder)
     if earlier is None:
+        folder.check_holds_none(STUDY, COMPARISON)
         return None
     before, now = flatten(earlier), flatten(identity)
     if differences := [f"{key} {before.get(key)} there, {now[key]} here" for key in now if before.get(key) != now[key]]:

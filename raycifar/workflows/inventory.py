@@ -61,10 +61,10 @@ def find_runs(location: str) -> list[Entry]:
         RequestError: there is no such folder.
     """
     folder = RunFolder.at(location)
-    if file_type(folder.filesystem, folder.path()) in (FileType.File, FileType.Unknown):
-        raise RequestError(f"{folder.folder} is not a folder: give the folder or URI that runs are kept in.")
     if folder.exists(RUN):  # one run
         return [list_run(folder, folder.comparison)]
+    if file_type(folder.filesystem, folder.path()) in (FileType.File, FileType.Unknown):
+        raise RequestError(f"{folder.folder} is not a folder: give the folder or URI that runs are kept in.")
     if not folder.exists(""):
         raise RequestError(f"{folder.folder} does not exist: give the folder or URI that runs are kept in.")
     around = folder if folder.exists(STUDY) else None

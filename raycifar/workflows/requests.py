@@ -24,6 +24,8 @@ MAX_ELASTIC_WORKERS = 64  # the images are cut wherever a shard of any of the nu
 MAX_WORKERS = MAX_TRIALS = 10_000  # more is a slip
 MAX_SEED = 2**63 - 1  # of PyTorch's generators
 MAX_NAME_BYTES = 200  # file systems take 255
+# What a comparison of finished runs has a use for; RAYCIFAR_DATA may be set without being meant for it.
+OF_FINISHED_RUNS = ("storage", "name", "report", "price_per_hour", "without_near_duplicates", "data")
 
 
 def setting(
@@ -191,6 +193,8 @@ class ComparisonRequest(Settings):
         super().__post_init__()
         check_name(self.name)
         self.check_workers(self.workers)
+        if self.space and not self.search:
+            raise RequestError(f"--space {self.space} is for a search: give --search, or leave it out.")
         if self.search and not self.val_size:
             raise RequestError("--search chooses by validation accuracy: it needs --val-size above 0.")
         for recipe in self.recipes.values():
@@ -206,6 +210,15 @@ class ComparisonRequest(Settings):
             raise RequestError(f"--models {','.join(names)} names a model twice: --seeds takes several runs of it.")
         settings, recipe = sort_options(cls, options)
         return cls({name: choose_recipe(name, **recipe) for name in names}, frozenset(recipe), **settings)
+
+    def only_for_training(self) -> list[str]:
+        """Return the options that are given, and that a comparison of finished runs has no use for."""
+        names = [
+            f.name
+            for f in settings_of(type(self))
+            if f.name not in OF_FINISHED_RUNS and getattr(self, f.name) != f.metadata["default"]
+        ]
+        return [f"--{name.replace('_', '-')}" for name in (*names, *sorted(self.fixed))]
 
     def training(self, model: str) -> TrainingRequest:
         """Return the request that this is for one of the models."""

@@ -8,16 +8,16 @@ import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from raycifar import models
-from raycifar.errors import RequestError
+from raycifar.errors import RequestError, in_a_line
 from raycifar.models.recipe import Recipe, field_types
 from raycifar.models.recipes import models_with
+from raycifar.storage.files import read_file
 
 Space = dict[str, BaseDistribution]
 
@@ -55,9 +55,9 @@ def read_space(file: str, model: str) -> Space:
         RequestError: the file can't be read, or isn't a search space for the model.
     """
     try:
-        tables = tomllib.loads(Path(file).read_text())
+        tables = tomllib.loads(read_file(file).decode())
     except (OSError, ValueError) as error:
-        raise RequestError(f"--space {file} can't be read: {error}.") from error
+        raise RequestError(f"--space {file} can't be read: {in_a_line(error)}.") from error
     kind = models.recipe_type(model)
     types = {name: field_type for name, field_type in field_types(kind).items() if name not in FIXED}
     space: Space = {}

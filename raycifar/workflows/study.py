@@ -281,6 +281,7 @@ def check_same_study(folder: RunFolder, request: ComparisonRequest, identity: di
     Raises:
         RequestError: the comparison of that name differs; the message names the difference.
     """
+    folder.check_holds_none(RUN)
     earlier = folder.read_json(STUDY) or {}
     for key in identity.keys() & earlier.keys():
         there, here = earlier[key], identity[key]
@@ -334,7 +335,10 @@ def compare_runs(locations: Iterable[str], request: ComparisonRequest, screen: S
     Raises:
         RequestError: a run isn't finished, or the runs can't be compared.
     """
+    if unused := request.only_for_training():
+        raise RequestError(f"{unused[0]} is for --models to train: finished runs are compared as they are.")
     folder = RunFolder(request.storage, request.name)
+    folder.check_holds_none(RUN)
     finished = [read_finished(location) for location in locations]
     check_comparable(finished)
     show(conclude(keep_files(finished, folder), folder, request, {}))
