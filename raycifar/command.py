@@ -91,11 +91,8 @@ def refuse_empty(context: click.Context) -> None:
     for parameter in context.command.params:
         values, given = context.params.get(parameter.name or ""), context.get_parameter_source(parameter.name or "")
         if given is ParameterSource.COMMANDLINE and "" in (values if isinstance(values, tuple) else (values,)):
-            name = (
-                parameter.opts[0]
-                if isinstance(parameter, click.Option)
-                else parameter.make_metavar(context).strip("[.]")
-            )
+            is_option = isinstance(parameter, click.Option)
+            name = parameter.opts[0] if is_option else parameter.make_metavar(context).strip("[.]")
             raise RequestError(f"{name} is empty: give a value, or leave it out.")
 
 
