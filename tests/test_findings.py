@@ -19,6 +19,19 @@ def test_a_healthy_run_has_nothing_but_its_health_and_its_trend():
     assert kinds(made_up()) - {"plateau", "improving"} == {"healthy"}
 
 
+@pytest.mark.parametrize("val", [0, 5000])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_losses_are_said_to_fall_only_where_they_do(epochs, val):
+    def healthy(**columns):
+        (finding,) = [f for f in diagnose(made_up(epochs, val, **columns)) if f.kind == "healthy"]
+        return finding.evidence
+
+    rising = dict.fromkeys(("train_loss", "train_eval_loss", "val_loss"), lambda e: 2.0 + 0.01 * e)
+    falling = dict.fromkeys(rising, lambda e: 2.0 - 0.01 * e)
+    assert "fall" not in healthy(**rising)
+    assert ("fall" in healthy(**falling)) == (epochs > 1)
+
+
 def test_a_network_that_guesses_has_collapsed_and_nothing_else():
     (finding,) = diagnose(made_up(**GUESSES))
     assert finding.kind == "collapse"
@@ -34,6 +47,7 @@ def test_a_network_that_dies_late_is_said_to_have_died_then():
     dead |= {name: dying(0.2, 0.01) for name in ("train_top1", "train_eval_top1", "val_top1")}
     (finding,) = diagnose(made_up(**dead))
     assert (finding.kind, finding.epochs[0]) == ("collapse", 8)
+    assert "the network has lost what it had learned." in finding.evidence
 
 
 @pytest.mark.parametrize(

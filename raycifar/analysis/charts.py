@@ -27,7 +27,7 @@ from raycifar.storage.records import finite
 INK = "#010203"  # stands for currentColor until the SVG is written
 PLOT = "plot"  # of the area between the axes
 GREEN, PURPLE = "#009e73", "#cc79a7"
-COLORS, STYLES, MARKERS = (BLUE, ORANGE, GREEN, PURPLE, "#56b4e9", "#d55e00"), ("-", "--", "-.", ":"), "osD^vP"
+COLORS, STYLES, MARKERS = (BLUE, ORANGE, GREEN, PURPLE, "#56b4e9", "#d55e00"), ("-", "--", "-.", ":"), "osD^v"
 TRANSPARENT_TO_ORANGE = LinearSegmentedColormap.from_list("", [to_rgba(ORANGE, 0), to_rgba(ORANGE, 1)])
 COMPARED = {"val_top1": "validation accuracy", "val_loss": "validation loss", "train_loss": "training loss"}
 FEW_RUNS = 3  # are drawn one by one

@@ -47,7 +47,7 @@ TRENDS = {"improving", "plateau"}
 PHRASES = {
     "test-differs": "the test set doesn't match the validation images",
     "too-early": "it is too early to tell",
-    "collapse": "the network has learned nothing",
+    "collapse": "the network is no better than guessing",
     "overfitting": "it overfits",
     "generalization-gap": "it does better on training images than on new ones",
     "spike": "the loss spikes",

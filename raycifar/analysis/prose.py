@@ -184,7 +184,8 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
     elif broken:
         rate = own.lr if has(findings, "learning-rate-high") else min(own.lr, recipe.lr) / 2
         gentle = replace(recipe, lr=rate, warmup=max(own.warmup, recipe.warmup), clip_norm=1.0)
-        aim = ", to see whether it learns at all" if has(findings, "collapse") else ""
+        never = any(finding.kind == "collapse" and finding.epochs[0] == 1 for finding in findings)
+        aim = ", to see whether it learns at all" if never else ""
         train(f"a lower learning rate, a warm-up and clipped gradients{aim}", gentle)
     if has(findings, "spike"):
         if recipe.clip_norm:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from raycifar.analysis.collapse import MIN_STEPS, guesses
+from raycifar.analysis.collapse import MIN_STEPS, chance_level, guesses
 from raycifar.analysis.findings import (
     FEW_EPOCHS,
     FIT,
@@ -85,10 +85,12 @@ def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     z = (history.column("train_top1")[-1] - 1 / classes) / standard_error(1 / classes, history.num_train)
     cause, metrics = explain_collapse(last.diagnostics)
     stays, so_far = "is" if len(epochs) == 1 else "stays", " so far" if history.unfinished else ""
+    learned = (history.column("train_top1")[: epochs[0] - 1] > chance_level(history.num_train, classes)).any()
+    state = "lost what it had learned" if learned else f"learned nothing{so_far}"
     evidence = (
         f"{span(epochs)} the training loss {stays} at the level of guessing ({last.train_loss:.4f}; ln({classes}) = "
         f"{history.guessing_loss:.4f}). Training accuracy is {last.train_top1:.2%}, {abs(z):.1f} standard errors from "
-        f"chance (1 in {classes}): the network has learned nothing{so_far}. {cause}"
+        f"chance (1 in {classes}): the network has {state}. {cause}"
     )
     advice = f"{calm(history)} Then look at the gradients of the first layers."
     return [Finding("collapse", SURE, evidence.strip(), advice, epochs, metrics)]

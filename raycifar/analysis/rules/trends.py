@@ -124,13 +124,16 @@ def healthy(history: RunHistory, found: Sequence[Finding]) -> Finding:
     few = len(losses) < FEW_EPOCHS
     so_far = " so far" if few or history.unfinished else ""
     if not history.num_val:
+        falls = f"falls from {losses[0]:.3f} to" if losses[-1] < losses[0] else "is"
         evidence = (
-            f"The training loss falls from {np.fmax.reduce(losses):.3f} to {losses[-1]:.3f}. No images are held out "
-            "for validation, so how well the network generalizes can't be seen."
+            f"The training loss {falls} {losses[-1]:.3f}. No images are held out for validation, so how well the "
+            "network generalizes can't be seen."
         )
     else:
+        both_fall = losses[-1] < losses[0] and val_losses[-1] < val_losses[0]
+        fall = f"fall together{so_far}, to" if both_fall else "are"
         evidence = (
-            f"Training and validation loss fall together{so_far}, to {losses[-1]:.3f} and {val_losses[-1]:.3f}. "
+            f"Training and validation loss {fall} {losses[-1]:.3f} and {val_losses[-1]:.3f}. "
             f"Validation accuracy is {val_top1[-1]:.3f}"
         )
         gap = float(generalization_gap(history)[0][-1])
