@@ -38,7 +38,7 @@ def test_a_misspelt_command_is_answered_with_the_nearest():
 
 
 def test_an_argument_that_is_empty_is_called_as_the_help_calls_it(in_process):
-    code, _, said = in_process(predict.main, "", "x.png")
+    code, said = in_process(predict.main, "", "x.png")
     assert (code, said) == (2, "Error: RUN|WEIGHTS is empty: give a value, or leave it out.\n")
 
 

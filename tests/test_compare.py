@@ -143,7 +143,7 @@ def test_runs_that_are_not_comparable_are_refused_with_the_reason(made_up, compa
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_comparison_takes_no_run_s_folder_and_a_run_no_comparison_s(made_up, compare, train, tmp_path):
+def test_a_comparison_takes_no_run_s_folder_and_a_run_no_comparison_s(made_up, compare, train, small, tmp_path):
     first, second = made_up("cnn", 0, 0.6), made_up("cnn", 1, 0.6)
     before = {file.name: file.read_bytes() for file in Path(first).iterdir()}
     assert (
@@ -152,7 +152,8 @@ def test_a_comparison_takes_no_run_s_folder_and_a_run_no_comparison_s(made_up, c
     )
     assert {file.name: file.read_bytes() for file in Path(first).iterdir()} == before
     compare(first, second, "--name", "c", "--no-report")
-    assert "is the folder of a comparison: give another --name" in train("--name", "c", code=2).stderr
+    refused = train(*RUN, "--workers", 0, "--data", small, "--name", "c", code=2)
+    assert "is the folder of a comparison: give another --name" in refused.stderr
     assert not (tmp_path / "runs/c/run.json").exists()
 
 

@@ -120,7 +120,7 @@ def test_a_recipe_s_file_is_checked_as_its_options_are(field, kind, tmp_path):
         ("train", ("--name", "a\x1b[2J"), r"'a\x1b[2J' is no folder's name"),
         ("train", ("--name", ""), "--name is empty"),
         ("compare", ("--name", ".."), "'..' is no folder's name"),
-        ("predict", ("",), "images is empty"),
+        ("predict", ("",), "IMAGES is empty"),
     ],
 )
 def test_what_can_t_be_is_refused_before_anything_starts(run, name, args, says):

@@ -20,7 +20,7 @@ NORM_MOMENTUM = 0.4  # of running statistics, which so few steps must reach
 LOGIT_SCALE = 0.5  # the head learns slower by its square
 
 SPEEDRUN = Recipe(
-    epochs=11, batch_size=1000, optimizer="muon", muon_steps=3, lr=0.18, momentum=0.6, norm_lr=8.0, weight_decay=0.01,
+    epochs=14, batch_size=1000, optimizer="muon", muon_steps=3, lr=0.18, momentum=0.6, norm_lr=8.0, weight_decay=0.01,
     schedule="linear", warmup=0.25, label_smoothing=0.25, augment="alternate", progressive="20:0.15,24:0.5",
 )  # fmt: skip
 RECIPES = {"speedrun": SPEEDRUN, "scratch": SPEEDRUN}
