@@ -16,6 +16,7 @@ from command import Evaluate, finish
 from conftest import RUN, ps, wait_until, write_archive
 
 from raycifar.data import CIFAR100
+from raycifar.data.corruptions import find_corruptions
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, split_rows, to_table
 from raycifar.data.trees import RECORD
@@ -248,6 +249,11 @@ def test_corrupted_images_are_scored_by_corruption_and_severity(trained, evaluat
     page = (tmp_path / "evaluation/evaluation.html").read_text()
     assert page.count('<svg role="img"') == 1
     assert "the mean leaves out the corruptions that are meant for tuning:\nsaturate." in page
+
+
+def test_a_location_that_cannot_be_looked_into_is_named():
+    with pytest.raises(RequestError, match=r"^n{300} can't be read: File name too long\.$"):
+        find_corruptions("n" * 300)
 
 
 @pytest.mark.parametrize(

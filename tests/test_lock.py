@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import raycifar.storage.lock as room
 from raycifar.errors import DamagedFileError, RequestError
 from raycifar.storage.lock import Claim, claims, delete_dead, living_claim, locked, write
 from raycifar.storage.run_folder import STUDY, RunFolder
+from raycifar.terminal import Screen
+from raycifar.workflows.training import lock
 
 
 @pytest.fixture(params=["disk", "object store"])
@@ -172,3 +175,12 @@ def test_a_folder_that_was_made_for_the_lock_alone_is_removed(tmp_path):
     with locked(RunFolder(str(tmp_path / "x/y"), "a"), print) as held:
         assert json.loads(Path(held.claim).read_text())["number"] == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_goes_wrong_around_the_folder_is_said_of_it(tmp_path):
+    def also():
+        raise OSError(5, "Input/output error")
+
+    folder = RunFolder(str(tmp_path), "a")
+    with ExitStack() as until, pytest.raises(RequestError, match=r"can't be written: Input/output error\. Give"):
+        lock(folder, Screen(quiet=True), until, also)

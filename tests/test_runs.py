@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from raycifar.errors import StorageError
 from raycifar.storage.checkpoints import Checkpoints, checkpoint_name
 from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import RunFolder
@@ -80,6 +81,13 @@ def test_the_checkpoint_that_was_trained_furthest_comes_first(run, upload):
         "checkpoint_2026-05-02_00-00-00.000000",
         "checkpoint_2026-05-01_23-00-00.000000",
     ]
+
+
+def test_the_place_of_a_checkpoint_that_cannot_be_read_is_not_made_up(run, tmp_path):
+    name = "checkpoint_2026-05-01_12-00-00.000000"
+    (tmp_path / "runs/a" / name / "progress.json").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"progress\.json can't be read"):
+        Checkpoints(run).names()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no manifest", "half a manifest"])

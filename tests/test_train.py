@@ -10,12 +10,12 @@ import sys
 import pytest
 from command import Command, Program, finish
 from conftest import RUN, checkpoints, history, wait_until
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ControllerError
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from raycifar.cluster.status import StatusStore
+from raycifar.cluster.status import FailureCause, StatusStore
 from raycifar.data import CIFAR100
 from raycifar.errors import WorkError
 from raycifar.models.recipe import Recipe
@@ -330,7 +330,8 @@ def test_a_worker_that_dies_as_it_is_launched_ends_no_run(monkeypatch):
     seen = []
     monkeypatch.setattr(ray_train, "go_on_after", go_on_after)
     assert fit(RayActorError(), RayActorError(), most=2) == {"history": []}
-    assert len(seen) == 2
+    assert fit(OutOfMemoryError(), most=3) == {"history": []}
+    assert [failure.cause for failure in seen] == [*[FailureCause.CONTROLLER] * 2, FailureCause.MEMORY]
     with pytest.raises(WorkError, match=r"too often\. The same command continues from the last checkpoint"):
         fit(RayActorError(), most=2)
     with pytest.raises(WorkError, match="on worker 1, out of memory"):

@@ -15,7 +15,7 @@ from raycifar.data.layouts import split_in
 from raycifar.data.layouts.arrays import read_array, to_channels_first
 from raycifar.data.tables import to_table
 from raycifar.data.trees import Tree, open_folder
-from raycifar.errors import RequestError
+from raycifar.errors import RequestError, in_a_line
 from raycifar.storage.files import file_type, locate
 
 SEVERITIES = 5
@@ -52,7 +52,11 @@ def find_corruptions(location: str) -> Corruptions | None:
         RequestError: the labels can't be read, or aren't those of five severities.
     """
     filesystem, path = locate(location)
-    if file_type(filesystem, path) != fs.FileType.Directory:
+    try:
+        kind = file_type(filesystem, path)
+    except OSError as error:
+        raise RequestError(f"{location} can't be read: {in_a_line(error)}.") from error
+    if kind != fs.FileType.Directory:
         return None
     tree = open_folder(location, filesystem, path)
     names = sorted(file.stem for file in tree.paths if file.suffix == ".npy" and file.parent == PurePosixPath())

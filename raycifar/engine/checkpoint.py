@@ -41,12 +41,12 @@ class Snapshot:
         self.state, self.progress = HostCopy(state.tensors()), state.progress.to_json()
         self.best_weights = HostCopy(state.scored.state_dict()) if best else None
 
-    def write(self, run: RunFolder) -> None:
+    def write(self, folder: RunFolder) -> None:
         """Write the best weights, if any, then the checkpoint."""
         if self.best_weights:
-            run.write(BEST, to_file(self.best_weights.wait(), self.architecture))
+            folder.write(BEST, to_file(self.best_weights.wait(), self.architecture))
         files = {TENSORS: safetensors.torch.save(self.state.wait()), PROGRESS: self.progress}
-        Checkpoints(run).write(self.name, files)
+        Checkpoints(folder).write(self.name, files)
 
 
 class Checkpointer:
@@ -56,8 +56,8 @@ class Checkpointer:
     those of earlier attempts.
     """
 
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.pending: list[Future[None]] = []
 
@@ -90,7 +90,7 @@ class Checkpointer:
             self.pending.pop(0).result()
 
     def _store(self, snapshot: Snapshot, stored: Callable[[], None]) -> None:
-        snapshot.write(self.run)
+        snapshot.write(self.folder)
         stored()
-        checkpoints = Checkpoints(self.run)
+        checkpoints = Checkpoints(self.folder)
         checkpoints.delete(checkpoints.names()[KEPT:])

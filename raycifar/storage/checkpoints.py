@@ -12,7 +12,6 @@ from pathlib import PurePath
 
 from pyarrow import fs
 
-from raycifar.errors import DamagedFileError
 from raycifar.storage.files import ask
 from raycifar.storage.folder import Folder
 from raycifar.storage.manifest import MANIFEST, digest
@@ -31,17 +30,17 @@ def checkpoint_name(epoch: int, step: int) -> str:
 class Checkpoints:
     """The checkpoints in a run folder."""
 
-    run: Folder
+    folder: Folder
 
     def write(self, name: str, files: Mapping[str, bytes]) -> None:
         """Write the files of a checkpoint, the manifest last."""
         for file, content in files.items():
-            self.run.write(f"{name}/{file}", content)
-        self.run.write_json(f"{name}/{MANIFEST}", {file: digest(content) for file, content in files.items()})
+            self.folder.write(f"{name}/{file}", content)
+        self.folder.write_json(f"{name}/{MANIFEST}", {file: digest(content) for file, content in files.items()})
 
     def names(self) -> list[str]:
         """Return the names of all checkpoints, the one that was trained furthest first; some may be damaged."""
-        names = [name for name in self.run.file_names(fs.FileType.Directory) if name.startswith("checkpoint_")]
+        names = [name for name in self.folder.file_names(fs.FileType.Directory) if name.startswith("checkpoint_")]
         return sorted(names, key=lambda name: (self._position(name), name), reverse=True)
 
     def _position(self, name: str) -> tuple[int, int]:
@@ -52,9 +51,9 @@ class Checkpoints:
         if match := re.fullmatch(r"checkpoint_(\d+)_(\d+)", name):
             return int(match[1]), int(match[2])
         try:
-            progress = self.run.read_as(f"{name}/{PROGRESS}", dict)
+            progress = parse(self.folder.read(f"{name}/{PROGRESS}") or b"", dict)
             return progress["epoch"], sum(segment["steps"] for segment in progress["segments"])
-        except (DamagedFileError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return 0, 0
 
     def read(self, name: str) -> dict[str, bytes]:
@@ -63,7 +62,7 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint is incomplete or damaged; the message names the file.
         """
-        manifest = self.run.read(f"{name}/{MANIFEST}")
+        manifest = self.folder.read(f"{name}/{MANIFEST}")
         if manifest is None:
             raise ValueError("it is incomplete")
         try:
@@ -74,7 +73,7 @@ class Checkpoints:
         for file, expected in digests.items():
             if file != PurePath(file).name:
                 raise ValueError(f"{MANIFEST} names {file}, which isn't in it")
-            content = self.run.read(f"{name}/{file}")
+            content = self.folder.read(f"{name}/{file}")
             if content is None or digest(content) != expected:
                 raise ValueError(f"{file} is {'missing' if content is None else 'damaged'}")
             contents[file] = content
@@ -90,11 +89,11 @@ class Checkpoints:
 
     def size(self, names: Iterable[str]) -> int:
         """Return how many bytes checkpoints take."""
-        selectors = [fs.FileSelector(self.run.path(name), recursive=True) for name in names]
-        found = ask(self.run.filesystem, lambda: [*map(self.run.filesystem.get_file_info, selectors)])
+        selectors = [fs.FileSelector(self.folder.path(name), recursive=True) for name in names]
+        found = ask(self.folder.filesystem, lambda: [*map(self.folder.filesystem.get_file_info, selectors)])
         return sum(entry.size or 0 for entries in found for entry in entries)
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
             with suppress(FileNotFoundError):  # a try before this one, whose answer was lost
-                ask(self.run.filesystem, partial(self.run.filesystem.delete_dir, self.run.path(name)))
+                ask(self.folder.filesystem, partial(self.folder.filesystem.delete_dir, self.folder.path(name)))

@@ -213,11 +213,12 @@ class ComparisonRequest(Settings):
 
     def only_for_training(self) -> list[str]:
         """Return the options that are given, and that a comparison of finished runs has no use for."""
-        names = [
-            f.name
+        given = {
+            f.name: getattr(self, f.name)
             for f in settings_of(type(self))
             if f.name not in OF_FINISHED_RUNS and getattr(self, f.name) != f.metadata["default"]
-        ]
+        }
+        names = [f"no-{name}" if value is False else name for name, value in given.items()]
         return [f"--{name.replace('_', '-')}" for name in (*names, *sorted(self.fixed))]
 
     def training(self, model: str) -> TrainingRequest:

@@ -111,7 +111,7 @@ def prepare(
     if request.without_near_duplicates:
         find_duplicates(source, screen)  # for the trials, which take them from the cache
     identity = check_same_study(folder, request, identify_study(request, spaces, source, initial_by_model))
-    folder = lock(folder, screen, until_end, folder.runs())
+    folder = lock(folder, screen, until_end, folder.runs)
 
     with screen.waiting("Starting Ray"):
         from raycifar.cluster import sizing

@@ -1,6 +1,7 @@
 """Training one model, from the request to its result; `train` is the whole story.
 
-The trials of a comparison, and `raycifar bench`, take the same three steps with other inputs: prepare, fit, finish.
+The trials of a comparison take the same three steps with other inputs: prepare, fit, finish. So does `raycifar bench`,
+which has nothing to finish.
 """
 
 # Ray and PyTorch take seconds to import, so functions import what needs them.
@@ -74,7 +75,7 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
         screen.lines(summary(folder, inputs.source, result))
         return result
     with ExitStack() as until_end:
-        folder = lock(folder, screen, until_end, filter(None, [folder.comparison]))
+        folder = lock(folder, screen, until_end, lambda: filter(None, [folder.comparison]))
         workers = allocate_workers(request, folder, screen, connection, debug=debug)
         run = TrainingRun(request, folder, inputs, workers, debug=debug)
         prepare(run, screen)
@@ -192,11 +193,11 @@ def split_images(source: Source, request: TrainingRequest) -> Splits:
     return split(source, request.val_size, request.limit, request.seed, copied)
 
 
-def lock(folder: RunFolder, screen: Screen, until: ExitStack, also: Iterable[RunFolder]) -> RunFolder:
+def lock(folder: RunFolder, screen: Screen, until: ExitStack, also: Callable[[], Iterable[RunFolder]]) -> RunFolder:
     """Lock a folder for as long as `until` is open, and return it to be written to.
 
     Args:
-        also: other folders that no other process may hold.
+        also: returns other folders that no other process may hold.
 
     Raises:
         RequestError: another process holds one of them, or the folder can't be written.
@@ -204,7 +205,7 @@ def lock(folder: RunFolder, screen: Screen, until: ExitStack, also: Iterable[Run
     if "runtime_resources" in Path(folder.folder).parts:  # where Ray unpacks a job's --working-dir
         screen.say("Note: this job's folder is temporary, and the run in it: give --storage a full path or a URI.")
     try:
-        return until.enter_context(locked(folder, screen.say, also=also))
+        return until.enter_context(locked(folder, screen.say, also=also()))
     except OSError as error:
         reason = in_a_line(error.__cause__ or error)  # a `StorageError` names the file, too
         raise RequestError(f"{folder.folder} can't be written: {reason}. Give another --storage.") from error
