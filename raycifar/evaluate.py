@@ -40,7 +40,7 @@ def main(debug: bool, **options: object) -> None:
         return
     ends = found["intervals"]["top1"]
     screen.say(
-        f"{found['images']:,} images: top-1 {found['top1']:.4f} (95 % interval {ends['low']:.4f} to "
+        f"{found['images']:,} images: top-1 {found['top1']:.4f} (95% interval {ends['low']:.4f} to "
         f"{ends['high']:.4f})  top-5 {found['top5']:.4f}  superclass {found['superclass_top1']:.4f}  "
         f"loss {found['loss']:.4f}  calibration error {found['ece']:.4f}"
     )

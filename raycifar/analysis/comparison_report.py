@@ -43,7 +43,7 @@ def report_comparison(
         "paragraph": " ".join([state, *sentences, *(finding.evidence for finding in found)]),
         "sentences": sentences,
         "results": results_table(comparison, {run.name: run.history for run in runs}) if comparison else None,
-        "conditions": conditions(runs),
+        "conditions": shared_conditions(runs),
         "runs": [about_run(run) for run in runs],
         "next": next_comparison(runs, comparison, storage),
     }
@@ -61,7 +61,7 @@ def about_run(files: RunFiles) -> dict[str, Any]:
     }
 
 
-def conditions(runs: Sequence[RunFiles]) -> str:
+def shared_conditions(runs: Sequence[RunFiles]) -> str:
     """Return what all runs have in common, in a sentence; empty where they share nothing that matters."""
     histories = [run.history for run in runs]
     values = {

@@ -352,8 +352,8 @@ def read_finished(path: str) -> Finished:
     Raises:
         RequestError: the folder holds no run, the run isn't finished, or a file of it is damaged.
     """
-    run = RunFolder.at(path)
-    about, result, predictions = read_run(run), run.read_json(RESULT), run.read_table(PREDICTIONS)
+    folder = RunFolder.at(path)
+    about, result, predictions = read_run(folder), folder.read_json(RESULT), folder.read_table(PREDICTIONS)
     if about is None:
         raise RequestError(f"{path} is not a run's folder: it holds no {RUN}.")
     if not result or result["status"] != "finished":
@@ -361,7 +361,7 @@ def read_finished(path: str) -> Finished:
         raise RequestError(f"{path} can't be compared: it is {state}.")
     if predictions is None or "test" not in result:
         raise RequestError(f"{path} can't be compared: it has no {PREDICTIONS}; train it with the test set.")
-    history = run.history()
+    history = folder.history()
     wrong = [f"no {name} in its {RUN}" for name in ("architecture", "parameters") if name not in about]
     known = result["test"] | {"images_per_second": result.get("images_per_second")}
     wrong += [f"no {name} in its {RESULT}" for name in ("images_per_second", "loss") if known.get(name) is None]
@@ -377,7 +377,7 @@ def read_finished(path: str) -> Finished:
     loss = -np.log(likelihood.clip(np.finfo(np.float32).tiny))
     copies = predictions["near_duplicate"].to_numpy() > 0 if "near_duplicate" in predictions.column_names else None
     whole = RunHistory(about, history, result)
-    return Finished(run.name, run.folder, whole, correct[:, 0], correct.any(1), loss, copies)
+    return Finished(folder.name, folder.folder, whole, correct[:, 0], correct.any(1), loss, copies)
 
 
 def keep_files(finished: Sequence[Finished], folder: RunFolder) -> list[Finished]:
@@ -459,7 +459,7 @@ def sentences(comparison: Mapping[str, Any]) -> list[str]:
 
 
 def to_rows(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each model: its scores with 95 % intervals, and its costs."""
+    """Return a row for each model: its scores with 95% intervals, and its costs."""
     rows = []
     for name, model in comparison["models"].items():
         row = {"model": name, "runs": model["top1"]["n"]}
