@@ -8,7 +8,7 @@ from histories import GUESSES, OVERFITS, made_up
 from provoked import PROVOKED, recorded
 
 from raycifar.analysis.comparison import sentence
-from raycifar.analysis.comparison_report import conditions
+from raycifar.analysis.comparison_report import shared_conditions
 from raycifar.analysis.diagnosis import PHRASES, seed_variance
 from raycifar.analysis.reports import report_run, to_markdown
 from raycifar.analysis.run_files import RunFiles
@@ -83,8 +83,10 @@ def test_sentences_of_comparisons(train, epochs, verdict, p):
 def test_sentences_of_seeds_and_conditions():
     check(seed_variance("cnn", [0.1, 0.6], 10_000).evidence)
     one, three = [made_up(1, 0, train=1, run={"seed": 3})], [made_up(run={"seed": seed}) for seed in range(3)]
-    assert conditions([RunFiles("a", h) for h in one]).startswith("Conditions: 1 epoch, 1 training image, 0 validation")
-    assert conditions([RunFiles("a", h) for h in three]).endswith("10,000 test images, seeds 0, 1 and 2.")
+    assert shared_conditions([RunFiles("a", h) for h in one]).startswith(
+        "Conditions: 1 epoch, 1 training image, 0 validation"
+    )
+    assert shared_conditions([RunFiles("a", h) for h in three]).endswith("10,000 test images, seeds 0, 1 and 2.")
 
 
 def stage(share, low=100.0, high=101.0):

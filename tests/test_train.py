@@ -330,7 +330,7 @@ def test_a_worker_that_dies_as_it_is_launched_ends_no_run(monkeypatch):
     seen = []
     monkeypatch.setattr(ray_train, "go_on_after", go_on_after)
     assert fit(RayActorError(), RayActorError(), most=2) == {"history": []}
-    assert fit(OutOfMemoryError(), most=3) == {"history": []}
+    assert fit(OutOfMemoryError("too much"), most=3) == {"history": []}
     assert [failure.cause for failure in seen] == [*[FailureCause.CONTROLLER] * 2, FailureCause.MEMORY]
     with pytest.raises(WorkError, match=r"too often\. The same command continues from the last checkpoint"):
         fit(RayActorError(), most=2)
