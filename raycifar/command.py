@@ -24,6 +24,7 @@ from raycifar.terminal import PlainLine, replace_unencodable
 CLOSED_OUTPUT = 128 + 13  # as of a program that SIGPIPE ends
 UNTIL_EXIT = ExitStack()  # holds the connection to Ray, which `leave` closes
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MAY_BE_EMPTY = ("progressive",)  # then all steps have images of one size
 APART_SECONDS = 0.5  # between two signals of the user: `timeout` and `uv run` pass each on twice
 
 replace_unencodable()
@@ -90,7 +91,9 @@ def refuse_empty(context: click.Context) -> None:
     """Raise RequestError if an option or argument is given and empty, as a shell's unset variable is."""
     for parameter in context.command.params:
         values, given = context.params.get(parameter.name or ""), context.get_parameter_source(parameter.name or "")
-        if given is ParameterSource.COMMANDLINE and "" in (values if isinstance(values, tuple) else (values,)):
+        if parameter.name in MAY_BE_EMPTY or given is not ParameterSource.COMMANDLINE:
+            continue
+        if "" in (values if isinstance(values, tuple) else (values,)):
             is_option = isinstance(parameter, click.Option)
             name = parameter.opts[0] if is_option else parameter.make_metavar(context).strip("[.]")
             raise RequestError(f"{name} is empty: give a value, or leave it out.")

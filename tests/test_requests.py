@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from raycifar import api, compare, train
+from raycifar.command import refuse_empty
 from raycifar.errors import RequestError
 from raycifar.models.cnn import CnnRecipe
 from raycifar.models.recipe import LONG, TRANSFER, Recipe
@@ -120,7 +121,9 @@ def test_a_command_asks_for_the_same_as_the_request_it_is_made_of():
     request = TrainingRequest(
         "cnn", CnnRecipe(epochs=3, lr=0.07, tta_flip=True), workers=(1, 4), report=False, wait=7.5
     )
-    asked = train.main.make_context("train", to_arguments(request)).params
+    context = train.main.make_context("train", to_arguments(request))
+    refuse_empty(context)  # the recipe's `progressive` is empty
+    asked = context.params
     options = {name: value for name, value in asked.items() if name not in ("model", "debug", "dry_run")}
     assert TrainingRequest.of(asked["model"], **options) == request
 

@@ -103,7 +103,8 @@ def locked(folder: RunFolder, say: Say, *, also: Iterable[RunFolder] = ()) -> It
             beating.join(BEAT_SECONDS)
         finally:
             ended.set()
-            folder.delete(claim.file)
+            with suppress(OSError):  # or it would hide what the storage has refused before; a claim that stays is dead
+                folder.delete(claim.file)
 
 
 def clear(places: Iterable[RunFolder], claim: Claim, say: Say) -> None:
