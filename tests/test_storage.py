@@ -87,4 +87,4 @@ def test_an_object_store_that_goes_away_ends_the_run_and_it_goes_on_when_it_is_b
     back = Command(*args, storage=storage).finish()
     assert back.returncode == 0, back.stdout + back.stderr
     assert "Continuing from" in back.stdout
-    assert [row["epoch"] for row in RunFolder(storage, "a").history()] == [1, 2, 3, 4, 5, 6]
+    assert [record.epoch for record in RunFolder(storage, "a").history()] == [1, 2, 3, 4, 5, 6]
