@@ -15,8 +15,8 @@ from raycifar.data.layouts import split_in
 from raycifar.data.layouts.arrays import read_array, to_channels_first
 from raycifar.data.tables import to_table
 from raycifar.data.trees import Tree, open_folder
-from raycifar.errors import RequestError, in_a_line
-from raycifar.storage.files import file_type, locate
+from raycifar.errors import RequestError
+from raycifar.storage.files import locate_images
 
 SEVERITIES = 5
 LABELS = "labels.npy"
@@ -51,11 +51,7 @@ def find_corruptions(location: str) -> Corruptions | None:
     Raises:
         RequestError: the labels can't be read, or aren't those of five severities.
     """
-    filesystem, path = locate(location)
-    try:
-        kind = file_type(filesystem, path)
-    except OSError as error:
-        raise RequestError(f"{location} can't be read: {in_a_line(error)}.") from error
+    filesystem, path, kind = locate_images(location)
     if kind != fs.FileType.Directory:
         return None
     tree = open_folder(location, filesystem, path)

@@ -12,8 +12,8 @@ from PIL import ExifTags, Image, ImageOps
 from pyarrow import fs
 
 from raycifar.data import CIFAR100
-from raycifar.errors import RequestError, in_a_line
-from raycifar.storage.files import file_type, list_files, locate, open_file
+from raycifar.errors import RequestError
+from raycifar.storage.files import list_files, locate_images, open_file
 from raycifar.storage.locations import join
 from raycifar.words import count
 
@@ -64,11 +64,7 @@ def find_images(location: str) -> tuple[list[ImageFile], int]:
     Raises:
         RequestError: there are no image files.
     """
-    filesystem, path = locate(location)
-    try:
-        kind = file_type(filesystem, path)
-    except OSError as error:
-        raise RequestError(f"{location} can't be read: {in_a_line(error)}.") from error
+    filesystem, path, kind = locate_images(location)
     if kind == fs.FileType.NotFound:
         raise RequestError(f"{location} does not exist.")
     if kind != fs.FileType.Directory:

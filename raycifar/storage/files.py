@@ -14,7 +14,7 @@ from typing import IO, TypeVar
 
 from pyarrow import fs
 
-from raycifar.errors import RequestError, StorageError
+from raycifar.errors import RequestError, StorageError, in_a_line
 from raycifar.storage import remote
 from raycifar.storage.locations import Location, check_location, to_path
 
@@ -47,6 +47,19 @@ def ask(filesystem: fs.FileSystem, question: Callable[[], Answer]) -> Answer:
 def file_type(filesystem: fs.FileSystem, path: str) -> fs.FileType:
     """Return what is there: `File`, `Directory`, `NotFound`, or `Unknown` for a device, a pipe or a socket."""
     return ask(filesystem, lambda: filesystem.get_file_info(path).type)
+
+
+def locate_images(location: str) -> tuple[fs.FileSystem, str, fs.FileType]:
+    """Return the file system of images, their path on it, and what is there; see `file_type`.
+
+    Raises:
+        RequestError: that can't be told.
+    """
+    filesystem, path = locate(location)
+    try:
+        return filesystem, path, file_type(filesystem, path)
+    except OSError as error:
+        raise RequestError(f"{location} can't be read: {in_a_line(error)}.") from error
 
 
 def list_files(filesystem: fs.FileSystem, folder: str) -> list[str]:
