@@ -73,7 +73,7 @@ def takes(option: click.Parameter, value: str) -> bool:
     """Whether a value is one that an option must take."""
     if value == "0":
         return option.name in ZERO | WORKERS
-    return False
+    return value == "" and option.name == "progressive"  # as in a recipe's file: no smaller images
 
 
 @pytest.mark.parametrize("name", COMMANDS)
