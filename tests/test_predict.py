@@ -249,6 +249,6 @@ def test_a_storage_that_can_t_be_asked_is_named(monkeypatch):
     def refuse(filesystem, path):
         raise OSError("Could not resolve host")
 
-    monkeypatch.setattr("raycifar.data.pictures.file_type", refuse)
+    monkeypatch.setattr("raycifar.storage.files.file_type", refuse)
     with pytest.raises(RequestError, match=r"photos can't be read: Could not resolve host\."):
         find_images("photos")
