@@ -87,7 +87,7 @@ def test_what_can_not_be_captured_goes_on_as_it_is_and_says_why_once(pretend_gpu
 @pytest.mark.parametrize("device", [CPU, pytest.param(CUDA, marks=needs_gpu)], ids=str)
 def test_tensors_abreast_keep_their_order(device):
     tensors = [torch.full((3,), float(k), device=device) for k in range(7)]
-    results = map_on_streams(lambda x: 2 * x, tensors)
+    results = map_on_streams(lambda x: 2 * x, tensors, device)
     assert [result[0].item() for result in results] == [2.0 * k for k in range(7)]
 
 

@@ -4,13 +4,14 @@ import functools
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from raycifar.engine.torch_internals import waits_for_gpu
 
+T = TypeVar("T")
 WARM_UP = 3  # calls before a graph is captured: libraries are loaded in them, and algorithms chosen
 MEMORY = 1 / 3  # of the process's GPU memory: a captured step may need no more, since its graph needs as much again
 AHEAD = 3  # batches prepared before their step's turn, at most: each takes memory
@@ -152,12 +153,12 @@ class SideStream:
             self.busy = False
 
 
-def map_on_streams(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the function of each tensor; on a GPU, of several at a time."""
-    sides, results = side_streams(tensors[0].device), []
-    for k, tensor in enumerate(tensors):
+def map_on_streams(function: Callable[[T], Tensor], arguments: Sequence[T], device: torch.device) -> list[Tensor]:
+    """Return the function of each argument; on a GPU, of several at a time."""
+    sides, results = side_streams(device), []
+    for k, argument in enumerate(arguments):
         with sides[k % SIDE_STREAMS].beside():
-            results.append(function(tensor))
+            results.append(function(argument))
     for side in sides:
         side.join()
     return results

@@ -119,26 +119,30 @@ def orthogonal(updates: Sequence[Tensor], steps: int) -> list[Tensor]:
     by_shape: dict[torch.Size, list[int]] = {}
     for k, update in enumerate(updates):
         by_shape.setdefault(update.shape, []).append(k)
-    on, dtype = updates[0].device.type, updates[0].dtype
-    low = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else dtype
-    stacks = [torch.stack([as_it_lies(updates[k]).to(low) for k in same]) for same in by_shape.values()]
-    found = [matrix for stack in map_on_streams(partial(newton_schulz, steps=steps), stacks) for matrix in stack]
+    on = updates[0].device
+    low = torch.get_autocast_dtype(on.type) if torch.is_autocast_enabled(on.type) else updates[0].dtype
+    stacks = [[updates[k] for k in same] for same in by_shape.values()]
+    with torch.autocast(on.type, enabled=False):  # it would take norms in float32, and then cast each product's factors
+        found = map_on_streams(partial(newton_schulz, steps=steps, dtype=low), stacks, on)
     order = [k for same in by_shape.values() for k in same]
-    matrix_of = dict(zip(order, found, strict=True))
-    return [matrix_of[k].to(dtype).permute(0, 3, 1, 2) for k in range(len(updates))]
+    matrix_of = dict(zip(order, (matrix for stack in found for matrix in stack), strict=True))
+    return [matrix_of[k] for k in range(len(updates))]
 
 
-def newton_schulz(stack: Tensor, steps: int) -> Tensor:
-    """Return a stack (n, filters, …) of nearly orthogonal matrices; see `orthogonal`."""
-    matrices = stack.flatten(2)
-    high = matrices.shape[1] > matrices.shape[2]
-    wide = matrices.mT if high else matrices
+def newton_schulz(updates: Sequence[Tensor], steps: int, dtype: torch.dtype) -> Tensor:
+    """Return updates of one shape, (n, *shape), nearly orthogonal and computed in `dtype`; see `orthogonal`."""
+    matrices = list(map(as_it_lies, updates))
+    stack = torch.empty((len(matrices), *matrices[0].shape), dtype=dtype, device=updates[0].device)
+    torch.stack(matrices, out=stack)
+    wide = stack.flatten(2)  # (n, filters, values of a filter)
+    if high := wide.shape[1] > wide.shape[2]:
+        wide = wide.mT
     wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = wide @ wide.mT
         factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
         wide = torch.baddbmm(wide, factor, wide, beta=3.4445)
-    return (wide.mT if high else wide).view(stack.shape)
+    return (wide.mT if high else wide).view(stack.shape).to(updates[0].dtype).permute(0, 1, 4, 2, 3)
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Recipe], torch.optim.Optimizer]] = {

@@ -36,28 +36,44 @@ class MaxPool(nn.MaxPool2d):
 
 
 class LargestOfFour(torch.autograd.Function):
-    """As `MaxPool`; equal largest values share the gradient."""
+    """As `MaxPool`. The backward pass reads only which value is the first of the largest, a byte for each patch."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         a, b, c, d = quarters(x)
-        largest = torch.maximum(torch.maximum(a, b), torch.maximum(c, d))
-        ctx.save_for_backward(x, largest)
-        return largest
+        top, bottom = torch.maximum(a, b), torch.maximum(c, d)
+        first = torch.where(bottom > top, torch.where(d > c, 3, 2), torch.where(b > a, 1, 0))
+        ctx.save_for_backward(first.to(torch.uint8))
+        ctx.odd = (0, 0, 0, x.shape[3] % 2, 0, x.shape[2] % 2)
+        return torch.maximum(top, bottom)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        x, largest = ctx.saved_tensors
-        share = gradient / sum((quarter == largest).to(gradient.dtype) for quarter in quarters(x))
-        odd = (0, x.shape[3] % 2, 0, x.shape[2] % 2)
-        share, largest = (F.pad(F.interpolate(each, scale_factor=2.0), odd) for each in (share, largest))
-        return torch.where(x == largest, share, 0)
+        (first,) = ctx.saved_tensors
+        # (N, H, 1, W, 1, C) each, spread to (N, H, 2, W, 2, C): channels_last, as the convolution before it needs it
+        first, gradient = (each.permute(0, 2, 3, 1)[:, :, None, :, None] for each in (first, gradient))
+        place = torch.arange(4, device=gradient.device).view(2, 1, 2, 1)
+        spread = torch.where(first == place, gradient, 0).flatten(1, 2).flatten(2, 3)
+        return F.pad(spread, ctx.odd).permute(0, 3, 1, 2)
 
 
 def quarters(x: Tensor) -> list[Tensor]:
     """Return the four values of each patch of 2×2, (N, C, H // 2, W // 2) each; an odd row or column is left out."""
     height, width = (size // 2 * 2 for size in x.shape[2:])
     return [x[:, :, row:height:2, column:width:2] for row in (0, 1) for column in (0, 1)]
+
+
+class ConvOfColors(nn.Conv2d):
+    """A convolution of an image's three color channels; where training is compiled, of five more that are 0.
+
+    A GPU's matrix units take channels by eights, and cuDNN takes a slow kernel for three.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and torch.compiler.is_compiling()):
+            return super().forward(x)
+        x, weight = (F.pad(each, (0, 0, 0, 0, 0, 5)) for each in (x, self.weight))
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
 class MaxMeanPool(nn.Module):

@@ -32,9 +32,9 @@ def build(num_classes: int, dropout: float, large_stem: bool) -> nn.Module:
     """Return the network: 6.5 M parameters for 100 classes, three poolings."""
     from torch import nn
 
-    from raycifar.models.layers import MaxMeanPool, Residual, Scale
+    from raycifar.models.layers import ConvOfColors, MaxMeanPool, Residual, Scale
 
-    whiten = nn.Conv2d(3, WHITENED, PATCH)
+    whiten = ConvOfColors(3, WHITENED, PATCH)
     whiten.weight.requires_grad_(False)
     nn.init.zeros_(whiten.get_parameter("bias"))
     head = nn.Linear(512, num_classes, bias=False)
