@@ -1,5 +1,6 @@
 """Many runs of a recipe in one process, timed by the public rules of the CIFAR-100 speedrun."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -8,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from raycifar.errors import RequestError
+from raycifar.errors import RequestError, WorkError
 from raycifar.machine import available_cpus
 from raycifar.storage.run_folder import SPEEDRUN, RunFolder
 from raycifar.terminal import Screen
@@ -30,6 +31,7 @@ def speedrun(
 
     Raises:
         RequestError: the request is wrong; nothing was started.
+        WorkError: a run's loss is no longer finite.
     """
     recipe = request.recipe
     for name, usual in (("pretrained", "none"), ("head_epochs", 0)):
@@ -84,6 +86,11 @@ def speedrun(
                 f"seed {run['seed']}: top-1 {run['top1']:.4f}, with the mirror image {run['top1_flip']:.4f}, "
                 f"{run['seconds']:.3f} s by the clock, {run['whole_seconds']:.3f} s with scoring"
             )
+            if not math.isfinite(run["train_loss"]):
+                raise WorkError(
+                    f"With seed {seed}, the loss is no longer finite: the network has learned nothing. Try a smaller "
+                    f"--lr{', or run without --compile' if request.compile else ''}."
+                )
     finally:
         if found["runs"]:
             found |= {name: mean_interval([run[name] for run in found["runs"]]) for name in MEANS}
