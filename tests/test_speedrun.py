@@ -18,7 +18,7 @@ from raycifar.engine.speedrun import SpeedRun
 from raycifar.engine.state import Average
 from raycifar.models import Architecture
 from raycifar.models.initial_weights import load_initial_weights
-from raycifar.models.layers import ConvOfColors, MaxPool
+from raycifar.models.layers import ConvOfColors, MaxMeanPool, MaxPool
 from raycifar.models.recipe import Recipe
 from raycifar.models.recipes import choose_recipe
 from raycifar.storage.run_folder import RunFolder
@@ -68,6 +68,12 @@ def test_the_first_of_equal_largest_values_has_a_compiled_pooling_s_gradient_as_
     (plain,) = torch.autograd.grad(pool(images).sum(), images)
     (compiled,) = torch.autograd.grad(torch.compile(lambda x: pool(x), backend="aot_eager")(images).sum(), images)
     assert torch.equal(plain, compiled)
+
+
+def test_one_of_equal_largest_values_has_the_gradient_of_the_pooling_over_the_image():
+    images = torch.ones(1, 3, 2, 2, requires_grad=True)
+    MaxMeanPool()(images).sum().backward()  # a share of each, as amax gives, would be the NaN of 0 / 0 if compiled
+    assert images.grad.flatten(2).sort().values.tolist() == [[[0.25, 0.25, 0.25, 1.25]] * 3]
 
 
 def test_a_compiled_convolution_of_colors_computes_what_pytorch_s_does():

@@ -81,7 +81,9 @@ class MaxMeanPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # so the gradient is channels_last, as x is
-        return pixels.amax(1) + pixels.mean(1)
+        # Not amax: its gradient goes to all values that equal the largest, and compiled, none of them may: Inductor
+        # compares the largest, rounded to bfloat16, with values that it computes again in float32.
+        return pixels.max(1).values + pixels.mean(1)
 
 
 class Scale(nn.Module):
