@@ -57,6 +57,27 @@ def test_a_run_is_what_its_folder_holds(trained):
     assert open_run(str(trained)).name == "a"
 
 
+def test_what_a_report_draws_beside_training_in_this_process_changes_no_weight(program):
+    said = program("""
+import numpy as np
+from raycifar.engine.augment import as_trained
+from raycifar.models.recipe import Recipe
+
+def draw():
+    while not done.is_set():
+        as_trained(np.zeros((16, 3, 32, 32), np.uint8), Recipe(), 0)
+
+done = threading.Event()
+train("cnn", name="alone", **OPTIONS, workers=0)
+threading.Thread(target=draw, daemon=True).start()
+train("cnn", name="beside", **OPTIONS, workers=0)
+done.set()
+alone, beside = (pathlib.Path(f"runs/{name}/model.safetensors").read_bytes() for name in ("alone", "beside"))
+print(alone == beside)
+""")
+    assert said.splitlines()[-1] == "True"
+
+
 def test_a_run_that_has_just_begun_has_no_epochs_and_no_scores(trained, tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b/run.json").write_text((trained / "run.json").read_text())

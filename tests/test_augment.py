@@ -1,5 +1,7 @@
 """From uint8 images to the network's input."""
 
+from concurrent.futures import ThreadPoolExecutor, wait
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from raycifar.engine.augment import (
     mix,
     preprocess,
 )
+from raycifar.engine.hardware import GENERATORS
 from raycifar.engine.image_ops import (
     GEOMETRY,
     HISTOGRAM,
@@ -263,6 +266,17 @@ def test_normalise_matches_torchvision(images):
     out = preprocess(images)
     assert torch.allclose(out, reference(images), atol=1e-5)
     assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_images_shown_beside_training_wait_for_the_step_and_change_nothing_that_it_draws(images):
+    torch.manual_seed(0)
+    expected = torch.rand(8)
+    with ThreadPoolExecutor() as pool, GENERATORS:
+        torch.manual_seed(0)
+        shown = pool.submit(as_trained, images.numpy(), Recipe(augment="crop"), 1)
+        assert wait([shown], timeout=0.2).not_done
+        assert torch.equal(torch.rand(8), expected)
+    assert shown.result().shape == images.shape
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])

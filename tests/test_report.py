@@ -12,7 +12,8 @@ from command import Command, Compare, Report, finish
 from conftest import RUN
 
 from raycifar.storage.run_folder import RunFolder
-from raycifar.workflows.reporting import find_runs, read_files
+from raycifar.terminal import Screen
+from raycifar.workflows.reporting import find_runs, read_files, show_report
 
 OUTSIDE = re.compile(
     r'<script(?!>for)|<link(?! rel="icon" href="data:)|(?:src|href)="(?!data:|#|[\w.-]+/report\.html)|url\((?!#)'
@@ -285,3 +286,13 @@ def test_the_trials_of_a_search_are_left_out_by_what_they_record(trained, tmp_pa
     ):
         RunFolder(folder.folder, name).write_json("run.json", {"name": name, **values})
     assert [run.name for run in find_runs(folder, None)] == ["cnn-4", "cnn-search-1"]
+
+
+def test_a_report_that_fails_says_why_in_one_line_and_does_not_point_to_itself(capfd):
+    def fail():
+        raise RuntimeError("CUDA error: unspecified launch failure\nSearch for it elsewhere.")
+
+    show_report(fail, Screen())
+    said = capfd.readouterr().out
+    assert said.endswith("The report failed: RuntimeError: CUDA error: unspecified launch failure.\n")
+    assert "See report.html" not in said

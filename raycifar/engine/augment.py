@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raycifar.engine.hardware import GENERATORS
 from raycifar.engine.image_ops import apply_operations, sample_operations
+from raycifar.engine.torch_internals import seed_cpu
 from raycifar.models import CIFAR, Preprocessing
 from raycifar.models.recipe import Augmentation, Recipe
 
@@ -121,9 +123,12 @@ def blank(images: Tensor, y: Tensor, x: Tensor, rows: Tensor | int, columns: Ten
 
 
 def as_trained(images: np.ndarray, recipe: Recipe, seed: int) -> np.ndarray:
-    """Return `images` (N, 3, H, W) uint8 as a batch of the recipe shows them to the network, but for their scale."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """Return `images` (N, 3, H, W) uint8 as a batch of the recipe shows them to the network, but for their scale.
+
+    It may be called beside training, in another thread: it changes nothing that a step draws.
+    """
+    with GENERATORS, torch.random.fork_rng(devices=[]):
+        seed_cpu(seed)
         pixels = augment(torch.from_numpy(images.copy()), recipe.augment)
         mean, factor = normalization(CIFAR, pixels.device)
         inputs = erase((pixels.float() - mean) * factor, recipe.erasing)

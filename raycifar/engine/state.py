@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from raycifar.engine.distributed import all_reduce_mean, broadcast
 from raycifar.engine.epoch_meter import EpochTotals
-from raycifar.engine.hardware import autocast_to, choose_precision, to_device
+from raycifar.engine.hardware import GENERATORS, autocast_to, choose_precision, to_device
 from raycifar.engine.optimizers import build_optimizer
 from raycifar.engine.order import Segment
 from raycifar.models import Architecture
@@ -81,8 +81,9 @@ class TrainingState:
         seed: int,
         device: torch.device,
     ) -> None:
-        torch.manual_seed(seed)
-        model = architecture.build(recipe.dropout)
+        with GENERATORS:
+            torch.manual_seed(seed)
+            model = architecture.build(recipe.dropout)
         # Arrays in Ray's object store are read-only.
         model.load_state_dict({name: torch.tensor(value) for name, value in (weights or {}).items()}, strict=False)
         self.architecture, self.recipe, self.layers = architecture, recipe, architecture.layers(model)

@@ -124,11 +124,14 @@ class Trainer:
         sampled = sampled_steps(progress.epoch, num_steps, self.recipe.epochs)
         self.meter = EpochMeter(progress.epoch, num_steps, progress.step, progress.totals, self.device, sampled)
         for batch in self.remaining_batches():
-            hardware.seed(step_seed(config.seed, progress.epoch, batch.step, self.world_size, self.rank), self.device)
             lr = self.recipe.learning_rate(progress.epoch, batch.step, num_steps)
             set_learning_rate(self.state.optimizer, lr)
             size = self.recipe.size(progress.epoch, batch.step, num_steps)
-            self.meter.add(batch.step, self.train_step(batch, size))
+            with hardware.GENERATORS:
+                step = step_seed(config.seed, progress.epoch, batch.step, self.world_size, self.rank)
+                hardware.seed(step, self.device)
+                metrics = self.train_step(batch, size)
+            self.meter.add(batch.step, metrics)
             if self.profiler:
                 self.profiler.step()
             progress.segments = advance(progress.segments, self.world_size)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from raycifar.data.sources import load
 from raycifar.data.tables import Source
-from raycifar.errors import DamagedFileError, RequestError, notice
+from raycifar.errors import DamagedFileError, RequestError, in_a_line, notice
 from raycifar.models import slug
 from raycifar.models.recipes import read_run
 from raycifar.redaction import shown
@@ -287,19 +287,23 @@ class Refresher:
 
 
 def explain(write: Callable[[], Any]) -> Any:
-    """Return the report that `write` returns, if any; a failure is logged, and doesn't fail the run."""
+    """Return what `write` returns; a failure is logged and returned as a sentence, and doesn't fail the run."""
     try:
         return write()
     except Exception as error:
         log.debug("The report failed.", exc_info=True)
-        return {"headline": f"the report failed ({type(error).__name__}: {error})"}
+        return f"The report failed: {type(error).__name__}: {in_a_line(error)}."
 
 
 def show_report(write: Callable[[], dict[str, Any]], screen: Screen) -> None:
     """Write a report, and say what it shows."""
     with screen.waiting("Drawing the report"):
-        headline = explain(write)["headline"]
-    screen.say((f"What the curves show: {headline}. " if headline else "") + f"See {REPORT_PAGE}")
+        report = explain(write)
+    if isinstance(report, str):
+        screen.say(report)
+    else:
+        headline = f"What the curves show: {report['headline']}. " if report["headline"] else ""
+        screen.say(f"{headline}See {REPORT_PAGE}")
 
 
 def show_profile(folder: RunFolder, screen: Screen) -> None:
