@@ -5,7 +5,7 @@ import click
 from raycifar.command import command
 from raycifar.errors import RequestError
 from raycifar.options import Command
-from raycifar.storage.run_folder import COMPARISON, REPORT, REPORT_PAGE, REPORT_TEXT, RUN, STUDY, RunFolder
+from raycifar.storage.run_folder import REPORT, REPORT_PAGE, REPORT_TEXT, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows import reporting
 
@@ -29,12 +29,9 @@ def main(debug: bool, folders: tuple[str, ...], kind: str, data: str | None, out
         if data:
             raise RequestError("--data is for one run: give one folder, or leave --data out.")
         where = RunFolder.for_output(out or "overlay")
-        where.check_holds_none(RUN, STUDY, COMPARISON, option="--out")
         report = reporting.overlay(subjects, where, kind)
     else:
-        where = RunFolder.for_output(out) if out else subjects[0]
-        if where != subjects[0]:
-            where.check_holds_none(RUN, STUDY, COMPARISON, option="--out")
+        where = RunFolder.for_output(out, subjects[0]) if out else subjects[0]
         report = reporting.report(subjects[0], screen, data=data, out=where, kind=kind)
     screen.say(report["state"])
     screen.lines(f"Note: {note}" for note in report["notes"])

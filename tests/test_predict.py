@@ -241,6 +241,8 @@ def test_what_is_no_network_is_refused_in_a_sentence(tmp_path, weights, photo):
     assert "not a safetensors file, or is damaged" in predict(broken, tmp_path / "a.png", code=2).stderr
     assert "does not exist" in predict(tmp_path / "nothing", tmp_path / "a.png", code=2).stderr
     assert "nowhere.png does not exist" in predict(weights, tmp_path / "nowhere.png", code=2).stderr
+    (tmp_path / "other.pth").write_bytes(b"")
+    assert "other.pth is a file: give a finished" in predict(tmp_path / "other.pth", tmp_path / "a.png", code=2).stderr
     shutil.copytree(tmp_path / "run", tmp_path / "empty", ignore=lambda *_: ["model.safetensors"])
     assert "does not exist" in predict(tmp_path / "empty", tmp_path / "a.png", code=2).stderr
 

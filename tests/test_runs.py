@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from raycifar.errors import StorageError
+from raycifar.errors import RequestError, StorageError
 from raycifar.storage.checkpoints import Checkpoints, checkpoint_name
 from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import RunFolder
@@ -28,6 +28,15 @@ def test_what_is_not_there_is_none(run):
     assert run.read("result.json") is None
     assert RunFolder(run.storage, "other").read_json("run.json") is None
     assert Checkpoints(RunFolder(run.storage, "other")).names() == []
+
+
+@pytest.mark.parametrize("file", ["run.json", "study.json", "comparison.json"])
+def test_results_go_into_no_other_run_s_folder_nor_a_comparison_s(run, file):
+    other = RunFolder(run.storage, "b")
+    other.write(file, b"{}")
+    with pytest.raises(RequestError, match=r"b is the folder of a .*: give another --out"):
+        RunFolder.for_output(other.folder, run)
+    assert RunFolder.for_output(other.folder, other) == other
 
 
 def test_the_history_comes_back_as_it_was_written(run):

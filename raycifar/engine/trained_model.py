@@ -72,7 +72,9 @@ def read_weights(location: str) -> Weights:
     file = location if parent_and_name(location)[1].endswith(".safetensors") else join(location, MODEL)
     try:
         content = read_file(file)
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except NotADirectoryError as error:
+        raise RequestError(f"{location} is a file: give a finished run's folder, or its .safetensors file.") from error
+    except FileNotFoundError as error:
         raise RequestError(f"{file} does not exist: give the folder of a finished run, or a weights file.") from error
     except OSError as error:
         raise RequestError(f"{file} can't be read: {error.strerror or error}.") from error

@@ -68,6 +68,18 @@ DOCUMENTS: dict[str, Any] = {
 class RunFolder(Folder):
     """The folder of a run or of a comparison, or one that holds them."""
 
+    @classmethod
+    def for_output(cls, location: str, own: Self | None = None) -> Self:
+        """Return the folder that --out names, as `Folder.for_output`, which isn't another run's or a comparison's.
+
+        Args:
+            own: a run's or comparison's folder that may be written to.
+        """
+        folder = super().for_output(location)
+        if folder != own:
+            folder.check_holds_none(RUN, STUDY, COMPARISON, option="--out")
+        return folder
+
     @cached_property
     def manifest(self) -> Manifest:
         return Manifest(self)

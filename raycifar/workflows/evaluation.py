@@ -19,13 +19,10 @@ from raycifar.data.tables import Source, from_lists, split_rows, take, to_images
 from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
 from raycifar.models.recipes import read_run, recipe_from_json
 from raycifar.storage.run_folder import (
-    COMPARISON,
     EVALUATION,
     EVALUATION_PAGE,
     PICTURES,
     PREDICTIONS,
-    RUN,
-    STUDY,
     RunFolder,
 )
 from raycifar.terminal import Screen
@@ -76,9 +73,7 @@ def evaluate(
         RequestError: there is no such network, or there are no such images.
     """
     folder, predictions = RunFolder.at(request.network), None
-    out = RunFolder.for_output(request.out) if request.out is not None else None
-    if out and out != folder:
-        out.check_holds_none(RUN, STUDY, COMPARISON, option="--out")
+    out = RunFolder.for_output(request.out, folder) if request.out is not None else None
     run = None if folder.name.endswith(".safetensors") else read_run(folder)
     with screen.waiting("Loading PyTorch"):
         from raycifar.engine.trained_model import read_weights
@@ -100,7 +95,7 @@ def evaluate(
         # What a run predicted of its own test set is its own, and nothing else may replace it.
         if out == folder and not own:
             raise RequestError(f"--out {request.out} keeps what the run predicts of its own test set: give another.")
-        out = out or RunFolder.for_output(request.network if own else "evaluation")
+        out = out or RunFolder.for_output(request.network if own else "evaluation", folder)
         copies = find_copies(run, source, screen) if run and own else None
         if request.split == "test" and len(source.train):
             warn_of_leaks(source, screen)
