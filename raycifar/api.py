@@ -86,7 +86,7 @@ class _InFolder:
 
     @property
     def folder(self) -> str:
-        return self._files.folder
+        return self._files.location
 
 
 # A run ----------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def main(debug: bool, folder: str, yes: bool) -> None:
         screen.say(f"No finished run in {folder} has checkpoints.")
         return
     for what in found:
-        screen.say(f"{what.run.folder}: {checkpoints([what])}")
+        screen.say(f"{what.run.location}: {checkpoints([what])}")
     total = f"{checkpoints(found)}, of {count(len(found), 'finished run')}"
     try:
         if not yes and input(f"Remove {total}? [y/N] ").strip().lower() not in ("y", "yes"):

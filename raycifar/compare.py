@@ -35,7 +35,7 @@ def main(debug: bool, runs: tuple[str, ...], names: str | None, dry_run: bool, *
         for table in comparison_tables(comparison):
             screen.console.print(table)
         screen.lines(study.sentences(comparison))
-        screen.say(f"Comparison: {RunFolder(request.storage, request.name).folder}")
+        screen.say(f"Comparison: {RunFolder(request.storage, request.name).location}")
 
     if dry_run:
         if runs:

@@ -36,7 +36,7 @@ def main(debug: bool, **options: object) -> None:
         screen.console.print(corruption_table(found))
         over = count(len(found["counted"]), "corruption")
         screen.say(f"Mean error {found['mean_error']:.4f} over {over}, with five severities each")
-        screen.say(f"Written to {folder.folder}: {EVALUATION_PAGE}, {EVALUATION}")
+        screen.say(f"Written to {folder.location}: {EVALUATION_PAGE}, {EVALUATION}")
         return
     ends = found["intervals"]["top1"]
     screen.say(
@@ -48,7 +48,7 @@ def main(debug: bool, **options: object) -> None:
         screen.say(f"Top-1 is {without}.")
     screen.lines(f"WARNING: {finding['evidence']} {finding['advice']}" for finding in found.get("findings", ()))
     screen.console.print(evaluation_table(found))
-    screen.say(f"Written to {folder.folder}: {EVALUATION_PAGE}, {EVALUATION}, {PREDICTIONS}")
+    screen.say(f"Written to {folder.location}: {EVALUATION_PAGE}, {EVALUATION}, {PREDICTIONS}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def main(debug: bool, folders: tuple[str, ...], kind: str, data: str | None, out
         screen.say(f"{finding['kind']} ({finding['confidence']:.2f}): {finding['evidence']} {finding['advice']}")
     for step in report["next"]:
         screen.lines([f"Next, {step['reason']}:", f"  {step['command']}"])
-    screen.say(f"Report: {where.folder}/{FILES[kind]}")
+    screen.say(f"Report: {where.location}/{FILES[kind]}")
 
 
 if __name__ == "__main__":

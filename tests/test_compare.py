@@ -65,7 +65,7 @@ def made_up(tmp_path):
         copies = changes.get("copies")
         rows = None if copies is None else copies.nonzero()[:, 0].numpy()
         run.write("predictions.parquet", to_predictions_file(probabilities, LABELS, rows))
-        return run.folder
+        return run.location
 
     return make
 

@@ -188,7 +188,7 @@ def test_a_folder_is_found_by_its_path_and_by_its_uri(tmp_path, monkeypatch):
     for place in (tmp_path / name, f"~/{name}", name, f"./{name}/", f"file://{tmp_path}/{quoted}"):
         run = RunFolder.at(str(place))
         assert run.read("run.json") == b"{}"
-        assert run.folder == f"{tmp_path}/{name}"
+        assert run.location == f"{tmp_path}/{name}"
     assert read_file(f"file://localhost{tmp_path}/{quoted}/run.json") == b"{}"
     write_file(f"file://{tmp_path}/new%20folder/x", b"y")
     assert (tmp_path / "new folder/x").read_bytes() == b"y"

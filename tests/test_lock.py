@@ -114,7 +114,7 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over_at_once_and_what_it
         held.write("metrics.jsonl", b"mine")
         with pytest.raises(OSError, match=r"metrics\.jsonl can't be written: another process has taken over"):
             replace(run, claim=run.path(dead.file)).write("metrics.jsonl", b"theirs")
-    assert said == [f"{run.folder} was being trained by {dead}, which died: its lock is taken over."]
+    assert said == [f"{run.location} was being trained by {dead}, which died: its lock is taken over."]
     assert run.read("metrics.jsonl") == b"mine"
 
 
@@ -161,7 +161,7 @@ def test_a_process_that_dies_while_it_chooses_its_number_holds_up_nobody(run):
 def test_a_comparison_holds_its_runs_and_a_run_its_comparison(run):
     comparison = RunFolder(run.storage, "c")
     comparison.write_json(STUDY, {})
-    trial = RunFolder(comparison.folder, "cnn-s0")
+    trial = RunFolder(comparison.location, "cnn-s0")
     trial.write_json("run.json", {})
     assert trial.comparison == RunFolder(comparison.storage, "c")
     assert run.comparison is None

@@ -284,7 +284,7 @@ def test_the_trials_of_a_search_are_left_out_by_what_they_record(trained, tmp_pa
         ("cnn-search-3", {}),  # as the first versions wrote it
         ("cnn-4", {}),
     ):
-        RunFolder(folder.folder, name).write_json("run.json", {"name": name, **values})
+        RunFolder(folder.location, name).write_json("run.json", {"name": name, **values})
     assert [run.name for run in find_runs(folder, None)] == ["cnn-4", "cnn-search-1"]
 
 

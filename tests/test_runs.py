@@ -35,8 +35,8 @@ def test_results_go_into_no_other_run_s_folder_nor_a_comparison_s(run, file):
     other = RunFolder(run.storage, "b")
     other.write(file, b"{}")
     with pytest.raises(RequestError, match=r"b is the folder of a .*: give another --out"):
-        RunFolder.for_output(other.folder, run)
-    assert RunFolder.for_output(other.folder, other) == other
+        RunFolder.for_output(other.location, run)
+    assert RunFolder.for_output(other.location, other) == other
 
 
 def test_the_history_comes_back_as_it_was_written(run):
@@ -128,8 +128,8 @@ def test_json_has_no_number_that_is_not_finite(run):
 
 
 def test_a_folder_is_named_by_what_it_is_called_not_by_how_it_was_reached(run, monkeypatch):
-    monkeypatch.chdir(run.folder)
-    for place in (".", "../a", "../a/", run.folder):
+    monkeypatch.chdir(run.location)
+    for place in (".", "../a", "../a/", run.location):
         assert RunFolder.at(place) == run
     assert RunFolder.at("s3://bucket/runs/a/") == RunFolder("s3://bucket/runs", "a")
 

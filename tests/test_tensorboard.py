@@ -47,13 +47,13 @@ def test_the_file_grows_over_starts_and_keeps_its_beginning(run):
     log = EventLog(run)
     for count in (1, 2):
         log.write(records(count))
-    early, file = run.read(EVENTS), Path(run.folder, EVENTS).stat().st_ino
+    early, file = run.read(EVENTS), Path(run.location, EVENTS).stat().st_ino
     for _ in range(2):  # a restart at an earlier checkpoint trains epochs again
         log = EventLog(run)
         log.write(records(2))
         log.write(records(4))
     assert run.read(EVENTS).startswith(early)
-    assert Path(run.folder, EVENTS).stat().st_ino == file
+    assert Path(run.location, EVENTS).stat().st_ino == file
     assert [step for step, _, _ in losses(run.read(EVENTS))] == [1, 2, 3, 4]
 
 
@@ -69,9 +69,9 @@ def test_an_event_that_a_kill_cut_is_written_again(run, lost):
 def test_nothing_is_appended_through_a_link(run, tmp_path):
     log = EventLog(run)
     log.write(records(1))
-    Path(run.folder, EVENTS).unlink()
+    Path(run.location, EVENTS).unlink()
     (tmp_path / "elsewhere").write_bytes(b"mine")
-    Path(run.folder, EVENTS).symlink_to(tmp_path / "elsewhere")
+    Path(run.location, EVENTS).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StorageError, match="symbolic links"):
         log.write(records(2))
     assert (tmp_path / "elsewhere").read_bytes() == b"mine"

@@ -70,7 +70,7 @@ def duplicates(debug: bool, data: str, out: str, run: str | None) -> None:
     screen = Screen()
     found, folder = list_duplicates(data, out, screen, run)
     screen.facts("Images with a copy", found.summary())
-    screen.say(f"Written to {folder.folder}: {DUPLICATES}, {DUPLICATES_PAGE}, {DUPLICATES_PICTURE}")
+    screen.say(f"Written to {folder.location}: {DUPLICATES}, {DUPLICATES_PAGE}, {DUPLICATES_PICTURE}")
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ class Trainer:
 
     def check_node(self) -> None:
         """Stop all workers if one's node can't take part; nodes may join after the driver's check."""
-        unseen = None if self.folder.exists(RUN) else f"{self.folder.folder}/{RUN}"
+        unseen = None if self.folder.exists(RUN) else f"{self.folder.location}/{RUN}"
         objections = all_gather_objects(objection(unseen, self.config.versions))
         if reason := next(filter(None, objections), None):
             raise StopTrainingError(f"a node can't take part: {reason}", FailureKind.NODE_MISMATCH)

@@ -212,7 +212,7 @@ def read_run(folder: RunFolder, warn: Callable[[str], None] = notice) -> dict[st
     run = folder.read_json(RUN, warn)
     if run is None:
         return None
-    where = f"{folder.folder}/{RUN}"
+    where = f"{folder.location}/{RUN}"
     if missing := [name for name in ("model", "recipe", "data") if name not in run]:
         raise DamagedFileError(f"{where} is damaged: it has no {' and no '.join(missing)}.")
     try:

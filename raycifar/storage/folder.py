@@ -68,7 +68,7 @@ class Folder:
         return not is_local(self.filesystem)
 
     @property
-    def folder(self) -> str:
+    def location(self) -> str:
         """The folder's path, or its URI if the storage is remote."""
         return join(self.storage, self.name) if self.is_remote else self.path()
 
@@ -83,7 +83,7 @@ class Folder:
         try:
             return file_type(self.filesystem, self.path(file)) != fs.FileType.NotFound
         except OSError as error:
-            raise StorageError.of(join(self.folder, file), error, "read") from error
+            raise StorageError.of(join(self.location, file), error, "read") from error
 
     def file_names(self, kind: fs.FileType = fs.FileType.File) -> list[str]:
         """Return the names of the files, or of the folders, directly in this one, sorted.
@@ -107,7 +107,7 @@ class Folder:
         paths = {self.path(f"{name}/{file}"): name for name in folders for file in files}
         found = ask(self.filesystem, lambda: self.filesystem.get_file_info([*paths]))
         names = [paths[entry.path] for entry in found if entry.type != fs.FileType.NotFound]
-        return [type(self)(self.folder, name) for name in dict.fromkeys(names)]
+        return [type(self)(self.location, name) for name in dict.fromkeys(names)]
 
     def read(self, file: str) -> bytes | None:
         """Return a file's content, None if it doesn't exist, or raise StorageError if it can't be read."""
@@ -118,7 +118,7 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise StorageError.of(join(self.folder, file), error, "read") from error
+            raise StorageError.of(join(self.location, file), error, "read") from error
 
     @contextmanager
     def reading(self, file: str) -> Iterator[None]:
@@ -128,7 +128,7 @@ class Folder:
         except StorageError as error:
             raise DamagedFileError(f"{error}.") from error
         except ValueError as error:
-            raise DamagedFileError(f"{self.folder}/{file} is damaged: {error}.") from error
+            raise DamagedFileError(f"{self.location}/{file} is damaged: {error}.") from error
 
     def read_as(self, file: str, kind: Any) -> Any:
         """Return the content of a JSON file as `kind`, see `records.parse`, or None if it doesn't exist.
@@ -172,7 +172,7 @@ class Folder:
                 raise PermissionError(errno.EPERM, "another process has taken over this run")
             yield
         except OSError as error:
-            raise StorageError.of(join(self.folder, file), error) from error
+            raise StorageError.of(join(self.location, file), error) from error
 
     def delete(self, file: str) -> None:
         """Delete a file if it exists."""
@@ -201,6 +201,6 @@ class Folder:
             marker = NamedTemporaryFile(prefix=".raycifar-", dir=existing)  # noqa: SIM115 (closed below)
         except OSError as error:
             reason = in_a_line(error) if existing.is_dir() else f"{existing} is not a folder"
-            raise RequestError(f"{self.folder} can't be written: {reason}. Give another {option}.") from error
+            raise RequestError(f"{self.location} can't be written: {reason}. Give another {option}.") from error
         with marker:
             yield marker.name

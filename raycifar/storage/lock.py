@@ -115,11 +115,11 @@ def clear(places: Iterable[RunFolder], claim: Claim, say: Say) -> None:
             continue
         if is_alive(place, rival, say):
             raise RequestError(
-                f"{place.folder} is being trained by {rival}. Wait for it to end, or end it. The lock of a process "
+                f"{place.location} is being trained by {rival}. Wait for it to end, or end it. The lock of a process "
                 f"that has died is taken over by itself, within {DEAD_SECONDS} s."
             )
         if place.read(rival.file) is not None:
-            say(f"{place.folder} was being trained by {rival}, which died: its lock is taken over.")
+            say(f"{place.location} was being trained by {rival}, which died: its lock is taken over.")
             place.delete(rival.file)
 
 
@@ -165,7 +165,7 @@ def is_alive(place: RunFolder, claim: Claim, say: Say) -> bool:
     """Return whether a claim's process is alive; another machine's is if it renews its claim or withdraws it."""
     if (alive := claim.is_alive()) is not None:
         return alive
-    say(f"{place.folder} is locked by {claim}: waiting up to {DEAD_SECONDS} s for a sign of life …")
+    say(f"{place.location} is locked by {claim}: waiting up to {DEAD_SECONDS} s for a sign of life …")
     deadline = time.monotonic() + DEAD_SECONDS
     while time.monotonic() < deadline:
         time.sleep(LOOK_SECONDS)

@@ -49,13 +49,13 @@ class Manifest:
         """Raise DamagedFileError if what was read of a file isn't what was sealed."""
         if self._has_changed(file, content):
             raise DamagedFileError(
-                f"{self.folder.folder}/{file} is damaged: it has changed since {MANIFEST} was written."
+                f"{self.folder.location}/{file} is damaged: it has changed since {MANIFEST} was written."
             )
 
     def warn_of_change(self, file: str, content: bytes, warn: Callable[[str], None]) -> None:
         """Call `warn` with a sentence if what was read of a file isn't what was sealed."""
         if self._has_changed(file, content):
-            warn(f"{self.folder.folder}/{file} has changed since {MANIFEST} was written: what it says may be wrong.")
+            warn(f"{self.folder.location}/{file} has changed since {MANIFEST} was written: what it says may be wrong.")
 
     def _has_changed(self, file: str, content: bytes) -> bool:
         if file not in self.digests or self.digests[file] == (found := digest(content)):

@@ -98,7 +98,7 @@ class RunFolder(Folder):
         """Raise RequestError if one of these files of another run, or of a comparison, is in the folder."""
         if found := next(filter(self.exists, files), None):
             whose = "run" if found == RUN else "comparison"
-            raise RequestError(f"{self.folder} is the folder of a {whose}: give another {option}.")
+            raise RequestError(f"{self.location} is the folder of a {whose}: give another {option}.")
 
     def read_json(self, file: str, warn: Callable[[str], None] = notice) -> Any:
         """Return the content of a JSON file, checked against `DOCUMENTS`, or None if it doesn't exist.
@@ -150,7 +150,7 @@ class RunFolder(Folder):
 
     def _warn_of_fields(self, file: str, unknown: Iterable[str], warn: Callable[[str], None]) -> None:
         if fields := ", ".join(sorted(unknown)):
-            warn(f"{self.folder}/{file} has fields that this version doesn't know and passes over: {fields[:200]}.")
+            warn(f"{self.location}/{file} has fields that this version doesn't know and passes over: {fields[:200]}.")
 
     def write_history(self, history: Iterable[EpochRecord]) -> None:
         self.write(METRICS, "".join(json.dumps(record.to_json()) + "\n" for record in history).encode())

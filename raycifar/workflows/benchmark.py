@@ -135,7 +135,7 @@ def bench(request: BenchRequest, screen: Screen, connection: ExitStack, show: Sh
             about = {"model": training.model, "machine": machine, "recipe": asdict(training.recipe)}
             show(found)  # first, so that no figure is lost where a file can't be written
             keep(about | found, out)
-            screen.say(f"Written to {out.folder}: {BENCH} and charts")
+            screen.say(f"Written to {out.location}: {BENCH} and charts")
 
 
 def keep(found: dict[str, Any], out: RunFolder) -> None:

@@ -78,14 +78,14 @@ def earlier_result(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any
     before, now = flatten(earlier), flatten(identity)
     if differences := [f"{key} {before.get(key)} there, {now[key]} here" for key in now if before.get(key) != now[key]]:
         raise RequestError(
-            f"{folder.folder} is another run: {'; '.join(differences)}. Give another --name, or the options of that "
+            f"{folder.location} is another run: {'; '.join(differences)}. Give another --name, or the options of that "
             "run."
         )
     result = folder.read_json(RESULT)
     if not result or result["status"] != "finished":
         return None
     if missing := [name for name in ("epochs", "train_seconds", "images_per_second") if name not in result]:
-        raise DamagedFileError(f"{folder.folder}/{RESULT} is damaged: it has no {' and no '.join(missing)}.")
+        raise DamagedFileError(f"{folder.location}/{RESULT} is damaged: it has no {' and no '.join(missing)}.")
     return result
 
 

@@ -64,9 +64,9 @@ def find_runs(location: str) -> list[Entry]:
     if folder.exists(RUN):  # one run
         return [list_run(folder, folder.comparison)]
     if file_type(folder.filesystem, folder.path()) in (FileType.File, FileType.Unknown):
-        raise RequestError(f"{folder.folder} is not a folder: give the folder or URI that runs are kept in.")
+        raise RequestError(f"{folder.location} is not a folder: give the folder or URI that runs are kept in.")
     if not folder.exists(""):
-        raise RequestError(f"{folder.folder} does not exist: give the folder or URI that runs are kept in.")
+        raise RequestError(f"{folder.location} does not exist: give the folder or URI that runs are kept in.")
     around = folder if folder.exists(STUDY) else None
     comparisons = [] if around else folder.folders_with(STUDY, COMPARISON)
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -94,11 +94,11 @@ def list_run(run: RunFolder, comparison: RunFolder | None = None) -> Entry:
         about, result = run.read_json(RUN, ignore), run.read_json(RESULT, ignore) or {}
         history, claim = run.history(ignore), living_claim(run) or (comparison and living_claim(comparison))
     except DamagedFileError as error:
-        return Entry(name=run.name, folder=run.folder, state=State.DAMAGED, reason=str(error))
+        return Entry(name=run.name, folder=run.location, state=State.DAMAGED, reason=str(error))
     state = STATES.get(result.get("status", ""), State.RUNNING if claim else State.STOPPED)
     return Entry(
         name=run.name,
-        folder=run.folder,
+        folder=run.location,
         state=state,
         models=[about["model"]] if "model" in about else [],
         host=claim.host if claim else None,
@@ -117,13 +117,13 @@ def list_comparison(folder: RunFolder) -> Entry:
         comparison, claim = folder.read_json(COMPARISON, ignore) or {}, living_claim(folder)
         study = folder.read_json(STUDY, ignore) or {}
     except DamagedFileError as error:
-        return Entry(name=folder.name, folder=folder.folder, state=State.DAMAGED, reason=str(error), trials=[])
+        return Entry(name=folder.name, folder=folder.location, state=State.DAMAGED, reason=str(error), trials=[])
     trials = newest_first([list_run(run, folder) for run in folder.runs()])
     results = comparison.get("models", {})
     given = [key for key, value in study.items() if isinstance(value, dict) and f"{key} weights" in study]
     return Entry(
         name=folder.name,
-        folder=folder.folder,
+        folder=folder.location,
         state=State.RUNNING if claim else State.FINISHED if results else State.STOPPED,
         models=list(results) or given,
         host=claim.host if claim else None,
@@ -165,4 +165,4 @@ def remove(what: Removable, say: Callable[[str], None]) -> None:
     if list_run(what.run, what.run.comparison).is_over:
         Checkpoints(what.run).delete(what.names)
     else:
-        say(f"{what.run.folder} is being trained again, and is left alone.")
+        say(f"{what.run.location} is being trained again, and is left alone.")

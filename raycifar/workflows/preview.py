@@ -34,7 +34,7 @@ def preview(request: TrainingRequest, screen: Screen, connection: ExitStack, *, 
         unchecked = f"; whether it has {request.accelerator} can't be told before" if request.accelerator else ""
         workers = f"{request.workers or 'one'}, in a Ray that is started on this machine{unchecked}"
     num_steps = steps_per_epoch(len(inputs.splits.train), request.recipe.batch_size)
-    facts = {**overview(identity, workers, folder.folder), "steps": f"{num_steps:,} in each epoch"}
+    facts = {**overview(identity, workers, folder.location), "steps": f"{num_steps:,} in each epoch"}
     seconds = estimate(request.device, request.recipe, inputs.initial, inputs.splits)
     screen.facts(request.name, facts | {"time": in_words(seconds)})
     screen.say("This run is finished: nothing would be trained." if finished else "Nothing was started.")

@@ -61,13 +61,13 @@ def report(
         return write_comparison(folder, out, kind)
     if not folder.exists(RUN):
         holds = f"holds no {RUN} and no {STUDY}" if folder.exists("") else "does not exist"
-        raise RequestError(f"{folder.folder} {holds}: give the folder of a run, or of a comparison.")
+        raise RequestError(f"{folder.location} {holds}: give the folder of a run, or of a comparison.")
     source = None
     if data and kind == "html":
         with screen.waiting("Reading the images"):
             source = load(data)
         if not is_source_of(source, read_run(folder)):
-            raise RequestError(f"--data {data} holds other images than {folder.folder} was trained on.")
+            raise RequestError(f"--data {data} holds other images than {folder.location} was trained on.")
     return write_run(folder, source, out, kind)
 
 
@@ -81,7 +81,7 @@ def overlay(folders: Sequence[RunFolder], out: RunFolder, kind: str = "html") ->
 
     for folder in folders:
         if not folder.exists(RUN):
-            raise RequestError(f"{folder.folder} holds no {RUN}: several folders must each be a run's.")
+            raise RequestError(f"{folder.location} holds no {RUN}: several folders must each be a run's.")
     files = [read_files(folder) for folder in folders]
     content = report_overlay(files)
     write_report(content, lambda: comparison_page(content, files, None, {}, overlay=True), out, kind)
@@ -132,7 +132,7 @@ def read_files(folder: RunFolder) -> "RunFiles":
     notes: list[str] = []
     run = read_run(folder, notes.append)
     if run is None:
-        raise DamagedFileError(f"{folder.folder} holds no {RUN}.")
+        raise DamagedFileError(f"{folder.location} holds no {RUN}.")
     records = unless_damaged(lambda: folder.history(notes.append), notes) or []
     result, pictures = (
         unless_damaged(partial(folder.read_json, file, notes.append), notes) for file in (RESULT, PICTURES)
@@ -141,7 +141,7 @@ def read_files(folder: RunFolder) -> "RunFiles":
         unless_damaged(partial(folder.read_table, file), notes) for file in (PREDICTIONS, EXAMPLE_STATS)
     )
     lost = folder.manifest.lost(METRICS, RESULT, PREDICTIONS, EXAMPLE_STATS)
-    notes += [f"{folder.folder}/{file} is missing." for file in lost]
+    notes += [f"{folder.location}/{file} is missing." for file in lost]
     if result and result["status"] == "finished" and len(records) < result.get("epochs", 0):
         notes.append(f"Only {len(records)} of {count(result['epochs'], 'epoch')} recorded.")
     history = RunHistory(run, records, result)
@@ -214,7 +214,7 @@ def read_comparison(folder: RunFolder) -> tuple[dict[str, Any], list["RunFiles"]
 
     notes: list[str] = []
     comparison = unless_damaged(lambda: folder.read_json(COMPARISON, notes.append), notes)
-    notes += [f"{folder.folder}/{file} is missing." for file in folder.manifest.lost(COMPARISON)]
+    notes += [f"{folder.location}/{file} is missing." for file in folder.manifest.lost(COMPARISON)]
     files = []
     for run in find_runs(folder, comparison, notes.append):
         try:
@@ -255,7 +255,7 @@ def find_runs(
         return sorted(finals, key=place)
     names = [name for model in comparison["models"].values() for name in model["runs"]]
     if absent := [name for name in names if name not in inside]:
-        warn(f"{folder.folder} doesn't hold these of its runs, which are left out: {', '.join(absent)}.")
+        warn(f"{folder.location} doesn't hold these of its runs, which are left out: {', '.join(absent)}.")
     return [inside[name] for name in names if name in inside]
 
 

@@ -96,7 +96,7 @@ def speedrun(
             found |= {name: mean_interval([run[name] for run in found["runs"]]) for name in MEANS}
             show(found)  # first, so that no figure is lost where the file can't be written
             folder.write_json(SPEEDRUN, found)
-            screen.say(f"Written to {folder.folder}: {SPEEDRUN}")
+            screen.say(f"Written to {folder.location}: {SPEEDRUN}")
 
 
 def facts(found: dict[str, Any]) -> dict[str, str]:

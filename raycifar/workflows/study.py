@@ -192,7 +192,7 @@ def finish(prepared: PreparedComparison, screen: Screen, show: Show) -> None:
     study, searcher = prepared.study, prepared.searcher
     request, folder = study.request, study.folder
     finals = [trial for model in request.recipes for trial in searcher.finals.get(model, [])]
-    finished = [read_finished(study.folder_of(trial).folder) for trial in finals if trial.status == "finished"]
+    finished = [read_finished(study.folder_of(trial).location) for trial in finals if trial.status == "finished"]
     draw, doing = (write_run, "Drawing the reports") if request.report else (keep_pictures, "Keeping the pictures")
     with screen.waiting(f"{doing} of the runs"):
         for run in finished:
@@ -234,7 +234,7 @@ def overview(
         "data": source.name,
         "images": f"{len(splits.train):,} training, {len(splits.val):,} validation, {len(splits.test):,} test",
         "at once": at_once,
-        "folder": folder.folder,
+        "folder": folder.location,
     }
 
 
@@ -291,7 +291,7 @@ def check_same_study(folder: RunFolder, request: ComparisonRequest, identity: di
         if there != here:
             says = (describe_changes(there, here), describe_changes(here, there)) if is_recipe else (there, here)
             what = f"{key} {says[0]} there, {says[1]} here"
-            raise RequestError(f"{folder.folder} is another comparison: {what}. Give another --name, or its options.")
+            raise RequestError(f"{folder.location} is another comparison: {what}. Give another --name, or its options.")
     return {**earlier, **identity}
 
 
@@ -377,7 +377,7 @@ def read_finished(path: str) -> Finished:
     loss = -np.log(likelihood.clip(np.finfo(np.float32).tiny))
     copies = predictions["near_duplicate"].to_numpy() > 0 if "near_duplicate" in predictions.column_names else None
     whole = RunHistory(about, history, result)
-    return Finished(folder.name, folder.folder, whole, correct[:, 0], correct.any(1), loss, copies)
+    return Finished(folder.name, folder.location, whole, correct[:, 0], correct.any(1), loss, copies)
 
 
 def keep_files(finished: Sequence[Finished], folder: RunFolder) -> list[Finished]:
@@ -392,10 +392,10 @@ def keep_files(finished: Sequence[Finished], folder: RunFolder) -> list[Finished
         name = run.name
         while places.setdefault(name, run.folder) != run.folder:
             name += "-again"
-        source, copy = RunFolder.at(run.folder), RunFolder(folder.folder, name)
+        source, copy = RunFolder.at(run.folder), RunFolder(folder.location, name)
         if source != copy:
             if copy.exists(RUN) and copy.read(RUN) != source.read(RUN):
-                raise RequestError(f"{copy.folder} holds another run: give another --name.")
+                raise RequestError(f"{copy.location} holds another run: give another --name.")
             for file in (RUN, METRICS, RESULT):
                 copy.write(file, source.read(file) or b"")
             copy.manifest.seal(RUN, METRICS, RESULT)

@@ -71,7 +71,7 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
     warn_of_leaks(inputs.source, screen)
     if result := earlier_result(folder, identify(request, inputs)):
         delete_dead(folder)
-        screen.say(f"{folder.folder} is finished; nothing is trained again.")
+        screen.say(f"{folder.location} is finished; nothing is trained again.")
         screen.lines(summary(folder, inputs.source, result))
         return result
     with ExitStack() as until_end:
@@ -100,7 +100,7 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
 def prepare(run: TrainingRun, screen: Screen) -> None:
     """Show what is trained on what, and write `run.json`."""
     identity = identify(run.request, run.inputs)
-    screen.facts(run.request.name, overview(identity, run.workers, run.folder.folder))
+    screen.facts(run.request.name, overview(identity, run.workers, run.folder.location))
     write_run_json(run.folder, run.request, identity, run.workers)
     if not run.workers.count:  # there are none to be started
         run.status_store.put_worker(WorkerStatus(phase=Phase.LOADING_IMAGES))
@@ -157,7 +157,7 @@ def finish(run: TrainingRun, outcome: "Outcome") -> dict[str, Any]:
     folder.write_json(RESULT, result)
     folder.manifest.seal(RUN, METRICS, RESULT, MODEL, BEST, PREDICTIONS, EXAMPLE_STATS)
     if outcome.status == "failed":
-        raise WorkError(f"{outcome.reason}. The last checkpoint and the history are kept in {folder.folder}.")
+        raise WorkError(f"{outcome.reason}. The last checkpoint and the history are kept in {folder.location}.")
     return result
 
 
@@ -202,13 +202,13 @@ def lock(folder: RunFolder, screen: Screen, until: ExitStack, also: Callable[[],
     Raises:
         RequestError: another process holds one of them, or the folder can't be written.
     """
-    if "runtime_resources" in Path(folder.folder).parts:  # where Ray unpacks a job's --working-dir
+    if "runtime_resources" in Path(folder.location).parts:  # where Ray unpacks a job's --working-dir
         screen.say("Note: this job's folder is temporary, and the run in it: give --storage a full path or a URI.")
     try:
         return until.enter_context(locked(folder, screen.say, also=also()))
     except OSError as error:
         reason = in_a_line(error.__cause__ or error)  # a `StorageError` names the file, too
-        raise RequestError(f"{folder.folder} can't be written: {reason}. Give another --storage.") from error
+        raise RequestError(f"{folder.location} can't be written: {reason}. Give another --storage.") from error
 
 
 def allocate_workers(
@@ -279,7 +279,7 @@ def summary(folder: RunFolder, source: Source, result: dict[str, Any]) -> list[s
         f"Trained {count(result['epochs'], 'epoch')} in {result['train_seconds']:.0f} s, "
         f"{result['images_per_second']:,.0f} images/s{best}"
     )
-    return [*lines, f"Run folder: {folder.folder}"]
+    return [*lines, f"Run folder: {folder.location}"]
 
 
 def report(run: TrainingRun, screen: Screen) -> None:

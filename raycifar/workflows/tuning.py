@@ -52,12 +52,12 @@ class Study:
     spaces: Mapping[str, Space]
 
     def folder_of(self, trial: Trial) -> RunFolder:
-        return RunFolder(self.folder.folder, trial.name, self.folder.claim)
+        return RunFolder(self.folder.location, trial.name, self.folder.claim)
 
     def training_request(self, trial: Trial) -> TrainingRequest:
         return replace(
             self.request.training(trial.model),
-            storage=self.folder.folder,
+            storage=self.folder.location,
             name=trial.name,
             seed=trial.seed,
             recipe=trial.recipe,
@@ -281,7 +281,7 @@ class AshaByModel(FIFOScheduler):
 def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: Workers) -> None:
     """Run all trials of the study; the searcher then has their status."""
     trainable = tune.with_parameters(run_trial, study=study, source=source, workers=workers)
-    folder = RunFolder(study.folder.folder, "tune")
+    folder = RunFolder(study.folder.location, "tune")
     # Ray Tune's loggers would repeat the run folders' content, and its new output prints even with verbose=0.
     os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0")  # until `connected` ends
     tune.Tuner(
