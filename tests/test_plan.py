@@ -170,7 +170,7 @@ def test_the_script_for_a_gpu_does_what_is_missing_and_then_nothing(small, tmp_p
         return done.stdout, [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
 
     said, records = call()
-    names = ["tests", "bench-vgg16", "bench-cnn", "vgg16", "cnn", "vgg16-long", "resnet50"]
+    names = ["tests", "bench-vgg16", "bench-cnn", "vgg16", "cnn", "vgg16-muon", "cnn-muon", "resnet50"]
     names += ["speedrun-profile", "speedrun-train", "speedrun", "speedrun-compiled"]
     assert {record["name"]: record["code"] for record in records} == dict.fromkeys(names, 0), said
     by_name = {record["name"]: record for record in records}
