@@ -28,7 +28,7 @@ from raycifar.redaction import shown
 from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
-from raycifar.workflows import reporting, study, training
+from raycifar.workflows import comparing, reporting, study, training
 from raycifar.workflows.prediction import Model, Predictions
 from raycifar.workflows.requests import ComparisonRequest, Settings, TrainingRequest, settings_of
 
@@ -215,7 +215,7 @@ class Comparison(_InFolder):
     @property
     def models(self) -> pd.DataFrame:
         """A row for each model: mean scores with 95% intervals over the seeds, and costs."""
-        return pd.DataFrame(study.to_rows(self.result)).set_index("model")
+        return pd.DataFrame(comparing.to_rows(self.result)).set_index("model")
 
     @property
     def pairs(self) -> pd.DataFrame:
@@ -236,7 +236,7 @@ class Comparison(_InFolder):
     @property
     def sentences(self) -> list[str]:
         """The comparison's conclusions."""
-        return study.sentences(self.result)
+        return comparing.sentences(self.result)
 
     def plot(self) -> "Figure":
         """Return a figure of validation top-1 and training loss by epoch: mean and range of each model's runs."""
@@ -281,7 +281,7 @@ def compare(
     request, screen = ComparisonRequest.of(names, **options), Screen(quiet=not progress)
     with ExitStack() as connection, telling_how_to_continue(screen, request.name):
         if folders:
-            study.compare_runs(folders, request, screen, show=lambda comparison: None)
+            comparing.compare_runs(folders, request, screen, show=lambda comparison: None)
         else:
             study.train_and_compare(request, screen, connection, show=lambda comparison: None)
     return Comparison(RunFolder(request.storage, request.name))

@@ -11,7 +11,7 @@ from raycifar.options import Command, recipe_options, request_options
 from raycifar.storage.run_folder import RunFolder
 from raycifar.tables import comparison_tables
 from raycifar.terminal import Screen
-from raycifar.workflows import study
+from raycifar.workflows import comparing, study
 from raycifar.workflows.requests import ComparisonRequest
 
 
@@ -34,7 +34,7 @@ def main(debug: bool, runs: tuple[str, ...], names: str | None, dry_run: bool, *
     def show(comparison: dict[str, Any]) -> None:
         for table in comparison_tables(comparison):
             screen.console.print(table)
-        screen.lines(study.sentences(comparison))
+        screen.lines(comparing.sentences(comparison))
         screen.say(f"Comparison: {RunFolder(request.storage, request.name).location}")
 
     if dry_run:
@@ -45,7 +45,7 @@ def main(debug: bool, runs: tuple[str, ...], names: str | None, dry_run: bool, *
         preview.preview_comparison(request, screen)
         return
     if runs:
-        study.compare_runs(runs, request, screen, show)
+        comparing.compare_runs(runs, request, screen, show)
         return
     with resumable(request.name):
         study.train_and_compare(request, screen, UNTIL_EXIT, show, debug=debug)

@@ -27,9 +27,9 @@ from raycifar.storage.run_folder import RunFolder
 from raycifar.storage.spreadsheets import to_csv
 from raycifar.terminal import Screen
 from raycifar.workflows import reporting
+from raycifar.workflows.comparing import compare_runs, read_finished
 from raycifar.workflows.identity import earlier_result
 from raycifar.workflows.requests import ComparisonRequest
-from raycifar.workflows.study import compare_runs, read_finished
 
 QUIET = Screen(quiet=True)
 

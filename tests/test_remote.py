@@ -192,7 +192,9 @@ def test_a_run_in_an_object_store_is_found_by_a_uri_with_parameters(bucket):
     run.write_json("about.json", {"data": bucket("/data")})
     run.write_json("run.json", {})
     assert RunFolder.at(run.location).name == "größe"
-    assert RunFolder.at(run.location).read_json("about.json")["data"].startswith("s3://***@runs/data?endpoint_override=")
+    assert (
+        RunFolder.at(run.location).read_json("about.json")["data"].startswith("s3://***@runs/data?endpoint_override=")
+    )
     assert RunFolder.at(bucket()).read("run.json") is None
     assert [found.name for found in RunFolder.at(bucket()).runs()] == ["größe"]
     write_file(bucket("/a b/model.bin".replace(" ", "%20")), CONTENT)
