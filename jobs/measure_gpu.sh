@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measures what only a GPU can show: the tests that need one, the speedrun, the full recipes, step times and how many
-# workers pay, and the common script beside ours. Each result is appended to a JSON Lines file as soon as it is
+# Measures what only a GPU can show: the tests that need one, the speedrun, full recipes, long runs with Muon (untried so
+# far), step times, predicted speed for 1 to 8 workers, and the same training with PIL and a DataLoader. Each result is appended to a JSON Lines file as soon as it is
 # there. Called again, the script does what is missing; a training that was cut off goes on from its last checkpoint.
 #
 #   jobs/measure_gpu.sh 60                 stop before 60 minutes are over
@@ -80,7 +80,7 @@ if [ -z "${SMALL:-}" ]; then # on a CPU it takes ten minutes, however few its im
     train resnet50-muon 400 --model resnet50 --pretrained none "${muon[@]}" --epochs 100 --compile
 fi
 train speedrun-profile 60 --recipe speedrun --val-size 0 --no-record --profile # where the milliseconds are
-train speedrun-train 60 --recipe speedrun --val-size 0 --no-record # inside Ray; `seconds` is the user's clock
+train speedrun-train 60 --recipe speedrun --val-size 0 --no-record # by raycifar train, in one process
 speedrun speedrun "$times" 100
 plan=(--against dataloader --plan 1,2,4,8 --interconnect nvlink)
 bench vgg16 90 --model vgg16 "${plan[@]}"

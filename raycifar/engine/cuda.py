@@ -154,7 +154,7 @@ class SideStream:
 
 
 def map_on_streams(function: Callable[[T], Tensor], arguments: Sequence[T], device: torch.device) -> list[Tensor]:
-    """Return the function of each argument; on a GPU, of several at a time."""
+    """Call the function on each argument, on a GPU on several streams at a time, and return the results."""
     sides, results = side_streams(device), []
     for k, argument in enumerate(arguments):
         with sides[k % SIDE_STREAMS].beside():

@@ -16,7 +16,7 @@ from raycifar.models.recipe import Precision
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 DEVICES = {"gpu": "GPU", "mps": "GPU of Apple's"}
 WIDEST = {"cpu": torch.float64, "cuda": torch.float64, "mps": torch.float32}  # for sums
-GENERATORS = Lock()  # held while random numbers are drawn: all threads share PyTorch's generators
+GENERATORS = Lock()  # held from seeding to the last number drawn: all threads share PyTorch's generators
 
 
 def find_device(wanted: str) -> torch.device:

@@ -36,7 +36,7 @@ class MaxPool(nn.MaxPool2d):
 
 
 class LargestOfFour(torch.autograd.Function):
-    """As `MaxPool`. The backward pass reads only which value is the first of the largest, a byte for each patch."""
+    """As `MaxPool`. Its backward pass reads a byte a patch: the index of the maximum, of equal ones the first."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -64,10 +64,7 @@ def quarters(x: Tensor) -> list[Tensor]:
 
 
 class ConvOfColors(nn.Conv2d):
-    """A convolution of an image's three color channels; where training is compiled, of five more that are 0.
-
-    A GPU's matrix units take channels by eights, and cuDNN takes a slow kernel for three.
-    """
+    """A convolution of RGB images; in compiled training, zeros pad them to eight channels, as tensor cores need."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and torch.compiler.is_compiling()):
@@ -81,8 +78,8 @@ class MaxMeanPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # so the gradient is channels_last, as x is
-        # Not amax: its gradient goes to all values that equal the largest, and compiled, none of them may: Inductor
-        # compares the largest, rounded to bfloat16, with values that it computes again in float32.
+        # Not amax, which divides the gradient among the values that equal the maximum. Inductor may find none, since it
+        # compares float32 values with a maximum that is rounded to bfloat16, and 0 / 0 is NaN.
         return pixels.max(1).values + pixels.mean(1)
 
 

@@ -70,10 +70,10 @@ class RunFolder(Folder):
 
     @classmethod
     def for_output(cls, location: str, own: Self | None = None) -> Self:
-        """Return the folder that --out names, as `Folder.for_output`, which isn't another run's or a comparison's.
+        """As `Folder.for_output`, for a folder that holds no run and no comparison other than `own`.
 
-        Args:
-            own: a run's or comparison's folder that may be written to.
+        Raises:
+            RequestError: it can't be written, or holds another run or comparison.
         """
         folder = super().for_output(location)
         if folder != own:

@@ -1,4 +1,4 @@
-"""Comparing finished runs: whether they can be compared, the verdict, and the files of it."""
+"""Comparing finished runs: checks that they are comparable, and writes the verdict."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
