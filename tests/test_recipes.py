@@ -9,7 +9,7 @@ from command import Recipes, finish
 from raycifar import models
 from raycifar.errors import RequestError
 from raycifar.models.cnn import CnnRecipe
-from raycifar.models.recipe import LONG, OPTIMIZERS, TRANSFER, Recipe, changes, describe_changes
+from raycifar.models.recipe import LONG, OPTIMIZERS, SHORT, TRANSFER, Recipe, changes, describe_changes
 from raycifar.models.recipes import choose_recipe, list_recipes, model_of, recipe_for, recipe_from_json, to_toml
 from raycifar.models.speedrun import SPEEDRUN
 
@@ -128,6 +128,7 @@ def test_short_training_is_plain_unless_a_recipe_is_named(toml):
     assert choose_recipe("cnn", "scratch", epochs=5).augment == "trivial"
     assert choose_recipe("cnn", toml("epochs = 5")) == CnnRecipe(epochs=5)
     assert choose_recipe("cnn", toml("lr = 0.2"), epochs=5) == CnnRecipe(epochs=5, lr=0.2)
+    assert choose_recipe("vgg16", "short", epochs=5) == Recipe(**SHORT | {"epochs": 5})
     assert choose_recipe("speedrun", epochs=5) == dataclasses.replace(SPEEDRUN, epochs=5)
     assert choose_recipe("cnn", pretrained="a.pth", epochs=5).head_epochs == TRANSFER["head_epochs"]
 
@@ -243,7 +244,7 @@ def test_what_is_no_recipe_of_the_model_is_refused_in_a_sentence(run, tmp_path):
         (folder, "is a run of cnn, not of vgg16."),
         (
             str(tmp_path),
-            "is neither a recipe of vgg16 (scratch, transfer, study), nor a TOML file, nor a run's folder.",
+            "is neither a recipe of vgg16 (scratch, short, transfer, study), nor a TOML file, nor a run's folder.",
         ),
         ("studi", "--recipe studi is neither "),
     ):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from raycifar.models.recipe import LONG, TRANSFER, Recipe, option
+from raycifar.models.recipe import LONG, SHORT, TRANSFER, Recipe, option
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,7 +31,7 @@ class CnnRecipe(Recipe):
             raise ValueError(f"depth is {self.depth}: it must be from 1 to {DEEPEST}")
 
 
-RECIPES = {"scratch": CnnRecipe(**LONG), "transfer": CnnRecipe(**TRANSFER)}
+RECIPES = {"scratch": CnnRecipe(**LONG), "short": CnnRecipe(**SHORT), "transfer": CnnRecipe(**TRANSFER)}
 PURPOSES = {"scratch": "best known for 100 epochs or more", "transfer": "from a weights file, --pretrained FILE"}
 
 

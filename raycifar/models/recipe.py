@@ -150,6 +150,11 @@ TRANSFER: dict[str, Any] = {
 LONG: dict[str, Any] = {"augment": "trivial", "cutmix": 0.5, "lr": 0.1, "warmup": 0.05}
 """How a recipe for long training from scratch differs from the default: a network must not memorize its images."""
 
+SHORT: dict[str, Any] = {
+    "epochs": 16, "batch_size": 256, "optimizer": "muon", "lr": 0.05, "warmup": 0.1, "augment": "cutout",
+}  # fmt: skip
+"""How a recipe for few epochs from scratch differs from the default."""
+
 
 def field_types(recipe_type: type[Recipe]) -> dict[str, Any]:
     """Return the types of a recipe's fields, by name."""

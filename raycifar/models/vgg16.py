@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from raycifar.models.recipe import TRANSFER, Recipe
+from raycifar.models.recipe import SHORT, TRANSFER, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ IMAGENET = "VGG16_BN_Weights.IMAGENET1K_V1"
 # The five blocks between poolings; torchvision numbers convolutions, norms, activations and poolings in one sequence.
 BLOCKS = (range(6), range(7, 13), range(14, 23), range(24, 33), range(34, 43))
 LAYERS = (*(tuple(f"features.{k}." for k in block) for block in BLOCKS), ("classifier.",))
-RECIPES = {"scratch": Recipe(), "transfer": Recipe(**TRANSFER)}
+RECIPES = {"scratch": Recipe(), "short": Recipe(**SHORT), "transfer": Recipe(**TRANSFER)}
 
 
 def build(num_classes: int, dropout: float, large_stem: bool) -> nn.Module:
