@@ -192,7 +192,7 @@ def test_a_report_that_fails_does_not_fail_the_run_and_debug_shows_why(caplog):
     def write():
         raise OSError("the disk is full")
 
-    assert "OSError: the disk is full" in explain(write)["headline"]
+    assert explain(write) == "The report failed: OSError: the disk is full."
     assert not caplog.records
     caplog.set_level("DEBUG", "raycifar")
     explain(write)
