@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Measures what only a GPU can show: the tests that need one, the speedrun, full recipes, long runs with Muon (untried so
-# far), step times, predicted speed for 1 to 8 workers, and the same training with PIL and a DataLoader. Each result is appended to a JSON Lines file as soon as it is
-# there. Called again, the script does what is missing; a training that was cut off goes on from its last checkpoint.
+# far), step times, predicted speed for 1 to 8 workers, and the same training with PIL and a DataLoader. Each result is
+# appended to a JSON Lines file as soon as it is there. Called again, the script does what is missing; a training that
+# was cut off goes on from its last checkpoint.
 #
 #   jobs/measure_gpu.sh 60                 stop before 60 minutes are over
 #   jobs/measure_gpu.sh 60 gpu.jsonl       the file of results; runs are kept beside it, in gpu-runs/

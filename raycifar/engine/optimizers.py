@@ -122,9 +122,8 @@ def orthogonal(updates: Sequence[Tensor], steps: int) -> list[Tensor]:
     on = updates[0].device
     low = torch.get_autocast_dtype(on.type) if torch.is_autocast_enabled(on.type) else updates[0].dtype
     stacks = [[updates[k] for k in same] for same in by_shape.values()]
-    with torch.autocast(
-        on.type, enabled=False
-    ):  # it would take the norms in float32, and then cast what is divided by them
+    # Autocast would take the norms in float32, and then cast what is divided by them.
+    with torch.autocast(on.type, enabled=False):
         found = map_on_streams(partial(newton_schulz, steps=steps, dtype=low), stacks, on)
     order = [k for same in by_shape.values() for k in same]
     matrix_of = dict(zip(order, (matrix for stack in found for matrix in stack), strict=True))

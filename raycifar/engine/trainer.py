@@ -128,8 +128,8 @@ class Trainer:
             set_learning_rate(self.state.optimizer, lr)
             size = self.recipe.size(progress.epoch, batch.step, num_steps)
             with hardware.GENERATORS:
-                step = step_seed(config.seed, progress.epoch, batch.step, self.world_size, self.rank)
-                hardware.seed(step, self.device)
+                own_seed = step_seed(config.seed, progress.epoch, batch.step, self.world_size, self.rank)
+                hardware.seed(own_seed, self.device)
                 metrics = self.train_step(batch, size)
             self.meter.add(batch.step, metrics)
             if self.profiler:
