@@ -32,7 +32,9 @@ def test_the_trials_of_a_comparison_are_shown_and_nothing_is_written_or_started(
     args = ("--models", "cnn,vgg16", "--seeds", 2, "--search", 3, "--limit", 200, "--val-size", 100, "--epochs", 3)
     out = finish(Compare(*args, "--data", small, "--dry-run", "--name", "a", storage=tmp_path / "runs")).stdout
     for model in ("cnn", "vgg16"):
-        assert re.search(rf"  {model} +3 search trials, then seeds 0 to 1.*; epochs 3; else the {model}'s own: ", out)
+        assert re.search(
+            rf"  {model} +3 search trials, then seeds 0 to 1.*; epochs 3; else the {model}'s default recipe: ", out
+        )
     assert "2 of each, after 3 to search" in out
     assert "no step was timed" in out or "raycifar bench measures it" in out
     assert "Nothing was started." in out

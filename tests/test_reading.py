@@ -21,6 +21,9 @@ def line(start, end, epochs):
     return at(np.linspace(start, end, epochs))
 
 
+CAUSE = "A likely cause: compared with the recipe `study`,"
+
+
 def run(epochs, train=10_000, **options):
     """A made-up run whose learning rate is its recipe's."""
     recipe = replace(Recipe(), epochs=options.get("recipe", {}).get("epochs", epochs), **changed(options))
@@ -103,7 +106,7 @@ def test_an_interrupted_run_is_continued_under_its_name():
     little = {"train_eval_loss": lambda e: 4.2, "train_loss": lambda e: 4.3, "val_loss": lambda e: 4.3}
     history = run(1, train=45_000, recipe={"epochs": 8}, run={"name": "mine"}, **little)
     assert list(read(history)) == ["too-early"]
-    assert commands(history) == ["raycifar train --model cnn --epochs 8 --seed 0 --name mine"]
+    assert commands(history) == ["raycifar train --model cnn --recipe study --epochs 8 --seed 0 --name mine"]
     assert commands(history, "s3://runs")[0].endswith("--name mine --storage s3://runs")
 
 
@@ -146,7 +149,9 @@ def test_a_constant_learning_rate_is_named_beside_the_gap():
         train_eval_loss=line(4.3, 2.6, 14), val_loss=line(4.4, 3.8, 14),
     )  # fmt: skip
     finding = read(history)["generalization-gap"]
-    assert finding.evidence.startswith("A likely cause is in the recipe: --schedule is constant instead of cosine")
+    assert finding.evidence.startswith(
+        "A likely cause: compared with the recipe `study`, --schedule is constant instead of cosine"
+    )
     assert "a gap of 14.9 points" in finding.evidence
     assert "healthy" not in read(history)
     assert not any("--schedule constant" in command for command in commands(history))
@@ -169,11 +174,9 @@ def test_a_collapse_under_dropout_is_laid_to_the_dropout():
     history = run(10, recipe={"dropout": 0.9}, diagnostics=lambda e: dead, **GUESSES)
     (finding,) = diagnose(history)
     assert finding.kind == "collapse"
-    assert finding.evidence.startswith(
-        "A likely cause is in the recipe: --dropout is 0.9 instead of 0, the cnn's default."
-    )
+    assert finding.evidence.startswith(f"{CAUSE} --dropout is 0.9 instead of 0.")
     assert finding.advice == "First of all, use --dropout 0."
-    assert commands(history)[0] == "raycifar train --model cnn --epochs 10"
+    assert commands(history)[0] == "raycifar train --model cnn --recipe study --epochs 10"
 
 
 def test_underfitting_under_weight_decay_is_laid_to_the_weight_decay():
@@ -183,9 +186,11 @@ def test_underfitting_under_weight_decay_is_laid_to_the_weight_decay():
     }
     history = run(12, recipe={"weight_decay": 0.3}, **little)
     finding = read(history)["underfitting"]
-    assert finding.evidence.startswith("A likely cause is in the recipe: --weight-decay is 0.3 instead of 0.0005")
+    assert finding.evidence.startswith(
+        "A likely cause: compared with the recipe `study`, --weight-decay is 0.3 instead of 0.0005"
+    )
     assert finding.advice == "First of all, use --weight-decay 0.0005."
-    assert commands(history)[0] == "raycifar train --model cnn --epochs 12"
+    assert commands(history)[0] == "raycifar train --model cnn --recipe study --epochs 12"
 
 
 def test_what_is_already_so_is_not_advised():
@@ -208,8 +213,8 @@ def test_the_model_s_own_recipe_is_never_the_cause():
 def test_a_learning_rate_that_is_too_low_is_mended_before_more_epochs_are_tried():
     little = {name: lambda e: 4.4 for name in ("train_loss", "train_eval_loss", "val_loss")}
     first, second = commands(run(8, recipe={"lr": 1e-4}, **little))[:2]
-    assert first == "raycifar train --model cnn --epochs 8"
-    assert second == "raycifar train --model cnn --epochs 24"
+    assert first == "raycifar train --model cnn --recipe study --epochs 8"
+    assert second == "raycifar train --model cnn --recipe study --epochs 24"
 
 
 @pytest.mark.parametrize("epochs", [8, 25, 100])

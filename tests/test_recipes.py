@@ -10,7 +10,15 @@ from raycifar import models
 from raycifar.errors import RequestError
 from raycifar.models.cnn import CnnRecipe
 from raycifar.models.recipe import LONG, OPTIMIZERS, SHORT, TRANSFER, Recipe, changes, describe_changes
-from raycifar.models.recipes import choose_recipe, list_recipes, model_of, recipe_for, recipe_from_json, to_toml
+from raycifar.models.recipes import (
+    choose_recipe,
+    list_recipes,
+    model_of,
+    nearest_recipe,
+    recipe_for,
+    recipe_from_json,
+    to_toml,
+)
 from raycifar.models.speedrun import SPEEDRUN
 
 FORMER = CnnRecipe(optimizer="muon", whiten=True, depth=2, tta_flip=True)  # as earlier versions' speedrun
@@ -121,14 +129,18 @@ def test_the_study_s_resnet_50_begins_with_imagenet_weights_and_the_others_with_
     assert recipe_for("vgg16", "a.pth") == Recipe(**{**TRANSFER, "pretrained": "a.pth", "image_size": 0})
 
 
-def test_short_training_is_plain_unless_a_recipe_is_named(toml):
+def test_short_training_has_a_recipe_for_it_unless_another_is_named(toml):
     assert recipe_for("cnn") == choose_recipe("cnn", epochs=200) == CnnRecipe(**LONG)
     assert choose_recipe("cnn", epochs=100).augment == "trivial"
-    assert choose_recipe("cnn", epochs=99) == choose_recipe("cnn", "study", epochs=99) == CnnRecipe(epochs=99)
+    assert choose_recipe("cnn", epochs=99) == choose_recipe("cnn", "short", epochs=99)
+    assert choose_recipe("cnn", epochs=99) == CnnRecipe(**SHORT | {"epochs": 99})
     assert choose_recipe("cnn", "scratch", epochs=5).augment == "trivial"
-    assert choose_recipe("cnn", toml("epochs = 5")) == CnnRecipe(epochs=5)
-    assert choose_recipe("cnn", toml("lr = 0.2"), epochs=5) == CnnRecipe(epochs=5, lr=0.2)
-    assert choose_recipe("vgg16", "short", epochs=5) == Recipe(**SHORT | {"epochs": 5})
+    assert choose_recipe("cnn", "study", epochs=5) == CnnRecipe(epochs=5)
+    assert choose_recipe("cnn", toml("epochs = 5")) == CnnRecipe(**SHORT | {"epochs": 5})
+    assert choose_recipe("cnn", toml("lr = 0.2"), epochs=5) == CnnRecipe(**SHORT | {"epochs": 5, "lr": 0.2})
+    assert choose_recipe("timm:test_vit", pretrained="none", epochs=5) == Recipe(epochs=5)  # it has no such recipe
+    for model in ("vgg16", "resnet50"):
+        assert choose_recipe(model, pretrained="none", epochs=5) == Recipe(**SHORT | {"epochs": 5})
     assert choose_recipe("speedrun", epochs=5) == dataclasses.replace(SPEEDRUN, epochs=5)
     assert choose_recipe("cnn", pretrained="a.pth", epochs=5).head_epochs == TRANSFER["head_epochs"]
 
@@ -142,6 +154,25 @@ def test_each_model_has_its_own_and_the_study_s_each_with_what_it_is_for(model):
     assert {"scratch", "study"} <= {each.name for each in (own, *others)}
     assert all(each.purpose for each in (own, *others))
     assert choose_recipe(model, "study") == type(own.recipe)()
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "base", "own"),
+    [
+        ("cnn", CnnRecipe(**LONG), "scratch", True),
+        ("cnn", CnnRecipe(**SHORT | {"epochs": 5, "augment": "none"}), "short", True),
+        ("cnn", CnnRecipe(**SHORT | {"epochs": 150}), "short", False),
+        ("cnn", CnnRecipe(epochs=5, augment="flip"), "study", False),
+        ("cnn", CnnRecipe(**SHORT | {"epochs": 5, "optimizer": "sgd", "lr": 9.0}), "study", False),
+        ("cnn", CnnRecipe(**SHORT | {"epochs": 5, "optimizer": "adamw"}), "short", True),
+        ("resnet50", Recipe(**TRANSFER | {"epochs": 1, "head_epochs": 0, "lr": 0.1}), "transfer", True),
+        ("resnet50", Recipe(**TRANSFER | {"pretrained": "a.pth", "image_size": 0}), "transfer", True),
+        ("timm:test_vit", Recipe(epochs=5), "scratch", True),
+    ],
+)
+def test_the_nearest_recipe_has_the_same_optimizer_and_the_fewest_differences(model, recipe, base, own):
+    nearest = nearest_recipe(model, recipe)
+    assert (nearest.name, nearest.own) == (base, own)
 
 
 # Choosing one ---------------------------------------------------------------------------------------

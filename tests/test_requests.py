@@ -12,7 +12,7 @@ from raycifar.command import refuse_empty
 from raycifar.errors import RequestError
 from raycifar.models.cnn import CnnRecipe
 from raycifar.models.recipe import LONG, TRANSFER, Recipe
-from raycifar.models.recipes import recipe_for
+from raycifar.models.recipes import choose_recipe, recipe_for
 from raycifar.workflows.identity import describe_recipe
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest, parse_workers, to_arguments
 
@@ -91,7 +91,7 @@ def test_numpys_numbers_are_as_good_as_pythons():
     assert request == TrainingRequest.of("cnn", **{k: v.item() for k, v in options.items()}, workers=2, name="a")
     numbers = {**vars(request), **vars(request.recipe)}
     assert all(type(numbers[name]) in (int, float) for name in (*options, "workers"))
-    assert request.recipe.augment == "crop"  # as of any short training
+    assert request.recipe.augment == "cutout"  # as of any short training
     assert Recipe(epochs=np.int64(3), lr=1) == Recipe(epochs=3, lr=1.0)
     assert json.dumps(vars(Recipe(epochs=np.int64(3), lr=np.float32(0.5))))
     for wrong in (
@@ -141,11 +141,13 @@ def test_a_comparison_gives_each_model_its_own_recipe_and_hands_on_the_rest():
 def test_a_recipe_is_told_by_what_differs_and_without_what_is_switched_off():
     own, off = recipe_for("cnn"), Recipe()
     told = describe_recipe("cnn", own)
-    assert told.startswith(f"the cnn's own: epochs {own.epochs}, batch_size {own.batch_size}, optimizer ")
+    assert told.startswith(f"the cnn's default recipe: epochs {own.epochs}, batch_size {own.batch_size}, optimizer ")
     for name in ("muon_steps", "layer_decay", "norm_lr", "mixup"):
         assert (f"{name} " in told) == (getattr(own, name) != getattr(off, name))
-    changed = describe_recipe("cnn", CnnRecipe(mixup=0.55, epochs=3))
-    assert changed.startswith("epochs 3, mixup 0.55; else the cnn's own: batch_size ")
+    changed = describe_recipe("cnn", choose_recipe("cnn", mixup=0.55, epochs=3))
+    assert changed.startswith("epochs 3, mixup 0.55; else the cnn's default recipe: batch_size ")
+    plain = describe_recipe("cnn", choose_recipe("cnn", "study", mixup=0.55, epochs=3))
+    assert plain.startswith("epochs 3, mixup 0.55; else the recipe `study`: batch_size ")
     assert changed.count("epochs") == 1
     assert "pretrained imagenet" in describe_recipe("resnet50", recipe_for("resnet50"))
 

@@ -104,8 +104,8 @@ def next_comparison(runs: Sequence[RunFiles], comparison: dict[str, Any] | None,
     if run["limit"]:
         run = {**run, "limit": None}
         reasons.append("all images")
-    shared = set.intersection(*(set(changes(history.recipe, history.own_recipe).items()) for history in histories))
-    recipe = replace(histories[0].own_recipe, **{**dict(shared), "epochs": epochs})
+    shared = set.intersection(*(set(changes(history.recipe, history.base.recipe).items()) for history in histories))
+    recipe = replace(histories[0].base.recipe, **{**dict(shared), "epochs": epochs})
     command = prose.to_command(run, "compare", recipe, models, seeds=seeds, **prose.at(storage))
     return [{"command": command, "reason": listed(reasons)}]
 

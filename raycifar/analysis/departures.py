@@ -1,4 +1,4 @@
-"""Where a recipe departs far from the model's own, and which findings that explains.
+"""Where a recipe departs far from the one that it is based on, and which findings that explains.
 
 The learning rate isn't here: it has findings of its own, beside which a short warm-up is no cause.
 """
@@ -15,33 +15,33 @@ UNSTABLE = {"collapse", "divergence", "spike"}
 LOOSE = {"overfitting", "generalization-gap"}  # too little regularization
 NOISY = {"validation-noise", "generalization-gap"}
 
-# Field, whether a recipe's value is far from the model's own, and the kinds of findings that it explains.
+# Field, whether a recipe's value is far from the base's, and the kinds of findings that it explains.
 FAR: tuple[tuple[str, Callable[[Recipe, Recipe], bool], set[str]], ...] = (
-    ("dropout", lambda recipe, own: recipe.dropout >= own.dropout + 0.4, DULL),
-    ("weight_decay", lambda recipe, own: recipe.weight_decay >= 10 * max(own.weight_decay, 1e-5), DULL),
-    ("weight_decay", lambda recipe, own: recipe.weight_decay <= own.weight_decay / 10, LOOSE),
-    ("label_smoothing", lambda recipe, own: recipe.label_smoothing >= own.label_smoothing + 0.4, DULL),
-    ("mixup", lambda recipe, own: recipe.mixup >= own.mixup + 0.7, DULL),
-    ("cutmix", lambda recipe, own: recipe.cutmix >= own.cutmix + 0.7, DULL),
-    ("batch_size", lambda recipe, own: recipe.batch_size >= 16 * own.batch_size, DULL),
-    ("momentum", lambda recipe, own: recipe.momentum >= 0.98 > own.momentum, UNSTABLE),
-    ("warmup", lambda recipe, own: recipe.warmup <= own.warmup / 4 and recipe.lr < 8 * own.lr, UNSTABLE),
-    ("batch_size", lambda recipe, own: recipe.batch_size <= own.batch_size / 16, {*UNSTABLE, *NOISY}),
-    ("schedule", lambda recipe, own: recipe.schedule == "constant" != own.schedule, NOISY),
-    ("augment", lambda recipe, own: recipe.augment == "none" != own.augment, LOOSE),
+    ("dropout", lambda recipe, base: recipe.dropout >= base.dropout + 0.4, DULL),
+    ("weight_decay", lambda recipe, base: recipe.weight_decay >= 10 * max(base.weight_decay, 1e-5), DULL),
+    ("weight_decay", lambda recipe, base: recipe.weight_decay <= base.weight_decay / 10, LOOSE),
+    ("label_smoothing", lambda recipe, base: recipe.label_smoothing >= base.label_smoothing + 0.4, DULL),
+    ("mixup", lambda recipe, base: recipe.mixup >= base.mixup + 0.7, DULL),
+    ("cutmix", lambda recipe, base: recipe.cutmix >= base.cutmix + 0.7, DULL),
+    ("batch_size", lambda recipe, base: recipe.batch_size >= 16 * base.batch_size, DULL),
+    ("momentum", lambda recipe, base: recipe.momentum >= 0.98 > base.momentum, UNSTABLE),
+    ("warmup", lambda recipe, base: recipe.warmup <= base.warmup / 4 and recipe.lr < 8 * base.lr, UNSTABLE),
+    ("batch_size", lambda recipe, base: recipe.batch_size <= base.batch_size / 16, {*UNSTABLE, *NOISY}),
+    ("schedule", lambda recipe, base: recipe.schedule == "constant" != base.schedule, NOISY),
+    ("augment", lambda recipe, base: recipe.augment == "none" != base.augment, LOOSE),
 )
 
 
 @dataclass(frozen=True)
 class Departure:
-    """A field of a recipe whose value is far from the model's own."""
+    """A field of a recipe whose value is far from the base's."""
 
     field: str
     value: Any
-    own: Any
+    base: Any
 
     def __str__(self) -> str:
-        return f"{self.option} is {plain_value(self.value)} instead of {plain_value(self.own)}"
+        return f"{self.option} is {plain_value(self.value)} instead of {plain_value(self.base)}"
 
     @property
     def option(self) -> str:
@@ -56,10 +56,12 @@ def plain_value(value: Any) -> str:
 
 
 def departures(history: RunHistory, kind: str) -> list[Departure]:
-    """Return where the run's recipe is so far from the model's own that it explains a finding of this kind."""
-    recipe, own = history.recipe, history.own_recipe
+    """Return where the run's recipe is so far from its base that it explains a finding of this kind."""
+    recipe, base = history.recipe, history.base.recipe
     return [
         Departure(name, value, default)
         for name, is_far, kinds in FAR
-        if (value := getattr(recipe, name)) != (default := getattr(own, name)) and kind in kinds and is_far(recipe, own)
+        if (value := getattr(recipe, name)) != (default := getattr(base, name))
+        and kind in kinds
+        and is_far(recipe, base)
     ]

@@ -86,9 +86,8 @@ def blame_recipe(history: RunHistory, finding: Finding) -> Finding:
     causes = departures(history, finding.kind)
     if not causes:
         return finding
-    defaults = "default" if len(causes) == 1 else "defaults"
-    evidence = f"A likely cause is in the recipe: {listed(list(map(str, causes)))}, the {history.model}'s {defaults}. "
-    remedies = listed([f"{cause.option} {plain_value(cause.own)}" for cause in causes])
+    evidence = f"A likely cause: compared with {history.base}, {listed(list(map(str, causes)))}. "
+    remedies = listed([f"{cause.option} {plain_value(cause.base)}" for cause in causes])
     advice = regularize(history, remedies) if finding.kind in LOOSE else f"First of all, use {remedies}."
     metrics = {**finding.metrics, "recipe": {cause.field: cause.value for cause in causes}}
     return replace(finding, evidence=evidence + finding.evidence, advice=advice, metrics=metrics)

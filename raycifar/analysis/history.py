@@ -11,7 +11,7 @@ import numpy as np
 from raycifar.data import CIFAR100
 from raycifar.errors import FailureKind
 from raycifar.models.recipe import Recipe
-from raycifar.models.recipes import recipe_for, recipe_from_json
+from raycifar.models.recipes import NamedRecipe, nearest_recipe, recipe_from_json
 from raycifar.storage.records import EpochRecord
 
 MAX_POINTS = 1000  # of a curve that are drawn, or go into what takes time that grows with their square
@@ -34,9 +34,9 @@ class RunHistory:
         return recipe_from_json(self.model, self.run["recipe"])
 
     @cached_property
-    def own_recipe(self) -> Recipe:
-        """The recipe that the model is trained with by default, for so many epochs."""
-        return recipe_for(self.model, self.recipe.pretrained, self.recipe.epochs)
+    def base(self) -> NamedRecipe:
+        """The model's recipe that the run's differs least from."""
+        return nearest_recipe(self.model, self.recipe)
 
     @property
     def num_train(self) -> int:
@@ -84,9 +84,9 @@ class RunHistory:
 
     @property
     def rate_ratio(self) -> float:
-        """The peak learning rate over that of the model's own recipe; 1 where their scales differ."""
-        own, same = self.own_recipe.lr, self.recipe.optimizer == self.own_recipe.optimizer
-        return self.recipe.lr / own if own and same else 1.0
+        """The peak learning rate over that of the base recipe; 1 where their scales differ."""
+        base = self.base.recipe
+        return self.recipe.lr / base.lr if base.lr and self.recipe.optimizer == base.optimizer else 1.0
 
     @property
     def failure(self) -> FailureKind | None:

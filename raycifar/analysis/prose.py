@@ -12,7 +12,7 @@ from raycifar.analysis.findings import Finding, has
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.rules.generalization import PLAIN
 from raycifar.models.recipe import Recipe, changes
-from raycifar.models.recipes import recipe_for
+from raycifar.models.recipes import nearest_recipe, recipe_for
 from raycifar.words import count, listed
 
 
@@ -108,7 +108,7 @@ def to_command(
 ) -> str:
     """Return a command that trains a run's model, or several, on its data with `recipe`."""
     model = run["model"]
-    base = recipe_for(model, recipe.pretrained, options.get("epochs", recipe.epochs))
+    base = nearest_recipe(model, recipe)
     chosen = ["--models", ",".join(models or [model])] if command == "compare" else ["--model", model]
     parts = ["raycifar", command, *chosen]
     if run["data"]["source"] != "cifar100":
@@ -123,7 +123,9 @@ def to_command(
         parts += ["--compile"]
     if recipe.pretrained != recipe_for(model).pretrained:
         parts += ["--pretrained", recipe.pretrained]
-    for name, value in {**changes(recipe, base), **options}.items():
+    if not base.own:
+        parts += ["--recipe", base.name]
+    for name, value in {**changes(recipe, base.recipe), **options}.items():
         if isinstance(value, bool):
             parts.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
         elif name != "pretrained":
@@ -153,14 +155,14 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
 
     Continue the run; train on all images; train for longer; mend the recipe; search for a better one.
     """
-    run, recipe, own = history.run, history.recipe, history.own_recipe
+    run, recipe, base = history.run, history.recipe, history.base
     steps: list[Step] = []
 
     def train(reason: str, recipe: Recipe, run: dict[str, Any] = run, **options: Any) -> None:
         steps.append({"command": to_command(run, "train", recipe, **options, **at(storage)), "reason": reason})
 
     broken = has(findings, "collapse", "divergence", "learning-rate-high")
-    departed = {name: getattr(own, name) for finding in findings for name in finding.metrics.get("recipe", ())}
+    departed = {name: getattr(base.recipe, name) for finding in findings for name in finding.metrics.get("recipe", ())}
     departed_names = listed([IN_WORDS.get(name, name.replace("_", " ")) for name in departed])
     if history.unfinished and not broken:
         train("the rest of this run, under the same name", recipe, seed=run["seed"], name=run["name"])
@@ -169,21 +171,22 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
     if run["limit"] and has(findings, "overfitting", "generalization-gap", "too-early"):
         early = has(findings, "too-early")
         more_data = "an epoch teaches more" if early else "nothing makes a network generalize better than more data"
-        mended = f", with the {history.model}'s own {departed_names}" if departed else ""
+        mended = f", with the {departed_names} of {base}" if departed else ""
         train(f"all images{mended}: {more_data}", replace(recipe, **departed), {**run, "limit": None})
     if has(findings, "learning-rate-low"):
-        recipe = replace(recipe, lr=own.lr)
-        train("the learning rate of the model's own recipe", recipe)
+        recipe = replace(recipe, lr=base.recipe.lr)
+        train(f"the learning rate of {base}", recipe)
     if has(findings, "improving", "underfitting", "too-early") and not departed and not history.unfinished:
         needed = max((finding.metrics.get("epochs_needed", 0) for finding in findings), default=0)
         epochs = max(needed, (3 if has(findings, "underfitting") else 2) * recipe.epochs)
         train(f"{epochs} epochs, with a schedule that stretches over all of them", replace(recipe, epochs=epochs))
     if departed:
         recipe = replace(recipe, **departed)
-        train(f"the {departed_names} of the {history.model}'s own recipe", recipe)
+        train(f"the {departed_names} of {base}", recipe)
     elif broken:
-        rate = own.lr if has(findings, "learning-rate-high") else min(own.lr, recipe.lr) / 2
-        gentle = replace(recipe, lr=rate, warmup=max(own.warmup, recipe.warmup), clip_norm=1.0)
+        usual = base.recipe
+        rate = usual.lr if has(findings, "learning-rate-high") else min(usual.lr, recipe.lr) / 2
+        gentle = replace(recipe, lr=rate, warmup=max(usual.warmup, recipe.warmup), clip_norm=1.0)
         never = any(finding.kind == "collapse" and finding.epochs[0] == 1 for finding in findings)
         aim = ", to see whether it learns at all" if never else ""
         train(f"a lower learning rate, a warm-up and clipped gradients{aim}", gentle)

@@ -14,7 +14,7 @@ from pyarrow import fs
 
 from raycifar import models
 from raycifar.errors import DamagedFileError, RequestError, in_a_line, notice
-from raycifar.models.recipe import Recipe, field_types
+from raycifar.models.recipe import Recipe, changes, field_types
 from raycifar.storage.files import file_type, locate, read_file
 from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import RUN, RunFolder
@@ -39,10 +39,14 @@ class NamedRecipe:
     purpose: str
     own: bool
 
+    def __str__(self) -> str:
+        return f"the {self.model}'s default recipe" if self.own else f"the recipe `{self.name}`"
+
 
 def list_recipes(model: str) -> Iterator[NamedRecipe]:
     """Yield a model's recipes, its default first."""
-    purposes = PURPOSES | getattr(models.import_architecture(model), "PURPOSES", {})
+    family = None if model.startswith(models.TIMM) else models.import_architecture(model)
+    purposes = PURPOSES | getattr(family, "PURPOSES", {})
     for k, (name, recipe) in enumerate(models.recipes_of(model).items()):
         yield NamedRecipe(model, name, recipe, purposes[name], own=k == 0)
 
@@ -75,9 +79,7 @@ def model_of(recipe: str | None) -> str:
 
 
 def recipe_for(model: str, pretrained: str | None = None, epochs: int | None = None) -> Recipe:
-    """Return a model's default recipe.
-
-    A recipe for long training, from scratch, regularizes too strongly for a short one: its default is `study`.
+    """Return a model's default recipe; for less than 100 epochs from scratch, it is `short`, or else `study`.
 
     Args:
         pretrained: the first weights, if they are given.
@@ -89,7 +91,26 @@ def recipe_for(model: str, pretrained: str | None = None, epochs: int | None = N
         base = recipes.get("scratch" if pretrained == "none" else "transfer", base)
         base = change(model, base, {"pretrained": pretrained})
     is_short = isinstance(epochs, Integral) and epochs < LONG_EPOCHS <= base.epochs
-    return recipes["study"] if is_short and base.pretrained == "none" else base
+    return recipes.get("short", recipes["study"]) if is_short and base.pretrained == "none" else base
+
+
+def nearest_recipe(model: str, recipe: Recipe) -> NamedRecipe:
+    """Return the model's recipe that `recipe` differs least from: of those with its optimizer, if there are any.
+
+    The first weights and the number of epochs don't count.
+    """
+    default = recipe_for(model, recipe.pretrained, recipe.epochs)
+    candidates = [
+        replace(each, recipe=base, own=base == default)
+        for each in list_recipes(model)
+        for base in [change(model, each.recipe, {"pretrained": recipe.pretrained})]
+    ]
+
+    def distance(each: NamedRecipe) -> tuple[bool, int, bool]:
+        differing = changes(recipe, change(model, each.recipe, {"epochs": recipe.epochs}))
+        return "optimizer" in differing, len(differing), not each.own
+
+    return min(candidates, key=distance)
 
 
 def choose_recipe(model: str, recipe: str | None = None, **values: Any) -> Recipe:

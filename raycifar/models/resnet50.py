@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from raycifar.models.recipe import TRANSFER, Recipe
+from raycifar.models.recipe import SHORT, TRANSFER, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 IMAGENET = "ResNet50_Weights.IMAGENET1K_V2"
 LAYERS = (("conv1.", "bn1."), ("layer1.",), ("layer2.",), ("layer3.",), ("layer4.",), ("fc.",))
-RECIPES = {"transfer": Recipe(**TRANSFER), "scratch": Recipe()}
+RECIPES = {"transfer": Recipe(**TRANSFER), "scratch": Recipe(), "short": Recipe(**SHORT)}
 
 
 def build(num_classes: int, dropout: float, large_stem: bool) -> nn.Module:

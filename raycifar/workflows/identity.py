@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raycifar import models
 from raycifar.data.sources import absolute_name
 from raycifar.data.tables import Source, Splits
 from raycifar.errors import DamagedFileError, RequestError
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe, changes, describe_changes
-from raycifar.models.recipes import read_run, recipe_for, recipe_from_json
+from raycifar.models.recipes import nearest_recipe, read_run, recipe_from_json
 from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, STUDY, RunFolder
 from raycifar.workflows.duplicates import known_duplicates
 from raycifar.workflows.requests import TrainingRequest
@@ -120,11 +119,12 @@ def write_run_json(folder: RunFolder, request: TrainingRequest, identity: dict[s
 
 
 def describe_recipe(model: str, recipe: Recipe) -> str:
-    """Return the fields of a recipe that are in force, those that differ from the model's own first."""
-    own, plain = recipe_for(model, recipe.pretrained, recipe.epochs), models.recipe_type(model)()
-    differs, shown = describe_changes(recipe, own), dict.fromkeys(ALWAYS_SHOWN) | changes(recipe, plain)
-    same = ", ".join(f"{name} {getattr(recipe, name)}" for name in shown if name not in changes(recipe, own))
-    return f"{differs}; else the {model}'s own: {same}" if differs else f"the {model}'s own: {same}"
+    """Return the fields of a recipe that are in force, those that differ from the model's nearest recipe first."""
+    base = nearest_recipe(model, recipe)
+    differs, differing = describe_changes(recipe, base.recipe), changes(recipe, base.recipe)
+    shown = dict.fromkeys(ALWAYS_SHOWN) | changes(recipe, type(recipe)())
+    same = ", ".join(f"{name} {getattr(recipe, name)}" for name in shown if name not in differing)
+    return f"{differs}; else {base}: {same}" if differs else f"{base}: {same}"
 
 
 def overview(identity: dict[str, Any], workers: object, folder: str) -> dict[str, str]:

@@ -25,7 +25,7 @@ from raycifar.errors import FailureKind
 from raycifar.storage.records import Diagnostics
 from raycifar.words import count, span, times
 
-OFF = 8.0  # factor from a recipe's own learning rate, the range that a search covers
+OFF = 8.0  # factor from the base recipe's learning rate, the range that a search covers
 FIT_ERROR = 0.02  # of a fit: so near to the limit, chance decides on which side it is
 DEAD = 0.9  # fraction of a layer's units that output 0 for all images, above which little passes it
 VANISHED = 1e-3  # first layer's gradient over the last's: bfloat16 keeps 3 digits of a sum
@@ -149,21 +149,21 @@ def underfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]
 
 
 def learning_rate(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    lr, own, ratio = history.recipe.lr, history.own_recipe.lr, history.rate_ratio
-    advice = f"Use --lr {own:g}."
+    lr, usual, ratio = history.recipe.lr, history.base.recipe.lr, history.rate_ratio
+    advice = f"Use --lr {usual:g}."
     if has(found, "underfitting") and ratio <= 1 / OFF:
         evidence = (
             f"The network has hardly learned, and the peak learning rate, {lr:g}, is {times(1 / max(ratio, 1e-9))} "
-            f"smaller than that of the {history.model} recipe, {own:g}."
+            f"smaller than that of {history.base}, {usual:g}."
         )
         return [Finding("learning-rate-low", 0.95, evidence, advice, [], {"ratio": ratio})]
     losses = history.column("train_loss")
-    usual = SIGMAS * spread_of_changes(losses)
-    rises = [k + 2 for k, step in enumerate(np.diff(losses)) if step > usual]
+    threshold = SIGMAS * spread_of_changes(losses)
+    rises = [k + 2 for k, step in enumerate(np.diff(losses)) if step > threshold]
     unstable = has(found, "collapse", "divergence") or len(rises) >= max(2, len(losses) // 4)
     if unstable and ratio >= OFF:
         seen = "The network doesn't learn" if has(found, "collapse") else "Training is unstable"
-        higher = f"{times(ratio)} that of the {history.model} recipe, {own:g}"
+        higher = f"{times(ratio)} that of {history.base}, {usual:g}"
         evidence = f"{seen}, and the peak learning rate, {lr:g}, is {higher}."
         return [Finding("learning-rate-high", 0.95, evidence, advice, rises, {"ratio": ratio})]
     return []
