@@ -22,7 +22,7 @@ from raycifar.engine.augment import (
     mix,
     preprocess,
 )
-from raycifar.engine.hardware import GENERATORS
+from raycifar.engine.hardware import GENERATOR_LOCK
 from raycifar.engine.image_ops import (
     GEOMETRY,
     HISTOGRAM,
@@ -271,7 +271,7 @@ def test_normalise_matches_torchvision(images):
 def test_images_shown_beside_training_wait_for_the_step_and_change_nothing_that_it_draws(images):
     torch.manual_seed(0)
     expected = torch.rand(8)
-    with ThreadPoolExecutor() as pool, GENERATORS:
+    with ThreadPoolExecutor() as pool, GENERATOR_LOCK:
         torch.manual_seed(0)
         shown = pool.submit(as_trained, images.numpy(), Recipe(augment="crop"), 1)
         assert wait([shown], timeout=0.2).not_done

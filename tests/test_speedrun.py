@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from raycifar.data.shards import to_shard
 from raycifar.data.sources import load
 from raycifar.data.tables import split
-from raycifar.engine.optimizers import Muon, build_optimizer, orthogonal
+from raycifar.engine.optimizers import Muon, build_optimizer, orthogonalize
 from raycifar.engine.speedrun import SpeedRun
 from raycifar.engine.state import Average
 from raycifar.models import Architecture
@@ -88,7 +88,7 @@ def test_an_orthogonal_update_has_singular_values_near_one_and_the_gradient_s_di
     shapes = ((64, 27, 3, 3), (512, 256, 3, 3), (100, 4, 3, 3), (64, 27, 3, 3), (64, 243, 1, 1))
     gradients = [torch.randn(shape, generator=generator) for shape in shapes]
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
-        updates = orthogonal(gradients, steps=5)
+        updates = orthogonalize(gradients, steps=5)
     for gradient, update in zip(gradients, updates, strict=True):
         assert (update.shape, update.dtype) == (gradient.shape, gradient.dtype)
         assert torch.equal(update, update.bfloat16()) == low

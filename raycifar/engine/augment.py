@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raycifar.engine.hardware import GENERATORS
+from raycifar.engine.hardware import GENERATOR_LOCK
 from raycifar.engine.image_ops import apply_operations, sample_operations
 from raycifar.engine.torch_internals import seed_cpu
 from raycifar.models import CIFAR, Preprocessing
@@ -127,7 +127,7 @@ def as_trained(images: np.ndarray, recipe: Recipe, seed: int) -> np.ndarray:
 
     Another thread may be training: this waits for its step, and leaves the generator as it was.
     """
-    with GENERATORS, torch.random.fork_rng(devices=[]):
+    with GENERATOR_LOCK, torch.random.fork_rng(devices=[]):
         seed_cpu(seed)
         pixels = augment(torch.from_numpy(images.copy()), recipe.augment)
         mean, factor = normalization(CIFAR, pixels.device)

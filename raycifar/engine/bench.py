@@ -1,7 +1,6 @@
 """Where a step's time goes: the same work with less and more of what surrounds it, in turn, several times over."""
 
 import itertools
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from raycifar.cluster.status import Phase
 from raycifar.data import CIFAR100
@@ -292,7 +292,9 @@ def save_checkpoint(trainer: Trainer) -> None:
 
 def dataloader(trainer: Trainer) -> Callable[[], None]:
     """Return an epoch of the common script, see `baseline_dataloader`, in a process of its own beside each worker."""
-    address = free_address() if trainer.rank == 0 and trainer.world_size > 1 else None
+    address = None
+    if trainer.rank == 0 and trainer.world_size > 1:
+        address = f"tcp://{ray.util.get_node_ip_address()}:{get_free_port()}"
     setting = baseline_dataloader.Setting(
         architecture=trainer.architecture,
         dropout=trainer.recipe.dropout,
@@ -307,13 +309,6 @@ def dataloader(trainer: Trainer) -> Callable[[], None]:
     )
     process = ProcessPoolExecutor(1, get_context("spawn"), initializer=baseline_dataloader.start, initargs=(setting,))
     return lambda: process.submit(baseline_dataloader.train_epoch).result()
-
-
-def free_address() -> str:
-    """Return an address of this node on which nobody listens."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
 
 def stream(trainer: Trainer) -> Callable[[], None]:

@@ -62,20 +62,20 @@ class Dense(torch.autograd.Function):
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         rows, matrix = ctx.saved_tensors
-        n, outputs = gradient.shape[:2]
-        of_images = of_weight = None
-        by_rows = gradient.permute(0, 2, 3, 1).reshape(n, 4 * outputs)
+        n, outputs = grad_output.shape[:2]
+        grad_images = grad_weight = None
+        grad_rows = grad_output.permute(0, 2, 3, 1).reshape(n, 4 * outputs)
         if ctx.needs_input_grad[0]:
-            of_images = (by_rows @ matrix).view(n, 2, 2, -1).permute(0, 3, 1, 2)
+            grad_images = (grad_rows @ matrix).view(n, 2, 2, -1).permute(0, 3, 1, 2)
         if ctx.needs_input_grad[1]:
-            of_matrix = (by_rows.T @ rows).view(4, outputs, 2, 2, -1)
-            filters = by_rows.new_zeros(outputs, 3, 3, of_matrix.shape[-1], dtype=precise(gradient))
-            for (row, column), part in zip(PIXELS, of_matrix, strict=True):
+            grad_matrix = (grad_rows.T @ rows).view(4, outputs, 2, 2, -1)
+            filters = grad_rows.new_zeros(outputs, 3, 3, grad_matrix.shape[-1], dtype=sum_dtype(grad_output))
+            for (row, column), part in zip(PIXELS, grad_matrix, strict=True):
                 filters[:, 1 - row : 3 - row, 1 - column : 3 - column] += part
-            of_weight = filters.permute(0, 3, 1, 2)
-        return of_images, of_weight, of_bias(ctx, gradient)
+            grad_weight = filters.permute(0, 3, 1, 2)
+        return grad_images, grad_weight, grad_bias(ctx, grad_output)
 
 
 class Shifts(torch.autograd.Function):
@@ -93,21 +93,22 @@ class Shifts(torch.autograd.Function):
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         images, weight = ctx.saved_tensors
         outputs, inputs = weight.shape[:2]
-        of_images = of_weight = None
+        grad_images = grad_weight = None
         if ctx.needs_input_grad[0]:
-            of_images = conv2d_input(images.shape, weight, gradient, padding=1)
+            grad_images = conv2d_input(images.shape, weight, grad_output, padding=1)
         if ctx.needs_input_grad[1]:
-            pixels, slopes = images.permute(2, 3, 0, 1), gradient.permute(2, 3, 0, 1)
-            filters = gradient.new_empty(outputs, 3, 3, inputs, dtype=precise(gradient))
-            for column, (seen, seeing) in enumerate(shifts(images.shape[3])):
-                some, of_some = pixels[:, seen].contiguous(), slopes[:, seeing].contiguous()
-                for row, (seen, seeing) in enumerate(shifts(images.shape[2])):
-                    filters[:, row, column] = of_some[seeing].view(-1, outputs).T @ some[seen].view(-1, inputs)
-            of_weight = filters.permute(0, 3, 1, 2)
-        return of_images, of_weight, of_bias(ctx, gradient)
+            pixels, grads = images.permute(2, 3, 0, 1), grad_output.permute(2, 3, 0, 1)
+            filters = grad_output.new_empty(outputs, 3, 3, inputs, dtype=sum_dtype(grad_output))
+            for column, (columns_in, columns_out) in enumerate(shifts(images.shape[3])):
+                some_pixels, some_grads = pixels[:, columns_in].contiguous(), grads[:, columns_out].contiguous()
+                for row, (rows_in, rows_out) in enumerate(shifts(images.shape[2])):
+                    x, grad = some_pixels[rows_in].view(-1, inputs), some_grads[rows_out].view(-1, outputs)
+                    filters[:, row, column] = grad.T @ x
+            grad_weight = filters.permute(0, 3, 1, 2)
+        return grad_images, grad_weight, grad_bias(ctx, grad_output)
 
 
 def shifts(size: int) -> list[tuple[slice, slice]]:
@@ -116,10 +117,10 @@ def shifts(size: int) -> list[tuple[slice, slice]]:
     return [(slice(0, size - 1), slice(1, size)), (every, every), (slice(1, size), slice(0, size - 1))]
 
 
-def of_bias(ctx: Any, gradient: Tensor) -> Tensor | None:
-    return gradient.sum((0, 2, 3), dtype=precise(gradient)) if ctx.needs_input_grad[2] else None
+def grad_bias(ctx: Any, grad_output: Tensor) -> Tensor | None:
+    return grad_output.sum((0, 2, 3), dtype=sum_dtype(grad_output)) if ctx.needs_input_grad[2] else None
 
 
-def precise(gradient: Tensor) -> torch.dtype:
+def sum_dtype(grad_output: Tensor) -> torch.dtype:
     """Return the type of sums, which is the weights': float32 for bfloat16."""
-    return torch.promote_types(gradient.dtype, torch.float32)
+    return torch.promote_types(grad_output.dtype, torch.float32)

@@ -22,8 +22,8 @@ def examine(model: nn.Module, inputs: Tensor, labels: Tensor) -> Diagnostics:
     dead: dict[str, float | None] = {}
 
     def record(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        active = output.detach().flatten(2).amax((0, 2)) if output.ndim > 2 else output.detach().amax(0)
-        dead[name] = (active <= 0).float().mean().item()
+        largest = output.detach().amax([0, *range(2, output.ndim)])  # of each channel
+        dead[name] = (largest <= 0).float().mean().item()
 
     relus = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ReLU)]
     hooks = [module.register_forward_hook(partial(record, name)) for name, module in relus]

@@ -12,8 +12,8 @@ from raycifar.engine.distributed import all_reduce_sum
 from raycifar.engine.hardware import WIDEST
 from raycifar.errors import FailureKind, StopTrainingError
 
-STEP_METRICS = ("num_images", "loss", "num_correct", "grad_norm")  # the first three are of this worker's images
-COUNTS = slice(0, 3)
+NUM_METRICS = 4  # of a step: COUNTS and GRAD_NORM
+COUNTS = slice(0, 3)  # of this worker's images: how many, their summed loss, how many are classified correctly
 GRAD_NORM = 3
 CHECK_STEPS = {"cpu": 1, "cuda": 200, "mps": 200}  # between two checks that gradients are finite, which wait for a GPU
 
@@ -66,7 +66,7 @@ class EpochMeter:
         sampled: Sequence[int] = (),
     ) -> None:
         self.epoch = epoch
-        self.metrics = torch.zeros(num_steps, len(STEP_METRICS), dtype=WIDEST[device.type], device=device)
+        self.metrics = torch.zeros(num_steps, NUM_METRICS, dtype=WIDEST[device.type], device=device)
         self.totals, self.sampled = totals, list(sampled)
         self.first_step = first_step
         self.began = time.perf_counter()
@@ -74,7 +74,7 @@ class EpochMeter:
         self.measured_from: tuple[int, float] | None = None  # a step, and the time at its end
 
     def add(self, step: int, metrics: Tensor) -> None:
-        """Add a step's metrics, (4,) float64: see `STEP_METRICS`."""
+        """Add a step's metrics, (4,) float64: see `NUM_METRICS`."""
         self.metrics[step] = metrics
 
     def check_finite(self) -> None:
@@ -100,8 +100,10 @@ class EpochMeter:
         totals.seconds = self.seconds_before + time.perf_counter() - self.began
         counts = self.metrics[:, COUNTS].sum(0)
         all_reduce_sum(counts)
-        for name, value in zip(STEP_METRICS[COUNTS], counts.tolist(), strict=True):
-            setattr(totals, name, getattr(totals, name) + value)
+        num_images, loss, num_correct = counts.tolist()
+        totals.num_images += num_images
+        totals.loss += loss
+        totals.num_correct += num_correct
         if self.sampled:
             taken = self.metrics[self.sampled, COUNTS]
             all_reduce_sum(taken)
@@ -116,15 +118,13 @@ class EpochMeter:
 
         Steps are timed from the first call on: before it, the network warms up.
         """
-        counts = self.metrics[:, COUNTS].sum(0).tolist()
-        num_images, loss, num_correct = (
-            getattr(self.totals, name) + value for name, value in zip(STEP_METRICS[COUNTS], counts, strict=True)
-        )
+        num_images, loss, num_correct = self.metrics[:, COUNTS].sum(0).tolist()
+        all_images = max(1, self.totals.num_images + num_images)
         now = time.perf_counter()
         step, since = self.measured_from or (self.first_step, self.began)
         self.measured_from = self.measured_from or (steps_done, now)
         return {
-            "loss": loss / max(1, num_images),
-            "top1": num_correct / max(1, num_images),
+            "loss": (self.totals.loss + loss) / all_images,
+            "top1": (self.totals.num_correct + num_correct) / all_images,
             "steps_per_second": (steps_done - step) / (now - since),
         }

@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raycifar.data import CIFAR100
 from raycifar.data.tables import to_lists, to_parquet
 from raycifar.engine.augment import preprocess
 from raycifar.engine.distributed import all_reduce_sum
 from raycifar.engine.hardware import WIDEST
 from raycifar.models import CIFAR, Preprocessing
 
-# Pixels scored at a time: few on a CPU, to save memory; many on a GPU, to keep it busy.
-PIXELS = {name: many * CIFAR100.image_size**2 for name, many in (("cpu", 250), ("cuda", 4000), ("mps", 1000))}
+# Images of CIFAR-100's size scored at a time: few on a CPU, to save memory; many on a GPU, to keep it busy.
+BATCH_SIZE = {"cpu": 250, "cuda": 4000, "mps": 1000}
 BINS = 15  # of confidence, for the calibration error: Guo et al. (2017), arXiv:1706.04599
 
 
@@ -36,7 +35,7 @@ def predict(
         progress: called with the number of images that are done, now and then.
     """
     model.eval()
-    count = max(1, PIXELS[images.device.type] // preprocessing.size**2)
+    count = max(1, BATCH_SIZE[images.device.type] * CIFAR.size**2 // preprocessing.size**2)
     logits = []
     for batch in images.split(count):
         with autocast:

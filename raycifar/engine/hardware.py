@@ -16,7 +16,7 @@ from raycifar.models.recipe import Precision
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 DEVICES = {"gpu": "GPU", "mps": "GPU of Apple's"}
 WIDEST = {"cpu": torch.float64, "cuda": torch.float64, "mps": torch.float32}  # for sums
-GENERATORS = Lock()  # held from seeding to the last number drawn: all threads share PyTorch's generators
+GENERATOR_LOCK = Lock()  # held from seeding to the last number drawn: all threads share PyTorch's generators
 
 
 def find_device(wanted: str) -> torch.device:
@@ -78,10 +78,8 @@ def to_device(network: nn.Module, device: torch.device) -> nn.Module:
 def seed(value: int, device: torch.device) -> None:
     """Seed the generators of the CPU and the device."""
     seed_cpu(value)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(value)
-    if device.type == "mps":
-        torch.mps.manual_seed(value)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(value)
 
 
 def choose_precision(wanted: Precision, device: torch.device) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class Muon(EagerOptimizer):
             torch._foreach_add_(momenta, gradients)
             updates = list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))  # Nesterov's
             if group["filters"]:
-                updates = orthogonal(updates, self.steps)
+                updates = orthogonalize(updates, self.steps)
             torch._foreach_mul_(updates, group["lr"])
             torch._foreach_sub_(parameters, updates)
             if group["filters"]:
@@ -110,7 +111,7 @@ class Muon(EagerOptimizer):
                 torch._foreach_mul_(parameters, scales)
 
 
-def orthogonal(updates: Sequence[Tensor], steps: int) -> list[Tensor]:
+def orthogonalize(updates: Sequence[Tensor], steps: int) -> list[Tensor]:
     """Return for each update the nearest matrix with orthogonal rows or columns, nearly, and in the update's shape.
 
     By some steps of a Newton–Schulz iteration whose coefficients bring all singular values near one, not to it.
@@ -119,19 +120,19 @@ def orthogonal(updates: Sequence[Tensor], steps: int) -> list[Tensor]:
     by_shape: dict[torch.Size, list[int]] = {}
     for k, update in enumerate(updates):
         by_shape.setdefault(update.shape, []).append(k)
-    on = updates[0].device
-    low = torch.get_autocast_dtype(on.type) if torch.is_autocast_enabled(on.type) else updates[0].dtype
+    device, dtype = updates[0].device, updates[0].dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
     stacks = [[updates[k] for k in same] for same in by_shape.values()]
     # Autocast would take the norms in float32, and then cast what is divided by them.
-    with torch.autocast(on.type, enabled=False):
-        found = map_on_streams(partial(newton_schulz, steps=steps, dtype=low), stacks, on)
-    order = [k for same in by_shape.values() for k in same]
-    matrix_of = dict(zip(order, (matrix for stack in found for matrix in stack), strict=True))
+    with torch.autocast(device.type, enabled=False):
+        found = map_on_streams(partial(newton_schulz, steps=steps, dtype=dtype), stacks, device)
+    matrix_of = dict(zip(chain(*by_shape.values()), chain(*found), strict=True))
     return [matrix_of[k] for k in range(len(updates))]
 
 
 def newton_schulz(updates: Sequence[Tensor], steps: int, dtype: torch.dtype) -> Tensor:
-    """Return updates of one shape, (n, *shape), nearly orthogonal and computed in `dtype`; see `orthogonal`."""
+    """Return updates of one shape, (n, *shape), nearly orthogonal and computed in `dtype`; see `orthogonalize`."""
     matrices = list(map(as_it_lies, updates))
     stack = torch.empty((len(matrices), *matrices[0].shape), dtype=dtype, device=updates[0].device)
     torch.stack(matrices, out=stack)

@@ -84,7 +84,8 @@ class SpeedRun:
         self.train_set.index.copy_(torch.arange(len(self.train_set)))
         calls = WARM_UP + 1 if self.device.type == "cuda" else int(self.compile)
         self.state.train_mode()
-        for batch, size in {(len(batch.rows), size): (batch, size) for _, batch, size in self.batches(0)}.values():
+        batches = {(len(batch.rows), size): batch for _, batch, size in self.batches(0)}
+        for (_, size), batch in batches.items():
             for _ in range(calls):
                 self.step(batch, size)
         hardware.synchronize(self.device)

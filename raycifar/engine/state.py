@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 
 import numpy as np
 import safetensors.torch
@@ -17,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from raycifar.engine.distributed import all_reduce_mean, broadcast
 from raycifar.engine.epoch_meter import EpochTotals
-from raycifar.engine.hardware import GENERATORS, autocast_to, choose_precision, to_device
+from raycifar.engine.hardware import GENERATOR_LOCK, autocast_to, choose_precision, to_device
 from raycifar.engine.optimizers import build_optimizer
 from raycifar.engine.order import Segment
 from raycifar.models import Architecture
@@ -48,7 +49,7 @@ class Progress:
     def best(self) -> EpochRecord | None:
         """The first epoch with the highest validation top-1; None without validation."""
         validated = [record for record in self.history if record.val_top1 is not None]
-        return max(validated, key=lambda record: record.val_top1, default=None)  # type: ignore[arg-type, return-value]
+        return max(validated, key=attrgetter("val_top1"), default=None)
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self) | {"history": [record.to_json() for record in self.history]}).encode()
@@ -81,7 +82,7 @@ class TrainingState:
         seed: int,
         device: torch.device,
     ) -> None:
-        with GENERATORS:
+        with GENERATOR_LOCK:
             torch.manual_seed(seed)
             model = architecture.build(recipe.dropout)
         # Arrays in Ray's object store are read-only.

@@ -127,7 +127,7 @@ class Trainer:
             lr = self.recipe.learning_rate(progress.epoch, batch.step, num_steps)
             set_learning_rate(self.state.optimizer, lr)
             size = self.recipe.size(progress.epoch, batch.step, num_steps)
-            with hardware.GENERATORS:
+            with hardware.GENERATOR_LOCK:
                 own_seed = step_seed(config.seed, progress.epoch, batch.step, self.world_size, self.rank)
                 hardware.seed(own_seed, self.device)
                 metrics = self.train_step(batch, size)
@@ -331,7 +331,7 @@ class Trainer:
         self.reporter.put(model=facts)
         if self.rank == 0:
             began = {"training_began": time.time()}
-            self.folder.write_json(RUN, {**self.folder.read_json(RUN), **vars(facts), **began})
+            self.folder.write_json(RUN, self.folder.read_json(RUN) | vars(facts) | began)
 
     def report_step(self, lr: float) -> None:
         progress, num_scored = self.state.progress, self.evaluator.num_images

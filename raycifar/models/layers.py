@@ -40,7 +40,9 @@ class LargestOfFour(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        a, b, c, d = quarters(x)
+        height, width = (size // 2 * 2 for size in x.shape[2:])  # an odd row or column is left out
+        # The four values of each patch, (N, C, H // 2, W // 2) each
+        a, b, c, d = [x[:, :, row:height:2, column:width:2] for row in (0, 1) for column in (0, 1)]
         top, bottom = torch.maximum(a, b), torch.maximum(c, d)
         first = torch.where(bottom > top, torch.where(d > c, 3, 2), torch.where(b > a, 1, 0))
         ctx.save_for_backward(first.to(torch.uint8))
@@ -55,12 +57,6 @@ class LargestOfFour(torch.autograd.Function):
         place = torch.arange(4, device=gradient.device).view(2, 1, 2, 1)
         spread = torch.where(first == place, gradient, 0).flatten(1, 2).flatten(2, 3)
         return F.pad(spread, ctx.odd).permute(0, 3, 1, 2)
-
-
-def quarters(x: Tensor) -> list[Tensor]:
-    """Return the four values of each patch of 2×2, (N, C, H // 2, W // 2) each; an odd row or column is left out."""
-    height, width = (size // 2 * 2 for size in x.shape[2:])
-    return [x[:, :, row:height:2, column:width:2] for row in (0, 1) for column in (0, 1)]
 
 
 class ConvOfColors(nn.Conv2d):
