@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from raycifar.engine.optimizers import OPTIMIZERS, build_optimizer
 from raycifar.engine.torch_internals import (
     EagerAdamW,
     EagerOptimizer,
+    compiled,
     fused_sgd_,
     seed_cpu,
     start_tracer,
@@ -64,6 +66,21 @@ def test_the_fused_step_takes_views():
     options = {"weight_decay": 0.0, "momentum": 0.9, "lr": 0.5, "dampening": 0.0, "nesterov": False, "maximize": False}
     fused_sgd_([weight], [torch.ones(2, 3, 4).permute(0, 2, 1)], [momentum], **options)
     assert torch.equal(weight, torch.full((2, 4, 3), 0.5))
+
+
+def test_a_function_is_compiled_for_each_of_many_shapes(monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for _ in range(2):
+        double = compiled(lambda x: x * 2)
+        for size in range(2, 14):
+            assert torch.equal(double(torch.ones(size)), torch.full((size,), 2.0))
+    assert len(graphs) >= 12
 
 
 def test_the_cpu_is_seeded_as_by_manual_seed():

@@ -16,7 +16,6 @@ from raycifar.engine import train_step
 from raycifar.engine.cuda import WARM_UP, cuda_graphed
 from raycifar.engine.example_stats import LOSS, SEEN, blank_stats
 from raycifar.engine.hardware import seed
-from raycifar.engine.loss import loss_and_counts
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch
 from raycifar.engine.ray_metrics import Gauges
@@ -181,22 +180,6 @@ def test_a_compiled_step_is_one_graph_for_each_size_and_trains_as_a_plain_one(mo
     assert len(graphs) == 2  # the network and its loss
     step.prepare_and_update(*step.on_device(batch(step).rows), 40, 8, 8)
     assert len(graphs) == 3
-
-
-def test_a_step_is_compiled_for_each_of_many_shapes(monkeypatch):
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    for step in (build(compile=True), build(compile=True)):
-        for size in range(2, 14):
-            logits, targets = torch.randn(size, 100), torch.zeros(size, dtype=torch.int64)
-            found, expected = (loss(logits, targets, 0.1)[0] for loss in (step.loss_and_counts, loss_and_counts))
-            assert torch.equal(found, expected)
-    assert len(graphs) >= 12
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from torch.optim.sgd import sgd
 from torch.profiler import ProfilerActivity, profile
 
 MEMORY_EVENTS = 100_000  # allocations, and what frees them
+SHAPES = 64  # for which a function is compiled
 
 
 class EagerOptimizer(torch.optim.Optimizer):
@@ -64,6 +65,17 @@ def start_tracer(activities: Iterable[ProfilerActivity]) -> None:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, compiled for each shape of its arguments.
+
+    PyTorch gives up after eight shapes in a process, of all functions that are made by the same line.
+    """
+    import torch._dynamo  # takes 1 s, which other runs save
+
+    torch._dynamo.config.recompile_limit = SHAPES
+    return torch.compile(function, dynamic=False)
 
 
 def record_memory() -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,8 +16,8 @@ from raycifar.engine.example_stats import update_stats
 from raycifar.engine.loss import loss_and_counts
 from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
+from raycifar.engine.torch_internals import compiled
 
-MAX_SHAPES = 64  # of inputs to compile for; by default PyTorch gives up after eight in a process
 UNCAPTURED = "Steps run without CUDA graphs, kernel by kernel"
 SHARED_GPU = "workers that may share a GPU exchange gradients over gloo, which a graph can't capture"
 
@@ -56,7 +55,6 @@ class TrainStep:
         self.forward: Callable[[Tensor], Tensor] = lambda inputs: self.state.model(inputs)
         self.loss_and_counts = loss_and_counts
         if compile:
-            compiled = partial(torch.compile, dynamic=False, recompile_limit=MAX_SHAPES)
             self.forward, self.loss_and_counts = compiled(self.forward), compiled(loss_and_counts)
         self.side_stream = SideStream(self.device)
         self.prepare = prefetched(self.prepare_batch, self.device)
