@@ -30,7 +30,19 @@ def test_what_is_prepared_holds_the_same_images_and_labels(small, tmp_path, sche
     assert load(there).fingerprint() == load(small).fingerprint()
 
 
-def test_a_destination_that_can_t_be_written_is_named(small, tmp_path):
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/below"])
+def test_a_destination_that_can_t_be_written_is_said_before_anything_is_read(place, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    refused = finish(Data("prepare", tmp_path / "file/below", "--data", small, storage=None), code=1)
-    assert "file/below" in refused.stderr
+    refused = finish(Data("prepare", tmp_path / place, "--data", tmp_path / "nothing", storage=None), code=2)
+    assert refused.stderr.startswith(f"Error: {tmp_path / place} can't be written: ")
+    assert refused.stderr.endswith(". Give another DESTINATION.\n")
+    assert len(refused.stderr.splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "in the way"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_no_data_set_is_written_among_the_files_of_a_run(small, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    refused = finish(Data("prepare", tmp_path, "--data", small, storage=None), code=2)
+    assert "is the folder of a run: give another DESTINATION." in refused.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]

@@ -32,9 +32,9 @@ def wait_while(running):
 def cluster_of(monkeypatch):
     """Have the cluster consist of these nodes, and an autoscaler that may add others."""
 
-    def consist(*nodes, node_types=()):
+    def consist(*nodes, to_come=()):
         monkeypatch.setattr(sizing, "alive_nodes", lambda: list(nodes))
-        monkeypatch.setattr(sizing, "autoscaler_node_types", lambda: list(node_types))
+        monkeypatch.setattr(sizing, "nodes_to_come", lambda: list(to_come))
 
     return consist
 
@@ -67,7 +67,7 @@ def test_workers_keep_to_the_kind_of_gpu_that_is_asked_for(cluster_of):
         size_workers(1, "auto", None, 1, "H100")
     with pytest.raises(RequestError, match="has 16 CPUs, 2 GPUs, room for at most 2 of them"):
         size_workers(3, "auto", None, 1, "A100")
-    cluster_of(HEAD, node_types=[(L4, 4)])
+    cluster_of(HEAD, to_come=[L4] * 4)
     assert size_workers(4, "auto", None, 1, "L4") == Workers(4, 4, 1, "L4")
     with pytest.raises(RequestError, match="this cluster can have L4"):
         size_workers(1, "auto", None, 1, "A100")

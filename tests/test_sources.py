@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from command import Data, finish
 from conftest import write_archive
 from PIL import Image
 
@@ -288,12 +289,37 @@ def test_another_archive_than_the_official_one_is_refused_and_not_kept(tmp_path,
     assert list(cache.iterdir()) == []
 
 
-def test_a_host_that_can_t_be_reached_is_named_with_the_ways_out(cache):
+@pytest.fixture
+def offline(monkeypatch):
+    """Nothing is reached but this machine."""
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+
+def test_without_a_network_images_that_are_asked_for_may_come_from_elsewhere(cache, offline):
     with pytest.raises(RequestError) as refusal:
-        sources.fetch("http://127.0.0.1:9/cifar-100-binary.tar.gz")
-    for words in ("--data PATH", "RAYCIFAR_DATA", "--data synthetic"):
+        sources.load("cifar100")
+    for words in ("--data PATH", "RAYCIFAR_DATA", "--data synthetic", str(cache / "cifar-100-binary.tar.gz")):
         assert words in str(refusal.value)
     assert not cache.exists() or list(cache.iterdir()) == []
+
+
+def test_without_a_network_fetch_says_where_a_copy_is_taken_from(tmp_path, cache, offline, small_files):
+    refused = finish(Data("fetch", storage=None), code=2)
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert f"copy it to {cache / 'cifar-100-binary.tar.gz'}." in refused.stderr
+    assert "--data" not in refused.stderr
+    cache.mkdir(exist_ok=True)
+    write_archive(cache / "a.tar.gz", small_files)
+    md5 = hashlib.md5((cache / "a.tar.gz").read_bytes()).hexdigest()
+    assert sources.fetch("http://127.0.0.1:9/a.tar.gz", md5) == cache / "a.tar.gz"
+
+
+def test_a_cache_that_can_t_be_written_is_told_from_a_network_that_fails(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RAYCIFAR_CACHE", str(tmp_path / "file/cache"))
+    with pytest.raises(RequestError, match=r"can't be kept in .*/file/cache \(.*\): set RAYCIFAR_CACHE to another"):
+        sources.fetch()
 
 
 # Synthetic images -----------------------------------------------------------------------------------

@@ -99,8 +99,8 @@ def size_workers(
     Raises:
         RequestError: the cluster can never hold that; the message names the most that fit.
     """
-    alive, groups = alive_nodes(), autoscaler_node_types()
-    everything = alive + new_nodes(groups)
+    alive, coming = alive_nodes(), nodes_to_come()
+    everything = alive + (coming or [])
     there, nodes = (
         [node for node in some if not accelerator or ACCELERATOR + accelerator in node] for some in (alive, everything)
     )
@@ -113,9 +113,9 @@ def size_workers(
     workers = Workers(count, cpus or default_cpus(nodes, count, gpus), gpus, accelerator, min_workers)
     if placeable(nodes, workers.resources) >= workers.needed:
         return workers
-    if groups is None and autoscaler_can([workers.resources] * workers.needed):
+    if coming is None and autoscaler_can([workers.resources] * workers.needed):
         return workers
-    has = "can have" if groups else "has"
+    has = "can have" if coming else "has"
     if accelerator and not nodes:
         kinds = sorted({name.removeprefix(ACCELERATOR) for node in everything for name in node if ACCELERATOR in name})
         raise RequestError(
@@ -155,7 +155,7 @@ def size_trials(
         device, cpus, gpus, accelerator: as `size_workers` takes them.
         trials: how many runs.
     """
-    nodes = alive_nodes() + new_nodes(autoscaler_node_types())
+    nodes = alive_nodes() + (nodes_to_come() or [])
     if not cpus and (device == "cpu" or not any(node.get("GPU") for node in nodes)):
         free = [usable_cpus(node.get("CPU", 0)) for node in nodes]
         each = largest_share(free, count * max(1, min(trials, sum(amount > 0 for amount in free))))
@@ -188,26 +188,21 @@ def alive_nodes() -> list[Resources]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def autoscaler_node_types() -> list[tuple[Resources, int]] | None:
-    """Return the nodes that the autoscaler may add, by kind: resources and number; None if that can't be seen."""
+def nodes_to_come() -> list[Resources] | None:
+    """Return the resources of each node that the autoscaler may add; None if that can't be seen."""
     config = ray_internals.autoscaler_config()
     if not config:
         return None if config is None else []
     there = alive_nodes()
-    groups = []
+    coming: list[Resources] = []
     for name, kind in config["available_node_types"].items():
         resources = {key: float(kind["resources"].get(key, 0)) for key in ("CPU", "GPU")}
         resources |= {key: amount for key, amount in kind["resources"].items() if key.startswith(ACCELERATOR)}
         like_it = sum(all(node.get(key, 0) == amount for key, amount in resources.items()) for node in there)
         most = kind.get("max_workers", config.get("max_workers", MAX_NODES))
         if name != config.get("head_node_type", "ray.head.default"):
-            groups.append((resources, max(0, min(most, MAX_NODES) - like_it)))
-    return groups
-
-
-def new_nodes(groups: list[tuple[Resources, int]] | None) -> list[Resources]:
-    """Return the resources of each node that the autoscaler may add; see `autoscaler_node_types`."""
-    return [resources for resources, extra in groups or () for _ in range(extra)]
+            coming += [resources] * (min(most, MAX_NODES) - like_it)
+    return coming
 
 
 def autoscaler_can(bundles: list[Resources]) -> bool:

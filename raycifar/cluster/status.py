@@ -7,10 +7,9 @@ otherwise in this process. It is stored as JSON; keys of another version are ign
 import json
 import sys
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from functools import partial
 from typing import Any
 
 from raycifar.storage.records import EpochRecord, checked
@@ -182,23 +181,23 @@ class StatusStore:
         self._put("stop", True)
 
     def _put(self, topic: str, value: Any) -> None:
-        put, _ = store()
-        put(f"raycifar/{self.key}/{topic}", json.dumps(value).encode())
+        key, content = f"raycifar/{self.key}/{topic}", json.dumps(value).encode()
+        if not in_a_cluster():
+            _here[key] = content
+            return
+        from raycifar.cluster import ray_internals, watch
+
+        watch.answered(lambda: ray_internals.kv_put(key, content))
 
     def _get(self, topic: str) -> Any:
-        _, get = store()
-        content = get(f"raycifar/{self.key}/{topic}")
+        key = f"raycifar/{self.key}/{topic}"
+        if in_a_cluster():
+            from raycifar.cluster import ray_internals, watch
+
+            content = watch.answered(lambda: ray_internals.kv_get(key))
+        else:
+            content = _here.get(key)
         return None if content is None else json.loads(content)
-
-
-def store() -> tuple[Callable[[str, bytes], None], Callable[[str], bytes | None]]:
-    """Return how a value is put under a key, and how it is got."""
-    if not in_a_cluster():
-        return _here.__setitem__, _here.get
-    from raycifar.cluster.ray_internals import kv_get, kv_put
-    from raycifar.cluster.watch import answered
-
-    return lambda key, content: answered(partial(kv_put, key, content)), lambda key: answered(partial(kv_get, key))
 
 
 def in_a_cluster() -> bool:

@@ -5,7 +5,7 @@ import click
 from raycifar.command import command
 from raycifar.data.sources import fetch, load
 from raycifar.options import Command
-from raycifar.storage.locations import check_location
+from raycifar.storage.run_folder import RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.datasets import summarize, write_parquet
 from raycifar.workflows.duplicates import DUPLICATES, DUPLICATES_PAGE, DUPLICATES_PICTURE, list_duplicates
@@ -49,7 +49,7 @@ def prepare(debug: bool, destination: str, data: str) -> None:
     The layout is the Hugging Face hub's: img.bytes (PNG), fine_label, coarse_label.
     """
     screen = Screen()
-    check_location(destination, to_write=True)
+    RunFolder.for_output(destination, option="DESTINATION")
     with screen.waiting(f"Reading {data}"):
         source = load(data)
     with screen.waiting(f"Writing {destination}, and reading it back"):

@@ -5,6 +5,7 @@ import io
 import logging
 import mimetypes
 import warnings
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -114,6 +115,22 @@ def decode(content: bytes, size: tuple[int, int] | None = None) -> Image.Image:
     except Exception as error:  # a damaged file may cause any
         raise ValueError(str(error).rstrip(".") or type(error).__name__) from error
     return image
+
+
+def decode_all(files: Iterable[tuple[bytes, str]], count: int) -> np.ndarray:
+    """Return `count` image files as (N, 3, H, W) uint8; with each comes the start of an error's message.
+
+    Raises:
+        RequestError: one isn't an image of the data set's size, which is looked at before it is decoded.
+    """
+    pixels = np.empty((count, *CIFAR100.image_shape), np.uint8)
+    for row, (content, origin) in enumerate(files):
+        try:
+            image = to_rgb(decode(content, (CIFAR100.image_size, CIFAR100.image_size)))
+        except ValueError as error:
+            raise RequestError(f"{origin} can't be read: {error}.") from error
+        pixels[row] = np.asarray(image).transpose(2, 0, 1)
+    return pixels
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:

@@ -20,6 +20,7 @@ from raycifar.errors import RequestError, in_a_line
 from raycifar.machine import private_folder
 from raycifar.storage.files import file_type, locate, open_file
 from raycifar.storage.locations import to_path
+from raycifar.storage.remote import plain
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
 MD5 = "03b5dce01913d631647c71ecec9e9cb8"
@@ -50,7 +51,7 @@ def load(name: str, *, test_alone: bool = False) -> Source:
                 f"images of each class, and at most {MAX_SYNTHETIC:,}."
             )
         return synthetic(count)
-    filesystem, path = locate(fetch() if name == "cifar100" else name)
+    filesystem, path = locate(official_archive() if name == "cifar100" else name)
     try:
         kind = file_type(filesystem, path)
         if kind == fs.FileType.NotFound:
@@ -83,19 +84,37 @@ def cache_folder(file: str | None = None) -> Path:
     return private_folder("raycifar", tempfile.gettempdir())
 
 
+def official_archive() -> Path:
+    """Return the path of the archive in the cache, for a command that could read another copy."""
+    try:
+        return fetch()
+    except RequestError as error:
+        raise RequestError(
+            f"{error} Or give a copy with --data PATH or RAYCIFAR_DATA=PATH, or use --data synthetic."
+        ) from error
+
+
 def fetch(url: str = URL, md5: str = MD5) -> Path:
-    """Return the path of the archive in the cache, into which it is downloaded once, and checked."""
-    file = PurePosixPath(url).name
-    base = url.removesuffix(file)
-    store = pooch.create(path=cache_folder(file), base_url=base, registry={file: f"md5:{md5}"}, retry_if_failed=2)
+    """Return the path of the archive in the cache, into which it is downloaded once, and checked.
+
+    Raises:
+        RequestError: it can't be downloaded, or the cache can't be written.
+    """
+    name = PurePosixPath(url).name
+    folder = cache_folder(name)
+    store = pooch.create(folder, url.removesuffix(name), registry={name: f"md5:{md5}"}, retry_if_failed=2)
     pooch.get_logger().setLevel("ERROR")
     try:
-        return Path(store.fetch(file, downloader=pooch.HTTPDownloader(progressbar=True, timeout=30)))
-    except (requests.RequestException, OSError, ValueError) as error:
-        reason = "its md5 differs" if isinstance(error, ValueError) else type(error).__name__
+        return Path(store.fetch(name, downloader=pooch.HTTPDownloader(progressbar=True, timeout=30)))
+    except (requests.RequestException, ValueError) as error:
+        reason = plain(error) if isinstance(error, requests.RequestException) else "its md5 differs"
         raise RequestError(
-            f"CIFAR-100 can't be downloaded from {url} ({reason}): give a copy with --data PATH or "
-            "RAYCIFAR_DATA=PATH, or use --data synthetic."
+            f"CIFAR-100 can't be downloaded from {url} ({reason}): download it where that is possible, and copy it to "
+            f"{folder / name}."
+        ) from error
+    except OSError as error:
+        raise RequestError(
+            f"CIFAR-100 can't be kept in {folder} ({in_a_line(error)}): set RAYCIFAR_CACHE to another folder."
         ) from error
 
 

@@ -40,18 +40,6 @@ class Folder:
         """Return the folder at a path or URI."""
         return cls(*parent_and_name(check_location(location)))
 
-    @classmethod
-    def for_output(cls, location: str) -> Self:
-        """Return the folder that --out names for results, before the work that has them.
-
-        Raises:
-            RequestError: it can't be written; of a remote one, that shows only at the end.
-        """
-        check_location(location, "--out", to_write=True)
-        folder = cls.at(location)
-        with folder.marker("--out"):
-            return folder
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({shown(join(self.storage, self.name))!r})"
 

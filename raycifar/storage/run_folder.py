@@ -29,6 +29,7 @@ import pyarrow as pa
 from raycifar.errors import DamagedFileError, RequestError, notice
 from raycifar.storage.folder import Folder
 from raycifar.storage.image_tables import EXAMPLE_STATS_COLUMNS, PREDICTION_COLUMNS, read_image_table
+from raycifar.storage.locations import check_location
 from raycifar.storage.manifest import Manifest
 from raycifar.storage.records import (
     RUN_DEFAULTS,
@@ -69,15 +70,21 @@ class RunFolder(Folder):
     """The folder of a run or of a comparison, or one that holds them."""
 
     @classmethod
-    def for_output(cls, location: str, own: Self | None = None) -> Self:
-        """As `Folder.for_output`, for a folder that holds no run and no comparison other than `own`.
+    def for_output(cls, location: str, own: Self | None = None, *, option: str = "--out") -> Self:
+        """Return the folder that an option or argument names for results, before the work that has them.
+
+        Args:
+            own: the folder of a run or comparison, which may be the same.
 
         Raises:
-            RequestError: it can't be written, or holds another run or comparison.
+            RequestError: it can't be written (of a remote one, that shows only at the end), or holds another run or
+                comparison.
         """
-        folder = super().for_output(location)
-        if folder != own:
-            folder.check_holds_none(RUN, STUDY, COMPARISON, option="--out")
+        check_location(location, option, to_write=True)
+        folder = cls.at(location)
+        with folder.marker(option):
+            if folder != own:
+                folder.check_holds_none(RUN, STUDY, COMPARISON, option=option)
         return folder
 
     @cached_property

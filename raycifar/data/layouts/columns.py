@@ -1,16 +1,14 @@
 """Columns of image files and labels, in Parquet or Arrow, as the Hugging Face hub and `datasets` have them."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import PurePosixPath
 
-import numpy as np
 import pyarrow as pa
 
-from raycifar.data import CIFAR100
 from raycifar.data.labels import numbers_of, to_labels
-from raycifar.data.pictures import decode, to_rgb
+from raycifar.data.pictures import decode_all
 from raycifar.data.tables import to_table
 from raycifar.data.trees import Tree, check_count
 from raycifar.errors import RequestError
@@ -80,19 +78,3 @@ def class_names(schema: pa.Schema, column: str) -> list[str]:
     except (KeyError, TypeError, ValueError):
         return []
     return [str(name) for name in names] if isinstance(names, list) else []
-
-
-def decode_all(files: Iterable[tuple[bytes, str]], count: int) -> np.ndarray:
-    """Return `count` image files as (N, 3, H, W) uint8; with each comes the start of an error's message.
-
-    Raises:
-        RequestError: one isn't an image of the data set's size, which is looked at before it is decoded.
-    """
-    pixels = np.empty((count, *CIFAR100.image_shape), np.uint8)
-    for row, (content, origin) in enumerate(files):
-        try:
-            image = to_rgb(decode(content, (CIFAR100.image_size, CIFAR100.image_size)))
-        except ValueError as error:
-            raise RequestError(f"{origin} can't be read: {error}.") from error
-        pixels[row] = np.asarray(image).transpose(2, 0, 1)
-    return pixels
