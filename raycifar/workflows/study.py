@@ -5,7 +5,6 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from raycifar.workflows.comparing import Show, conclude, read_finished
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import find_duplicates
 from raycifar.workflows.estimate import operations_of, warn_of_hours
-from raycifar.workflows.reporting import Refresher, explain, keep_pictures, show_report, write_comparison, write_run
+from raycifar.workflows.reporting import Refresher, forgiving, keep_pictures, show_report, write_comparison, write_run
 from raycifar.workflows.requests import ComparisonRequest
 from raycifar.workflows.tracking import Tracking
 from raycifar.workflows.training import STOP_SECONDS, and_weights, lock, read_images
@@ -170,7 +169,8 @@ def finish(prepared: PreparedComparison, screen: Screen, show: Show) -> None:
     draw, doing = (write_run, "Drawing the reports") if request.report else (keep_pictures, "Keeping the pictures")
     with screen.waiting(f"{doing} of the runs"):
         for run in finished:
-            explain(partial(draw, RunFolder.at(run.folder), prepared.source))
+            with forgiving():
+                draw(RunFolder.at(run.folder), prepared.source)
     if finished:
         more = {
             "search": {model: describe_search(searcher, model) for model in request.recipes if request.search},

@@ -30,7 +30,7 @@ from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images
 from raycifar.workflows.estimate import operations_of, warn_of_hours
 from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, write_run_json
-from raycifar.workflows.reporting import Refresher, explain, keep_pictures, show_profile, show_report, write_run
+from raycifar.workflows.reporting import Refresher, forgiving, keep_pictures, show_profile, show_report, write_run
 from raycifar.workflows.requests import TrainingRequest, WorkerCount, WorkerSettings, check_batch_size
 from raycifar.workflows.tracking import Tracking
 
@@ -287,4 +287,5 @@ def report(run: TrainingRun, screen: Screen) -> None:
     if run.request.report:
         show_report(lambda: write_run(run.folder, run.inputs.source), screen)
     else:
-        explain(lambda: keep_pictures(run.folder, run.inputs.source))
+        with forgiving():
+            keep_pictures(run.folder, run.inputs.source)
