@@ -143,9 +143,6 @@ class StudySearcher(Searcher):
 
     # Ray Tune's interface --------------------------------------------------------------------------
 
-    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
-        return True
-
     def suggest(self, trial_id: str) -> Any:
         if len(self.running) >= self.max_concurrent:
             return None
@@ -171,9 +168,6 @@ class StudySearcher(Searcher):
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: the run folders hold all state."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """See `save`."""
 
     # Planning trials -------------------------------------------------------------------------------
 
