@@ -273,8 +273,9 @@ class AshaByModel(FIFOScheduler):
         return TrialScheduler.CONTINUE
 
 
-def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: Workers) -> None:
+def orchestrate(searcher: StudySearcher, source: Source, workers: Workers) -> None:
     """Run all trials of the study; the searcher then has their status."""
+    study = searcher.study
     trainable = tune.with_parameters(run_trial, study=study, source=source, workers=workers)
     folder = RunFolder(study.folder.location, "tune")
     # Ray Tune's loggers would repeat the run folders' content, and its new output prints even with verbose=0.
