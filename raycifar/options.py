@@ -116,10 +116,10 @@ def to_option(field: Any, default: Any) -> Callable[[Function], Function]:
         kind = get_args(kind)[0]
     if kind is bool and default is not False:
         name = f"{name}/--no-{name[2:]}"
-    choices = get_args(kind)
+    allowed = get_args(kind)
     return click.option(
         name,
-        type=click.Choice(choices) if choices else kind,
+        type=click.Choice(allowed) if allowed else kind,
         is_flag=kind is bool,
         default=default,
         show_default=default not in ("", None),

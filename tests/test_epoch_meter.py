@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from raycifar.engine import epoch_meter
 from raycifar.engine.epoch_meter import EpochMeter, EpochTotals
 from raycifar.engine.state import Progress
 from raycifar.errors import StopTrainingError
@@ -31,6 +32,15 @@ def test_totals_are_sums_and_the_largest_norm_has_its_step():
     assert (totals.num_images, totals.loss, totals.num_correct) == (29, 90, 8)
     assert (totals.grad_norm, totals.grad_norm_max, totals.grad_norm_max_step) == (10, 5, 1)
     assert totals.seconds > 0
+
+
+def test_steps_per_second_leave_out_what_comes_before_the_timing(monkeypatch):
+    clock = iter([0.0, 100.0, 101.0, 102.0])
+    monkeypatch.setattr(epoch_meter.time, "perf_counter", lambda: next(clock))
+    meter = EpochMeter(1, 10, 2, EpochTotals(), CPU)  # begins at 0 s, after two steps of an earlier attempt
+    meter.time_from_here(3)
+    assert meter.running(4)["steps_per_second"] == 1
+    assert meter.running(6)["steps_per_second"] == 1.5
 
 
 def test_an_epoch_that_is_resumed_counts_as_one_that_is_not():

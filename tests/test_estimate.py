@@ -1,5 +1,8 @@
 """How long work takes, before and while: on CPUs, and of a whole comparison."""
 
+import time
+from contextlib import ExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +12,15 @@ from raycifar.cluster.sizing import Workers
 from raycifar.cluster.status import StepStatus, WorkerStatus
 from raycifar.data.sources import load
 from raycifar.data.tables import split
+from raycifar.engine import reporter
+from raycifar.engine.train_step import TrainStep
 from raycifar.models import Architecture
 from raycifar.models.recipes import recipe_for
 from raycifar.storage.run_folder import RunFolder
-from raycifar.workflows import estimate
+from raycifar.terminal import Screen
+from raycifar.workflows import estimate, training
 from raycifar.workflows.estimate import operations_of, warn_of_hours
-from raycifar.workflows.requests import ComparisonRequest
+from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.trial import TrialStatus
 from raycifar.workflows.tuning import Study, StudySearcher
 
@@ -41,6 +47,32 @@ def test_hours_on_cpus_are_said_before_with_what_is_shorter(monkeypatch):
 def test_what_is_short_on_any_cpu_is_not_measured(monkeypatch):
     monkeypatch.setattr(estimate, "cpu_seconds", lambda *args: pytest.fail("measured"))
     assert warn_of_hours(1e12, recipe_for("cnn"), 1000, Workers(0, 2)) == []
+
+
+def test_the_slow_first_step_of_an_image_size_is_not_taken_for_the_others(tmp_path, monkeypatch):
+    told, sizes, report, take = [], set(), reporter.Reporter.step, TrainStep.__call__
+
+    def slow_at_first(self, batch, size=None):
+        if size not in sizes:
+            sizes.add(size)
+            time.sleep(2)
+        return take(self, batch, size)
+
+    def step(self, **values):
+        told.append(values)
+        report(self, **values)
+
+    monkeypatch.setattr(reporter, "STEP_SECONDS", 0.02)
+    monkeypatch.setattr(reporter.Reporter, "step", step)
+    monkeypatch.setattr(TrainStep, "__call__", slow_at_first)
+    options = {"data": "synthetic:200", "limit": 100, "val_size": 0, "storage": str(tmp_path), "report": False}
+    options |= {"workers": 0, "cpus_per_worker": 1, "epochs": 3, "batch_size": 5, "progressive": "36:0.3,40:0.6"}
+    request = replace(TrainingRequest.of("cnn", **options), test=False)
+    with ExitStack() as connection:
+        training.train(request, Screen(quiet=True), connection)
+    assert sizes == {36, 40, None}
+    assert {values["epoch"] for values in told} == {1, 2, 3}
+    assert max(values["seconds_of_epoch"] for values in told) < 15  # 20 steps like the first would take 40 s
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """`raycifar export`: what is written answers as the network does."""
 
 import io
+import os
 import shutil
 
 import numpy as np
@@ -17,6 +18,7 @@ from raycifar.errors import RequestError
 from raycifar.models import Architecture
 from raycifar.storage.weights import to_file
 from raycifar.terminal import Screen
+from raycifar.workflows import exporting
 from raycifar.workflows.exporting import export
 
 
@@ -71,6 +73,28 @@ def test_what_is_written_chooses_the_same_classes(network, small, tmp_path, kind
                 found = model((torch.from_numpy(images).float() - tensors["mean"]) / tensors["std"]).numpy()
     assert np.allclose(found, expected, atol=1e-3)
     assert (found.argmax(1) == expected.argmax(1)).all()
+
+
+@pytest.mark.parametrize("out", ["file/x", "/proc/x", "folder", "fifo", "/", None])
+def test_a_place_that_can_t_be_written_is_refused_before_the_work(out, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.chdir("/proc")  # where the file would be without --out
+    monkeypatch.setattr(exporting, "read_run", lambda folder: pytest.fail("the work began"))
+    place = None if out is None else str(tmp_path / out)
+    with pytest.raises(RequestError, match=r" can't be written: .*\. Give another --out\.$"):
+        export(str(tmp_path / "network"), "safetensors", Screen(quiet=True), out=place)
+    assert {path.name for path in tmp_path.rglob("*")} == {"file", "folder", "fifo"}
+
+
+def test_a_place_that_can_t_be_written_exits_with_2_and_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    done = Export("nowhere", "--to", "onnx", "--out", tmp_path / "file" / "x.onnx", storage=None).finish()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"Error: {tmp_path}/file can't be written: {tmp_path}/file is not a folder. Give another --out.\n"
+    )
 
 
 def test_weights_that_a_run_keeps_are_not_replaced(trained, tmp_path):

@@ -92,7 +92,7 @@ PLACES = {"file/x": "{tmp}/file is not a folder", "/proc/x": "No such file or di
         (writer, *place)
         for writer in WRITERS
         for place in PLACES.items()
-        if writer != "export" or place[0] == "full"  # it takes seconds
+        if writer != "export" or place[0] == "full"  # it refuses the others before the work
     ],
 )
 def test_every_writer_says_in_one_sentence_what_it_can_t_write(writer, out, says, trained, tmp_path, capsys):

@@ -15,7 +15,8 @@ from raycifar.errors import RequestError
 from raycifar.storage.run_folder import RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.requests import TrainingRequest
-from raycifar.workflows.training import TrainingRun, allocate_workers, fit, prepare, read_inputs
+from raycifar.workflows.training import allocate_workers, fit, prepare, read_inputs
+from raycifar.workflows.training_run import TrainingRun
 
 A100 = {"CPU": 16.0, "GPU": 2.0, "accelerator_type:A100": 1.0}
 L4 = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:L4": 1.0}

@@ -88,12 +88,18 @@ def test_the_reporter_tells_all_that_it_was_told_so_far(store, reporter):
     assert told.model == ModelFacts(**MODEL)
     reporter.part("validating", 2400, 5000)
     assert str(store.worker().part) == "validating 2,400 of 5,000"
-    assert not reporter.due()
     reporter.put(step=None, part=None)
     assert store.worker().part is None
     reporter.history([EpochRecord(**RECORD)])
     assert store.worker().step is None
     assert store.history() == [EpochRecord(**RECORD)]
+
+
+def test_after_a_report_none_is_due_for_a_while(reporter):
+    assert reporter.due()
+    assert not reporter.due()
+    reporter.reported -= 1
+    assert reporter.due()
 
 
 def test_only_the_leader_speaks_and_looks(store):

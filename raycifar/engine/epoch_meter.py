@@ -68,10 +68,9 @@ class EpochMeter:
         self.epoch = epoch
         self.metrics = torch.zeros(num_steps, NUM_METRICS, dtype=WIDEST[device.type], device=device)
         self.totals, self.sampled = totals, list(sampled)
-        self.first_step = first_step
         self.began = time.perf_counter()
         self.seconds_before = totals.seconds
-        self.measured_from: tuple[int, float] | None = None  # a step, and the time at its end
+        self.timed_from = first_step, self.began  # completed steps, and the time at their end
 
     def add(self, step: int, metrics: Tensor) -> None:
         """Add a step's metrics, (4,) float64: see `NUM_METRICS`."""
@@ -113,18 +112,18 @@ class EpochMeter:
             totals.grad_norm_max, totals.grad_norm_max_step = norms.max().item(), int(norms.argmax())
         self.metrics.zero_()
 
-    def running(self, steps_done: int) -> dict[str, float]:
-        """Return this worker's estimate of the epoch's loss and top1, and steps per second.
+    def time_from_here(self, steps_done: int) -> None:
+        """Leave the steps so far out of the steps per second: they are slow, since the network warms up."""
+        self.metrics.sum().item()  # waits for a GPU
+        self.timed_from = steps_done, time.perf_counter()
 
-        Steps are timed from the first call on: before it, the network warms up.
-        """
+    def running(self, steps_done: int) -> dict[str, float]:
+        """Return this worker's estimate of the epoch's loss and top1, and steps per second."""
         num_images, loss, num_correct = self.metrics[:, COUNTS].sum(0).tolist()
         all_images = max(1, self.totals.num_images + num_images)
-        now = time.perf_counter()
-        step, since = self.measured_from or (self.first_step, self.began)
-        self.measured_from = self.measured_from or (steps_done, now)
+        step, since = self.timed_from
         return {
             "loss": (self.totals.loss + loss) / all_images,
             "top1": (self.totals.num_correct + num_correct) / all_images,
-            "steps_per_second": (steps_done - step) / (now - since),
+            "steps_per_second": (steps_done - step) / (time.perf_counter() - since),
         }

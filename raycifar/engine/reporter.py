@@ -65,16 +65,18 @@ class Reporter:
         return self.stop
 
     def due(self) -> bool:
-        """Return whether it is time to report a step, or how much is scored."""
-        return self.leader and time.perf_counter() - self.reported >= STEP_SECONDS
+        """Return whether it is time to report a step, or how much is scored; if so, not again for a while."""
+        now = time.perf_counter()
+        if not self.leader or now - self.reported < STEP_SECONDS:
+            return False
+        self.reported = now
+        return True
 
     def step(self, **values: Any) -> None:
         """Report the current epoch's progress: the fields of `StepStatus`."""
-        self.reported = time.perf_counter()
         self.put(step=StepStatus(**values))
         self.gauges.set(values)
 
     def part(self, what: str, done: int, total: int) -> None:
         """Report how much is done of something that has a length."""
-        self.reported = time.perf_counter()
         self.put(part=PartStatus(what=what, done=done, total=total))

@@ -35,6 +35,7 @@ from raycifar.engine.train_loop import Outcome, Status, TrainLoopConfig
 from raycifar.engine.train_step import TrainStep
 from raycifar.errors import FailureKind, PreemptedError, StopTrainingError, notice
 from raycifar.models import FORWARD_PASSES_PER_STEP
+from raycifar.models.recipe import Stage
 from raycifar.storage.checkpoints import Checkpoints
 from raycifar.storage.records import EpochRecord, Rise, sampled_steps
 from raycifar.storage.run_folder import EXAMPLE_STATS, MODEL, RUN
@@ -76,6 +77,8 @@ class Trainer:
         self.checkpointer = Checkpointer(self.folder)
         self.profiler = StepProfiler(self.folder, self.rank, self.device) if config.profile else None
         self.interruptions = InterruptionWatch(self.reporter, in_process=config.in_process)
+        # Stages, with image sizes, of which the first steps are over: those are slow.
+        self.warm: set[tuple[Stage | None, int | None]] = set()
         # Set by `set_up`, once there are images and a network.
         self.train_set: Shard
         self.index: Tensor  # (n,) int64, of all workers' training images: rows in the source
@@ -139,7 +142,7 @@ class Trainer:
             if batch.step % CHECK_STEPS[self.device.type] == 0:
                 self.meter.check_finite()
             if self.reporter.due():
-                self.report_step(lr)
+                self.report_step(lr, size)
             if interruption := self.save_in_mid_epoch():
                 return interruption
         self.collect()
@@ -333,8 +336,13 @@ class Trainer:
             began = {"training_began": time.time()}
             self.folder.write_json(RUN, self.folder.read_json(RUN) | vars(facts) | began)
 
-    def report_step(self, lr: float) -> None:
+    def report_step(self, lr: float, size: int | None) -> None:
+        """Report the epoch's progress, unless these are the first steps of their kind, from which nothing follows."""
         progress, num_scored = self.state.progress, self.evaluator.num_images
+        if (kind := (self.state.stage, size)) not in self.warm:
+            self.warm.add(kind)
+            self.meter.time_from_here(progress.step)
+            return
         running = self.meter.running(progress.step)
         steps_per_second = running.pop("steps_per_second")
         images_per_second = steps_per_second * self.config.num_train_images / self.steps_per_epoch

@@ -22,7 +22,8 @@ from raycifar.workflows import planning
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.planning import INTERCONNECTS, Measured, Place, Plan
 from raycifar.workflows.requests import TrainingRequest, checked_option, to_arguments
-from raycifar.workflows.training import TrainingRun, allocate_workers, fit, prepare, read_inputs
+from raycifar.workflows.training import allocate_workers, fit, prepare, read_inputs
+from raycifar.workflows.training_run import TrainingRun
 
 Show = Callable[[dict[str, Any]], None]
 

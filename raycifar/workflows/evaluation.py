@@ -18,13 +18,7 @@ from raycifar.data.sources import is_location
 from raycifar.data.tables import Source, from_lists, split_rows, take, to_images, to_lists
 from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
 from raycifar.models.recipes import read_run, recipe_from_json
-from raycifar.storage.run_folder import (
-    EVALUATION,
-    EVALUATION_PAGE,
-    PICTURES,
-    PREDICTIONS,
-    RunFolder,
-)
+from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PICTURES, PREDICTIONS, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images, find_duplicates

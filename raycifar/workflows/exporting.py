@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pyarrow.fs import FileType
 
 from raycifar.data import CIFAR100
 from raycifar.data.tables import to_images
 from raycifar.errors import RequestError, WorkError
 from raycifar.models import slug
 from raycifar.models.recipes import read_run
-from raycifar.storage.files import write_file
+from raycifar.storage.files import file_type, write_file
 from raycifar.storage.locations import check_location, parent_and_name
 from raycifar.storage.run_folder import BEST, MODEL, RUN, RunFolder
 from raycifar.terminal import Screen
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 Network = Callable[["Tensor"], "Tensor"]  # images (n, 3, 32, 32) uint8 to logits (n, classes)
 
 CHECKED = 1000  # images for which the exported file must predict the network's classes
+WRITABLE = (FileType.File, FileType.NotFound)
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".pt", "safetensors": ".safetensors"}
 
 
@@ -52,14 +54,11 @@ def export(network: str, kind: str, screen: Screen, *, out: str | None = None, d
         data: test images for the check, by default the run's.
 
     Raises:
-        RequestError: the network or the images don't exist, or a package is missing.
+        RequestError: the network or the images don't exist, a package is missing, or the file can't be written.
         WorkError: the result predicts other classes than the network; nothing was written.
     """
-    if out is not None:
-        check_location(out, "--out", to_write=True)
+    check_out(out, network)
     folder = RunFolder.at(network)
-    if out is not None and is_own_weights(out, network):
-        raise RequestError(f"--out {out} would replace the weights of a run, or those to be exported: give another.")
     run = None if folder.name.endswith(".safetensors") else read_run(folder)
     with screen.waiting("Loading PyTorch"):
         import torch
@@ -89,12 +88,24 @@ def export(network: str, kind: str, screen: Screen, *, out: str | None = None, d
     return Export(out, len(content), len(images), largest)
 
 
-def is_own_weights(out: str, network: str) -> bool:
-    """Return whether a file is the network's, or among the weights that a run's folder keeps."""
-    folder, name = parent_and_name(out)
-    if parent_and_name(network) == (folder, name):
-        return True
-    return name in (MODEL, BEST) and RunFolder.at(folder).exists(RUN)
+def check_out(out: str | None, network: str) -> None:
+    """Raise RequestError if a file can't be written, or would replace the network's or the weights of a run.
+
+    Whether a remote one can be written shows only at the end.
+
+    Args:
+        out: None for a file in the current folder.
+    """
+    location, name = (".", "") if out is None else parent_and_name(check_location(out, "--out", to_write=True))
+    folder = RunFolder.at(location)
+    with folder.marker("--out"):
+        pass
+    if out is None:
+        return
+    if not folder.is_remote and file_type(folder.filesystem, folder.path(name)) not in WRITABLE:
+        raise RequestError(f"{out} can't be written: it is not a file. Give another --out.")
+    if parent_and_name(network) == (location, name) or (name in (MODEL, BEST) and folder.exists(RUN)):
+        raise RequestError(f"--out {out} would replace the weights of a run, or those to be exported: give another.")
 
 
 def with_preprocessing(weights: "Weights") -> "nn.Module":

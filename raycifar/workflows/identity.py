@@ -1,20 +1,16 @@
 """A run's identity: written to `run.json` at the start, and compared when the run is resumed."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from raycifar.data.sources import absolute_name
-from raycifar.data.tables import Source, Splits
 from raycifar.errors import DamagedFileError, RequestError
-from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe, changes, describe_changes
 from raycifar.models.recipes import nearest_recipe, read_run, recipe_from_json
 from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, STUDY, RunFolder
-from raycifar.workflows.duplicates import known_duplicates
 from raycifar.workflows.requests import TrainingRequest
+from raycifar.workflows.training_run import Inputs
 
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
@@ -27,20 +23,6 @@ ALWAYS_SHOWN = (
     "epochs", "batch_size", "optimizer", "lr", "momentum", "schedule", "warmup", "weight_decay", "label_smoothing",
     "augment",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """A run's data set, its splits, and the initial weights."""
-
-    source: Source
-    splits: Splits
-    initial: InitialWeights
-
-    def near_duplicates(self) -> np.ndarray | None:
-        """Return the rows of test images whose photograph is among the training images, or None if it isn't known."""
-        found = known_duplicates(self.source)
-        return None if found is None else found.test_copies(self.splits.train["index"].to_numpy())
 
 
 def identify(request: TrainingRequest, inputs: Inputs) -> dict[str, Any]:

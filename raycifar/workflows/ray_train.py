@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import fsspec
@@ -21,15 +21,13 @@ from raycifar.data.shards import ExactShards, to_datasets
 from raycifar.engine.train_loop import TrainLoopConfig
 from raycifar.errors import WorkError, in_a_line
 from raycifar.redaction import shown
-
-if TYPE_CHECKING:
-    from raycifar.workflows.training import TrainingRun
+from raycifar.workflows.training_run import TrainingRun
 
 RESIZE_SECONDS = 15  # between two looks whether an elastic run can grow
 
 
 def build_trainer(
-    run: "TrainingRun", loop: Callable[[dict[str, Any]], Any], options: Mapping[str, Any]
+    run: TrainingRun, loop: Callable[[dict[str, Any]], Any], options: Mapping[str, Any]
 ) -> StoppableTrainer:
     """Return Ray Train's trainer for the run.
 
@@ -68,7 +66,7 @@ def build_trainer(
     )
 
 
-def build_config(run: "TrainingRun") -> TrainLoopConfig:
+def build_config(run: TrainingRun) -> TrainLoopConfig:
     request, inputs = run.request, run.inputs
     return TrainLoopConfig(
         folder=run.folder,

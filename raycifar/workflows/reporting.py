@@ -3,7 +3,8 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -281,27 +282,28 @@ class Refresher:
         started = time.monotonic()
         if started - self.last < self.took / FRACTION:
             return
-        explain(self.write)
+        with forgiving():
+            self.write()
         self.last = time.monotonic()
         self.took = self.last - started
 
 
-def explain(write: Callable[[], Any]) -> Any:
-    """Return what `write` returns; a failure is logged and returned as a sentence, and doesn't fail the run."""
+@contextmanager
+def forgiving(say: Callable[[str], None] = lambda sentence: None) -> Iterator[None]:
+    """Log and say what goes wrong with a report, in a sentence: the run goes on without it."""
     try:
-        return write()
+        yield
     except Exception as error:
         log.debug("The report failed.", exc_info=True)
-        return f"The report failed: {type(error).__name__}: {in_a_line(error)}."
+        say(f"The report failed: {type(error).__name__}: {in_a_line(error)}.")
 
 
 def show_report(write: Callable[[], dict[str, Any]], screen: Screen) -> None:
     """Write a report, and say what it shows."""
-    with screen.waiting("Drawing the report"):
-        report = explain(write)
-    if isinstance(report, str):
-        screen.say(report)
-    else:
+    report = None
+    with screen.waiting("Drawing the report"), forgiving(screen.say):
+        report = write()
+    if report:
         headline = f"What the curves show: {report['headline']}. " if report["headline"] else ""
         screen.say(f"{headline}See {REPORT_PAGE}")
 

@@ -5,7 +5,6 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -24,23 +23,22 @@ from raycifar.workflows.comparing import Show, conclude, read_finished
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import find_duplicates
 from raycifar.workflows.estimate import operations_of, warn_of_hours
-from raycifar.workflows.reporting import Refresher, explain, keep_pictures, show_report, write_comparison, write_run
+from raycifar.workflows.reporting import Refresher, forgiving, keep_pictures, show_report, write_comparison, write_run
 from raycifar.workflows.requests import ComparisonRequest
 from raycifar.workflows.tracking import Tracking
 from raycifar.workflows.training import STOP_SECONDS, and_weights, lock, read_images
 
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
-    from raycifar.workflows.tuning import Study, StudySearcher
+    from raycifar.workflows.tuning import StudySearcher
 
 
 @dataclass(frozen=True)
 class PreparedComparison:
     """A comparison that is ready to start."""
 
-    study: "Study"
-    source: Source
     searcher: "StudySearcher"
+    source: Source
     workers: "Workers"  # of each trial
 
 
@@ -116,7 +114,7 @@ def prepare(
     cost = {model: models.flops(initial.architecture) for model, initial in initial_by_model.items()}.__getitem__
     ordered = {model: recipes[model] for model in sorted(recipes, key=cost, reverse=True)}
     study = Study(request, folder, ordered, initial_by_model, spaces)
-    return PreparedComparison(study, source, StudySearcher(study, most), workers)
+    return PreparedComparison(StudySearcher(study, most), source, workers)
 
 
 def run_trials(prepared: PreparedComparison, screen: Screen, tracking: Tracking) -> None:
@@ -126,7 +124,7 @@ def run_trials(prepared: PreparedComparison, screen: Screen, tracking: Tracking)
     """
     from raycifar.workflows.tuning import orchestrate
 
-    study, searcher = prepared.study, prepared.searcher
+    searcher, study = prepared.searcher, prepared.searcher.study
     request, folder = study.request, study.folder
     order = list(request.recipes)
     if done := sum(trial.over for trial in searcher.trials):
@@ -146,7 +144,7 @@ def run_trials(prepared: PreparedComparison, screen: Screen, tracking: Tracking)
 
     tracking.log(folder)
     alongside(
-        lambda: orchestrate(study, searcher, prepared.source, prepared.workers),
+        lambda: orchestrate(searcher, prepared.source, prepared.workers),
         lambda running: screen.follow_trials(
             lambda: sorted(searcher.trials, key=lambda trial: order.index(trial.model)),
             running,
@@ -163,14 +161,15 @@ def finish(prepared: PreparedComparison, screen: Screen, show: Show) -> None:
     Raises:
         WorkError: trials failed; the message lists them with their reasons.
     """
-    study, searcher = prepared.study, prepared.searcher
+    searcher, study = prepared.searcher, prepared.searcher.study
     request, folder = study.request, study.folder
     finals = [trial for model in request.recipes for trial in searcher.finals.get(model, [])]
     finished = [read_finished(study.folder_of(trial).location) for trial in finals if trial.status == "finished"]
     draw, doing = (write_run, "Drawing the reports") if request.report else (keep_pictures, "Keeping the pictures")
     with screen.waiting(f"{doing} of the runs"):
         for run in finished:
-            explain(partial(draw, RunFolder.at(run.folder), prepared.source))
+            with forgiving():
+                draw(RunFolder.at(run.folder), prepared.source)
     if finished:
         more = {
             "search": {model: describe_search(searcher, model) for model in request.recipes if request.search},

@@ -8,13 +8,12 @@ which has nothing to finish.
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from raycifar.cluster.status import Phase, StatusStore, WorkerStatus
+from raycifar.cluster.status import Phase, WorkerStatus
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, Splits, split
 from raycifar.errors import RequestError, WorkError, in_a_line
@@ -29,10 +28,11 @@ from raycifar.workflows.background import Follow, alongside
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images
 from raycifar.workflows.estimate import operations_of, warn_of_hours
-from raycifar.workflows.identity import Inputs, earlier_result, identify, overview, write_run_json
-from raycifar.workflows.reporting import Refresher, explain, keep_pictures, show_profile, show_report, write_run
+from raycifar.workflows.identity import earlier_result, identify, overview, write_run_json
+from raycifar.workflows.reporting import Refresher, forgiving, keep_pictures, show_profile, show_report, write_run
 from raycifar.workflows.requests import TrainingRequest, WorkerCount, WorkerSettings, check_batch_size
 from raycifar.workflows.tracking import Tracking
+from raycifar.workflows.training_run import Inputs, TrainingRun
 
 SCORES = {"top1": "top-1", "top5": "top-5", "superclass_top1": "superclass", "loss": "loss", "ece": "calibration error"}
 STOP_SECONDS = 10  # for a run that is interrupted to save what it has trained
@@ -40,18 +40,6 @@ STOP_SECONDS = 10  # for a run that is interrupted to save what it has trained
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
     from raycifar.engine.train_loop import Outcome
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """A run that is under way: what is asked for, where it is kept, what it trains on, and with which workers."""
-
-    request: TrainingRequest
-    folder: RunFolder
-    inputs: Inputs
-    workers: "Workers"
-    status_store: StatusStore = field(default_factory=StatusStore)
-    debug: bool = False  # show Ray's log
 
 
 def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, debug: bool = False) -> dict[str, Any]:
@@ -287,4 +275,5 @@ def report(run: TrainingRun, screen: Screen) -> None:
     if run.request.report:
         show_report(lambda: write_run(run.folder, run.inputs.source), screen)
     else:
-        explain(lambda: keep_pictures(run.folder, run.inputs.source))
+        with forgiving():
+            keep_pictures(run.folder, run.inputs.source)

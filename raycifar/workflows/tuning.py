@@ -28,10 +28,11 @@ from raycifar.storage.files import ask
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.background import Running
-from raycifar.workflows.identity import Inputs, earlier_result, identify
+from raycifar.workflows.identity import earlier_result, identify
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.search_space import PastTrial, Space, suggest
-from raycifar.workflows.training import TrainingRun, finish, fit, prepare, split_images
+from raycifar.workflows.training import finish, fit, prepare, split_images
+from raycifar.workflows.training_run import Inputs, TrainingRun
 from raycifar.workflows.trial import Trial, TrialStatus
 
 POLL_SECONDS = 0.25  # between two checks of a trial
@@ -143,9 +144,6 @@ class StudySearcher(Searcher):
 
     # Ray Tune's interface --------------------------------------------------------------------------
 
-    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
-        return True
-
     def suggest(self, trial_id: str) -> Any:
         if len(self.running) >= self.max_concurrent:
             return None
@@ -171,9 +169,6 @@ class StudySearcher(Searcher):
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: the run folders hold all state."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """See `save`."""
 
     # Planning trials -------------------------------------------------------------------------------
 
@@ -278,8 +273,9 @@ class AshaByModel(FIFOScheduler):
         return TrialScheduler.CONTINUE
 
 
-def orchestrate(study: Study, searcher: StudySearcher, source: Source, workers: Workers) -> None:
+def orchestrate(searcher: StudySearcher, source: Source, workers: Workers) -> None:
     """Run all trials of the study; the searcher then has their status."""
+    study = searcher.study
     trainable = tune.with_parameters(run_trial, study=study, source=source, workers=workers)
     folder = RunFolder(study.folder.location, "tune")
     # Ray Tune's loggers would repeat the run folders' content, and its new output prints even with verbose=0.
