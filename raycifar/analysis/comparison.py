@@ -3,12 +3,13 @@
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from raycifar.analysis.diagnosis import diagnose
 from raycifar.analysis.history import RunHistory
+from raycifar.analysis.run_files import RunFiles
 from raycifar.analysis.statistics import difference, holm, mcnemar, mean_interval
 from raycifar.models.recipe import Recipe, changes
 from raycifar.words import count
@@ -44,14 +45,7 @@ class Finished:
         return list(itertools.accumulate(record.seconds * record.workers * share for record in self.history.records))
 
 
-class Recorded(Protocol):
-    """What has a run's history."""
-
-    @property
-    def history(self) -> RunHistory: ...
-
-
-Run = TypeVar("Run", bound=Recorded)
+Run = TypeVar("Run", bound=Finished | RunFiles)
 
 
 def conditions(run: dict[str, Any]) -> dict[str, Any]:
