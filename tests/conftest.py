@@ -13,6 +13,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 import click
@@ -27,6 +28,7 @@ from cpus import free_cpus, who_has_them
 from ray.cluster_utils import Cluster
 from torchvision.models import resnet50
 
+from raycifar.cluster.status import StatusStore
 from raycifar.data.sources import load
 from raycifar.data.synthetic import synthetic
 from raycifar.data.tables import to_images
@@ -215,6 +217,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def history(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def store():
+    """What a run's processes tell each other, of no run in particular."""
+    return StatusStore(uuid.uuid4().hex)
 
 
 @pytest.fixture(scope="session")

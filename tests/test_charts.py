@@ -104,6 +104,11 @@ def test_names_and_descriptions_are_text_and_nothing_else(draw):
     assert HOSTILE in unescape(svg)
 
 
+def test_a_legend_names_runs_whose_name_begins_with_an_underscore():
+    svg = bands({name: [np.arange(3.0)] for name in ("_a", "__b", "c")}, "y", "d")
+    assert [name for name in ("_a", "__b", "c") if f">{name}</text>" in svg] == ["_a", "__b", "c"]
+
+
 def test_long_curves_are_thinned_and_keep_their_ends():
     assert thinned(0).tolist() == []
     assert thinned(3).tolist() == [0, 1, 2]
@@ -152,6 +157,11 @@ def test_the_figure_of_a_comparison_has_a_line_for_each_model():
     assert [label for label in labels if not label.startswith("_")] == ["cnn", "vgg16"]
     assert len(labels) == 4  # the means, and the runs of the model that has two
     assert len(figure.axes[0].lines[0].get_xdata()) == 5
+
+
+def test_the_figure_of_a_comparison_leaves_out_a_model_whose_runs_are_gone():
+    figure = plot_comparison({"cnn": [], "vgg16": [made_up(epochs=3)]})
+    assert [line.get_label() for line in figure.axes[0].lines] == ["vgg16"]
 
 
 def test_ticks_of_logarithmic_axes_are_plain_numbers():

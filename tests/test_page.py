@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -16,6 +17,9 @@ from raycifar.analysis import run_files
 from raycifar.analysis.comparison_report import comparison_page, report_comparison, report_overlay
 from raycifar.analysis.reports import ROWS, report_run, run_page, to_markdown
 from raycifar.analysis.run_files import RunFiles
+from raycifar.data.synthetic import synthetic
+from raycifar.storage.run_folder import METRICS, RUN, RunFolder
+from raycifar.workflows.reporting import write_run
 
 HOSTILE = "javascript:alert(1)"
 TAGS = '"><script>alert(1)</script>'
@@ -198,6 +202,17 @@ def test_each_of_several_runs_is_diagnosed_once(monkeypatch):
     files = [RunFiles(name, made_up(epochs=3)) for name in "ab"]
     comparison_page(report_overlay(files), files, None, {}, overlay=True)
     assert diagnosed == [run.history for run in files]
+
+
+def test_a_report_with_pictures_diagnoses_the_run_once(tmp_path, monkeypatch):
+    history, folder = made_up(epochs=3), RunFolder(str(tmp_path), "a")
+    folder.write_json(RUN, history.run)
+    folder.write(METRICS, b"".join(json.dumps(record.to_json()).encode() + b"\n" for record in history.records))
+    diagnosed, diagnose = [], run_files.diagnose
+    monkeypatch.setattr(run_files, "diagnose", lambda history: diagnosed.append(history) or diagnose(history))
+    write_run(folder, synthetic(train=200, test=100))
+    assert len(diagnosed) == 1
+    assert "What the network sees" in (tmp_path / "a/report.html").read_text()
 
 
 def test_one_model_with_two_recipes_is_drawn_as_two_and_its_runs_are_no_seeds_of_one():

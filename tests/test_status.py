@@ -4,7 +4,6 @@ import uuid
 
 import pytest
 
-from raycifar.cluster import status as room
 from raycifar.cluster.status import (
     Failure,
     FailureCause,
@@ -24,11 +23,6 @@ STEP |= {"images_per_second": 1000.0, "seconds_of_epoch": 2.0, "seconds_left": 1
 MODEL = {"parameters": 1000, "device": "cpu", "threads": 2, "precision": "bfloat16"}
 RECORD = {"epoch": 1, "train_loss": 3.0, "train_top1": 0.2, "lr": 0.1, "images_per_second": 900.0}
 RECORD |= {"seconds": 5.0, "workers": 1}
-
-
-@pytest.fixture
-def store():
-    return StatusStore(uuid.uuid4().hex)
 
 
 @pytest.fixture
@@ -114,7 +108,7 @@ def test_only_the_leader_speaks_and_looks(store):
 
 def test_the_store_is_asked_for_a_stop_twice_a_second_at_most(store, reporter, monkeypatch):
     looks = []
-    monkeypatch.setattr(room.StatusStore, "stop_requested", lambda self: looks.append(1) or False)
+    monkeypatch.setattr(StatusStore, "stop_requested", lambda self: looks.append(1) or False)
     for _ in range(1000):
         assert not reporter.stop_requested()
     assert len(looks) <= 2

@@ -3,7 +3,6 @@
 import io
 import re
 import threading
-import uuid
 from dataclasses import replace
 from functools import partial
 from threading import Thread
@@ -20,7 +19,6 @@ from raycifar.cluster.status import (
     ModelFacts,
     PartStatus,
     Phase,
-    StatusStore,
     StepStatus,
     WorkerStatus,
 )
@@ -49,11 +47,6 @@ MODEL = ModelFacts(parameters=4_226_212, device="cpu", threads=2, precision="bfl
 def record(epoch, **changes):
     values = {"train_loss": 3.0, "train_top1": 0.2, "val_loss": 2.9, "val_top1": 0.3, "val_top5": 0.6, "lr": 0.1}
     return EpochRecord(**{"epoch": epoch, **values, "images_per_second": 900.0, "seconds": 5.0, "workers": 1} | changes)
-
-
-@pytest.fixture
-def store():
-    return StatusStore(uuid.uuid4().hex)
 
 
 @pytest.fixture

@@ -4,29 +4,17 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from histories import made_up
 
 from raycifar.errors import RequestError
-from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import MODEL, REPORT_PAGE, RUN, RunFolder
 from raycifar.workflows import tracking
 from raycifar.workflows.tracking import TRACKING, Tracking
 
-RECORD = EpochRecord(
-    epoch=1,
-    train_loss=4.0,
-    train_top1=0.1,
-    val_top1=0.2,
-    lr=0.1,
-    images_per_second=9.0,
-    seconds=1.0,
-    workers=1,
-    time=1e9,
-)
-HISTORY = [replace(RECORD, epoch=e, train_loss=4.0 / e) for e in range(1, 5)]
+HISTORY = made_up(epochs=4, train_loss=lambda e: 4.0 / e, time=lambda e: 1e9).records
 DATA = {"source": "synthetic", "train": 100, "val": 0, "test": 100, "fingerprint": "0"}
 CONFIG = {"name": "a", "model": "cnn", "seed": 3, "recipe": {"lr": 0.1}, "data": DATA}
 SCORES = {"images": 100, "loss": 2.0, "top1": 0.5, "top5": 0.8, "superclass_top1": 0.6, "ece": 0.1}

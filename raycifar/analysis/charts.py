@@ -18,6 +18,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from raycifar.analysis.curves import BLUE, ORANGE, Panel, panels
@@ -50,6 +51,7 @@ STYLE: Any = {
     "axes.facecolor": "none",
     "legend.frameon": False,
 }
+Groups = Mapping[str, Sequence[np.ndarray]]  # the curves (epochs,) of each model's runs
 
 
 def to_svg(figure: Figure, description: str, figures: dict[str, Any] | None = None) -> str:
@@ -103,15 +105,16 @@ def label_epochs(axes: Axes, ylabel: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
 
 
-def legend_above(axes: Axes, lift: float = 0.0) -> None:
+def legend_above(axes: Axes, lines: Sequence[Line2D] | None = None, lift: float = 0.0) -> None:
     """Name what the axes show, above them: within, a legend would hide a part of it.
 
     Args:
+        lines: those to name; by default all that have a label, but for labels that begin with "_".
         lift: of the legend, as a fraction of the axes' height.
     """
-    _, labels = axes.get_legend_handles_labels()
-    columns = 2 if max(map(len, labels), default=0) <= LONG_NAME else 1
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1 + lift), ncols=columns)
+    handles: Sequence[Any] = axes.get_legend_handles_labels()[0] if lines is None else lines
+    columns = 2 if max((len(handle.get_label()) for handle in handles), default=0) <= LONG_NAME else 1
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1 + lift), ncols=columns)
 
 
 def plain_number(value: float, position: float = 0) -> str:
@@ -152,7 +155,7 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
         place = (epoch, 1 + WORD_HEIGHT * (k % 2))
         axes.annotate(word, place, xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
     if len(panel.lines) > 1:
-        legend_above(axes, WORD_HEIGHT * min(len(panel.marks), 2))
+        legend_above(axes, lift=WORD_HEIGHT * min(len(panel.marks), 2))
 
 
 @rc_context(STYLE)
@@ -195,43 +198,34 @@ def plot_history(history: RunHistory, title: str | None = None) -> Figure:
 # Comparisons ----------------------------------------------------------------------------------------
 
 
-def stack(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """Return curves as (runs, epochs); shorter ones end in not-a-number."""
-    longest = max((len(column) for column in columns), default=0)
-    return np.array([np.pad(column, (0, longest - len(column)), constant_values=np.nan) for column in columns])
-
-
-def draw_bands(axes: Axes, groups: dict[str, np.ndarray], ylabel: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def draw_bands(axes: Axes, groups: Groups, ylabel: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Draw the mean over seeds of each model's curve, and its runs: each of up to three, the range of more.
-
-    Args:
-        groups: (runs, epochs) by model, not a number where a run has no such epoch.
 
     Returns:
         The epochs that are drawn, and the models' means there.
     """
     label_epochs(axes, ylabel)
-    longest = max((values.shape[1] for values in groups.values()), default=0)
-    shown, means = thinned(longest), {}
+    longest = max((len(curve) for curves in groups.values() for curve in curves), default=0)
+    shown, means, lines = thinned(longest), {}, []
     looks = zip(cycle(COLORS), cycle(STYLES), cycle(MARKERS), strict=False)
-    for (model, values), (color, style, marker) in zip(groups.items(), looks, strict=False):
-        padding = (0, 0), (0, longest - values.shape[1])
-        values = np.pad(values, padding, constant_values=np.nan)[:, shown]
+    for (model, curves), (color, style, marker) in zip(groups.items(), looks, strict=False):
+        padded = [np.pad(curve, (0, longest - len(curve)), constant_values=np.nan) for curve in curves]
+        values = np.stack(padded)[:, shown]
         with warnings.catch_warnings(action="ignore"):  # of epochs of which nothing is known
             mean, low, high = np.nanmean(values, 0), np.nanmin(values, 0), np.nanmax(values, 0)
         point = marker if np.isfinite(mean).sum() < 2 else ""
-        axes.plot(shown + 1, mean, color=color, linestyle=style, marker=point, linewidth=1.8, label=model)
+        lines += axes.plot(shown + 1, mean, color=color, linestyle=style, marker=point, linewidth=1.8, label=model)
         if len(values) > FEW_RUNS:
             axes.fill_between(shown + 1, low, high, color=color, alpha=0.18, linewidth=0)
         elif len(values) > 1:
             axes.plot(shown + 1, values.T, color=color, marker=point, linewidth=0.6, alpha=0.6)
         means[model] = mean
-    legend_above(axes)
+    legend_above(axes, lines)
     return shown + 1, means
 
 
 @rc_context(STYLE)
-def bands(groups: dict[str, np.ndarray], ylabel: str, description: str) -> str:
+def bands(groups: Groups, ylabel: str, description: str) -> str:
     """Return the SVG of the models' curves; see `draw_bands`."""
     figure, axes = new_axes(4.7, 2.9)
     return to_svg(figure, description, values_of(axes, "epoch", *draw_bands(axes, groups, ylabel)))
@@ -242,7 +236,7 @@ def plot_comparison(groups: dict[str, list[RunHistory]], title: str | None = Non
     """Return a figure of the models' validation accuracy and training loss: means over the seeds, and ranges."""
     figure, grid = new_grid(2, title)
     for axes, column in zip(grid, ("val_top1", "train_loss"), strict=True):
-        curves = {model: stack([run.column(column) for run in runs]) for model, runs in groups.items()}
+        curves = {model: [run.column(column) for run in runs] for model, runs in groups.items() if runs}
         draw_bands(axes, curves, COMPARED[column])
     return figure
 

@@ -3,12 +3,13 @@
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from raycifar.analysis.diagnosis import diagnose
 from raycifar.analysis.history import RunHistory
+from raycifar.analysis.run_files import RunFiles
 from raycifar.analysis.statistics import difference, holm, mcnemar, mean_interval
 from raycifar.models.recipe import Recipe, changes
 from raycifar.words import count
@@ -44,14 +45,7 @@ class Finished:
         return list(itertools.accumulate(record.seconds * record.workers * share for record in self.history.records))
 
 
-class Recorded(Protocol):
-    """What has a run's history."""
-
-    @property
-    def history(self) -> RunHistory: ...
-
-
-Run = TypeVar("Run", bound=Recorded)
+Run = TypeVar("Run", bound=Finished | RunFiles)
 
 
 def conditions(run: dict[str, Any]) -> dict[str, Any]:
@@ -82,11 +76,14 @@ def by_model(runs: Iterable[Run]) -> dict[str, list[Run]]:
     groups: dict[tuple[str, Recipe], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.history.model, run.history.recipe), []).append(run)
+    bases = {key: members[0].history.base.name for key, members in groups.items()}
     named = {}
     for (model, recipe), members in groups.items():
-        others = [changes(recipe, other) for name, other in groups if name == model]
-        fields = [field for field in vars(recipe) if any(field in differing for differing in others)]
-        named[" ".join([model, *(f"{field}={getattr(recipe, field)}" for field in fields)])] = members
+        base = bases[model, recipe]
+        like = [changes(recipe, other) for (name, other), its in bases.items() if (name, its) == (model, base)]
+        fields = [field for field in vars(recipe) if any(field in differing for differing in like)]
+        names = [base] if any(name == model and its != base for (name, _), its in bases.items()) else []
+        named[" ".join([model, *names, *(f"{field}={getattr(recipe, field)}" for field in fields)])] = members
     return named
 
 

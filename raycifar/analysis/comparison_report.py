@@ -126,13 +126,13 @@ def comparison_page(
     drawn: dict[str, str] = {}
     groups = {run.name: [run] for run in runs} if overlay else by_model(runs)
     for score, words in charts.COMPARED.items():
-        stacked = {model: charts.stack([run.history.column(score) for run in same]) for model, same in groups.items()}
-        stacked = {model: values for model, values in stacked.items() if np.isfinite(values).any()}
-        if stacked:
-            ends = "; ".join(f"{model} ends at {last_mean(values):.3f}" for model, values in stacked.items())
+        curves = {model: [run.history.column(score) for run in same] for model, same in groups.items()}
+        curves = {model: those for model, those in curves.items() if np.isfinite(np.concatenate(those)).any()}
+        if curves:
+            ends = "; ".join(f"{model} ends at {last_mean(those):.3f}" for model, those in curves.items())
             averaged = "" if overlay else ", mean over the seeds, and the runs"
             description = f"{words.capitalize()} by epoch{averaged}: {ends}."
-            drawn[score] = charts.bands(stacked, words, description)
+            drawn[score] = charts.bands(curves, words, description)
     if comparison:
         models = comparison["models"]
         for key, words in (("device_seconds", "device-seconds to train"), ("parameters", "parameters")):
@@ -161,6 +161,6 @@ def top1_of(model: dict[str, Any], runs: Sequence[RunFiles]) -> list[float]:
     return top1 if len(top1) == len(model["runs"]) else [model["top1"]["mean"]]
 
 
-def last_mean(values: np.ndarray) -> float:
-    known = [row[np.isfinite(row)][-1] for row in values if np.isfinite(row).any()]
-    return float(np.mean(known))
+def last_mean(curves: Sequence[np.ndarray]) -> float:
+    """Return the mean of the curves' last known values."""
+    return float(np.mean([curve[np.isfinite(curve)][-1] for curve in curves if np.isfinite(curve).any()]))

@@ -112,5 +112,4 @@ def seed_variance(model: str, top1: Sequence[float], num_images: int) -> Finding
         "images explain."
     )
     advice = "Lower --lr or lengthen --warmup, and report more seeds."
-    sure = round(min(SURE, 1 - chance), 3)
-    return Finding("seed-variance", sure, evidence, advice, [], {"ratio": math.sqrt(ratio)})
+    return Finding("seed-variance", SURE, evidence, advice, [], {"ratio": math.sqrt(ratio)})

@@ -17,7 +17,7 @@ from raycifar.storage.records import finite
 from raycifar.words import listed
 
 SIGMAS = 3.0  # a difference of so many standard errors is taken as real: Shewhart (1931), p = 0.0027
-SURE = 0.99  # no finding is surer than that
+SURE = 0.99  # of what chance hardly explains, by SIGMAS or more; no finding is surer than that
 FIT = 0.2  # McFadden (1979): a pseudo-R² of 0.2 to 0.4 is an excellent fit, less explains little
 COARSE = 0.025  # half a 95% interval of 5 points: architectures that are compared differ by less
 FEW_EPOCHS = 5  # of fewer, no spread of changes can be estimated
@@ -45,11 +45,6 @@ def has(found: Sequence[Finding], *kinds: str) -> bool:
 def standard_error(p: float, n: int) -> float:
     """Return the standard error of a fraction `p` of `n`."""
     return math.sqrt(max(p * (1 - p), 1 / n) / n)
-
-
-def confidence(z: float) -> float:
-    """Return the probability that chance causes less than `z` standard errors."""
-    return round(min(SURE, float(1 - 2 * stats.norm.sf(abs(z)))), 3)
 
 
 def spread_of_changes(values: np.ndarray) -> float:

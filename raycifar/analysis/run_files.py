@@ -18,7 +18,7 @@ from raycifar.data.tables import from_lists
 from raycifar.storage.records import PicturesFile
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFiles:
     """What a run's folder holds; what isn't there is None, and the report says so."""
 
@@ -26,16 +26,20 @@ class RunFiles:
     history: RunHistory
     predictions: pa.Table | None = None
     example_stats: pa.Table | None = None
-    pictures: PicturesFile | None = None
+    pictures: PicturesFile | None = None  # may be set later: they are chosen by the rest
     storage: str = "results"  # where the folder stands
     notes: Sequence[str] = ()  # sentences about what is damaged, has changed or is missing
     copies: np.ndarray | None = None  # (n, 2): training images that show one photograph, by rows in the source
 
     @cached_property
+    def shown_by_curves(self) -> list[Finding]:
+        return diagnose(self.history)
+
+    @property
     def findings(self) -> list[Finding]:
         """What the run shows, what matters most first."""
-        differs, found = find_mismatch(self.history, self.predictions, self.pictures), diagnose(self.history)
-        return [*differs, *(finding for finding in found if not (differs and finding.kind == "healthy"))]
+        differs = find_mismatch(self.history, self.predictions, self.pictures)
+        return differs + [found for found in self.shown_by_curves if not (differs and found.kind == "healthy")]
 
     @cached_property
     def answers(self) -> "Answers | None":

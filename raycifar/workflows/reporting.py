@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +172,7 @@ def write_run(
 
     files = read_files(folder)
     if source is not None:
-        files = replace(files, pictures=choose_pictures(files, source))
+        files.pictures = choose_pictures(files, source)
         if out is None or out == folder:
             write_pictures(folder, files.pictures)
     out, content = out or folder, report_run(files)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raycifar.analysis.findings import COARSE, SIGMAS, Finding, confidence, has, robust_slope, standard_error
+from raycifar.analysis.findings import COARSE, SIGMAS, SURE, Finding, has, robust_slope, standard_error
 from raycifar.analysis.history import RunHistory
 from raycifar.models.recipe import Recipe
 from raycifar.words import listed, points
@@ -44,7 +44,7 @@ def overfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         )
     metrics = {"gap": float(gap), "from_epoch": best + 1, "hidden_by_regularization": hidden}
     epochs = list(range(best + 1, len(val) + 1))
-    return [Finding("overfitting", confidence(max(z, gap / gap_se)), evidence, regularize(history), epochs, metrics)]
+    return [Finding("overfitting", SURE, evidence, regularize(history), epochs, metrics)]
 
 
 def gap_to_validation(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
@@ -63,8 +63,7 @@ def gap_to_validation(history: RunHistory, found: Sequence[Finding]) -> list[Fin
     if low > 0:
         evidence += f", which grows by {points(slope)} per epoch"
     metrics = {"gap": float(gap[-1]), "slope": float(slope)}
-    sure = confidence(gap[-1] / gap_se[-1])
-    return [Finding("generalization-gap", sure, f"{evidence}.", regularize(history), [last.epoch], metrics)]
+    return [Finding("generalization-gap", SURE, f"{evidence}.", regularize(history), [last.epoch], metrics)]
 
 
 def validation_above_training(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
@@ -93,7 +92,7 @@ def validation_above_training(history: RunHistory, found: Sequence[Finding]) -> 
         evidence += ", which is still less: augmentation and averaging over the epoch don't explain it."
         advice = "Check whether the validation images are easier, or are also among the training images."
     metrics = {"explained": explained}
-    return [Finding("validation-above-training", confidence(z), evidence, advice, [last.epoch], metrics)]
+    return [Finding("validation-above-training", SURE, evidence, advice, [last.epoch], metrics)]
 
 
 def generalization_gap(history: RunHistory) -> tuple[np.ndarray, np.ndarray]:

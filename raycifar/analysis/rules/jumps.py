@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from raycifar.analysis.findings import FEW_EPOCHS, SIGMAS, Finding, calm, confidence, spread_of_changes, standard_error
+from raycifar.analysis.findings import FEW_EPOCHS, SIGMAS, SURE, Finding, calm, spread_of_changes, standard_error
 from raycifar.analysis.history import RunHistory
 from raycifar.words import times
 
@@ -28,7 +28,7 @@ def spikes(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         cause, metrics = explain_spike(history, k)
         falls = f"accuracy falls from {top1[k - 1]:.3f} to {top1[k]:.3f}; both recover"
         evidence = f"{jump_in_words(name, losses, k, z)}, and {falls}. {cause}"
-        result.append(Finding("spike", confidence(z), evidence, calm(history), [k + 1], metrics))
+        result.append(Finding("spike", SURE, evidence, calm(history), [k + 1], metrics))
     return result
 
 
@@ -41,7 +41,7 @@ def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Findin
             cause, metrics = explain_spike(history, k)
             stays = "has not recovered so far: it stands" if history.unfinished else "never recovers: it ends"
             evidence = f"{jump_in_words(name, losses, k, z)}, and it {stays} at {losses[-1]:.3f}. {cause}"
-            return [Finding("divergence", confidence(z), evidence, calm(history), [k + 1], metrics)]
+            return [Finding("divergence", SURE, evidence, calm(history), [k + 1], metrics)]
     return []
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from raycifar.analysis.findings import COARSE, FEW_EPOCHS, Finding, confidence, has, robust_slope, standard_error
+from raycifar.analysis.findings import COARSE, FEW_EPOCHS, SURE, Finding, has, robust_slope, standard_error
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.rules.generalization import generalization_gap
 from raycifar.words import change, count, points, span
@@ -40,8 +40,7 @@ def validation_noise(history: RunHistory, found: Sequence[Finding]) -> list[Find
     else:
         advice = "The network itself is unstable: lower --lr, raise --batch-size, or average weights with --ema 0.999."
     metrics = {"images": n, "half_width": half, "swings": wiggle, "cause": "sampling" if sampled else "network"}
-    sure = 0.95 if sampled else confidence(float(stats.norm.isf(chance / 2)))
-    return [Finding("validation-noise", sure, evidence, advice, [], metrics)]
+    return [Finding("validation-noise", 0.95 if sampled else SURE, evidence, advice, [], metrics)]
 
 
 def swings(history: RunHistory, top1: np.ndarray) -> tuple[float, float, float]:
