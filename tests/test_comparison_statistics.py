@@ -9,6 +9,7 @@ from histories import made_up
 from raycifar.analysis import comparison
 from raycifar.analysis.comparison import Finished, by_model, compare, not_comparable, sentence
 from raycifar.analysis.history import RunHistory
+from raycifar.models.recipe import SHORT
 
 PAIR = {
     "a": "cnn", "b": "vgg16", "difference": 0.03, "low": 0.01, "high": 0.05, "p_holm": 0.004, "verdict": "better",
@@ -97,6 +98,14 @@ def test_a_clear_difference_is_a_verdict_and_its_costs_are_told():
 def test_several_recipes_of_a_model_are_named_by_their_difference():
     groups = by_model([finished("cnn", 0, 0.5), finished("cnn", 1, 0.5), finished("cnn", 0, 0.5, lr=0.1)])
     assert {name: len(runs) for name, runs in groups.items()} == {"cnn lr=0.05": 2, "cnn lr=0.1": 1}
+
+
+def test_recipes_with_a_name_are_named_by_it():
+    runs = [finished("cnn", 0, 0.5), finished("cnn", 0, 0.5, **SHORT | {"epochs": 3}), finished("vgg16", 0, 0.5)]
+    assert [*by_model(runs)] == ["cnn study", "cnn short", "vgg16"]
+    assert [*by_model([*runs, finished("cnn", 0, 0.5, **SHORT | {"epochs": 3, "augment": "none"})])] == [
+        "cnn study", "cnn short augment=cutout", "vgg16", "cnn short augment=none",
+    ]  # fmt: skip
 
 
 def test_runs_under_other_conditions_are_refused():
