@@ -18,6 +18,7 @@ from raycifar.analysis.comparison_report import comparison_page, report_comparis
 from raycifar.analysis.reports import ROWS, report_run, run_page, to_markdown
 from raycifar.analysis.run_files import RunFiles
 from raycifar.data.synthetic import synthetic
+from raycifar.models.recipe import TRANSFER, Recipe
 from raycifar.storage.run_folder import METRICS, RUN, RunFolder
 from raycifar.workflows.reporting import write_run
 
@@ -77,7 +78,7 @@ def test_what_is_not_known_is_a_dash():
 def test_the_page_says_how_to_train_the_same_network_again():
     page = page_of(made_up(epochs=2, recipe={"lr": 0.1}, run={"seed": 3, "versions": {"torch": "2.15"}}))
     (command,) = re.findall(r"<code>(<span>raycifar train.*?)</code>", page)
-    assert re.sub("<.*?>", "", command) == "raycifar train --model cnn --epochs 2 --lr 0.1 --seed 3"
+    assert re.sub("<.*?>", "", command) == "raycifar train --model cnn --recipe study --epochs 2 --lr 0.1 --seed 3"
     assert "<span>--lr 0.1</span>" in command  # no line breaks between an option and its value
     assert "batch size 128" in page
     assert "torch 2.15" in page
@@ -107,20 +108,20 @@ def pair_of(**changed):
 
 
 @pytest.mark.parametrize(
-    ("pair", "command"),
+    ("pair", "options"),
     [
-        ({}, "raycifar compare --models cnn,vgg16 --epochs 4 --lr 0.1 --seeds 12"),
-        ({"verdict": "better", "immature": False}, "raycifar compare --models cnn,vgg16 --epochs 2 --lr 0.1 --seeds 3"),
+        ({}, "--epochs 4 --lr 0.1 --seeds 12"),
+        ({"verdict": "better", "immature": False}, "--epochs 2 --lr 0.1 --seeds 3"),
     ],
 )
-def test_what_comes_after_a_comparison_is_a_comparison(pair, command):
+def test_what_comes_after_a_comparison_is_a_comparison(pair, options):
     runs = [
         RunFiles(model, made_up(epochs=2, recipe={"lr": 0.1}, run={"model": model, "limit": 2000}), None, None)
         for model in ("cnn", "vgg16")
     ]
     comparison = {"models": {}, "pairs": [pair_of(**pair)]}
     (step,) = report_comparison("c", runs, comparison)["next"]
-    assert step["command"] == command
+    assert step["command"] == f"raycifar compare --models cnn,vgg16 --recipe study {options}"
     assert step["reason"].endswith("all images")
 
 
@@ -233,6 +234,15 @@ def test_one_model_with_two_recipes_is_drawn_as_two_and_its_runs_are_no_seeds_of
 
 def test_no_command_compares_two_recipes_of_a_model():
     runs = [RunFiles(name, made_up(epochs=2, recipe={"augment": name}), None, None) for name in ("crop", "none")]
+    assert report_comparison("c", runs, {"models": {}, "pairs": [pair_of()]})["next"] == []
+
+
+def test_no_command_compares_models_whose_recipes_have_other_names():
+    plain, own = (
+        made_up(epochs=2),
+        made_up(epochs=2, recipe=vars(Recipe(**TRANSFER | {"epochs": 2})), run={"model": "resnet50"}),
+    )
+    runs = [RunFiles("a", plain, None, None), RunFiles("b", own, None, None)]
     assert report_comparison("c", runs, {"models": {}, "pairs": [pair_of()]})["next"] == []
 
 

@@ -167,7 +167,9 @@ def test_each_model_has_its_own_and_the_study_s_each_with_what_it_is_for(model):
         ("cnn", CnnRecipe(**SHORT | {"epochs": 5, "optimizer": "adamw"}), "short", True),
         ("resnet50", Recipe(**TRANSFER | {"epochs": 1, "head_epochs": 0, "lr": 0.1}), "transfer", True),
         ("resnet50", Recipe(**TRANSFER | {"pretrained": "a.pth", "image_size": 0}), "transfer", True),
-        ("timm:test_vit", Recipe(epochs=5), "scratch", True),
+        ("vgg16", Recipe(), "study", True),
+        ("vgg16", Recipe(epochs=5), "study", False),
+        ("timm:test_vit", Recipe(epochs=5), "study", True),
     ],
 )
 def test_the_nearest_recipe_has_the_same_optimizer_and_the_fewest_differences(model, recipe, base, own):

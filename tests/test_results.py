@@ -33,7 +33,7 @@ def test_a_row_has_what_it_takes_to_reproduce_it():
     *_, row = results_table(comparison, {"cnn-s0": history("cnn-s0", 0)}).splitlines()
     assert row == (
         "| cnn | 3 | 0.7000 ± 0.0100 | 0.9000 | 1.1000 | 2 | 2-thread CPU | 60 | "
-        "`raycifar train --model cnn --workers 0 --epochs 2`, seeds 0, 1, 2 |"
+        "`raycifar train --model cnn --workers 0 --recipe study --epochs 2`, seeds 0, 1, 2 |"
     )
 
 

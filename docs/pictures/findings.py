@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from provoked import FOLDER as PROVOKED  # noqa: E402
 from provoked import recorded, to_history  # noqa: E402
 
-from raycifar.analysis.charts import bands, curve_chart, stack  # noqa: E402
+from raycifar.analysis.charts import bands, curve_chart  # noqa: E402
 from raycifar.analysis.curves import panels  # noqa: E402
 from raycifar.analysis.diagnosis import diagnose, seed_variance  # noqa: E402
 from raycifar.analysis.findings import Finding  # noqa: E402
@@ -65,7 +65,7 @@ def found() -> Iterator[tuple[Finding, str]]:
     runs = list(recorded("differs by seed"))
     tests = [run.result["test"] for run in runs]
     finding = seed_variance("cnn", [test["top1"] for test in tests], tests[0]["images"])
-    curves = {"cnn": stack([run.column("val_top1") for run in runs])}
+    curves = {"cnn": [run.column("val_top1") for run in runs]}
     words = "validation accuracy"
     yield finding, bands(curves, words, f"{words.capitalize()} by epoch: the mean over the seeds, and the runs.")
 

@@ -95,7 +95,8 @@ def next_comparison(runs: Sequence[RunFiles], comparison: dict[str, Any] | None,
     undecided = [pair for pair in pairs if pair["verdict"] == "undecided"]
     seeds = max([3, *(max(pair["seeds_needed"] or 0, 1 + max(pair.get("runs", [0]))) for pair in undecided)])
     models = list(dict.fromkeys(history.model for history in histories))
-    if len(models) < len(by_model(runs)):  # a command takes one recipe of each model
+    names = {"" if history.base.own else history.base.name for history in histories}
+    if len(models) < len(by_model(runs)) or len(names) > 1:  # a command takes one recipe of each model, and one name
         return []
     reasons = [f"{count(seeds, 'seed')} of each model"]
     if any(pair.get("immature") for pair in pairs):

@@ -106,9 +106,9 @@ def nearest_recipe(model: str, recipe: Recipe) -> NamedRecipe:
         for base in [change(model, each.recipe, {"pretrained": recipe.pretrained})]
     ]
 
-    def distance(each: NamedRecipe) -> tuple[bool, int, bool]:
+    def distance(each: NamedRecipe) -> tuple[bool, int, bool, bool]:
         differing = changes(recipe, change(model, each.recipe, {"epochs": recipe.epochs}))
-        return "optimizer" in differing, len(differing), not each.own
+        return "optimizer" in differing, len(differing), not each.own, each.name != "study"
 
     return min(candidates, key=distance)
 
