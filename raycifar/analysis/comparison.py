@@ -79,10 +79,11 @@ def by_model(runs: Iterable[Run]) -> dict[str, list[Run]]:
     bases = {key: members[0].history.base.name for key, members in groups.items()}
     named = {}
     for (model, recipe), members in groups.items():
-        base = bases[model, recipe]
-        like = [changes(recipe, other) for (name, other), its in bases.items() if (name, its) == (model, base)]
-        fields = [field for field in vars(recipe) if any(field in differing for differing in like)]
-        names = [base] if any(name == model and its != base for (name, _), its in bases.items()) else []
+        same_model = {other: base for (name, other), base in bases.items() if name == model}
+        base = same_model[recipe]
+        differing = [changes(recipe, other) for other, its_base in same_model.items() if its_base == base]
+        fields = [field for field in vars(recipe) if any(field in changed for changed in differing)]
+        names = [base] if len(set(same_model.values())) > 1 else []
         named[" ".join([model, *names, *(f"{field}={getattr(recipe, field)}" for field in fields)])] = members
     return named
 
