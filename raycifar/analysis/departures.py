@@ -47,6 +47,10 @@ class Departure:
     def option(self) -> str:
         return f"--{self.field.replace('_', '-')}"
 
+    @property
+    def remedy(self) -> str:
+        return f"{self.option} {plain_value(self.base)}"
+
 
 def plain_value(value: Any) -> str:
     """Return a recipe's value as people write it."""

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from raycifar.analysis.collapse import MIN_STEPS
-from raycifar.analysis.departures import LOOSE, departures, plain_value
+from raycifar.analysis.departures import LOOSE, departures
 from raycifar.analysis.findings import SIGMAS, SURE, Finding, has, standard_error
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.rules.generalization import gap_to_validation, overfitting, regularize, validation_above_training
@@ -87,8 +87,8 @@ def blame_recipe(history: RunHistory, finding: Finding) -> Finding:
     if not causes:
         return finding
     evidence = f"A likely cause: compared with {history.base}, {listed(list(map(str, causes)))}. "
-    remedies = listed([f"{cause.option} {plain_value(cause.base)}" for cause in causes])
-    advice = regularize(history, remedies) if finding.kind in LOOSE else f"First of all, use {remedies}."
+    first = f"First of all, use {listed([cause.remedy for cause in causes])}."
+    advice = regularize(history, causes) if finding.kind in LOOSE else first
     metrics = {**finding.metrics, "recipe": {cause.field: cause.value for cause in causes}}
     return replace(finding, evidence=evidence + finding.evidence, advice=advice, metrics=metrics)
 

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from raycifar.analysis.departures import Departure
 from raycifar.analysis.findings import COARSE, SIGMAS, SURE, Finding, has, robust_slope, standard_error
 from raycifar.analysis.history import RunHistory
 from raycifar.models.recipe import Recipe
@@ -107,13 +109,13 @@ def generalization_gap(history: RunHistory) -> tuple[np.ndarray, np.ndarray]:
     return train - val, np.array(errors)
 
 
-def regularize(history: RunHistory, remedies: str | None = None) -> str:
+def regularize(history: RunHistory, causes: Sequence[Departure] = ()) -> str:
     """Return what helps a network to generalize, the most effective first, of what isn't done yet.
 
     Args:
-        remedies: options of the model's own recipe that do.
+        causes: where the recipe departs from its base, to be put right first.
     """
-    recipe = history.recipe
+    recipe = replace(history.recipe, **{cause.field: cause.base for cause in causes})
     more = {
         "--augment cutout": recipe.augment in PLAIN,
         "--mixup 0.5": recipe.mixup + recipe.cutmix < 0.5,
@@ -122,7 +124,7 @@ def regularize(history: RunHistory, remedies: str | None = None) -> str:
     }
     options = listed([option for option, missing in more.items() if missing], "or")
     ways = ["train on all images, without --limit"] if history.run["limit"] else []
-    ways += [f"use {remedies}"] if remedies else []
+    ways += [f"use {listed([cause.remedy for cause in causes])}"] if causes else []
     first, *others = [*ways, f"try {options}"]
     return " ".join(f"{way}." for way in [first[0].upper() + first[1:], *(f"Then {way}" for way in others)])
 
