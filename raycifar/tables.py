@@ -121,7 +121,7 @@ def speedrun_table(found: dict[str, Any]) -> Table:
 def recipes_table(recipes: Iterable[NamedRecipe]) -> Table:
     table = new_table(["model", "recipe"], ["epochs"], ["for"])
     for row in recipes:
-        table.add_row(row.model, row.name + " (its own)" * row.own, str(row.recipe.epochs), row.purpose)
+        table.add_row(row.model, row.name + " (default)" * row.own, str(row.recipe.epochs), row.purpose)
     return table
 
 

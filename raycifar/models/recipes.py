@@ -21,7 +21,7 @@ from raycifar.storage.run_folder import RUN, RunFolder
 
 PURPOSES = {
     "scratch": "best known from scratch",
-    "short": "best known from scratch in few epochs",
+    "short": "default from scratch below 100 epochs",
     "transfer": "best known from pretrained weights",
     "study": "plain, the same for all models",
 }
