@@ -84,4 +84,4 @@ def test_more_images_come_with_what_is_wrong_in_the_recipe_put_right():
     history = made_up(recipe={"augment": "none"}, run={"limit": 2000}, train=2000, **OVERFITS)
     steps = next_steps(history, diagnose(history))
     assert all("--augment none" not in step["command"] for step in steps)
-    assert steps[0]["reason"].startswith("all images, with the augmentation of the recipe `study`: ")
+    assert steps[0]["reason"].startswith("all images, with the augmentation of the study recipe: ")

@@ -21,7 +21,7 @@ def line(start, end, epochs):
     return at(np.linspace(start, end, epochs))
 
 
-CAUSE = "A likely cause: compared with the recipe `study`,"
+CAUSE = "A likely cause: compared with the study recipe,"
 
 
 def run(epochs, train=10_000, **options):
@@ -150,7 +150,7 @@ def test_a_constant_learning_rate_is_named_beside_the_gap():
     )  # fmt: skip
     finding = read(history)["generalization-gap"]
     assert finding.evidence.startswith(
-        "A likely cause: compared with the recipe `study`, --schedule is constant instead of cosine"
+        "A likely cause: compared with the study recipe, --schedule is constant instead of cosine"
     )
     assert "a gap of 14.9 points" in finding.evidence
     assert "healthy" not in read(history)
@@ -187,7 +187,7 @@ def test_underfitting_under_weight_decay_is_laid_to_the_weight_decay():
     history = run(12, recipe={"weight_decay": 0.3}, **little)
     finding = read(history)["underfitting"]
     assert finding.evidence.startswith(
-        "A likely cause: compared with the recipe `study`, --weight-decay is 0.3 instead of 0.0005"
+        "A likely cause: compared with the study recipe, --weight-decay is 0.3 instead of 0.0005"
     )
     assert finding.advice == "First of all, use --weight-decay 0.0005."
     assert commands(history)[0] == "raycifar train --model cnn --recipe study --epochs 12"

@@ -147,7 +147,7 @@ def test_a_recipe_is_told_by_what_differs_and_without_what_is_switched_off():
     changed = describe_recipe("cnn", choose_recipe("cnn", mixup=0.55, epochs=3))
     assert changed.startswith("epochs 3, mixup 0.55; else the cnn's default recipe: batch_size ")
     plain = describe_recipe("cnn", choose_recipe("cnn", "study", mixup=0.55, epochs=3))
-    assert plain.startswith("epochs 3, mixup 0.55; else the recipe `study`: batch_size ")
+    assert plain.startswith("epochs 3, mixup 0.55; else the study recipe: batch_size ")
     assert changed.count("epochs") == 1
     assert "pretrained imagenet" in describe_recipe("resnet50", recipe_for("resnet50"))
 

@@ -40,7 +40,7 @@ class NamedRecipe:
     own: bool
 
     def __str__(self) -> str:
-        return f"the {self.model}'s default recipe" if self.own else f"the recipe `{self.name}`"
+        return f"the {self.model}'s default recipe" if self.own else f"the {self.name} recipe"
 
 
 def list_recipes(model: str) -> Iterator[NamedRecipe]:
