@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Submits the study: all three models, three seeds each, compared; and follows it.
 #
-#   jobs/compare.sh                        each model by its own recipe
+#   jobs/compare.sh                        each model with its default recipe
 #   jobs/compare.sh --search 20            first look for each model's best recipe
 #
 # NAME               of the comparison; the same name continues it

@@ -25,7 +25,7 @@ from raycifar.workflows.requests import ComparisonRequest
 def main(debug: bool, runs: tuple[str, ...], names: str | None, dry_run: bool, **options: Any) -> None:
     """Train several models and seeds, orchestrated by Ray Tune, and report which is better, with its uncertainty.
 
-    Given the folders of finished runs, compare these instead. The options of the recipe change each model's own.
+    Given the folders of finished runs, compare these instead. Recipe options override fields of each model's recipe.
     """
     if bool(runs) == bool(names):
         raise RequestError("give either --models to train, or the folders of finished runs.")

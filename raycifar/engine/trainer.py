@@ -77,7 +77,7 @@ class Trainer:
         self.checkpointer = Checkpointer(self.folder)
         self.profiler = StepProfiler(self.folder, self.rank, self.device) if config.profile else None
         self.interruptions = InterruptionWatch(self.reporter, in_process=config.in_process)
-        # Stages, with image sizes, of which the first steps are over: those are slow.
+        # Pairs of stage and image size whose first steps, which are slow, are over.
         self.warm: set[tuple[Stage | None, int | None]] = set()
         # Set by `set_up`, once there are images and a network.
         self.train_set: Shard

@@ -21,7 +21,7 @@ from raycifar.storage.run_folder import RUN, RunFolder
 
 PURPOSES = {
     "scratch": "best known from scratch",
-    "short": "default from scratch below 100 epochs",
+    "short": "from scratch, fewer than 100 epochs",
     "transfer": "best known from pretrained weights",
     "study": "plain, the same for all models",
 }
@@ -79,7 +79,9 @@ def model_of(recipe: str | None) -> str:
 
 
 def recipe_for(model: str, pretrained: str | None = None, epochs: int | None = None) -> Recipe:
-    """Return a model's default recipe; for less than 100 epochs from scratch, it is `short`, or else `study`.
+    """Return a model's default recipe; in place of a long one from scratch, fewer than 100 epochs have `short`.
+
+    A model without that has `study`.
 
     Args:
         pretrained: the first weights, if they are given.

@@ -89,7 +89,7 @@ def export(network: str, kind: str, screen: Screen, *, out: str | None = None, d
 
 
 def check_out(out: str | None, network: str) -> None:
-    """Raise RequestError if a file can't be written, or would replace the network's or the weights of a run.
+    """Raise RequestError if a file can't be written, or would replace the network's weights or those of a run.
 
     Whether a remote one can be written shows only at the end.
 

@@ -131,7 +131,7 @@ class TrainingRequest(Settings):
     """
 
     model: str
-    recipe: Recipe = None  # type: ignore[assignment]  # the model's own
+    recipe: Recipe = None  # type: ignore[assignment]  # the model's default
     name: str = setting("", "The run's name; the same name resumes it.  [model, seed and time]")
     workers: WorkerCount = setting(
         None, "0: this process; 1:4 elastic.  [one for each GPU, else 1]", metavar="N|MIN:MAX"
@@ -160,7 +160,7 @@ class TrainingRequest(Settings):
 
     @classmethod
     def of(cls, model: str, **options: Any) -> Self:
-        """Return the request that options stand for: `lr`, `epochs`, … are of the recipe; None is the model's own."""
+        """Return the request that options stand for: `lr`, `epochs`, … are of the recipe; None is the default."""
         models.find(model)
         settings, recipe = sort_options(cls, options)
         return cls(model, choose_recipe(model, **recipe), **settings)
@@ -202,7 +202,7 @@ class ComparisonRequest(Settings):
 
     @classmethod
     def of(cls, names: Iterable[str], **options: Any) -> Self:
-        """Return the request that options stand for, with each model's own recipe for what isn't given."""
+        """Return the request that options stand for, with each model's default recipe for what isn't given."""
         names = [name.strip() if isinstance(name, str) else name for name in names or ()]
         for name in names:
             models.find(name)
