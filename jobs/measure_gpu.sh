@@ -88,7 +88,7 @@ bench vgg16 90 --model vgg16 "${plan[@]}"
 bench cnn 90 --model cnn "${plan[@]}"
 if [ -z "${SMALL:-}" ]; then # on a CPU it takes ten minutes, however few its images
     bench resnet50 120 --model resnet50 "${plan[@]}"
-    train resnet50-profile 60 --model resnet50 --pretrained none --limit 10000 --epochs 1 --profile
+    train resnet50-profile 60 --model resnet50 --pretrained none --recipe scratch --limit 10000 --epochs 1 --profile
     bench resnet50-compiled 120 --model resnet50 --compile
     for images in 256 512 1024; do bench resnet50-$images 60 --model resnet50 --batch-size $images; done
 fi
