@@ -75,16 +75,14 @@ def test_what_is_written_chooses_the_same_classes(network, small, tmp_path, kind
     assert (found.argmax(1) == expected.argmax(1)).all()
 
 
-@pytest.mark.parametrize("out", ["file/x", "/proc/x", "folder", "fifo", "/", None])
+@pytest.mark.parametrize("out", ["file/x", "/proc/x", "folder", "fifo", "/"])
 def test_a_place_that_can_t_be_written_is_refused_before_the_work(out, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "fifo")
-    monkeypatch.chdir("/proc")  # where the file would be without --out
     monkeypatch.setattr(exporting, "read_run", lambda folder: pytest.fail("the work began"))
-    place = None if out is None else str(tmp_path / out)
     with pytest.raises(RequestError, match=r" can't be written: .*\. Give another --out\.$"):
-        export(str(tmp_path / "network"), "safetensors", Screen(quiet=True), out=place)
+        export(str(tmp_path / "network"), "safetensors", Screen(quiet=True), out=str(tmp_path / out))
     assert {path.name for path in tmp_path.rglob("*")} == {"file", "folder", "fifo"}
 
 
@@ -97,14 +95,27 @@ def test_a_place_that_can_t_be_written_exits_with_2_and_a_sentence(tmp_path):
     )
 
 
-def test_weights_that_a_run_keeps_are_not_replaced(trained, tmp_path):
+def test_without_out_the_file_replaces_no_folder_and_not_the_weights(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = (trained / "model.safetensors").read_bytes()
+    (tmp_path / "cnn.safetensors").write_bytes(weights)
+    (tmp_path / "cnn.pt").mkdir()
+    monkeypatch.setattr(exporting, "load_images", lambda *args: pytest.fail("the work began"))
+    for kind, says in (("safetensors", "would replace"), ("torchscript", "can't be written: it is not a file")):
+        with pytest.raises(RequestError, match=says):
+            export("cnn.safetensors", kind, Screen(quiet=True))
+    assert (tmp_path / "cnn.safetensors").read_bytes() == weights
+
+
+def test_files_of_a_run_are_not_replaced(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "a")
-    before = {file.name: file.read_bytes() for file in (tmp_path / "a").glob("*.safetensors")}
     shutil.copy(trained / "model.safetensors", tmp_path / "alone.safetensors")
-    for network, out in (("a", "a/model.safetensors"), ("a", "a/best.safetensors"), ("alone.safetensors",) * 2):
-        with pytest.raises(RequestError, match="would replace the weights"):
+    files = [path for path in (tmp_path / "a").iterdir() if path.is_file()]
+    before = {path.name: path.read_bytes() for path in files}
+    for network, out in [*(("a", f"a/{name}") for name in before), ("alone.safetensors",) * 2]:
+        with pytest.raises(RequestError, match="would replace a file of a run, or the weights"):
             export(str(tmp_path / network), "safetensors", Screen(quiet=True), out=str(tmp_path / out))
-    assert {file.name: file.read_bytes() for file in (tmp_path / "a").glob("*.safetensors")} == before
+    assert {path.name: path.read_bytes() for path in files} == before
 
 
 def test_a_run_is_checked_on_its_own_images_without_being_told_where_they_are(trained, tmp_path):

@@ -15,8 +15,11 @@ from raycifar.models.recipes import (
     list_recipes,
     model_of,
     nearest_recipe,
+    options_for,
     recipe_for,
     recipe_from_json,
+    resolve,
+    shared_options,
     to_toml,
 )
 from raycifar.models.speedrun import SPEEDRUN
@@ -177,6 +180,38 @@ def test_the_nearest_recipe_has_the_same_optimizer_and_the_fewest_differences(mo
     assert (nearest.name, nearest.own) == (base, own)
 
 
+GIVEN = [
+    {name: value for name, value in given.items() if value is not None} | changed
+    for recipe in (None, "scratch", "short", "transfer", "study")
+    for pretrained in (None, "none", "imagenet", "a.pth")
+    for epochs in (None, 1, 16, 20, 100, 200)
+    for given in [{"recipe": recipe, "pretrained": pretrained, "epochs": epochs}]
+    for changed in ({}, {"optimizer": "muon"}, {"optimizer": "adamw", "lr": 0.001}, {"augment": "none"})
+]
+
+
+@pytest.mark.parametrize("model", [*models.names(), "timm:test_vit"])
+def test_the_options_for_a_recipe_choose_that_recipe(model):
+    recipes = {
+        resolve(model, **options) for options in GIVEN if options.get("recipe", "study") in models.recipes_of(model)
+    }
+    assert len(recipes) > 100
+    for recipe in recipes:
+        assert resolve(model, **options_for(model, recipe)) == recipe
+    for recipe in (recipe_for(model), choose_recipe(model, pretrained="none", epochs=5)):
+        assert options_for(model, recipe).keys() <= {"pretrained", "epochs"}
+
+
+def test_several_models_are_given_their_recipes_by_the_same_options():
+    for options in ({"pretrained": "none", "epochs": 14}, {"epochs": 16}, {"recipe": "study", "lr": 0.1}, {}):
+        recipes = [(model, choose_recipe(model, **options)) for model in ("cnn", "resnet50", "vgg16")]
+        found = shared_options(recipes)
+        assert found is not None
+        assert [(model, choose_recipe(model, **found)) for model, _ in recipes] == recipes
+    assert shared_options([("cnn", choose_recipe("cnn", "study")), ("vgg16", choose_recipe("vgg16", lr=0.2))]) is None
+    assert shared_options([("cnn", choose_recipe("cnn", depth=2)), ("vgg16", choose_recipe("vgg16"))]) is None
+
+
 # Choosing one ---------------------------------------------------------------------------------------
 
 
@@ -280,6 +315,7 @@ def test_what_is_no_recipe_of_the_model_is_refused_in_a_sentence(run, tmp_path):
             "is neither a recipe of vgg16 (scratch, short, transfer, study), nor a TOML file, nor a run's folder.",
         ),
         ("studi", "--recipe studi is neither "),
+        ("", "the recipe is '': give a name, "),
     ):
         with pytest.raises(RequestError) as caught:
             choose_recipe("vgg16", wanted)

@@ -48,24 +48,24 @@ class Finished:
 Run = TypeVar("Run", bound=Finished | RunFiles)
 
 
-def conditions(run: dict[str, Any]) -> dict[str, Any]:
+def conditions(history: RunHistory) -> dict[str, Any]:
     """Return what runs must have in common to be compared, by name."""
-    data = run["data"]
+    data = history.run["data"]
     return {
         "data with the fingerprint": data["fingerprint"],
         "training images": data["train"],
         "validation images": data["val"],
         "test images": data["test"],
-        "epochs": run["recipe"]["epochs"],
+        "epochs": history.recipe.epochs,
     }
 
 
 def not_comparable(runs: Sequence[Finished]) -> list[str]:
     """Return a clause for each run that differs from the first in what must be equal."""
-    first = conditions(runs[0].run)
+    first = conditions(runs[0].history)
     clauses = []
     for other in runs[1:]:
-        mine = conditions(other.run)
+        mine = conditions(other.history)
         if differing := [f"{key} {mine[key]} (not {first[key]})" for key in first if mine[key] != first[key]]:
             clauses.append(f"{other.name} differs from {runs[0].name} in {', '.join(differing)}")
     return clauses

@@ -13,7 +13,8 @@ from raycifar.analysis.page import render
 from raycifar.analysis.reports import report_run
 from raycifar.analysis.results import cells, results_table
 from raycifar.analysis.run_files import RunFiles
-from raycifar.models.recipe import changes
+from raycifar.models.recipe import MAX_NUMBER
+from raycifar.models.recipes import shared_options
 from raycifar.words import count, listed
 
 
@@ -95,19 +96,18 @@ def next_comparison(runs: Sequence[RunFiles], comparison: dict[str, Any] | None,
     undecided = [pair for pair in pairs if pair["verdict"] == "undecided"]
     seeds = max([3, *(max(pair["seeds_needed"] or 0, 1 + max(pair.get("runs", [0]))) for pair in undecided)])
     models = list(dict.fromkeys(history.model for history in histories))
-    names = {"" if history.base.own else history.base.name for history in histories}
-    if len(models) < len(by_model(runs)) or len(names) > 1:  # a command takes one recipe of each model, and one name
-        return []
     reasons = [f"{count(seeds, 'seed')} of each model"]
     if any(pair.get("immature") for pair in pairs):
-        epochs *= 2
+        epochs = min(MAX_NUMBER, 2 * epochs)
         reasons.append(f"{epochs} epochs")
     if run["limit"]:
         run = {**run, "limit": None}
         reasons.append("all images")
-    shared = set.intersection(*(set(changes(history.recipe, history.base.recipe).items()) for history in histories))
-    recipe = replace(histories[0].base.recipe, **{**dict(shared), "epochs": epochs})
-    command = prose.to_command(run, "compare", recipe, models, seeds=seeds, **prose.at(storage))
+    options = shared_options((history.model, replace(history.recipe, epochs=epochs)) for history in histories)
+    if options is None:
+        return []
+    options |= {"seeds": seeds, **prose.at(storage)}
+    command = prose.to_command(run, "compare", options, models)
     return [{"command": command, "reason": listed(reasons)}]
 
 

@@ -11,8 +11,8 @@ from raycifar.analysis.diagnosis import PHRASES
 from raycifar.analysis.findings import Finding, has
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.rules.generalization import PLAIN
-from raycifar.models.recipe import Recipe, changes
-from raycifar.models.recipes import nearest_recipe, recipe_for
+from raycifar.models.recipe import MAX_NUMBER, Recipe
+from raycifar.models.recipes import options_for
 from raycifar.words import count, listed
 
 
@@ -104,11 +104,10 @@ def paragraph(history: RunHistory, findings: Sequence[Finding]) -> str:
 
 
 def to_command(
-    run: dict[str, Any], command: str, recipe: Recipe, models: Sequence[str] | None = None, **options: Any
+    run: dict[str, Any], command: str, options: Mapping[str, Any], models: Sequence[str] | None = None
 ) -> str:
-    """Return a command that trains a run's model, or several, on its data with `recipe`."""
+    """Return a command that trains a run's model, or several, on its data with other options."""
     model = run["model"]
-    base = nearest_recipe(model, recipe)
     chosen = ["--models", ",".join(models or [model])] if command == "compare" else ["--model", model]
     parts = ["raycifar", command, *chosen]
     if run["data"]["source"] != "cifar100":
@@ -121,14 +120,10 @@ def to_command(
         parts += ["--workers", workers]
     if run.get("compile"):
         parts += ["--compile"]
-    if recipe.pretrained != recipe_for(model).pretrained:
-        parts += ["--pretrained", recipe.pretrained]
-    if not base.own:
-        parts += ["--recipe", base.name]
-    for name, value in {**changes(recipe, base.recipe), **options}.items():
+    for name, value in options.items():
         if isinstance(value, bool):
             parts.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
-        elif name != "pretrained":
+        else:
             parts += [f"--{name.replace('_', '-')}", plain_value(value)]
     return shlex.join(parts)
 
@@ -159,7 +154,8 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
     steps: list[Step] = []
 
     def train(reason: str, recipe: Recipe, run: dict[str, Any] = run, **options: Any) -> None:
-        steps.append({"command": to_command(run, "train", recipe, **options, **at(storage)), "reason": reason})
+        options = {**options_for(history.model, recipe), **options, **at(storage)}
+        steps.append({"command": to_command(run, "train", options), "reason": reason})
 
     broken = has(findings, "collapse", "divergence", "learning-rate-high")
     departed = {name: getattr(base.recipe, name) for finding in findings for name in finding.metrics.get("recipe", ())}
@@ -178,7 +174,7 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
         train(f"the learning rate of {base}", recipe)
     if has(findings, "improving", "underfitting", "too-early") and not departed and not history.unfinished:
         needed = max((finding.metrics.get("epochs_needed", 0) for finding in findings), default=0)
-        epochs = max(needed, (3 if has(findings, "underfitting") else 2) * recipe.epochs)
+        epochs = min(MAX_NUMBER, max(needed, (3 if has(findings, "underfitting") else 2) * recipe.epochs))
         train(f"{epochs} epochs, with a schedule that stretches over all of them", replace(recipe, epochs=epochs))
     if departed:
         recipe = replace(recipe, **departed)
@@ -205,7 +201,8 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
     if has(findings, "validation-noise") and history.num_val < 5000 and (run["limit"] or history.num_train > 10_000):
         train("a validation set that resolves a difference of a point", recipe, val_size=5000)
     if has(findings, "plateau", "healthy", "validation-noise") or not steps:
-        search = to_command(run, "compare", recipe, seeds=3, search=20, **at(storage))
+        options = {**options_for(history.model, recipe), "seeds": 3, "search": 20, **at(storage)}
+        search = to_command(run, "compare", options)
         reason = "a search for a better recipe, and three seeds to see how sure the result is"
         steps.append({"command": search, "reason": reason})
     return steps

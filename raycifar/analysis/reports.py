@@ -17,6 +17,7 @@ from raycifar.analysis.page import render
 from raycifar.analysis.results import escaped, hardware
 from raycifar.analysis.run_files import Answers, RunFiles
 from raycifar.data import CIFAR100
+from raycifar.models.recipes import options_for
 from raycifar.storage.records import PicturesFile
 
 ROWS = 300  # epochs in a page's table
@@ -95,7 +96,7 @@ def details(history: RunHistory) -> dict[str, str]:
     run, recipe = history.run, history.recipe
     values = {f.name.replace("_", " "): plain_value(getattr(recipe, f.name)) or "none" for f in fields(recipe)}
     known = {
-        "command": prose.to_command(run, "train", recipe, seed=run["seed"]),
+        "command": prose.to_command(run, "train", {**options_for(history.model, recipe), "seed": run["seed"]}),
         "recipe": ", ".join(f"{name} {value}" for name, value in values.items()),
         "parameters": f"{run['parameters']:,}" if run.get("parameters") else None,
         "hardware": hardware(run),

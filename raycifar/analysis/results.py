@@ -6,6 +6,7 @@ from typing import Any
 
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.prose import to_command
+from raycifar.models.recipes import options_for
 
 HEADINGS = ("model", "n", "test top-1", "top-5", "loss", "epochs", "hardware", "seconds", "command")
 
@@ -29,7 +30,8 @@ def how(model: dict[str, Any], histories: Mapping[str, RunHistory]) -> list[str]
     if history is None:
         return ["unknown"] * 4
     seconds = f"{sum(record.seconds for record in history.records):,.0f}"
-    command = f"`{to_command(history.run, 'train', history.recipe)}`, seeds {', '.join(map(str, model['seeds']))}"
+    seeds = ", ".join(map(str, model["seeds"]))
+    command = f"`{to_command(history.run, 'train', options_for(history.model, history.recipe))}`, seeds {seeds}"
     return [str(len(history.records)), hardware(history.run), seconds, command]
 
 

@@ -4,7 +4,7 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
@@ -115,6 +115,28 @@ def nearest_recipe(model: str, recipe: Recipe) -> NamedRecipe:
     return min(candidates, key=distance)
 
 
+def options_for(model: str, recipe: Recipe) -> dict[str, Any]:
+    """Return the options that give a model this recipe, few of them: `choose_recipe` is the inverse."""
+    nearest = nearest_recipe(model, recipe)
+    options: dict[str, Any] = {} if nearest.own else {"recipe": nearest.name}
+    for name in ("pretrained", "epochs"):  # by these, the default is chosen
+        value = getattr(recipe, name)
+        if value != getattr(resolve(model, **options), name):
+            options[name] = value
+    return options | changes(recipe, resolve(model, **options))
+
+
+def shared_options(recipes: Iterable[tuple[str, Recipe]]) -> dict[str, Any] | None:
+    """Return options that give each of several models its recipe, or None if there are none."""
+    recipes = list(recipes)
+    options = {name: value for pair in recipes for name, value in options_for(*pair).items()}
+    try:
+        same = all(resolve(model, **options) == recipe for model, recipe in recipes)
+    except (ValueError, RequestError):  # a model lacks one of the options, or the recipe of that name
+        return None
+    return options if same else None
+
+
 def choose_recipe(model: str, recipe: str | None = None, **values: Any) -> Recipe:
     """Return the recipe to train a model with.
 
@@ -125,14 +147,20 @@ def choose_recipe(model: str, recipe: str | None = None, **values: Any) -> Recip
     Raises:
         RequestError: there is no such recipe, or a value is not allowed.
     """
-    pretrained, epochs = values.get("pretrained"), values.get("epochs")
-    base = find_recipe(model, recipe, pretrained, epochs) if recipe else recipe_for(model, pretrained, epochs)
     try:
-        changed = change(model, base, values)
+        chosen = resolve(model, recipe, **values)
     except ValueError as error:
         raise RequestError(f"{error}.") from error
-    check_location(changed.pretrained, "--pretrained")
-    return changed
+    check_location(chosen.pretrained, "--pretrained")
+    return chosen
+
+
+def resolve(model: str, recipe: str | None = None, **values: Any) -> Recipe:
+    """As `choose_recipe`, which also looks at where the first weights are; raise ValueError for a value."""
+    pretrained, epochs = values.get("pretrained"), values.get("epochs")
+    if recipe is None:
+        return change(model, recipe_for(model, pretrained, epochs), values)
+    return change(model, find_recipe(model, recipe, pretrained, epochs), values)
 
 
 def find_recipe(model: str, wanted: str, pretrained: str | None, epochs: int | None) -> Recipe:
@@ -141,7 +169,7 @@ def find_recipe(model: str, wanted: str, pretrained: str | None, epochs: int | N
     Args:
         pretrained, epochs: if they are given in addition to the recipe.
     """
-    if not isinstance(wanted, str | os.PathLike):
+    if not isinstance(wanted, str | os.PathLike) or not os.fspath(wanted):
         raise RequestError(f"the recipe is {wanted!r}: give a name, a TOML file or a run's folder.")
     wanted, own = os.fspath(wanted), models.recipes_of(model)
     if wanted in own:

@@ -57,7 +57,8 @@ def export(network: str, kind: str, screen: Screen, *, out: str | None = None, d
         RequestError: the network or the images don't exist, a package is missing, or the file can't be written.
         WorkError: the result predicts other classes than the network; nothing was written.
     """
-    check_out(out, network)
+    if out is not None:
+        check_out(out, network, kind)
     folder = RunFolder.at(network)
     run = None if folder.name.endswith(".safetensors") else read_run(folder)
     with screen.waiting("Loading PyTorch"):
@@ -66,6 +67,9 @@ def export(network: str, kind: str, screen: Screen, *, out: str | None = None, d
         from raycifar.engine.trained_model import Trained, check_finite, read_weights
 
         trained = Trained(read_weights(network), "cpu", "float32")
+    if out is None:
+        out = f"{slug(trained.weights.architecture.model)}{SUFFIXES[kind]}"
+        check_out(out, network, kind)
     with screen.waiting("Reading the images"):
         images = to_images(load_images(run, data).test["image"].slice(0, CHECKED))
     expected = check_finite(trained.logits(torch.from_numpy(images.copy())), network).numpy()
@@ -83,29 +87,24 @@ def export(network: str, kind: str, screen: Screen, *, out: str | None = None, d
             f"as {kind}, the network predicts another class for {differing} of {len(images)} images (logits differ by "
             f"up to {largest:.2g}): nothing was written."
         )
-    out = out or f"{slug(trained.weights.architecture.model)}{SUFFIXES[kind]}"
     write_file(out, content)
     return Export(out, len(content), len(images), largest)
 
 
-def check_out(out: str | None, network: str) -> None:
-    """Raise RequestError if a file can't be written, or would replace the network's weights or those of a run.
+def check_out(out: str, network: str, kind: str) -> None:
+    """Raise RequestError if a file can't be written, or would replace the network's weights or a file of a run.
 
     Whether a remote one can be written shows only at the end.
-
-    Args:
-        out: None for a file in the current folder.
     """
-    location, name = (".", "") if out is None else parent_and_name(check_location(out, "--out", to_write=True))
+    location, name = parent_and_name(check_location(out, "--out", to_write=True))
     folder = RunFolder.at(location)
     with folder.marker("--out"):
         pass
-    if out is None:
-        return
     if not folder.is_remote and file_type(folder.filesystem, folder.path(name)) not in WRITABLE:
         raise RequestError(f"{out} can't be written: it is not a file. Give another --out.")
-    if parent_and_name(network) == (location, name) or (name in (MODEL, BEST) and folder.exists(RUN)):
-        raise RequestError(f"--out {out} would replace the weights of a run, or those to be exported: give another.")
+    may_be_of_run = name in (MODEL, BEST) or not name.endswith(SUFFIXES[kind])
+    if parent_and_name(network) == (location, name) or (may_be_of_run and folder.exists(RUN)):
+        raise RequestError(f"--out {out} would replace a file of a run, or the weights to be exported: give another.")
 
 
 def with_preprocessing(weights: "Weights") -> "nn.Module":
