@@ -161,6 +161,15 @@ def test_why_a_run_failed_is_a_kind_and_not_its_words():
     assert diagnose(made_up(epochs=0, result=failed, recipe={"epochs": 5})) == []
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_loss_that_fluctuates_more_while_the_learning_rate_is_high_has_no_spikes(seed):
+    lr = (1 + np.cos(np.pi * np.arange(100) / 100)) / 2
+    noise = np.random.default_rng(seed).normal(size=100) * 0.1 * lr**2
+    loss, top1 = 3 - 0.01 * np.arange(100) + noise, 0.3 + 0.003 * np.arange(100) - noise / 4
+    history = made_up(epochs=100, val_loss=lambda e: loss[e - 1], val_top1=lambda e: top1[e - 1])
+    assert not [finding for finding in diagnose(history) if finding.kind in ("spike", "divergence")]
+
+
 def test_a_jump_that_never_comes_back_is_a_divergence_at_its_epoch():
     losses = dict.fromkeys(
         ("train_loss", "train_eval_loss", "val_loss"), lambda e: 1.2 + 3 * np.exp(-e / 5) if e < 12 else 4.58

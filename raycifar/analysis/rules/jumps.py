@@ -10,7 +10,8 @@ from raycifar.analysis.findings import FEW_EPOCHS, SIGMAS, SURE, Finding, calm, 
 from raycifar.analysis.history import RunHistory
 from raycifar.words import times
 
-SPIKE_SIGMAS = 6.0  # of the robust spread of all changes: a long run reaches 4 by chance
+SPIKE_SIGMAS = 6.0  # of the robust spread of changes: a long run reaches 4 by chance
+NEARBY = 10  # epochs before and after a jump, whose spread counts, too: a falling learning rate calms a loss
 CONCENTRATED = 0.25  # fraction of a rise that is due to 1% of the images; equal images would cause 3 or 4%
 MAX_SPIKES = 5  # that are reported one by one
 
@@ -64,8 +65,9 @@ def jumps(losses: np.ndarray) -> list[tuple[int, float]]:
     """
     if len(losses) < FEW_EPOCHS:
         return []
-    changes, spread = np.diff(losses), spread_of_changes(losses)
-    scores = (changes - np.median(changes)) / max(spread, 1e-9)
+    rises = np.diff(losses) - np.median(np.diff(losses))
+    nearby = [spread_of_changes(losses[max(0, k - NEARBY) : k + NEARBY]) for k in range(1, len(losses))]
+    scores = rises / np.maximum(nearby, max(spread_of_changes(losses), 1e-9))
     return [(k, float(scores[k - 1])) for k in range(1, len(losses) - 1) if scores[k - 1] > SPIKE_SIGMAS]
 
 
