@@ -49,6 +49,7 @@ def test_what_is_short_on_any_cpu_is_not_measured(monkeypatch):
     assert warn_of_hours(1e12, recipe_for("cnn"), 1000, Workers(0, 2)) == []
 
 
+@pytest.mark.slow
 def test_the_slow_first_step_of_an_image_size_is_not_taken_for_the_others(tmp_path, monkeypatch):
     told, sizes, report, take = [], set(), reporter.Reporter.step, TrainStep.__call__
 
