@@ -65,10 +65,11 @@ def jumps(losses: np.ndarray) -> list[tuple[int, float]]:
     """
     if len(losses) < FEW_EPOCHS:
         return []
-    rises = np.diff(losses) - np.median(np.diff(losses))
-    nearby = [spread_of_changes(losses[max(0, k - NEARBY) : k + NEARBY]) for k in range(1, len(losses))]
-    scores = rises / np.maximum(nearby, max(spread_of_changes(losses), 1e-9))
-    return [(k, float(scores[k - 1])) for k in range(1, len(losses) - 1) if scores[k - 1] > SPIKE_SIGMAS]
+    rises, usual = np.diff(losses) - np.median(np.diff(losses)), max(spread_of_changes(losses), 1e-9)
+    candidates = 1 + np.flatnonzero(rises[:-1] > SPIKE_SIGMAS * usual)
+    nearby = [spread_of_changes(losses[max(0, k - NEARBY) : k + NEARBY]) for k in candidates]
+    scored = [(int(k), float(rises[k - 1]) / max(usual, near)) for k, near in zip(candidates, nearby, strict=True)]
+    return [(k, z) for k, z in scored if z > SPIKE_SIGMAS]
 
 
 def dips(top1: np.ndarray, k: int, images: int) -> bool:
