@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -177,7 +178,10 @@ def sealed(trained, tmp_path):
 @pytest.mark.parametrize("file", ["run.json", "metrics.jsonl", "result.json"])
 def test_a_digit_that_has_changed_is_told(sealed, file):
     assert reporting.read_files(RunFolder.at(str(sealed))).notes == []
-    (sealed / file).write_bytes((sealed / file).read_bytes().replace(b"0.0", b"0.1", 1))
+    before = (sealed / file).read_bytes()
+    after = re.sub(rb"\.(\d)", lambda digit: b".%d" % ((int(digit[1]) + 1) % 10), before, count=1)
+    assert after != before
+    (sealed / file).write_bytes(after)
     assert "has changed since manifest.json was written" in reporting.read_files(RunFolder.at(str(sealed))).notes[0]
 
 
