@@ -34,6 +34,7 @@ from raycifar.data.synthetic import synthetic
 from raycifar.data.tables import to_images
 
 torch.set_num_threads(1)  # of this process; commands set their own
+os.environ.update(RAY_worker_niceness="0")  # with Ray's own, 15, its workers wait for what the other process tests
 
 SMALL = {"train": 800, "test": 300}
 RAY_FIXTURES = {"cluster", "local_ray", "nodes"}

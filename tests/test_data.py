@@ -5,6 +5,8 @@ from command import Data, finish
 
 from raycifar.data import CIFAR100
 from raycifar.data.sources import load
+from raycifar.data.synthetic import synthetic
+from raycifar.workflows.datasets import write_parquet
 
 
 def test_a_data_set_is_described(small):
@@ -39,6 +41,14 @@ def test_a_destination_that_can_t_be_written_is_said_before_anything_is_read(pla
     assert len(refused.stderr.splitlines()) == 1
     assert (tmp_path / "file").read_text() == "in the way"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_data_set_is_not_replaced(small, tmp_path):
+    write_parquet(synthetic(200, 100), str(tmp_path))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    refused = finish(Data("prepare", tmp_path, "--data", small, storage=None), code=2)
+    assert refused.stderr == f"Error: {tmp_path} holds another data set: give another DESTINATION.\n"
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_no_data_set_is_written_among_the_files_of_a_run(small, tmp_path):

@@ -95,6 +95,12 @@ def test_a_place_that_can_t_be_written_exits_with_2_and_a_sentence(tmp_path):
     )
 
 
+def test_a_missing_package_is_named_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "find_spec", lambda name: name != "onnxscript")
+    with pytest.raises(RequestError, match=r"^--to onnx needs the package onnxscript: pip install "):
+        export(str(tmp_path / "nowhere"), "onnx", Screen(quiet=True))
+
+
 def test_without_out_the_file_replaces_no_folder_and_not_the_weights(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weights = (trained / "model.safetensors").read_bytes()

@@ -41,9 +41,16 @@ def write_parquet(source: Source, destination: str) -> None:
     """
     if len(source.train) > MAX_IMAGES:
         raise RequestError(f"{source.name} has more than the {MAX_IMAGES:,} training images that are read from files.")
+    fingerprint = source.fingerprint()
+    try:
+        held = load(destination).fingerprint()
+    except RequestError:  # no data set, or only part of one
+        held = fingerprint
+    if held != fingerprint:
+        raise RequestError(f"{destination} holds another data set: give another DESTINATION.")
     for split in ("train", "test"):
         write_file(join(destination, f"{split}.parquet"), to_parquet(to_hub_layout(getattr(source, split))))
-    if load(destination).fingerprint() != source.fingerprint():
+    if load(destination).fingerprint() != fingerprint:
         raise RequestError(f"{destination} doesn't hold what was written: give an empty folder.")
 
 

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,7 @@ Network = Callable[["Tensor"], "Tensor"]  # images (n, 3, 32, 32) uint8 to logit
 
 CHECKED = 1000  # images for which the exported file must predict the network's classes
 WRITABLE = (FileType.File, FileType.NotFound)
+PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript")}
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".pt", "safetensors": ".safetensors"}
 
 
@@ -57,6 +59,8 @@ def export(network: str, kind: str, screen: Screen, *, out: str | None = None, d
         RequestError: the network or the images don't exist, a package is missing, or the file can't be written.
         WorkError: the result predicts other classes than the network; nothing was written.
     """
+    if missing := [name for name in PACKAGES.get(kind, ()) if not find_spec(name)]:
+        raise RequestError(f"--to {kind} needs the package {missing[0]}: pip install 'raycifar[{kind}]'.")
     if out is not None:
         check_out(out, network, kind)
     folder = RunFolder.at(network)
@@ -74,12 +78,9 @@ def export(network: str, kind: str, screen: Screen, *, out: str | None = None, d
         images = to_images(load_images(run, data).test["image"].slice(0, CHECKED))
     expected = check_finite(trained.logits(torch.from_numpy(images.copy())), network).numpy()
     with screen.waiting(f"Writing {kind}"), warnings.catch_warnings(action="ignore"):  # the result is checked
-        try:
-            content, read_back = FORMATS[kind](with_preprocessing(trained.weights))
-            with torch.inference_mode():
-                found = read_back(torch.from_numpy(images.copy())).numpy()
-        except ImportError as error:
-            raise RequestError(f"--to {kind} needs the package {error.name}: pip install 'raycifar[onnx]'.") from error
+        content, read_back = FORMATS[kind](with_preprocessing(trained.weights))
+        with torch.inference_mode():
+            found = read_back(torch.from_numpy(images.copy())).numpy()
     differing = int((found.argmax(1) != expected.argmax(1)).sum())
     largest = float(np.abs(found - expected).max())
     if differing:
@@ -135,7 +136,6 @@ def with_preprocessing(weights: "Weights") -> "nn.Module":
 
 
 def to_onnx(whole: "nn.Module") -> tuple[bytes, Network]:
-    import onnx  # noqa: F401 (fails before the export if the package is missing)
     import onnxruntime
     import torch
 
