@@ -6,20 +6,23 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from raycifar import models
 from raycifar.cluster.sizing import Workers
 from raycifar.cluster.status import StepStatus, WorkerStatus
 from raycifar.data.sources import load
 from raycifar.data.tables import split
-from raycifar.engine import reporter
+from raycifar.engine import reporter, train_step
 from raycifar.engine.train_step import TrainStep
 from raycifar.models import Architecture
+from raycifar.models.initial_weights import InitialWeights
+from raycifar.models.recipe import Recipe
 from raycifar.models.recipes import recipe_for
 from raycifar.storage.run_folder import RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows import estimate, training
-from raycifar.workflows.estimate import operations_of, warn_of_hours
+from raycifar.workflows.estimate import cpu_seconds, operations_of, warn_of_hours
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.trial import TrialStatus
 from raycifar.workflows.tuning import Study, StudySearcher
@@ -30,23 +33,65 @@ STEP = StepStatus(
 
 
 def test_hours_on_cpus_are_said_before_with_what_is_shorter(monkeypatch):
-    recipe, architecture = recipe_for("resnet50", "none"), Architecture("resnet50")
+    recipe, initial = recipe_for("resnet50", "none"), InitialWeights(Architecture("resnet50"))
     splits = split(load("synthetic:5000"), 500, None, 0)
-    operations = operations_of(recipe, architecture, splits)
-    assert operations == (3 * 4500 + 500) * recipe.epochs * models.flops(architecture)
-    monkeypatch.setattr(estimate, "cpu_seconds", lambda operations, recipe: 40_000.0)
+    assert operations_of(recipe, initial, splits) == (
+        (3 * 4500 + 500) * recipe.epochs * models.flops(initial.architecture)
+    )
+    monkeypatch.setattr(estimate, "cpu_seconds", lambda *run: 40_000.0)
     monkeypatch.setattr(estimate, "available_cpus", lambda: 2)
-    (line,) = warn_of_hours(operations, recipe, 4500, Workers(0, 2))
+    (line,) = warn_of_hours([(recipe, initial)], splits, Workers(0, 2))
     epochs = int(recipe.epochs * 3600 / 40_000)
     assert line.startswith("On these CPUs this takes about 11 h 7 min: ")
     assert f"--epochs {epochs} or --limit 400 would take about an hour" in line
-    assert "5 h 33 min" in warn_of_hours(operations, recipe, 4500, Workers(2, 2))[0]
-    assert warn_of_hours(operations, recipe, 4500, Workers(1, 4, gpus=1)) == []
+    assert "5 h 33 min" in warn_of_hours([(recipe, initial)], splits, Workers(2, 2))[0]
+    assert "33 h 20 min" in warn_of_hours([(recipe, initial)], splits, Workers(2, 1), repeats=3)[0]
+    assert warn_of_hours([(recipe, initial)], splits, Workers(1, 4, gpus=1)) == []
 
 
 def test_what_is_short_on_any_cpu_is_not_measured(monkeypatch):
-    monkeypatch.setattr(estimate, "cpu_seconds", lambda *args: pytest.fail("measured"))
-    assert warn_of_hours(1e12, recipe_for("cnn"), 1000, Workers(0, 2)) == []
+    monkeypatch.setattr(estimate, "cpu_seconds", lambda *run: pytest.fail("measured"))
+    run = replace(recipe_for("cnn"), epochs=1), InitialWeights(Architecture("cnn"))
+    assert warn_of_hours([run], split(load("synthetic:5000"), 500, None, 0), Workers(0, 2)) == []
+
+
+def estimated(recipe, seconds_of, monkeypatch):
+    """Return the seconds estimated for 1,280 training and 300 validation images, and the steps that were timed."""
+    timed = []
+
+    def take(num_images, number):
+        timed.append(num_images)
+        return seconds_of(num_images)
+
+    monkeypatch.setattr(train_step, "step_of_random_images", lambda initial, recipe, num_images, device: num_images)
+    monkeypatch.setattr(estimate.timeit, "timeit", take)
+    splits = SimpleNamespace(train=range(1280), val=range(300))
+    return cpu_seconds(recipe, InitialWeights(Architecture("cnn")), splits), timed
+
+
+def test_an_estimate_has_steps_that_take_longer_with_more_images(monkeypatch):
+    seconds, timed = estimated(Recipe(epochs=3, batch_size=60), lambda n: 0.03 + 0.01 * n, monkeypatch)
+    assert seconds == pytest.approx(3 * (1280 / 60 * (0.03 + 0.01 * 60) + 300 * 0.01 / 3))
+    assert list(dict.fromkeys(timed)) == [4, 16, 60]
+    seconds, timed = estimated(
+        Recipe(epochs=1, batch_size=640), lambda n: 2 + 0.02 * n, monkeypatch
+    )  # a slow optimizer
+    assert seconds == pytest.approx(2 * (2 + 0.02 * 640) + 300 * 0.02 / 3)
+    assert timed == [4, 16, 64, 256]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 128])
+def test_of_steps_that_take_long_few_are_timed(size, monkeypatch):
+    seconds, timed = estimated(Recipe(epochs=1, batch_size=size), lambda n: 3.0 * n, monkeypatch)
+    assert seconds == pytest.approx(1280 * 3 + 300 * 3 / 3)
+    assert timed == ([4, min(16, size)] if size > 4 else [4])
+
+
+def test_an_estimate_leaves_the_random_numbers_of_the_process_as_they_are():
+    recipe, initial = recipe_for("cnn"), InitialWeights(Architecture("cnn"))
+    before = torch.get_rng_state()
+    assert cpu_seconds(recipe, initial, split(load("synthetic:200"), 0, None, 0)) > 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.slow

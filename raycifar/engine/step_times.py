@@ -7,23 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from raycifar.cluster.status import Phase
-from raycifar.data import CIFAR100
-from raycifar.data.shards import Shard
 from raycifar.engine.bench import clock, time_step, train_epoch, use_fewer_images
 from raycifar.engine.cuda import WARM_UP
 from raycifar.engine.distributed import BUCKET_BYTES, all_gather_objects, group_by_size
-from raycifar.engine.example_stats import blank_stats
 from raycifar.engine.hardware import synchronize
-from raycifar.engine.optimizers import set_learning_rate
-from raycifar.engine.order import Batch
-from raycifar.engine.state import TrainingState
 from raycifar.engine.train_loop import TrainLoopConfig
-from raycifar.engine.train_step import TrainStep
+from raycifar.engine.train_step import step_of_random_images
 from raycifar.engine.trainer import Trainer
 from raycifar.words import count
 
@@ -62,8 +55,11 @@ def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     with nullcontext() if dist.is_initialized() else process_group_of_one(trainer.device):
         ways = {"alone": False, "exchanging": True} if single else {"alone": False}
         seconds = timed.seconds / (len(timed.batch_sizes) * len(ways) + 1) / (timed.rounds + 1)
+        build = partial(
+            step_of_random_images, timed.initial, timed.recipe, device=trainer.device, compile=timed.compile
+        )
         timers = {
-            (way, size): timer(build_step(timed, trainer.device, size, exchange=exchange), seconds)
+            (way, size): timer(build(size, exchange=exchange), trainer.device, seconds)
             for way, exchange in ways.items()
             for size in timed.batch_sizes
         }
@@ -88,24 +84,11 @@ def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def timer(step: TrainStep, seconds: float) -> Callable[[], float]:
+def timer(step: Callable[[], Any], device: torch.device, seconds: float) -> Callable[[], float]:
     """Return a function that takes a step as often as fits into so many `seconds`, and returns the seconds of one."""
-    num_images = len(step.train_set)
-    batch = Batch(0, np.arange(num_images), num_images)
-    time_steps = partial(mean_seconds, lambda: step(batch), step.device)
-    time_steps(WARM_UP + 2 if step.device.type == "cuda" else 1)  # loads libraries, captures
+    time_steps = partial(mean_seconds, step, device)
+    time_steps(WARM_UP + 2 if device.type == "cuda" else 1)  # loads libraries, captures
     return partial(time_steps, max(1, round(seconds / time_steps(1))))
-
-
-def build_step(config: TrainLoopConfig, device: torch.device, batch_size: int, *, exchange: bool) -> TrainStep:
-    """Return a step of random images."""
-    pixels = torch.randint(0, 256, (batch_size, *CIFAR100.image_shape), dtype=torch.uint8, device=device)
-    labels = torch.randint(0, CIFAR100.num_classes, (batch_size,), device=device)
-    state = TrainingState(config.initial.architecture, config.initial.weights, config.recipe, config.seed, device)
-    set_learning_rate(state.optimizer, 1e-6)  # random images teach nothing
-    state.train_mode()
-    train_set = Shard(pixels, labels, labels, torch.arange(batch_size, device=device))
-    return TrainStep(state, train_set, blank_stats(batch_size, device), exchange=exchange, compile=config.compile)
 
 
 def measure_link(device: torch.device) -> tuple[float, float]:

@@ -8,15 +8,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raycifar.data import CIFAR100
 from raycifar.data.shards import Shard
 from raycifar.engine.augment import alternating_flips, augment, erase, mix, preprocess
 from raycifar.engine.cuda import SideStream, cuda_graphed, prefetched
 from raycifar.engine.distributed import GradientExchange
-from raycifar.engine.example_stats import update_stats
+from raycifar.engine.example_stats import blank_stats, update_stats
 from raycifar.engine.loss import loss_and_counts
+from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
 from raycifar.engine.torch_internals import compiled
+from raycifar.models.initial_weights import InitialWeights
+from raycifar.models.recipe import Recipe
 
 UNCAPTURED = "Steps run without CUDA graphs, kernel by kernel"
 SHARED_GPU = "workers that may share a GPU exchange gradients over gloo, which a graph can't capture"
@@ -146,3 +150,23 @@ class TrainStep:
         self.state.optimizer.zero_grad()
         self.side_stream.join()
         return torch.cat([counts, norm.to(counts.dtype)[None]])
+
+
+def step_of_random_images(
+    initial: InitialWeights,
+    recipe: Recipe,
+    num_images: int,
+    device: torch.device,
+    *,
+    exchange: bool = False,
+    compile: bool = False,  # noqa: A002
+) -> Callable[[], Tensor]:
+    """Return a function that takes a step of a run, with so many images that teach nothing: to be timed."""
+    pixels = torch.randint(0, 256, (num_images, *CIFAR100.image_shape), dtype=torch.uint8, device=device)
+    labels = torch.randint(0, initial.architecture.num_classes, (num_images,), device=device)
+    state = TrainingState(initial.architecture, initial.weights, recipe, 0, device)
+    set_learning_rate(state.optimizer, 1e-6)
+    state.train_mode()
+    images = Shard(pixels, labels, labels, torch.arange(num_images, device=device))
+    step = TrainStep(state, images, blank_stats(num_images, device), exchange=exchange, compile=compile)
+    return lambda: step(Batch(0, np.arange(num_images), num_images))

@@ -1,56 +1,84 @@
-"""How long training takes on CPUs, before it starts: from the rate of this machine's matrix products."""
+"""How long training takes on CPUs, before it starts: from the time of a few steps on this machine."""
 
+import math
 import timeit
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from raycifar import models
 from raycifar.data.tables import Splits
 from raycifar.machine import available_cpus
+from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
 from raycifar.words import duration
 
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
 
-PROBE = 2048  # rows of the matrices by whose product the machine's rate is measured
+FEW = 4  # images of the first steps that are timed
+ENOUGH_SECONDS = 0.5  # of a step, to be timed well
 HOUR = 3600
 SLOWEST = 1e10  # operations per second of a CPU: what takes under an hour at that rate isn't worth a measurement
 
 
-def operations_of(recipe: Recipe, architecture: models.Architecture, splits: Splits) -> float:
+def operations_of(recipe: Recipe, initial: InitialWeights, splits: Splits) -> float:
     """Return the floating-point operations of training and validation."""
     passes_per_epoch = models.FORWARD_PASSES_PER_STEP * len(splits.train) + len(splits.val)
-    return passes_per_epoch * recipe.epochs * models.flops(architecture)
+    return passes_per_epoch * recipe.epochs * models.flops(initial.architecture)
 
 
-def cpu_seconds(operations: float, recipe: Recipe) -> float:
-    """Return about how long so many floating-point operations take on all CPUs of this process."""
+def cpu_seconds(recipe: Recipe, initial: InitialWeights, splits: Splits) -> float:
+    """Return about how long training and validation take on all CPUs of this process.
+
+    Steps with few and with many images are timed: the time of a step grows evenly with its images, from what the
+    optimizer takes.
+    """
     import torch
 
-    from raycifar.engine.hardware import choose_precision
+    from raycifar.engine.train_step import step_of_random_images
 
-    a, b = torch.ones(2, PROBE, PROBE, dtype=choose_precision(recipe.precision, torch.device("cpu")))
-    fastest = min(timeit.repeat(lambda: a @ b, number=1, repeat=4))
-    return operations * fastest / (2 * PROBE**3)
+    def time_step(num_images: int) -> float:
+        """Return the least of up to three times; the first step loads libraries."""
+        step, times = step_of_random_images(initial, recipe, num_images, torch.device("cpu")), [math.inf]
+        while len(times) <= 3 and sum(times[1:]) < 2 * ENOUGH_SECONDS:
+            times.append(timeit.timeit(step, number=1))
+        return min(times)
+
+    with torch.random.fork_rng(devices=()):
+        many, slow = FEW, time_step(FEW)
+        fast, seconds_of_image = slow, slow / FEW
+        while many < recipe.batch_size and slow < max(2 * fast, ENOUGH_SECONDS):
+            many = min(4 * many, recipe.batch_size)
+            slow = time_step(many)
+            seconds_of_image = min(max(0, (slow - fast) / (many - FEW)), fast / FEW)
+    seconds_of_step = fast + (recipe.batch_size - FEW) * seconds_of_image
+    epoch = len(splits.train) / recipe.batch_size * seconds_of_step
+    return recipe.epochs * (epoch + len(splits.val) * seconds_of_image / models.FORWARD_PASSES_PER_STEP)
 
 
 def warn_of_hours(
-    operations: float, recipe: Recipe, num_images: int, workers: "Workers", *, at_once: int = 1
+    runs: Collection[tuple[Recipe, InitialWeights]],
+    splits: Splits,
+    workers: "Workers",
+    *,
+    repeats: int = 1,
+    at_once: int = 1,
 ) -> list[str]:
     """Return a line if training takes over an hour on CPUs, which says what would be shorter.
 
     Args:
-        operations: of all runs. recipe: the one with the most epochs. num_images: of an epoch.
-        at_once: runs that train at a time, each on `workers`.
+        runs: each is trained so many times (`repeats`), and `at_once` of them at a time, each on `workers`.
     """
     cpus = at_once * max(1, workers.count) * workers.cpus
+    operations = repeats * sum(operations_of(*run, splits) for run in runs)
     if workers.device != "cpu" or operations < HOUR * SLOWEST * cpus:
         return []
-    seconds = cpu_seconds(operations, recipe) * available_cpus() / cpus
+    seconds = repeats * sum(cpu_seconds(*run, splits) for run in runs) * available_cpus() / cpus
     if seconds < HOUR:
         return []
     part = HOUR / seconds
-    epochs, images = int(recipe.epochs * part), int(num_images * part) // 100 * 100
+    epochs = int(part * max(recipe.epochs for recipe, _ in runs))
+    images = int(part * len(splits.train)) // 100 * 100
     ways = [f"--epochs {epochs}"] * (epochs > 0) + [f"--limit {images}"] * (images > 0)
     shorter = f"{' or '.join(ways) or '--epochs 1 with a --limit'} would take about an hour"
     return [f"On these CPUs this takes about {duration(seconds)}: {shorter}, and a GPU far less."]

@@ -12,7 +12,7 @@ from raycifar.storage.run_folder import RunFolder
 from raycifar.terminal import Screen
 from raycifar.words import count, duration
 from raycifar.workflows import study
-from raycifar.workflows.estimate import cpu_seconds, operations_of
+from raycifar.workflows.estimate import cpu_seconds
 from raycifar.workflows.identity import describe_recipe, earlier_result, identify, overview
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.training import allocate_workers, read_inputs
@@ -35,7 +35,7 @@ def preview(request: TrainingRequest, screen: Screen, connection: ExitStack, *, 
         workers = f"{request.workers or 'one'}, in a Ray that is started on this machine{unchecked}"
     num_steps = steps_per_epoch(len(inputs.splits.train), request.recipe.batch_size)
     facts = {**overview(identity, workers, folder.location), "steps": f"{num_steps:,} in each epoch"}
-    seconds = estimate(request.device, request.recipe, inputs.initial, inputs.splits)
+    seconds = estimate(request.device, request.recipe, inputs.initial, inputs.splits, screen)
     screen.facts(request.name, facts | {"time": in_words(seconds)})
     screen.say("This run is finished: nothing would be trained." if finished else "Nothing was started.")
 
@@ -55,7 +55,7 @@ def preview_comparison(request: ComparisonRequest, screen: Screen) -> None:
     seeds = f"seeds {request.seed} to {last}" if request.seeds > 1 else f"seed {last}"
     total = 0.0
     for model, recipe in request.recipes.items():
-        seconds = estimate(request.device, recipe, initial_by_model[model], splits)
+        seconds = estimate(request.device, recipe, initial_by_model[model], splits, screen)
         total += number * (seconds or 0)
         searched = f"{request.search} search trials, then " if request.search else ""
         each = f", {duration(seconds)} each" if seconds else ""
@@ -65,15 +65,16 @@ def preview_comparison(request: ComparisonRequest, screen: Screen) -> None:
     screen.say("Nothing was started.")
 
 
-def estimate(device: str, recipe: Recipe, initial: InitialWeights, splits: Splits) -> float | None:
+def estimate(device: str, recipe: Recipe, initial: InitialWeights, splits: Splits, screen: Screen) -> float | None:
     """Return about how long training takes on this machine's CPUs, in seconds; None where it would be on a GPU."""
     if device != "cpu" and find_device("auto").type != "cpu":
         return None
-    return cpu_seconds(operations_of(recipe, initial.architecture, splits), recipe)
+    with screen.waiting("Timing a few steps"):
+        return cpu_seconds(recipe, initial, splits)
 
 
 def in_words(seconds: float | None) -> str:
-    """Return an estimate and what it rests on; it has no range, because its error differs by network."""
+    """Return an estimate and what it rests on."""
     if seconds is None:
         return "on a GPU: raycifar bench measures it"
-    return f"about {duration(seconds)} on this machine's CPU, by the rate of its matrix products; no step was timed"
+    return f"about {duration(seconds)} on this machine's CPU, by the time of a few steps"

@@ -22,7 +22,7 @@ from raycifar.workflows.background import alongside
 from raycifar.workflows.comparing import Show, conclude, read_finished
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import find_duplicates
-from raycifar.workflows.estimate import operations_of, warn_of_hours
+from raycifar.workflows.estimate import warn_of_hours
 from raycifar.workflows.reporting import Refresher, forgiving, keep_pictures, show_report, write_comparison, write_run
 from raycifar.workflows.requests import ComparisonRequest
 from raycifar.workflows.tracking import Tracking
@@ -101,11 +101,8 @@ def prepare(
     at_once = f"{count(most, 'trial')}, each with {workers}"
     at_once += "; the head's memory holds no more" * (most == held < fit)
     screen.facts(request.name, overview(request, source, splits, at_once, folder))
-    operations = (request.search + request.seeds) * sum(
-        operations_of(recipe, initial_by_model[model].architecture, splits) for model, recipe in recipes.items()
-    )
-    longest = max(recipes.values(), key=lambda recipe: recipe.epochs)
-    screen.lines(warn_of_hours(operations, longest, len(splits.train), workers, at_once=most))
+    runs = [(recipe, initial_by_model[model]) for model, recipe in recipes.items()]
+    screen.lines(warn_of_hours(runs, splits, workers, repeats=request.search + request.seeds, at_once=most))
     folder.delete_leftovers()
     folder.manifest.delete()
     folder.write_json(STUDY, identity)

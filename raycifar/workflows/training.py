@@ -27,7 +27,7 @@ from raycifar.words import count
 from raycifar.workflows.background import Follow, alongside
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images
-from raycifar.workflows.estimate import operations_of, warn_of_hours
+from raycifar.workflows.estimate import warn_of_hours
 from raycifar.workflows.identity import earlier_result, identify, overview, write_run_json
 from raycifar.workflows.reporting import Refresher, forgiving, keep_pictures, show_profile, show_report, write_run
 from raycifar.workflows.requests import TrainingRequest, WorkerCount, WorkerSettings, check_batch_size
@@ -67,8 +67,7 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
         workers = allocate_workers(request, folder, screen, connection, debug=debug)
         run = TrainingRun(request, folder, inputs, workers, debug=debug)
         prepare(run, screen)
-        operations = operations_of(request.recipe, inputs.initial.architecture, inputs.splits)
-        screen.lines(warn_of_hours(operations, request.recipe, len(inputs.splits.train), workers))
+        screen.lines(warn_of_hours([(request.recipe, inputs.initial)], inputs.splits, workers))
         tracking = until_end.enter_context(Tracking(request.track, screen.say))
         try:
             result = finish(run, fit(run, following(run, screen, tracking)))
