@@ -41,8 +41,15 @@ RAY_FIXTURES = {"cluster", "local_ray", "nodes"}
 OWN_RAY = {  # files whose tests start a Ray by themselves
     f"test_{name}.py"
     for name in (
-        *("api", "cluster", "connection", "deploy", "elastic", "evidence", "options", "quiet", "ray_internals"),
-        *("sizing", "spot", "status", "stoppable", "train", "tracking", "transfer"),
+        "cluster",
+        "connection",
+        "deploy",
+        "elastic",
+        "evidence",
+        "ray_internals",
+        "sizing",
+        "spot",
+        "stoppable",
     )
 }
 RUN = ("--model", "cnn", "--limit", 200, "--val-size", 100, "--epochs", 3, "--batch-size", 20)  # 10 steps an epoch
@@ -71,7 +78,8 @@ def pytest_collection_modifyitems(items):
     """
     for item in items:
         its_own = item.path.name in OWN_RAY or RAY_FIXTURES & set(item.fixturenames)
-        item.add_marker(pytest.mark.xdist_group("ray" if its_own else item.path.name))
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group("ray" if its_own else item.path.name))
 
 
 @pytest.fixture(scope="session")

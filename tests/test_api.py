@@ -163,6 +163,7 @@ print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
     assert after.endswith("True\n")
 
 
+@pytest.mark.xdist_group("ray")
 @pytest.mark.parametrize("names", ["a", pytest.param("ab", marks=pytest.mark.slow)])
 def test_under_the_caller_s_ray_which_is_left_running(program, names):
     printed = program(
