@@ -70,7 +70,8 @@ def test_those_trained_furthest_are_kept_and_metrics_are_reported(run, state, re
 def test_an_epoch_is_shown_once_its_checkpoint_is_stored(run, state, reported):
     seen = []
     checkpointer = Checkpointer(run)
-    checkpointer.save({}, Snapshot(state), stored=lambda: seen.extend(Checkpoints(run).sound(pytest.fail)), wait=True)
+    checkpointer.save({}, Snapshot(state), stored=lambda: seen.extend(Checkpoints(run).sound(pytest.fail)))
+    checkpointer.wait()
     assert [name for name, _ in seen] == Checkpoints(run).names()
 
 
@@ -107,4 +108,5 @@ def test_what_goes_wrong_is_raised_by_the_next_save(run, reported):
     full = Stuck(OSError("No space left on device"))
     full.go.set()
     with pytest.raises(OSError, match="No space left"):
-        checkpointer.save({}, full, wait=True)
+        checkpointer.save({}, full)
+        checkpointer.wait()

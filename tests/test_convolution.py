@@ -20,6 +20,17 @@ def test_it_is_the_convolution_and_its_gradients_are_its_gradients(way, size, bi
     assert torch.autograd.gradcheck(way.apply, (images, plain.weight, plain.bias))
 
 
+@pytest.mark.parametrize(("way", "size"), [(Dense, (2, 2)), (Shifts, (4, 4))])
+def test_no_images_have_no_outputs(way, size):
+    plain = nn.Conv2d(3, 4, 3, padding=1)
+    images = torch.randn(0, 3, *size, requires_grad=True)
+    outputs = way.apply(images, plain.weight, plain.bias)
+    assert outputs.shape == (0, 4, *size)
+    outputs.sum().backward()
+    assert images.grad.shape == images.shape
+    assert (plain.weight.grad == 0).all()
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_in_bfloat16_it_is_as_exact_as_the_convolution(size):
     torch.manual_seed(0)

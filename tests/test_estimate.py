@@ -87,6 +87,25 @@ def test_of_steps_that_take_long_few_are_timed(size, monkeypatch):
     assert timed == ([4, min(16, size)] if size > 4 else [4])
 
 
+def test_the_steps_of_the_head_and_of_small_images_cost_less():
+    assert Recipe(epochs=7).mean_cost(32) == 1
+    assert Recipe(epochs=20, head_epochs=2).mean_cost(32) == pytest.approx((2 / 3 + 18) / 20)
+    assert Recipe(epochs=20, head_epochs=2).mean_cost(224, 0.1) == 1
+    assert Recipe(progressive="16:0.5").mean_cost(32) == pytest.approx(0.5 / 4 + 0.5)
+    assert Recipe(progressive="16:0.5").mean_cost(32, 0.75) == 1
+    halves = Recipe(epochs=2, head_epochs=1, batch_size=128)
+    assert [halves.cost(32, done) for done in (0, 0.49, 0.5, 0.99)] == [1 / 3, 1 / 3, 1, 1]
+
+
+def test_an_estimate_has_steps_of_the_whole_network_where_it_is_trained(monkeypatch):
+    recipes, state = [], train_step.TrainingState
+    monkeypatch.setattr(train_step, "TrainingState", lambda *args: recipes.append(args[2]) or state(*args))
+    for head_epochs in (1, 2):
+        recipe = Recipe(epochs=2, head_epochs=head_epochs)
+        train_step.step_of_random_images(InitialWeights(Architecture("cnn")), recipe, 8, torch.device("cpu"))
+    assert [recipe.head_epochs for recipe in recipes] == [0, 2]
+
+
 def test_an_estimate_leaves_the_random_numbers_of_the_process_as_they_are():
     recipe, initial = recipe_for("cnn"), InitialWeights(Architecture("cnn"))
     before = torch.get_rng_state()

@@ -7,6 +7,7 @@ from histories import GUESSES, OVERFITS, made_up
 from torch import nn
 
 from raycifar.analysis.diagnosis import diagnose, seed_variance
+from raycifar.engine import diagnostics
 from raycifar.engine.diagnostics import examine
 from raycifar.errors import FailureKind
 
@@ -77,6 +78,20 @@ def test_signals_see_dead_units_and_leave_the_network_as_it_was():
     assert all(norm > 0 for norm in signals["gradient_norms"].values())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_signals_are_the_same_however_many_images_pass_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    with torch.no_grad():
+        model[1].bias.copy_(torch.linspace(-4, 1, 8))  # some units are dead only for some images
+    images, labels = torch.randn(17, 3, 8, 8), torch.arange(17) % 10
+    together = examine(model, images, labels)
+    assert 0 < together["dead_relus"]["2"] < 1
+    monkeypatch.setattr(diagnostics, "PIXELS", 5 * 64)
+    apart = examine(model, images, labels)
+    assert apart["dead_relus"] == together["dead_relus"]
+    assert apart["gradient_norms"] == pytest.approx(together["gradient_norms"], rel=1e-4)
 
 
 def test_overfitting_is_a_validation_loss_that_rises_while_training_goes_on():

@@ -1,9 +1,13 @@
 """When a run is interrupted."""
 
+from types import SimpleNamespace
+
 import pytest
 
 import raycifar.engine.interruption as interruption
 from raycifar.engine.interruption import Interruption, InterruptionWatch
+from raycifar.engine.trainer import Trainer
+from raycifar.errors import PreemptedError
 
 
 class FakeReporter:
@@ -58,3 +62,17 @@ def test_a_request_to_stop_comes_before_a_preemption(ray_train):
     reporter.stop = True
     watch.next_check = 0
     assert watch.check() is Interruption.STOP
+
+
+def test_all_workers_leave_a_node_that_is_preempted_once_the_checkpoint_is_stored(monkeypatch):
+    """Ray ends all workers as soon as one of them has raised, also the one that still writes."""
+    done = []
+    monkeypatch.setattr(interruption.ray.train.collective, "barrier", lambda: done.append("met"))
+    waits = SimpleNamespace(wait=lambda: done.append("stored"))
+    trainer = SimpleNamespace(checkpointer=waits, reporter=SimpleNamespace(phase=lambda *args: None))
+    assert not Trainer.ends_here(trainer, None)
+    assert done == []
+    with pytest.raises(PreemptedError):
+        Trainer.ends_here(trainer, Interruption.PREEMPTION)
+    assert done == ["stored", "met"]
+    assert Trainer.ends_here(trainer, Interruption.STOP)

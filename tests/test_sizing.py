@@ -10,7 +10,9 @@ from command import Command, finish
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from raycifar.cluster import sizing
+from raycifar.cluster.sizing import HEAD as ON_HEAD
 from raycifar.cluster.sizing import Workers, describe, placeable, size_trials, size_workers
+from raycifar.cluster.waiting import lacking
 from raycifar.errors import RequestError
 from raycifar.storage.run_folder import RunFolder
 from raycifar.terminal import Screen
@@ -152,3 +154,15 @@ def test_ray_places_shares_and_kinds_as_they_are_counted(nodes, tmp_path):
         assert run.folder.read_json("run.json")["gpus_per_worker"] == 0.5
     finally:
         ray.shutdown()
+
+
+def test_only_room_for_the_workers_is_taken_for_theirs(local_ray):
+    """Ray Tune reserves room for each trial's driver, in the same job."""
+    drivers, workers = placement_group([{ON_HEAD: 0.001}]), placement_group([{"CPU": 1.0}])
+    try:
+        ray.get([drivers.ready(), workers.ready()])
+        assert "waiting for 1 worker of 4 CPUs" in lacking(Workers(1, 4.0))
+        assert lacking(Workers(1, 1.0)) is None
+    finally:
+        remove_placement_group(drivers)
+        remove_placement_group(workers)

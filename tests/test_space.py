@@ -1,6 +1,7 @@
 """What a search varies, and that where it looks next depends on nothing but what is known."""
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -30,6 +31,14 @@ def test_the_first_trial_is_the_recipe_itself():
 def test_the_recipe_lies_in_the_space_around_it(recipe):
     for name, distribution in default_space(recipe).items():
         assert distribution._contains(distribution.to_internal_repr(getattr(recipe, name))), name
+
+
+def test_batches_leave_two_images_for_each_worker_and_the_learning_rate_is_above_0():
+    recipe = replace(BASE, batch_size=128)
+    for workers, sizes in ((1, (64, 128, 256)), (32, (64, 128, 256)), (40, (128, 256)), (64, (128, 256))):
+        assert default_space(recipe, workers)["batch_size"].choices == sizes
+    with pytest.raises(RequestError, match="give a --lr above 0"):
+        default_space(replace(BASE, lr=0.0))
 
 
 def test_a_search_that_is_taken_up_again_goes_on_as_if_it_had_not_been_stopped():

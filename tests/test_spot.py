@@ -5,10 +5,12 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import requests
 
+from raycifar.cluster import spot
 from raycifar.cluster.spot import NOTICE_SECONDS, NOTICES
 
 PREEMPTED = "/computeMetadata/v1/instance/preempted"
@@ -78,3 +80,13 @@ def test_a_server_that_refuses_gives_no_notice(metadata_server):
     del answers[TOKEN]
     with pytest.raises(requests.RequestException):
         NOTICES["aws"](server)
+
+
+def test_a_node_that_could_not_be_drained_is_drained_again(metadata_server, monkeypatch):
+    server, answers = metadata_server
+    answers |= {PREEMPTED: "TRUE"}
+    codes = [1, 0]
+    monkeypatch.setattr(spot.subprocess, "run", lambda *args, **options: SimpleNamespace(returncode=codes.pop(0)))
+    monkeypatch.setattr(spot, "POLL_SECONDS", 0.01)
+    spot.main(["gcp", "--server", server], standalone_mode=False)
+    assert codes == []

@@ -5,6 +5,8 @@ import json
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
+from test_distributed import on_workers
 
 from raycifar.engine.state import TENSORS, Progress, TrainingState
 from raycifar.models import Architecture
@@ -58,6 +60,49 @@ def test_a_state_comes_back_as_it_was_and_takes_the_same_next_step(optimizer):
         step(own)
     assert ours.tensors().keys() == theirs.tensors().keys()
     assert all(torch.equal(value, theirs.tensors()[name]) for name, value in ours.tensors().items())
+
+
+def statistics(own):
+    return torch.cat([buffer.flatten() for buffer in own.running_statistics()])
+
+
+def resumes_with_its_own_statistics(rank, world_size):
+    ours, theirs = state(ema=0.9), state(ema=0.9)
+    torch.manual_seed(rank)
+    step(ours)
+    ours.gather_buffers()
+    content = [files(ours)]
+    dist.broadcast_object_list(content)  # only the first worker writes
+    theirs.load_files(content[0])
+    mine = statistics(ours)
+    assert torch.equal(statistics(theirs), mine)
+    ours.average_buffers()
+    assert not torch.equal(statistics(ours), mine)
+    assert "worker_buffers" not in ours.tensors()
+    dist.barrier()
+    dist.destroy_process_group()
+    alone = state(ema=0.9)
+    alone.load_files(content[0])
+    assert torch.allclose(statistics(alone), statistics(ours))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # `on_workers` ends it
+
+
+def test_in_mid_epoch_each_worker_resumes_with_its_own_statistics_and_one_alone_with_their_mean():
+    on_workers(resumes_with_its_own_statistics, 2)
+
+
+def keeps_what_is_frozen(rank, world_size):
+    own = state(batch_norm="frozen")
+    for buffer in own.running_statistics():
+        buffer.copy_(torch.rand(buffer.shape, generator=torch.Generator().manual_seed(1)))
+    own.train_mode()
+    before = statistics(own)
+    own.average_buffers()
+    assert torch.equal(statistics(own), before)  # the sum of three, divided by three, may differ in the last bit
+
+
+def test_frozen_statistics_stay_the_same_bit_for_bit():
+    on_workers(keeps_what_is_frozen, 3)
 
 
 def test_checkpoints_of_earlier_versions_are_read():

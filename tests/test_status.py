@@ -54,6 +54,17 @@ def test_what_is_put_comes_back_the_same(store):
     assert StatusStore(uuid.uuid4().hex).failures() == []
 
 
+def test_what_is_deleted_is_gone_and_nothing_else(store):
+    other = StatusStore()
+    for each in (store, other):
+        each.put_worker(WorkerStatus(attempt=7))
+        each.put_stop_decision(3, stop=True)
+    store.delete()
+    assert (store.worker(), store.stop_decision(3)) == (None, None)
+    assert (other.worker(), other.stop_decision(3)) == (WorkerStatus(attempt=7), True)
+    other.delete()
+
+
 def test_keys_of_another_version_are_ignored():
     values = {"phase": "training", "step": {**STEP, "temperature": 1}, "mood": 1}
     assert checked(WorkerStatus, values) == WorkerStatus(phase=Phase.TRAINING, step=StepStatus(**STEP))

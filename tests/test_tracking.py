@@ -66,6 +66,12 @@ def test_mlflow_has_recipe_epochs_result_and_files_over_a_restart(mlflow, run, t
     assert {file.path for file in mlflow.list_artifacts(found.info.run_id)} == {RUN, REPORT_PAGE, MODEL}
 
 
+def test_mlflow_takes_more_parameters_than_in_a_batch(mlflow):
+    config = {f"p{number}": number for number in range(230)}
+    key = tracking.MLflow().start("a", config, None, None)
+    assert mlflow.get_run(key).data.params == {name: str(value) for name, value in config.items()}
+
+
 def test_the_runs_of_a_comparison_are_children_of_it(mlflow, run, tmp_path):
     comparison = RunFolder(str(tmp_path), "results")
     assert not follow("mlflow", run, HISTORY, result=RESULT, parent=comparison)

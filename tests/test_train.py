@@ -245,6 +245,15 @@ def test_a_run_whose_output_is_closed_stops_at_a_checkpoint_and_says_so(small, t
     assert len(checkpoints(tmp_path / "a")) >= len(history(tmp_path / "a"))
 
 
+def test_a_run_whose_epochs_have_a_single_step_stops_between_them(small, tmp_path):
+    args = (*ARGS, "--batch-size", 500, "--epochs", 500, "--data", small, "--name", "a")
+    command = Command(*args, storage=tmp_path)
+    wait_until(lambda: (tmp_path / "a/metrics.jsonl").exists(), what="an epoch")
+    command.kill(signal.SIGINT)
+    assert command.finish().returncode == 130
+    assert 1 <= len(history(tmp_path / "a")) < 500
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",

@@ -120,6 +120,29 @@ def test_images_are_scaled_to_the_size_of_the_step_and_flip_by_epoch():
         assert torch.equal(first, step.prepare(batch(step).rows, size)[1])
 
 
+def test_a_worker_with_a_single_image_trains_on_it():
+    step = build(num_images=1)
+    metrics = step(batch(step))
+    assert metrics[0] == 1
+    assert step(Batch(0, torch.arange(0).numpy(), 64))[0] == 0
+
+
+def finds_a_loss_that_is_not_finite(rank, world_size):
+    step = build(num_images=32, first=32 * rank, record=False)
+    found = step.loss_and_counts
+
+    def loss_and_counts(*args):
+        loss, counts = found(*args)
+        return (loss * torch.nan if rank else loss), counts
+
+    step.loss_and_counts = loss_and_counts
+    assert step(batch(step, 64))[3].isnan()  # on the other worker, too, which would wait for this one for ever
+
+
+def test_what_one_worker_finds_not_finite_all_are_told():
+    on_workers(finds_a_loss_that_is_not_finite, 2)
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_workers_train_as_one_does(world_size, tmp_path):
     on_workers(Trains(tmp_path / "losses", CPU), world_size)

@@ -6,11 +6,12 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RpcError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from raycifar.redaction import shown
@@ -35,6 +36,14 @@ def kv_get(key: str) -> bytes | None:
     from ray.experimental import internal_kv
 
     return internal_kv.internal_kv_get_gcs_client().internal_kv_get(key.encode(), None, KV_SECONDS)
+
+
+def kv_delete(prefix: str) -> None:
+    """Delete all keys that begin like this, if Ray's control service answers."""
+    from ray.experimental import internal_kv
+
+    with suppress(RpcError):
+        internal_kv.internal_kv_get_gcs_client().internal_kv_del(prefix.encode(), True, None, KV_SECONDS)
 
 
 # Ray's own processes --------------------------------------------------------------------------------

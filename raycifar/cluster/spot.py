@@ -73,12 +73,12 @@ def seconds_until(moment: datetime) -> float:
     return max(1.0, (moment - datetime.now(UTC)).total_seconds())
 
 
-def drain(seconds: float, address: str, node_id: str | None) -> None:
-    """Tell Ray that this node goes in so many seconds."""
+def drain(seconds: float, address: str, node_id: str | None) -> bool:
+    """Tell Ray that this node goes in so many seconds, and return whether it has heard."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address]
     command += ["--node-id", node_id] if node_id else []
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "The cloud takes this machine away."]
-    subprocess.run([*command, "--deadline-remaining-seconds", str(int(seconds))], check=True)
+    return subprocess.run([*command, "--deadline-remaining-seconds", str(int(seconds))], check=False).returncode == 0
 
 
 @click.command(context_settings={"show_default": True})
@@ -98,8 +98,8 @@ def main(cloud: str, address: str, node_id: str | None, server: str | None) -> N
             seconds, unreachable = None, True
         if seconds is not None:
             click.echo(f"This machine goes in {seconds:.0f} s: its node is drained.")
-            drain(seconds, address, node_id)
-            return
+            if drain(seconds, address, node_id):
+                return
         time.sleep(POLL_SECONDS)
 
 

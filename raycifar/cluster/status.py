@@ -180,6 +180,16 @@ class StatusStore:
         """Ask the workers to save and stop."""
         self._put("stop", True)
 
+    def delete(self) -> None:
+        """Delete everything, so that a long-lived cluster doesn't keep it."""
+        prefix = f"raycifar/{self.key}/"
+        if in_a_cluster():
+            from raycifar.cluster import ray_internals
+
+            ray_internals.kv_delete(prefix)
+        for key in [key for key in _here if key.startswith(prefix)]:
+            del _here[key]
+
     def _put(self, topic: str, value: Any) -> None:
         key, content = f"raycifar/{self.key}/{topic}", json.dumps(value).encode()
         if not in_a_cluster():

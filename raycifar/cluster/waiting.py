@@ -54,7 +54,7 @@ def make_room(workers: Workers, show: Callable[[str], None], seconds: float) -> 
 
 def lacking(workers: Workers) -> str | None:
     """Return what the workers wait for, or None if there is room for as many as are needed."""
-    if workers.count == 0 or reserved():
+    if workers.count == 0 or reserved(workers):
         return None
     status = ray_internals.cluster_status()
     free = [node.available_resources() for node in (*status.active_nodes, *status.idle_nodes)]
@@ -72,10 +72,11 @@ def lacking(workers: Workers) -> str | None:
     )
 
 
-def reserved() -> bool:
-    """Return whether this job's workers have their resources, and only need to start."""
+def reserved(workers: Workers) -> bool:
+    """Return whether such workers of this job have their resources, and only need to start."""
     job = ray.get_runtime_context().get_job_id()  # a placement group's identifier ends with its job's
     return any(
         group["state"] == "CREATED" and group["placement_group_id"].endswith(job)
         for group in placement_group_table().values()
+        if any(workers.resources.items() <= bundle.items() for bundle in group["bundles"].values())
     )

@@ -31,7 +31,7 @@ from raycifar.engine.order import Batch, EpochOrder, steps_per_epoch
 from raycifar.engine.state import Progress
 from raycifar.engine.train_loop import TrainLoopConfig
 from raycifar.engine.trainer import Trainer
-from raycifar.models import FORWARD_PASSES_PER_STEP
+from raycifar.models.recipe import FORWARD_PASSES_PER_STEP
 
 SHUFFLED_BATCHES = 10  # batches in the local shuffle buffer of Ray's documented ingest
 MIN_STEPS = 4  # of a stage, unless even two rounds of them take too long

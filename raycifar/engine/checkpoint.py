@@ -21,7 +21,7 @@ class HostCopy:
     """Contiguous copies of tensors in host memory. A GPU makes them while it computes."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.copies = {name: t.contiguous().to("cpu", non_blocking=True, copy=True) for name, t in tensors.items()}
+        self.copies = {name: t.contiguous().to("cpu", non_blocking=t.is_cuda, copy=True) for name, t in tensors.items()}
         self.done = torch.cuda.Event() if any(t.is_cuda for t in tensors.values()) else None
         if self.done:
             self.done.record()
@@ -67,13 +67,11 @@ class Checkpointer:
         snapshot: Snapshot | None,
         *,
         stored: Callable[[], None] = lambda: None,
-        wait: bool = False,
     ) -> None:
         """Report metrics, and save a checkpoint; all workers call it together, and only one has a snapshot.
 
         Args:
             stored: called by another thread once the checkpoint is stored.
-            wait: return only then.
         """
         ray.train.report(metrics)
         if snapshot is None:
@@ -81,8 +79,6 @@ class Checkpointer:
         while self.pending and (self.pending[0].done() or len(self.pending) == MAX_PENDING):
             self.pending.pop(0).result()
         self.pending.append(self.thread.submit(self._store, snapshot, stored))
-        if wait:
-            self.wait()
 
     def wait(self) -> None:
         """Wait for pending checkpoints, and raise any error, as the next `save` would."""

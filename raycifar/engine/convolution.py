@@ -58,7 +58,7 @@ class Dense(torch.autograd.Function):
         rows = images.permute(0, 2, 3, 1).reshape(n, 4 * inputs)
         ctx.save_for_backward(rows, matrix)
         outputs = F.linear(rows, matrix, bias if bias is None else bias.repeat(4))
-        return outputs.view(n, 2, 2, -1).permute(0, 3, 1, 2)
+        return outputs.view(n, 2, 2, len(weight)).permute(0, 3, 1, 2)
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
@@ -68,7 +68,7 @@ class Dense(torch.autograd.Function):
         grad_images = grad_weight = None
         grad_rows = grad_output.permute(0, 2, 3, 1).reshape(n, 4 * outputs)
         if ctx.needs_input_grad[0]:
-            grad_images = (grad_rows @ matrix).view(n, 2, 2, -1).permute(0, 3, 1, 2)
+            grad_images = (grad_rows @ matrix).view(n, 2, 2, matrix.shape[1] // 4).permute(0, 3, 1, 2)
         if ctx.needs_input_grad[1]:
             grad_matrix = (grad_rows.T @ rows).view(4, outputs, 2, 2, -1)
             filters = grad_rows.new_zeros(outputs, 3, 3, grad_matrix.shape[-1], dtype=sum_dtype(grad_output))

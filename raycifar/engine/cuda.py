@@ -69,6 +69,7 @@ class CudaGraphRunner:
 
     def _try(self, arguments: tuple[Any, ...]) -> tuple[Tensor, str | None]:
         """Call the function, and return with its output why it can't be captured, or None."""
+        torch.cuda.reset_peak_memory_stats()  # of what was scored before
         output, waits = waits_for_gpu(lambda: self._call(arguments))
         mine = torch.cuda.get_per_process_memory_fraction() * torch.cuda.mem_get_info()[1]
         if waits:

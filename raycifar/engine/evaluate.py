@@ -15,8 +15,8 @@ from raycifar.engine.distributed import all_reduce_sum
 from raycifar.engine.hardware import WIDEST
 from raycifar.models import CIFAR, Preprocessing
 
-# Images of CIFAR-100's size scored at a time: few on a CPU, to save memory; many on a GPU, to keep it busy.
-BATCH_SIZE = {"cpu": 250, "cuda": 4000, "mps": 1000}
+# Images of CIFAR-100's size scored at a time: few on a CPU, to save memory; more on a GPU, to keep it busy.
+BATCH_SIZE = {"cpu": 250, "cuda": 1000, "mps": 1000}
 BINS = 15  # of confidence, for the calibration error: Guo et al. (2017), arXiv:1706.04599
 
 

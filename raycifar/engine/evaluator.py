@@ -42,7 +42,7 @@ class Evaluator:
         """Return the scores in an epoch's record."""
         train_eval = score(self.predict(self.train_eval_set, "scoring training images")[1])
         scores = {f"train_eval_{name}": train_eval[name] for name in ("loss", "top1", "images")}
-        return scores | self.validate(self.val_set) if self.val_set else scores
+        return scores if self.val_set is None else scores | self.validate(self.val_set)
 
     def validate(self, val_set: Shard) -> dict[str, Any]:
         """Return the validation metrics, and keep in the state which images are classified correctly."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
-from raycifar.engine.distributed import all_reduce_mean, broadcast
+from raycifar.engine.distributed import all_gather_rows, all_reduce_mean, broadcast, rank, world_size
 from raycifar.engine.epoch_meter import EpochTotals
 from raycifar.engine.hardware import GENERATOR_LOCK, autocast_to, choose_precision, to_device
 from raycifar.engine.optimizers import build_optimizer
@@ -97,6 +97,7 @@ class TrainingState:
         self.progress = Progress()
         self.example_stats: Tensor | None = None  # of all workers' images: see `example_stats`
         self.val_correct: Tensor | None = None  # (n,) float32: 1 where the last validation was correct
+        self.worker_buffers: Tensor | None = None  # (workers, n) float32, in mid-epoch: see `gather_buffers`
         self.stage: Stage | None = None
         self.enter_stage()
 
@@ -129,10 +130,20 @@ class TrainingState:
         return self.average.module if self.average else self.model
 
     def average_buffers(self) -> None:
-        """Replace batch norm's running statistics, which differ between workers, by their mean."""
+        """Replace batch norm's running statistics, which differ between workers, by their mean, if they are trained."""
+        self.worker_buffers = None
+        if any(module.training for module in self.model.modules() if isinstance(module, _BatchNorm)):
+            all_reduce_mean(*self.running_statistics())
+
+    def gather_buffers(self) -> None:
+        """Keep each worker's running statistics for a checkpoint: a resumed run continues with its own."""
+        if world_size() > 1 and (buffers := self.running_statistics()):
+            own = torch.cat([buffer.flatten() for buffer in buffers])
+            self.worker_buffers = all_gather_rows(own[None], world_size())
+
+    def running_statistics(self) -> list[Tensor]:
         networks = [self.model, self.average] if self.average else [self.model]
-        buffers = itertools.chain.from_iterable(network.buffers() for network in networks)
-        all_reduce_mean(*filter(torch.is_floating_point, buffers))
+        return [buffer for network in networks for buffer in network.buffers() if buffer.is_floating_point()]
 
     def load_files(self, contents: Mapping[str, bytes]) -> None:
         tensors = safetensors.torch.load(contents[TENSORS])
@@ -145,6 +156,11 @@ class TrainingState:
         self.model.load_state_dict(strip_prefix(tensors, "model."))
         if self.average:
             self.average.load_state_dict(strip_prefix(tensors, "average."))
+        if (rows := tensors.get("worker_buffers")) is not None:
+            own = (rows[rank()] if len(rows) == world_size() else rows.mean(0)).to(device)
+            buffers = self.running_statistics()
+            for buffer, values in zip(buffers, own.split([b.numel() for b in buffers]), strict=True):
+                buffer.copy_(values.view_as(buffer))
         saved = self.optimizer.state_dict()
         for key, value in strip_prefix(tensors, "optimizer.").items():
             index, slot = key.split(".", 1)
@@ -165,7 +181,8 @@ class TrainingState:
         tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
         if self.average:
             tensors |= {f"average.{key}": value for key, value in self.average.state_dict().items()}
-        tensors |= {name: value for name in PER_EXAMPLE if (value := getattr(self, name)) is not None}
+        others = (*PER_EXAMPLE, "worker_buffers")
+        tensors |= {name: value for name in others if (value := getattr(self, name)) is not None}
         for index, slots in self.optimizer.state_dict()["state"].items():
             for slot, value in slots.items():
                 if not torch.is_tensor(value):
@@ -186,17 +203,19 @@ class Average(AveragedModel):
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model, use_buffers=True)
         self.decay = decay
+        pairs = list(zip(parameters_and_buffers(self.module), parameters_and_buffers(model), strict=True))
+        self.floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self.counts = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         n = int(self.n_averaged)
         decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
-        pairs = list(zip(parameters_and_buffers(self.module), parameters_and_buffers(model), strict=True))
-        averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        averages, values = zip(*self.floats, strict=True)
         torch._foreach_lerp_(averages, values, 1 - decay)
-        for count, value in pairs:
-            if not count.is_floating_point():
-                count.copy_(value)
+        if self.counts:
+            counts, values = zip(*self.counts, strict=True)
+            torch._foreach_copy_(counts, values)
         self.n_averaged += 1
 
 

@@ -64,7 +64,7 @@ class TrainStep:
         self.prepare = prefetched(self.prepare_batch, self.device)
         self.captured_inputs = cuda_graphed(self.inputs_of, self.device)
         self.obstacle = SHARED_GPU if self.exchange and dist.get_backend() == "gloo" else None
-        self.in_one = example_stats is None and not self.recipe.mixup + self.recipe.cutmix
+        self.in_one = example_stats is None and not (self.recipe.mixup + self.recipe.cutmix or self.obstacle)
         self.take = self.prepare_and_update if self.in_one else self.update
         self.captured = cuda_graphed(self.take, self.device, self.obstacle, lambda why: notice(f"{UNCAPTURED}: {why}."))
 
@@ -96,7 +96,7 @@ class TrainStep:
         """Return the rows of a batch (n,) int64, and the epoch () int64."""
         rows = torch.from_numpy(batch_rows).to(self.device, non_blocking=True)
         if len(rows) < 2:  # an elastic worker can run out of images; batch norm needs two, which the loss ignores
-            rows = torch.cat([rows, torch.arange(2, device=self.device)])
+            rows = torch.cat([rows, torch.arange(2, device=self.device) % len(self.train_set)])
         return rows, torch.full((), self.state.progress.epoch, device=self.device)
 
     def inputs_of(self, rows: Tensor, epoch: Tensor, size: int | None) -> Tensor:
@@ -141,7 +141,8 @@ class TrainStep:
         if self.example_stats is not None or self.recipe.clip_norm:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         else:
-            norm = loss.detach() * 0  # 0, or NaN where the loss isn't finite
+            # 0, or NaN where the loss isn't finite: the same on all workers, since gradients are exchanged.
+            norm = next(p.grad for p in reversed(self.parameters) if p.grad is not None).sum() * 0
         if self.recipe.clip_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.clip_norm, norm)
 
@@ -161,7 +162,9 @@ def step_of_random_images(
     exchange: bool = False,
     compile: bool = False,  # noqa: A002
 ) -> Callable[[], Tensor]:
-    """Return a function that takes a step of a run, with so many images that teach nothing: to be timed."""
+    """Return a function that takes a step of the whole network, with images that teach nothing: to be timed."""
+    if recipe.head_epochs < recipe.epochs:
+        recipe = replace(recipe, head_epochs=0)
     pixels = torch.randint(0, 256, (num_images, *CIFAR100.image_shape), dtype=torch.uint8, device=device)
     labels = torch.randint(0, initial.architecture.num_classes, (num_images,), device=device)
     state = TrainingState(initial.architecture, initial.weights, recipe, 0, device)

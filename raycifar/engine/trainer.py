@@ -34,8 +34,7 @@ from raycifar.engine.tensorboard import EventLog
 from raycifar.engine.train_loop import Outcome, Status, TrainLoopConfig
 from raycifar.engine.train_step import TrainStep
 from raycifar.errors import FailureKind, PreemptedError, StopTrainingError, notice
-from raycifar.models import FORWARD_PASSES_PER_STEP
-from raycifar.models.recipe import Stage
+from raycifar.models.recipe import FORWARD_PASSES_PER_STEP, Stage
 from raycifar.storage.checkpoints import Checkpoints
 from raycifar.storage.records import EpochRecord, Rise, sampled_steps
 from raycifar.storage.run_folder import EXAMPLE_STATS, MODEL, RUN
@@ -115,13 +114,15 @@ class Trainer:
         while self.state.progress.epoch <= self.recipe.epochs:
             if self.search_stops_trial():
                 return self.outcome("stopped")
-            if self.train_epoch() is Interruption.STOP:
+            if self.train_epoch():
                 return self.outcome("interrupted")
             self.finish_epoch()
+            if self.state.progress.epoch <= self.recipe.epochs and self.ends_here(self.interruptions.check()):
+                return self.outcome("interrupted")
         return self.outcome("finished", test=self.finish())
 
-    def train_epoch(self) -> Interruption | None:
-        """Take the current epoch's remaining steps, or until the run is interrupted."""
+    def train_epoch(self) -> bool:
+        """Take the current epoch's remaining steps; return whether the run ends before, as it was asked to."""
         config, progress, num_steps = self.config, self.state.progress, self.steps_per_epoch
         self.state.train_mode()
         sampled = sampled_steps(progress.epoch, num_steps, self.recipe.epochs)
@@ -143,10 +144,10 @@ class Trainer:
                 self.meter.check_finite()
             if self.reporter.due():
                 self.report_step(lr, size)
-            if interruption := self.save_in_mid_epoch():
-                return interruption
+            if progress.step < num_steps and self.ends_here(self.save_in_mid_epoch()):
+                return True
         self.collect()
-        return None
+        return False
 
     def finish_epoch(self) -> None:
         """Score the network, record the epoch, and save a checkpoint."""
@@ -249,24 +250,30 @@ class Trainer:
         return order.batches(progress.segments, self.world_size, self.rank)
 
     def save_in_mid_epoch(self) -> Interruption | None:
-        """Save a checkpoint if one is due or the run is interrupted; return STOP if the run ends here.
+        """Save a checkpoint if one is due or the run is interrupted; return why it is interrupted."""
+        step = self.state.progress.step
+        interruption = self.interruptions.check()
+        due = self.config.checkpoint_steps and step % self.config.checkpoint_steps == 0
+        if due or interruption:
+            self.collect()
+            self.state.gather_buffers()
+            self.save({"epoch": self.state.progress.epoch, "step": step})
+        return interruption
+
+    def ends_here(self, interruption: Interruption | None) -> bool:
+        """Return whether the run ends between two steps, once its checkpoint is stored.
 
         Raises:
             PreemptedError: a node is being preempted; the run continues elsewhere.
         """
-        step = self.state.progress.step
-        interruption = self.interruptions.check()
-        due = self.config.checkpoint_steps and step % self.config.checkpoint_steps == 0
-        if step == self.steps_per_epoch or not (due or interruption):
-            return None  # after the last step, the epoch's own checkpoint follows, and the next step looks again
-        if interruption:
-            self.reporter.phase(Phase.SAVING, interruption)
-        self.collect()
-        self.state.average_buffers()
-        self.save({"epoch": self.state.progress.epoch, "step": step}, wait=interruption is not None)
+        if interruption is None:
+            return False
+        self.reporter.phase(Phase.SAVING, interruption)
+        self.checkpointer.wait()
         if interruption is Interruption.PREEMPTION:
+            ray.train.collective.barrier()  # Ray ends all workers as soon as one has raised
             raise PreemptedError
-        return interruption
+        return True
 
     def collect(self) -> None:
         """Update the epoch's totals and the statistics of all images."""
@@ -350,9 +357,13 @@ class Trainer:
             scoring = progress.history[-1].seconds - progress.history[-1].training_seconds
         else:
             scoring = num_scored / images_per_second / FORWARD_PASSES_PER_STEP
-        epoch = self.steps_per_epoch / steps_per_second + scoring
         epochs_left = self.recipe.epochs - progress.epoch + 1
-        trained, test_scoring = progress.step / steps_per_second, scoring * self.config.num_test_images / num_scored
+        test_scoring = scoring * self.config.num_test_images / num_scored
+        # Later steps may train more of the network, or on larger images.
+        num_steps, network_size = self.recipe.epochs * self.steps_per_epoch, self.architecture.preprocessing.size
+        done = (progress.epoch - 1) * self.steps_per_epoch + progress.step
+        cost_now = self.recipe.cost(network_size, (done - 1) / num_steps)
+        steps_left = (num_steps - done) * self.recipe.mean_cost(network_size, done / num_steps) / cost_now
         self.reporter.step(
             epoch=progress.epoch,
             step=progress.step,
@@ -360,8 +371,8 @@ class Trainer:
             lr=lr,
             **running,
             images_per_second=images_per_second,
-            seconds_of_epoch=epoch,
-            seconds_left=epochs_left * epoch - trained + test_scoring,
+            seconds_of_epoch=self.steps_per_epoch / steps_per_second + scoring,
+            seconds_left=steps_left / steps_per_second + epochs_left * scoring + test_scoring,
         )
 
     def publish_history(self, history: Sequence[EpochRecord]) -> None:

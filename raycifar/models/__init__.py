@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     WeightsMaker = Callable[[Recipe, Tensor], dict[str, Tensor]]
     ShapesTest = Callable[[Mapping[str, Sequence[int]]], bool]
 
-# Cost of a training step: the backward pass takes about two forward passes.
-FORWARD_PASSES_PER_STEP = 3
 NOT_ARCHITECTURES = {"from_timm", "initial_weights", "layers", "recipe", "recipes"}  # the other files here
 TIMM = "timm:"
 TIMM_RECIPES = {"transfer": Recipe(**TRANSFER), "scratch": Recipe()}

@@ -20,6 +20,7 @@ BatchNorm = Literal["train", "frozen"]
 Stage = Literal["head", "whole"]
 
 OPTIMIZERS = ("sgd", "adamw", "muon")
+FORWARD_PASSES_PER_STEP = 3  # about: the backward pass takes two
 MAX_IMAGE_SIZE = 224  # pixels per side
 IMAGE_SIZES = range(CIFAR100.image_size, MAX_IMAGE_SIZE + 1)
 MAX_NUMBER = 10**9  # more is a slip
@@ -117,6 +118,19 @@ class Recipe:
         """Return the side to which a step's images are scaled; None is that of the network. See `learning_rate`."""
         done = ((epoch - 1) * steps + step) / (self.epochs * steps)
         return next((size for size, end in parse_sizes(self.progressive) if done < end), None)
+
+    def cost(self, network_size: int, done: float) -> float:
+        """Return about what a step costs after a fraction `done` of all steps.
+
+        The unit is a step of the whole network on images of its own size, `network_size` pixels.
+        """
+        size = next((size for size, end in parse_sizes(self.progressive) if done < end), network_size)
+        of_head = self.stage(1 + int(done * self.epochs)) == "head"
+        return (size / network_size) ** 2 / (FORWARD_PASSES_PER_STEP if of_head else 1)
+
+    def mean_cost(self, network_size: int, done: float = 0.0) -> float:
+        """Return the mean of `cost` over the steps that are left after a fraction `done`."""
+        return sum(self.cost(network_size, done + (1 - done) * (k + 0.5) / 100) for k in range(100)) / 100
 
     def learning_rate(self, epoch: int, step: int, steps: int) -> float:
         """Return the head's learning rate; each stage has its own warm-up and schedule.

@@ -9,7 +9,7 @@ from raycifar import models
 from raycifar.data.tables import Splits
 from raycifar.machine import available_cpus
 from raycifar.models.initial_weights import InitialWeights
-from raycifar.models.recipe import Recipe
+from raycifar.models.recipe import FORWARD_PASSES_PER_STEP, Recipe
 from raycifar.words import duration
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ SLOWEST = 1e10  # operations per second of a CPU: what takes under an hour at th
 
 def operations_of(recipe: Recipe, initial: InitialWeights, splits: Splits) -> float:
     """Return the floating-point operations of training and validation."""
-    passes_per_epoch = models.FORWARD_PASSES_PER_STEP * len(splits.train) + len(splits.val)
+    passes_per_epoch = FORWARD_PASSES_PER_STEP * len(splits.train) + len(splits.val)
     return passes_per_epoch * recipe.epochs * models.flops(initial.architecture)
 
 
@@ -53,7 +53,8 @@ def cpu_seconds(recipe: Recipe, initial: InitialWeights, splits: Splits) -> floa
             seconds_of_image = min(max(0, (slow - fast) / (many - FEW)), fast / FEW)
     seconds_of_step = fast + (recipe.batch_size - FEW) * seconds_of_image
     epoch = len(splits.train) / recipe.batch_size * seconds_of_step
-    return recipe.epochs * (epoch + len(splits.val) * seconds_of_image / models.FORWARD_PASSES_PER_STEP)
+    epoch *= recipe.mean_cost(initial.architecture.preprocessing.size)
+    return recipe.epochs * (epoch + len(splits.val) * seconds_of_image / FORWARD_PASSES_PER_STEP)
 
 
 def warn_of_hours(

@@ -36,11 +36,19 @@ class PastTrial:
     history: Sequence[float]
 
 
-def default_space(recipe: Recipe) -> Space:
+def default_space(recipe: Recipe, workers: int = 1) -> Space:
+    """Return the space around a recipe, whose batches leave two images or more for each worker.
+
+    Raises:
+        RequestError: the recipe has no learning rate to vary.
+    """
+    if not recipe.lr:
+        raise RequestError("--search varies the learning rate: give a --lr above 0.")
+    sizes = [size for size in (recipe.batch_size // 2, recipe.batch_size, recipe.batch_size * 2) if size >= 2 * workers]
     return {
         "lr": FloatDistribution(recipe.lr / 8, recipe.lr * 8, log=True),
         "weight_decay": FloatDistribution(1e-5, max(5e-3, recipe.weight_decay), log=True),
-        "batch_size": CategoricalDistribution([recipe.batch_size // 2, recipe.batch_size, recipe.batch_size * 2]),
+        "batch_size": CategoricalDistribution(sizes),
         "label_smoothing": FloatDistribution(0.0, max(0.2, recipe.label_smoothing)),
         "augment": CategoricalDistribution([*dict.fromkeys((*AUGMENTATIONS, recipe.augment))]),
     }

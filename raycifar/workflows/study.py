@@ -150,6 +150,8 @@ def run_trials(prepared: PreparedComparison, screen: Screen, tracking: Tracking)
         ),
         stop,
     )
+    for trial in searcher.trials:
+        trial.status_store.delete()
 
 
 def finish(prepared: PreparedComparison, screen: Screen, show: Show) -> None:
@@ -216,7 +218,7 @@ def build_spaces(request: ComparisonRequest) -> dict[str, Any]:
 
     spaces = {}
     for model, recipe in request.recipes.items():
-        space = read_space(request.space, model) if request.space else default_space(recipe)
+        space = read_space(request.space, model) if request.space else default_space(recipe, request.workers)
         spaces[model] = {field: where for field, where in space.items() if field not in request.fixed}
     if not all(spaces.values()):
         raise RequestError("--search has nothing to vary: every field of its space is given as an option.")

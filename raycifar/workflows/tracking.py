@@ -20,6 +20,7 @@ from raycifar.storage.run_folder import COMPARISON, MODEL, REPORT_PAGE, RESULT, 
 
 TRACKING = "tracking.json"  # what a tracker calls the run
 PROJECT = "raycifar"  # unless the tracker's own variable of the environment says otherwise
+MAX_PARAMS = 100  # that MLflow takes at a time
 FINISH_SECONDS = 60  # that trackers may take once a run has ended
 ARTIFACTS = (RUN, REPORT_PAGE, MODEL, COMPARISON)
 
@@ -60,7 +61,9 @@ class MLflow:
         experiment = found.experiment_id if found else self.client.create_experiment(title)
         tags = {"mlflow.parentRunId": parent} if parent else {}
         self.run = self.client.create_run(experiment, run_name=name, tags=tags).info.run_id
-        self.client.log_batch(self.run, params=[Param(key, str(value)) for key, value in config.items()])
+        params = [Param(key, str(value)) for key, value in config.items()]
+        for first in range(0, len(params), MAX_PARAMS):
+            self.client.log_batch(self.run, params=params[first : first + MAX_PARAMS])
         return self.run
 
     def epoch(self, record: EpochRecord) -> None:

@@ -66,6 +66,7 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
         folder = lock(folder, screen, until_end, lambda: filter(None, [folder.comparison]))
         workers = allocate_workers(request, folder, screen, connection, debug=debug)
         run = TrainingRun(request, folder, inputs, workers, debug=debug)
+        until_end.callback(run.status_store.delete)
         prepare(run, screen)
         screen.lines(warn_of_hours([(request.recipe, inputs.initial)], inputs.splits, workers))
         tracking = until_end.enter_context(Tracking(request.track, screen.say))
