@@ -107,6 +107,6 @@ def test_what_goes_wrong_is_raised_by_the_next_save(run, reported):
     checkpointer = Checkpointer(run)
     full = Stuck(OSError("No space left on device"))
     full.go.set()
+    checkpointer.save({}, full)
     with pytest.raises(OSError, match="No space left"):
-        checkpointer.save({}, full)
         checkpointer.wait()

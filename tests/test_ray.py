@@ -15,6 +15,7 @@ from command import ROOT, Command, Program
 from conftest import RUN, checkpoints, history, processes_of_ray, wait_until
 
 ARGS = (*RUN, "--checkpoint-steps", 4, "--no-report")
+THREE = ("--workers", 3, "--cpus-per-worker", 0.5)  # on two CPUs
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,8 @@ def reference(small, cluster, tmp_path_factory):
             storage = tmp_path_factory.mktemp(f"reference-{workers}")
             env = {**os.environ, **cluster, "MODEL": "cnn", "NAME": "a", "RAYCIFAR_STORAGE": str(storage)}
             env["RAY_ADDRESS"] = cluster["RAYCIFAR_TEST_DASHBOARD"]
-            job = ["jobs/train.sh", *map(str, ARGS[2:]), "--data", small, "--workers", str(workers)]
+            sizing = THREE if workers == 3 else ("--workers", workers)
+            job = ["jobs/train.sh", *map(str, (*ARGS[2:], "--data", small, *sizing))]
             done = subprocess.run(job, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
             (storage / "log").write_text(done.stdout)
@@ -159,7 +161,7 @@ def test_the_driver_killed_and_started_again_changes_nothing(reference, train, s
 def test_three_workers_resume_exactly_and_score_each_image_once(reference, train, small, cluster, tmp_path):
     result = json.loads((reference(3) / "result.json").read_text())
     assert result["test"]["images"] == 300
-    args = (*ARGS, "--data", small, "--name", "a", "--workers", 3)
+    args = (*ARGS, "--data", small, "--name", "a", *THREE)
     command = Command(*args, storage=tmp_path / "runs", env=cluster)
     in_the_middle_of_epoch_2(command, tmp_path / "runs/a")
     command.kill(signal.SIGINT)
