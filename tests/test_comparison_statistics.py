@@ -1,5 +1,6 @@
 """From finished runs to verdicts and sentences; the statistics themselves are in test_statistics."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ from histories import made_up
 from raycifar.analysis import comparison
 from raycifar.analysis.comparison import Finished, by_model, compare, not_comparable, sentence
 from raycifar.analysis.history import RunHistory
+from raycifar.errors import RequestError
 from raycifar.models.recipe import SHORT
 
 PAIR = {
@@ -26,7 +28,8 @@ def finished(model, seed, accuracy, **recipe):
     test = {"top1": float(correct.mean()), "top5": 0.9, "loss": 1.0, "images": 2000}
     result = {"status": "finished", "images_per_second": 1000.0, "test": test}
     history = RunHistory(run, history.records, result)
-    return Finished(f"{model}-s{seed}", "runs", history, correct, correct, 1.0 - correct)
+    name = f"{model}-s{seed}"
+    return Finished(name, f"runs/{name}", history, correct, correct, 1.0 - correct)
 
 
 @pytest.mark.parametrize(
@@ -115,3 +118,18 @@ def test_runs_under_other_conditions_are_refused():
     assert not_comparable([finished("cnn", 0, 0.5), other]) == [
         "vgg16-s0 differs from cnn-s0 in training images 5000 (not 45000), epochs 9 (not 3)"
     ]
+
+
+def test_a_run_that_is_there_twice_is_no_second_seed():
+    run, again = finished("cnn", 0, 0.5), finished("cnn", 0, 0.5)
+    assert not_comparable([run, run]) == ["cnn-s0 is the same run as cnn-s0"]
+    again = replace(again, folder="elsewhere/b", name="b")
+    assert not_comparable([run, finished("cnn", 1, 0.5), again]) == ["b is the same run as cnn-s0"]
+    again = replace(again, loss=again.loss + 0.01)  # on a GPU, the same command can give other weights
+    assert not_comparable([run, again]) == []
+
+
+def test_too_few_new_photographs_are_refused():
+    runs = [replace(finished("cnn", seed, 0.5), near_duplicate=np.arange(2000) < 1999) for seed in range(2)]
+    with pytest.raises(RequestError, match="too few others are left"):
+        comparison.new_photographs(runs)

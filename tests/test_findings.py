@@ -1,5 +1,7 @@
 """What is read from curves: made-up ones here; recorded ones in `test_provoked.py`."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from histories import GUESSES, OVERFITS, made_up
 from torch import nn
 
 from raycifar.analysis.diagnosis import diagnose, seed_variance
+from raycifar.analysis.rules.trends import swings
 from raycifar.engine import diagnostics
 from raycifar.engine.diagnostics import examine
 from raycifar.errors import FailureKind
@@ -199,9 +202,42 @@ def test_a_jump_that_never_comes_back_is_a_divergence_at_its_epoch():
     assert "30 times that of the epoch before" in finding.evidence
 
 
+@pytest.mark.parametrize("epochs", [1, 6])
+def test_a_loss_far_above_guessing_is_a_divergence_from_the_first_epoch(epochs):
+    losses = {name: lambda e: 50.0 for name in ("train_loss", "train_eval_loss", "val_loss")}
+    (finding,) = diagnose(made_up(epochs=epochs, **GUESSES | losses))
+    assert finding.kind == "divergence"
+    assert "The training loss stands at 50.00" in finding.evidence
+
+
+def test_an_epoch_whose_scores_are_unknown_hides_nothing_and_makes_nothing_up():
+    spike = {
+        "val_loss": lambda e: 1.4 + 2.8 * np.exp(-e / 5) + 1.5 * (e == 12),
+        "val_top1": lambda e: 0.63 - 0.58 * np.exp(-e / 5) - 0.2 * (e == 12),
+    }
+    without = {name: lambda e, value=value: None if e == 3 else value(e) for name, value in spike.items()}
+    assert [f.epochs for f in diagnose(made_up(**without)) if f.kind == "spike"] == [[12]]
+    rises = made_up(val_top1=lambda e: None if e == 15 else 0.02 * e)
+    text = " ".join(found.evidence for found in diagnose(rises))
+    assert "nan" not in text
+    assert "improving" in kinds(rises)
+
+
+def test_noise_of_sampling_alone_is_seldom_taken_for_more():
+    """The chance is that of as much noise by sampling: of 3,000 curves, about 30 are below 1%."""
+    rng, n, sd = np.random.default_rng(0), 5000, 0.005
+    moved = np.full(30, 2 * sd**2 * n**2)
+    history = SimpleNamespace(column=lambda name: moved / 2, num_val=n)
+    chances = [swings(history, 0.5 + sd * rng.normal(size=30))[2] for _ in range(3000)]
+    assert 0.005 < np.mean(np.array(chances) < 0.01) < 0.02
+
+
 def test_seeds_that_differ_by_more_than_sampling_are_told_and_others_are_not():
     rng = np.random.default_rng(0)
     usual = [(rng.random(10_000) < 0.6).mean() for _ in range(5)]
     assert seed_variance("cnn", usual, 10_000) is None
     assert seed_variance("cnn", [0.6, 0.1, 0.62], 10_000).kind == "seed-variance"
     assert seed_variance("cnn", [0.6], 10_000) is None
+    limited = seed_variance("cnn", [0.6, 0.1, 0.62], 10_000, limited=True)
+    assert "each seed trains on other images" in limited.evidence
+    assert limited.advice.startswith("Train on all images")

@@ -4,7 +4,7 @@ import pytest
 from histories import OVERFITS, made_up
 
 from raycifar.analysis.diagnosis import PHRASES, diagnose
-from raycifar.analysis.prose import headline, next_steps, paragraph, state
+from raycifar.analysis.prose import headline, next_steps, paragraph, state, to_command
 from raycifar.words import count
 
 
@@ -59,6 +59,11 @@ def test_the_headline_says_everything_once():
     assert headline([]) == "nothing to read yet"
     assert "it overfits" in headline(found)
     assert all(phrase[0].islower() for phrase in PHRASES.values())
+
+
+def test_a_command_has_values_in_full_for_another_value_is_another_run():
+    history = made_up()
+    assert "--lr 0.08374509876" in to_command(history.run, "train", {"lr": 0.08374509876})
 
 
 def test_the_next_steps_are_commands_that_are_understood():

@@ -7,7 +7,7 @@ from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
-from raycifar.analysis.statistics import bootstrap, difference, holm, mcnemar, mean_interval, seeds_needed
+from raycifar.analysis.statistics import difference, holm, mcnemar, mean_interval, seeds_needed
 
 IMAGES = 10_000
 
@@ -37,31 +37,18 @@ def test_mcnemar_is_statsmodels():
     assert mcnemar(a, a) == 1.0
 
 
-def test_with_one_run_of_each_the_bootstrap_is_scipy_s_over_images():
-    rng = np.random.default_rng(2)
-    a, b = runs(0.55, 1, rng), runs(0.50, 1, rng)
-    expected = stats.bootstrap(
-        (a[0].astype(float) - b[0],), np.mean, n_resamples=2000, method="percentile", rng=0
-    ).confidence_interval
-    assert bootstrap(a, b) == pytest.approx(tuple(expected), abs=0.001)
-
-
 def test_where_images_play_no_part_the_difference_is_welch_s_test():
     rng = np.random.default_rng(3)
     # Every run is right on a number of images of its own, and all of them are of one kind: no image is special.
     a, b = (
-        np.stack([np.roll(np.arange(IMAGES) < count, rng.integers(IMAGES)) for count in counts])
-        for counts in ((5210, 5190, 5250, 5230, 5170), (5100, 5130, 5080, 5120))
+        np.stack([rng.permutation(np.arange(IMAGES) < count) for count in counts])
+        for counts in ((5210, 5190, 5450, 5230, 5070), (5100, 5230, 4980, 5120))
     )
     found = difference(a, b)
     welch = CompareMeans(DescrStatsW(a.mean(1)), DescrStatsW(b.mean(1)))
-    seeds_only = welch.tconfint_diff(usevar="unequal")
-    # The part of the images only widens it.
+    low, high = welch.tconfint_diff(usevar="unequal")
     assert found["difference"] == pytest.approx(a.mean() - b.mean())
-    assert found["low"] < seeds_only[0] < seeds_only[1] < found["high"]
-    error = np.sqrt(welch.std_meandiff_separatevar**2 + (a.mean(0) - b.mean(0)).var(ddof=1) / IMAGES)
-    half = stats.t.ppf(0.975, found["degrees_of_freedom"]) * error
-    assert found["high"] - found["difference"] == pytest.approx(half)
+    assert (found["low"], found["high"]) == pytest.approx((low, high), rel=0.05)
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])
@@ -71,20 +58,53 @@ def test_the_same_model_twice_is_not_told_apart_and_five_points_are(seeds):
     assert difference(a, same)["p_value"] > 0.05
     assert difference(a, a)["p_value"] == 1.0
     found = difference(better, a)
-    assert found["p_value"] < 0.01
+    assert found["p_value"] < 0.02
     assert 0 < found["low"] < found["difference"] < found["high"]
-    assert found["bootstrap"][0] > 0
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_no_difference_is_found_in_about_one_comparison_of_twenty(seeds):
-    """Under the null hypothesis, with seeds that matter: false alarms are as rare as they are said to be."""
+def chances(rng, of_model=0.5):
+    """The chances of each of 1,000 new images to be classified correctly by two equally good models."""
+    easy = rng.normal(0.5, 1.5, 1000)
+    return [1 / (1 + np.exp(-(easy + of_model * rng.normal(size=1000)))) for _ in range(2)]
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.2])
+@pytest.mark.parametrize("seeds", [2, 4])
+def test_the_standard_error_is_that_of_new_seeds_and_new_images(seeds, spread):
+    """Under the null hypothesis, with seeds that matter or don't."""
     rng = np.random.default_rng(5)
-    spread = 0.0 if seeds == 1 else 0.003
+    found = []
+    for _ in range(250):
+        both = [
+            np.stack([rng.random(1000) < np.clip(chance + spread / 10 * rng.normal(), 0, 1) for _ in range(seeds)])
+            for chance in chances(rng)
+        ]
+        found.append(difference(*both))
+    errors = [(each["high"] - each["low"]) / 2 / stats.t.ppf(0.975, each["degrees_of_freedom"]) for each in found]
+    actual = np.std([each["difference"] for each in found])
+    assert 0.85 <= np.sqrt(np.mean(np.square(errors))) / actual <= 1.25
+    assert np.mean([each["p_value"] < 0.05 for each in found]) <= 0.09
+
+
+def test_with_a_single_run_the_seed_is_allowed_for():
+    """The effect of a seed can't be measured: the interval is wide, so that false alarms are rare all the same."""
+    rng = np.random.default_rng(5)
     alarms = [
-        difference(runs(0.6, seeds, rng, spread), runs(0.6, seeds, rng, spread))["p_value"] < 0.05 for _ in range(100)
+        difference(*(rng.random((1, 1000)) < chance for chance in chances(rng)))["p_value"] < 0.05 for _ in range(250)
     ]
-    assert np.mean(alarms) <= 0.1
+    assert np.mean(alarms) <= 0.03
+
+
+def test_more_seeds_take_away_what_only_some_seeds_get_right():
+    rng = np.random.default_rng(6)
+    a, b = (rng.random((3, IMAGES)) < accuracy for accuracy in (0.605, 0.600))  # images are all of one kind
+    needed = difference(a, b)["seeds_needed"]
+    assert needed is not None
+    told = [
+        difference(*(rng.random((needed, IMAGES)) < accuracy for accuracy in (a.mean(), b.mean())))["p_value"] < 0.05
+        for _ in range(40)
+    ]
+    assert np.mean(told) >= 0.6
 
 
 def test_the_number_of_seeds_that_is_advised_tells_the_difference():

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from raycifar.analysis.statistics import CONFIDENCE, RESAMPLES
+from raycifar.analysis.statistics import CONFIDENCE
 from raycifar.data import CIFAR100
 
 CLASSES = tuple(name.replace("_", " ") for name in CIFAR100.class_names)  # as people write them
+RESAMPLES = 2_000
 BINS = 15  # of confidence, Guo et al. (2017), arXiv:1706.04599
 
 

@@ -11,6 +11,7 @@ from raycifar.analysis.diagnosis import diagnose
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.run_files import RunFiles
 from raycifar.analysis.statistics import difference, holm, mcnemar, mean_interval
+from raycifar.errors import RequestError
 from raycifar.models.recipe import Recipe, changes
 from raycifar.words import count
 
@@ -61,9 +62,17 @@ def conditions(history: RunHistory) -> dict[str, Any]:
 
 
 def not_comparable(runs: Sequence[Finished]) -> list[str]:
-    """Return a clause for each run that differs from the first in what must be equal."""
+    """Return a clause for each run that differs from the first in what must be equal, or that is there twice."""
     first = conditions(runs[0].history)
     clauses = []
+    for one, other in itertools.combinations(runs, 2):
+        same = (one.history.model, one.history.recipe, one.run["seed"]) == (
+            other.history.model,
+            other.history.recipe,
+            other.run["seed"],
+        )
+        if one.folder == other.folder or (same and np.array_equal(one.loss, other.loss)):
+            clauses.append(f"{other.name} is the same run as {one.name}")
     for other in runs[1:]:
         mine = conditions(other.history)
         if differing := [f"{key} {mine[key]} (not {first[key]})" for key in first if mine[key] != first[key]]:
@@ -91,6 +100,8 @@ def by_model(runs: Iterable[Run]) -> dict[str, list[Run]]:
 def new_photographs(runs: Sequence[Finished]) -> list[Finished]:
     """Return the runs as if the test set held only images whose photograph none of them has trained on."""
     new = ~np.any([run.near_duplicate for run in runs if run.near_duplicate is not None], axis=0)
+    if new.sum() < 2:
+        raise RequestError("nearly every test image is a near duplicate of a training image: too few others are left.")
     kept = []
     for run in runs:
         correct, top5, loss = run.correct[new], run.top5[new], run.loss[new]
@@ -227,8 +238,10 @@ def sentence(pair: dict[str, Any]) -> str:
         elif pair["seeds_needed"]:
             needed = max(pair["seeds_needed"], 1 + max(pair["runs"]))
             text += f"If the difference is as large as it looks, {needed} seeds of each model would show it."
-        else:
+        elif pair["seeds_measured"]:
             text += f"No number of seeds would show so small a difference on {pair['images']:,} test images."
+        else:
+            text += "More seeds of each model may show it."
     if pair["hardly_learned"]:
         text += f" {pair['hardly_learned'][0]} has hardly learned anything, and longer training may change the order."
     elif pair["immature"]:

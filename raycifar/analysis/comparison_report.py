@@ -17,6 +17,8 @@ from raycifar.models.recipe import MAX_NUMBER
 from raycifar.models.recipes import shared_options
 from raycifar.words import count, listed
 
+MIN_SEEDS = 3  # of each model, for a verdict to rest on
+
 
 def report_comparison(
     name: str,
@@ -29,7 +31,10 @@ def report_comparison(
     found = []
     for model, same in by_model(runs).items():
         tested = [test for run in same if (test := run.history.test)]
-        if tested and (finding := seed_variance(model, [test["top1"] for test in tested], tested[0]["images"])):
+        limited = bool(same[0].history.run["limit"])
+        if tested and (
+            finding := seed_variance(model, [test["top1"] for test in tested], tested[0]["images"], limited=limited)
+        ):
             found.append(finding)
     done = sum((run.history.result or {}).get("status") == "finished" for run in runs)
     sentences = conclusions(comparison) if comparison else []
@@ -94,9 +99,11 @@ def next_comparison(runs: Sequence[RunFiles], comparison: dict[str, Any] | None,
     pairs, histories = comparison["pairs"], [run.history for run in runs]
     run, epochs = histories[0].run, max(history.recipe.epochs for history in histories)
     undecided = [pair for pair in pairs if pair["verdict"] == "undecided"]
-    seeds = max([3, *(max(pair["seeds_needed"] or 0, 1 + max(pair.get("runs", [0]))) for pair in undecided)])
+    had = min(min(pair.get("runs", [1])) for pair in pairs)
+    needed = [max(pair["seeds_needed"], 1 + max(pair.get("runs", [1]))) for pair in undecided if pair["seeds_needed"]]
+    seeds = max(MIN_SEEDS, had, *needed)
     models = list(dict.fromkeys(history.model for history in histories))
-    reasons = [f"{count(seeds, 'seed')} of each model"]
+    reasons = [f"{count(seeds, 'seed')} of each model"] if seeds > had else []
     if any(pair.get("immature") for pair in pairs):
         epochs = min(MAX_NUMBER, 2 * epochs)
         reasons.append(f"{epochs} epochs")
@@ -104,7 +111,7 @@ def next_comparison(runs: Sequence[RunFiles], comparison: dict[str, Any] | None,
         run = {**run, "limit": None}
         reasons.append("all images")
     options = shared_options((history.model, replace(history.recipe, epochs=epochs)) for history in histories)
-    if options is None:
+    if options is None or not reasons:
         return []
     options |= {"seeds": seeds, **prose.at(storage)}
     command = prose.to_command(run, "compare", options, models)

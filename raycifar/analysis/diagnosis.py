@@ -93,11 +93,14 @@ def blame_recipe(history: RunHistory, finding: Finding) -> Finding:
     return replace(finding, evidence=evidence + finding.evidence, advice=advice, metrics=metrics)
 
 
-def seed_variance(model: str, top1: Sequence[float], num_images: int) -> Finding | None:
+def seed_variance(model: str, top1: Sequence[float], num_images: int, *, limited: bool = False) -> Finding | None:
     """Return whether runs that differ in their seed alone differ by more than their test images explain.
 
     Runs that err independently differ by the binomial variance of p (1 - p) / n at most (Jordan, 2023,
     arXiv:2304.01910); more is instability. The variance of several runs follows chi-squared.
+
+    Args:
+        limited: whether each trains on another part of the training images.
     """
     if len(top1) < 2:
         return None
@@ -112,4 +115,7 @@ def seed_variance(model: str, top1: Sequence[float], num_images: int) -> Finding
         "images explain."
     )
     advice = "Lower --lr or lengthen --warmup, and report more seeds."
+    if limited:
+        evidence += " With --limit, each seed trains on other images, which may be the reason."
+        advice = "Train on all images, without --limit, and report more seeds."
     return Finding("seed-variance", SURE, evidence, advice, [], {"ratio": math.sqrt(ratio)})

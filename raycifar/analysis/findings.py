@@ -50,12 +50,16 @@ def standard_error(p: float, n: int) -> float:
 def spread_of_changes(values: np.ndarray) -> float:
     """Return the robust standard deviation of the changes from epoch to epoch: 1.4826 times their median deviation."""
     changes = np.diff(values)
-    return float(stats.median_abs_deviation(changes, scale="normal")) if len(changes) else math.inf
+    known = changes[np.isfinite(changes)]
+    return float(stats.median_abs_deviation(known, scale="normal")) if len(known) else math.inf
 
 
 def robust_slope(values: np.ndarray) -> tuple[float, float, float]:
-    """Return the change per epoch by Theil (1950) and Sen (1968), and the ends of its 95% interval."""
-    epochs = thinned(len(values))
+    """Return the change per epoch by Theil (1950) and Sen (1968), and the ends of its 95% interval; NaN if unknown."""
+    known = np.flatnonzero(np.isfinite(values))
+    epochs = known[thinned(len(known))]
+    if len(epochs) < 2:
+        return math.nan, math.nan, math.nan
     slope, _, low, high = stats.theilslopes(values[epochs], epochs, alpha=0.95)
     return float(slope), float(low), float(high)
 

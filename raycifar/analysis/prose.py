@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raycifar.analysis.departures import plain_value
 from raycifar.analysis.diagnosis import PHRASES
 from raycifar.analysis.findings import Finding, has
 from raycifar.analysis.history import RunHistory
@@ -124,7 +123,7 @@ def to_command(
         if isinstance(value, bool):
             parts.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
         else:
-            parts += [f"--{name.replace('_', '-')}", plain_value(value)]
+            parts += [f"--{name.replace('_', '-')}", str(value)]  # in full: another value is another run
     return shlex.join(parts)
 
 

@@ -1,8 +1,8 @@
 """How sure a comparison is: intervals over seeds, and paired tests on the same test images.
 
 Two things make a test accuracy uncertain: the seed of the training, and which images happen to be in the test
-set. The variance of a difference is the sum of both parts; its degrees of freedom follow Welch and
-Satterthwaite, with the images' part treated as known.
+set. The variance of a difference is the sum of both parts, less what is in both; its degrees of freedom follow
+Satterthwaite (1946), with the images' part treated as known.
 """
 
 import math
@@ -15,7 +15,6 @@ from scipy import stats
 CONFIDENCE = 0.95
 POWER = 0.8  # of the number of seeds that is advised: the chance that they detect the difference
 MAX_SEEDS = 100
-RESAMPLES = 2_000
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, Any]:
@@ -37,36 +36,33 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def bootstrap(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Return the 95% percentile interval of mean(a) - mean(b), resampling runs and, for both alike, images.
-
-    Args:
-        a, b: (runs, images) bool, whether each image is classified correctly.
-    """
-    rng = np.random.default_rng(0)
-    # Images on which all runs agree are interchangeable: drawing how many there are of each kind is enough.
-    kinds, counts = np.unique(np.concatenate([a, b]).T, axis=0, return_counts=True)
-    drawn = rng.multinomial(counts.sum(), counts / counts.sum(), RESAMPLES) / counts.sum()
-    accuracies = drawn @ kinds  # (resamples, runs)
-    of_a, of_b = np.split(accuracies, [len(a)], axis=1)
-    means = [
-        np.take_along_axis(part, rng.integers(part.shape[1], size=part.shape), axis=1).mean(1) for part in (of_a, of_b)
-    ]
-    low, high = np.quantile(means[0] - means[1], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
-
-
 def seed_variances(a: np.ndarray, b: np.ndarray) -> tuple[list[tuple[float, int]], bool]:
     """Return the parts of the variance due to seeds, each with its degrees of freedom, and whether they are measured.
 
+    As in Student's test, equal numbers of runs are taken to vary alike, which they need not: it is robust to that.
+    Other numbers have a part each, as in Welch's.
+
     With a single run of either model they can't be. Runs that differ in their seed alone err on images
     independently of each other (Jordan, 2023, arXiv:2304.01910), so the variance is at most that of the images
-    on which two runs disagree; this bound is used then.
+    on which two runs disagree; this bound is used then. It makes the interval wide, for seeds may do more.
     """
     if min(len(a), len(b)) > 1:
-        return [(float(runs.mean(1).var(ddof=1)) / len(runs), len(runs) - 1) for runs in (a, b)], True
+        of_a, of_b = ((float(runs.mean(1).var(ddof=1)) / len(runs), len(runs) - 1) for runs in (a, b))
+        return [of_a, of_b] if len(a) != len(b) else [(of_a[0] + of_b[0], of_a[1] + of_b[1])], True
     disagreement = float(np.mean([(one != other).mean() for one in a for other in b]))
     return [(disagreement / a.shape[1], 10**9)], False
+
+
+def interaction_variance(runs: np.ndarray) -> float:
+    """Return the variance of a model's mean accuracy that is due to images which only some seeds get right.
+
+    It is in the variance between the means of images as well as in that between the means of runs.
+
+    Args:
+        runs: (runs, images) bool, two runs or more.
+    """
+    residual = runs - runs.mean(0) - runs.mean(1, keepdims=True) + runs.mean()
+    return float((residual**2).sum()) / ((len(runs) - 1) * (runs.shape[1] - 1)) / runs.size
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
@@ -77,18 +73,20 @@ def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
 
     Returns:
         difference (of the means, a less b), low and high (95%), p_value (two-sided t test), degrees_of_freedom,
-        seeds_measured, bootstrap (low, high), and seeds_needed: how many runs of each model would detect a
-        difference of this size with a power of 0.8; None where no number up to 100 would.
+        seeds_measured, and seeds_needed: how many runs of each model would detect a difference of this size with a
+        power of 0.8; None where no number up to 100 would.
     """
     d = float(a.mean() - b.mean())
     images = float((a.mean(0) - b.mean(0)).var(ddof=1)) / a.shape[1]  # the variance due to the choice of test images
     seeds, measured = seed_variances(a, b)
-    variance = images + sum(part for part, _ in seeds)
+    of_seeds = sum(part for part, _ in seeds)
+    shared = interaction_variance(a) + interaction_variance(b) if measured else 0.0  # counted in both
+    variance = images + max(0.0, of_seeds - shared)
     spread = sum(part**2 / freedom for part, freedom in seeds)
     freedom = variance**2 / spread if spread else 1e9
     error = math.sqrt(variance)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
-    each = sum(part for part, _ in seeds) / (1 / len(a) + 1 / len(b))  # the variance between two seeds
+    each = of_seeds / (1 / len(a) + 1 / len(b))  # the variance between two seeds
     return {
         "difference": d,
         "low": d - half,
@@ -96,8 +94,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
         "p_value": float(2 * stats.t.sf(abs(d) / error, freedom)) if error else float(d == 0),
         "degrees_of_freedom": freedom,
         "seeds_measured": measured,
-        "bootstrap": bootstrap(a, b),
-        "seeds_needed": seeds_needed(d, each, images),
+        "seeds_needed": seeds_needed(d, each, max(0.0, images - shared)),
     }
 
 
@@ -105,7 +102,8 @@ def seeds_needed(d: float, seed: float, images: float) -> int | None:
     """Return the smallest number of seeds for each of two models that would detect a difference of `d`.
 
     Args:
-        seed: variance of a model's accuracy between seeds. images: variance of the difference by images.
+        seed: variance of a model's accuracy between seeds. images: variance of the difference by images, of any
+            number of seeds.
     """
     for n in range(2, MAX_SEEDS + 1) if d else ():
         needed = stats.t.ppf((1 + CONFIDENCE) / 2, 2 * n - 2) + stats.norm.ppf(POWER)

@@ -38,7 +38,7 @@ def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Findin
     (name, losses, top1, images), train = judged(history), history.column("train_loss")
     for k, z in jumps(losses):
         recovered = recovers(losses, top1, k, images)
-        if not recovered and train[-1] > train[:k].min():  # else training goes on: it is overfitting
+        if not recovered and train[-1] > np.fmin.reduce(train[:k]):  # else training goes on: it is overfitting
             cause, metrics = explain_spike(history, k)
             stays = "has not recovered so far: it stands" if history.unfinished else "never recovers: it ends"
             evidence = f"{jump_in_words(name, losses, k, z)}, and it {stays} at {losses[-1]:.3f}. {cause}"
@@ -65,7 +65,9 @@ def jumps(losses: np.ndarray) -> list[tuple[int, float]]:
     """
     if len(losses) < FEW_EPOCHS:
         return []
-    rises, usual = np.diff(losses) - np.median(np.diff(losses)), max(spread_of_changes(losses), 1e-9)
+    if not np.isfinite(changes := np.diff(losses)).any():
+        return []
+    rises, usual = changes - np.nanmedian(changes), max(spread_of_changes(losses), 1e-9)
     candidates = 1 + np.flatnonzero(rises[:-1] > SPIKE_SIGMAS * usual)
     nearby = [spread_of_changes(losses[max(0, k - NEARBY) : k + NEARBY]) for k in candidates]
     scored = [(int(k), float(rises[k - 1]) / max(usual, near)) for k, near in zip(candidates, nearby, strict=True)]
@@ -84,8 +86,10 @@ def least_change(p: float, images: int) -> float:
 
 def recovers(losses: np.ndarray, top1: np.ndarray, k: int, images: int) -> bool:
     """Return whether at least half of the loss's rise at epoch k is undone later, and accuracy rises if it dips."""
-    rises = top1[k + 1 :].max() - top1[k] > least_change(top1[k], images)
-    return bool(losses[k + 1 :].min() < (losses[k - 1] + losses[k]) / 2 and (rises or not dips(top1, k, images)))
+    rises = np.fmax.reduce(top1[k + 1 :]) - top1[k] > least_change(top1[k], images)
+    return bool(
+        np.fmin.reduce(losses[k + 1 :]) < (losses[k - 1] + losses[k]) / 2 and (rises or not dips(top1, k, images))
+    )
 
 
 def explain_spike(history: RunHistory, k: int) -> tuple[str, dict[str, Any]]:

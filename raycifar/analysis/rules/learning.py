@@ -63,11 +63,12 @@ def divergence(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         return []
     losses, guessing = history.column("train_loss"), history.guessing_loss
     low, last = float(np.fmin.reduce(losses)), float(losses[-1])
-    if not last > max(2 * guessing, 1.5 * low):
+    if not last > 2 * guessing:
         return []
+    rises = f"rises from {low:.2f} (epoch {int(np.nanargmin(losses)) + 1}) to" if last > 1.5 * low else "stands at"
     evidence = (
-        f"The training loss rises from {low:.2f} (epoch {int(np.nanargmin(losses)) + 1}) to {last:.2f} (epoch "
-        f"{len(losses)}), more than twice the loss of guessing, ln({CIFAR100.num_classes}) = {guessing:.4f}."
+        f"The training loss {rises} {last:.2f} (epoch {len(losses)}), more than twice the loss of guessing, "
+        f"ln({CIFAR100.num_classes}) = {guessing:.4f}."
     )
     return [Finding("divergence", SURE, evidence, calm(history), [len(losses)])]
 
@@ -129,8 +130,9 @@ def underfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]
     if history.unfinished:
         return [too_little_learned(history)]
     loss = (1 - fitted) * history.guessing_loss
+    scored = ", scored without augmentation," if last.train_eval_loss is not None else ""
     evidence = (
-        f"After epoch {last.epoch}, the loss on training images, scored without augmentation, is {loss:.3f}. Guessing "
+        f"After epoch {last.epoch}, the loss on training images{scored} is {loss:.3f}. Guessing "
         f"gives ln({CIFAR100.num_classes}) = {history.guessing_loss:.3f}, so the loss has come "
         f"{max(fitted, 0):.1%} of the way to a perfect fit; below {FIT:.0%}, a network underfits."
         if fitted >= 0.005

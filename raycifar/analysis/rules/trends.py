@@ -12,6 +12,9 @@ from raycifar.analysis.history import RunHistory
 from raycifar.analysis.rules.generalization import generalization_gap
 from raycifar.words import change, count, points, span
 
+# Neighboring second differences share epochs: their squares are correlated by (2/3)² and, two apart, by (1/6)².
+SERIAL = 1 + 2 * (2 / 3) ** 2 + 2 * (1 / 6) ** 2
+
 
 def validation_noise(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     if not history.num_val:
@@ -56,7 +59,8 @@ def swings(history: RunHistory, top1: np.ndarray) -> tuple[float, float, float]:
     moved = (history.column("val_gained") + history.column("val_lost"))[-len(top1) :]
     expected = float(np.nanmean(moved)) / history.num_val**2 / 2 if np.isfinite(moved).any() else math.nan
     ratio = variance / expected if expected and math.isfinite(expected) else math.nan
-    chance = float(stats.chi2.sf(ratio * len(second), len(second))) if math.isfinite(ratio) else 1.0
+    freedom = len(second) / SERIAL
+    chance = float(stats.chi2.sf(ratio * freedom, freedom)) if math.isfinite(ratio) else 1.0
     return math.sqrt(variance), ratio, chance
 
 
@@ -70,7 +74,7 @@ def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         return []
     top1 = history.column("val_top1")
     late = top1[max(warmed_up(history), len(top1) - max(4, len(top1) // 2)) :]
-    if len(late) < 4:
+    if np.isfinite(late).sum() < 4:
         return []
     slope, low, high = robust_slope(late)
     epochs = list(range(len(top1) - len(late) + 1, len(top1) + 1))
