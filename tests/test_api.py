@@ -1,6 +1,8 @@
 """raycifar from Python: in a fresh process, a thread, a notebook, and under a Ray that the caller has started."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,14 +208,19 @@ assert run.history["restarts"].sum() == 1
 
 
 def test_a_comparison_of_finished_runs_has_its_tables_as_data_frames(trained, tmp_path):
-    comparison = compare(runs=[open_run(trained), trained], storage=str(tmp_path), name="c", progress=False)
+    other = Path(shutil.copytree(trained, tmp_path / "b"))
+    (other / "manifest.json").unlink()
+    (other / "run.json").write_text(json.dumps(json.loads((other / "run.json").read_text()) | {"seed": 1}))
+    comparison = compare(runs=[open_run(trained), other], storage=str(tmp_path), name="c", progress=False)
     assert comparison.models.loc["cnn", "runs"] == 2
     assert comparison.models.loc["cnn", "top1"] == open_run(trained).test["top1"]
     assert list(comparison.pairs.columns)[:2] == ["a", "b"]
-    assert [run.name for run in comparison.runs] == ["a", "a"]
+    assert [run.name for run in comparison.runs] == ["a", "b"]
     assert len(comparison.plot().axes) == 2
     assert "cnn" in comparison._repr_html_()
     assert open_comparison(tmp_path / "c").sentences == comparison.sentences
+    with pytest.raises(RequestError, match="a is the same run as a"):
+        compare(runs=[trained, open_run(trained)], storage=str(tmp_path), name="d", progress=False)
     for wrong in ({}, {"models": ["cnn"], "runs": [trained]}):
         with pytest.raises(RequestError, match="give either models"):
             compare(**wrong)
