@@ -26,17 +26,19 @@ def main(debug: bool, folder: str, yes: bool) -> None:
         return
     for what in found:
         screen.say(f"{what.run.location}: {checkpoints([what])}")
-    total = f"{checkpoints(found)}, of {count(len(found), 'finished run')}"
     try:
-        if not yes and input(f"Remove {total}? [y/N] ").strip().lower() not in ("y", "yes"):
+        if not yes and input(f"Remove {total(found)}? [y/N] ").strip().lower() not in ("y", "yes"):
             screen.say("Nothing was removed.")
             return
     except EOFError as error:
         screen.say()  # ends the line of the question
         raise RequestError("nobody can answer here, so nothing was removed: give --yes to remove them.") from error
-    for what in found:
-        remove(what, screen.say)
-    screen.say(f"Removed {total}.")
+    removed = [what for what in found if remove(what, screen.say)]
+    screen.say(f"Removed {total(removed)}." if removed else "Nothing was removed.")
+
+
+def total(found: list[Removable]) -> str:
+    return f"{checkpoints(found)}, of {count(len(found), 'finished run')}"
 
 
 def checkpoints(found: list[Removable]) -> str:

@@ -32,7 +32,7 @@ replace_unencodable()
 
 class WithoutSecrets(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return shown(super().format(record))
+        return printable(shown(super().format(record)))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -69,7 +69,7 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
             handler.setFormatter(WithoutSecrets())
             logging.getLogger("raycifar").addHandler(handler)
             logging.getLogger("raycifar").setLevel(logging.DEBUG)
-        line = PlainLine(lambda text: click.echo(text, err=True))
+        line = PlainLine(lambda text: click.echo(printable(text), err=True))
         try:
             refuse_empty(click.get_current_context())
             with telling(lambda text: line.show("Waiting for the storage", None, text)):
@@ -81,7 +81,7 @@ def command(work: Callable[..., Any]) -> Callable[..., Any]:
             leave(CLOSED_OUTPUT)
         except Exception as error:
             if debug:
-                click.echo(shown("".join(traceback.format_exception(error))), err=True)
+                click.echo(printable(shown("".join(traceback.format_exception(error)))), err=True)
             leave(*ending(error), quiet=isinstance(error, RayDiedError) and not debug)
 
     return with_endings

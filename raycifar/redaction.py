@@ -4,11 +4,12 @@ import re
 
 IN_URI = re.compile(r"(?<!file)://[^\s'\"<>\\]*[^\s'\"<>\\.,:;)…]")
 USER = re.compile(r"://(?:[^/?#@]*:(?!\d{1,5}/)[^?#]*|[^/?#@]*)@(?=([^/?#]*))")
-PARAMETER = re.compile(r"(?<=[?&;#])([^=&;#]+)(?:=([^&;#]*))?")
+PARAMETER = re.compile(r"(?<=[?&;#])(?!amp(?:;|$))([^=&;#]+)(?:=([^&;#]*))?")  # &amp; is how HTML writes &
 SECRET_PARAMETER = re.compile(
     r"(?i)\b(sig|signature|x-(?:amz|goog)-[\w-]+|access_key|secret_key|session_token|(?:access_|sas_)?token|password)="
     r"(?!\*\*\*)[^&;#\s'\"<>\\]+"
 )
+ENTITY = re.compile(r"(&(?!amp;)#?\w+;)")  # in HTML, of a character that ends a URI
 HARMLESS = {"region", "scheme", "endpoint_override", "allow_bucket_creation", "allow_bucket_deletion", "project_id"}
 
 
@@ -21,6 +22,11 @@ def shown(text: str) -> str:
     if "://" in text:
         text = IN_URI.sub(lambda match: without_secrets(match[0]), text)
     return SECRET_PARAMETER.sub(r"\1=***", text) if "=" in text else text
+
+
+def shown_in_html(html: str) -> str:
+    """Return HTML as `shown` returns the text that it stands for."""
+    return "".join(part if ENTITY.fullmatch(part) else shown(part) for part in ENTITY.split(html))
 
 
 def without_secrets(uri: str) -> str:

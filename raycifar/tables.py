@@ -1,6 +1,7 @@
 """Tables of results for a terminal."""
 
 from collections.abc import Iterable, Sequence
+from itertools import chain, zip_longest
 from typing import Any
 
 from rich import box
@@ -52,15 +53,12 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
     """Return the hardest, the easiest and the most confused classes."""
     classes = sorted((row for row in evaluation["classes"] if row["images"]), key=lambda row: row["recall"])
     table = Table("hardest classes", "recall", "easiest", "recall", "most confused", "images", box=box.SIMPLE_HEAD)
-    for worst, best, pair in zip(classes[:10], classes[::-1][:10], evaluation["confused"][:10], strict=False):
-        table.add_row(
-            worst["class"],
-            f"{worst['recall']:.2f}",
-            best["class"],
-            f"{best['recall']:.2f}",
-            f"{pair['a']}, {pair['b']}",
-            str(pair["images"]),
-        )
+    hardest, easiest = (
+        [(row["class"], f"{row['recall']:.2f}") for row in rows[:10]] for rows in (classes, classes[::-1])
+    )
+    confused = [(f"{pair['a']}, {pair['b']}", str(pair["images"])) for pair in evaluation["confused"][:10]]
+    for cells in zip_longest(hardest, easiest, confused, fillvalue=("", "")):
+        table.add_row(*chain(*cells))
     return table
 
 

@@ -119,6 +119,32 @@ def test_a_traceback_is_shown_for_debugging_alone(debug, tmp_path):
     assert "holds no run.json" in done.stderr
 
 
+HOSTILE = """
+import logging, click
+from raycifar import terminal
+from raycifar.command import command
+from raycifar.storage.remote import tell
+
+@click.command()
+@command
+def main(debug):
+    terminal.LINE_SECONDS = 0
+    for said in ("", "told \x1b[2J"):
+        tell.get()(said)
+    logging.getLogger("raycifar").debug("logged \x1b[2J")
+    raise OSError("raised \x1b[2J")
+
+main()
+"""
+
+
+def test_a_terminal_obeys_nothing_that_a_storage_says():
+    done = subprocess.run([sys.executable, "-c", HOSTILE, "--debug"], capture_output=True, text=True, check=False)
+    for verb in ("told", "logged", "OSError: raised", "Error: raised"):
+        assert rf"{verb} \x1b[2J" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
 def test_the_library_has_no_need_of_click_and_workers_none_of_the_terminal():
     program = "import sys; sys.modules['click'] = None; import raycifar.workflows.{0}"
     for name in ("training", "study", "reporting", "evaluation", "exporting", "benchmark", "prediction", "datasets"):

@@ -14,6 +14,7 @@ from conftest import RUN, checkpoints, history, wait_until
 from raycifar.engine.evaluate import to_predictions_file
 from raycifar.models import Architecture
 from raycifar.models.recipe import Recipe
+from raycifar.storage.lock import locked
 from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import RunFolder
 
@@ -155,6 +156,17 @@ def test_a_comparison_takes_no_run_s_folder_and_a_run_no_comparison_s(made_up, c
     refused = train(*RUN, "--workers", 0, "--data", small, "--name", "c", code=2)
     assert "is the folder of a comparison: give another --name" in refused.stderr
     assert not (tmp_path / "runs/c/run.json").exists()
+
+
+def test_finished_runs_are_compared_in_no_folder_that_others_write(made_up, compare, tmp_path):
+    first, second, folder = made_up("cnn", 0, 0.6), made_up("cnn", 1, 0.6), RunFolder(str(tmp_path / "runs"), "c")
+    with locked(folder, pytest.fail):
+        assert "c is being trained by process" in " ".join(compare(first, second, "--name", "c", code=2).stderr.split())
+        assert folder.read("comparison.json") is None
+    folder.write_json("study.json", {})
+    refused = compare(first, second, "--name", "c", code=2).stderr
+    assert "c is the folder of a comparison: give another --name" in " ".join(refused.split())
+    assert folder.file_names() == ["study.json"]
 
 
 @pytest.mark.parametrize("option", [("--lr", 3), ("--search", 3), ("--seeds", 2), ("--recipe", "study")])

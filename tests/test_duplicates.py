@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate, pad
 
-from raycifar.data.duplicates import NEAR, SIMILAR, find_pairs
+from raycifar.data.duplicates import NEAR, SIMILAR, find_pairs, most_alike
 from raycifar.data.sources import load
 from raycifar.data.tables import Source, to_images, to_table
 from raycifar.models import Architecture
@@ -108,6 +108,26 @@ def test_copies_with_equal_pixels_are_exact_also_mirrored_ones(planted):
 def test_the_pairs_of_noise_are_none():
     noise = torch.randint(0, 256, (500, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert not len(find_pairs(noise).first)
+
+
+def test_of_many_images_few_are_compared_at_a_time_and_the_pairs_are_the_same(planted, monkeypatch):
+    test, train, _ = planted
+    images, sizes = torch.cat([test, train]), []
+    whole = find_pairs(images)
+
+    def measured(alike, *args):
+        sizes.append(alike.numel())
+        return most_alike(alike, *args)
+
+    monkeypatch.setattr("raycifar.data.duplicates.most_alike", measured)
+    monkeypatch.setattr("raycifar.data.duplicates.MAX_VALUES", 2**20)
+    parts = find_pairs(images)
+    assert max(sizes) <= 2**20
+    first, second, similarity, exact = vars(whole).values()
+    assert torch.equal(parts.first, first)
+    assert torch.equal(parts.second, second)
+    assert torch.equal(parts.exact, exact)
+    torch.testing.assert_close(parts.similarity, similarity)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from conftest import RUN, ps, wait_until, write_archive
 from raycifar.data import CIFAR100
 from raycifar.data.corruptions import find_corruptions
 from raycifar.data.sources import load
+from raycifar.data.synthetic import synthetic
 from raycifar.data.tables import Source, split_rows, to_table
 from raycifar.data.trees import RECORD
 from raycifar.errors import RequestError
@@ -26,6 +27,7 @@ from raycifar.terminal import Screen
 from raycifar.workflows import evaluation
 from raycifar.workflows.duplicates import find_duplicates
 from raycifar.workflows.evaluation import EvaluationRequest
+from raycifar.workflows.reporting import load_images
 
 
 @pytest.fixture
@@ -188,6 +190,34 @@ def test_a_test_set_may_lack_classes():
     assert {*evaluation_table(evaluated).columns[0].cells} == {"bear", "beetle"}
     page = evaluation.to_page({"network": "a", "data": "few", "split": "test", **evaluated}, "a")
     assert page.index("<td>bear</td>") < page.index("<td>apple</td>")
+
+
+def test_the_table_has_the_hardest_classes_also_where_none_are_confused():
+    table = to_table(np.zeros((2, *CIFAR100.image_shape), np.uint8), {"fine": np.array([3, 7])}, "few")
+    evaluated, _ = evaluation.score_predictions(torch.eye(100)[[3, 7]], table, Source("few", table[:0], table))
+    hardest, recall, easiest, *_, confused, _ = (list(column.cells) for column in evaluation_table(evaluated).columns)
+    assert (hardest, recall, easiest) == (["bear", "beetle"], ["1.00"] * 2, ["beetle", "bear"])
+    assert confused == ["", ""]
+
+
+def test_of_synthetic_images_the_page_says_that_they_are():
+    source = synthetic(100, 100)
+    evaluated, _ = evaluation.score_predictions(torch.eye(100), source.test, source)
+    page = evaluation.to_page({"network": "a", "data": source.name, "split": "test", **evaluated}, "a")
+    assert source.name == "synthetic:100"
+    assert "These images are synthetic, so the accuracy says nothing about CIFAR-100." in page
+
+
+@pytest.mark.parametrize("default", ["", "nowhere.tar.gz"])
+def test_why_the_images_of_a_run_cannot_be_read_is_said(default, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RAYCIFAR_CACHE", str(tmp_path / "file/cache"))
+    monkeypatch.setenv("RAYCIFAR_DATA", default)
+    with pytest.raises(
+        RequestError, match=r"no longer at cifar100: give --data\. CIFAR-100 can't be kept in"
+    ) as caught:
+        load_images({"data": {"source": "cifar100"}}, None)
+    assert isinstance(caught.value.__cause__, RequestError)
 
 
 def write_pickle(path, arrays):

@@ -139,9 +139,32 @@ def test_a_run_that_is_begun_again_in_the_meantime_keeps_its_checkpoints(storage
     (what,) = inventory.removable(str(storage / "old"))
     what.run.delete("result.json")
     said = []
-    inventory.remove(what, said.append)
-    assert "is being trained again" in said[0]
+    assert not inventory.remove(what, said.append)
+    assert "is no longer finished, and is left alone" in said[0]
     assert "old" in checkpoints(storage)
+
+
+def test_what_is_left_alone_is_not_counted_as_removed(storage, run, monkeypatch):
+    def begin_again(location):
+        for what in [*inventory.removable(location)]:
+            if what.run.name == "old":
+                what.run.delete("result.json")
+            yield what
+
+    monkeypatch.setattr(clean_door, "removable", begin_again)
+    _, said = run(clean_door, storage, "--yes")
+    assert said.splitlines()[-1] == "Removed 9 checkpoints, 0.0 MB, of 3 finished runs."
+    assert "old" in checkpoints(storage)
+    make(storage, "old", 1, "finished")
+    _, said = run(clean_door, storage / "old", "--yes")
+    assert said.splitlines()[-1] == "Nothing was removed."
+
+
+def test_a_run_that_goes_between_listing_and_reading_is_damaged(storage):
+    run = RunFolder(str(storage), "old")
+    run.delete("run.json")
+    found = inventory.list_run(run)
+    assert (str(found.state), found.reason) == ("damaged", f"{storage}/old holds no run.json.")
 
 
 def test_json_is_for_programs_and_what_is_no_folder_is_refused(storage, run, tmp_path):

@@ -56,6 +56,19 @@ def test_a_damaged_claim_is_told(run, content):
     run.delete(f"{room.CLAIM}abc")
 
 
+def test_a_claim_that_the_storage_does_not_give_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    run = RunFolder(str(tmp_path / "runs"), "a")
+
+    def time_out(*args, **options):
+        raise TimeoutError("no answer has come within 60 s")
+
+    with locked(run, pytest.fail):
+        monkeypatch.setattr("raycifar.storage.folder.open_file", time_out)
+        with pytest.raises(DamagedFileError, match=r"\.lock-\w+ can't be read: no answer has come within 60 s\.$"):
+            living_claim(run)
+        monkeypatch.undo()
+
+
 def test_a_claim_that_cannot_be_read_for_a_while_is_renewed_afterwards(tmp_path, monkeypatch):
     run = RunFolder(str(tmp_path / "runs"), "a")
     monkeypatch.setattr(room, "BEAT_SECONDS", 0.05)
@@ -116,6 +129,26 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over_at_once_and_what_it
             replace(run, claim=run.path(dead.file)).write("metrics.jsonl", b"theirs")
     assert said == [f"{run.location} was being trained by {dead}, which died: its lock is taken over."]
     assert run.read("metrics.jsonl") == b"mine"
+
+
+def test_many_that_delete_a_dead_claim_at_once_all_find_it_gone(tmp_path):
+    run, together, failed = RunFolder(str(tmp_path), "a"), threading.Barrier(8), []
+
+    def delete():
+        together.wait()
+        try:
+            run.delete(f"{room.CLAIM}abc")
+        except OSError as error:
+            failed.append(error)
+
+    for _ in range(20):
+        run.write(f"{room.CLAIM}abc", b"{}")
+        threads = [threading.Thread(target=delete) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert (failed, run.file_names()) == ([], [])
 
 
 def test_what_a_process_that_died_after_its_run_has_left_is_deleted(run):

@@ -78,6 +78,16 @@ def test_images_that_are_prepared_otherwise_are_told():
     assert "look different" not in find_mismatch(scored(0.05), None, pictures_of(source))[0].evidence
 
 
+def test_images_in_the_order_of_their_classes_look_the_same_in_any_order():
+    """The first classes are dark, or the last."""
+    pixels = np.full((10_000, 3, 32, 32), 40, np.uint8)
+    pixels[5_000:] = 200
+    labels = {"fine": np.repeat(np.arange(100), 100), "coarse": np.repeat(np.arange(20), 500)}
+    train, test = (to_table(each, labels, "sorted") for each in (pixels, pixels[::-1]))
+    found = find_mismatch(scored(0.05), None, pictures_of(Source("sorted", train, test)))
+    assert "look different" not in found[0].evidence
+
+
 @pytest.mark.parametrize(("val", "test"), [(0.30, 0.305), (0.62, 0.60), (0.30, 0.32)])
 def test_what_sampling_or_a_slightly_harder_test_set_explains_is_no_finding(val, test):
     assert find_mismatch(scored(test, val), None, None) == []

@@ -19,8 +19,8 @@ from raycifar.analysis.reports import ROWS, report_run, run_page, to_markdown
 from raycifar.analysis.run_files import RunFiles
 from raycifar.data.synthetic import synthetic
 from raycifar.models.recipe import TRANSFER, Recipe
-from raycifar.storage.run_folder import METRICS, RUN, RunFolder
-from raycifar.workflows.reporting import write_run
+from raycifar.storage.run_folder import METRICS, REPORT_PAGE, RUN, STUDY, RunFolder
+from raycifar.workflows.reporting import write_comparison, write_run
 
 HOSTILE = "javascript:alert(1)"
 TAGS = '"><script>alert(1)</script>'
@@ -59,6 +59,24 @@ def test_an_ordinary_link_stays_as_it_is():
     runs = [RunFiles("cnn-s0.1", made_up(epochs=2), None, None)]
     page = comparison_page(report_comparison("c", runs, None), runs, None, {"cnn-s0.1": "cnn-s0.1/report.html"})
     assert '<a href="cnn-s0.1/report.html">' in page
+
+
+def test_links_are_on_the_page_in_the_comparison_s_folder_alone(tmp_path):
+    folder, history = RunFolder(str(tmp_path), "c"), made_up(epochs=2)
+    folder.write_json(STUDY, {})
+    run = RunFolder(folder.location, "cnn-s0")
+    run.write_json(RUN, history.run)
+    run.write(REPORT_PAGE, b"")
+    for out, links in ((None, True), (RunFolder.at(folder.location), True), (RunFolder(str(tmp_path), "d"), False)):
+        write_comparison(folder, out)
+        assert (b'<a href="cnn-s0/report.html">' in (out or folder).read(REPORT_PAGE)) == links
+
+
+@pytest.mark.parametrize(("source", "says"), [("synthetic", True), ("synthetic:1000", True), ("/data/cifar", False)])
+def test_of_synthetic_images_the_page_says_that_they_are(source, says):
+    data = {"source": source, "train": 900, "val": 100, "test": 100}
+    page = page_of(made_up(epochs=2, run={"data": data}))
+    assert ("These images are synthetic, so the accuracy says nothing about CIFAR-100." in page) == says
 
 
 def test_the_table_of_epochs_is_bounded():
@@ -123,6 +141,21 @@ def test_what_comes_after_a_comparison_is_a_comparison(pair, options):
     (step,) = report_comparison("c", runs, comparison)["next"]
     assert step["command"] == f"raycifar compare --models cnn,vgg16 --recipe study {options}"
     assert step["reason"].endswith("all images")
+
+
+@pytest.mark.parametrize(
+    ("pair", "steps"),
+    [
+        ({"verdict": "better", "runs": [3, 3]}, 0),
+        ({"seeds_needed": None, "runs": [3, 3]}, 0),
+        ({"seeds_needed": 5, "runs": [3, 3]}, 1),
+        ({"verdict": "better", "runs": [1, 3]}, 1),
+    ],
+)
+def test_nothing_comes_after_a_comparison_with_enough_seeds_of_mature_networks(pair, steps):
+    runs = [RunFiles(model, made_up(run={"model": model}), None, None) for model in ("cnn", "vgg16")]
+    comparison = {"models": {}, "pairs": [pair_of(immature=False, **pair)]}
+    assert len(report_comparison("c", runs, comparison)["next"]) == steps
 
 
 def test_labels_are_doubted_only_by_a_network_that_knows_something():

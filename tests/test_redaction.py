@@ -1,20 +1,27 @@
 """Passwords and signatures are used, and never written or printed."""
 
 import json
+import re
 from dataclasses import replace
+from html import escape, unescape
 from pathlib import Path
 
 import pytest
 from command import Command, Evaluate, Report, finish
 from conftest import RUN
+from histories import made_up
+from markupsafe import Markup
 from test_sources import Quiet, serving
 
+from raycifar.analysis.reports import report_run, run_page
+from raycifar.analysis.run_files import RunFiles
 from raycifar.command import ending
 from raycifar.data.sources import load
 from raycifar.errors import RequestError, StorageError, WorkError
 from raycifar.models.recipes import recipe_for
-from raycifar.redaction import shown
+from raycifar.redaction import shown, shown_in_html
 from raycifar.storage.run_folder import RunFolder
+from raycifar.workflows.reporting import write_report
 from raycifar.workflows.trial import Trial
 
 
@@ -40,6 +47,8 @@ from raycifar.workflows.trial import Trial
 def test_what_may_be_secret_is_hidden(uri, says):
     assert shown(uri) == says
     assert shown(says) == says
+    quoted = escape(f"'{uri}' <\"{uri}\">")
+    assert unescape(shown_in_html(quoted)) == f"'{says}' <\"{says}\">"
 
 
 @pytest.mark.parametrize(
@@ -57,6 +66,26 @@ def test_what_may_be_secret_is_hidden(uri, says):
 )
 def test_what_is_harmless_stays(text):
     assert shown(text) == text
+    for quoted in (f"<code>{escape(repr(text))}</code>", f"{Markup.escape(repr(text))} &c.", f"<{text}&quot;>"):
+        assert shown_in_html(quoted) == quoted
+
+
+def test_what_an_entity_stands_for_hides_no_secret():
+    for secret in ("a&lt;HIDDEN", "a&#39;HIDDEN", "a&amp;HIDDEN", "a;HIDDEN"):
+        assert "HIDDEN" not in shown_in_html(escape(f"https://host/a?x={secret}&y=HIDDEN#HIDDEN"))
+
+
+def test_a_page_and_its_markdown_keep_the_commands_that_they_suggest(tmp_path):
+    uri = "s3://bucket/cifar?endpoint_override=localhost:9000&scheme=http"
+    history = made_up(epochs=2, run={"data": {"source": uri, "train": 45000, "val": 5000, "test": 10000}})
+    files, folder = RunFiles("a", history, notes=[f"{uri} is missing."]), RunFolder(str(tmp_path), "a")
+    write_report(report_run(files), lambda: run_page(files, report_run(files)), folder, "html")
+    write_report(report_run(files), str, folder, "md")
+    page = unescape(re.sub("<.*?>", "", folder.read("report.html").decode()))
+    for text in (page, unescape(folder.read("report.md").decode())):
+        assert f"--data '{uri}'" in text
+        assert f"{uri} is missing." in text
+        assert "***" not in text
 
 
 URI = "https://user:HIDDEN@host/a?sig=HIDDEN"

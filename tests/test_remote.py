@@ -203,17 +203,20 @@ def test_a_run_in_an_object_store_is_found_by_a_uri_with_parameters(bucket):
 
 
 class Flaky:
-    """An object store that fails some of its requests, and counts them all."""
+    """An object store that fails some of its requests, loses the answers to others, and counts them all."""
 
     def __init__(self):
         self.store = DomainDispatcherApplication(create_backend_app)
         self.count, self.fails, self.status = 0, lambda count: False, "503 Slow Down"
+        self.loses = lambda environ: False
 
     def __call__(self, environ, start):
         self.count += 1
-        if not self.fails(self.count):
+        if self.loses(environ):
+            b"".join(self.store(environ, lambda *answer: None))
+        elif not self.fails(self.count):
             return self.store(environ, start)
-        if environ.get("wsgi.input_terminated"):
+        elif environ.get("wsgi.input_terminated"):
             environ["wsgi.input"].read()
         start(self.status, [("Content-Length", "0")])
         return [b""]
@@ -265,6 +268,16 @@ def test_what_fails_for_a_passing_reason_is_tried_again_later(flaky):
     last = store.count + 4
     run.delete("model.bin")
     assert not run.exists("model.bin")
+
+
+def test_a_file_is_deleted_whatever_becomes_of_the_answer(flaky):
+    run, store = flaky
+    run.write("model.bin", CONTENT)
+    lost = iter(range(4))
+    store.loses = lambda environ: environ["REQUEST_METHOD"] == "DELETE" and next(lost, None) is not None
+    run.delete("model.bin")
+    assert not run.exists("model.bin")
+    run.delete("model.bin")
 
 
 def test_what_is_refused_is_not_tried_again(flaky):

@@ -1,15 +1,20 @@
 """The table of results, and the job that makes it."""
 
 import os
+import re
 import subprocess
 import sys
+from html import unescape
 
 import pytest
 from command import ROOT
 from conftest import write_archive
+from markdown_it import MarkdownIt
 
 from raycifar.analysis.history import RunHistory
-from raycifar.analysis.results import results_table
+from raycifar.analysis.prose import to_command
+from raycifar.analysis.results import code, results_table
+from raycifar.models.recipes import options_for
 from raycifar.storage.records import EpochRecord
 
 
@@ -35,6 +40,23 @@ def test_a_row_has_what_it_takes_to_reproduce_it():
         "| cnn | 3 | 0.7000 ± 0.0100 | 0.9000 | 1.1000 | 2 | 2-thread CPU | 60 | "
         "`raycifar train --model cnn --workers 0 --recipe study --epochs 2`, seeds 0, 1, 2 |"
     )
+
+
+@pytest.mark.parametrize("path", ["/a&b/<c>[d]", "/a|b", "/a`b``c", "a`"])
+def test_a_command_is_shown_as_it_is_and_the_other_cells_hold_no_markup(path):
+    data = {"source": path, "train": 45000, "val": 5000, "test": 10000}
+    run = history("a", 0, data=data, device="<x>")
+    scores = dict.fromkeys(("top1", "top5", "loss"), score(1.0))
+    comparison = {"models": {"[cnn](b)": {"runs": ["a"], "seeds": [0], **scores}}}
+    page = MarkdownIt().enable("table").render(results_table(comparison, {"a": run}))
+    *cells, last = re.findall("<td>(.*?)</td>", page)
+    assert [unescape(cells[k]) for k in (0, 6)] == ["[cnn](b)", "<x>"]
+    (command,) = re.findall("<code>(.*)</code>, seeds 0", last)
+    assert unescape(command) == to_command(run.run, "train", options_for("cnn", run.recipe))
+
+
+def test_code_that_begins_or_ends_with_a_backtick_is_kept_apart_from_its_fence():
+    assert code("a`") == "`` a` ``"
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ from command import Data, finish
 from conftest import write_archive
 from PIL import Image
 
-from raycifar.data import sources
+from raycifar.data import CIFAR100, sources
+from raycifar.data.pictures import find_images
 from raycifar.data.synthetic import synthetic
 from raycifar.data.tables import to_images
 from raycifar.errors import RequestError
@@ -73,6 +74,16 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+class Exact(Quiet):
+    """Has nothing at an address with two slashes in a row."""
+
+    def do_GET(self):
+        if "//" in self.path:
+            self.send_error(404)
+        else:
+            super().do_GET()
+
+
 def assert_same(source, arrays):
     for split, (images, fine, coarse) in arrays.items():
         table = getattr(source, split)
@@ -102,9 +113,25 @@ def test_a_uri_is_read_like_a_path(tmp_path, small_files, small_arrays):
 def test_folders_of_a_web_server_are_read_by_their_lists(tmp_path, small_files, small_arrays):
     write_folder(tmp_path / "a/parquet data", parquet_files(small_arrays))
     write_folder(tmp_path / "b/binary", small_files)
-    with serving(tmp_path, Quiet) as url:
-        assert_same(sources.load(f"{url}/a/"), small_arrays)
-        assert_same(sources.load(f"{url}/b/"), small_arrays)
+    (tmp_path / "c").mkdir()
+    write_archive(tmp_path / "c/a copy.tar.gz", small_files)
+    with serving(tmp_path, Exact) as url:
+        for folder in ("a/", "b/", "b/binary/", "c/"):
+            assert_same(sources.load(f"{url}/{folder}"), small_arrays)
+
+
+def test_names_in_a_web_server_s_lists_are_those_of_the_files(tmp_path, small_arrays):
+    for split, (images, fine, _) in small_arrays.items():
+        for row, (image, label) in enumerate(zip(images, fine, strict=True)):
+            folder = tmp_path / "my data/100%" / split / CIFAR100.class_names[label].replace("_", " ")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{row} ä%20#.png")
+    with serving(tmp_path, Exact) as url:
+        source = sources.load(f"{url}/my%20data/")
+        apples, _ = find_images(f"{url}/my%20data/100%25/test/apple/")
+    assert source.fingerprint() == sources.load(str(tmp_path / "my data")).fingerprint()
+    row = int(np.flatnonzero(small_arrays["test"][1] == CIFAR100.class_names.index("apple"))[0])
+    assert f"{url}/my%20data/100%25/test/apple/{row}%20%C3%A4%2520%23.png" in [image.name for image in apples]
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path, small, small_arrays):

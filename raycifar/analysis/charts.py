@@ -350,8 +350,9 @@ def reliability_diagram(bins: Sequence[dict[str, Any]]) -> str:
 
 @rc_context(STYLE)
 def class_chart(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the accuracy of each class, the hardest first."""
-    recall, names = zip(*sorted((row["recall"] or 0.0, row["class"].replace("_", " ")) for row in rows), strict=True)
+    """Return the accuracy of each class that has test images, the hardest first."""
+    of_each = sorted((row["recall"], row["class"].replace("_", " ")) for row in rows if row["recall"] is not None)
+    recall, names = zip(*of_each, strict=True)
     figure, axes = new_axes(7.2, 2.4)
     axes.bar(range(len(names)), recall, 0.8, color=BLUE)
     for end, anchor in ((0, "left"), (len(names) - 1, "right")):

@@ -20,8 +20,8 @@ def results_table(comparison: dict[str, Any], histories: Mapping[str, RunHistory
     rows = [HEADINGS, ["---"] * len(HEADINGS)]
     for name, model in comparison["models"].items():
         scores = [interval(model[score]) for score in ("top1", "top5", "loss")]
-        rows.append([name, str(model["top1"]["n"]), *scores, *how(model, histories)])
-    return "\n".join(f"| {' | '.join(map(escaped, row))} |" for row in rows)
+        rows.append([escaped(name), str(model["top1"]["n"]), *scores, *how(model, histories)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def how(model: dict[str, Any], histories: Mapping[str, RunHistory]) -> list[str]:
@@ -31,14 +31,22 @@ def how(model: dict[str, Any], histories: Mapping[str, RunHistory]) -> list[str]
         return ["unknown"] * 4
     seconds = f"{sum(record.seconds for record in history.records):,.0f}"
     seeds = ", ".join(map(str, model["seeds"]))
-    command = f"`{to_command(history.run, 'train', options_for(history.model, history.recipe))}`, seeds {seeds}"
-    return [str(len(history.records)), hardware(history.run), seconds, command]
+    command = code(to_command(history.run, "train", options_for(history.model, history.recipe)))
+    return [str(len(history.records)), escaped(hardware(history.run)), seconds, f"{command}, seeds {seeds}"]
 
 
 def escaped(words: str) -> str:
     """Return words that Markdown shows as they are: no HTML, no link, no cell or line that ends early."""
     quoted = re.sub(r"[\[\]|]", r"\\\g<0>", " ".join(words.split()))
     return quoted.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def code(words: str) -> str:
+    """Return words as code in a cell of a Markdown table, where only a bar has to be escaped."""
+    line = " ".join(words.split()).replace("|", r"\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    space = " " * (line.startswith("`") or line.endswith("`"))  # which isn't shown
+    return f"{fence}{space}{line}{space}{fence}"
 
 
 def cells(model: dict[str, Any]) -> dict[str, str]:

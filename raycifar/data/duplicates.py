@@ -26,6 +26,7 @@ ZOOMS = (1.0, 0.9, 1 / 0.9)
 LUMA = (0.299, 0.587, 0.114)
 FAINT = 0.02  # strength of edges, for pixels from 0 to 1; below, they are mostly noise
 CHUNK = 1024
+MAX_VALUES = 2**28  # of a matrix product, 1 GiB
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ def find_pairs(
     gray = torch.cat([torch.einsum("nchw,c->nhw", part.float(), luma) / 255 for part in images.split(CHUNK)])
     stages = [(Edges(images.shape[-1], step=2), ALIKE_AT_HALF), (Edges(images.shape[-1], step=1), SIMILAR)]
     found = []
-    for start in range(0, len(images), CHUNK):
-        chunk, later = slice(start, start + CHUNK), slice(start, None)
+    rows = max(1, min(CHUNK, MAX_VALUES // len(images)))
+    for start in range(0, len(images), rows):
+        chunk, later = slice(start, start + rows), slice(start, None)
         alike = even[chunk] @ even[later].T
         alike += (odd[chunk] @ odd[later].T).abs_()
         first, second = most_alike(alike, start, ALIKE_AT_FIRST)
@@ -72,7 +74,7 @@ def find_pairs(
             keep = similarity >= least
             first, second, similarity = first[keep], second[keep], similarity[keep]
         found.append((first, second, similarity))
-        progress(1 - (1 - min(1, (start + CHUNK) / len(images))) ** 2)  # later chunks have fewer images after them
+        progress(1 - (1 - min(1, (start + rows) / len(images))) ** 2)  # later chunks have fewer images after them
     first, second, similarity = map(torch.cat, zip(*found, strict=True))
     a, b = images[first], images[second]
     exact = (a == b).flatten(1).all(1) | (a == b.flip(-1)).flatten(1).all(1)

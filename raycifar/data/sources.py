@@ -19,7 +19,7 @@ from raycifar.data.trees import Tree, open_folder, open_tar, open_zip
 from raycifar.errors import RequestError, in_a_line
 from raycifar.machine import private_folder
 from raycifar.storage.files import file_type, locate, open_file
-from raycifar.storage.locations import to_path
+from raycifar.storage.locations import join, to_path
 from raycifar.storage.remote import plain
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
@@ -144,5 +144,6 @@ def read_folder(name: str, filesystem: fs.FileSystem, path: str, *, test_alone: 
             raise RequestError(
                 f"{name} holds more than one archive, {archives[0]} and {archives[1]}: give one of them."
             )
-        return read_file(f"{name}/{archives[0]}", filesystem, f"{path}/{archives[0]}", test_alone=test_alone)
+        archive = str(archives[0])
+        return read_file(join(name, archive), filesystem, f"{path.rstrip('/')}/{archive}", test_alone=test_alone)
     return read_tree(tree, test_alone=test_alone)

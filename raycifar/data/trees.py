@@ -61,11 +61,11 @@ def max_bytes(path: PurePosixPath) -> int:
 
 def open_folder(name: str, filesystem: fs.FileSystem, folder: str) -> Tree:
     """Return the files of a folder and its subfolders; links to folders aren't followed."""
-    start = len(folder.rstrip("/")) + 1
-    paths = [PurePosixPath(file[start:]) for file in list_files(filesystem, folder)]
+    root = f"{folder.rstrip('/')}/"
+    paths = [PurePosixPath(file[len(root) :]) for file in list_files(filesystem, folder)]
 
     def read(path: PurePosixPath) -> bytes:
-        with open_file(filesystem, f"{folder}/{path}", max_bytes=max_bytes(path)) as file:
+        with open_file(filesystem, f"{root}{path}", max_bytes=max_bytes(path)) as file:
             return file.read()
 
     return Tree.of(name, paths, read)

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import filterfalse
@@ -18,12 +18,13 @@ from typing import Any, Self
 from pyarrow import fs
 
 from raycifar.errors import DamagedFileError, RequestError, StorageError, in_a_line, notice
-from raycifar.redaction import shown
+from raycifar.redaction import shown, shown_in_html
 from raycifar.storage.files import MAX_BYTES, append_to, ask, file_type, is_local, locate, open_file, write_whole
 from raycifar.storage.locations import check_location, is_utf8, join, parent_and_name
 from raycifar.storage.records import finite, parse
 
-TEXTS = (".json", ".html", ".md", ".csv")  # which may name where something lies, and never a secret
+# These may name where something lies, and never a secret.
+TEXTS = {".json": shown, ".html": shown_in_html, ".md": shown, ".csv": shown}
 MAX_BYTES_BY_SUFFIX = {".json": 2**24, ".jsonl": 2**27, ".parquet": 2**28}
 
 
@@ -136,8 +137,8 @@ class Folder:
         Raises:
             StorageError: the file can't be written, or another process has taken over the run.
         """
-        if file.endswith(TEXTS):
-            content = shown(content.decode()).encode()
+        if redact := TEXTS.get(PurePath(file).suffix):
+            content = redact(content.decode()).encode()
         with self._writing(file):
             write_whole(self.filesystem, self.path(file), content)
 
@@ -164,7 +165,7 @@ class Folder:
 
     def delete(self, file: str) -> None:
         """Delete a file if it exists."""
-        if self.exists(file):
+        with self._writing(file), suppress(FileNotFoundError):  # another process's deletion, or an earlier try's
             ask(self.filesystem, lambda: self.filesystem.delete_file(self.path(file)))
 
     @contextmanager

@@ -19,7 +19,7 @@ from threading import Event, Thread
 
 import psutil
 
-from raycifar.errors import DamagedFileError, RequestError
+from raycifar.errors import DamagedFileError, RequestError, StorageError
 from raycifar.storage.files import ask
 from raycifar.storage.records import Count, Real
 from raycifar.storage.run_folder import RunFolder
@@ -193,6 +193,8 @@ def read(place: RunFolder, file: str) -> Claim | None:
     try:
         return place.read_as(file, Claim)
     except DamagedFileError as error:
+        if isinstance(error.__cause__, StorageError):  # the storage fails, and the claim may be a living process's
+            raise
         raise DamagedFileError(f"{error} Delete it if nothing trains this run.") from error
 
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
+from html import unescape
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
-from urllib.parse import urljoin
+from urllib.parse import unquote, urljoin
 
 import pyarrow as pa
 from pyarrow import fs
@@ -166,6 +167,7 @@ class Web(fs.FSSpecHandler):
     def __init__(self, query: str = "") -> None:
         super().__init__(None)
         self.query = query
+        self.addresses: dict[str, str] = {}  # of what is listed, by paths, whose names are not percent-encoded
 
     def get_type_name(self) -> str:
         return "web"
@@ -177,19 +179,22 @@ class Web(fs.FSSpecHandler):
         return list(self.entries(f"{selector.base_dir.rstrip('/')}/", MAX_LEVELS if selector.recursive else 1))
 
     def entries(self, folder: str, levels: int) -> Iterator[fs.FileInfo]:
+        address = self.addresses.get(folder, folder)
         page = self.open_input_stream(folder).read(MAX_PAGE_BYTES).decode(errors="replace")
-        links = (urljoin(folder, link) for link in re.findall(r'href="([^"?#]+)"', page))
-        for link in sorted(set(links)):
-            if re.fullmatch(r"[^/]+/?", link.removeprefix(folder)) and link.startswith(folder):
-                yield fs.FileInfo(link.rstrip("/"), kind_of(link))
-                if link.endswith("/") and levels > 1:
-                    yield from self.entries(link, levels - 1)
+        links = [urljoin(address, unescape(link)) for link in re.findall(r'href="([^"?#]+)"', page)]
+        paths = {folder + unquote(link.removeprefix(address)): link for link in links if link.startswith(address)}
+        for path, link in sorted(paths.items()):
+            if re.fullmatch(r"[^/]+/?", path.removeprefix(folder)):
+                self.addresses[path] = link
+                yield fs.FileInfo(path.rstrip("/"), kind_of(path))
+                if path.endswith("/") and levels > 1:
+                    yield from self.entries(path, levels - 1)
 
     def open_input_stream(self, path: str) -> pa.NativeFile:
         import requests
 
-        timeout, plainly = (CONNECT_SECONDS, READ_SECONDS), {"Accept-Encoding": "identity"}
-        response = requests.get(path + self.query, stream=True, timeout=timeout, headers=plainly)
+        address, timeout = self.addresses.get(path, path) + self.query, (CONNECT_SECONDS, READ_SECONDS)
+        response = requests.get(address, stream=True, timeout=timeout, headers={"Accept-Encoding": "identity"})
         response.raise_for_status()
         response.raw.auto_close = False  # at its end, before its last bytes are taken
         return pa.PythonFile(response.raw, mode="r")

@@ -1,6 +1,7 @@
 """Comparing finished runs: checks that they are comparable, and writes the verdict."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +36,7 @@ from raycifar.storage.spreadsheets import to_csv
 from raycifar.terminal import Screen
 from raycifar.workflows.reporting import show_report, write_comparison
 from raycifar.workflows.requests import ComparisonRequest
+from raycifar.workflows.training import lock
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -50,12 +52,14 @@ def compare_runs(locations: Iterable[str], request: ComparisonRequest, screen: S
     if unused := request.only_for_training():
         raise RequestError(f"{unused[0]} is for --models to train: finished runs are compared as they are.")
     folder = RunFolder(request.storage, request.name)
-    folder.check_holds_none(RUN)
+    folder.check_holds_none(RUN, STUDY)
     finished = [read_finished(location) for location in locations]
     check_comparable(finished)
-    show(conclude(keep_files(finished, folder), folder, request, {}))
-    if request.report:
-        show_report(lambda: write_comparison(folder), screen)
+    with ExitStack() as until_end:
+        folder = lock(folder, screen, until_end, folder.runs)
+        show(conclude(keep_files(finished, folder), folder, request, {}))
+        if request.report:
+            show_report(lambda: write_comparison(folder), screen)
 
 
 def read_finished(path: str) -> Finished:

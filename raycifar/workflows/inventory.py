@@ -91,7 +91,9 @@ def list_run(run: RunFolder, comparison: RunFolder | None = None) -> Entry:
         comparison: whose trial it is.
     """
     try:
-        about, result = run.read_json(RUN, ignore), run.read_json(RESULT, ignore) or {}
+        if (about := run.read_json(RUN, ignore)) is None:  # removed since it was found
+            raise DamagedFileError(f"{run.location} holds no {RUN}.")
+        result = run.read_json(RESULT, ignore) or {}
         history, claim = run.history(ignore), living_claim(run) or (comparison and living_claim(comparison))
     except DamagedFileError as error:
         return Entry(name=run.name, folder=run.location, state=State.DAMAGED, reason=str(error))
@@ -160,9 +162,10 @@ def removable(location: str) -> Iterator[Removable]:
                 yield Removable(run, names, checkpoints.size(names))
 
 
-def remove(what: Removable, say: Callable[[str], None]) -> None:
-    """Remove checkpoints, unless their run has been begun again."""
-    if list_run(what.run, what.run.comparison).is_over:
-        Checkpoints(what.run).delete(what.names)
-    else:
-        say(f"{what.run.location} is being trained again, and is left alone.")
+def remove(what: Removable, say: Callable[[str], None]) -> bool:
+    """Remove checkpoints, unless their run is no longer finished; return whether they were removed."""
+    if not list_run(what.run, what.run.comparison).is_over:
+        say(f"{what.run.location} is no longer finished, and is left alone.")
+        return False
+    Checkpoints(what.run).delete(what.names)
+    return True

@@ -100,17 +100,19 @@ def load_images(run: dict[str, Any] | None, data: str | None, *, test_alone: boo
     Raises:
         RequestError: the images can't be read.
     """
-    default = os.environ.get("RAYCIFAR_DATA")
+    default, failed = os.environ.get("RAYCIFAR_DATA"), None
     if data or run is None:
         return load(data or default or "cifar100", test_alone=test_alone)
     for location in dict.fromkeys(filter(None, (run["data"]["source"], default))):
         try:
             source = load(location)
-        except RequestError:
+        except RequestError as error:
+            failed = failed or error
             continue
         if is_source_of(source, run):
             return source
-    raise RequestError(f"the images of this run are no longer at {run['data']['source']}: give --data.")
+    moved = f"the images of this run are no longer at {run['data']['source']}: give --data."
+    raise RequestError(f"{moved} {failed}" if failed else moved) from failed
 
 
 def is_source_of(source: Source, run: dict[str, Any] | None) -> bool:
@@ -201,7 +203,8 @@ def write_comparison(folder: RunFolder, out: RunFolder | None = None, kind: str 
     content, files, comparison = read_comparison(folder)
 
     def page() -> str:
-        links = {run.name: f"{run.name}/{REPORT_PAGE}" for run in folder.runs() if run.exists(REPORT_PAGE)}
+        runs = folder.runs() if out in (None, folder) else []  # a page elsewhere has no way to their pages
+        links = {run.name: f"{run.name}/{REPORT_PAGE}" for run in runs if run.exists(REPORT_PAGE)}
         return comparison_page(content, files, comparison, links)
 
     write_report(content, page, out or folder, kind)
