@@ -258,7 +258,7 @@ def cluster():
     start += [f"--dashboard-port={dashboard_port}", f"--metrics-export-port={metrics_port}"]
     start += [f"--dashboard-agent-listen-port={agent_port}"]  # the usual one may be another Ray's: then no job starts
     start += ["--disable-usage-stats", f"--temp-dir={temp}"]
-    start += ['--system-config={"metrics_report_interval_ms": 1000}']  # of runs that last only seconds
+    start += ['--system-config={"metrics_report_interval_ms": 3000}']  # of runs that last only seconds
     started = {key: value for key, value in {**os.environ, **env}.items() if key != "RAY_ADDRESS"}
     try:
         # Left running by Ray, the daemons would hold a pipe open for ever: their output goes to a file.

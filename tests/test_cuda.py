@@ -54,6 +54,7 @@ def pretend_gpu(monkeypatch):
             "graph_pool_handle": lambda: None,
             "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
             "graph": lambda graph, **options: contextlib.nullcontext(),
+            "reset_peak_memory_stats": lambda: None,
             "max_memory_allocated": lambda: allocated,
             "mem_get_info": lambda: (0, 100),
             "get_per_process_memory_fraction": lambda: share,

@@ -30,11 +30,11 @@ def test_a_finished_run_is_named_as_such_and_another_recipe_refused(trained, sma
 
 def test_the_trials_of_a_comparison_are_shown_and_nothing_is_written_or_started(small, tmp_path):
     args = ("--models", "cnn,vgg16", "--seeds", 2, "--search", 3, "--limit", 200, "--val-size", 100, "--epochs", 3)
+    args += ("--batch-size", 4)  # so few images are timed
     out = finish(Compare(*args, "--data", small, "--dry-run", "--name", "a", storage=tmp_path / "runs")).stdout
     for model in ("cnn", "vgg16"):
-        assert re.search(
-            rf"  {model} +3 search trials, then seeds 0 to 1.*; epochs 3; else the {model}'s default recipe: ", out
-        )
+        recipe = f"epochs 3, batch_size 4; else the {model}'s default recipe: "
+        assert re.search(rf"  {model} +3 search trials, then seeds 0 to 1.*; {recipe}", out)
     assert "2 of each, after 3 to search" in out
     assert "by the time of a few steps" in out or "raycifar bench measures it" in out
     assert "Nothing was started." in out

@@ -452,22 +452,22 @@ def test_weights_that_are_not_finite_are_refused(cnn_file, weights, tmp_path, va
         load(tmp_path / "w.pth")
 
 
-def ask_in_each_way(network, folder):
+def ask_in_each_way(network, folder, data):
     """Yield a function for each of `predict`, `evaluate` and `export`."""
     out, screen = str(folder / "out"), Screen(quiet=True)
     Image.new("RGB", (32, 32)).save(folder / "a.png")
-    request = EvaluationRequest(device="cpu", network=network, data="synthetic:100", count=0, out=out)
+    request = EvaluationRequest(device="cpu", network=network, data=data, count=0, out=out)
     yield lambda: predict_files(network, [str(folder / "a.png")], "cpu")
     yield lambda: evaluate(request, screen, ExitStack())
-    yield lambda: export(network, "safetensors", screen, out=out, data="synthetic:100")
+    yield lambda: export(network, "safetensors", screen, out=out, data=data)
 
 
-def test_answers_that_are_not_finite_are_refused(cnn_file, tmp_path):
+def test_answers_that_are_not_finite_are_refused(cnn_file, small, tmp_path):
     """Each weight is a number, and their products are too large to be one."""
     tensors = load_file(cnn_file)
     tensors["head.2.weight"][:] = tensors["head.5.weight"][:] = 3e38
     (tmp_path / "w.safetensors").write_bytes(to_file(tensors, Architecture("cnn")))
-    for ask in ask_in_each_way(str(tmp_path / "w.safetensors"), tmp_path):
+    for ask in ask_in_each_way(str(tmp_path / "w.safetensors"), tmp_path, small):
         with pytest.raises(WorkError, match=r"w\.safetensors gives answers that aren't finite numbers"):
             ask()
     assert not (tmp_path / "out").exists()
@@ -487,7 +487,7 @@ def test_a_run_whose_weights_are_missing_or_damaged_is_refused(cnn_file, tmp_pat
         case "of other classes":
             other = Architecture("cnn", num_classes=10)
             path.write_bytes(to_file(other.build().state_dict(), other))
-    for ask in ask_in_each_way(str(tmp_path / "run"), tmp_path):
+    for ask in ask_in_each_way(str(tmp_path / "run"), tmp_path, "synthetic:100"):
         with pytest.raises(RequestError, match=r"run/model\.safetensors (does not exist|is not|can't be|tells 10 cla)"):
             ask()
     assert not (tmp_path / "out").exists()
