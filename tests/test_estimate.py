@@ -31,6 +31,8 @@ STEP = StepStatus(
     epoch=1, step=5, steps=10, lr=0.1, loss=2.5, top1=0.25, images_per_second=50, seconds_of_epoch=10, seconds_left=100
 )
 
+SCREEN = Screen(quiet=True)
+
 
 def test_hours_on_cpus_are_said_before_with_what_is_shorter(monkeypatch):
     recipe, initial = recipe_for("resnet50", "none"), InitialWeights(Architecture("resnet50"))
@@ -40,19 +42,19 @@ def test_hours_on_cpus_are_said_before_with_what_is_shorter(monkeypatch):
     )
     monkeypatch.setattr(estimate, "cpu_seconds", lambda *run: 40_000.0)
     monkeypatch.setattr(estimate, "available_cpus", lambda: 2)
-    (line,) = warn_of_hours([(recipe, initial)], splits, Workers(0, 2))
+    (line,) = warn_of_hours([(recipe, initial)], splits, Workers(0, 2), SCREEN)
     epochs = int(recipe.epochs * 3600 / 40_000)
     assert line.startswith("On these CPUs this takes about 11 h 7 min: ")
     assert f"--epochs {epochs} or --limit 400 would take about an hour" in line
-    assert "5 h 33 min" in warn_of_hours([(recipe, initial)], splits, Workers(2, 2))[0]
-    assert "33 h 20 min" in warn_of_hours([(recipe, initial)], splits, Workers(2, 1), repeats=3)[0]
-    assert warn_of_hours([(recipe, initial)], splits, Workers(1, 4, gpus=1)) == []
+    assert "5 h 33 min" in warn_of_hours([(recipe, initial)], splits, Workers(2, 2), SCREEN)[0]
+    assert "33 h 20 min" in warn_of_hours([(recipe, initial)], splits, Workers(2, 1), SCREEN, repeats=3)[0]
+    assert warn_of_hours([(recipe, initial)], splits, Workers(1, 4, gpus=1), SCREEN) == []
 
 
 def test_what_is_short_on_any_cpu_is_not_measured(monkeypatch):
     monkeypatch.setattr(estimate, "cpu_seconds", lambda *run: pytest.fail("measured"))
     run = replace(recipe_for("cnn"), epochs=1), InitialWeights(Architecture("cnn"))
-    assert warn_of_hours([run], split(load("synthetic:5000"), 500, None, 0), Workers(0, 2)) == []
+    assert warn_of_hours([run], split(load("synthetic:5000"), 500, None, 0), Workers(0, 2), SCREEN) == []
 
 
 def estimated(recipe, seconds_of, monkeypatch):
@@ -104,6 +106,14 @@ def test_an_estimate_has_steps_of_the_whole_network_where_it_is_trained(monkeypa
         recipe = Recipe(epochs=2, head_epochs=head_epochs)
         train_step.step_of_random_images(InitialWeights(Architecture("cnn")), recipe, 8, torch.device("cpu"))
     assert [recipe.head_epochs for recipe in recipes] == [0, 2]
+
+
+def test_a_run_that_trains_the_head_alone_is_estimated_by_steps_of_the_head(monkeypatch):
+    whole, head = (
+        estimated(Recipe(epochs=4, head_epochs=epochs, batch_size=64), lambda n: 0.01 * n, monkeypatch)[0]
+        for epochs in (0, 4)
+    )
+    assert head == pytest.approx(whole)  # the steps that were timed took as long
 
 
 def test_an_estimate_leaves_the_random_numbers_of_the_process_as_they_are():

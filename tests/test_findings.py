@@ -13,6 +13,7 @@ from raycifar.analysis.rules.trends import swings
 from raycifar.engine import diagnostics
 from raycifar.engine.diagnostics import examine
 from raycifar.errors import FailureKind
+from raycifar.models import Architecture
 
 
 def kinds(history):
@@ -81,6 +82,12 @@ def test_signals_see_dead_units_and_leave_the_network_as_it_was():
     assert all(norm > 0 for norm in signals["gradient_norms"].values())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_network_that_calls_a_relu_again_with_other_channels_has_signals():
+    model = Architecture("resnet50").build()
+    signals = examine(model, torch.randn(2, 3, 32, 32), torch.arange(2))
+    assert set(signals["dead_relus"]) >= {"relu", "layer1.0.relu"}
 
 
 def test_signals_are_the_same_however_many_images_pass_at_a_time(monkeypatch):

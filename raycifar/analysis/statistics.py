@@ -83,7 +83,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     shared = interaction_variance(a) + interaction_variance(b) if measured else 0.0  # counted in both
     variance = images + max(0.0, of_seeds - shared)
     spread = sum(part**2 / freedom for part, freedom in seeds)
-    freedom = variance**2 / spread if spread else 1e9
+    freedom = max(variance**2 / spread, min(freedom for _, freedom in seeds)) if spread else 1e9
     error = math.sqrt(variance)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     each = of_seeds / (1 / len(a) + 1 / len(b))  # the variance between two seeds

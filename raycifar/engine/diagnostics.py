@@ -22,10 +22,10 @@ def examine(model: nn.Module, inputs: Tensor, labels: Tensor) -> Diagnostics:
         gradient_norms: by name, of each trained layer's weights, from the input to the head.
     """
     largest: dict[str, Tensor] = {}  # output of each channel, by layer
+    found: dict[str, Tensor] = {}  # of the images that pass; a layer that is called again, as in ResNet, counts last
 
     def record(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        found = output.detach().amax([0, *range(2, output.ndim)])
-        largest[name] = torch.maximum(found, largest.get(name, found))
+        found[name] = output.detach().amax([0, *range(2, output.ndim)])
 
     relus = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ReLU)]
     hooks = [module.register_forward_hook(partial(record, name)) for name, module in relus]
@@ -35,6 +35,7 @@ def examine(model: nn.Module, inputs: Tensor, labels: Tensor) -> Diagnostics:
     for some, their_labels in zip(inputs.split(at_a_time), labels.split(at_a_time), strict=True):
         loss = nn.functional.cross_entropy(model.eval()(some).float(), their_labels, reduction="sum") / len(inputs)
         torch._foreach_add_(gradients, torch.autograd.grad(loss, list(weights.values())))
+        largest = {name: torch.maximum(values, largest.get(name, values)) for name, values in found.items()}
     for hook in hooks:
         hook.remove()
     norms = {name: gradient.norm().item() for name, gradient in zip(weights, gradients, strict=True)}

@@ -30,7 +30,7 @@ class InterruptionWatch:
         self.began = time.perf_counter()
 
     def check(self) -> Interruption | None:
-        """Return why the run is interrupted now, or None; each worker calls this after each step."""
+        """Return why the run is interrupted now, or None; each worker calls this after the same steps."""
         if self.in_process:
             return Interruption.STOP if self.reporter.stop_requested() else None
         self.num_steps += 1

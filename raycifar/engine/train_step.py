@@ -31,7 +31,7 @@ class TrainStep:
 
     On a GPU, batches are prepared while the steps before them are under way, and both the preparation of inputs and
     `update` are captured as CUDA graphs: their kernels take less time than Python takes to launch them. Where nothing
-    is recorded and nothing blended, all of it is one graph.
+    is recorded and nothing blended, and a step can be captured, all of it is one graph.
 
     Args:
         train_set: the worker's own training images. example_stats: their statistics, brought up to date; None follows

@@ -181,10 +181,11 @@ class Web(fs.FSSpecHandler):
     def entries(self, folder: str, levels: int) -> Iterator[fs.FileInfo]:
         address = self.addresses.get(folder, folder)
         page = self.open_input_stream(folder).read(MAX_PAGE_BYTES).decode(errors="replace")
-        links = [urljoin(address, unescape(link)) for link in re.findall(r'href="([^"?#]+)"', page)]
+        hrefs = map(unescape, re.findall(r'href="([^"]+)"', page))
+        links = [urljoin(address, href) for href in hrefs if not {"?", "#"} & {*href}]
         paths = {folder + unquote(link.removeprefix(address)): link for link in links if link.startswith(address)}
         for path, link in sorted(paths.items()):
-            if re.fullmatch(r"[^/]+/?", path.removeprefix(folder)):
+            if re.fullmatch(r"(?!\.\.?/?$)[^/]+/?", path.removeprefix(folder)):
                 self.addresses[path] = link
                 yield fs.FileInfo(path.rstrip("/"), kind_of(path))
                 if path.endswith("/") and levels > 1:

@@ -2,7 +2,8 @@
 
 import math
 import timeit
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from raycifar import models
@@ -10,6 +11,7 @@ from raycifar.data.tables import Splits
 from raycifar.machine import available_cpus
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import FORWARD_PASSES_PER_STEP, Recipe
+from raycifar.terminal import Screen
 from raycifar.words import duration
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def cpu_seconds(recipe: Recipe, initial: InitialWeights, splits: Splits) -> floa
             times.append(timeit.timeit(step, number=1))
         return min(times)
 
-    with torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=()), cpu_threads(available_cpus()):
         many, slow = FEW, time_step(FEW)
         fast, seconds_of_image = slow, slow / FEW
         while many < recipe.batch_size and slow < max(2 * fast, ENOUGH_SECONDS):
@@ -53,14 +55,29 @@ def cpu_seconds(recipe: Recipe, initial: InitialWeights, splits: Splits) -> floa
             seconds_of_image = min(max(0, (slow - fast) / (many - FEW)), fast / FEW)
     seconds_of_step = fast + (recipe.batch_size - FEW) * seconds_of_image
     epoch = len(splits.train) / recipe.batch_size * seconds_of_step
-    epoch *= recipe.mean_cost(initial.architecture.preprocessing.size)
+    size = initial.architecture.preprocessing.size
+    epoch *= recipe.mean_cost(size) / recipe.cost(size, 1.0)  # the steps that are timed are as the last ones
     return recipe.epochs * (epoch + len(splits.val) * seconds_of_image / FORWARD_PASSES_PER_STEP)
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Have PyTorch use so many threads, as workers do: a container may have fewer CPUs than the machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def warn_of_hours(
     runs: Collection[tuple[Recipe, InitialWeights]],
     splits: Splits,
     workers: "Workers",
+    screen: Screen,
     *,
     repeats: int = 1,
     at_once: int = 1,
@@ -74,7 +91,8 @@ def warn_of_hours(
     operations = repeats * sum(operations_of(*run, splits) for run in runs)
     if workers.device != "cpu" or operations < HOUR * SLOWEST * cpus:
         return []
-    seconds = repeats * sum(cpu_seconds(*run, splits) for run in runs) * available_cpus() / cpus
+    with screen.waiting("Timing a few steps"):
+        seconds = repeats * sum(cpu_seconds(*run, splits) for run in runs) * available_cpus() / cpus
     if seconds < HOUR:
         return []
     part = HOUR / seconds

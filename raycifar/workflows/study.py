@@ -102,7 +102,7 @@ def prepare(
     at_once += "; the head's memory holds no more" * (most == held < fit)
     screen.facts(request.name, overview(request, source, splits, at_once, folder))
     runs = [(recipe, initial_by_model[model]) for model, recipe in recipes.items()]
-    screen.lines(warn_of_hours(runs, splits, workers, repeats=request.search + request.seeds, at_once=most))
+    screen.lines(warn_of_hours(runs, splits, workers, screen, repeats=request.search + request.seeds, at_once=most))
     folder.delete_leftovers()
     folder.manifest.delete()
     folder.write_json(STUDY, identity)

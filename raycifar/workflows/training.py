@@ -66,15 +66,17 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
         folder = lock(folder, screen, until_end, lambda: filter(None, [folder.comparison]))
         workers = allocate_workers(request, folder, screen, connection, debug=debug)
         run = TrainingRun(request, folder, inputs, workers, debug=debug)
-        until_end.callback(run.status_store.delete)
         prepare(run, screen)
-        screen.lines(warn_of_hours([(request.recipe, inputs.initial)], inputs.splits, workers))
+        screen.lines(warn_of_hours([(request.recipe, inputs.initial)], inputs.splits, workers, screen))
         tracking = until_end.enter_context(Tracking(request.track, screen.say))
         try:
             result = finish(run, fit(run, following(run, screen, tracking)))
         except WorkError:
             report(run, screen)
             raise
+        finally:
+            if workers.count:  # a run in this process may still look whether it is to stop
+                run.status_store.delete()
         screen.lines(summary(folder, inputs.source, result))
         if request.profile:
             show_profile(folder, screen)
