@@ -260,7 +260,7 @@ def terminal_screen(height: int = 30) -> Screen:
 
 
 def test_scoring_has_a_bar_of_its_own_and_a_long_run_says_when_it_ends(store, monkeypatch):
-    monkeypatch.setattr(room, "POLL_SECONDS", 0.3)
+    monkeypatch.setattr(room, "POLL_SECONDS", 1)  # several times what the screen is drawn in
     monkeypatch.setattr(room, "MEASURED_SECONDS", 0.1)
     made, seen = terminal_screen(), []
     statuses = [
