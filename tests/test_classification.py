@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_calibration_error,
@@ -12,7 +11,7 @@ from torchmetrics.functional.classification import (
     multiclass_precision,
 )
 
-from raycifar.analysis.classification import by_class, confused_pairs, confusion, intervals, reliability
+from raycifar.analysis.classification import by_class, confused_pairs, confusion, reliability
 
 CLASSES = 10
 NAMES = [f"class {k}" for k in range(CLASSES)]
@@ -62,11 +61,3 @@ def test_the_bins_of_confidence_add_up_to_the_calibration_error(predictions):
     error = sum(b["images"] * abs(b["confidence"] - b["accuracy"]) for b in bins if b["images"]) / 3000
     expected = multiclass_calibration_error(probabilities, torch.from_numpy(labels), CLASSES, n_bins=15)
     assert error == pytest.approx(expected.item(), abs=1e-6)
-
-
-def test_the_interval_of_an_accuracy_is_the_binomial_s(predictions):
-    labels, probabilities = predictions
-    right = probabilities.argmax(1).numpy() == labels
-    low, high = intervals({"top1": right})["top1"]
-    expected = stats.binom.ppf([0.025, 0.975], 3000, right.mean()) / 3000
-    assert (low, high) == pytest.approx(tuple(expected), abs=0.002)

@@ -106,7 +106,7 @@ def test_test_scores_have_intervals():
     names = ("top1", "top5", "superclass_top1", "loss", "ece")
     test = {"images": 10_000, **dict.fromkeys(names, 0.5)}
     page = page_of(made_up(result={"status": "finished", "images_per_second": 100.0, "test": test}))
-    assert page.count("± 0.0098 (95%)") == 3
+    assert page.count("95%: 0.4902 to 0.5098") == 3
 
 
 def test_a_run_without_an_epoch_has_a_page():

@@ -5,9 +5,10 @@ import pytest
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
-from raycifar.analysis.statistics import difference, holm, mcnemar, mean_interval, seeds_needed
+from raycifar.analysis.statistics import accuracy_intervals, difference, holm, mcnemar, mean_interval, seeds_needed
 
 IMAGES = 10_000
 
@@ -26,6 +27,22 @@ def test_the_interval_of_a_mean_is_student_s():
     assert (found["low"], found["high"]) == pytest.approx(expected)
     assert found["mean"] == pytest.approx(0.715)
     assert mean_interval([0.7]) == {"mean": 0.7, "low": None, "high": None, "n": 1}
+
+
+def test_the_intervals_of_accuracies_are_wilson_s():
+    scores = {"images": 300, "top1": 0.7, "near_duplicates": 100, "top1_without_near_duplicates": 0.65, "ece": 0.1}
+    found = accuracy_intervals(scores)
+    assert found.keys() == {"top1", "top1_without_near_duplicates"}
+    for name, right, n in (("top1", 210, 300), ("top1_without_near_duplicates", 130, 200)):
+        assert tuple(found[name].values()) == pytest.approx(proportion_confint(right, n, method="wilson"))
+
+
+def test_a_score_of_one_is_not_certain_on_few_images():
+    ends = accuracy_intervals({"images": 20, "top1": 1.0})["top1"]
+    assert ends["low"] == pytest.approx(0.839, abs=0.001)
+    assert ends["high"] == 1
+    only_duplicates = {"images": 20, "near_duplicates": 20, "top1_without_near_duplicates": None}
+    assert accuracy_intervals(only_duplicates) == {}
 
 
 def test_mcnemar_is_statsmodels():

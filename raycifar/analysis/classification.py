@@ -5,26 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from raycifar.analysis.statistics import CONFIDENCE
 from raycifar.data import CIFAR100
 
 CLASSES = tuple(name.replace("_", " ") for name in CIFAR100.class_names)  # as people write them
-RESAMPLES = 2_000
 BINS = 15  # of confidence, Guo et al. (2017), arXiv:1706.04599
-
-
-def intervals(values: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-    """Return the 95% percentile bootstrap interval of each mean, over images.
-
-    Args:
-        values: (images,) by name; the same images are drawn for all.
-    """
-    rng = np.random.default_rng(0)
-    columns = np.stack([np.asarray(column, np.float64) for column in values.values()], axis=1)
-    count = len(columns)
-    means = np.stack([columns[rng.integers(count, size=count)].mean(0) for _ in range(RESAMPLES)])
-    ends = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    return {name: (float(low), float(high)) for name, (low, high) in zip(values, ends.T, strict=True)}
 
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, num_classes: int = CIFAR100.num_classes) -> np.ndarray:

@@ -10,12 +10,12 @@ from raycifar.analysis import charts, prose
 from raycifar.analysis.classification import CLASSES, by_class, confusion, reliability
 from raycifar.analysis.curves import panels
 from raycifar.analysis.departures import plain_value
-from raycifar.analysis.findings import standard_error
 from raycifar.analysis.gallery import PNG, as_uris, behind_spikes, confused, contradictions, doubted_images, labels_of
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.page import render
 from raycifar.analysis.results import escaped, hardware
 from raycifar.analysis.run_files import Answers, RunFiles
+from raycifar.analysis.statistics import accuracy_intervals
 from raycifar.data import CIFAR100
 from raycifar.models.recipes import options_for
 from raycifar.storage.records import PicturesFile
@@ -58,7 +58,7 @@ def run_page(files: RunFiles, report: dict[str, Any]) -> str:
         records=history.records[-ROWS:],
         omitted=max(0, len(history.records) - ROWS),
         result=history.result,
-        intervals=test_intervals(history),
+        intervals=accuracy_intervals(history.test) if history.test else {},
         details=details(history),
         mature=files.mature,
         has_predictions=files.predictions is not None,
@@ -79,16 +79,6 @@ def run_page(files: RunFiles, report: dict[str, Any]) -> str:
         ],
         augmented=[PNG + image for image in (pictures.get("augmented", []) if pictures else [])],
     )
-
-
-def test_intervals(history: RunHistory) -> dict[str, float]:
-    """Return half of the 95% interval of each test accuracy, over the choice of test images."""
-    test = history.test
-    if not test:
-        return {}
-    images = dict.fromkeys(("top1", "top5", "superclass_top1"), test["images"])
-    images["top1_without_near_duplicates"] = test["images"] - test.get("near_duplicates", 0)
-    return {name: 1.96 * standard_error(test[name], n) for name, n in images.items() if test.get(name) is not None}
 
 
 def details(history: RunHistory) -> dict[str, str]:

@@ -6,7 +6,7 @@ Satterthwaite (1946), with the images' part treated as known.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,20 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
         return {"mean": mean, "low": None, "high": None, "n": 1}
     half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
     return {"mean": mean, "low": float(mean - half), "high": float(mean + half), "n": n}
+
+
+def accuracy_interval(accuracy: float, n: int) -> dict[str, float]:
+    """Return low and high: the 95% interval of an accuracy on n images, over the choice of images (Wilson, 1927)."""
+    ends = stats.binomtest(round(accuracy * n), n).proportion_ci(CONFIDENCE, method="wilson")
+    return {"low": float(ends.low), "high": float(ends.high)}
+
+
+def accuracy_intervals(test: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the interval of each accuracy among a network's scores, by name."""
+    num_images = dict.fromkeys(("top1", "top5", "superclass_top1"), test["images"])
+    num_images["top1_without_near_duplicates"] = test["images"] - test.get("near_duplicates", 0)
+    known = {name: n for name, n in num_images.items() if n > 0 and test.get(name) is not None}
+    return {name: accuracy_interval(test[name], n) for name, n in known.items()}
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:

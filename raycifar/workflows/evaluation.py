@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from raycifar.analysis.classification import by_class, confused_pairs, confusion, intervals, reliability
+from raycifar.analysis.classification import by_class, confused_pairs, confusion, reliability
+from raycifar.analysis.statistics import accuracy_interval, accuracy_intervals, mean_interval
 from raycifar.data import CIFAR100
 from raycifar.data.corruptions import Corruptions, benchmark, find_corruptions
 from raycifar.data.sources import is_location
@@ -269,17 +270,16 @@ def score_predictions(
     probabilities = logits.softmax(1)
     predicted = probabilities.argmax(1).numpy()
     correct = images["top1"].numpy()
-    ends = intervals({name: images[name].numpy() for name in ("top1", "top5", "loss")})
     if near_duplicates is not None:
         scores |= score_without(near_duplicates, correct)
-        if len(near_duplicates) < len(correct):
-            ends |= intervals({"top1_without_near_duplicates": np.delete(correct, near_duplicates)})
+    intervals = accuracy_intervals(scores)
+    if (loss := mean_interval(images["loss"].tolist()))["n"] > 1:
+        intervals["loss"] = {end: loss[end] for end in ("low", "high")}
     matrix = confusion(labels.numpy(), predicted)
     evaluation = {
         **scores,
-        "low": ends["top1"][0],
-        "high": ends["top1"][1],
-        "intervals": {name: {"low": low, "high": high} for name, (low, high) in ends.items()},
+        **intervals["top1"],
+        "intervals": intervals,
         "classes": by_class(matrix, CIFAR100.class_names),
         "confused": confused_pairs(matrix, CIFAR100.class_names),
         "reliability": reliability(images["confidence"].numpy(), correct),
@@ -301,8 +301,8 @@ def score_corruptions(corruptions: Corruptions, network: Network, screen: Screen
             rows = []
             for logits, table in zip(network.logits(tables), tables, strict=True):
                 correct = (logits.argmax(1) == torch.from_numpy(table["fine"].to_numpy().copy())).numpy()
-                low, high = intervals({"top1": correct})["top1"]
-                rows.append({"top1": float(correct.mean()), "low": low, "high": high})
+                top1 = float(correct.mean())
+                rows.append({"top1": top1, **accuracy_interval(top1, len(correct))})
             of_each[name] = {"severities": rows, "error": 1 - float(np.mean([row["top1"] for row in rows]))}
             progress((done + 1) / len(corruptions.names))
     counted = benchmark(corruptions.names)
