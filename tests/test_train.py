@@ -201,6 +201,17 @@ def test_a_run_killed_before_its_scores_were_written_only_scores(trained, train,
     assert history(tmp_path / "runs/a") == history(trained)
 
 
+def test_a_run_killed_before_its_best_weights_were_written_writes_them(trained, train, small, tmp_path):
+    shutil.copytree(trained, tmp_path / "runs/a")
+    best = (trained / "best.safetensors").read_bytes()
+    (tmp_path / "runs/a/result.json").unlink()
+    (tmp_path / "runs/a/best.safetensors").write_bytes(b"those of an earlier epoch")
+    train(*ARGS, "--data", small, "--name", "a")
+    result = json.loads((tmp_path / "runs/a/result.json").read_text())
+    assert result["best_epoch"] == result["epochs"]  # else the last checkpoint doesn't have them
+    assert (tmp_path / "runs/a/best.safetensors").read_bytes() == best
+
+
 def test_checkpoints_of_a_clock_that_went_back_are_ordered_by_what_was_trained(trained, train, small, tmp_path):
     """Earlier versions named them by the local time."""
     shutil.copytree(trained, tmp_path / "runs/a")

@@ -42,11 +42,11 @@ class Snapshot:
         self.best_weights = HostCopy(state.scored.state_dict()) if best else None
 
     def write(self, folder: RunFolder) -> None:
-        """Write the best weights, if any, then the checkpoint."""
-        if self.best_weights:
-            folder.write(BEST, to_file(self.best_weights.wait(), self.architecture))
+        """Write the checkpoint, then the best weights, if any: without the checkpoint, their epoch isn't finished."""
         files = {TENSORS: safetensors.torch.save(self.state.wait()), PROGRESS: self.progress}
         Checkpoints(folder).write(self.name, files)
+        if self.best_weights:
+            folder.write(BEST, to_file(self.best_weights.wait(), self.architecture))
 
 
 class Checkpointer:

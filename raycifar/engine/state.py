@@ -51,6 +51,11 @@ class Progress:
         validated = [record for record in self.history if record.val_top1 is not None]
         return max(validated, key=attrgetter("val_top1"), default=None)
 
+    @property
+    def ends_with_best(self) -> bool:
+        """Whether the best epoch is the last one, and no step was taken since."""
+        return self.best is not None and self.best is self.history[-1] and not self.step
+
     def to_json(self) -> bytes:
         return json.dumps(asdict(self) | {"history": [record.to_json() for record in self.history]}).encode()
 

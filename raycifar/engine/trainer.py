@@ -37,7 +37,7 @@ from raycifar.errors import FailureKind, PreemptedError, StopTrainingError, noti
 from raycifar.models.recipe import FORWARD_PASSES_PER_STEP, Stage
 from raycifar.storage.checkpoints import Checkpoints
 from raycifar.storage.records import EpochRecord, Rise, sampled_steps
-from raycifar.storage.run_folder import EXAMPLE_STATS, MODEL, RUN
+from raycifar.storage.run_folder import BEST, EXAMPLE_STATS, MODEL, RUN
 from raycifar.storage.weights import to_file
 
 TRAIN_EVAL_IMAGES = 1000  # training images scored as validation images are, after each epoch
@@ -165,7 +165,7 @@ class Trainer:
             self.train_step.close()
             self.train_step = self.build_train_step()
         publish = partial(self.publish_history, self.state.progress.history)
-        self.save(record.to_json(), best=self.state.progress.best is record, stored=publish)
+        self.save(record.to_json(), best=self.state.progress.ends_with_best, stored=publish)
 
     def finish(self) -> dict[str, Any] | None:
         """Score the test set, write the final weights and the images' statistics, and return the scores."""
@@ -208,6 +208,8 @@ class Trainer:
         self.reporter.notice(f"Continuing from {step} ({name}){workers}.")
         if self.rank == 0:
             self.publish_history(progress.history)
+            if progress.ends_with_best:  # the run may have been killed between the checkpoint and these weights
+                self.folder.write(BEST, to_file(self.state.scored.state_dict(), self.architecture))
 
     def newest_checkpoint(self) -> tuple[str, dict[str, bytes]] | None:
         """Return the checkpoint to resume from, and delete those that are skipped: new ones will pass them."""
