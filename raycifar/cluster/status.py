@@ -23,6 +23,7 @@ class Phase(StrEnum):
     STARTING = "starting the workers"  # until a worker reports another phase
     LOADING_IMAGES = "loading images"
     BUILDING_MODEL = "building the model"
+    COMPILING = "compiling the model"  # during the first steps
     TRAINING = "training"
     COMPARING = "comparing with other trials"
     SCORING_TEST = "scoring the test set"

@@ -110,7 +110,7 @@ class Trainer:
     def train(self) -> Outcome:
         """Train to the end, score the test set, and save the weights."""
         self.report_model()
-        self.reporter.phase(Phase.TRAINING)
+        self.reporter.phase(Phase.COMPILING if self.config.compile else Phase.TRAINING)
         while self.state.progress.epoch <= self.recipe.epochs:
             if self.search_stops_trial():
                 return self.outcome("stopped")
@@ -350,6 +350,7 @@ class Trainer:
         progress, num_scored = self.state.progress, self.evaluator.num_images
         if (kind := (self.state.stage, size)) not in self.warm:
             self.warm.add(kind)
+            self.reporter.phase(Phase.TRAINING)
             self.meter.time_from_here(progress.step)
             return
         running = self.meter.running(progress.step)
