@@ -14,9 +14,13 @@ from raycifar.workflows.search_space import PastTrial, default_space, read_space
 BASE = Recipe(epochs=4)
 
 
+def anything(recipe):
+    """Every recipe can be trained."""
+
+
 def go_on(space, trials, count):
     while len(trials) < count:
-        recipe = suggest(space, BASE, trials, seed=0)
+        recipe = suggest(space, BASE, trials, seed=0, check=anything)
         # A made-up landscape: the nearer lr is to 0.02, the better.
         score = 1 / (1 + abs(recipe.lr - 0.02))
         trials = [*trials, PastTrial(recipe, "stopped" if len(trials) % 4 == 3 else "finished", [score / 2, score])]
@@ -24,7 +28,7 @@ def go_on(space, trials, count):
 
 
 def test_the_first_trial_is_the_recipe_itself():
-    assert suggest(default_space(BASE), BASE, [], seed=0) == BASE
+    assert suggest(default_space(BASE), BASE, [], seed=0, check=anything) == BASE
 
 
 @pytest.mark.parametrize("recipe", [BASE, SPEEDRUN])
@@ -61,7 +65,7 @@ def test_trials_that_failed_or_lie_outside_the_space_are_passed_over(tmp_path):
     file.write_text("[lr]\nmin = 0.1\nmax = 0.2\n")
     space = read_space(str(file), "vgg16")
     trials = [PastTrial(BASE, "finished", [0.5]), PastTrial(Recipe(epochs=4, lr=0.15), "failed", [])]
-    assert 0.1 <= suggest(space, BASE, trials, seed=0).lr <= 0.2
+    assert 0.1 <= suggest(space, BASE, trials, seed=0, check=anything).lr <= 0.2
 
 
 def test_a_space_is_read_from_a_file_alone(tmp_path):
@@ -97,7 +101,7 @@ def test_a_model_s_own_options_can_be_varied_and_other_models_leave_them_out(tmp
     space, base = read_space(str(file), "cnn"), CnnRecipe(epochs=4)
     tried = [PastTrial(base, "finished", [0.1])]
     for _ in range(5):
-        tried.append(PastTrial(suggest(space, base, tried, seed=0), "finished", [0.1]))
+        tried.append(PastTrial(suggest(space, base, tried, seed=0, check=anything), "finished", [0.1]))
     assert {trial.recipe.depth for trial in tried} == {1, 2, 3}
     assert {trial.recipe.whiten for trial in tried} == {True, False}
     file.write_text("[depth]\nmin = 0\nmax = 3\n")
@@ -129,3 +133,16 @@ def test_a_space_that_makes_no_sense_is_refused_in_a_sentence(tmp_path, text, sa
     with pytest.raises(RequestError, match="--space") as caught:
         read_space(str(file), "vgg16")
     assert says in str(caught.value)
+
+
+def test_values_that_do_not_go_together_are_not_tried(tmp_path):
+    file = tmp_path / "space.toml"
+    file.write_text("[mixup]\nmin = 0.0\nmax = 0.9\n[cutmix]\nmin = 0.0\nmax = 0.9\n[head_epochs]\nmin = 0\nmax = 6\n")
+    space, tried = read_space(str(file), "vgg16"), [PastTrial(BASE, "finished", [0.1])]
+    for _ in range(20):
+        recipe = suggest(space, BASE, tried, seed=0, check=anything)
+        assert recipe == suggest(space, BASE, tried, seed=0, check=anything)
+        tried.append(PastTrial(recipe, "finished", [recipe.mixup]))
+    assert len({trial.recipe for trial in tried}) == 21
+    assert max(trial.recipe.mixup + trial.recipe.cutmix for trial in tried) <= 1
+    assert max(trial.recipe.head_epochs for trial in tried) <= 4

@@ -38,6 +38,28 @@ class InitialWeights:
         """Return the recipe with the image size that was chosen by the weights."""
         return replace(recipe, image_size=self.architecture.preprocessing.size)
 
+    def architecture_for(self, recipe: Recipe) -> Architecture:
+        """Return the architecture for another recipe, which has the same `pretrained`.
+
+        Raises:
+            RequestError: the weights, or the network, don't allow the recipe's options or image sizes.
+        """
+        architecture, size = replace(self.architecture, tta_flip=recipe.tta_flip), recipe.image_size
+        if recipe.pretrained == "none":
+            architecture = replace(architecture, options=model_options(recipe))
+        else:
+            check_no_options(architecture.model, recipe)
+        if size:
+            architecture = replace(architecture, preprocessing=replace(architecture.preprocessing, size=size))
+        check_sizes(architecture, recipe)
+        return architecture
+
+    def adapt(self, recipe: Recipe, source: Source) -> "InitialWeights":
+        """Return the initial weights for another recipe, which has the same `pretrained`."""
+        if recipe.pretrained == "none":
+            return from_scratch(self.architecture.model, recipe, source)
+        return replace(self, architecture=self.architecture_for(recipe))
+
     def fingerprint(self) -> str | None:
         """Return a digest of the weights; None if they follow from seed and images."""
         if self.weights is None or self.from_images:
@@ -57,9 +79,14 @@ def load_initial_weights(model: str, recipe: Recipe, source: Source) -> InitialW
     """
     scratch = recipe.pretrained == "none"
     initial = from_scratch(model, recipe, source) if scratch else from_weights(model, recipe)
-    for size, _ in [(initial.architecture.preprocessing.size, 1), *parse_sizes(recipe.progressive)]:
-        initial.architecture.check_size(size)
+    check_sizes(initial.architecture, recipe)
     return initial
+
+
+def check_sizes(architecture: Architecture, recipe: Recipe) -> None:
+    """Raise RequestError unless the network can take images of all of the recipe's sizes."""
+    for size in {architecture.preprocessing.size, *(size for size, _ in parse_sizes(recipe.progressive))}:
+        architecture.check_size(size)
 
 
 def from_scratch(model: str, recipe: Recipe, source: Source) -> InitialWeights:

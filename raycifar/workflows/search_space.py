@@ -5,7 +5,7 @@ trials, so a killed search continues as if it hadn't been interrupted.
 """
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +15,15 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from raycifar import models
 from raycifar.errors import RequestError, in_a_line
+from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe, field_types
 from raycifar.models.recipes import models_with
 from raycifar.storage.files import read_file
+from raycifar.workflows.requests import ComparisonRequest
 
 Space = dict[str, BaseDistribution]
 
+MAX_PROPOSALS = 100  # for a trial, until one can be trained
 STARTUP_TRIALS = 5  # random trials before TPE (Bergstra et al., 2011)
 AUGMENTATIONS = ("none", "flip", "crop", "cutout", "trivial", "rand")
 FIXED = {"epochs", "pretrained"}  # trials are compared by epoch, and start from the same weights
@@ -100,12 +103,18 @@ def to_distribution(table: Any, kind: Any) -> BaseDistribution:
     return number(table["min"], table["max"], log=bool(table.get("log", False)))
 
 
-def suggest(space: Space, base: Recipe, earlier: Sequence[PastTrial], seed: int) -> Recipe:
+def suggest(
+    space: Space, base: Recipe, earlier: Sequence[PastTrial], seed: int, check: Callable[[Recipe], None]
+) -> Recipe:
     """Return the next trial's recipe; the first trial is `base` itself.
 
     Args:
         base: the model's recipe, from which fields outside the space are taken.
         earlier: all earlier trials, in order.
+        check: raises RequestError if a recipe can't be trained.
+
+    Raises:
+        RequestError: hardly a recipe in the space can be trained.
     """
     if not earlier:
         return base
@@ -117,7 +126,27 @@ def suggest(space: Space, base: Recipe, earlier: Sequence[PastTrial], seed: int)
     for trial in earlier:
         with suppress(ValueError):  # outside of the space, as the model's default recipe may be
             study.add_trial(to_optuna(space, trial))
-    return replace(base, **study.ask(space).params)
+    for _ in range(MAX_PROPOSALS):
+        proposal = study.ask(space)
+        try:
+            recipe = replace(base, **proposal.params)
+            check(recipe)
+        except (ValueError, RequestError) as error:  # each value is allowed, but not all of them together
+            study.tell(proposal, state=optuna.trial.TrialState.PRUNED)  # the sampler avoids it
+            reason = in_a_line(error)
+        else:
+            return recipe
+    raise RequestError(f"the search finds no recipe that can be trained: of {MAX_PROPOSALS}, the last fails: {reason}.")
+
+
+def check_trainable(request: ComparisonRequest, initial: InitialWeights, recipe: Recipe) -> None:
+    """Raise RequestError unless a trial with the recipe can be trained.
+
+    Args:
+        initial: those of the model's own recipe.
+    """
+    replace(request.training(initial.architecture.model), recipe=recipe)
+    initial.architecture_for(recipe)
 
 
 def to_optuna(space: Space, trial: PastTrial) -> optuna.trial.FrozenTrial:

@@ -5,6 +5,7 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +78,8 @@ def prepare(
         RequestError: the request is wrong; nothing was started or written.
     """
     recipes, folder = request.recipes, RunFolder(request.storage, request.name)
-    spaces = build_spaces(request)
     source, splits, initial_by_model = read_inputs(request, screen)
+    spaces = build_spaces(request, initial_by_model)
     warn_of_leaks(source, screen)
     if request.without_near_duplicates:
         find_duplicates(source, screen)  # for the trials, which take them from the cache
@@ -109,7 +110,8 @@ def prepare(
 
     # The costliest models come first, so that short trials fill the cluster at the end.
     cost = {model: models.flops(initial.architecture) for model, initial in initial_by_model.items()}.__getitem__
-    ordered = {model: recipes[model] for model in sorted(recipes, key=cost, reverse=True)}
+    costly_first = sorted(recipes, key=cost, reverse=True)
+    ordered = {model: initial_by_model[model].resolve(recipes[model]) for model in costly_first}
     study = Study(request, folder, ordered, initial_by_model, spaces)
     return PreparedComparison(StudySearcher(study, most), source, workers)
 
@@ -210,11 +212,15 @@ def overview(
     }
 
 
-def build_spaces(request: ComparisonRequest) -> dict[str, Any]:
-    """Return each model's search space, without fields that are given as options; none where nothing is searched."""
+def build_spaces(request: ComparisonRequest, initial_by_model: Mapping[str, InitialWeights]) -> dict[str, Any]:
+    """Return each model's search space, without fields that are given as options; none where nothing is searched.
+
+    Raises:
+        RequestError: nothing is left to vary, or hardly a recipe in a space can be trained.
+    """
     if not request.search:
         return {}
-    from raycifar.workflows.search_space import default_space, read_space
+    from raycifar.workflows.search_space import PastTrial, check_trainable, default_space, read_space, suggest
 
     spaces = {}
     for model, recipe in request.recipes.items():
@@ -222,6 +228,9 @@ def build_spaces(request: ComparisonRequest) -> dict[str, Any]:
         spaces[model] = {field: where for field, where in space.items() if field not in request.fixed}
     if not all(spaces.values()):
         raise RequestError("--search has nothing to vary: every field of its space is given as an option.")
+    for model, space in spaces.items():
+        base, check = request.recipes[model], partial(check_trainable, request, initial_by_model[model])
+        suggest(space, base, [PastTrial(base, "failed", [])], request.seed, check)
     return spaces
 
 

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +31,7 @@ from raycifar.terminal import Screen
 from raycifar.workflows.background import Running
 from raycifar.workflows.identity import earlier_result, identify
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
-from raycifar.workflows.search_space import PastTrial, Space, suggest
+from raycifar.workflows.search_space import PastTrial, Space, check_trainable, suggest
 from raycifar.workflows.training import finish, fit, prepare, split_images
 from raycifar.workflows.training_run import Inputs, TrainingRun
 from raycifar.workflows.trial import Trial, TrialStatus
@@ -199,7 +200,9 @@ class StudySearcher(Searcher):
         for model, trials in self.searches.items():
             if len(trials) < self.request.search:
                 past = [PastTrial(trial.recipe, trial.status, self.val_top1(trial)) for trial in trials]
-                recipe = suggest(self.study.spaces[model], self.study.recipes[model], past, self.request.seed)
+                check = partial(check_trainable, self.request, self.study.initial_by_model[model])
+                space, base = self.study.spaces[model], self.study.recipes[model]
+                recipe = suggest(space, base, past, self.request.seed, check)
                 trials.append(self._search_trial(model, recipe))
                 return trials[-1]
         return None
@@ -217,6 +220,9 @@ class StudySearcher(Searcher):
         if earlier is None:
             return None
         trial = self._with_status(self._search_trial(model, recipe_from_json(model, earlier["recipe"])))
+        if not trial.over and self.study.folder.exists(f"{models.slug(model)}-s{self.request.seed}/{RUN}"):
+            # The final runs have the recipe that the other trials led to.
+            trial.status, trial.reason = TrialStatus.FAILED, "it failed before the final runs began."
         if trial.over:
             self.scheduler.remember(trial, self.val_top1(trial))
         return trial
@@ -314,9 +320,10 @@ class FailedDrivers(ray_internals.progress_callback_class()):  # type: ignore[mi
 def run_trial(config: dict[str, Trial], study: Study, source: Source, workers: Workers) -> None:
     """Train a trial in a process started by Ray Tune; errors are for Ray Tune to retry."""
     trial = config["trial"]
-    request, folder, store = study.training_request(trial), study.folder_of(trial), trial.status_store
+    folder, store = study.folder_of(trial), trial.status_store
     try:
-        inputs = Inputs(source, split_images(source, request), study.initial_by_model[trial.model])
+        request, initial = study.training_request(trial), study.initial_by_model[trial.model]
+        inputs = Inputs(source, split_images(source, request), initial.adapt(trial.recipe, source))
         if earlier_result(folder, identify(request, inputs)):
             return
         run = TrainingRun(request, folder, inputs, workers, store)
