@@ -113,8 +113,8 @@ def test_the_chart_has_both_lines_and_what_was_measured():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--plan", "0"), "0 is no number of workers"),
-        (("--plan", "-1"), "-1 is no number of workers"),
+        (("--plan", "0"), "0 is not a number of workers"),
+        (("--plan", "-1"), "-1 is not a number of workers"),
         (("--plan", "abc"), "give numbers of workers"),
         (("--plan", "1,26"), "less than 2 images for each of 26 workers"),
         (("--plan", "1,2"), "give --interconnect nvlink"),

@@ -82,7 +82,7 @@ class WorkerSettings:
         share, kind = self.gpus_per_worker, self.accelerator
         if share != 1 or kind:
             option = f"--gpus-per-worker {share:g}" if share != 1 else f"--accelerator {kind}"
-            raise RequestError(f"{option} is for workers on GPUs, which {where} has none of: leave one of them out.")
+            raise RequestError(f"{option} is for workers on GPUs, and {where} has none: leave one of them out.")
 
     def check_workers(self, workers: WorkerCount) -> None:
         """Check that so many workers can have what is asked for; 0 is this process."""
@@ -303,7 +303,7 @@ def parse_workers(value: Any) -> WorkerCount:
 
 def check_name(name: str) -> None:
     if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
-        raise RequestError(f"--name {name!r} is no folder's name: use letters, digits, '-', '_' and '.'.")
+        raise RequestError(f"--name {name!r} is not a folder name: use letters, digits, '-', '_' and '.'.")
     if len(name.encode()) > MAX_NAME_BYTES:
         raise RequestError(
             f"--name {name[:20]}… takes {len(name.encode())} bytes: a folder's name may have at most {MAX_NAME_BYTES}."
