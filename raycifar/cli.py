@@ -47,7 +47,7 @@ class LazyCommands(click.Group):
 @click.group(cls=LazyCommands)
 @click.version_option(__version__, prog_name="raycifar")
 def main() -> None:
-    """The CIFAR-100 study, trained data-parallel on Ray."""
+    """Train and compare image classifiers on CIFAR-100 with Ray."""
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from raycifar.workflows.requests import TrainingRequest
 def main(debug: bool, model: str | None, dry_run: bool, **options: Any) -> None:
     """Train one model, data-parallel, on Ray Train.
 
-    Recipe options override the fields of the recipe. The result is printed at the start.
+    Recipe options override the fields of the recipe. The resulting recipe is printed at the start.
     """
     request, screen = TrainingRequest.of(model or model_of(options["recipe"]), **options), Screen()
     if dry_run:

@@ -116,10 +116,10 @@ def test_a_recipe_s_file_is_checked_as_its_options_are(field, kind, tmp_path):
         ("train", ("--workers", 1000), "--batch-size 128 leaves less than 2 images for each of 1000 workers"),
         ("compare", ("--workers", 1000), "--batch-size 128 leaves less than 2 images for each of 1000 workers"),
         ("train", ("--name", "a" * 300), "takes 300 bytes: a folder's name may have at most 200"),
-        ("train", ("--name", "../up"), "'../up' is no folder's name"),
-        ("train", ("--name", "a\x1b[2J"), r"'a\x1b[2J' is no folder's name"),
+        ("train", ("--name", "../up"), "'../up' is not a folder name"),
+        ("train", ("--name", "a\x1b[2J"), r"'a\x1b[2J' is not a folder name"),
         ("train", ("--name", ""), "--name is empty"),
-        ("compare", ("--name", ".."), "'..' is no folder's name"),
+        ("compare", ("--name", ".."), "'..' is not a folder name"),
         ("predict", ("",), "IMAGES is empty"),
     ],
 )

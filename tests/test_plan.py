@@ -43,7 +43,7 @@ def linear(counts, place=GPUS, *, interconnect="nvlink", fixed=0.001, buckets=(1
 
 def test_numbers_of_workers_are_read_and_refused():
     assert parse_plan("4,1, 2,2", Recipe()) == [1, 2, 4]
-    for text, said in (("0,1", "0 is no number"), ("-1", "-1 is no number"), ("abc", "numbers of workers, such as")):
+    for text, said in (("0,1", "0 is not a number"), ("-1", "-1 is not a number"), ("abc", "numbers of workers, such as")):
         with pytest.raises(RequestError, match=said):
             parse_plan(text, Recipe())
     with pytest.raises(RequestError, match="less than 2 images for each of 65 workers"):
@@ -113,8 +113,8 @@ def test_the_chart_has_both_lines_and_what_was_measured():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--plan", "0"), "0 is no number of workers"),
-        (("--plan", "-1"), "-1 is no number of workers"),
+        (("--plan", "0"), "0 is not a number of workers"),
+        (("--plan", "-1"), "-1 is not a number of workers"),
         (("--plan", "abc"), "give numbers of workers"),
         (("--plan", "1,26"), "less than 2 images for each of 26 workers"),
         (("--plan", "1,2"), "give --interconnect nvlink"),

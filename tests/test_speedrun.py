@@ -223,7 +223,7 @@ def test_the_command_times_runs_by_the_public_rules_and_ctrl_c_shows_what_is_the
 def test_a_run_whose_loss_is_not_finite_ends_the_others_and_is_written(small, tmp_path):
     args = ("--data", small, "--runs", 3, "--optimizer", "sgd", "--lr", "1e9", "--out", tmp_path / "out")
     failed = finish(Speedrun(*SMALL, *args, storage=None, cwd=tmp_path), code=1)
-    assert "With seed 0, the training loss is no longer finite, so the run is no result." in failed.stderr
+    assert "With seed 0, the training loss is no longer finite, so the run doesn't count." in failed.stderr
     assert len(RunFolder.at(str(tmp_path / "out")).read_json("speedrun.json")["runs"]) == 1
 
 

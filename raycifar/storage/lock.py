@@ -116,7 +116,7 @@ def clear(places: Iterable[RunFolder], claim: Claim, say: Say) -> None:
         if is_alive(place, rival, say):
             raise RequestError(
                 f"{place.location} is being trained by {rival}. Wait for it to end, or end it. The lock of a process "
-                f"that has died is taken over by itself, within {DEAD_SECONDS} s."
+                f"that has died is taken over automatically, within {DEAD_SECONDS} s."
             )
         if place.read(rival.file) is not None:
             say(f"{place.location} was being trained by {rival}, which died: its lock is taken over.")

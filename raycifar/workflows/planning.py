@@ -106,7 +106,7 @@ def parse_plan(text: str, recipe: Recipe) -> list[int]:
     except ValueError as error:
         raise RequestError(f"--plan {text!r}: give numbers of workers, such as 1,2,4,8.") from error
     if counts[0] < 1:
-        raise RequestError(f"--plan {text!r}: {counts[0]} is no number of workers; take 1 or more.")
+        raise RequestError(f"--plan {text!r}: {counts[0]} is not a number of workers: give 1 or more.")
     check_batch_size(recipe, counts[-1])
     return counts
 

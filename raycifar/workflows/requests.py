@@ -53,7 +53,7 @@ def setting(
 class WorkerSettings:
     """What each worker computes on."""
 
-    device: Device = setting("auto", "GPUs where there are any, or one kind alone; mps is Apple's, for --workers 0.")
+    device: Device = setting("auto", "auto: GPUs, if there are any; mps: Apple's GPU, for --workers 0.")
     cpus_per_worker: float | None = setting(None, "CPUs, and so threads, of each worker.  [fair share]")
     gpus_per_worker: float = setting(1.0, "A share of a GPU, above 0, at most 1.")
     accelerator: str | None = setting(None, "The kind of GPU, such as H100.  [any]")
@@ -82,7 +82,7 @@ class WorkerSettings:
         share, kind = self.gpus_per_worker, self.accelerator
         if share != 1 or kind:
             option = f"--gpus-per-worker {share:g}" if share != 1 else f"--accelerator {kind}"
-            raise RequestError(f"{option} is for workers on GPUs, which {where} has none of: leave one of them out.")
+            raise RequestError(f"{option} is for workers on GPUs, and {where} has none: leave one of them out.")
 
     def check_workers(self, workers: WorkerCount) -> None:
         """Check that so many workers can have what is asked for; 0 is this process."""
@@ -105,15 +105,15 @@ class Settings(WorkerSettings):
 
     seed: int = setting(0, "Seed of the split, the first weights and every epoch.", least=0, most=MAX_SEED)
     data: str = setting("cifar100", "cifar100, synthetic, path, URI.", env="RAYCIFAR_DATA")
-    val_size: int = setting(5000, "Training images held out, as many of each class.", least=0)
-    limit: int | None = setting(None, "Use only so many training images, as many of each class.", least=1)
+    val_size: int = setting(5000, "Training images held out, the same number of each class.", least=0)
+    limit: int | None = setting(None, "Train on this many images, the same number of each class.", least=1)
     storage: str = setting("results", "Where runs are kept: a folder or a URI.", env="RAYCIFAR_STORAGE")
     max_failures: int = setting(3, "Restarts after workers die.", least=0)
     wait: float = setting(1800, "Seconds to wait for nodes to start or to be free.", least=0)
-    report: bool = setting(True, "Draw and explain the curves, also while it runs.")
-    track: str | None = setting(None, "Log runs there as well.  [none]", metavar="mlflow|wandb")
+    report: bool = setting(True, "Write a report, also during the run.")
+    track: str | None = setting(None, "A tracker that logs the run as well.  [none]", metavar="mlflow|wandb")
     compile: bool = setting(False, "Compile the model with torch.compile.")
-    record: bool = setting(True, "Follow each training image and the gradient's norm.")
+    record: bool = setting(True, "Keep statistics of each image and of the gradient norm.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -303,7 +303,7 @@ def parse_workers(value: Any) -> WorkerCount:
 
 def check_name(name: str) -> None:
     if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
-        raise RequestError(f"--name {name!r} is no folder's name: use letters, digits, '-', '_' and '.'.")
+        raise RequestError(f"--name {name!r} is not a folder name: use letters, digits, '-', '_' and '.'.")
     if len(name.encode()) > MAX_NAME_BYTES:
         raise RequestError(
             f"--name {name[:20]}… takes {len(name.encode())} bytes: a folder's name may have at most {MAX_NAME_BYTES}."

@@ -88,7 +88,7 @@ def speedrun(
             )
             if not math.isfinite(run["train_loss"]):
                 raise WorkError(
-                    f"With seed {seed}, the training loss is no longer finite, so the run is no result. Try a smaller "
+                    f"With seed {seed}, the training loss is no longer finite, so the run doesn't count. Try a smaller "
                     f"--lr{', or run without --compile' if request.compile else ''}."
                 )
     finally:
