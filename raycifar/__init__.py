@@ -1,4 +1,4 @@
-"""raycifar: three CIFAR-100 architectures trained data-parallel on Ray, compared and explained."""
+"""raycifar: image classifiers trained data-parallel on Ray, compared and explained, on CIFAR-100."""
 
 import os
 
@@ -10,4 +10,4 @@ os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # also where it was switched off for a
 
 provide_home()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

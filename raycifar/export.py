@@ -15,10 +15,11 @@ from raycifar.workflows.exporting import SUFFIXES, export
 @click.option("--data", help="Test images for the check.  [the run's; else RAYCIFAR_DATA or cifar100]")
 @command
 def main(debug: bool, network: str, kind: str, out: str | None, data: str | None) -> None:
-    """Write a trained network for other programs, with the preprocessing of its images inside.
+    """Write a trained network for other programs.
 
-    The result maps images (n, 3, 32, 32) uint8, channels first, to logits (n, classes) float32. It is kept only if it
-    predicts the same classes as the network for 1,000 test images.
+    All but safetensors, which holds the weights alone, contain the preprocessing: they map images (n, 3, 32, 32) uint8,
+    channels first, to logits (n, classes) float32. The file is kept only if it predicts the same classes as the network
+    for 1,000 test images.
     """
     screen = Screen()
     if kind == "torchscript":

@@ -174,16 +174,19 @@ def test_under_the_caller_s_ray_which_is_left_running(program, names):
         f"""
 import ray
 
-ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+settings = {{"debug_dump_period_milliseconds": 12345}}
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=settings)
 mine = ray.put("still there")
 for name in {names!r}:
     run = train("cnn", workers=1, name=name, **OPTIONS)
     print(run, ray.is_initialized(), ray.get(mine), len(run.history))
 print(train("cnn", workers=0, name="c", **OPTIONS), ray.get(mine))
+print(ray._raylet.Config.debug_dump_period_milliseconds())
 """,
         env={"RAY_AUTH_MODE": "disabled"},
     )
     assert printed.count("True still there 3") == len(names)
+    assert printed.endswith("12345\n")
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])

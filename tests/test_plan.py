@@ -43,7 +43,11 @@ def linear(counts, place=GPUS, *, interconnect="nvlink", fixed=0.001, buckets=(1
 
 def test_numbers_of_workers_are_read_and_refused():
     assert parse_plan("4,1, 2,2", Recipe()) == [1, 2, 4]
-    for text, said in (("0,1", "0 is not a number"), ("-1", "-1 is not a number"), ("abc", "numbers of workers, such as")):
+    for text, said in (
+        ("0,1", "0 is not a number"),
+        ("-1", "-1 is not a number"),
+        ("abc", "numbers of workers, such as"),
+    ):
         with pytest.raises(RequestError, match=said):
             parse_plan(text, Recipe())
     with pytest.raises(RequestError, match="less than 2 images for each of 65 workers"):

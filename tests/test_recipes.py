@@ -154,7 +154,7 @@ def test_each_model_has_its_own_and_the_study_s_each_with_what_it_is_for(model):
     assert own.own
     assert own.recipe == recipe_for(model)
     assert not any(other.own for other in others)
-    assert {"scratch", "study"} <= {each.name for each in (own, *others)}
+    assert "study" in {each.name for each in others}
     assert all(each.purpose for each in (own, *others))
     assert choose_recipe(model, "study") == type(own.recipe)()
 
@@ -328,7 +328,7 @@ def test_what_is_no_recipe_of_the_model_is_refused_in_a_sentence(run, tmp_path):
 def test_the_command_lists_them_and_shows_one_in_full():
     said = finish(Recipes(storage=None)).stdout
     assert [line.split()[:2] for line in said.splitlines() if "speedrun" in line] == [
-        ["speedrun", name] for name in ("speedrun", "scratch", "study")
+        ["speedrun", name] for name in ("speedrun", "study")
     ]
     assert said.count("study") == len(models.names())
     assert max(map(len, said.splitlines())) <= 80

@@ -40,9 +40,11 @@ def connected(*, debug: bool, name: str | None = None) -> Iterator[None]:
     """
     with ExitStack() as undo:
         undo.enter_context(quiet(debug=debug))
-        undo.callback(ray_internals.read_token_again)
+        joined = ray.is_initialized()
+        if not joined:
+            undo.callback(ray_internals.read_token_again)
         undo.callback(restore_environment, dict(os.environ))
-        if not ray.is_initialized():
+        if not joined:
             if not debug:
                 undo.enter_context(ray_internals.without_error_echo())
             undo.callback(ray.shutdown)

@@ -32,7 +32,7 @@ class CnnRecipe(Recipe):
 
 
 RECIPES = {"scratch": CnnRecipe(**LONG), "short": CnnRecipe(**SHORT), "transfer": CnnRecipe(**TRANSFER)}
-PURPOSES = {"scratch": "best known for 100 epochs or more", "transfer": "from a weights file, --pretrained FILE"}
+PURPOSES = {"transfer": "from a weights file, --pretrained FILE"}
 
 
 def build(num_classes: int, dropout: float, large_stem: bool, whiten: bool, depth: int) -> nn.Module:

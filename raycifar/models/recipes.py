@@ -20,9 +20,9 @@ from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import RUN, RunFolder
 
 PURPOSES = {
-    "scratch": "best known from scratch",
+    "scratch": "from scratch, 100 epochs or more",
     "short": "from scratch, fewer than 100 epochs",
-    "transfer": "best known from pretrained weights",
+    "transfer": "from pretrained weights",
     "study": "plain, the same for all models",
 }
 LONG_EPOCHS = 100  # from which a recipe for long training is a model's default

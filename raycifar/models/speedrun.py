@@ -23,7 +23,7 @@ SPEEDRUN = Recipe(
     epochs=14, batch_size=1000, optimizer="muon", muon_steps=3, lr=0.18, momentum=0.6, norm_lr=8.0, weight_decay=0.01,
     schedule="linear", warmup=0.25, label_smoothing=0.25, augment="alternate", progressive="20:0.15,24:0.5",
 )  # fmt: skip
-RECIPES = {"speedrun": SPEEDRUN, "scratch": SPEEDRUN}
+RECIPES = {"speedrun": SPEEDRUN}
 PURPOSES = {"speedrun": "test top-1 of 0.75 in the least time"}
 LAYERS = (("whiten.",), *((f"features.{k}.",) for k in range(5)), ("head.",))
 

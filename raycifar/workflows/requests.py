@@ -184,6 +184,7 @@ class ComparisonRequest(Settings):
     price_per_hour: float | None = setting(None, "Of one device: shows what training cost.", least=0)
     without_near_duplicates: bool = setting(False, "Score only test images whose photograph no run has trained on.")
     name: str = setting("", "The comparison's name; the same name continues it.  [compare and time]")
+    device: Literal["auto", "gpu", "cpu"] = setting("auto", "auto: GPUs, if there are any.")
     workers: int = setting(1, "Workers of each trial.", least=1, most=MAX_WORKERS)
     max_trials: int | None = setting(None, "Trials at once.  [as many as the cluster holds]", least=1)
     checkpoint_steps: int = setting(200, "Steps between checkpoints; 0: only after each epoch.", least=0)
