@@ -105,7 +105,7 @@ def shrunk(line: str, data: str) -> list[str]:
     elif name == "compare" and "--models" in args:
         args += [*more, "--data", data]
     elif name == "bench":
-        workers = "1" if "stream" in line else "0"  # Ray streams to workers alone
+        workers = "1" if "stream" in line and "--workers 0" not in line else "0"  # Ray streams to workers alone
         args += [*more, "--data", data, "--rounds", "1", "--workers", workers]
     elif name == "evaluate":
         args += ["--workers", "0"]
