@@ -22,7 +22,6 @@ from raycifar.analysis.prose import next_steps
 from raycifar.analysis.reports import report_run, run_page, to_markdown
 from raycifar.analysis.run_files import RunFiles
 from raycifar.api import open_comparison, open_run
-from raycifar.engine.trained_model import read_weights
 from raycifar.errors import DamagedFileError, RequestError
 from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import RunFolder
@@ -31,6 +30,7 @@ from raycifar.terminal import Screen
 from raycifar.workflows import reporting
 from raycifar.workflows.comparing import compare_runs, read_finished
 from raycifar.workflows.identity import earlier_result
+from raycifar.workflows.prediction import read_weights
 from raycifar.workflows.requests import ComparisonRequest
 
 QUIET = Screen(quiet=True)

@@ -20,7 +20,6 @@ from torchvision.models import resnet50, vgg16_bn
 
 from raycifar.data import CIFAR100
 from raycifar.data.synthetic import synthetic
-from raycifar.engine.trained_model import Weights, read_weights
 from raycifar.errors import RequestError, WorkError
 from raycifar.models import CIFAR, Architecture
 from raycifar.models.initial_weights import load_initial_weights
@@ -31,7 +30,7 @@ from raycifar.storage.weights import to_file
 from raycifar.terminal import Screen
 from raycifar.workflows.evaluation import EvaluationRequest, evaluate
 from raycifar.workflows.exporting import export
-from raycifar.workflows.prediction import predict_files
+from raycifar.workflows.prediction import Weights, predict_files, read_weights
 from raycifar.workflows.requests import TrainingRequest
 
 SMALL = "timm:test_resnet"

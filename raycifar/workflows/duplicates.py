@@ -19,6 +19,7 @@ from raycifar.storage.files import locate, write_whole
 from raycifar.storage.run_folder import RunFolder
 from raycifar.storage.spreadsheets import to_csv
 from raycifar.terminal import Screen
+from raycifar.workflows.prediction import Model
 
 DUPLICATES, DUPLICATES_PAGE, DUPLICATES_PICTURE = "duplicates.csv", "duplicates.html", "duplicates.png"
 KINDS = ("exact", "near", "similar")
@@ -171,11 +172,9 @@ def search(source: Source, screen: Screen, run: str | None = None) -> pa.Table:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     features = None
     if run:
-        from raycifar.engine.trained_model import Trained, read_weights
-
-        trained = Trained(read_weights(run))
-        with screen.waiting(f"Asking the {trained.weights.architecture.model}"):
-            features = trained.features(images)
+        model = Model(run, precision="auto")
+        with screen.waiting(f"Asking the {model.weights.architecture.model}"):
+            features = model.features(images)
     with screen.progress("Comparing the images") as progress:
         pairs = find_pairs(images.to(device), progress, features)
     columns = {name: values.cpu().numpy() for name, values in vars(pairs).items()}

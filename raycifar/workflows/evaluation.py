@@ -18,11 +18,13 @@ from raycifar.data.corruptions import Corruptions, benchmark, find_corruptions
 from raycifar.data.sources import is_location
 from raycifar.data.tables import Source, from_lists, split_rows, take, to_images, to_lists
 from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
+from raycifar.models.recipe import Precision
 from raycifar.models.recipes import read_run, recipe_from_json
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PICTURES, PREDICTIONS, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images, find_duplicates
+from raycifar.workflows.prediction import Model, Weights, check_finite, read_weights
 from raycifar.workflows.reporting import is_source_of, load_images
 from raycifar.workflows.requests import WorkerSettings
 from raycifar.workflows.training import connect
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from raycifar.cluster.sizing import Workers
-    from raycifar.engine.trained_model import Weights
 
 WAIT_SECONDS = 1800  # for workers to find room
 ATTEMPTS = 3  # at a job whose workers die
@@ -71,8 +72,6 @@ def evaluate(
     out = RunFolder.for_output(request.out, folder) if request.out is not None else None
     run = None if folder.name.endswith(".safetensors") else read_run(folder)
     with screen.waiting("Loading PyTorch"):
-        from raycifar.engine.trained_model import read_weights
-
         weights = read_weights(request.network)
     precision = (run or {}).get("precision", "auto")  # that of the run: its scores come out the same
     allocate = partial(allocate_workers, request, screen, connection, debug=debug)
@@ -80,8 +79,8 @@ def evaluate(
         if request.split != "test":
             raise RequestError(f"--split {request.split}: {request.data} holds test images alone.")
         out = out or RunFolder.for_output("evaluation")
-        network = Network(request.network, weights, precision, allocate())
-        scores = score_corruptions(corruptions, network, screen)
+        job = ScoringJob(request.network, weights, precision, allocate())
+        scores = score_corruptions(corruptions, job, screen)
         evaluation = {"network": request.network, "data": request.data, "split": "test", **scores}
     else:
         with screen.waiting("Reading the images"):
@@ -96,9 +95,9 @@ def evaluate(
             warn_of_leaks(source, screen)
         images = getattr(source, request.split)
         table = take(images, np.arange(len(images)))
-        network = Network(request.network, weights, precision, allocate())
-        with screen.waiting(f"Asking the {weights.architecture.model} on {network.workers}"):
-            (logits,) = network.logits([table])
+        job = ScoringJob(request.network, weights, precision, allocate())
+        with screen.waiting(f"Asking the {weights.architecture.model} on {job.workers}"):
+            (logits,) = job.logits([table])
         scores, predictions = score_predictions(logits, table, source, copies)
         evaluation = {"network": request.network, "data": source.name, "split": request.split, **scores}
         if run and request.split == "test":
@@ -147,35 +146,34 @@ def hold_against_validation(
 class Scorer:
     """Asks the network, on a worker of Ray Data."""
 
-    network: "Network"
+    job: "ScoringJob"
 
     def __post_init__(self) -> None:
         import torch
 
         from raycifar.engine.hardware import limit_gpu_memory
-        from raycifar.engine.trained_model import Trained
 
-        workers = self.network.workers
+        job, workers = self.job, self.job.workers
         torch.set_num_threads(workers.threads)
         limit_gpu_memory(workers.gpus)
-        self.trained = Trained(self.network.weights, workers.device, self.network.precision)
+        self.model = Model(job.location, workers.device, precision=job.precision, weights=job.weights)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return, for a batch with columns image and index, index and logits."""
         import torch
 
         images = torch.from_numpy(to_images(batch["image"]).copy())
-        logits = self.trained.logits(images).numpy()
+        logits = self.model.logits(images).numpy()
         return pa.table({"index": batch["index"], "logits": to_lists(logits)})
 
 
 @dataclass
-class Network:
+class ScoringJob:
     """A trained network, and the workers that compute with it."""
 
     location: str  # a run's folder, or a weights file
-    weights: "Weights"
-    precision: Any
+    weights: Weights
+    precision: Precision
     workers: "Workers"
 
     def logits(self, tables: Sequence[pa.Table]) -> list["Tensor"]:
@@ -185,8 +183,6 @@ class Network:
             WorkError: some aren't finite numbers.
         """
         import torch
-
-        from raycifar.engine.trained_model import check_finite
 
         bounds = np.cumsum([0, *map(len, tables)])
         rows = [pa.array(np.arange(*ends)) for ends in pairwise(bounds)]
@@ -216,7 +212,7 @@ def allocate_workers(request: EvaluationRequest, screen: Screen, connection: Exi
     return workers
 
 
-def run_job(parts: list[pa.Table], network: Network) -> list[pa.Table]:
+def run_job(parts: list[pa.Table], job: ScoringJob) -> list[pa.Table]:
     """Return the answers of the workers; the job is run again if one of them dies.
 
     Raises:
@@ -226,12 +222,12 @@ def run_job(parts: list[pa.Table], network: Network) -> list[pa.Table]:
     from ray.exceptions import RayActorError
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    workers = network.workers
+    workers = job.workers
     options: dict[str, Any] = {"max_restarts": 0}  # Ray prints an error about actors that it may restart
     with warnings.catch_warnings(action="ignore"):  # the option has no name of its own
         dataset = ray.data.from_blocks([part.select(["image", "index"]) for part in parts]).map_batches(
             Scorer,
-            fn_constructor_args=(network,),
+            fn_constructor_args=(job,),
             batch_size=BLOCK,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=workers.count),
@@ -290,7 +286,7 @@ def score_predictions(
     return evaluation, to_predictions_file(probabilities, labels, near_duplicates)
 
 
-def score_corruptions(corruptions: Corruptions, network: Network, screen: Screen) -> dict[str, Any]:
+def score_corruptions(corruptions: Corruptions, job: ScoringJob, screen: Screen) -> dict[str, Any]:
     """Return the scores by corruption and severity, and the mean error over the benchmark's corruptions."""
     import torch
 
@@ -299,7 +295,7 @@ def score_corruptions(corruptions: Corruptions, network: Network, screen: Screen
         for done, name in enumerate(corruptions.names):
             tables = corruptions.read(name)
             rows = []
-            for logits, table in zip(network.logits(tables), tables, strict=True):
+            for logits, table in zip(job.logits(tables), tables, strict=True):
                 correct = (logits.argmax(1) == torch.from_numpy(table["fine"].to_numpy().copy())).numpy()
                 top1 = float(correct.mean())
                 rows.append({"top1": top1, **accuracy_interval(top1, len(correct))})

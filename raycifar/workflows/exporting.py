@@ -21,12 +21,11 @@ from raycifar.storage.files import file_type, write_file
 from raycifar.storage.locations import check_location, parent_and_name
 from raycifar.storage.run_folder import BEST, MODEL, RUN, RunFolder
 from raycifar.terminal import Screen
+from raycifar.workflows.prediction import Model, Weights, check_finite
 from raycifar.workflows.reporting import load_images
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from raycifar.engine.trained_model import Weights
 
 Network = Callable[["Tensor"], "Tensor"]  # images (n, 3, 32, 32) uint8 to logits (n, classes)
 
@@ -68,17 +67,15 @@ def export(network: str, kind: str, screen: Screen, *, out: str | None = None, d
     with screen.waiting("Loading PyTorch"):
         import torch
 
-        from raycifar.engine.trained_model import Trained, check_finite, read_weights
-
-        trained = Trained(read_weights(network), "cpu", "float32")
+        model = Model(network, "cpu")
     if out is None:
-        out = f"{slug(trained.weights.architecture.model)}{SUFFIXES[kind]}"
+        out = f"{slug(model.weights.architecture.model)}{SUFFIXES[kind]}"
         check_out(out, network, kind)
     with screen.waiting("Reading the images"):
         images = to_images(load_images(run, data).test["image"].slice(0, CHECKED))
-    expected = check_finite(trained.logits(torch.from_numpy(images.copy())), network).numpy()
+    expected = check_finite(model.logits(torch.from_numpy(images.copy())), network).numpy()
     with screen.waiting(f"Writing {kind}"), warnings.catch_warnings(action="ignore"):  # the result is checked
-        content, read_back = FORMATS[kind](with_preprocessing(trained.weights))
+        content, read_back = FORMATS[kind](with_preprocessing(model.weights))
         with torch.inference_mode():
             found = read_back(torch.from_numpy(images.copy())).numpy()
     differing = int((found.argmax(1) != expected.argmax(1)).sum())

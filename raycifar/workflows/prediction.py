@@ -1,8 +1,11 @@
-"""Predicting the classes of images with a trained network."""
+"""A trained network, from a run's folder or a weights file, and what it predicts."""
+
+# PyTorch takes seconds to import, so functions import what needs it.
 
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -11,14 +14,67 @@ from PIL import Image
 from raycifar.analysis.collapse import chance_level
 from raycifar.data import CIFAR100
 from raycifar.data.pictures import find_images, read_image, to_pixels
-from raycifar.errors import DamagedFileError, RequestError, in_a_line
+from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line
+from raycifar.machine import available_cpus
+from raycifar.models import Architecture
+from raycifar.models.recipe import Precision
 from raycifar.redaction import shown
-from raycifar.storage.run_folder import RESULT, RunFolder
+from raycifar.storage.files import read_file
+from raycifar.storage.locations import join, parent_and_name
+from raycifar.storage.run_folder import MODEL, RESULT, RunFolder
 
 if TYPE_CHECKING:
-    from raycifar.engine.trained_model import Weights
+    from torch import Tensor, nn
 
 TOP = 5
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An architecture, and its weights by name, which fit it."""
+
+    architecture: Architecture
+    tensors: "dict[str, Tensor]"
+
+    def build(self) -> "nn.Module":
+        """Return the network."""
+        network = self.architecture.build()
+        network.load_state_dict(self.tensors)
+        return network
+
+
+def read_weights(location: str) -> Weights:
+    """Return the final weights of a run's folder, or those of a weights file that raycifar wrote.
+
+    Raises:
+        RequestError: the file doesn't exist, is damaged, or was written by another program.
+    """
+    from raycifar.storage import weights
+
+    file = location if parent_and_name(location)[1].endswith(".safetensors") else join(location, MODEL)
+    try:
+        content = read_file(file)
+    except NotADirectoryError as error:
+        raise RequestError(f"{location} is a file: give a finished run's folder, or its .safetensors file.") from error
+    except FileNotFoundError as error:
+        raise RequestError(f"{file} does not exist: give the folder of a finished run, or a weights file.") from error
+    except OSError as error:
+        raise RequestError(f"{file} can't be read: {error.strerror or error}.") from error
+    folder, name = parent_and_name(file)
+    RunFolder.at(folder).manifest.check(name, content)
+    tensors, architecture = weights.from_file(content, file)
+    if architecture is None:
+        raise RequestError(f"{file} was not written by raycifar: it doesn't name the model of its weights.")
+    if architecture.num_classes != CIFAR100.num_classes:
+        raise RequestError(f"{file} tells {architecture.num_classes} classes apart, not CIFAR-100's.")
+    return Weights(architecture, tensors)
+
+
+def check_finite(logits: "Tensor", network: str) -> "Tensor":
+    """Return the logits, or raise WorkError if some aren't finite numbers, as those of damaged weights."""
+    if not logits.isfinite().all():
+        raise WorkError(f"{network} gives answers that aren't finite numbers: its weights are damaged.")
+    return logits
 
 
 class Predictions(NamedTuple):
@@ -29,31 +85,55 @@ class Predictions(NamedTuple):
 
 
 class Model:
-    """A trained network, in float32.
+    """A trained network on a device.
 
     Args:
-        location: a run's folder, or a weights file. device: auto, gpu or cpu.
+        location: a run's folder, or a weights file. device: auto, gpu, cpu or mps. precision: to compute in.
+        weights: those at `location`, where they are read already.
 
     Raises:
         RequestError: the weights or the device don't exist.
     """
 
-    def __init__(self, location: str, device: str = "auto") -> None:
-        from raycifar.engine.trained_model import Trained, read_weights
+    def __init__(
+        self,
+        location: str,
+        device: str = "auto",
+        *,
+        precision: Precision = "float32",
+        weights: Weights | None = None,
+    ) -> None:
+        import torch
+
+        from raycifar.engine.hardware import autocast_to, choose_precision, find_device, to_device
 
         self.location = location
         self.class_names = CIFAR100.class_names
-        self.trained = Trained(read_weights(location), device, "float32")
+        self.weights = weights or read_weights(location)
+        torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
+        self.device = find_device(device)
+        self.network = to_device(self.weights.build(), self.device)  # takes preprocessed images
+        self.autocast = autocast_to(choose_precision(precision, self.device), self.device)
 
-    @property
-    def weights(self) -> "Weights":
-        """The architecture, and the tensors by name."""
-        return self.trained.weights
+    def logits(self, images: "Tensor") -> "Tensor":
+        """Return the logits (n, classes) float32, on the CPU, of `images` (n, 3, 32, 32) uint8."""
+        from raycifar.engine.evaluate import predict
 
-    @property
-    def network(self) -> Any:
-        """The `torch.nn.Module` that maps preprocessed images to logits, in evaluation mode."""
-        return self.trained.network
+        preprocessing = self.weights.architecture.preprocessing
+        return predict(self.network, images.to(self.device), self.autocast, preprocessing).cpu()
+
+    def features(self, images: "Tensor") -> "Tensor":
+        """Return what the last dense layer is given, (n, features) float32, on the CPU; see `logits`."""
+        import torch
+
+        found: list[Tensor] = []
+        *_, last = (module for module in self.network.modules() if isinstance(module, torch.nn.Linear))
+        hook = last.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].flatten(1).float().cpu()))
+        self.logits(images)
+        hook.remove()
+        if self.weights.architecture.tta_flip:  # the flipped images follow
+            found = [part.unflatten(0, (2, -1)).mean(0) for part in found]
+        return torch.cat(found)
 
     def predict(self, images: Any) -> Predictions:
         """Return the predictions for images.
@@ -72,12 +152,10 @@ class Model:
         """Return (n, classes) float32 probabilities of `pixels` (n, 3, 32, 32) uint8."""
         import torch
 
-        from raycifar.engine.trained_model import check_finite
-
-        return check_finite(self.trained.logits(torch.from_numpy(pixels)), self.location).softmax(1).numpy()
+        return check_finite(self.logits(torch.from_numpy(pixels)), self.location).softmax(1).numpy()
 
     def __repr__(self) -> str:
-        return f"Model({self.weights.architecture.model!r}, from {shown(self.location)!r}, on {self.trained.device})"
+        return f"Model({self.weights.architecture.model!r}, from {shown(self.location)!r}, on {self.device})"
 
 
 def read_images(images: Any) -> np.ndarray:
