@@ -4,7 +4,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -34,15 +34,6 @@ if TYPE_CHECKING:
     from raycifar.workflows.tuning import StudySearcher
 
 
-@dataclass(frozen=True)
-class PreparedComparison:
-    """A comparison that is ready to start."""
-
-    searcher: "StudySearcher"
-    source: Source
-    workers: "Workers"  # of each trial
-
-
 def train_and_compare(
     request: ComparisonRequest, screen: Screen, connection: ExitStack, show: Show, *, debug: bool = False
 ) -> None:
@@ -57,9 +48,9 @@ def train_and_compare(
         WorkError: trials failed; the others are compared.
     """
     with ExitStack() as until_end:
-        prepared = prepare(request, screen, connection, until_end, debug=debug)
-        run_trials(prepared, screen, until_end.enter_context(Tracking(request.track, screen.say)))
-        finish(prepared, screen, show)
+        searcher, source, workers = prepare(request, screen, connection, until_end, debug=debug)
+        run_trials(searcher, source, workers, screen, until_end.enter_context(Tracking(request.track, screen.say)))
+        finish(searcher, source, screen, show)
 
 
 # The three steps ------------------------------------------------------------------------------------
@@ -67,12 +58,14 @@ def train_and_compare(
 
 def prepare(
     request: ComparisonRequest, screen: Screen, connection: ExitStack, until_end: ExitStack, *, debug: bool = False
-) -> PreparedComparison:
+) -> tuple["StudySearcher", Source, "Workers"]:
     """Load the trials' inputs, lock the folder, connect to Ray, choose the workers, and write `study.json`.
 
     Args:
-        connection: holds the connection to Ray.
         until_end: holds the lock of the folder and of all runs in it.
+
+    Returns:
+        The trials to come, the images, and the workers of each trial.
 
     Raises:
         RequestError: the request is wrong; nothing was started or written.
@@ -113,18 +106,19 @@ def prepare(
     costly_first = sorted(recipes, key=cost, reverse=True)
     ordered = {model: initial_by_model[model].resolve(recipes[model]) for model in costly_first}
     study = Study(request, folder, ordered, initial_by_model, spaces)
-    return PreparedComparison(StudySearcher(study, most), source, workers)
+    return StudySearcher(study, most), source, workers
 
 
-def run_trials(prepared: PreparedComparison, screen: Screen, tracking: Tracking) -> None:
+def run_trials(
+    searcher: "StudySearcher", source: Source, workers: "Workers", screen: Screen, tracking: Tracking
+) -> None:
     """Run the trials that aren't over, and show and track their progress; the searcher then has their status.
 
     KeyboardInterrupt stops running trials, which leave checkpoints, and is raised again.
     """
     from raycifar.workflows.tuning import orchestrate
 
-    searcher, study = prepared.searcher, prepared.searcher.study
-    request, folder = study.request, study.folder
+    study, request, folder = searcher.study, searcher.request, searcher.study.folder
     order = list(request.recipes)
     if done := sum(trial.over for trial in searcher.trials):
         screen.say(f"Already over, and not run again: {count(done, 'trial')}.")
@@ -143,7 +137,7 @@ def run_trials(prepared: PreparedComparison, screen: Screen, tracking: Tracking)
 
     tracking.log(folder)
     alongside(
-        lambda: orchestrate(searcher, prepared.source, prepared.workers),
+        lambda: orchestrate(searcher, source, workers),
         lambda running: screen.follow_trials(
             lambda: sorted(searcher.trials, key=lambda trial: order.index(trial.model)),
             running,
@@ -156,21 +150,20 @@ def run_trials(prepared: PreparedComparison, screen: Screen, tracking: Tracking)
         trial.status_store.delete()
 
 
-def finish(prepared: PreparedComparison, screen: Screen, show: Show) -> None:
+def finish(searcher: "StudySearcher", source: Source, screen: Screen, show: Show) -> None:
     """Compare the finished runs, write and show the comparison, and write the reports.
 
     Raises:
         WorkError: trials failed; the message lists them with their reasons.
     """
-    searcher, study = prepared.searcher, prepared.searcher.study
-    request, folder = study.request, study.folder
+    study, request, folder = searcher.study, searcher.request, searcher.study.folder
     finals = [trial for model in request.recipes for trial in searcher.finals.get(model, [])]
     finished = [read_finished(study.folder_of(trial).location) for trial in finals if trial.status == "finished"]
     draw, doing = (write_run, "Drawing the reports") if request.report else (keep_pictures, "Keeping the pictures")
     with screen.waiting(f"{doing} of the runs"):
         for run in finished:
             with forgiving():
-                draw(RunFolder.at(run.folder), prepared.source)
+                draw(RunFolder.at(run.folder), source)
     if finished:
         more = {
             "search": {model: describe_search(searcher, model) for model in request.recipes if request.search},
