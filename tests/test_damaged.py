@@ -29,9 +29,9 @@ from raycifar.storage.spreadsheets import to_csv
 from raycifar.terminal import Screen
 from raycifar.workflows import reporting
 from raycifar.workflows.comparing import compare_runs, read_finished
-from raycifar.workflows.identity import earlier_result
 from raycifar.workflows.prediction import read_weights
 from raycifar.workflows.requests import ComparisonRequest
+from raycifar.workflows.training_run import earlier_result
 
 QUIET = Screen(quiet=True)
 

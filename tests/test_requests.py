@@ -13,8 +13,8 @@ from raycifar.errors import RequestError
 from raycifar.models.cnn import CnnRecipe
 from raycifar.models.recipe import LONG, TRANSFER, Recipe
 from raycifar.models.recipes import choose_recipe, recipe_for
-from raycifar.workflows.identity import describe_recipe
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest, parse_workers, to_arguments
+from raycifar.workflows.training_run import describe_recipe
 
 
 def test_a_model_alone_is_a_request(monkeypatch):

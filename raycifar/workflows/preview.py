@@ -13,9 +13,9 @@ from raycifar.terminal import Screen
 from raycifar.words import count, duration
 from raycifar.workflows import study
 from raycifar.workflows.estimate import cpu_seconds
-from raycifar.workflows.identity import describe_recipe, earlier_result, identify, overview
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.training import allocate_workers, read_inputs
+from raycifar.workflows.training_run import describe_recipe, earlier_result, identify, overview
 
 
 def preview(request: TrainingRequest, screen: Screen, connection: ExitStack, *, debug: bool = False) -> None:

@@ -28,11 +28,10 @@ from raycifar.workflows.background import Follow, alongside
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images
 from raycifar.workflows.estimate import warn_of_hours
-from raycifar.workflows.identity import earlier_result, identify, overview, write_run_json
 from raycifar.workflows.reporting import Refresher, forgiving, keep_pictures, show_profile, show_report, write_run
 from raycifar.workflows.requests import TrainingRequest, WorkerCount, WorkerSettings, check_batch_size
 from raycifar.workflows.tracking import Tracking
-from raycifar.workflows.training_run import Inputs, TrainingRun
+from raycifar.workflows.training_run import Inputs, TrainingRun, earlier_result, identify, overview, write_run_json
 
 SCORES = {"top1": "top-1", "top5": "top-5", "superclass_top1": "superclass", "loss": "loss", "ece": "calibration error"}
 STOP_SECONDS = 10  # for a run that is interrupted to save what it has trained

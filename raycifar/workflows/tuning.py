@@ -29,11 +29,10 @@ from raycifar.storage.files import ask
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.background import Running
-from raycifar.workflows.identity import earlier_result, identify
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.search_space import PastTrial, Space, check_trainable, suggest
 from raycifar.workflows.training import finish, fit, prepare, split_images
-from raycifar.workflows.training_run import Inputs, TrainingRun
+from raycifar.workflows.training_run import Inputs, TrainingRun, earlier_result, identify
 from raycifar.workflows.trial import Trial, TrialStatus
 
 POLL_SECONDS = 0.25  # between two checks of a trial
