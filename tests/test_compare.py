@@ -11,7 +11,7 @@ import torch
 from command import Compare, finish
 from conftest import RUN, checkpoints, history, wait_until
 
-from raycifar.engine.evaluate import to_predictions_file
+from raycifar.engine.scoring import to_predictions_file
 from raycifar.models import Architecture
 from raycifar.models.recipe import Recipe
 from raycifar.storage.lock import locked

@@ -6,8 +6,8 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from raycifar.engine.augment import preprocess
-from raycifar.engine.evaluate import per_image, predict, score
-from raycifar.engine.loss import loss_and_counts
+from raycifar.engine.scoring import per_image, predict, score
+from raycifar.engine.train_step import loss_and_counts
 
 SUPERCLASS_OF = [label // 5 for label in range(100)]
 

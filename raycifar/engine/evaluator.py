@@ -12,8 +12,8 @@ from raycifar.data.shards import Shard, load_shard
 from raycifar.engine.augment import preprocess
 from raycifar.engine.diagnostics import examine
 from raycifar.engine.distributed import all_gather_rows, rank, world_size
-from raycifar.engine.evaluate import per_image, predict, score, score_without, to_predictions_file
 from raycifar.engine.reporter import Reporter
+from raycifar.engine.scoring import per_image, predict, score, score_without, to_predictions_file
 from raycifar.engine.state import TrainingState
 from raycifar.engine.train_loop import TrainLoopConfig
 from raycifar.storage.records import Diagnostics, EpochRecord

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from raycifar.data.shards import Shard
 from raycifar.engine import hardware
 from raycifar.engine.cuda import WARM_UP
-from raycifar.engine.evaluate import predict
 from raycifar.engine.optimizers import build_optimizer, set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, step_seed, steps_per_epoch
+from raycifar.engine.scoring import predict
 from raycifar.engine.state import Progress, TrainingState
 from raycifar.engine.train_step import TrainStep
 from raycifar.models import Architecture

@@ -14,7 +14,7 @@ from raycifar.engine.augment import alternating_flips, augment, erase, mix, prep
 from raycifar.engine.cuda import SideStream, cuda_graphed, prefetched
 from raycifar.engine.distributed import GradientExchange
 from raycifar.engine.example_stats import blank_stats, update_stats
-from raycifar.engine.loss import loss_and_counts
+from raycifar.engine.hardware import WIDEST
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
@@ -151,6 +151,33 @@ class TrainStep:
         self.state.optimizer.zero_grad()
         self.side_stream.join()
         return torch.cat([counts, norm.to(counts.dtype)[None]])
+
+
+def loss_and_counts(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Return the summed loss, and the counts for the history.
+
+    Args:
+        logits: (n, classes) float32.
+        targets: (n,) int64 classes, or (n, classes) float probabilities.
+        smoothing: fraction of each label spread over all classes, in the loss only.
+
+    Returns:
+        The loss to minimize, summed over the images; and (3,) float64: the number of images, their summed
+        cross-entropy, and how many are classified correctly.
+    """
+    log_probabilities = logits.log_softmax(1)
+    if targets.ndim == 1:
+        cross_entropy = -log_probabilities.gather(1, targets[:, None]).sum()
+        labels = targets
+    else:
+        cross_entropy = -(log_probabilities * targets).sum()
+        labels = targets.argmax(1)
+    uniform = -log_probabilities.mean(1).sum()
+    with torch.no_grad():
+        num_correct = (logits.argmax(1) == labels).sum()
+        num_images = torch.full((), float(len(logits)), device=logits.device)
+        counts = torch.stack([num_images, cross_entropy, num_correct]).to(WIDEST[logits.device.type])
+    return (1 - smoothing) * cross_entropy + smoothing * uniform, counts
 
 
 def step_of_random_images(

@@ -257,7 +257,7 @@ def score_predictions(
     """Return the content of `evaluation.json`, and the predictions file."""
     import torch
 
-    from raycifar.engine.evaluate import per_image, score, score_without, to_predictions_file
+    from raycifar.engine.scoring import per_image, score, score_without, to_predictions_file
 
     labels, coarse = (torch.from_numpy(table[column].to_numpy().copy()) for column in ("fine", "coarse"))
     superclass_of = source.superclass_of()

@@ -117,7 +117,7 @@ class Model:
 
     def logits(self, images: "Tensor") -> "Tensor":
         """Return the logits (n, classes) float32, on the CPU, of `images` (n, 3, 32, 32) uint8."""
-        from raycifar.engine.evaluate import predict
+        from raycifar.engine.scoring import predict
 
         preprocessing = self.weights.architecture.preprocessing
         return predict(self.network, images.to(self.device), self.autocast, preprocessing).cpu()
