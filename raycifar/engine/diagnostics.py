@@ -24,11 +24,11 @@ def examine(model: nn.Module, inputs: Tensor, labels: Tensor) -> Diagnostics:
     largest: dict[str, Tensor] = {}  # output of each channel, by layer
     found: dict[str, Tensor] = {}  # of the images that pass; a layer that is called again, as in ResNet, counts last
 
-    def record(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+    def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         found[name] = output.detach().amax([0, *range(2, output.ndim)])
 
     relus = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ReLU)]
-    hooks = [module.register_forward_hook(partial(record, name)) for name, module in relus]
+    hooks = [module.register_forward_hook(partial(keep, name)) for name, module in relus]
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
     gradients = [torch.zeros_like(p) for p in weights.values()]
     at_a_time = max(1, PIXELS // inputs.shape[-1] ** 2)

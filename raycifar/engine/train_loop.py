@@ -35,7 +35,7 @@ class TrainLoopConfig:
     in_process: bool  # without worker actors
     versions: dict[str, str]  # the driver's
     compile: bool
-    record: bool  # follow each training image and the gradient's norm
+    track_examples: bool  # follow each training image and the gradient's norm
     checkpoint_steps: int  # between two checkpoints; 0: only at the end of each epoch
     profile: bool  # trace some steps
     rungs: Sequence[int]  # epochs after which the driver says whether to stop

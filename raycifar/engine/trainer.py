@@ -173,7 +173,7 @@ class Trainer:
         labels = self.gather(self.train_set.labels)
         if self.rank == 0:
             self.folder.write(MODEL, to_file(self.state.scored.state_dict(), self.architecture))
-            if self.config.record and self.state.example_stats is not None:
+            if self.config.track_examples and self.state.example_stats is not None:
                 self.folder.write(EXAMPLE_STATS, to_example_stats_file(self.state.example_stats, self.index, labels))
         return scores
 
@@ -237,7 +237,7 @@ class Trainer:
         return TrainStep(
             self.state,
             self.train_set,
-            self.example_stats if self.config.record else None,
+            self.example_stats if self.config.track_examples else None,
             exchange=self.world_size > 1,
             compile=self.config.compile,
             notice=self.reporter.notice,
@@ -308,7 +308,7 @@ class Trainer:
             step_losses=[*totals.step_losses],
             lr=self.recipe.learning_rate(progress.epoch, num_steps - 1, num_steps),
             stage=self.state.stage,
-            **(totals.gradients(num_steps) if self.config.record else {}),
+            **(totals.gradients(num_steps) if self.config.track_examples else {}),
             rise=self.end_example_stats(),
             restarts=progress.restarts,
             images_per_second=totals.num_images / totals.seconds,

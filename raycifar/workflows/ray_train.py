@@ -84,7 +84,7 @@ def build_config(run: TrainingRun) -> TrainLoopConfig:
         in_process=run.workers.count == 0,
         versions=versions(),
         compile=request.compile,
-        record=request.record,
+        track_examples=request.record,
         checkpoint_steps=request.checkpoint_steps,
         profile=request.profile,
         rungs=request.rungs,
