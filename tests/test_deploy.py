@@ -11,7 +11,7 @@ from command import ROOT
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 import raycifar
-from raycifar.engine.ray_metrics import METRICS
+from raycifar.engine.reporter import METRICS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINS = dict(pin.split("==") for pin in PROJECT["tool"]["uv"]["constraint-dependencies"])

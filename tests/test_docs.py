@@ -18,7 +18,7 @@ from PIL import Image
 from raycifar import models
 from raycifar.analysis.diagnosis import PHRASES
 from raycifar.cli import COMMANDS
-from raycifar.engine.ray_metrics import METRICS as METRICS_OF_RAY
+from raycifar.engine.reporter import METRICS as METRICS_OF_RAY
 from raycifar.storage.manifest import MANIFEST
 from raycifar.storage.records import EpochRecord, ResultFile, Scores
 from raycifar.storage.run_folder import (

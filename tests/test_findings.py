@@ -10,8 +10,8 @@ from torch import nn
 
 from raycifar.analysis.diagnosis import diagnose, seed_variance
 from raycifar.analysis.rules.trends import swings
-from raycifar.engine import diagnostics
-from raycifar.engine.diagnostics import examine
+from raycifar.engine import evaluator
+from raycifar.engine.evaluator import examine
 from raycifar.errors import FailureKind
 from raycifar.models import Architecture
 
@@ -98,7 +98,7 @@ def test_signals_are_the_same_however_many_images_pass_at_a_time(monkeypatch):
     images, labels = torch.randn(17, 3, 8, 8), torch.arange(17) % 10
     together = examine(model, images, labels)
     assert 0 < together["dead_relus"]["2"] < 1
-    monkeypatch.setattr(diagnostics, "PIXELS", 5 * 64)
+    monkeypatch.setattr(evaluator, "PIXELS", 5 * 64)
     apart = examine(model, images, labels)
     assert apart["dead_relus"] == together["dead_relus"]
     assert apart["gradient_norms"] == pytest.approx(together["gradient_norms"], rel=1e-4)

@@ -114,7 +114,7 @@ def test_a_worker_killed_in_mid_epoch_changes_nothing(reference, small, cluster,
 LONG_EPOCH = """
 import time
 import ray
-from raycifar.engine.ray_metrics import Gauges
+from raycifar.engine.reporter import Gauges
 
 ray.init("auto")
 gauges = Gauges("ü", "cnn")

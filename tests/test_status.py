@@ -14,8 +14,7 @@ from raycifar.cluster.status import (
     StepStatus,
     WorkerStatus,
 )
-from raycifar.engine.ray_metrics import Gauges
-from raycifar.engine.reporter import Reporter
+from raycifar.engine.reporter import Gauges, Reporter
 from raycifar.storage.records import EpochRecord, checked
 
 STEP = {"epoch": 2, "step": 3, "steps": 10, "lr": 0.1, "loss": 2.5, "top1": 0.25}

@@ -18,8 +18,7 @@ from raycifar.engine.example_stats import LOSS, SEEN, blank_stats
 from raycifar.engine.hardware import seed
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch
-from raycifar.engine.ray_metrics import Gauges
-from raycifar.engine.reporter import Reporter
+from raycifar.engine.reporter import Gauges, Reporter
 from raycifar.engine.state import TrainingState
 from raycifar.engine.train_step import TrainStep
 from raycifar.models import Architecture

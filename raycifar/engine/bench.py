@@ -48,12 +48,9 @@ class BenchLoopConfig(TrainLoopConfig):
 
 
 def bench_loop_per_worker(config: dict[str, Any]) -> None:
-    """Time every stage; Ray Train calls it on each worker.
+    """Time every stage; Ray Train calls it on each worker, with the fields of `BenchLoopConfig`.
 
     After each round the status store has the images per second over all workers, by stage, a figure for each round.
-
-    Args:
-        config: the fields of `BenchLoopConfig`.
     """
     timed = BenchLoopConfig(**config)
     began = time.perf_counter()
@@ -144,10 +141,8 @@ def work_of_round(trainer: Trainer, baselines: Sequence[str]) -> float:
 def choose_steps(seconds: float, rounds: int, seconds_of_step: float, most: int) -> int:
     """Return the steps of each stage with which all rounds, and one to warm up, end in so many seconds.
 
-    Few steps say little: where there is no time for MIN_STEPS, there are fewer rounds.
-
-    Args:
-        seconds_of_step: of all stages together.
+    A step of all stages together takes `seconds_of_step`. Few steps say little: where there is no time for MIN_STEPS,
+    there are fewer rounds.
     """
     steps = int(seconds / seconds_of_step / (rounds + 1))
     return min(most, max(1, steps, min(MIN_STEPS, int(seconds / seconds_of_step / 2))))
@@ -189,8 +184,7 @@ def use_fewer_images(trainer: Trainer, num_steps: int) -> None:
 def bare_steps(trainer: Trainer, *, exchange: bool = False, images: bool = False) -> Callable[[], None]:
     """Return a function that takes an epoch's steps with nothing around them.
 
-    Args:
-        exchange: sum the gradients over workers. images: train on the worker's images, not on random tensors.
+    With `exchange`, gradients are summed over the workers; without `images`, the images are random tensors.
     """
     step = bare_step(trainer, exchange=exchange)
 

@@ -62,16 +62,11 @@ class Checkpointer:
         self.pending: list[Future[None]] = []
 
     def save(
-        self,
-        metrics: dict[str, Any],
-        snapshot: Snapshot | None,
-        *,
-        stored: Callable[[], None] = lambda: None,
+        self, metrics: dict[str, Any], snapshot: Snapshot | None, *, stored: Callable[[], None] = lambda: None
     ) -> None:
         """Report metrics, and save a checkpoint; all workers call it together, and only one has a snapshot.
 
-        Args:
-            stored: called by another thread once the checkpoint is stored.
+        Another thread calls `stored` once the checkpoint is stored.
         """
         ray.train.report(metrics)
         if snapshot is None:

@@ -94,8 +94,7 @@ def cuda_graphed(
 ) -> Callable[..., Tensor]:
     """Return the function, replayed on a GPU; on a CPU, or where there is an obstacle, it stays as it is.
 
-    Args:
-        explain: called with the obstacle, this one or what `CudaGraphRunner` finds.
+    `explain` is called with the obstacle, this one or what `CudaGraphRunner` finds.
     """
     if device.type != "cuda":
         return function

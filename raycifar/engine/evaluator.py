@@ -1,16 +1,17 @@
 """Scoring a network that is being trained: after each epoch, and at the end on the test set."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from raycifar.analysis.collapse import collapse
 from raycifar.cluster.status import Phase
 from raycifar.data import CIFAR100
 from raycifar.data.shards import Shard, load_shard
 from raycifar.engine.augment import preprocess
-from raycifar.engine.diagnostics import examine
 from raycifar.engine.distributed import all_gather_rows, rank, world_size
 from raycifar.engine.reporter import Reporter
 from raycifar.engine.scoring import per_image, predict, score, score_without, to_predictions_file
@@ -20,6 +21,7 @@ from raycifar.storage.records import Diagnostics, EpochRecord
 from raycifar.storage.run_folder import PREDICTIONS
 
 EXAMINED_IMAGES = 250  # training images that pass through a network that doesn't learn, to see why
+PIXELS = 2**15  # of those that pass at a time
 WARNED_EPOCHS = 3  # first epochs after which a network that doesn't learn is reported at once
 
 
@@ -75,14 +77,10 @@ class Evaluator:
             self.config.folder.write(PREDICTIONS, to_predictions_file(probabilities, labels, near_duplicates))
         return scores
 
-    def diagnose(self, record: EpochRecord, steps: int) -> Diagnostics | None:
-        """Return diagnostics if the network isn't learning, else None; warn of that in the first epochs.
-
-        Args:
-            steps: taken since training began.
-        """
+    def diagnose(self, record: EpochRecord, steps_so_far: int) -> Diagnostics | None:
+        """Return diagnostics if the network isn't learning, else None; warn of that in the first epochs."""
         num_images = int(self.state.progress.totals.num_images)
-        warning = collapse(record, num_images, steps, CIFAR100.num_classes)
+        warning = collapse(record, num_images, steps_so_far, CIFAR100.num_classes)
         if warning is None:
             return None
         if record.epoch <= WARNED_EPOCHS:
@@ -100,3 +98,35 @@ class Evaluator:
         state = self.state
         logits = predict(state.scored, shard.images, state.autocast, state.architecture.preprocessing, progress)
         return logits, per_image(logits, shard.labels, shard.coarse, self.config.superclass_of)
+
+
+def examine(model: nn.Module, inputs: Tensor, labels: Tensor) -> Diagnostics:
+    """Look for dead ReLUs and vanishing or exploding gradients, in float32; the network and its gradients don't change.
+
+    Args:
+        model: stays in evaluation mode. inputs: (n, 3, H, W) float32, preprocessed. labels: (n,) int64.
+
+    Returns:
+        dead_relus: by layer name, the fraction of a ReLU's channels that are 0 for all images and positions;
+        gradient_norms: by name, of each trained layer's weights, from the input to the head.
+    """
+    largest: dict[str, Tensor] = {}  # output of each channel, by layer
+    found: dict[str, Tensor] = {}  # of the images that pass; a layer that is called again, as in ResNet, counts last
+
+    def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        found[name] = output.detach().amax([0, *range(2, output.ndim)])
+
+    relus = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ReLU)]
+    hooks = [module.register_forward_hook(partial(keep, name)) for name, module in relus]
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
+    gradients = [torch.zeros_like(p) for p in weights.values()]
+    at_a_time = max(1, PIXELS // inputs.shape[-1] ** 2)
+    for some, their_labels in zip(inputs.split(at_a_time), labels.split(at_a_time), strict=True):
+        loss = nn.functional.cross_entropy(model.eval()(some).float(), their_labels, reduction="sum") / len(inputs)
+        torch._foreach_add_(gradients, torch.autograd.grad(loss, list(weights.values())))
+        largest = {name: torch.maximum(values, largest.get(name, values)) for name, values in found.items()}
+    for hook in hooks:
+        hook.remove()
+    norms = {name: gradient.norm().item() for name, gradient in zip(weights, gradients, strict=True)}
+    dead: dict[str, float | None] = {name: (values <= 0).float().mean().item() for name, values in largest.items()}
+    return {"dead_relus": dead, "gradient_norms": norms}

@@ -1,18 +1,49 @@
-"""Reports from the workers to the driver during a run."""
+"""Reports from the workers during a run: to the driver, and for Prometheus at each node's metrics port."""
 
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
-from raycifar.cluster.status import PartStatus, Phase, StatusStore, StepStatus, WorkerStatus
-from raycifar.engine.ray_metrics import Gauges
+from ray.util.metrics import Gauge
+
+from raycifar.cluster.status import PartStatus, Phase, StatusStore, StepStatus, WorkerStatus, in_a_cluster
 from raycifar.storage.records import EpochRecord
 
 STEP_SECONDS = 0.5  # between two reports of a step, or of how much is scored
 STOP_SECONDS = 0.2  # between two checks for a request to stop
 DECISION_SECONDS = 0.05  # between two checks for a decision
+METRICS = {  # for Prometheus; `jobs/grafana.json` draws them
+    "epoch": "The current epoch, from 1.",
+    "loss": "Training loss of the current epoch, natural-log cross-entropy.",
+    "top1": "Training accuracy of the current epoch, a fraction.",
+    "images_per_second": "Training images per second, over all workers.",
+    "lr": "Learning rate.",
+    "val_loss": "Validation loss of the last epoch.",
+    "val_top1": "Validation top-1 accuracy of the last epoch, a fraction.",
+}
+
+
+class Gauges:
+    """The gauges of one run; there are none outside a cluster."""
+
+    def __init__(self, run: str, model: str) -> None:
+        self.values: dict[str, float] = {}
+        self.tags = {"run": quote(run), "model": model}  # Ray takes ASCII
+        tags = tuple(self.tags)
+        self.gauges = {
+            name: Gauge(f"raycifar_{name}", description=text, tag_keys=tags)
+            for name, text in METRICS.items()
+            if in_a_cluster()
+        }
+
+    def set(self, metrics: dict[str, Any]) -> None:
+        """Set what is known of `metrics`, and all others again: Ray drops a gauge that isn't set for some seconds."""
+        self.values |= {name: metrics[name] for name in self.gauges if metrics.get(name) is not None}
+        for name, value in self.values.items():
+            self.gauges[name].set(value, self.tags)
 
 
 class Reporter:

@@ -33,10 +33,7 @@ class StepTimesLoopConfig(TrainLoopConfig):
 
 
 def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Time steps, epochs and exchanges, in turn; Ray Train calls it on each worker.
-
-    Args:
-        config: the fields of `StepTimesLoopConfig`.
+    """Time steps, epochs and exchanges in turn; Ray Train calls it on each worker, with `StepTimesLoopConfig`'s fields.
 
     Returns:
         Of several rounds the fastest, for other work on a machine can only slow it:

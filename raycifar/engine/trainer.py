@@ -27,8 +27,7 @@ from raycifar.engine.interruption import Interruption, InterruptionWatch
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch, EpochOrder, advance, step_seed, steps_per_epoch
 from raycifar.engine.profile import StepProfiler
-from raycifar.engine.ray_metrics import Gauges
-from raycifar.engine.reporter import Reporter
+from raycifar.engine.reporter import Gauges, Reporter
 from raycifar.engine.state import Progress, TrainingState
 from raycifar.engine.tensorboard import EventLog
 from raycifar.engine.train_loop import Outcome, Status, TrainLoopConfig
@@ -44,11 +43,7 @@ TRAIN_EVAL_IMAGES = 1000  # training images scored as validation images are, aft
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> Outcome:
-    """Train, score and save; Ray Train calls it on each worker.
-
-    Args:
-        config: the fields of `TrainLoopConfig`.
-    """
+    """Train, score and save; Ray Train calls it on each worker, with the fields of `TrainLoopConfig`."""
     trainer = Trainer(TrainLoopConfig(**config))
     try:
         trainer.set_up()
