@@ -168,7 +168,7 @@ def search(source: Source, screen: Screen, run: str | None = None) -> pa.Table:
         import torch
 
         from raycifar.data.duplicates import NEAR, find_pairs
-    images = torch.from_numpy(np.concatenate([to_images(table["image"]) for table in (source.test, source.train)]))
+    images = np.concatenate([to_images(table["image"]) for table in (source.test, source.train)])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     features = None
     if run:
@@ -176,7 +176,7 @@ def search(source: Source, screen: Screen, run: str | None = None) -> pa.Table:
         with screen.waiting(f"Asking the {model.weights.architecture.model}"):
             features = model.features(images)
     with screen.progress("Comparing the images") as progress:
-        pairs = find_pairs(images.to(device), progress, features)
+        pairs = find_pairs(torch.from_numpy(images).to(device), progress, features)
     columns = {name: values.cpu().numpy() for name, values in vars(pairs).items()}
     exact, near = columns.pop("exact"), columns["similarity"] >= NEAR
     return pa.table(columns | {"kind": np.where(exact, 0, np.where(near, 1, 2))})

@@ -160,10 +160,7 @@ class Scorer:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return, for a batch with columns image and index, index and logits."""
-        import torch
-
-        images = torch.from_numpy(to_images(batch["image"]).copy())
-        logits = self.model.logits(images).numpy()
+        logits = self.model.logits(to_images(batch["image"]).copy()).numpy()
         return pa.table({"index": batch["index"], "logits": to_lists(logits)})
 
 
@@ -223,7 +220,6 @@ def run_job(parts: list[pa.Table], job: ScoringJob) -> list[pa.Table]:
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     workers = job.workers
-    options: dict[str, Any] = {"max_restarts": 0}  # Ray prints an error about actors that it may restart
     with warnings.catch_warnings(action="ignore"):  # the option has no name of its own
         dataset = ray.data.from_blocks([part.select(["image", "index"]) for part in parts]).map_batches(
             Scorer,
@@ -234,18 +230,14 @@ def run_job(parts: list[pa.Table], job: ScoringJob) -> list[pa.Table]:
             num_cpus=workers.cpus,
             num_gpus=workers.gpus or None,
             accelerator_type=workers.accelerator,
-            **options,
+            max_restarts=0,  # Ray prints an error about actors that it may restart
         )
-    died = 0
-    while True:
+    for _ in range(ATTEMPTS):
         try:
             return list(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
         except RayActorError as error:
-            died += 1
-            if died == ATTEMPTS:
-                raise WorkError(
-                    f"workers died {died} times while they scored the images: {in_a_line(error)}."
-                ) from error
+            death = error
+    raise WorkError(f"workers died {ATTEMPTS} times while they scored the images: {in_a_line(death)}.") from death
 
 
 # Results --------------------------------------------------------------------------------------------
@@ -288,15 +280,13 @@ def score_predictions(
 
 def score_corruptions(corruptions: Corruptions, job: ScoringJob, screen: Screen) -> dict[str, Any]:
     """Return the scores by corruption and severity, and the mean error over the benchmark's corruptions."""
-    import torch
-
     of_each = {}
     with screen.progress("Scoring the corrupted images") as progress:
         for done, name in enumerate(corruptions.names):
             tables = corruptions.read(name)
             rows = []
             for logits, table in zip(job.logits(tables), tables, strict=True):
-                correct = (logits.argmax(1) == torch.from_numpy(table["fine"].to_numpy().copy())).numpy()
+                correct = logits.numpy().argmax(1) == table["fine"].to_numpy()
                 top1 = float(correct.mean())
                 rows.append({"top1": top1, **accuracy_interval(top1, len(correct))})
             of_each[name] = {"severities": rows, "error": 1 - float(np.mean([row["top1"] for row in rows]))}

@@ -72,12 +72,12 @@ def export(network: str, kind: str, screen: Screen, *, out: str | None = None, d
         out = f"{slug(model.weights.architecture.model)}{SUFFIXES[kind]}"
         check_out(out, network, kind)
     with screen.waiting("Reading the images"):
-        images = to_images(load_images(run, data).test["image"].slice(0, CHECKED))
-    expected = check_finite(model.logits(torch.from_numpy(images.copy())), network).numpy()
+        images = to_images(load_images(run, data).test["image"].slice(0, CHECKED)).copy()
+    expected = check_finite(model.logits(images), network).numpy()
     with screen.waiting(f"Writing {kind}"), warnings.catch_warnings(action="ignore"):  # the result is checked
         content, read_back = FORMATS[kind](with_preprocessing(model.weights))
         with torch.inference_mode():
-            found = read_back(torch.from_numpy(images.copy())).numpy()
+            found = read_back(torch.from_numpy(images)).numpy()
     differing = int((found.argmax(1) != expected.argmax(1)).sum())
     largest = float(np.abs(found - expected).max())
     if differing:

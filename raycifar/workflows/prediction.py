@@ -115,14 +115,16 @@ class Model:
         self.network = to_device(self.weights.build(), self.device)  # takes preprocessed images
         self.autocast = autocast_to(choose_precision(precision, self.device), self.device)
 
-    def logits(self, images: "Tensor") -> "Tensor":
+    def logits(self, images: np.ndarray) -> "Tensor":
         """Return the logits (n, classes) float32, on the CPU, of `images` (n, 3, 32, 32) uint8."""
+        import torch
+
         from raycifar.engine.scoring import predict
 
-        preprocessing = self.weights.architecture.preprocessing
-        return predict(self.network, images.to(self.device), self.autocast, preprocessing).cpu()
+        pixels, preprocessing = torch.from_numpy(images).to(self.device), self.weights.architecture.preprocessing
+        return predict(self.network, pixels, self.autocast, preprocessing).cpu()
 
-    def features(self, images: "Tensor") -> "Tensor":
+    def features(self, images: np.ndarray) -> "Tensor":
         """Return what the last dense layer is given, (n, features) float32, on the CPU; see `logits`."""
         import torch
 
@@ -150,9 +152,7 @@ class Model:
 
     def probabilities(self, pixels: np.ndarray) -> np.ndarray:
         """Return (n, classes) float32 probabilities of `pixels` (n, 3, 32, 32) uint8."""
-        import torch
-
-        return check_finite(self.logits(torch.from_numpy(pixels)), self.location).softmax(1).numpy()
+        return check_finite(self.logits(pixels), self.location).softmax(1).numpy()
 
     def __repr__(self) -> str:
         return f"Model({self.weights.architecture.model!r}, from {shown(self.location)!r}, on {self.device})"
