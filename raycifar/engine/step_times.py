@@ -11,13 +11,12 @@ import torch
 import torch.distributed as dist
 
 from raycifar.cluster.status import Phase
-from raycifar.engine.bench import clock, time_step, train_epoch, use_fewer_images
+from raycifar.engine.bench import TimedTrainer
 from raycifar.engine.cuda import WARM_UP
 from raycifar.engine.distributed import BUCKET_BYTES, all_gather_objects, group_by_size
 from raycifar.engine.hardware import synchronize
 from raycifar.engine.train_loop import TrainLoopConfig
 from raycifar.engine.train_step import step_of_random_images
-from raycifar.engine.trainer import Trainer
 from raycifar.words import count
 
 EXCHANGES = 10  # of a size that are timed in a round
@@ -44,7 +43,7 @@ def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
         `rates`: images per second of epochs as `train` runs them, over all workers, of each round.
     """
     timed = StepTimesLoopConfig(**config)
-    trainer = Trainer(timed)
+    trainer = TimedTrainer(timed)
     trainer.set_up()
     trainer.report_model()
     world_size, single = trainer.world_size, trainer.world_size == 1
@@ -60,16 +59,16 @@ def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
             for way, exchange in ways.items()
             for size in timed.batch_sizes
         }
-        use_fewer_images(trainer, int(seconds / time_step(trainer)))
-        train_epoch(trainer)
+        trainer.use_fewer_images(int(seconds / trainer.time_step()))
+        trainer.train_whole_epoch()
         times: dict[tuple[str, int], list[float]] = {key: [] for key in timers}
         rates, links = [], []
         for _ in range(timed.rounds):  # in turn: a machine that slows down slows all
             for key, seconds_of_step in timers.items():
                 times[key].append(max(all_gather_objects(seconds_of_step())))
-            began = clock(trainer)
-            train_epoch(trainer)
-            rates.append(trainer.config.num_train_images / (clock(trainer) - began))
+            began = trainer.clock()
+            trainer.train_whole_epoch()
+            rates.append(trainer.config.num_train_images / (trainer.clock() - began))
             if not single:
                 links.append(measure_link(trainer.device))
     trained = [p for p in trainer.state.model.parameters() if p.requires_grad]
