@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from raycifar.analysis.statistics import accuracy_interval, accuracy_intervals, 
 from raycifar.data import CIFAR100
 from raycifar.data.corruptions import Corruptions, benchmark, find_corruptions
 from raycifar.data.sources import is_location
-from raycifar.data.tables import Source, from_lists, split_rows, take, to_images, to_lists
+from raycifar.data.tables import Source, from_lists, split_rows, to_images, to_lists
 from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
 from raycifar.models.recipe import Precision
 from raycifar.models.recipes import read_run, recipe_from_json
@@ -93,8 +92,7 @@ def evaluate(
         copies = find_copies(run, source, screen) if run and own else None
         if request.split == "test" and len(source.train):
             warn_of_leaks(source, screen)
-        images = getattr(source, request.split)
-        table = take(images, np.arange(len(images)))
+        table = getattr(source, request.split)
         job = ScoringJob(request.network, weights, precision, allocate())
         with screen.waiting(f"Asking the {weights.architecture.model} on {job.workers}"):
             (logits,) = job.logits([table])
@@ -142,18 +140,15 @@ def hold_against_validation(
 # The Ray Data job -----------------------------------------------------------------------------------
 
 
-@dataclass
 class Scorer:
     """Asks the network, on a worker of Ray Data."""
 
-    job: "ScoringJob"
-
-    def __post_init__(self) -> None:
+    def __init__(self, job: "ScoringJob") -> None:
         import torch
 
         from raycifar.engine.hardware import limit_gpu_memory
 
-        job, workers = self.job, self.job.workers
+        workers = job.workers
         torch.set_num_threads(workers.threads)
         limit_gpu_memory(workers.gpus)
         self.model = Model(job.location, workers.device, precision=job.precision, weights=job.weights)
@@ -174,24 +169,21 @@ class ScoringJob:
     workers: "Workers"
 
     def logits(self, tables: Sequence[pa.Table]) -> list["Tensor"]:
-        """Return the logits (images, classes) float32 of each table, with columns image and index.
+        """Return the logits (images, classes) float32 of each table, which has a column image.
 
         Raises:
             WorkError: some aren't finite numbers.
         """
         import torch
 
-        bounds = np.cumsum([0, *map(len, tables)])
-        rows = [pa.array(np.arange(*ends)) for ends in pairwise(bounds)]
-        table = pa.concat_tables(
-            pa.table({"image": table["image"], "index": index}) for table, index in zip(tables, rows, strict=True)
-        )
+        table = pa.concat_tables(table.select(["image"]) for table in tables)
+        table = table.append_column("index", pa.array(np.arange(len(table))))
         block = min(BLOCK, -(-len(table) // max(1, self.workers.count)))
         parts = [table.slice(start, block) for start in range(0, len(table), block)]
         answers = run_job(parts, self) if self.workers.count else list(map(Scorer(self), parts))
         logits = from_lists(pa.concat_tables(answers).sort_by("index")["logits"])
-        parts_of_tables = np.split(logits, bounds[1:-1])
-        return [check_finite(torch.from_numpy(part.copy()), self.location) for part in parts_of_tables]
+        by_table = np.split(logits, np.cumsum([*map(len, tables)])[:-1])
+        return [check_finite(torch.from_numpy(part.copy()), self.location) for part in by_table]
 
 
 def allocate_workers(request: EvaluationRequest, screen: Screen, connection: ExitStack, *, debug: bool) -> "Workers":
@@ -221,7 +213,7 @@ def run_job(parts: list[pa.Table], job: ScoringJob) -> list[pa.Table]:
     ray.data.DataContext.get_current().enable_progress_bars = False
     workers = job.workers
     with warnings.catch_warnings(action="ignore"):  # the option has no name of its own
-        dataset = ray.data.from_blocks([part.select(["image", "index"]) for part in parts]).map_batches(
+        dataset = ray.data.from_blocks(parts).map_batches(
             Scorer,
             fn_constructor_args=(job,),
             batch_size=BLOCK,
