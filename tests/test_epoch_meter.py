@@ -38,7 +38,7 @@ def test_steps_per_second_leave_out_what_comes_before_the_timing(monkeypatch):
     clock = iter([0.0, 100.0, 101.0, 102.0])
     monkeypatch.setattr(epoch_meter.time, "perf_counter", lambda: next(clock))
     meter = EpochMeter(1, 10, 2, EpochTotals(), CPU)  # begins at 0 s, after two steps of an earlier attempt
-    meter.time_from_here(3)
+    meter.restart_timer(3)
     assert meter.running(4)["steps_per_second"] == 1
     assert meter.running(6)["steps_per_second"] == 1.5
 

@@ -26,7 +26,7 @@ from raycifar.models.recipes import recipe_for
 from raycifar.storage.records import EpochRecord
 from raycifar.terminal import PlainConsole, Screen, trial_lines, trial_table
 from raycifar.words import duration
-from raycifar.workflows.background import alongside
+from raycifar.workflows.background import run_in_thread
 from raycifar.workflows.trial import Trial, TrialStatus
 
 STEP = StepStatus(
@@ -229,7 +229,7 @@ def test_a_run_can_be_followed_from_any_thread(store, terminal):
 
     def work():
         outcome.append(
-            alongside(lambda: 7, lambda running: made.follow_phase(store, running, lambda: None), Thread.join)
+            run_in_thread(lambda: 7, lambda running: made.follow_phase(store, running, lambda: None), Thread.join)
         )
 
     thread = threading.Thread(target=work)
@@ -240,7 +240,7 @@ def test_a_run_can_be_followed_from_any_thread(store, terminal):
 
 def test_what_the_work_raises_is_raised():
     with pytest.raises(ZeroDivisionError):
-        alongside(lambda: 1 / 0, lambda running: None, Thread.join)
+        run_in_thread(lambda: 1 / 0, lambda running: None, Thread.join)
 
 
 # A real terminal, read as one ------------------------------------------------------------------------

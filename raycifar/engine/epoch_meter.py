@@ -112,7 +112,7 @@ class EpochMeter:
             totals.grad_norm_max, totals.grad_norm_max_step = norms.max().item(), int(norms.argmax())
         self.metrics.zero_()
 
-    def time_from_here(self, steps_done: int) -> None:
+    def restart_timer(self, steps_done: int) -> None:
         """Leave the steps so far out of the steps per second: they are slow, since the network warms up."""
         self.metrics.sum().item()  # waits for a GPU
         self.timed_from = steps_done, time.perf_counter()

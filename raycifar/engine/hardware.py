@@ -86,7 +86,7 @@ def choose_precision(wanted: Precision, device: torch.device) -> torch.dtype:
     """Return the type of products; `auto` is bfloat16 if it is faster on every worker, else float32."""
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bfloat16" else torch.float32
-    able = torch.tensor(float(gains_by_bfloat16(device)), device=device)
+    able = torch.tensor(float(has_fast_bfloat16(device)), device=device)
     if dist.is_initialized():
         dist.all_reduce(able, op=dist.ReduceOp.MIN)
     return torch.bfloat16 if able else torch.float32
@@ -103,7 +103,7 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def gains_by_bfloat16(device: torch.device) -> bool:
+def has_fast_bfloat16(device: torch.device) -> bool:
     """Return whether the hardware multiplies faster in bfloat16 than in float32.
 
     With AVX-512 but no matrix unit, AMD's processors (Zen 4) are twice as fast, while Intel's reach 0.80 to 0.95 of

@@ -47,18 +47,18 @@ class SGD(EagerOptimizer, torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            parameters, gradients, momenta = (list(map(as_it_lies, tensors)) for tensors in tensors_of(group, self))
+            parameters, gradients, momenta = (list(map(memory_order, tensors)) for tensors in step_tensors(group, self))
             names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
             if parameters:
                 fused_sgd_(parameters, gradients, momenta, **{name: group[name] for name in names})
 
 
-def as_it_lies(tensor: Tensor) -> Tensor:
+def memory_order(tensor: Tensor) -> Tensor:
     """Return filters, which are channels_last, as a view in the order of their memory, and all else as it is."""
     return tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor
 
 
-def tensors_of(group: dict[str, Any], optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], ...]:
+def step_tensors(group: dict[str, Any], optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], ...]:
     """Return a group's parameters that have gradients, their gradients, and their momenta, which begin as 0."""
     parameters = [p for p in group["params"] if p.grad is not None]
     for p in parameters:
@@ -92,7 +92,7 @@ class Muon(EagerOptimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            parameters, gradients, momenta = tensors_of(group, self)
+            parameters, gradients, momenta = step_tensors(group, self)
             if not parameters:
                 continue
             if not group["filters"] and group["weight_decay"]:
@@ -133,7 +133,7 @@ def orthogonalize(updates: Sequence[Tensor], steps: int) -> list[Tensor]:
 
 def newton_schulz(updates: Sequence[Tensor], steps: int, dtype: torch.dtype) -> Tensor:
     """Return updates of one shape, (n, *shape), nearly orthogonal and computed in `dtype`; see `orthogonalize`."""
-    matrices = list(map(as_it_lies, updates))
+    matrices = list(map(memory_order, updates))
     stack = torch.empty((len(matrices), *matrices[0].shape), dtype=dtype, device=updates[0].device)
     torch.stack(matrices, out=stack)
     wide = stack.flatten(2)  # (n, filters, values of a filter)

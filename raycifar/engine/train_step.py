@@ -62,7 +62,7 @@ class TrainStep:
             self.forward, self.loss_and_counts = compiled(self.forward), compiled(loss_and_counts)
         self.side_stream = SideStream(self.device)
         self.prepare = prefetched(self.prepare_batch, self.device)
-        self.captured_inputs = cuda_graphed(self.inputs_of, self.device)
+        self.captured_inputs = cuda_graphed(self.make_inputs, self.device)
         self.obstacle = SHARED_GPU if self.exchange and dist.get_backend() == "gloo" else None
         self.in_one = example_stats is None and not (self.recipe.mixup + self.recipe.cutmix or self.obstacle)
         self.take = self.prepare_and_update if self.in_one else self.update
@@ -99,7 +99,7 @@ class TrainStep:
             rows = torch.cat([rows, torch.arange(2, device=self.device) % len(self.train_set)])
         return rows, torch.full((), self.state.progress.epoch, device=self.device)
 
-    def inputs_of(self, rows: Tensor, epoch: Tensor, size: int | None) -> Tensor:
+    def make_inputs(self, rows: Tensor, epoch: Tensor, size: int | None) -> Tensor:
         alternate = self.recipe.augment == "alternate"
         flipped = alternating_flips(self.train_set.index[rows], epoch) if alternate else None
         return self.augment_and_normalize(self.train_set.images[rows], flipped, size)
@@ -117,7 +117,7 @@ class TrainStep:
 
     def prepare_and_update(self, rows: Tensor, epoch: Tensor, size: int | None, count: int, num_images: int) -> Tensor:
         """Prepare a batch, and take the step; see `prepare_batch` and `update`."""
-        inputs = self.inputs_of(rows, epoch, size)
+        inputs = self.make_inputs(rows, epoch, size)
         return self.update(rows, inputs, self.train_set.labels[rows], count, num_images)
 
     def update(self, rows: Tensor, inputs: Tensor, targets: Tensor, count: int, num_images: int) -> Tensor:

@@ -346,7 +346,7 @@ class Trainer:
         if (kind := (self.state.stage, size)) not in self.warm:
             self.warm.add(kind)
             self.reporter.phase(Phase.TRAINING)
-            self.meter.time_from_here(progress.step)
+            self.meter.restart_timer(progress.step)
             return
         running = self.meter.running(progress.step)
         steps_per_second = running.pop("steps_per_second")

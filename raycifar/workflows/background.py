@@ -13,7 +13,7 @@ Running = Callable[[], bool]  # returns whether the work is running
 Follow = Callable[[Running], None]  # shows progress; returns once nothing is running
 
 
-def alongside(work: Callable[[], T], follow: Follow, stop: Callable[[Thread], None]) -> T:
+def run_in_thread(work: Callable[[], T], follow: Follow, stop: Callable[[Thread], None]) -> T:
     """Run `work` in a thread and `follow` in this one; return or raise as `work` does.
 
     Args:

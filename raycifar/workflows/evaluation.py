@@ -99,7 +99,7 @@ def evaluate(
         scores, predictions = score_predictions(logits, table, source, copies)
         evaluation = {"network": request.network, "data": source.name, "split": request.split, **scores}
         if run and request.split == "test":
-            evaluation["findings"] = hold_against_validation(folder, run, scores, logits, table)
+            evaluation["findings"] = compare_with_validation(folder, run, scores, logits, table)
     page = to_page(evaluation, folder.name).encode()  # before anything is written
     if predictions is not None:
         out.write(PREDICTIONS, predictions)
@@ -117,7 +117,7 @@ def find_copies(run: dict[str, Any], source: Source, screen: Screen) -> np.ndarr
     return found.test_copies(rows)
 
 
-def hold_against_validation(
+def compare_with_validation(
     folder: RunFolder, run: dict[str, Any], scores: dict[str, Any], logits: "Tensor", table: pa.Table
 ) -> list[dict[str, Any]]:
     """Return findings about how these images differ from the run's validation images."""

@@ -184,7 +184,7 @@ def summarize(plan: Plan, price_per_hour: float | None) -> dict[str, Any]:
     }
     link = plan.link and {"seconds_of_hop": plan.link.latency, "bytes_per_second": plan.link.bandwidth}
     found = {"workers": workers, "assumptions": assumptions(plan), "checked": checked, "steps": steps, "link": link}
-    return found | {"sentences": [*advice(plan, workers), *map(say_checked, checked)]}
+    return found | {"sentences": [*advice(plan, workers), *map(describe_check, checked)]}
 
 
 def assumptions(plan: Plan) -> list[str]:
@@ -249,7 +249,7 @@ def advice(plan: Plan, workers: Mapping[int, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def say_checked(check: Mapping[str, Any]) -> str:
+def describe_check(check: Mapping[str, Any]) -> str:
     """Return a sentence with a prediction and what was measured."""
     predicted, measured = check["predicted"], check["measured"]
     line = f"{words.count(check['workers'], 'worker')}: predicted {predicted:,.0f}, measured {measured:,.0f} images/s"

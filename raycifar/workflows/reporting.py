@@ -135,12 +135,12 @@ def read_files(folder: RunFolder) -> "RunFiles":
     run = read_run(folder, notes.append)
     if run is None:
         raise DamagedFileError(f"{folder.location} holds no {RUN}.")
-    records = unless_damaged(lambda: folder.history(notes.append), notes) or []
+    records = read_or_note(lambda: folder.history(notes.append), notes) or []
     result, pictures = (
-        unless_damaged(partial(folder.read_json, file, notes.append), notes) for file in (RESULT, PICTURES)
+        read_or_note(partial(folder.read_json, file, notes.append), notes) for file in (RESULT, PICTURES)
     )
     predictions, example_stats = (
-        unless_damaged(partial(folder.read_table, file), notes) for file in (PREDICTIONS, EXAMPLE_STATS)
+        read_or_note(partial(folder.read_table, file), notes) for file in (PREDICTIONS, EXAMPLE_STATS)
     )
     lost = folder.manifest.lost(METRICS, RESULT, PREDICTIONS, EXAMPLE_STATS)
     notes += [f"{folder.location}/{file} is missing." for file in lost]
@@ -151,7 +151,7 @@ def read_files(folder: RunFolder) -> "RunFiles":
     return RunFiles(folder.name, history, predictions, example_stats, pictures, shown(folder.storage), notes, copies)
 
 
-def unless_damaged(read: Callable[[], Any], notes: list[str]) -> Any:
+def read_or_note(read: Callable[[], Any], notes: list[str]) -> Any:
     """Return what `read` returns; None, with a note, if a file is damaged."""
     try:
         return read()
@@ -216,7 +216,7 @@ def read_comparison(folder: RunFolder) -> tuple[dict[str, Any], list["RunFiles"]
     from raycifar.analysis.comparison_report import report_comparison
 
     notes: list[str] = []
-    comparison = unless_damaged(lambda: folder.read_json(COMPARISON, notes.append), notes)
+    comparison = read_or_note(lambda: folder.read_json(COMPARISON, notes.append), notes)
     notes += [f"{folder.location}/{file} is missing." for file in folder.manifest.lost(COMPARISON)]
     files = []
     for run in find_runs(folder, comparison, notes.append):

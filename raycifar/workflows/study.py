@@ -19,7 +19,7 @@ from raycifar.redaction import shown
 from raycifar.storage.run_folder import RUN, STUDY, RunFolder
 from raycifar.terminal import Screen
 from raycifar.words import count
-from raycifar.workflows.background import alongside
+from raycifar.workflows.background import run_in_thread
 from raycifar.workflows.comparing import Show, conclude, read_finished
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import find_duplicates
@@ -136,7 +136,7 @@ def run_trials(
         redraw()
 
     tracking.log(folder)
-    alongside(
+    run_in_thread(
         lambda: orchestrate(searcher, source, workers),
         lambda running: screen.follow_trials(
             lambda: sorted(searcher.trials, key=lambda trial: order.index(trial.model)),

@@ -24,7 +24,7 @@ from raycifar.storage.lock import delete_dead, locked
 from raycifar.storage.run_folder import BEST, EXAMPLE_STATS, METRICS, MODEL, PREDICTIONS, RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
 from raycifar.words import count
-from raycifar.workflows.background import Follow, alongside
+from raycifar.workflows.background import Follow, run_in_thread
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.duplicates import copied_images
 from raycifar.workflows.estimate import warn_of_hours
@@ -69,7 +69,7 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
         screen.lines(warn_of_hours([(request.recipe, inputs.initial)], inputs.splits, workers, screen))
         tracking = until_end.enter_context(Tracking(request.track, screen.say))
         try:
-            result = finish(run, fit(run, following(run, screen, tracking)))
+            result = finish(run, fit(run, follower(run, screen, tracking)))
         except WorkError:
             report(run, screen)
             raise
@@ -119,7 +119,7 @@ def fit(run: TrainingRun, follow: Follow, loop: Callable[[dict[str, Any]], Any] 
         if thread.is_alive():
             trainer.abort()
 
-    return alongside(lambda: fit_with_restarts(trainer, run.status_store, run.request.max_failures), follow, stop)
+    return run_in_thread(lambda: fit_with_restarts(trainer, run.status_store, run.request.max_failures), follow, stop)
 
 
 def finish(run: TrainingRun, outcome: "Outcome") -> dict[str, Any]:
@@ -236,7 +236,7 @@ def connect(
 # Progress and results -------------------------------------------------------------------------------
 
 
-def following(run: TrainingRun, screen: Screen, tracking: Tracking) -> Follow:
+def follower(run: TrainingRun, screen: Screen, tracking: Tracking) -> Follow:
     """Return a function that shows and tracks progress, and updates the report from time to time, until the end."""
     from raycifar.cluster.waiting import Waiting
 
