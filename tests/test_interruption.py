@@ -70,9 +70,9 @@ def test_all_workers_leave_a_node_that_is_preempted_once_the_checkpoint_is_store
     monkeypatch.setattr(interruption.ray.train.collective, "barrier", lambda: done.append("met"))
     waits = SimpleNamespace(wait=lambda: done.append("stored"))
     trainer = SimpleNamespace(checkpointer=waits, reporter=SimpleNamespace(phase=lambda *args: None))
-    assert not Trainer.ends_here(trainer, None)
+    assert not Trainer.stops_for(trainer, None)
     assert done == []
     with pytest.raises(PreemptedError):
-        Trainer.ends_here(trainer, Interruption.PREEMPTION)
+        Trainer.stops_for(trainer, Interruption.PREEMPTION)
     assert done == ["stored", "met"]
-    assert Trainer.ends_here(trainer, Interruption.STOP)
+    assert Trainer.stops_for(trainer, Interruption.STOP)

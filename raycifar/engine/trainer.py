@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.train
@@ -106,18 +106,18 @@ class Trainer:
         """Train to the end, score the test set, and save the weights."""
         self.report_model()
         self.reporter.phase(Phase.COMPILING if self.config.compile else Phase.TRAINING)
-        while self.state.progress.epoch <= self.recipe.epochs:
+        for epoch in range(self.state.progress.epoch, self.recipe.epochs + 1):
             if self.search_stops_trial():
                 return self.outcome("stopped")
-            if self.train_epoch():
+            if self.train_epoch() == "interrupted":
                 return self.outcome("interrupted")
             self.finish_epoch()
-            if self.state.progress.epoch <= self.recipe.epochs and self.ends_here(self.interruptions.check()):
+            if epoch < self.recipe.epochs and self.stops_for(self.interruptions.check()):
                 return self.outcome("interrupted")
         return self.outcome("finished", test=self.finish())
 
-    def train_epoch(self) -> bool:
-        """Take the current epoch's remaining steps; return whether the run ends before, as it was asked to."""
+    def train_epoch(self) -> Literal["trained", "interrupted"]:
+        """Take the current epoch's remaining steps, unless the run is interrupted before."""
         config, progress, num_steps = self.config, self.state.progress, self.steps_per_epoch
         self.state.train_mode()
         sampled = sampled_steps(progress.epoch, num_steps, self.recipe.epochs)
@@ -139,10 +139,10 @@ class Trainer:
                 self.meter.check_finite()
             if self.reporter.due():
                 self.report_step(lr, size)
-            if progress.step < num_steps and self.ends_here(self.save_in_mid_epoch()):
-                return True
+            if progress.step < num_steps and self.stops_for(self.save_in_mid_epoch()):
+                return "interrupted"
         self.collect()
-        return False
+        return "trained"
 
     def finish_epoch(self) -> None:
         """Score the network, record the epoch, and save a checkpoint."""
@@ -257,7 +257,7 @@ class Trainer:
             self.save({"epoch": self.state.progress.epoch, "step": step})
         return interruption
 
-    def ends_here(self, interruption: Interruption | None) -> bool:
+    def stops_for(self, interruption: Interruption | None) -> bool:
         """Return whether the run ends between two steps, once its checkpoint is stored.
 
         Raises:
