@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +28,7 @@ from raycifar.engine.cuda import WARM_UP, cuda_graphed
 from raycifar.engine.example_stats import describe_rise, end_epoch, update_stats
 from raycifar.engine.hardware import synchronize
 from raycifar.engine.optimizers import set_learning_rate
-from raycifar.engine.order import Batch, EpochOrder, steps_per_epoch
+from raycifar.engine.order import steps_per_epoch
 from raycifar.engine.state import Progress
 from raycifar.engine.train_loop import TrainLoopConfig
 from raycifar.engine.trainer import Trainer
@@ -106,7 +106,7 @@ class TimedTrainer(Trainer):
         """Return the seconds of a step of training, the same on all workers."""
         set_learning_rate(self.state.optimizer, 1e-6)
         self.state.train_mode()
-        batch = next(self.batches())
+        batch = next(self.batches(epoch=1))
         for _ in range(WARM_UP + 2 if self.device.type == "cuda" else 1):
             self.train_step(batch)
         began = self.clock()
@@ -178,10 +178,6 @@ class TimedTrainer(Trainer):
         """The most images of a step on one worker."""
         return -(-self.recipe.batch_size // self.world_size)
 
-    def batches(self) -> Iterator[Batch]:
-        order = EpochOrder(self.config.seed, 1, self.config.num_train_images, self.steps_per_epoch)
-        return order.batches([], self.world_size, self.rank)
-
     def bare_steps(self, *, exchange: bool = False, images: bool = False) -> Callable[[], None]:
         """Return a function that takes an epoch's steps with nothing around them.
 
@@ -193,7 +189,7 @@ class TimedTrainer(Trainer):
             set_learning_rate(self.state.optimizer, 1e-6)  # random tensors teach nothing
             self.state.train_mode()
             random = None if images else self.random_batch()
-            for batch in self.batches():
+            for batch in self.batches(epoch=1):
                 if random:
                     inputs, targets = random[0][: len(batch.rows)], random[1][: len(batch.rows)]
                 else:
@@ -254,7 +250,7 @@ class TimedTrainer(Trainer):
         captured = cuda_graphed(update, self.device)
 
         def run() -> None:
-            for batch in self.batches():
+            for batch in self.batches(epoch=1):
                 captured(torch.from_numpy(batch.rows).to(self.device, non_blocking=True))
             describe_rise(self.gather(stats), self.index)
             end_epoch(stats)

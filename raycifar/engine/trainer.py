@@ -25,7 +25,7 @@ from raycifar.engine.evaluator import Evaluator
 from raycifar.engine.example_stats import blank_stats, describe_rise, end_epoch, to_example_stats_file
 from raycifar.engine.interruption import Interruption, InterruptionWatch
 from raycifar.engine.optimizers import set_learning_rate
-from raycifar.engine.order import Batch, EpochOrder, advance, step_seed, steps_per_epoch
+from raycifar.engine.order import Batch, EpochOrder, Segment, advance, step_seed, steps_per_epoch
 from raycifar.engine.profile import StepProfiler
 from raycifar.engine.reporter import Gauges, Reporter
 from raycifar.engine.state import Progress, TrainingState
@@ -122,7 +122,7 @@ class Trainer:
         self.state.train_mode()
         sampled = sampled_steps(progress.epoch, num_steps, self.recipe.epochs)
         self.meter = EpochMeter(progress.epoch, num_steps, progress.step, progress.totals, self.device, sampled)
-        for batch in self.remaining_batches():
+        for batch in self.batches(progress.epoch, progress.segments):
             lr = self.recipe.learning_rate(progress.epoch, batch.step, num_steps)
             set_learning_rate(self.state.optimizer, lr)
             size = self.recipe.size(progress.epoch, batch.step, num_steps)
@@ -240,11 +240,10 @@ class Trainer:
 
     # Within an epoch ----------------------------------------------------------------------------------
 
-    def remaining_batches(self) -> Iterator[Batch]:
-        """Return this worker's remaining batches of the current epoch."""
-        progress, num_images = self.state.progress, self.config.num_train_images
-        order = EpochOrder(self.config.seed, progress.epoch, num_images, self.steps_per_epoch)
-        return order.batches(progress.segments, self.world_size, self.rank)
+    def batches(self, epoch: int, completed: Sequence[Segment] = ()) -> Iterator[Batch]:
+        """Return this worker's batches of an epoch, but for those of the completed steps."""
+        order = EpochOrder(self.config.seed, epoch, self.config.num_train_images, self.steps_per_epoch)
+        return order.batches(completed, self.world_size, self.rank)
 
     def save_in_mid_epoch(self) -> Interruption | None:
         """Save a checkpoint if one is due or the run is interrupted; return why it is interrupted."""
