@@ -1,7 +1,7 @@
 """All uses of Ray's private interfaces: one function for each, which says why the public ones don't suffice.
 
-`tests/test_ray_internals.py` checks each against the installed Ray. Functions import what they need beyond
-`import ray`, because workers use only the key-value store.
+`tests/test_ray_internals.py` checks each against the installed Ray. Functions import what `import ray` doesn't load,
+because workers use only the key-value store.
 """
 
 import os
@@ -10,8 +10,17 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
-from ray.exceptions import RpcError
+import yaml
+from ray._common.utils import get_system_memory
+from ray._private import auto_init_hook, ray_constants, services, utils, worker
+from ray._private.authentication import authentication_token_setup
+from ray._private.state import jobs, state
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.exceptions import OutOfMemoryError, RayActorError, RpcError
+from ray.experimental.internal_kv import internal_kv_get_gcs_client
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from raycifar.redaction import shown
@@ -26,24 +35,18 @@ def kv_put(key: str, value: bytes) -> None:
 
     The public way is an actor: another process to start and to find.
     """
-    from ray.experimental import internal_kv
-
-    internal_kv.internal_kv_get_gcs_client().internal_kv_put(key.encode(), value, True, None, KV_SECONDS)
+    internal_kv_get_gcs_client().internal_kv_put(key.encode(), value, True, None, KV_SECONDS)
 
 
 def kv_get(key: str) -> bytes | None:
     """Return the value of a key, or None; see `kv_put`."""
-    from ray.experimental import internal_kv
-
-    return internal_kv.internal_kv_get_gcs_client().internal_kv_get(key.encode(), None, KV_SECONDS)
+    return internal_kv_get_gcs_client().internal_kv_get(key.encode(), None, KV_SECONDS)
 
 
 def kv_delete(prefix: str) -> None:
     """Delete all keys that begin like this, if Ray's control service answers."""
-    from ray.experimental import internal_kv
-
     with suppress(RpcError):
-        internal_kv.internal_kv_get_gcs_client().internal_kv_del(prefix.encode(), True, None, KV_SECONDS)
+        internal_kv_get_gcs_client().internal_kv_del(prefix.encode(), True, None, KV_SECONDS)
 
 
 # Ray's own processes --------------------------------------------------------------------------------
@@ -68,10 +71,7 @@ def control_service() -> tuple[str, tuple[str, int]]:
 
 def memory_used() -> float:
     """Return the share of this node's or container's memory that is in use, as Ray's memory monitor counts it."""
-    from ray._common.utils import get_system_memory
-    from ray._private.utils import get_used_memory
-
-    return get_used_memory() / get_system_memory()
+    return utils.get_used_memory() / get_system_memory()
 
 
 def memory_limit() -> float:
@@ -81,8 +81,6 @@ def memory_limit() -> float:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether Ray's memory monitor ended a process; for an actor, only Ray's wording says so."""
-    from ray.exceptions import OutOfMemoryError, RayActorError
-
     return isinstance(error, OutOfMemoryError) or (
         isinstance(error, RayActorError) and "due to the node running low on memory" in str(error)
     )
@@ -97,9 +95,6 @@ def own_cluster() -> str | None:
     `ray.init(address="auto")`, the public way, would also join another program's own Ray, and die with it, and one
     that another user has announced in the temporary folder.
     """
-    import psutil
-    from ray._private import services
-
     announced, user = services.find_bootstrap_address(None), psutil.Process().username()
     for process in psutil.process_iter(["cmdline", "username"]) if announced else ():
         if process.info["username"] == user and f"--gcs-address={announced}" in (process.info["cmdline"] or []):
@@ -112,8 +107,6 @@ def use_own_token() -> None:
 
     `ray.init` does so only for a cluster that it has found by itself.
     """
-    from ray._private.authentication import authentication_token_setup
-
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
@@ -151,8 +144,6 @@ def loopback_alone() -> AbstractContextManager[None]:
 
     Ray takes `_node_ip_address="127.0.0.1"` for the machine's outer address, unless it is one that forms no clusters.
     """
-    from ray._private import ray_constants
-
     return replaced(ray_constants, "ENABLE_RAY_CLUSTER", False)
 
 
@@ -170,8 +161,6 @@ def without_error_echo() -> AbstractContextManager[None]:
 
     `ray.init(log_to_driver=False)` silences only the workers' output.
     """
-    from ray._private import worker
-
     return replaced(worker, "print_to_stdstream", lambda *args, **kwargs: None)
 
 
@@ -180,8 +169,6 @@ def entrypoint_without_secrets() -> AbstractContextManager[None]:
 
     There is no public way to name the command otherwise.
     """
-    from ray._private import utils
-
     name_of = utils.get_entrypoint_name
     return replaced(utils, "get_entrypoint_name", lambda: shown(name_of()))
 
@@ -191,8 +178,6 @@ def forbid_auto_init() -> None:
 
     Ray's calls start it if it isn't running; RAY_ENABLE_AUTO_CONNECT=0 is read only when Ray is imported.
     """
-    from ray._private import auto_init_hook
-
     auto_init_hook.enable_auto_connect = False
 
 
@@ -218,11 +203,9 @@ def is_infeasible(group: PlacementGroup) -> bool:
 
     `get_cluster_status` omits this: its schema has no field for it.
     """
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
-
     client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
-    state = GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=5)).autoscaling_state
-    return any(group.id.hex() in request.details for request in state.infeasible_gang_resource_requests)
+    found = GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=5)).autoscaling_state
+    return any(group.id.hex() in request.details for request in found.infeasible_gang_resource_requests)
 
 
 def autoscaler_config() -> dict[str, Any] | None:
@@ -231,9 +214,6 @@ def autoscaler_config() -> dict[str, Any] | None:
     No public interface returns the nodes that an autoscaler may add. The file is named on the command line of Ray's
     monitor process, on the head node, where jobs run.
     """
-    import psutil
-    import yaml
-
     address, prefix = ray.get_runtime_context().gcs_address, "--autoscaling-config="
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
@@ -252,8 +232,6 @@ def is_job_over() -> bool:
 
     `ray.util.state.list_jobs` asks the dashboard, which may not run.
     """
-    from ray._private.state import jobs
-
     mine = ray.get_runtime_context().get_job_id()
     return any(job["JobID"] == mine and job["IsDead"] for job in jobs())
 
@@ -303,9 +281,6 @@ def placement_groups_of(actor_id: str) -> list[PlacementGroup]:
     `placement_group_table`, the public way, doesn't return the creators; Ray keeps a dead actor's groups until its job
     ends.
     """
-    from ray._private.state import state
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
-
     table = map(PlacementGroupTableData.FromString, state._connect_and_get_accessor().get_placement_group_table())
     known = placement_group_table()
     return [
