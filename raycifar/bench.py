@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from raycifar import models
-from raycifar.command import UNTIL_EXIT, command
+from raycifar.command import UNTIL_EXIT
 from raycifar.options import Command, recipe_options, request_options
 from raycifar.tables import bench_table, plan_table
 from raycifar.terminal import Screen
@@ -36,7 +36,6 @@ OF_NO_COST = (
 @click.option("--out", default="bench", help="Folder or URI for bench.json and charts.")
 @request_options(TrainingRequest, without=UNUSED)
 @recipe_options(without=OF_NO_COST)
-@command
 def main(debug: bool, model: str, **options: Any) -> None:
     """Time a model's training on this machine or cluster, beside the bare step, and say where the time goes.
 

@@ -2,7 +2,6 @@
 
 import click
 
-from raycifar.command import command
 from raycifar.errors import RequestError
 from raycifar.options import Command, folder_argument
 from raycifar.terminal import Screen
@@ -13,7 +12,6 @@ from raycifar.workflows.inventory import Removable, removable, remove
 @click.command(cls=Command, example="raycifar clean results --yes")
 @folder_argument
 @click.option("--yes", is_flag=True, help="Don't ask.")
-@command
 def main(debug: bool, folder: str, yes: bool) -> None:
     """Remove the checkpoints of finished runs, and nothing else, after saying which and asking.
 

@@ -1,6 +1,5 @@
 """Exit codes of commands: errors and signals become a code and a sentence each."""
 
-import functools
 import logging
 import math
 import os
@@ -52,39 +51,34 @@ def resumable(name: str) -> Iterator[None]:
         raise
 
 
-def command(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function a command that exits with 0 (done), 1 (failed), 2 (wrong request) or 130 (interrupted)."""
+def run_to_the_end(work: Callable[[], Any], context: click.Context) -> None:
+    """Do a command's work, and exit with 0 (done), 1 (failed), 2 (wrong request) or 130 (interrupted)."""
 
-    @click.option("--debug", is_flag=True, help="Show tracebacks and Ray's log.")
-    @functools.wraps(work)
-    def with_endings(debug: bool, **options: Any) -> None:
-        def interrupt(number: int, frame: Any) -> None:
-            raise Interrupted("Interrupted.")
+    def interrupt(number: int, frame: Any) -> None:
+        raise Interrupted("Interrupted.")
 
-        for number in SIGNALS:
-            signal.signal(number, interrupt)
-        end_at_second_signal()
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
+    end_at_second_signal()
+    if debug := context.params["debug"]:
+        handler = logging.StreamHandler()
+        handler.setFormatter(WithoutSecrets())
+        logging.getLogger("raycifar").addHandler(handler)
+        logging.getLogger("raycifar").setLevel(logging.DEBUG)
+    line = PlainLine(lambda text: click.echo(printable(text), err=True))
+    try:
+        refuse_empty(context)
+        with telling(lambda text: line.show("Waiting for the storage", None, text)):
+            work()
+        leave(0)
+    except Interrupted as interrupted:
+        leave(130, str(interrupted), getattr(interrupted, "__notes__", []), quiet=not debug)
+    except BrokenPipeError:
+        leave(CLOSED_OUTPUT)
+    except Exception as error:
         if debug:
-            handler = logging.StreamHandler()
-            handler.setFormatter(WithoutSecrets())
-            logging.getLogger("raycifar").addHandler(handler)
-            logging.getLogger("raycifar").setLevel(logging.DEBUG)
-        line = PlainLine(lambda text: click.echo(printable(text), err=True))
-        try:
-            refuse_empty(click.get_current_context())
-            with telling(lambda text: line.show("Waiting for the storage", None, text)):
-                work(debug=debug, **options)
-            leave(0)
-        except Interrupted as interrupted:
-            leave(130, str(interrupted), getattr(interrupted, "__notes__", []), quiet=not debug)
-        except BrokenPipeError:
-            leave(CLOSED_OUTPUT)
-        except Exception as error:
-            if debug:
-                click.echo(printable(shown("".join(traceback.format_exception(error)))), err=True)
-            leave(*ending(error), quiet=isinstance(error, RayDiedError) and not debug)
-
-    return with_endings
+            click.echo(printable(shown("".join(traceback.format_exception(error)))), err=True)
+        leave(*ending(error), quiet=isinstance(error, RayDiedError) and not debug)
 
 
 def refuse_empty(context: click.Context) -> None:

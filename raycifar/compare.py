@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from raycifar import models
-from raycifar.command import UNTIL_EXIT, command, resumable
+from raycifar.command import UNTIL_EXIT, resumable
 from raycifar.errors import RequestError
 from raycifar.options import Command, recipe_options, request_options
 from raycifar.storage.run_folder import RunFolder
@@ -21,7 +21,6 @@ from raycifar.workflows.requests import ComparisonRequest
 @click.option("--dry-run", is_flag=True, help="Show what would be trained, and for how long; start nothing.")
 @request_options(ComparisonRequest)
 @recipe_options()
-@command
 def main(debug: bool, runs: tuple[str, ...], names: str | None, dry_run: bool, **options: Any) -> None:
     """Train several models and seeds, orchestrated by Ray Tune, and report which is better, with its uncertainty.
 

@@ -3,7 +3,7 @@
 import click
 
 from raycifar.analysis.prose import without_near_duplicates
-from raycifar.command import UNTIL_EXIT, command
+from raycifar.command import UNTIL_EXIT
 from raycifar.options import Command, request_options
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PREDICTIONS
 from raycifar.tables import corruption_table, evaluation_table
@@ -22,7 +22,6 @@ from raycifar.workflows.requests import MAX_WORKERS, WorkerSettings
 )
 @request_options(WorkerSettings)
 @click.option("--out", help="Folder or URI to write to.  [the run's, for its own test set; else evaluation]")
-@command
 def main(debug: bool, **options: object) -> None:
     """Score a trained network on a data set, as a Ray Data job.
 

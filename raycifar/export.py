@@ -2,7 +2,6 @@
 
 import click
 
-from raycifar.command import command
 from raycifar.options import Command
 from raycifar.terminal import Screen
 from raycifar.workflows.exporting import SUFFIXES, export
@@ -13,7 +12,6 @@ from raycifar.workflows.exporting import SUFFIXES, export
 @click.option("--to", "kind", type=click.Choice(list(SUFFIXES)), required=True)
 @click.option("--out", help="File or URI to write.  [model and suffix, in the current folder]")
 @click.option("--data", help="Test images for the check.  [the run's; else RAYCIFAR_DATA or cifar100]")
-@command
 def main(debug: bool, network: str, kind: str, out: str | None, data: str | None) -> None:
     """Write a trained network for other programs.
 

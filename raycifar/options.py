@@ -4,10 +4,12 @@ import re
 import textwrap
 import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import click
 
+from raycifar.command import run_to_the_end
 from raycifar.models.recipe import Recipe, choices, field_types
 from raycifar.models.recipes import models_with, recipe_fields
 from raycifar.workflows.requests import Settings, WorkerCount, WorkerSettings, settings_of
@@ -33,11 +35,16 @@ MANY = 8  # options, from which on they have headings
 
 
 class Command(click.Command):
-    """A command whose help has an example, and its options under headings."""
+    """A command that exits as `run_to_the_end` does; its help has an example, and its options under headings."""
 
-    def __init__(self, *, example: str, **options: Any) -> None:
-        super().__init__(context_settings={"show_default": True, "max_content_width": WIDE}, **options)
+    def __init__(self, *, example: str, params: list[click.Parameter], **options: Any) -> None:
+        debug = click.Option(["--debug"], is_flag=True, help="Show tracebacks and Ray's log.")
+        settings = {"show_default": True, "max_content_width": WIDE}
+        super().__init__(context_settings=settings, params=[*params, debug], **options)
         self.example = example
+
+    def invoke(self, ctx: click.Context) -> None:
+        run_to_the_end(partial(super().invoke, ctx), ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         options = [option for option in self.get_params(ctx) if isinstance(option, click.Option)]

@@ -5,7 +5,6 @@ from typing import get_args
 
 import click
 
-from raycifar.command import command
 from raycifar.errors import WorkError
 from raycifar.options import Command
 from raycifar.tables import predictions_table
@@ -20,7 +19,6 @@ from raycifar.workflows.requests import Device
 @click.argument("images", nargs=-1, required=True, metavar="IMAGES...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")
 @click.option("--device", type=click.Choice(get_args(Device)), default="auto")
-@command
 def main(debug: bool, network: str, images: tuple[str, ...], as_json: bool, device: str) -> None:
     """Print the five likeliest classes of each image.
 

@@ -3,7 +3,6 @@
 import click
 
 from raycifar import models
-from raycifar.command import command
 from raycifar.models.recipes import choose_recipe, list_recipes, to_toml
 from raycifar.options import Command, recipe_option
 from raycifar.tables import recipes_table
@@ -13,7 +12,6 @@ from raycifar.terminal import Screen
 @click.command(cls=Command, example="raycifar recipes vgg16 > vgg16.toml")
 @click.argument("model", required=False)
 @recipe_option
-@command
 def main(debug: bool, model: str | None, recipe: str | None) -> None:
     """List the recipes, or print one of MODEL's as a TOML file for --recipe."""
     screen = Screen()

@@ -2,7 +2,6 @@
 
 import click
 
-from raycifar.command import command
 from raycifar.errors import RequestError
 from raycifar.options import Command
 from raycifar.storage.run_folder import REPORT, REPORT_PAGE, REPORT_TEXT, RunFolder
@@ -17,7 +16,6 @@ FILES = {"html": REPORT_PAGE, "md": REPORT_TEXT, "json": REPORT}
 @click.option("--format", "kind", type=click.Choice([*FILES]), default="html")
 @click.option("--data", help="Where the images are, for pictures of a run that keeps none.")
 @click.option("--out", help="Folder or URI to write to.  [that of the run or the comparison; overlay, of several]")
-@command
 def main(debug: bool, folders: tuple[str, ...], kind: str, data: str | None, out: str | None) -> None:
     """Draw and explain a run, finished or not, or a comparison; several runs are drawn on one page, without a verdict.
 

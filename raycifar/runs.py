@@ -5,7 +5,6 @@ from dataclasses import asdict
 
 import click
 
-from raycifar.command import command
 from raycifar.options import Command, folder_argument
 from raycifar.redaction import shown
 from raycifar.tables import runs_table
@@ -16,7 +15,6 @@ from raycifar.workflows.inventory import find_runs
 @click.command(cls=Command, example="raycifar runs s3://bucket/runs --json")
 @folder_argument
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")
-@command
 def main(debug: bool, folder: str, as_json: bool) -> None:
     """List the runs and comparisons in a folder, the newest first; of a comparison's folder, its trials.
 

@@ -5,7 +5,6 @@ from typing import Any
 import click
 
 from raycifar import models
-from raycifar.command import command
 from raycifar.options import Command, recipe_options, request_options
 from raycifar.tables import speedrun_table
 from raycifar.terminal import Screen
@@ -23,7 +22,6 @@ OTHERS = [setting.name for setting in settings_of(TrainingRequest) if setting.na
 @click.option("--out", default="speedrun", help="Folder or URI for speedrun.json.")
 @request_options(TrainingRequest, without=OTHERS)
 @recipe_options(without=("tta_flip",))
-@command
 def main(debug: bool, runs: int, model: str, out: str, **options: Any) -> None:
     """Train many times in this process, and time it by the public rules of the CIFAR-100 speedrun.
 

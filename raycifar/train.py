@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from raycifar import models
-from raycifar.command import UNTIL_EXIT, command, resumable
+from raycifar.command import UNTIL_EXIT, resumable
 from raycifar.models.recipes import model_of
 from raycifar.options import Command, recipe_options, request_options
 from raycifar.terminal import Screen
@@ -18,7 +18,6 @@ from raycifar.workflows.requests import TrainingRequest
 @click.option("--dry-run", is_flag=True, help="Show what would be trained, on what and for how long; start nothing.")
 @request_options(TrainingRequest)
 @recipe_options()
-@command
 def main(debug: bool, model: str | None, dry_run: bool, **options: Any) -> None:
     """Train one model, data-parallel, on Ray Train.
 

@@ -44,10 +44,9 @@ def test_an_argument_that_is_empty_is_called_as_the_help_calls_it(in_process):
 
 STUCK = """
 import ctypes, click
-from raycifar.command import command
+from raycifar.options import Command
 
-@click.command()
-@command
+@click.command(cls=Command, example="")
 def main(debug):
     lock, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
     library.pthread_mutex_lock(lock)
@@ -122,11 +121,10 @@ def test_a_traceback_is_shown_for_debugging_alone(debug, tmp_path):
 HOSTILE = """
 import logging, click
 from raycifar import terminal
-from raycifar.command import command
+from raycifar.options import Command
 from raycifar.storage.remote import tell
 
-@click.command()
-@command
+@click.command(cls=Command, example="")
 def main(debug):
     terminal.LINE_SECONDS = 0
     for said in ("", "told \x1b[2J"):

@@ -2,7 +2,6 @@
 
 import click
 
-from raycifar.command import command
 from raycifar.data.sources import fetch, load
 from raycifar.options import Command
 from raycifar.storage.run_folder import RunFolder
@@ -21,7 +20,6 @@ def main() -> None:
 
 
 @main.command("fetch", cls=Command, example="raycifar data fetch")
-@command
 def fetch_archive(debug: bool) -> None:
     """Download CIFAR-100 into the cache, unless it is there, and print its path."""
     Screen().say(str(fetch()))
@@ -29,7 +27,6 @@ def fetch_archive(debug: bool) -> None:
 
 @main.command(cls=Command, example="raycifar data describe --data s3://bucket/cifar100")
 @data_option
-@command
 def describe(debug: bool, data: str) -> None:
     """Read and check a data set, and summarize it."""
     screen = Screen()
@@ -42,7 +39,6 @@ def describe(debug: bool, data: str) -> None:
 @main.command(cls=Command, example="raycifar data prepare s3://bucket/cifar100")
 @click.argument("destination")
 @data_option
-@command
 def prepare(debug: bool, destination: str, data: str) -> None:
     """Write a data set as Parquet to DESTINATION, a folder or URI that --data can read.
 
@@ -61,7 +57,6 @@ def prepare(debug: bool, destination: str, data: str) -> None:
 @data_option
 @click.option("--out", default="duplicates", show_default=True, help="Folder or URI to write to.")
 @click.option("--run", metavar="RUN|WEIGHTS", help="A trained network, to compare the images by its features, too.")
-@command
 def duplicates(debug: bool, data: str, out: str, run: str | None) -> None:
     """Find images that show one photograph, within and between the training and the test set.
 
