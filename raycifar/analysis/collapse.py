@@ -2,18 +2,20 @@
 
 import math
 
+from raycifar.data import CIFAR100
 from raycifar.storage.records import EpochRecord
 
 MIN_STEPS = 100  # before that, a healthy network may still stand at chance
+CHANCE = 1 / CIFAR100.num_classes  # accuracy of guessing
+GUESSING_LOSS = math.log(CIFAR100.num_classes)  # cross-entropy where every class has the same probability
 
 
-def chance_level(num_images: int, num_classes: int) -> float:
-    """Return the accuracy that guessing hardly ever exceeds: three standard deviations above 1 / classes."""
-    chance = 1 / num_classes
-    return chance + 3 * math.sqrt(chance * (1 - chance) / num_images)
+def chance_level(num_images: int) -> float:
+    """Return the accuracy that guessing hardly ever exceeds: three standard deviations above chance."""
+    return CHANCE + 3 * math.sqrt(CHANCE * (1 - CHANCE) / num_images)
 
 
-def guesses(record: EpochRecord, num_images: int, num_classes: int) -> bool:
+def guesses(record: EpochRecord, num_images: int) -> bool:
     """Return whether an epoch's training loss and accuracy are those of guessing.
 
     Guessing gives a cross-entropy of ln(classes), and a number of correct answers that is binomial around
@@ -25,20 +27,20 @@ def guesses(record: EpochRecord, num_images: int, num_classes: int) -> bool:
     if loss is None or top1 is None:
         return False
     least = loss if at_end is None else min(loss, at_end)
-    return least >= math.log(num_classes) - 0.01 and top1 <= chance_level(num_images, num_classes)
+    return least >= GUESSING_LOSS - 0.01 and top1 <= chance_level(num_images)
 
 
-def collapse(record: EpochRecord, num_images: int, steps: int, num_classes: int) -> str | None:
+def collapse(record: EpochRecord, num_images: int, steps: int) -> str | None:
     """Return a warning if an epoch's training loss and accuracy are those of guessing, else None.
 
     Args:
         num_images: trained on in the epoch.
         steps: taken since training began.
     """
-    if steps < MIN_STEPS or not guesses(record, num_images, num_classes):
+    if steps < MIN_STEPS or not guesses(record, num_images):
         return None
     return (
         f"after epoch {record.epoch} the network is not learning. Its loss is {record.train_loss:.4f} and its accuracy "
-        f"{record.train_top1:.2%}, as by guessing (ln({num_classes}) = {math.log(num_classes):.4f}, "
-        f"{1 / num_classes:.2%}). Stop it, and try a smaller --lr or a longer --warmup."
+        f"{record.train_top1:.2%}, as by guessing (ln({CIFAR100.num_classes}) = {GUESSING_LOSS:.4f}, "
+        f"{CHANCE:.2%}). Stop it, and try a smaller --lr or a longer --warmup."
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from raycifar.data import CIFAR100
+from raycifar.analysis.collapse import GUESSING_LOSS
 from raycifar.errors import FailureKind
 from raycifar.models.recipe import Recipe
 from raycifar.models.recipes import NamedRecipe, nearest_recipe, recipe_from_json
@@ -71,16 +71,11 @@ class RunHistory:
         return self.records[-1].lr < self.recipe.lr / 20
 
     @property
-    def guessing_loss(self) -> float:
-        """The cross-entropy of a network that gives every class the same probability."""
-        return math.log(CIFAR100.num_classes)
-
-    @property
     def fit(self) -> float:
         """McFadden's pseudo-R² on training images: 0 for guessing, 1 for a perfect fit."""
         last = self.records[-1]
         loss = last.train_eval_loss if last.train_eval_loss is not None else last.train_loss
-        return math.nan if loss is None else 1 - loss / self.guessing_loss
+        return math.nan if loss is None else 1 - loss / GUESSING_LOSS
 
     @property
     def rate_ratio(self) -> float:

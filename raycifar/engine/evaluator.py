@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from raycifar.analysis.collapse import collapse
 from raycifar.cluster.status import Phase
-from raycifar.data import CIFAR100
 from raycifar.data.shards import Shard, load_shard
 from raycifar.engine.augment import preprocess
 from raycifar.engine.distributed import all_gather_rows, rank, world_size
@@ -80,7 +79,7 @@ class Evaluator:
     def diagnose(self, record: EpochRecord, steps_so_far: int) -> Diagnostics | None:
         """Return diagnostics if the network isn't learning, else None; warn of that in the first epochs."""
         num_images = int(self.state.progress.totals.num_images)
-        warning = collapse(record, num_images, steps_so_far, CIFAR100.num_classes)
+        warning = collapse(record, num_images, steps_so_far)
         if warning is None:
             return None
         if record.epoch <= WARNED_EPOCHS:

@@ -228,7 +228,7 @@ def warn_of_chance(network: str) -> str | None:
     """Return a sentence if a run's scores on its test set, where it has them, are no better than guesses."""
     with suppress(DamagedFileError):
         test = (RunFolder.at(network).read_json(RESULT) or {}).get("test")
-        if test and test["top1"] <= chance_level(test["images"], CIFAR100.num_classes):
+        if test and test["top1"] <= chance_level(test["images"]):
             return (
                 f"This network is at the level of chance: it is right on {test['top1']:.2%} of its {test['images']:,} "
                 f"test images, and a guess on {1 / CIFAR100.num_classes:.0%}. Its answers mean nothing."

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from raycifar.analysis.collapse import MIN_STEPS, chance_level, guesses
+from raycifar.analysis.collapse import CHANCE, GUESSING_LOSS, MIN_STEPS, chance_level, guesses
 from raycifar.analysis.findings import (
     FEW_EPOCHS,
     FIT,
@@ -61,14 +61,14 @@ def divergence(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         ]
     if not history.records:
         return []
-    losses, guessing = history.column("train_loss"), history.guessing_loss
+    losses = history.column("train_loss")
     low, last = float(np.fmin.reduce(losses)), float(losses[-1])
-    if not last > 2 * guessing:
+    if not last > 2 * GUESSING_LOSS:
         return []
     rises = f"rises from {low:.2f} (epoch {int(np.nanargmin(losses)) + 1}) to" if last > 1.5 * low else "stands at"
     evidence = (
         f"The training loss {rises} {last:.2f} (epoch {len(losses)}), more than twice the loss of guessing, "
-        f"ln({CIFAR100.num_classes}) = {guessing:.4f}."
+        f"ln({CIFAR100.num_classes}) = {GUESSING_LOSS:.4f}."
     )
     return [Finding("divergence", SURE, evidence, calm(history), [len(losses)])]
 
@@ -79,18 +79,18 @@ def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     slow = history.rate_ratio <= 1 / OFF  # then it has not moved far enough to collapse
     if has(found, "divergence") or slow or last.epoch * history.steps_per_epoch < MIN_STEPS:
         return []
-    guessing = takewhile(lambda record: guesses(record, history.num_train, classes), reversed(history.records))
+    guessing = takewhile(lambda record: guesses(record, history.num_train), reversed(history.records))
     epochs = [record.epoch for record in guessing][::-1]
     if not epochs:
         return []
-    z = (history.column("train_top1")[-1] - 1 / classes) / standard_error(1 / classes, history.num_train)
+    z = (history.column("train_top1")[-1] - CHANCE) / standard_error(CHANCE, history.num_train)
     cause, metrics = explain_collapse(last.diagnostics)
     stays, so_far = "is" if len(epochs) == 1 else "stays", " so far" if history.unfinished else ""
-    learned = (history.column("train_top1")[: epochs[0] - 1] > chance_level(history.num_train, classes)).any()
+    learned = (history.column("train_top1")[: epochs[0] - 1] > chance_level(history.num_train)).any()
     state = "lost what it had learned" if learned else f"learned nothing{so_far}"
     evidence = (
         f"{span(epochs)} the training loss {stays} at the level of guessing ({last.train_loss:.4f}; ln({classes}) = "
-        f"{history.guessing_loss:.4f}). Training accuracy is {last.train_top1:.2%}, {abs(z):.1f} standard errors from "
+        f"{GUESSING_LOSS:.4f}). Training accuracy is {last.train_top1:.2%}, {abs(z):.1f} standard errors from "
         f"chance (1 in {classes}): the network has {state}. {cause}"
     )
     advice = f"{calm(history)} Then look at the gradients of the first layers."
@@ -129,15 +129,15 @@ def underfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]
         return []
     if history.unfinished:
         return [too_little_learned(history)]
-    loss = (1 - fitted) * history.guessing_loss
+    loss = (1 - fitted) * GUESSING_LOSS
     scored = ", scored without augmentation," if last.train_eval_loss is not None else ""
     evidence = (
         f"After epoch {last.epoch}, the loss on training images{scored} is {loss:.3f}. Guessing "
-        f"gives ln({CIFAR100.num_classes}) = {history.guessing_loss:.3f}, so the loss has come "
+        f"gives ln({CIFAR100.num_classes}) = {GUESSING_LOSS:.3f}, so the loss has come "
         f"{max(fitted, 0):.1%} of the way to a perfect fit; below {FIT:.0%}, a network underfits."
         if fitted >= 0.005
         else f"After epoch {last.epoch}, the network does no better on training images than guessing: their loss is "
-        f"{loss:.3f}, and that of guessing is ln({CIFAR100.num_classes}) = {history.guessing_loss:.3f}."
+        f"{loss:.3f}, and that of guessing is ln({CIFAR100.num_classes}) = {GUESSING_LOSS:.3f}."
     )
     if last.val_loss is not None:
         evidence += f" The validation loss is {last.val_loss:.3f}."
