@@ -15,10 +15,11 @@
     manifest.json       what a finished run's files were: see `manifest`
     .lock-*             the claim of the process that trains the run: see `lock`
 
-`records` and `image_tables` have the types and ranges of what the files hold.
+`records` has the types and ranges of what the JSON files hold.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -26,11 +27,12 @@ from typing import Any, Self
 
 import pyarrow as pa
 
+from raycifar.data import CIFAR100
 from raycifar.errors import DamagedFileError, RequestError, notice
 from raycifar.storage.folder import Folder
-from raycifar.storage.image_tables import EXAMPLE_STATS_COLUMNS, PREDICTION_COLUMNS, read_image_table
 from raycifar.storage.locations import check_location
 from raycifar.storage.manifest import Manifest
+from raycifar.storage.parquet import read_parquet, read_schema
 from raycifar.storage.records import (
     RUN_DEFAULTS,
     ComparisonFile,
@@ -63,6 +65,19 @@ DOCUMENTS: dict[str, Any] = {
     COMPARISON: ComparisonFile,
     STUDY: dict[str, Any],
     PICTURES: PicturesFile,
+}
+# What the columns of tables with a row for each image hold, as `read_parquet` takes it.
+PREDICTION_COLUMNS = {"label": "integers", "top5": "lists of integers", "probabilities": "lists of real numbers"}
+EXAMPLE_STATS_COLUMNS = {
+    **dict.fromkeys(("index", "label", "rival"), "integers"),
+    **{"margin": "real numbers", "seen": "integers"},
+}
+OPTIONAL = {"near_duplicate": "integers"}  # columns that earlier versions lack
+RANGES = {
+    **dict.fromkeys(("label", "top5", "rival"), (0, CIFAR100.num_classes - 1)),
+    **dict.fromkeys(("index", "seen"), (0, math.inf)),
+    "near_duplicate": (0, 1),
+    "probabilities": (0, 1.001),
 }
 
 
@@ -180,3 +195,22 @@ class RunFolder(Folder):
         for file in self.file_names():
             if file in RAY_FILES or re.fullmatch(r"\..*\.part", file):
                 self.delete(file)
+
+
+def read_image_table(content: bytes, columns: dict[str, str]) -> pa.Table:
+    """Return columns of a Parquet file, see `read_parquet`, and those of `OPTIONAL` that it has.
+
+    Raises:
+        ValueError: the file is damaged, or a column holds what it can't: a class that there isn't, or no probability.
+    """
+    optional = {name: kind for name, kind in OPTIONAL.items() if name in read_schema(content).names}
+    table = read_parquet(content, {**columns, **optional})
+    for name in RANGES.keys() & table.column_names:
+        column, (low, high) = table[name].combine_chunks(), RANGES[name]
+        values = (column.flatten() if pa.types.is_fixed_size_list(column.type) else column).to_numpy()
+        if not low <= values.min() <= values.max() <= high:
+            wanted = f"{low} to {high}" if math.isfinite(high) else f"{low} or more"
+            raise ValueError(f"the column {name} has values from {values.min()} to {values.max()}, not {wanted}")
+        if name == "probabilities" and column.type.list_size != CIFAR100.num_classes:
+            raise ValueError(f"the column {name} has no probabilities of {CIFAR100.num_classes} classes")
+    return table
