@@ -1,5 +1,6 @@
 """A Ray Train trainer that can be aborted."""
 
+import os
 import threading
 from typing import Any
 
@@ -10,7 +11,6 @@ from ray.train import Result
 from ray.util.placement_group import remove_placement_group
 
 from raycifar.cluster import ray_internals
-from raycifar.cluster.controller_callbacks import TiedToDriver
 
 GRACE_SECONDS = 3  # for the controller to end the workers and itself
 LOOK_SECONDS = 0.1
@@ -18,6 +18,25 @@ LOOK_SECONDS = 0.1
 
 class AbortedError(Exception):
     """The run was aborted by `StoppableTrainer.abort`."""
+
+
+class TiedToDriver(ray_internals.controller_callback_class()):  # type: ignore[misc]
+    """Lets the driver end Ray Train's controller, and ends the controller once the driver is gone.
+
+    When a driver ends, Ray first releases its job's reservations, and then ends the job's processes one by one. A
+    controller that notices the first would reserve resources again, which nothing would ever release.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key  # under which the driver finds the controller
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        context = ray.get_runtime_context()
+        ray_internals.kv_put(self.key, cloudpickle.dumps((context.get_actor_id(), context.current_actor)))
+
+    def on_controller_start_worker_group(self, **size: Any) -> None:
+        if ray_internals.is_job_over():
+            os._exit(1)
 
 
 class StoppableTrainer(ray_internals.trainer_class()):  # type: ignore[misc]

@@ -13,7 +13,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
 from raycifar.cluster import ray_internals
-from raycifar.cluster.controller_callbacks import FailureCounter, go_on_after
+from raycifar.cluster.failures import FailureCounter, go_on_after
 from raycifar.cluster.nodes import versions
 from raycifar.cluster.status import Failure, FailureCause, StatusStore
 from raycifar.cluster.stoppable import StoppableTrainer

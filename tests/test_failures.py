@@ -8,8 +8,8 @@ import pytest
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from raycifar.cluster import controller_callbacks as room
-from raycifar.cluster.controller_callbacks import FailureCounter, decisive
+from raycifar.cluster import failures as room
+from raycifar.cluster.failures import FailureCounter, decisive
 from raycifar.cluster.status import FailureCause, Phase, StatusStore, WorkerStatus
 from raycifar.errors import PreemptedError, StorageError, WorkError
 

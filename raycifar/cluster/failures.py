@@ -1,6 +1,5 @@
-"""Callbacks for Ray Train's controller, the process that starts and monitors the workers."""
+"""What follows from the workers' failures: a restart or, if a retry is bound to fail, the end of the run."""
 
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -8,7 +7,6 @@ from typing import Any
 
 import ray
 import ray.train
-from ray import cloudpickle
 
 from raycifar.cluster import ray_internals
 from raycifar.cluster.status import Failure, FailureCause, Phase, StatusStore, WorkerStatus
@@ -22,7 +20,7 @@ ROOM = 0.1  # of a node's memory, below the limit at which Ray ends processes, f
 
 
 class FailureCounter(ray.train.UserCallback):
-    """Counts the workers' failures, reports them to the driver, and ends the run if a retry is bound to fail.
+    """Counts the workers' failures in Ray Train's controller, and reports them to the driver.
 
     A failure counts against `max_failures` unless it comes from the loss of a node, which is normal on spot nodes. Ray
     Train makes this exception only for announced preemptions.
@@ -99,22 +97,3 @@ def classify(error: Exception) -> tuple[FailureCause, Exception]:
         return FailureCause.MEMORY, cause
     permanent = isinstance(cause, StorageError) and cause.permanent
     return FailureCause.STORAGE if permanent else FailureCause.WORKER, cause
-
-
-class TiedToDriver(ray_internals.controller_callback_class()):  # type: ignore[misc]
-    """Lets the driver end Ray Train's controller, and ends the controller once the driver is gone.
-
-    When a driver ends, Ray first releases its job's reservations, and then ends the job's processes one by one. A
-    controller that notices the first would reserve resources again, which nothing would ever release.
-    """
-
-    def __init__(self, key: str) -> None:
-        self.key = key  # under which the driver finds the controller
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        context = ray.get_runtime_context()
-        ray_internals.kv_put(self.key, cloudpickle.dumps((context.get_actor_id(), context.current_actor)))
-
-    def on_controller_start_worker_group(self, **size: Any) -> None:
-        if ray_internals.is_job_over():
-            os._exit(1)
