@@ -32,7 +32,7 @@ def new_table(texts: Sequence[str], numbers: Sequence[str] = (), more: Sequence[
 
 def comparison_tables(comparison: dict[str, Any]) -> list[Table]:
     """Return the models' scores and their costs; each table fits 80 columns."""
-    from raycifar.analysis.results import cells  # and with it SciPy, which --help can do without
+    from raycifar.analysis.prose import cells  # and with it SciPy, which --help can do without
 
     at_equal_time = f"val top-1\nat {comparison['equal_device_seconds']:,.0f} s"
     rows = {

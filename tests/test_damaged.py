@@ -18,8 +18,9 @@ from scipy import stats
 
 from raycifar.analysis.comparison_report import comparison_page, report_comparison
 from raycifar.analysis.findings import robust_slope
+from raycifar.analysis.markdown import to_markdown
 from raycifar.analysis.prose import next_steps
-from raycifar.analysis.reports import report_run, run_page, to_markdown
+from raycifar.analysis.reports import report_run, run_page
 from raycifar.analysis.run_files import RunFiles
 from raycifar.api import open_comparison, open_run
 from raycifar.errors import DamagedFileError, RequestError

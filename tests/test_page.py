@@ -15,7 +15,8 @@ from histories import GUESSES, OVERFITS, made_up
 
 from raycifar.analysis import run_files
 from raycifar.analysis.comparison_report import comparison_page, report_comparison, report_overlay
-from raycifar.analysis.reports import ROWS, report_run, run_page, to_markdown
+from raycifar.analysis.markdown import to_markdown
+from raycifar.analysis.reports import ROWS, report_run, run_page
 from raycifar.analysis.run_files import RunFiles
 from raycifar.data.synthetic import synthetic
 from raycifar.models.recipe import TRANSFER, Recipe

@@ -12,8 +12,8 @@ from conftest import write_archive
 from markdown_it import MarkdownIt
 
 from raycifar.analysis.history import RunHistory
+from raycifar.analysis.markdown import code, results_table
 from raycifar.analysis.prose import to_command
-from raycifar.analysis.results import code, results_table
 from raycifar.models.recipes import options_for
 from raycifar.storage.records import EpochRecord
 

@@ -10,7 +10,8 @@ from provoked import PROVOKED, recorded
 from raycifar.analysis.comparison import sentence
 from raycifar.analysis.comparison_report import shared_conditions
 from raycifar.analysis.diagnosis import PHRASES, seed_variance
-from raycifar.analysis.reports import report_run, to_markdown
+from raycifar.analysis.markdown import to_markdown
+from raycifar.analysis.reports import report_run
 from raycifar.analysis.run_files import RunFiles
 from raycifar.workflows.benchmark import noise
 

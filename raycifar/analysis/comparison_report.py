@@ -9,9 +9,9 @@ import numpy as np
 from raycifar.analysis import charts, prose
 from raycifar.analysis.comparison import by_model, conclusions
 from raycifar.analysis.diagnosis import seed_variance
+from raycifar.analysis.markdown import results_table
 from raycifar.analysis.page import render
 from raycifar.analysis.reports import report_run
-from raycifar.analysis.results import cells, results_table
 from raycifar.analysis.run_files import RunFiles
 from raycifar.models.recipe import MAX_NUMBER
 from raycifar.models.recipes import shared_options
@@ -156,7 +156,7 @@ def comparison_page(
         title=report["name"],
         report=report,
         comparison=comparison,
-        models={name: cells(model) for name, model in (comparison or {"models": {}})["models"].items()},
+        models={name: prose.cells(model) for name, model in (comparison or {"models": {}})["models"].items()},
         links=links,
         several=several,
         overlay=overlay,

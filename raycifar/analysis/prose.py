@@ -1,4 +1,4 @@
-"""A run in words: the paragraph under the figure, and what to try next, as commands."""
+"""A run in words: the paragraph under the figure, its scores, and what to try next, as commands."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -100,6 +100,34 @@ def paragraph(history: RunHistory, findings: Sequence[Finding]) -> str:
         if without := without_near_duplicates(test):
             sentences.append(f"Top-1 is {without}.")
     return " ".join([*sentences, *(finding.evidence for finding in findings)])
+
+
+def cells(model: dict[str, Any]) -> dict[str, str]:
+    """Return a model's scores and costs in a comparison as they are shown, by heading."""
+    return {
+        "runs": str(model["top1"]["n"]),
+        "test top-1": interval(model["top1"]),
+        "test top-5": interval(model["top5"]),
+        "test loss": interval(model["loss"]),
+        "parameters": f"{model['parameters'] / 1e6:.1f} M",
+        "GFLOPs": f"{model['flops'] / 1e9:.2f}",
+        "images/s": f"{model['images_per_second']:,.0f}",
+        "device-s": f"{model['device_seconds']:,.0f}",
+        **({} if model["cost"] is None else {"cost": f"{model['cost']:.4g}"}),
+    }
+
+
+def interval(score: dict[str, Any]) -> str:
+    half = "" if score["low"] is None else f" ± {score['high'] - score['mean']:.4f}"
+    return f"{score['mean']:.4f}{half}"
+
+
+def hardware(run: dict[str, Any]) -> str:
+    """Return what a run was trained on, in words: its workers, and the device or the threads of each."""
+    device = run["device"] or "unknown"
+    if device == "cpu":
+        device = f"{run['threads']}-thread CPU" if "threads" in run else "CPU"
+    return f"{run['workers']} × {device}" if run["workers"] else device
 
 
 def to_command(

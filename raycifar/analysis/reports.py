@@ -1,4 +1,4 @@
-"""The report of a run: as report.json, as a page, and in Markdown."""
+"""The report of a run: as report.json, and as a page."""
 
 from dataclasses import fields
 from datetime import datetime
@@ -13,7 +13,6 @@ from raycifar.analysis.departures import plain_value
 from raycifar.analysis.gallery import PNG, as_uris, behind_spikes, confused, contradictions, doubted_images, labels_of
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.page import render
-from raycifar.analysis.results import escaped, hardware
 from raycifar.analysis.run_files import Answers, RunFiles
 from raycifar.analysis.statistics import accuracy_intervals
 from raycifar.data import CIFAR100
@@ -89,7 +88,7 @@ def details(history: RunHistory) -> dict[str, str]:
         "command": prose.to_command(run, "train", {**options_for(history.model, recipe), "seed": run["seed"]}),
         "recipe": ", ".join(f"{name} {value}" for name, value in values.items()),
         "parameters": f"{run['parameters']:,}" if run.get("parameters") else None,
-        "hardware": hardware(run),
+        "hardware": prose.hardware(run),
         "precision": run.get("precision"),
         "versions": ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
         "started": date(run.get("created")),
@@ -131,19 +130,3 @@ def every_class(matrix: np.ndarray) -> list[dict[str, Any]]:
         most = int(mistaken.argmax())
         row["taken_for"] = f"{CLASSES[most]} ({mistaken[most]})" if mistaken[most] else "–"
     return sorted(rows, key=lambda row: row["class"])
-
-
-def to_markdown(report: dict[str, Any]) -> str:
-    """Return a report as Markdown, without its charts."""
-    lines = [f"# {escaped(report['name'])}", "", escaped(report["state"]), ""]
-    lines += [part for note in report["notes"] for part in (f"Note: {escaped(note)}", "")]
-    lines += [part for words in report["paragraph"].split("\n\n") for part in (escaped(words), "")]
-    lines += [report["results"], ""] if report.get("results") else []
-    lines += ["## Findings", ""] * bool(report["findings"])
-    for finding in report["findings"]:
-        evidence, advice = escaped(finding["evidence"]), escaped(finding["advice"])
-        lines += [f"- **{finding['kind']}** ({finding['confidence']:.2f}): {evidence} *{advice}*"]
-    lines += ["", "## What next", ""] * bool(report["next"])
-    for step in report["next"]:
-        lines += [f"- {escaped(step['reason'])}:", "", f"      {' '.join(step['command'].split())}", ""]
-    return "\n".join(lines).rstrip() + "\n"

@@ -229,7 +229,7 @@ def read_comparison(folder: RunFolder) -> tuple[dict[str, Any], list["RunFiles"]
 
 def write_report(content: dict[str, Any], page: Callable[[], str], out: RunFolder, kind: str) -> None:
     """Write a report as one kind; html stands for its page and report.json."""
-    from raycifar.analysis.reports import to_markdown
+    from raycifar.analysis.markdown import to_markdown
 
     if kind == "html":
         out.write(REPORT_PAGE, page().encode())

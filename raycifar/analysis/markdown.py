@@ -1,14 +1,30 @@
-"""The results of a comparison as a table in Markdown, with what it takes to reproduce each."""
+"""Reports in Markdown, and the table of a comparison's results, with what it takes to reproduce each."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from raycifar.analysis.history import RunHistory
-from raycifar.analysis.prose import to_command
+from raycifar.analysis.prose import hardware, interval, to_command
 from raycifar.models.recipes import options_for
 
 HEADINGS = ("model", "n", "test top-1", "top-5", "loss", "epochs", "hardware", "seconds", "command")
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """Return a report as Markdown, without its charts."""
+    lines = [f"# {escaped(report['name'])}", "", escaped(report["state"]), ""]
+    lines += [part for note in report["notes"] for part in (f"Note: {escaped(note)}", "")]
+    lines += [part for words in report["paragraph"].split("\n\n") for part in (escaped(words), "")]
+    lines += [report["results"], ""] if report.get("results") else []
+    lines += ["## Findings", ""] * bool(report["findings"])
+    for finding in report["findings"]:
+        evidence, advice = escaped(finding["evidence"]), escaped(finding["advice"])
+        lines += [f"- **{finding['kind']}** ({finding['confidence']:.2f}): {evidence} *{advice}*"]
+    lines += ["", "## What next", ""] * bool(report["next"])
+    for step in report["next"]:
+        lines += [f"- {escaped(step['reason'])}:", "", f"      {' '.join(step['command'].split())}", ""]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def results_table(comparison: dict[str, Any], histories: Mapping[str, RunHistory]) -> str:
@@ -47,31 +63,3 @@ def code(words: str) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     space = " " * (line.startswith("`") or line.endswith("`"))  # which isn't shown
     return f"{fence}{space}{line}{space}{fence}"
-
-
-def cells(model: dict[str, Any]) -> dict[str, str]:
-    """Return a model's scores and costs in a comparison as they are shown, by heading."""
-    return {
-        "runs": str(model["top1"]["n"]),
-        "test top-1": interval(model["top1"]),
-        "test top-5": interval(model["top5"]),
-        "test loss": interval(model["loss"]),
-        "parameters": f"{model['parameters'] / 1e6:.1f} M",
-        "GFLOPs": f"{model['flops'] / 1e9:.2f}",
-        "images/s": f"{model['images_per_second']:,.0f}",
-        "device-s": f"{model['device_seconds']:,.0f}",
-        **({} if model["cost"] is None else {"cost": f"{model['cost']:.4g}"}),
-    }
-
-
-def interval(score: dict[str, Any]) -> str:
-    half = "" if score["low"] is None else f" ± {score['high'] - score['mean']:.4f}"
-    return f"{score['mean']:.4f}{half}"
-
-
-def hardware(run: dict[str, Any]) -> str:
-    """Return what a run was trained on, in words: its workers, and the device or the threads of each."""
-    device = run["device"] or "unknown"
-    if device == "cpu":
-        device = f"{run['threads']}-thread CPU" if "threads" in run else "CPU"
-    return f"{run['workers']} × {device}" if run["workers"] else device
