@@ -40,6 +40,10 @@ class Finished:
         return self.history.result or {}
 
     @property
+    def identity(self) -> tuple[str, Recipe, int]:
+        return self.history.model, self.history.recipe, self.run["seed"]
+
+    @property
     def seconds(self) -> list[float]:
         """Device-seconds from the start to the end of each epoch: a worker has one device, or a share of a GPU."""
         share = self.run.get("gpus_per_worker", 1)
@@ -66,12 +70,7 @@ def not_comparable(runs: Sequence[Finished]) -> list[str]:
     first = conditions(runs[0].history)
     clauses = []
     for one, other in itertools.combinations(runs, 2):
-        same = (one.history.model, one.history.recipe, one.run["seed"]) == (
-            other.history.model,
-            other.history.recipe,
-            other.run["seed"],
-        )
-        if one.folder == other.folder or (same and np.array_equal(one.loss, other.loss)):
+        if one.folder == other.folder or (one.identity == other.identity and np.array_equal(one.loss, other.loss)):
             clauses.append(f"{other.name} is the same run as {one.name}")
     for other in runs[1:]:
         mine = conditions(other.history)

@@ -24,10 +24,7 @@ SERVERS = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.inter
 
 
 def aws(server: str) -> float | None:
-    """Return the seconds that this machine has left, None without a notice.
-
-    Source: Amazon EC2 User Guide, "Spot Instance interruption notices" and "Use IMDSv2".
-    """
+    """See "Spot Instance interruption notices" and "Use IMDSv2" in the Amazon EC2 User Guide."""
     lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
     token = ask("PUT", f"{server}/latest/api/token", lifetime)
     notice = ask("GET", f"{server}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token or ""})
@@ -35,19 +32,13 @@ def aws(server: str) -> float | None:
 
 
 def gcp(server: str) -> float | None:
-    """Return the seconds that this machine has left, None without a notice.
-
-    Source: Google Cloud, "Spot VMs: handle preemption".
-    """
+    """See "Spot VMs: handle preemption" of Google Cloud."""
     preempted = ask("GET", f"{server}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
     return NOTICE_SECONDS if preempted == "TRUE" else None
 
 
 def azure(server: str) -> float | None:
-    """Return the seconds that this machine has left, None without a notice.
-
-    Source: Azure, "Scheduled Events for Linux VMs".
-    """
+    """See "Scheduled Events for Linux VMs" of Azure."""
     header = {"Metadata": "true"}
     name = ask("GET", f"{server}/metadata/instance/compute/name?api-version=2021-02-01&format=text", header)
     events = ask("GET", f"{server}/metadata/scheduledevents?api-version=2020-07-01", header)
@@ -57,6 +48,7 @@ def azure(server: str) -> float | None:
     return None
 
 
+# Each returns the seconds that this machine has left by its cloud's metadata server, None without a notice.
 NOTICES: dict[str, Callable[[str], float | None]] = {"aws": aws, "gcp": gcp, "azure": azure}
 
 

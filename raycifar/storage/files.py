@@ -104,9 +104,9 @@ def open_file(
     return file
 
 
-def open_regular(path: str, flags: int, mode: int = 0o777) -> int:
+def open_regular(path: str, flags: int) -> int:
     """Return a descriptor of a regular file; a fifo without a writer would otherwise be waited for."""
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), mode)
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
     kind = os.fstat(descriptor).st_mode
     if stat.S_ISREG(kind):
         return descriptor
@@ -163,8 +163,8 @@ def write_whole(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
 def append_to(path: Path, length: int, added: bytes) -> None:
     """Append to a file on a disk, of which the first `length` bytes are kept; never through a link."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    with open(path, "r+b", opener=lambda name, _: open_regular(name, flags, 0o666)) as file:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    with open(path, "r+b", opener=lambda name, _: open_regular(name, flags)) as file:
         file.truncate(length)
         file.seek(length)
         file.write(added)
