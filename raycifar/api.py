@@ -25,8 +25,8 @@ from raycifar.errors import RequestError, WorkError
 from raycifar.models.recipe import field_types
 from raycifar.models.recipes import read_run, recipe_fields
 from raycifar.redaction import shown
-from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, RunFolder
+from raycifar.storage.schemas import EpochRecord
 from raycifar.terminal import Screen
 from raycifar.workflows import comparing, reporting, study, training
 from raycifar.workflows.prediction import Model, Predictions

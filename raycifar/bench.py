@@ -7,8 +7,8 @@ import click
 from raycifar import models
 from raycifar.command import UNTIL_EXIT
 from raycifar.options import Command, recipe_options, request_options
-from raycifar.tables import bench_table, plan_table
 from raycifar.terminal import Screen
+from raycifar.terminal_tables import bench_table, plan_table
 from raycifar.workflows.benchmark import STAGES, WAYS, BenchRequest, bench, sentences
 from raycifar.workflows.planning import INTERCONNECTS
 from raycifar.workflows.requests import MAX_TRIALS, MAX_WORKERS, TrainingRequest

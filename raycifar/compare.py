@@ -9,8 +9,8 @@ from raycifar.command import UNTIL_EXIT, resumable
 from raycifar.errors import RequestError
 from raycifar.options import Command, recipe_options, request_options
 from raycifar.storage.run_folder import RunFolder
-from raycifar.tables import comparison_tables
 from raycifar.terminal import Screen
+from raycifar.terminal_tables import comparison_tables
 from raycifar.workflows import comparing, study
 from raycifar.workflows.requests import ComparisonRequest
 

@@ -6,8 +6,8 @@ from raycifar.analysis.prose import without_near_duplicates
 from raycifar.command import UNTIL_EXIT
 from raycifar.options import Command, request_options
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PREDICTIONS
-from raycifar.tables import corruption_table, evaluation_table
 from raycifar.terminal import Screen
+from raycifar.terminal_tables import corruption_table, evaluation_table
 from raycifar.words import count
 from raycifar.workflows.evaluation import EvaluationRequest, evaluate
 from raycifar.workflows.requests import MAX_WORKERS, WorkerSettings

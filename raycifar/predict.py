@@ -7,8 +7,8 @@ import click
 
 from raycifar.errors import WorkError
 from raycifar.options import Command
-from raycifar.tables import predictions_table
 from raycifar.terminal import Screen
+from raycifar.terminal_tables import predictions_table
 from raycifar.words import count
 from raycifar.workflows.prediction import predict_files, warn_of_chance
 from raycifar.workflows.requests import Device

@@ -5,8 +5,8 @@ import click
 from raycifar import models
 from raycifar.models.recipes import choose_recipe, list_recipes, to_toml
 from raycifar.options import Command, recipe_option
-from raycifar.tables import recipes_table
 from raycifar.terminal import Screen
+from raycifar.terminal_tables import recipes_table
 
 
 @click.command(cls=Command, example="raycifar recipes vgg16 > vgg16.toml")

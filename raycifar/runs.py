@@ -7,8 +7,8 @@ import click
 
 from raycifar.options import Command, folder_argument
 from raycifar.redaction import shown
-from raycifar.tables import runs_table
 from raycifar.terminal import Screen
+from raycifar.terminal_tables import runs_table
 from raycifar.workflows.inventory import find_runs
 
 

@@ -6,8 +6,8 @@ import click
 
 from raycifar import models
 from raycifar.options import Command, recipe_options, request_options
-from raycifar.tables import speedrun_table
 from raycifar.terminal import Screen
+from raycifar.terminal_tables import speedrun_table
 from raycifar.workflows.requests import MAX_TRIALS, TrainingRequest, settings_of
 from raycifar.workflows.speedrun import facts, speedrun
 

@@ -17,8 +17,8 @@ from rich.text import Text
 from raycifar.cluster.status import PartStatus, Phase, StatusStore, StepStatus, WorkerStatus
 from raycifar.errors import printable
 from raycifar.redaction import shown
-from raycifar.storage.records import EpochRecord
 from raycifar.storage.remote import telling
+from raycifar.storage.schemas import EpochRecord
 from raycifar.words import duration, time_of_day
 from raycifar.workflows.trial import Trial, TrialStatus
 

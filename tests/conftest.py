@@ -29,9 +29,9 @@ from ray.cluster_utils import Cluster
 from torchvision.models import resnet50
 
 from raycifar.cluster.status import StatusStore
+from raycifar.data.dataset import to_images
 from raycifar.data.sources import load
 from raycifar.data.synthetic import synthetic
-from raycifar.data.tables import to_images
 
 torch.set_num_threads(1)  # of this process; commands set their own
 os.environ.update(RAY_worker_niceness="0")  # with Ray's own, 15, its workers wait for what the other process tests

@@ -32,8 +32,8 @@ import numpy as np
 from PIL import Image
 
 from raycifar.cli import COMMANDS, main
+from raycifar.data.dataset import to_images
 from raycifar.data.synthetic import synthetic
-from raycifar.data.tables import to_images
 from raycifar.workflows.datasets import write_parquet
 
 SECONDS, MEMORY = 20, 2 << 30  # of a case

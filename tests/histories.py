@@ -4,7 +4,7 @@ import numpy as np
 
 from raycifar.analysis.history import RunHistory
 from raycifar.models.recipe import Recipe
-from raycifar.storage.records import EpochRecord
+from raycifar.storage.schemas import EpochRecord
 
 RUN = {"model": "cnn", "seed": 0, "val_size": 5000, "limit": None, "device": "cpu", "workers": 1}
 

@@ -22,8 +22,8 @@ from raycifar.analysis.history import RunHistory
 from raycifar.errors import WorkError
 from raycifar.models import cnn
 from raycifar.models.recipe import Recipe
-from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
+from raycifar.storage.schemas import EpochRecord
 from raycifar.terminal import Screen
 from raycifar.workflows.requests import TrainingRequest
 from raycifar.workflows.training import train

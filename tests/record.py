@@ -8,8 +8,8 @@ from pathlib import Path
 from command import Command
 
 from raycifar.analysis.history import RunHistory
-from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
+from raycifar.storage.schemas import EpochRecord
 
 FOLDER = Path(__file__).with_name("recorded")
 CNN = ("--model", "cnn", "--workers", 0, "--no-report")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from raycifar.data.dataset import to_images
 from raycifar.data.sources import load
-from raycifar.data.tables import to_images
 from raycifar.data.trees import RECORD
 
 

@@ -11,8 +11,8 @@ from command import Program, finish
 from PIL import Image
 
 from raycifar.api import compare, open_comparison, open_run
+from raycifar.data.dataset import to_images
 from raycifar.data.sources import load
-from raycifar.data.tables import to_images
 from raycifar.errors import RequestError
 
 BEGIN = """

@@ -15,8 +15,8 @@ from raycifar.engine.scoring import to_predictions_file
 from raycifar.models import Architecture
 from raycifar.models.recipe import Recipe
 from raycifar.storage.lock import locked
-from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import RunFolder
+from raycifar.storage.schemas import EpochRecord
 
 IMAGES = 2000
 LABELS = torch.arange(IMAGES) % 100

@@ -24,8 +24,8 @@ from raycifar.analysis.reports import report_run, run_page
 from raycifar.analysis.run_files import RunFiles
 from raycifar.api import open_comparison, open_run
 from raycifar.errors import DamagedFileError, RequestError
-from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import RunFolder
+from raycifar.storage.schemas import EpochRecord
 from raycifar.storage.spreadsheets import to_csv
 from raycifar.terminal import Screen
 from raycifar.workflows import reporting

@@ -20,7 +20,6 @@ from raycifar.analysis.diagnosis import PHRASES
 from raycifar.cli import COMMANDS
 from raycifar.engine.reporter import METRICS as METRICS_OF_RAY
 from raycifar.storage.manifest import MANIFEST
-from raycifar.storage.records import EpochRecord, ResultFile, Scores
 from raycifar.storage.run_folder import (
     BEST,
     EVENTS,
@@ -33,6 +32,7 @@ from raycifar.storage.run_folder import (
     RUN,
     SUSPECTS,
 )
+from raycifar.storage.schemas import EpochRecord, ResultFile, Scores
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]

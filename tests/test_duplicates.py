@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate, pad
 
+from raycifar.data.dataset import Source, to_images, to_table
 from raycifar.data.duplicates import NEAR, SIMILAR, find_pairs, most_alike
 from raycifar.data.sources import load
-from raycifar.data.tables import Source, to_images, to_table
 from raycifar.models import Architecture
 from raycifar.storage.weights import to_file
 from raycifar.terminal import Screen

@@ -10,7 +10,7 @@ from raycifar.engine import epoch_meter
 from raycifar.engine.epoch_meter import EpochMeter, EpochTotals
 from raycifar.engine.state import Progress
 from raycifar.errors import StopTrainingError
-from raycifar.storage.records import sampled_steps
+from raycifar.storage.schemas import sampled_steps
 
 CPU = torch.device("cpu")
 STEPS = torch.tensor([[10, 40.0, 1, 2.0], [10, 30.0, 3, 5.0], [9, 20.0, 4, 3.0]], dtype=torch.float64)

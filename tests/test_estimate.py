@@ -11,8 +11,8 @@ import torch
 from raycifar import models
 from raycifar.cluster.sizing import Workers
 from raycifar.cluster.status import StepStatus, WorkerStatus
+from raycifar.data.dataset import split
 from raycifar.data.sources import load
-from raycifar.data.tables import split
 from raycifar.engine import reporter, train_step
 from raycifar.engine.train_step import TrainStep
 from raycifar.models import Architecture

@@ -17,13 +17,13 @@ from conftest import RUN, ps, wait_until, write_archive
 
 from raycifar.data import CIFAR100
 from raycifar.data.corruptions import find_corruptions
+from raycifar.data.dataset import Source, split_rows, to_table
 from raycifar.data.sources import load
 from raycifar.data.synthetic import synthetic
-from raycifar.data.tables import Source, split_rows, to_table
 from raycifar.data.trees import RECORD
 from raycifar.errors import RequestError
-from raycifar.tables import evaluation_table
 from raycifar.terminal import Screen
+from raycifar.terminal_tables import evaluation_table
 from raycifar.workflows import evaluation
 from raycifar.workflows.duplicates import find_duplicates
 from raycifar.workflows.evaluation import EvaluationRequest

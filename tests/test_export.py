@@ -11,8 +11,8 @@ import torch
 from command import Export, finish
 from safetensors.torch import load_file
 
+from raycifar.data.dataset import to_images
 from raycifar.data.sources import load
-from raycifar.data.tables import to_images
 from raycifar.engine.augment import preprocess
 from raycifar.errors import RequestError
 from raycifar.models import Architecture

@@ -12,9 +12,9 @@ from torchvision.transforms import v2
 
 from raycifar import models
 from raycifar.data import CIFAR100
+from raycifar.data.dataset import to_images
 from raycifar.data.sources import load
 from raycifar.data.synthetic import synthetic
-from raycifar.data.tables import to_images
 from raycifar.engine.augment import preprocess
 from raycifar.engine.state import TrainingState
 from raycifar.errors import RequestError

@@ -13,9 +13,9 @@ from raycifar import runs as runs_door
 from raycifar.errors import RequestError
 from raycifar.storage.checkpoints import Checkpoints, checkpoint_name
 from raycifar.storage.lock import locked
-from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import RunFolder
-from raycifar.tables import runs_table
+from raycifar.storage.schemas import EpochRecord
+from raycifar.terminal_tables import runs_table
 from raycifar.workflows import inventory
 from raycifar.workflows.inventory import find_runs
 

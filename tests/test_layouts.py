@@ -18,8 +18,8 @@ from conftest import write_archive
 from PIL import Image
 
 from raycifar.data import CIFAR100
+from raycifar.data.dataset import to_images
 from raycifar.data.sources import load
-from raycifar.data.tables import to_images
 from raycifar.errors import RequestError
 from raycifar.workflows.datasets import count_repeats, warn_of_leaks, write_parquet
 

@@ -9,8 +9,9 @@ from raycifar.analysis.gallery import choose_pictures
 from raycifar.analysis.mismatch import find_mismatch
 from raycifar.analysis.reports import report_run
 from raycifar.analysis.run_files import RunFiles
+from raycifar.data.dataset import Source, to_images, to_table
 from raycifar.data.synthetic import synthetic
-from raycifar.data.tables import Source, to_images, to_lists, to_table
+from raycifar.storage.parquet import to_lists
 
 
 def answered(labels, predicted):

@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raycifar.data.tables import to_parquet
-from raycifar.storage.parquet import ParquetError, read_parquet
+from raycifar.storage.parquet import ParquetError, read_parquet, to_parquet
 
 
 class Bomb:

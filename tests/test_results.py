@@ -15,7 +15,7 @@ from raycifar.analysis.history import RunHistory
 from raycifar.analysis.markdown import code, results_table
 from raycifar.analysis.prose import to_command
 from raycifar.models.recipes import options_for
-from raycifar.storage.records import EpochRecord
+from raycifar.storage.schemas import EpochRecord
 
 
 def history(name, seed, **run):

@@ -8,8 +8,8 @@ import pytest
 
 from raycifar.errors import RequestError, StorageError
 from raycifar.storage.checkpoints import Checkpoints, checkpoint_name
-from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import RunFolder
+from raycifar.storage.schemas import EpochRecord
 
 
 @pytest.fixture

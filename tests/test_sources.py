@@ -18,9 +18,9 @@ from conftest import write_archive
 from PIL import Image
 
 from raycifar.data import CIFAR100, sources
+from raycifar.data.dataset import to_images
 from raycifar.data.pictures import find_images
 from raycifar.data.synthetic import synthetic
-from raycifar.data.tables import to_images
 from raycifar.errors import RequestError
 
 

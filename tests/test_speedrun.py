@@ -10,9 +10,9 @@ from command import Command, Speedrun, finish
 from conftest import checkpoints, history, wait_until
 from safetensors.torch import load_file
 
+from raycifar.data.dataset import split
 from raycifar.data.shards import to_shard
 from raycifar.data.sources import load
-from raycifar.data.tables import split
 from raycifar.engine.optimizers import Muon, build_optimizer, orthogonalize
 from raycifar.engine.speedrun import SpeedRun
 from raycifar.engine.state import Average

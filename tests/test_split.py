@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from raycifar.data.dataset import split, to_images
 from raycifar.data.synthetic import synthetic
-from raycifar.data.tables import split, to_images
 from raycifar.errors import RequestError
 
 

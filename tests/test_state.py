@@ -12,7 +12,7 @@ from raycifar.engine.state import TENSORS, Progress, TrainingState
 from raycifar.models import Architecture
 from raycifar.models.recipe import Recipe
 from raycifar.storage.checkpoints import PROGRESS
-from raycifar.storage.records import EpochRecord
+from raycifar.storage.schemas import EpochRecord
 
 CPU = torch.device("cpu")
 

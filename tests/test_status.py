@@ -15,7 +15,7 @@ from raycifar.cluster.status import (
     WorkerStatus,
 )
 from raycifar.engine.reporter import Gauges, Reporter
-from raycifar.storage.records import EpochRecord, checked
+from raycifar.storage.schemas import EpochRecord, checked
 
 STEP = {"epoch": 2, "step": 3, "steps": 10, "lr": 0.1, "loss": 2.5, "top1": 0.25}
 STEP |= {"images_per_second": 1000.0, "seconds_of_epoch": 2.0, "seconds_left": 18.0}

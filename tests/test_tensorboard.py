@@ -15,8 +15,8 @@ from conftest import wait_until
 
 from raycifar.engine.tensorboard import SCALARS, EventLog, read_events
 from raycifar.errors import StorageError
-from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import EVENTS, RunFolder
+from raycifar.storage.schemas import EpochRecord
 
 s3 = test_storage.s3  # the fixture
 COMMON = {"train_top1": 0.5, "lr": 0.1, "images_per_second": 100.0, "seconds": 1.0, "workers": 1}

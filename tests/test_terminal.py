@@ -23,7 +23,7 @@ from raycifar.cluster.status import (
     WorkerStatus,
 )
 from raycifar.models.recipes import recipe_for
-from raycifar.storage.records import EpochRecord
+from raycifar.storage.schemas import EpochRecord
 from raycifar.terminal import PlainConsole, Screen, trial_lines, trial_table
 from raycifar.words import duration
 from raycifar.workflows.background import run_in_thread

@@ -23,7 +23,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from raycifar.analysis.curves import BLUE, ORANGE, Panel, panels
 from raycifar.analysis.history import MAX_POINTS, RunHistory, thinned
-from raycifar.storage.records import finite
+from raycifar.storage.schemas import finite
 
 INK = "#010203"  # stands for currentColor until the SVG is written
 PLOT = "plot"  # of the area between the axes

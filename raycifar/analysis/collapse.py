@@ -3,7 +3,7 @@
 import math
 
 from raycifar.data import CIFAR100
-from raycifar.storage.records import EpochRecord
+from raycifar.storage.schemas import EpochRecord
 
 MIN_STEPS = 100  # before that, a healthy network may still stand at chance
 CHANCE = 1 / CIFAR100.num_classes  # accuracy of guessing

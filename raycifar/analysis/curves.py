@@ -8,7 +8,7 @@ import numpy as np
 
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.rules.generalization import generalization_gap
-from raycifar.storage.records import sampled_steps
+from raycifar.storage.schemas import sampled_steps
 from raycifar.words import count
 
 BLUE, ORANGE = "#0072b2", "#e69f00"

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from raycifar.analysis.history import RunHistory, thinned
-from raycifar.storage.records import finite
+from raycifar.storage.schemas import finite
 from raycifar.words import listed
 
 SIGMAS = 3.0  # a difference of so many standard errors is taken as real: Shewhart (1931), p = 0.0027

@@ -11,9 +11,9 @@ from raycifar.analysis.classification import CLASSES, confused_pairs
 from raycifar.analysis.findings import Finding
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.run_files import RunFiles
+from raycifar.data.dataset import Source, to_images
 from raycifar.data.pictures import to_png
-from raycifar.data.tables import Source, to_images
-from raycifar.storage.records import PicturesFile, Pixels
+from raycifar.storage.schemas import PicturesFile, Pixels
 
 GALLERY = 24  # images of the most suspect labels
 CONTRADICTIONS = 12  # photographs under two labels that are shown

@@ -12,7 +12,7 @@ from raycifar.analysis.collapse import GUESSING_LOSS
 from raycifar.errors import FailureKind
 from raycifar.models.recipe import Recipe
 from raycifar.models.recipes import NamedRecipe, nearest_recipe, recipe_from_json
-from raycifar.storage.records import EpochRecord
+from raycifar.storage.schemas import EpochRecord
 
 MAX_POINTS = 1000  # of a curve that are drawn, or go into what takes time that grows with their square
 

@@ -9,8 +9,8 @@ from scipy.optimize import linear_sum_assignment
 from raycifar.analysis.classification import CLASSES, confusion
 from raycifar.analysis.findings import COARSE, SURE, Finding, standard_error
 from raycifar.analysis.history import RunHistory
-from raycifar.data.tables import from_lists
-from raycifar.storage.records import PicturesFile
+from raycifar.storage.parquet import from_lists
+from raycifar.storage.schemas import PicturesFile
 from raycifar.words import points
 
 SIGMAS = 5.0  # the network was not chosen by either set, but test images may be a little harder: Recht et al. (2019)

@@ -17,7 +17,7 @@ from raycifar.analysis.run_files import Answers, RunFiles
 from raycifar.analysis.statistics import accuracy_intervals
 from raycifar.data import CIFAR100
 from raycifar.models.recipes import options_for
-from raycifar.storage.records import PicturesFile
+from raycifar.storage.schemas import PicturesFile
 
 ROWS = 300  # epochs in a page's table
 

@@ -14,8 +14,8 @@ from raycifar.analysis.findings import FIT, Finding
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.mismatch import find_mismatch
 from raycifar.analysis.suspects import Suspects, rank_suspects
-from raycifar.data.tables import from_lists
-from raycifar.storage.records import PicturesFile
+from raycifar.storage.parquet import from_lists
+from raycifar.storage.schemas import PicturesFile
 
 
 @dataclass

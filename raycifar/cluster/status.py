@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from raycifar.storage.records import EpochRecord, checked
+from raycifar.storage.schemas import EpochRecord, checked
 
 _here: dict[str, bytes] = {}
 

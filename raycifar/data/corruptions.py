@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
+from raycifar.data.dataset import to_table
 from raycifar.data.labels import to_labels
 from raycifar.data.layouts import split_in
 from raycifar.data.layouts.arrays import read_array, to_channels_first
-from raycifar.data.tables import to_table
 from raycifar.data.trees import Tree, open_folder
 from raycifar.errors import RequestError
 from raycifar.storage.files import locate_images

@@ -16,7 +16,7 @@ import ray.train
 import torch
 
 from raycifar.data import CIFAR100
-from raycifar.data.tables import to_images
+from raycifar.data.dataset import to_images
 
 
 def shard_bounds(rows: int, world_size: int) -> list[int]:

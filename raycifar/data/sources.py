@@ -11,10 +11,10 @@ import requests
 from pyarrow import fs
 
 from raycifar.data import CIFAR100
+from raycifar.data.dataset import Source
 from raycifar.data.layouts import SPLITS
 from raycifar.data.layouts.detect import find, read_tree
 from raycifar.data.synthetic import SYNTHETIC, synthetic
-from raycifar.data.tables import Source
 from raycifar.data.trees import Tree, open_folder, open_tar, open_zip
 from raycifar.errors import RequestError, in_a_line
 from raycifar.machine import private_folder

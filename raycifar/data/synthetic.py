@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from raycifar.data import CIFAR100
-from raycifar.data.tables import Source, to_table
+from raycifar.data.dataset import Source, to_table
 
 ANGLES = np.linspace(0, np.pi / 2, 5)  # up to 90°: a flipped image must not belong to another class
 CYCLES = np.array([2, 4, 7, 11])  # across the image

@@ -16,8 +16,8 @@ from raycifar.engine.reporter import Reporter
 from raycifar.engine.scoring import per_image, predict, score, score_without, to_predictions_file
 from raycifar.engine.state import TrainingState
 from raycifar.engine.train_loop import TrainLoopConfig
-from raycifar.storage.records import Diagnostics, EpochRecord
 from raycifar.storage.run_folder import PREDICTIONS
+from raycifar.storage.schemas import Diagnostics, EpochRecord
 
 EXAMINED_IMAGES = 250  # training images that pass through a network that doesn't learn, to see why
 PIXELS = 2**15  # of those that pass at a time

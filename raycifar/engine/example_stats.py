@@ -16,9 +16,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from raycifar.data.tables import to_parquet
 from raycifar.engine.hardware import WIDEST
-from raycifar.storage.records import Rise
+from raycifar.storage.parquet import to_parquet
+from raycifar.storage.schemas import Rise
 
 LOSS, BEFORE, MARGIN, SEEN, RIVAL, VOTES = COLUMNS = range(6)
 UNSEEN = -1.0  # in place of a cross-entropy, which is never negative

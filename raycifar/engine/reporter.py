@@ -10,7 +10,7 @@ from urllib.parse import quote
 from ray.util.metrics import Gauge
 
 from raycifar.cluster.status import PartStatus, Phase, StatusStore, StepStatus, WorkerStatus, in_a_cluster
-from raycifar.storage.records import EpochRecord
+from raycifar.storage.schemas import EpochRecord
 
 STEP_SECONDS = 0.5  # between two reports of a step, or of how much is scored
 STOP_SECONDS = 0.2  # between two checks for a request to stop

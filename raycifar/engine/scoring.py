@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raycifar.data.tables import to_lists, to_parquet
 from raycifar.engine.augment import preprocess
 from raycifar.engine.distributed import all_reduce_sum
 from raycifar.engine.hardware import WIDEST
 from raycifar.models import CIFAR, Preprocessing
+from raycifar.storage.parquet import to_lists, to_parquet
 
 # Images of CIFAR-100's size scored at a time: few on a CPU, to save memory; more on a GPU, to keep it busy.
 BATCH_SIZE = {"cpu": 250, "cuda": 1000, "mps": 1000}

@@ -24,7 +24,7 @@ from raycifar.engine.order import Segment
 from raycifar.models import Architecture
 from raycifar.models.recipe import Recipe, Stage
 from raycifar.storage.checkpoints import PROGRESS
-from raycifar.storage.records import EpochRecord
+from raycifar.storage.schemas import EpochRecord
 
 TENSORS = "state.safetensors"
 PER_EXAMPLE = {"example_stats": "images", "val_correct": "val_right"}  # and what earlier versions called them

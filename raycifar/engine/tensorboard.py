@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import EVENTS, RunFolder
+from raycifar.storage.schemas import EpochRecord
 
 SCALARS = {
     "train_loss": "loss/train",

@@ -10,8 +10,8 @@ from raycifar.cluster.status import StatusStore
 from raycifar.errors import FailureKind
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
-from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import RunFolder
+from raycifar.storage.schemas import EpochRecord
 
 Status = Literal["finished", "stopped", "interrupted", "failed"]  # stopped by a search, interrupted by the driver
 

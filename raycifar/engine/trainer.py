@@ -35,8 +35,8 @@ from raycifar.engine.train_step import TrainStep
 from raycifar.errors import FailureKind, PreemptedError, StopTrainingError, notice
 from raycifar.models.recipe import FORWARD_PASSES_PER_STEP, Stage
 from raycifar.storage.checkpoints import Checkpoints
-from raycifar.storage.records import EpochRecord, Rise, sampled_steps
 from raycifar.storage.run_folder import BEST, EXAMPLE_STATS, MODEL, RUN
+from raycifar.storage.schemas import EpochRecord, Rise, sampled_steps
 from raycifar.storage.weights import to_file
 
 TRAIN_EVAL_IMAGES = 1000  # training images scored as validation images are, after each epoch

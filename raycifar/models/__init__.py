@@ -32,7 +32,7 @@ from pydantic import Field
 from raycifar.data import CIFAR100
 from raycifar.errors import RequestError, in_a_line
 from raycifar.models.recipe import MAX_IMAGE_SIZE, TRANSFER, Recipe, checked_value, model_options
-from raycifar.storage.records import Positive, Real, checked
+from raycifar.storage.schemas import Positive, Real, checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raycifar import models
-from raycifar.data.tables import Source, to_images
+from raycifar.data.dataset import Source, to_images
 from raycifar.errors import RequestError, first_few, in_a_line
 from raycifar.models import CIFAR, Architecture, Preprocessing
 from raycifar.models.recipe import MAX_IMAGE_SIZE, Recipe, model_options, parse_sizes

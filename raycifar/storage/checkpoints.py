@@ -15,7 +15,7 @@ from pyarrow import fs
 from raycifar.storage.files import ask
 from raycifar.storage.folder import Folder
 from raycifar.storage.manifest import MANIFEST, digest
-from raycifar.storage.records import parse
+from raycifar.storage.schemas import parse
 
 KEPT = 3  # checkpoints: the newest two may be damaged
 PROGRESS = "progress.json"  # how far a checkpoint was trained

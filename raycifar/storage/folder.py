@@ -21,7 +21,7 @@ from raycifar.errors import DamagedFileError, RequestError, StorageError, in_a_l
 from raycifar.redaction import shown, shown_in_html
 from raycifar.storage.files import MAX_BYTES, append_to, ask, file_type, is_local, locate, open_file, write_whole
 from raycifar.storage.locations import check_location, is_utf8, join, parent_and_name
-from raycifar.storage.records import finite, parse
+from raycifar.storage.schemas import finite, parse
 
 # These may name where something lies, and never a secret.
 TEXTS = {".json": shown, ".html": shown_in_html, ".md": shown, ".csv": shown}
@@ -120,7 +120,7 @@ class Folder:
             raise DamagedFileError(f"{self.location}/{file} is damaged: {error}.") from error
 
     def read_as(self, file: str, kind: Any) -> Any:
-        """Return the content of a JSON file as `kind`, see `records.parse`, or None if it doesn't exist.
+        """Return the content of a JSON file as `kind`, see `schemas.parse`, or None if it doesn't exist.
 
         Raises:
             DamagedFileError: it can't be read, or doesn't hold what it should.

@@ -21,8 +21,8 @@ import psutil
 
 from raycifar.errors import DamagedFileError, RequestError, StorageError
 from raycifar.storage.files import ask
-from raycifar.storage.records import Count, Real
 from raycifar.storage.run_folder import RunFolder
+from raycifar.storage.schemas import Count, Real
 
 CLAIM = ".lock-"  # and its owner
 BEAT_SECONDS = 10  # between two renewals

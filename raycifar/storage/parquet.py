@@ -1,4 +1,4 @@
-"""Reading Parquet files that others have made: of data sets, and of runs.
+"""Parquet files: writing them, and reading those that others have made, of data sets and of runs.
 
 Arrow keeps types of its own beside Parquet's, under a key of the footer. Some of them run code as they are read: the
 extension types that a library has registered, as Ray Data does. So that key is hidden from Arrow, and a file has no
@@ -79,6 +79,26 @@ def open_parquet(content: bytes, dictionaries: Iterable[str] = ()) -> pq.Parquet
         read_dictionary=[*leaves.intersection(dictionaries)],
         page_checksum_verification=True,
     )
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """Return the content of a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue().to_pybytes()
+
+
+def to_lists(rows: np.ndarray) -> pa.FixedSizeListArray:
+    """Return rows (n, k) as a column of lists."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
+
+
+def from_lists(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column of lists as (n, k)."""
+    return column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
 
 
 # What this module and `arrow` share -----------------------------------------------------------------

@@ -15,7 +15,7 @@
     manifest.json       what a finished run's files were: see `manifest`
     .lock-*             the claim of the process that trains the run: see `lock`
 
-`records` has the types and ranges of what the JSON files hold.
+`schemas` has the types and ranges of what the JSON files hold.
 """
 
 import json
@@ -33,7 +33,7 @@ from raycifar.storage.folder import Folder
 from raycifar.storage.locations import check_location
 from raycifar.storage.manifest import Manifest
 from raycifar.storage.parquet import read_parquet, read_schema
-from raycifar.storage.records import (
+from raycifar.storage.schemas import (
     RUN_DEFAULTS,
     ComparisonFile,
     EpochRecord,

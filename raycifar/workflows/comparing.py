@@ -18,10 +18,10 @@ from raycifar.analysis.comparison import (
     whether_the_order_changes,
 )
 from raycifar.analysis.history import RunHistory
-from raycifar.data.tables import from_lists
 from raycifar.errors import RequestError
 from raycifar.models import Architecture
 from raycifar.models.recipes import read_run
+from raycifar.storage.parquet import from_lists
 from raycifar.storage.run_folder import (
     COMPARISON,
     COMPARISON_TABLE,

@@ -4,13 +4,14 @@ import numpy as np
 import pyarrow as pa
 
 from raycifar.data import CIFAR100
+from raycifar.data.dataset import Source, to_images
 from raycifar.data.pictures import to_png
 from raycifar.data.sources import load
-from raycifar.data.tables import Source, to_images, to_parquet
 from raycifar.data.trees import MAX_IMAGES
 from raycifar.errors import RequestError
 from raycifar.storage.files import write_file
 from raycifar.storage.locations import join
+from raycifar.storage.parquet import to_parquet
 from raycifar.terminal import Screen
 
 LEAKED = 0.002  # fraction of the test images

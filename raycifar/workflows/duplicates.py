@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raycifar.data import CIFAR100
+from raycifar.data.dataset import Source, to_images
 from raycifar.data.sources import cache_folder, load
-from raycifar.data.tables import Source, to_images, to_parquet
 from raycifar.models.recipe import Recipe
 from raycifar.storage.files import locate, write_whole
+from raycifar.storage.parquet import to_parquet
 from raycifar.storage.run_folder import RunFolder
 from raycifar.storage.spreadsheets import to_csv
 from raycifar.terminal import Screen

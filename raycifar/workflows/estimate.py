@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from raycifar import models
-from raycifar.data.tables import Splits
+from raycifar.data.dataset import Splits
 from raycifar.machine import available_cpus
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import FORWARD_PASSES_PER_STEP, Recipe

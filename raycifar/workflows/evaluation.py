@@ -14,11 +14,12 @@ from raycifar.analysis.classification import by_class, confused_pairs, confusion
 from raycifar.analysis.statistics import accuracy_interval, accuracy_intervals, mean_interval
 from raycifar.data import CIFAR100
 from raycifar.data.corruptions import Corruptions, benchmark, find_corruptions
+from raycifar.data.dataset import Source, split_rows, to_images
 from raycifar.data.sources import is_location
-from raycifar.data.tables import Source, from_lists, split_rows, to_images, to_lists
 from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
 from raycifar.models.recipe import Precision
 from raycifar.models.recipes import read_run, recipe_from_json
+from raycifar.storage.parquet import from_lists, to_lists
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PICTURES, PREDICTIONS, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.datasets import warn_of_leaks

@@ -13,7 +13,7 @@ import numpy as np
 from pyarrow.fs import FileType
 
 from raycifar.data import CIFAR100
-from raycifar.data.tables import to_images
+from raycifar.data.dataset import to_images
 from raycifar.errors import RequestError, WorkError
 from raycifar.models import slug
 from raycifar.models.recipes import read_run

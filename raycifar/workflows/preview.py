@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 
 from raycifar.cluster.connection import cluster_address
-from raycifar.data.tables import Splits
+from raycifar.data.dataset import Splits
 from raycifar.engine.hardware import find_device
 from raycifar.engine.order import steps_per_epoch
 from raycifar.models.initial_weights import InitialWeights

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from raycifar.data.dataset import Source
 from raycifar.data.sources import load
-from raycifar.data.tables import Source
 from raycifar.errors import DamagedFileError, RequestError, in_a_line, notice
 from raycifar.models import slug
 from raycifar.models.recipes import read_run

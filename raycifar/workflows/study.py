@@ -10,7 +10,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from raycifar import models
-from raycifar.data.tables import Source, Splits
+from raycifar.data.dataset import Source, Splits
 from raycifar.errors import RequestError, WorkError
 from raycifar.models.initial_weights import InitialWeights, load_initial_weights
 from raycifar.models.recipe import changes, describe_changes

@@ -15,8 +15,8 @@ from threading import Thread
 from typing import Any, Protocol, Self
 
 from raycifar.errors import RequestError, in_a_line
-from raycifar.storage.records import EpochRecord
 from raycifar.storage.run_folder import COMPARISON, MODEL, REPORT_PAGE, RESULT, RUN, STUDY, RunFolder
+from raycifar.storage.schemas import EpochRecord
 
 TRACKING = "tracking.json"  # what a tracker calls the run
 PROJECT = "raycifar"  # unless the tracker's own variable of the environment says otherwise

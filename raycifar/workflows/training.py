@@ -14,8 +14,8 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from raycifar.cluster.status import Phase, WorkerStatus
+from raycifar.data.dataset import Source, Splits, split
 from raycifar.data.sources import load
-from raycifar.data.tables import Source, Splits, split
 from raycifar.errors import RequestError, WorkError, in_a_line
 from raycifar.machine import available_cpus
 from raycifar.models.initial_weights import load_initial_weights

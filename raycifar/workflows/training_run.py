@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raycifar.cluster.status import StatusStore
+from raycifar.data.dataset import Source, Splits
 from raycifar.data.sources import absolute_name
-from raycifar.data.tables import Source, Splits
 from raycifar.errors import DamagedFileError, RequestError
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe, changes, describe_changes

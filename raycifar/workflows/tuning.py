@@ -20,7 +20,7 @@ from raycifar.cluster.sizing import HEAD, Workers
 from raycifar.cluster.status import Failure, FailureCause, StepStatus, WorkerStatus
 from raycifar.cluster.stoppable import release
 from raycifar.cluster.waiting import Waiting
-from raycifar.data.tables import Source
+from raycifar.data.dataset import Source
 from raycifar.errors import WorkError
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe, describe_changes

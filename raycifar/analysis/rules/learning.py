@@ -22,7 +22,7 @@ from raycifar.analysis.findings import (
 from raycifar.analysis.history import RunHistory
 from raycifar.data import CIFAR100
 from raycifar.errors import FailureKind
-from raycifar.storage.records import Diagnostics
+from raycifar.storage.schemas import Diagnostics
 from raycifar.words import count, span, times
 
 OFF = 8.0  # factor from the base recipe's learning rate, the range that a search covers

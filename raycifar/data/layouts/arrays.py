@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from raycifar.data import CIFAR100
+from raycifar.data.dataset import to_table
 from raycifar.data.labels import to_labels
 from raycifar.data.layouts import Place, split_in
-from raycifar.data.tables import to_table
 from raycifar.data.trees import MAX_IMAGES, Tree
 from raycifar.errors import RequestError, in_a_line
 

@@ -5,8 +5,8 @@ from pathlib import PurePosixPath
 import numpy as np
 import pyarrow as pa
 
+from raycifar.data.dataset import to_table
 from raycifar.data.labels import to_labels
-from raycifar.data.tables import to_table
 from raycifar.data.trees import RECORD, Tree
 from raycifar.errors import RequestError
 

@@ -7,9 +7,9 @@ from pathlib import PurePosixPath
 
 import pyarrow as pa
 
+from raycifar.data.dataset import to_table
 from raycifar.data.labels import numbers_of, to_labels
 from raycifar.data.pictures import decode_all
-from raycifar.data.tables import to_table
 from raycifar.data.trees import Tree, check_count
 from raycifar.errors import RequestError
 from raycifar.storage.arrow import read_arrow, read_arrow_schema

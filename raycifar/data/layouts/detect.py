@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 
 import pyarrow as pa
 
+from raycifar.data.dataset import Source
 from raycifar.data.labels import numbers_of
 from raycifar.data.layouts import (
     SHARD,
@@ -20,7 +21,6 @@ from raycifar.data.layouts import (
     python,
     text,
 )
-from raycifar.data.tables import Source
 from raycifar.data.trees import PICTURES, READABLE, Tree
 from raycifar.errors import RequestError
 

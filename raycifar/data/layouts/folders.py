@@ -4,10 +4,10 @@ from pathlib import PurePosixPath
 
 import pyarrow as pa
 
+from raycifar.data.dataset import to_table
 from raycifar.data.labels import to_labels
 from raycifar.data.layouts import Place, split_in
 from raycifar.data.pictures import decode_all
-from raycifar.data.tables import to_table
 from raycifar.data.trees import Tree, check_count
 
 

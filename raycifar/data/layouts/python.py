@@ -6,9 +6,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from raycifar.data.dataset import to_table
 from raycifar.data.labels import to_labels
 from raycifar.data.layouts.arrays import to_channels_first
-from raycifar.data.tables import to_table
 from raycifar.data.trees import Tree, check_count
 from raycifar.errors import RequestError, in_a_line
 from raycifar.storage.pickles import Dissector, is_array, to_array, to_bytes

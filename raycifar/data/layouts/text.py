@@ -8,8 +8,8 @@ import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
 from raycifar.data import CIFAR100
+from raycifar.data.dataset import to_table
 from raycifar.data.labels import to_labels
-from raycifar.data.tables import to_table
 from raycifar.data.trees import Tree, check_count
 from raycifar.errors import RequestError, in_a_line
 

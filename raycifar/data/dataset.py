@@ -1,4 +1,4 @@
-"""Arrow tables of images: checking, converting and splitting them."""
+"""A data set as Arrow tables of images: making, checking and splitting them."""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,7 +7,6 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raycifar.data import CIFAR100
 from raycifar.errors import RequestError
@@ -92,23 +91,6 @@ def to_images(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     first, last = (row * CIFAR100.image_bytes for row in (array.offset, array.offset + len(array)))
     return np.frombuffer(array.buffers()[1], np.uint8)[first:last].reshape(-1, *CIFAR100.image_shape)
-
-
-def to_parquet(table: pa.Table) -> bytes:
-    """Return the content of a Parquet file."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue().to_pybytes()
-
-
-def to_lists(rows: np.ndarray) -> pa.FixedSizeListArray:
-    """Return rows (n, k) as a column of lists."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
-
-
-def from_lists(column: pa.ChunkedArray) -> np.ndarray:
-    """Return a column of lists as (n, k)."""
-    return column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
 
 
 def split(source: Source, val_size: int, limit: int | None, seed: int, copied: np.ndarray | None = None) -> Splits:
