@@ -19,7 +19,6 @@ class FailureKind(StrEnum):
 
     NOT_FINITE = "not-finite"
     NODE_MISMATCH = "node-mismatch"
-    OTHER = "other"
 
 
 class StopTrainingError(Exception):

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from histories import made_up
 
-from raycifar.analysis.history import RunHistory, failure_kind
-from raycifar.errors import FailureKind
+from raycifar.analysis.history import RunHistory
 
 
 def test_a_column_is_not_a_number_where_nothing_is_known():
@@ -20,21 +19,20 @@ def test_steps_are_counted_up():
 
 
 @pytest.mark.parametrize(
-    ("result", "kind"),
+    ("result", "became_not_finite"),
     [
-        ({"failure": "worker-died", "reason": "the loss is no longer finite"}, FailureKind.OTHER),
-        ({"reason": "the loss is no longer finite: epoch 3, step 2. Try a smaller --lr"}, FailureKind.NOT_FINITE),
-        ({"reason": "a node can't take part: it has another torch"}, FailureKind.NODE_MISMATCH),
-        ({"reason": "its driver died."}, FailureKind.OTHER),
-        ({"reason": None}, FailureKind.OTHER),
-        ({}, FailureKind.OTHER),
+        ({"failure": "not-finite", "reason": None}, True),
+        ({"failure": "worker-died", "reason": "the loss is no longer finite"}, False),
+        ({"reason": "the loss is no longer finite: epoch 3, step 2. Try a smaller --lr"}, True),
+        ({"reason": "a node can't take part: it has another torch"}, False),
+        ({"reason": None}, False),
+        ({}, False),
     ],
 )
-def test_failures_of_earlier_versions_are_told_by_their_reason(result, kind):
-    assert failure_kind(result) is kind
+def test_failures_of_earlier_versions_are_told_by_their_reason(result, became_not_finite):
+    assert made_up(result={"status": "failed", **result}).became_not_finite is became_not_finite
 
 
-def test_only_a_failed_run_has_a_failure():
-    assert made_up(result={"status": "finished"}).failure is None
-    assert made_up(result=None).failure is None
-    assert made_up(result={"status": "failed"}).failure is FailureKind.OTHER
+def test_only_a_failed_run_has_become_not_finite():
+    assert not made_up(result={"status": "finished", "reason": "no longer finite"}).became_not_finite
+    assert not made_up(result=None).became_not_finite

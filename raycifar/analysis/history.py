@@ -84,8 +84,12 @@ class RunHistory:
         return self.recipe.lr / base.lr if base.lr and self.recipe.optimizer == base.optimizer else 1.0
 
     @property
-    def failure(self) -> FailureKind | None:
-        return failure_kind(self.result) if self.result and self.result["status"] == "failed" else None
+    def became_not_finite(self) -> bool:
+        """Whether that is why the run failed; earlier versions say it only in words."""
+        if not self.result or self.result["status"] != "failed":
+            return False
+        kind, reason = self.result.get("failure"), self.result.get("reason")
+        return kind == FailureKind.NOT_FINITE if kind else "no longer finite" in (reason or "")
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of the records, (epochs,) float, not a number where it is unknown."""
@@ -96,17 +100,3 @@ class RunHistory:
 def thinned(count: int) -> np.ndarray:
     """Return at most 1,000 of `count` indices, evenly spaced, with the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(count, MAX_POINTS)).round().astype(int))
-
-
-def failure_kind(result: dict[str, Any]) -> FailureKind:
-    """Return why a run failed; folders of earlier versions have other kinds, or say it only in words."""
-    if isinstance(kind := result.get("failure"), str):
-        return FailureKind(kind) if kind in list(FailureKind) else FailureKind.OTHER
-    reason = result.get("reason") or ""
-    for words, kind in (
-        ("no longer finite", FailureKind.NOT_FINITE),
-        ("a node can't take part", FailureKind.NODE_MISMATCH),
-    ):
-        if words in reason:
-            return kind
-    return FailureKind.OTHER

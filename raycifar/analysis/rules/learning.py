@@ -21,7 +21,6 @@ from raycifar.analysis.findings import (
 )
 from raycifar.analysis.history import RunHistory
 from raycifar.data import CIFAR100
-from raycifar.errors import FailureKind
 from raycifar.storage.schemas import Diagnostics
 from raycifar.words import count, span, times
 
@@ -54,7 +53,7 @@ def too_little_learned(history: RunHistory) -> Finding:
 
 
 def divergence(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    if history.result and history.failure == FailureKind.NOT_FINITE:
+    if history.result and history.became_not_finite:
         reason = history.result["reason"].split(". ")[0].rstrip(".")
         return [
             Finding("divergence", SURE, f"{reason[:1].upper()}{reason[1:]}. Training stopped there.", calm(history))
