@@ -15,34 +15,24 @@ from raycifar.analysis.collapse import MIN_STEPS
 from raycifar.analysis.departures import LOOSE, departures
 from raycifar.analysis.findings import SIGMAS, SURE, Finding, has, standard_error
 from raycifar.analysis.history import RunHistory
-from raycifar.analysis.rules.generalization import gap_to_validation, overfitting, regularize, validation_above_training
-from raycifar.analysis.rules.jumps import never_recovers, spikes
-from raycifar.analysis.rules.learning import (
-    collapsed,
-    divergence,
-    learning_rate,
-    too_few_steps,
-    too_little_learned,
-    underfitting,
-)
-from raycifar.analysis.rules.trends import healthy, trend, validation_noise
+from raycifar.analysis.rules import generalization, jumps, learning, trends
 from raycifar.words import listed, points
 
 LEARNED = 0.4  # pseudo-R² of a network that can be called healthy: the upper end of McFadden's excellent fits
 RULES: Sequence[Callable[[RunHistory, Sequence[Finding]], list[Finding]]] = (
-    divergence,
-    collapsed,
-    never_recovers,
-    underfitting,
-    learning_rate,
-    spikes,
-    overfitting,
-    gap_to_validation,
-    validation_above_training,
-    validation_noise,
-    trend,
+    learning.divergence,
+    learning.collapsed,
+    jumps.never_recovers,
+    learning.underfitting,
+    learning.learning_rate,
+    jumps.spikes,
+    generalization.overfitting,
+    generalization.gap_to_validation,
+    generalization.validation_above_training,
+    trends.validation_noise,
+    trends.trend,
 )
-ALWAYS = (divergence, collapsed, learning_rate)  # the others are of networks that learn
+ALWAYS = (learning.divergence, learning.collapsed, learning.learning_rate)  # the others are of networks that learn
 TRENDS = {"improving", "plateau"}
 PHRASES = {
     "test-differs": "the test set doesn't match the validation images",
@@ -68,16 +58,16 @@ def diagnose(history: RunHistory) -> list[Finding]:
     """Return what the curves of a run show, what matters most first."""
     early = not history.records or history.steps < MIN_STEPS
     found: list[Finding] = []
-    for rule in (divergence, learning_rate) if early else RULES:
+    for rule in (learning.divergence, learning.learning_rate) if early else RULES:
         if rule in ALWAYS or not has(found, "collapse", "divergence"):
             found += rule(history, found)
-    if early:
-        return [blame_recipe(history, finding) for finding in found] or [too_few_steps(history)] * bool(history.records)
-    if all(finding.kind in TRENDS or finding.metrics.get("explained") for finding in found):
+    if early and not found:
+        return [learning.too_few_steps(history)] if history.records else []
+    if not early and all(finding.kind in TRENDS or finding.metrics.get("explained") for finding in found):
         if history.fit >= LEARNED:
-            found.insert(0, healthy(history, found))
+            found.insert(0, trends.healthy(history, found))
         elif not found:
-            found.append(too_little_learned(history))
+            found.append(learning.too_little_learned(history))
     return [blame_recipe(history, finding) for finding in found]
 
 
@@ -88,7 +78,7 @@ def blame_recipe(history: RunHistory, finding: Finding) -> Finding:
         return finding
     evidence = f"A likely cause: compared with {history.base}, {listed(list(map(str, causes)))}. "
     first = f"First of all, use {listed([cause.remedy for cause in causes])}."
-    advice = regularize(history, causes) if finding.kind in LOOSE else first
+    advice = generalization.regularize(history, causes) if finding.kind in LOOSE else first
     metrics = {**finding.metrics, "recipe": {cause.field: cause.value for cause in causes}}
     return replace(finding, evidence=evidence + finding.evidence, advice=advice, metrics=metrics)
 
