@@ -7,6 +7,7 @@ otherwise in this process. It is stored as JSON; keys of another version are ign
 import json
 import sys
 import uuid
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -14,7 +15,7 @@ from typing import Any
 
 from raycifar.storage.schemas import EpochRecord, checked
 
-_here: dict[str, bytes] = {}
+_here: defaultdict[str, dict[str, bytes]] = defaultdict(dict)  # by the key of a store and by topic
 
 
 class Phase(StrEnum):
@@ -183,31 +184,28 @@ class StatusStore:
 
     def delete(self) -> None:
         """Delete everything, so that a long-lived cluster doesn't keep it."""
-        prefix = f"raycifar/{self.key}/"
+        _here.pop(self.key, None)
         if in_a_cluster():
             from raycifar.cluster import ray_internals
 
-            ray_internals.kv_delete(prefix)
-        for key in [key for key in _here if key.startswith(prefix)]:
-            del _here[key]
+            ray_internals.kv_delete(f"raycifar/{self.key}/")
 
     def _put(self, topic: str, value: Any) -> None:
-        key, content = f"raycifar/{self.key}/{topic}", json.dumps(value).encode()
-        if not in_a_cluster():
-            _here[key] = content
-            return
-        from raycifar.cluster import ray_internals, watch
-
-        watch.answered(lambda: ray_internals.kv_put(key, content))
-
-    def _get(self, topic: str) -> Any:
-        key = f"raycifar/{self.key}/{topic}"
+        content = json.dumps(value).encode()
         if in_a_cluster():
             from raycifar.cluster import ray_internals, watch
 
-            content = watch.answered(lambda: ray_internals.kv_get(key))
+            watch.answered(lambda: ray_internals.kv_put(f"raycifar/{self.key}/{topic}", content))
         else:
-            content = _here.get(key)
+            _here[self.key][topic] = content
+
+    def _get(self, topic: str) -> Any:
+        if in_a_cluster():
+            from raycifar.cluster import ray_internals, watch
+
+            content = watch.answered(lambda: ray_internals.kv_get(f"raycifar/{self.key}/{topic}"))
+        else:
+            content = _here[self.key].get(topic)
         return None if content is None else json.loads(content)
 
 
