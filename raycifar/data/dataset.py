@@ -1,14 +1,16 @@
 """A data set as Arrow tables of images: making, checking and splitting them."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from raycifar.data import CIFAR100
+from raycifar.data.labels import to_labels
 from raycifar.errors import RequestError
 
 
@@ -37,10 +39,7 @@ class Source:
     def superclass_of(self) -> tuple[int, ...]:
         """Return the superclass of each class by the training images, or by those of a test set alone.
 
-        A class that has no images keeps CIFAR-100's.
-
-        Raises:
-            RequestError: images of one class have different superclasses.
+        A class that has no images keeps CIFAR-100's; RequestError is raised if one has several.
         """
         table = self.train if len(self.train) else self.test
         fine, coarse = (table[column].to_numpy() for column in ("fine", "coarse"))
@@ -64,22 +63,23 @@ class Splits:
         return {name: table for name, table in vars(self).items() if len(table)}
 
 
-def to_table(pixels: np.ndarray, labels: Mapping[str, np.ndarray], origin: str) -> pa.Table:
+def to_table(pixels: np.ndarray, values: Mapping[str, np.ndarray | Sequence[Any]], origin: str) -> pa.Table:
     """Return a table of images and their labels.
 
     Args:
         pixels: (N, 3, H, W) or (N, 3 * H * W) uint8.
-        labels: "fine" and, unless they follow from these, "coarse", as `to_labels` returns them.
+        values: the labels "fine" and, unless they follow from these, "coarse", as `to_labels` takes them.
         origin: the start of an error's message.
 
     Raises:
-        RequestError: there are no images, or more or fewer labels.
+        RequestError: there are no images, or more or fewer labels, or one is of no class.
     """
+    labels = {level: to_labels(given, level, origin) for level, given in values.items()}
     if not len(pixels):
         raise RequestError(f"{origin} holds no images.")
-    for level, values in labels.items():
-        if len(values) != len(pixels):
-            raise RequestError(f"{origin} has {len(pixels):,} images and {len(values):,} {level} labels.")
+    for level, given in labels.items():
+        if len(given) != len(pixels):
+            raise RequestError(f"{origin} has {len(pixels):,} images and {len(given):,} {level} labels.")
     coarse = labels.get("coarse", np.array(CIFAR100.superclass_of)[labels["fine"]])
     buffer = pa.py_buffer(np.ascontiguousarray(pixels, np.uint8))
     images = pa.FixedSizeBinaryArray.from_buffers(pa.binary(CIFAR100.image_bytes), len(pixels), [None, buffer])

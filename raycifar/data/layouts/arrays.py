@@ -10,7 +10,6 @@ import pyarrow as pa
 
 from raycifar.data import CIFAR100
 from raycifar.data.dataset import to_table
-from raycifar.data.labels import to_labels
 from raycifar.data.layouts import Place, split_in
 from raycifar.data.trees import MAX_IMAGES, Tree
 from raycifar.errors import RequestError, in_a_line
@@ -39,9 +38,8 @@ def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
         raise RequestError(f"{origin}: one array of images, as x_train, and one of labels, as y_train, not {names}.")
     chosen = {role: found[0] for role, found in files.items() if found}
     arrays = {role: read_array(tree.read(path), f"{tree.name}: {path}") for role, path in chosen.items()}
-    pixels = to_channels_first(arrays["image"], f"{tree.name}: {chosen['image']}")
-    labels = {level: to_labels(array, level, origin) for level, array in arrays.items() if level != "image"}
-    return to_table(pixels, labels, origin)
+    pixels = to_channels_first(arrays.pop("image"), f"{tree.name}: {chosen['image']}")
+    return to_table(pixels, arrays, origin)
 
 
 def read_array(content: bytes, origin: str) -> np.ndarray:

@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 
 from raycifar.data.dataset import to_table
-from raycifar.data.labels import to_labels
 from raycifar.data.trees import RECORD, Tree
 from raycifar.errors import RequestError
 
@@ -17,5 +16,4 @@ def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
     if len(content) % RECORD:
         raise RequestError(f"{origin} has {len(content):,} bytes, not a multiple of a CIFAR-100 record's {RECORD:,}.")
     records = np.frombuffer(content, np.uint8).reshape(-1, RECORD)
-    labels = {level: to_labels(records[:, column], level, origin) for level, column in (("fine", 1), ("coarse", 0))}
-    return to_table(records[:, 2:], labels, origin)
+    return to_table(records[:, 2:], {"fine": records[:, 1], "coarse": records[:, 0]}, origin)

@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow as pa
 
 from raycifar.data.dataset import to_table
-from raycifar.data.labels import to_labels
 from raycifar.data.layouts.arrays import to_channels_first
 from raycifar.data.trees import Tree, check_count
 from raycifar.errors import RequestError, in_a_line
@@ -40,7 +39,7 @@ def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
     except (ValueError, TypeError) as error:
         raise RequestError(f"{origin} is not from cifar-100-python: {error}.") from error
     check_count(len(pixels), origin)
-    return to_table(pixels, {level: to_labels(values, level, origin) for level, values in given.items()}, origin)
+    return to_table(pixels, given, origin)
 
 
 def read_names(content: bytes) -> dict[str, list[str]]:

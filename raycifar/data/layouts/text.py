@@ -9,7 +9,6 @@ from pyarrow import csv as arrow_csv
 
 from raycifar.data import CIFAR100
 from raycifar.data.dataset import to_table
-from raycifar.data.labels import to_labels
 from raycifar.data.trees import Tree, check_count
 from raycifar.errors import RequestError, in_a_line
 
@@ -55,5 +54,4 @@ def read_file(content: bytes, origin: str) -> pa.Table:
         raise RequestError(f"{origin} is not a readable CSV file: {in_a_line(error)}.") from error
     if not blocks:
         raise RequestError(f"{origin} holds no images.")
-    labels = {level: to_labels(values, level, origin) for level, values in texts.items()}
-    return to_table(np.concatenate(blocks), labels, origin)
+    return to_table(np.concatenate(blocks), texts, origin)
