@@ -13,7 +13,7 @@ from command import Predict, finish
 from PIL import Image
 from pyarrow import fs
 
-from raycifar.data.names import COARSE, FINE
+from raycifar.data import CIFAR100
 from raycifar.data.pictures import decode, find_images, read_image
 from raycifar.errors import RequestError
 from raycifar.models import Architecture
@@ -48,7 +48,8 @@ def test_the_names_are_the_data_set_s(cifar):
     import tarfile
 
     with tarfile.open(cifar) as archive:
-        for names, file in ((FINE, "fine_label_names.txt"), (COARSE, "coarse_label_names.txt")):
+        files = {"fine_label_names.txt": CIFAR100.class_names, "coarse_label_names.txt": CIFAR100.superclass_names}
+        for file, names in files.items():
             member = next(m for m in archive.getmembers() if m.name.endswith(file))
             assert tuple(archive.extractfile(member).read().decode().split()) == names
 
@@ -194,7 +195,7 @@ def test_a_folder_of_mixed_and_broken_files(tmp_path, weights, photo):
     assert len(good) == 3
     for top5 in good:
         assert len(top5) == 5
-        assert {guess["class"] for guess in top5} <= set(FINE)
+        assert {guess["class"] for guess in top5} <= set(CIFAR100.class_names)
         assert [g["probability"] for g in top5] == sorted((g["probability"] for g in top5), reverse=True)
     assert "5 of 8 images can't be read" in done.stderr
     for name in ("cut.jpg", "empty.png", "text.png", "bomb.png"):
@@ -229,7 +230,7 @@ def test_the_answer_is_the_network_s(tmp_path, weights, photo):
         expected = network(
             preprocess(torch.from_numpy(read_image(LOCAL, str(tmp_path / "a.png")).copy())[None])
         ).softmax(1)[0]
-    assert [guess["class"] for guess in answer["top5"]] == [FINE[i] for i in expected.topk(5).indices]
+    assert [guess["class"] for guess in answer["top5"]] == [CIFAR100.class_names[i] for i in expected.topk(5).indices]
     assert [g["probability"] for g in answer["top5"]] == pytest.approx(expected.topk(5).values.tolist(), rel=1e-4)
     assert answer["top5"][0]["class"] in table
 
