@@ -29,21 +29,11 @@ import pyarrow as pa
 
 from raycifar.data import CIFAR100
 from raycifar.errors import DamagedFileError, RequestError, notice
+from raycifar.storage import schemas
 from raycifar.storage.folder import Folder
 from raycifar.storage.locations import check_location
 from raycifar.storage.manifest import Manifest
 from raycifar.storage.parquet import read_parquet, read_schema
-from raycifar.storage.schemas import (
-    RUN_DEFAULTS,
-    ComparisonFile,
-    EpochRecord,
-    PicturesFile,
-    ResultFile,
-    RunFile,
-    parse,
-    parse_history,
-    unknown_fields,
-)
 
 RUN, METRICS, RESULT = "run.json", "metrics.jsonl", "result.json"
 MODEL, BEST = "model.safetensors", "best.safetensors"
@@ -60,11 +50,11 @@ STUDY, COMPARISON, COMPARISON_TABLE = "study.json", "comparison.json", "comparis
 RAY_FILES = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")  # Ray Train's, left by earlier versions
 
 DOCUMENTS: dict[str, Any] = {
-    RUN: RunFile,
-    RESULT: ResultFile,
-    COMPARISON: ComparisonFile,
+    RUN: schemas.RunFile,
+    RESULT: schemas.ResultFile,
+    COMPARISON: schemas.ComparisonFile,
     STUDY: dict[str, Any],
-    PICTURES: PicturesFile,
+    PICTURES: schemas.PicturesFile,
 }
 # What the columns of tables with a row for each image hold, as `read_parquet` takes it.
 PREDICTION_COLUMNS = {"label": "integers", "top5": "lists of integers", "probabilities": "lists of real numbers"}
@@ -136,12 +126,12 @@ class RunFolder(Folder):
             content = self.read(file)
             if content is None:
                 return None
-            value = parse(content, kind)
+            value = schemas.parse(content, kind)
         self.manifest.warn_of_change(file, content, warn)
-        self._warn_of_fields(file, unknown_fields(kind, value), warn)
-        return {**RUN_DEFAULTS, "name": self.name, **value} if file == RUN else value
+        self._warn_of_fields(file, schemas.unknown_fields(kind, value), warn)
+        return {**schemas.RUN_DEFAULTS, "name": self.name, **value} if file == RUN else value
 
-    def history(self, warn: Callable[[str], None] | None = None) -> list[EpochRecord]:
+    def history(self, warn: Callable[[str], None] | None = None) -> list[schemas.EpochRecord]:
         """Return the records of the finished epochs, in order.
 
         Args:
@@ -154,11 +144,11 @@ class RunFolder(Folder):
             content = self.read(METRICS)
         if content is None:
             return []
-        records: list[EpochRecord] = []
+        records: list[schemas.EpochRecord] = []
         unknown: set[str] = set()
         try:
             with self.reading(METRICS):
-                for record, fields in parse_history(content):
+                for record, fields in schemas.parse_history(content):
                     records.append(record)
                     unknown |= fields
         except DamagedFileError as error:
@@ -174,15 +164,11 @@ class RunFolder(Folder):
         if fields := ", ".join(sorted(unknown)):
             warn(f"{self.location}/{file} has fields that this version doesn't know and passes over: {fields[:200]}.")
 
-    def write_history(self, history: Iterable[EpochRecord]) -> None:
+    def write_history(self, history: Iterable[schemas.EpochRecord]) -> None:
         self.write(METRICS, "".join(json.dumps(record.to_json()) + "\n" for record in history).encode())
 
     def read_table(self, file: str) -> pa.Table | None:
-        """Return predictions.parquet or example_stats.parquet, or None if it doesn't exist.
-
-        Raises:
-            DamagedFileError: it can't be read, has changed, or doesn't hold what it should.
-        """
+        """Return predictions.parquet or example_stats.parquet, or None; also a changed one raises DamagedFileError."""
         with self.reading(file):
             content = self.read(file)
             if content is None:
