@@ -48,7 +48,3 @@ class LazyCommands(click.Group):
 @click.version_option(__version__, prog_name="raycifar")
 def main() -> None:
     """Train and compare image classifiers on CIFAR-100 with Ray."""
-
-
-if __name__ == "__main__":
-    main()

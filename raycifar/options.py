@@ -75,7 +75,7 @@ def request_options(kind: type[WorkerSettings], *, without: Sequence[str] = ()) 
     def add(command: Function) -> Function:
         for setting in reversed(settings_of(kind)):
             if setting.name not in without:
-                command = to_option(setting, setting.metadata["default"])(command)
+                command = to_option(setting)(command)
         return command
 
     return add
@@ -115,8 +115,8 @@ def field_option(name: str, kind: type[Recipe]) -> Callable[[Function], Function
     return click.option(flag, type=value_type, default=None, metavar=metavar, help=field.metadata["help"] + owners)
 
 
-def to_option(field: Any, default: Any) -> Callable[[Function], Function]:
-    name, kind = f"--{field.name.replace('_', '-')}", field.type
+def to_option(field: Any) -> Callable[[Function], Function]:
+    name, kind, default = f"--{field.name.replace('_', '-')}", field.type, field.metadata["default"]
     if kind == WorkerCount:
         kind = str  # parsed by the request
     elif isinstance(kind, types.UnionType):
