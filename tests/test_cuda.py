@@ -85,6 +85,20 @@ def test_what_can_not_be_captured_goes_on_as_it_is_and_says_why_once(pretend_gpu
     assert said == why
 
 
+def test_a_closed_function_has_freed_its_graphs(pretend_gpu, monkeypatch):
+    pretend_gpu()
+    freed = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=int, reset=lambda: freed.append(1)))
+    monkeypatch.setattr(torch.cuda, "synchronize", int)
+    take = cuda_graphed(lambda x: x, CUDA)
+    for size in (2, 3):
+        for _ in range(STEPS):
+            take(torch.ones(size))
+    take.close()
+    assert freed == [1, 1]
+    assert not take.graphs
+
+
 @pytest.mark.parametrize("device", [CPU, pytest.param(CUDA, marks=needs_gpu)], ids=str)
 def test_tensors_abreast_keep_their_order(device):
     tensors = [torch.full((3,), float(k), device=device) for k in range(7)]

@@ -1,6 +1,8 @@
 """One optimizer step: what it computes, on one worker and on several, launched and captured."""
 
 import copy
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -21,8 +23,12 @@ from raycifar.engine.order import Batch
 from raycifar.engine.reporter import Gauges, Reporter
 from raycifar.engine.state import TrainingState
 from raycifar.engine.train_step import TrainStep
+from raycifar.errors import WorkError
 from raycifar.models import Architecture
 from raycifar.models.recipe import Recipe
+from raycifar.terminal import Screen
+from raycifar.workflows import training
+from raycifar.workflows.requests import TrainingRequest
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PLAIN = {"augment": "none", "precision": "float32"}
@@ -302,3 +308,15 @@ def test_two_workers_share_a_gpu_over_gloo_and_train_as_one_does(tmp_path):
     on_workers(Trains(tmp_path / "losses", CUDA, steps=50), 2)
     alone = losses(build(device=CUDA, num_images=64, batch_norm="frozen"), 50)
     assert torch.allclose(torch.load(tmp_path / "losses").cpu(), alone, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("lr", [0.01, 1e9])
+def test_the_step_is_closed_however_the_run_ends(tmp_path, monkeypatch, lr):
+    """Its CUDA graphs would keep NCCL's communicators from ending."""
+    closed = []
+    monkeypatch.setattr(TrainStep, "close", lambda step: closed.append(step))
+    options = {"data": "synthetic:200", "limit": 100, "val_size": 0, "workers": 0, "epochs": 1, "report": False}
+    request = TrainingRequest.of("cnn", **options, lr=lr, storage=str(tmp_path))
+    with ExitStack() as connection, suppress(WorkError):
+        training.train(replace(request, test=False), Screen(quiet=True), connection)
+    assert len(closed) == 1

@@ -58,6 +58,13 @@ class CudaGraphRunner:
         graph.replay()
         return output
 
+    def close(self) -> None:
+        """Free the graphs: NCCL's communicators don't end before those that hold their operations."""
+        torch.cuda.synchronize()
+        for graph, _, _ in self.graphs.values():
+            graph.reset()
+        self.graphs.clear()
+
     def _call(self, arguments: tuple[Any, ...]) -> Tensor:
         """Call the function on the stream that it is captured on."""
         here = torch.cuda.current_stream()

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -44,16 +45,13 @@ TRAIN_EVAL_IMAGES = 1000  # training images scored as validation images are, aft
 
 def train_loop_per_worker(config: dict[str, Any]) -> Outcome:
     """Train, score and save; Ray Train calls it on each worker, with the fields of `TrainLoopConfig`."""
-    trainer = Trainer(TrainLoopConfig(**config))
-    try:
-        trainer.set_up()
-        return trainer.train()
-    except StopTrainingError as stop:
-        trainer.checkpointer.wait()
-        return Outcome("failed", trainer.folder.history(notice), failure=stop.kind, reason=str(stop))
-    finally:
-        if trainer.profiler:
-            trainer.profiler.stop()
+    with closing(Trainer(TrainLoopConfig(**config))) as trainer:
+        try:
+            trainer.set_up()
+            return trainer.train()
+        except StopTrainingError as stop:
+            trainer.checkpointer.wait()
+            return Outcome("failed", trainer.folder.history(notice), failure=stop.kind, reason=str(stop))
 
 
 class Trainer:
@@ -171,6 +169,13 @@ class Trainer:
             if self.config.track_examples and self.state.example_stats is not None:
                 self.folder.write(EXAMPLE_STATS, to_example_stats_file(self.state.example_stats, self.index, labels))
         return scores
+
+    def close(self) -> None:
+        """Free what would outlive the run."""
+        if self.profiler:
+            self.profiler.stop()
+        if hasattr(self, "train_step"):  # `set_up` may have failed before
+            self.train_step.close()
 
     def outcome(self, status: Status, test: dict[str, Any] | None = None) -> Outcome:
         """Return the outcome, once the last checkpoint is stored."""

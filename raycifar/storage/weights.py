@@ -68,7 +68,7 @@ def from_file(content: bytes, origin: str) -> tuple[dict[str, Tensor], Architect
 def check_fit(tensors: Mapping[str, Tensor], architecture: Architecture) -> None:
     """Raise ValueError unless tensors are the weights of an architecture, before it takes time or memory."""
     for name, value in {"num_classes": architecture.num_classes, **architecture.options}.items():
-        if value > max(len(tensors), *(tensor.shape[0] for tensor in tensors.values() if tensor.ndim)):
+        if value > max([len(tensors), *(tensor.shape[0] for tensor in tensors.values() if tensor.ndim)]):
             raise ValueError(f"its {name} is {value:,}, for which its tensors are too few or too small")
     if differences := compare(tensors, architecture.outline().state_dict()):
         raise ValueError(f"these are not the weights of {architecture.model}: {differences}")

@@ -35,6 +35,7 @@ from raycifar.workflows.training_run import Inputs, TrainingRun, earlier_result,
 
 SCORES = {"top1": "top-1", "top5": "top-5", "superclass_top1": "superclass", "loss": "loss", "ece": "calibration error"}
 STOP_SECONDS = 10  # for a run that is interrupted to save what it has trained
+MAX_STOP_SECONDS = 60  # where a step, or the scoring after an epoch, takes long
 
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
@@ -115,7 +116,8 @@ def fit(run: TrainingRun, follow: Follow, loop: Callable[[dict[str, Any]], Any] 
         run.status_store.request_stop()
         status = run.status_store.worker() or WorkerStatus()
         if status.phase == Phase.TRAINING and not loop:
-            thread.join(STOP_SECONDS)
+            epoch = status.step.seconds_of_epoch if status.step else 0.0
+            thread.join(max(STOP_SECONDS, min(MAX_STOP_SECONDS, epoch)))
         if thread.is_alive():
             trainer.abort()
 

@@ -54,7 +54,7 @@ def too_little_learned(history: RunHistory) -> Finding:
 
 def divergence(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     if history.result and history.became_not_finite:
-        reason = history.result["reason"].split(". ")[0].rstrip(".")
+        reason = (history.result.get("reason") or "the loss is no longer finite").split(". ")[0].rstrip(".")
         return [
             Finding("divergence", SURE, f"{reason[:1].upper()}{reason[1:]}. Training stopped there.", calm(history))
         ]
