@@ -101,6 +101,16 @@ def test_a_head_for_other_classes_is_dropped_and_one_for_the_same_is_kept(resnet
     assert torch.equal(state.model.fc.weight, hundred.fc.weight)
 
 
+def test_a_head_of_other_layers_is_left_out_whatever_it_ends_with(tmp_path):
+    state = Architecture("cnn").build().state_dict()
+    layers = {name: value for name, value in state.items() if not name.startswith("head")}
+    layers |= {"head.0.weight": torch.ones(7, 512), "head.0.num_batches_tracked": torch.tensor(3)}
+    torch.save(layers, tmp_path / "other.pth")
+    initial = load_initial_weights(tmp_path / "other.pth", "cnn")
+    assert not any(name.startswith("head") for name in initial.weights)
+    assert initial.notes[-1].endswith("is left out: it has other layers.")
+
+
 def test_vgg16_takes_torchvision_s_features_and_a_head_of_its_own(tmp_path):
     torch.manual_seed(3)
     network = vgg16_bn(num_classes=10)

@@ -15,7 +15,7 @@ from raycifar.storage.weights import to_file
 from raycifar.terminal import Screen
 from raycifar.workflows import tuning
 from raycifar.workflows.requests import ComparisonRequest
-from raycifar.workflows.study import build_spaces, read_inputs
+from raycifar.workflows.study import build_spaces, describe_search, read_inputs
 from raycifar.workflows.training import split_images
 from raycifar.workflows.training_run import Inputs, TrainingRun
 from raycifar.workflows.trial import Trial
@@ -117,10 +117,27 @@ def test_a_failed_trial_is_not_run_again_once_the_final_runs_have_its_search_s_r
     assert [trial.status for trial in StudySearcher(study, 1).trials] == ["finished", "waiting"]
 
 
+def test_the_recipe_itself_is_no_discovery_where_the_first_trial_failed(tmp_path):
+    study, source = study_of(tmp_path, "[augment]\nchoices = ['cutout']")
+    searcher = StudySearcher(study, 1)
+    for key in ("failed", "same"):
+        searcher.suggest(key)
+        begin(study, source, trial := searcher.running[key])
+        if key == "same":
+            end(study, trial, top1=0.3)
+        searcher.on_trial_complete(key, error=key == "failed")
+    assert describe_search(searcher, "cnn")["sentence"].endswith(
+        "found nothing better than its recipe in 2 trials: validation top-1 0.3000."
+    )
+
+
 def test_the_recipe_itself_is_no_discovery_after_a_resume(tmp_path):
     study, source = study_of(tmp_path)
+    object.__setattr__(study, "recipes", {"cnn": replace(study.recipes["cnn"], pretrained="https://me:secret@a.b/c")})
     searcher = StudySearcher(study, 1)
     searcher.suggest("first")
     begin(study, source, searcher.running["first"])
+    written = study.folder_of(searcher.running["first"]).read_json(RUN)
+    assert "secret" not in json.dumps(written)
     (restored,) = StudySearcher(study, 1).trials
     assert restored.setting == "the recipe itself"

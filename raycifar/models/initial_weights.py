@@ -244,8 +244,8 @@ def select_weights(
     if not compare(head, wanted_head):
         body |= head
     elif head:
-        num_classes = list(head.values())[-1].shape[0]
-        other_classes = head.keys() == wanted_head.keys() and num_classes != architecture.num_classes
+        num_classes = len(last) if (last := [*head.values()][-1]).ndim else None
+        other_classes = head.keys() == wanted_head.keys() and num_classes not in (None, architecture.num_classes)
         reason = f"is for {num_classes:,} classes" if other_classes else "has other layers"
         notes.append(f"The head of {origin} is left out: it {reason}.")
     floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in body.items()}

@@ -125,12 +125,20 @@ class Model:
         return predict(self.network, pixels, self.autocast, preprocessing).cpu()
 
     def features(self, images: np.ndarray) -> "Tensor":
-        """Return what the last dense layer is given, (n, features) float32, on the CPU; see `logits`."""
+        """Return what the last dense layer is given, (n, features) float32, on the CPU; see `logits`.
+
+        Raises:
+            RequestError: the network has no dense layer.
+        """
         import torch
 
         found: list[Tensor] = []
-        *_, last = (module for module in self.network.modules() if isinstance(module, torch.nn.Linear))
-        hook = last.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].flatten(1).float().cpu()))
+        dense = [module for module in self.network.modules() if isinstance(module, torch.nn.Linear)]
+        if not dense:
+            raise RequestError(f"{self.weights.architecture.model} has no dense layer, whose inputs would be compared.")
+        hook = dense[-1].register_forward_pre_hook(
+            lambda module, inputs: found.append(inputs[0].flatten(1).float().cpu())
+        )
         self.logits(images)
         hook.remove()
         if self.weights.architecture.tta_flip:  # the flipped images follow

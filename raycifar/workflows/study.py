@@ -283,18 +283,19 @@ def describe_search(searcher: "StudySearcher", model: str) -> dict[str, Any]:
         for trial in searcher.searches[model]
     ]
     best, recipe = searcher.best(model), trials[0]["val_top1"]
+    found = searcher.val_top1(best)[-1] if best else None
     if best is None:
         sentence = f"The search for {model} failed in every trial; its recipe was kept."
     elif best.recipe == base:
         sentence = (
             f"The search for {model} found nothing better than its recipe in {len(trials)} trials: validation top-1 "
-            f"{recipe:.4f}."
+            f"{found:.4f}."
         )
     else:
         against = "which failed" if recipe is None else f"{recipe:.4f}"
         sentence = (
             f"The search for {model} found {describe_changes(best.recipe, base)}: validation top-1 "
-            f"{searcher.val_top1(best)[-1]:.4f}, against its recipe's {against} (one run each, the best of "
+            f"{found:.4f}, against its recipe's {against} (one run each, the best of "
             f"{len(trials)})."
         )
     return {"trials": trials, "best": best and best.name, "sentence": sentence}

@@ -215,10 +215,12 @@ class StudySearcher(Searcher):
         """Return the model's next search trial if an earlier driver started it."""
         if len(self.searches[model]) == self.request.search:
             return None
-        earlier = self.study.folder_of(self._search_trial(model, self.study.recipes[model])).read_json(RUN)
+        base = self.study.recipes[model]
+        earlier = self.study.folder_of(self._search_trial(model, base)).read_json(RUN)
         if earlier is None:
             return None
-        trial = self._with_status(self._search_trial(model, recipe_from_json(model, earlier["recipe"])))
+        recipe = replace(recipe_from_json(model, earlier["recipe"]), pretrained=base.pretrained)  # it has no password
+        trial = self._with_status(self._search_trial(model, recipe))
         if not trial.over and self.study.folder.exists(f"{models.slug(model)}-s{self.request.seed}/{RUN}"):
             # The final runs have the recipe that the other trials led to.
             trial.status, trial.reason = TrialStatus.FAILED, "it failed before the final runs began."
