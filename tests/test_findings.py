@@ -172,6 +172,35 @@ def test_the_trend_is_read_and_extrapolated():
     assert flat.metrics["gain"] < 0.03
 
 
+LITTLE = {name: lambda e: 4.4 for name in ("train_loss", "train_eval_loss", "val_loss")}
+SWINGS = {"val_top1": lambda e: 0.5 + 0.1 * (-1) ** e, "val_loss": lambda e: 1.5}
+RISES = {"val_top1": lambda e: 0.01 * e, "train_eval_top1": lambda e: 0.01 * e}
+
+
+@pytest.mark.parametrize(
+    ("epochs", "columns", "finished", "stopped"),
+    [
+        (22, {"val_top1": lambda e: 0.6 + 0.001 * (-1) ** e}, {"healthy", "plateau"}, {"too-early"}),
+        (66, RISES, {"healthy", "improving"}, {"improving", "too-early"}),
+        (22, SWINGS, {"validation-noise", "plateau"}, {"too-early"}),
+        (3, LITTLE, {"underfitting"}, {"too-early"}),
+        (3, {}, {"healthy"}, {"too-early"}),
+        (22, OVERFITS, {"overfitting"}, {"overfitting", "too-early"}),
+        (22, GUESSES, {"collapse"}, {"collapse"}),
+    ],
+)
+def test_of_a_trial_that_a_search_stopped_the_end_is_not_judged(epochs, columns, finished, stopped):
+    ended = made_up(epochs, result={"status": "finished"}, **columns)
+    trial = made_up(epochs, result={"status": "stopped"}, recipe={"epochs": 200}, **columns)
+    assert kinds(ended) == finished
+    assert kinds(trial) == stopped
+    for finding in diagnose(trial):
+        if finding.kind in ("too-early", "improving"):
+            assert finding.advice == "To see how it would end, train its recipe outside the search."
+        if finding.kind == "too-early":
+            assert f"A search stopped this run after {epochs} of 200 epochs" in finding.evidence
+
+
 @pytest.mark.parametrize("epochs", [0, 1])
 @pytest.mark.parametrize("typed", [{"failure": FailureKind.NOT_FINITE}, {}])
 def test_a_loss_that_is_not_finite_is_a_divergence_even_without_an_epoch(epochs, typed):

@@ -19,6 +19,22 @@ def test_steps_are_counted_up():
 
 
 @pytest.mark.parametrize(
+    ("status", "epochs", "cut_short", "unfinished"),
+    [
+        (None, 5, True, True),
+        ("failed", 5, True, True),
+        ("stopped", 5, True, False),  # no command continues what a search stopped
+        ("finished", 20, False, False),
+        (None, 20, False, False),
+    ],
+)
+def test_a_run_that_a_search_stopped_is_cut_short_and_yet_not_continued(status, epochs, cut_short, unfinished):
+    history = made_up(epochs, result=status and {"status": status}, recipe={"epochs": 20})
+    assert (history.cut_short, history.unfinished) == (cut_short, unfinished)
+    assert history.stopped_by_search == (status == "stopped")
+
+
+@pytest.mark.parametrize(
     ("result", "became_not_finite"),
     [
         ({"failure": "not-finite", "reason": None}, True),

@@ -85,6 +85,17 @@ def test_the_next_steps_are_commands_that_are_understood():
             assert {"train": "model", "compare": "names"}[command] in context.params
 
 
+@pytest.mark.parametrize("rises", [True, False])
+def test_a_trial_that_a_search_stopped_is_trained_to_its_end_by_itself(rises):
+    top1 = {"val_top1": lambda e: 0.5 + 0.005 * e} if rises else {}
+    history = made_up(22, result={"status": "stopped"}, recipe={"epochs": 150, "lr": 0.03}, **top1)
+    (step,) = next_steps(history, diagnose(history))
+    assert step["reason"] == "this recipe to its end, outside the search"
+    assert "train --model cnn" in step["command"]
+    assert "--epochs 150" in step["command"]
+    assert "--lr 0.03" in step["command"]
+
+
 def test_more_images_come_with_what_is_wrong_in_the_recipe_put_right():
     history = made_up(recipe={"augment": "none"}, run={"limit": 2000}, train=2000, **OVERFITS)
     steps = next_steps(history, diagnose(history))

@@ -36,6 +36,10 @@ def histories() -> Iterator:
         val_loss=lambda e: 1.5 + 2 * (e == 12), val_top1=lambda e: 0.5 - 0.2 * (e == 12), restarts=lambda e: e == 12
     )
     yield made_up(val_loss=lambda e: 1.5 if e < 12 else 4.5, train_loss=lambda e: 1.5 if e < 12 else 4.5)
+    for epochs in (1, 2, 22):
+        for columns in ({}, GUESSES, {"val_top1": lambda e: 0.02 * e}):
+            for train in (100, 45_000):
+                yield made_up(epochs, result={"status": "stopped"}, recipe={"epochs": 200}, train=train, **columns)
     for lr in (0.0, 1e-4, 0.05):
         little = {name: lambda e: 4.5 for name in ("train_loss", "train_eval_loss", "val_loss")}
         yield made_up(epochs=1, recipe={"lr": lr}, **little)

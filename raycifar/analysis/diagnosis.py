@@ -31,6 +31,7 @@ RULES: Sequence[Callable[[RunHistory, Sequence[Finding]], list[Finding]]] = (
     generalization.validation_above_training,
     trends.validation_noise,
     trends.trend,
+    learning.stopped_early,
 )
 ALWAYS = (learning.divergence, learning.collapsed, learning.learning_rate)  # the others are of networks that learn
 TRENDS = {"improving", "plateau"}

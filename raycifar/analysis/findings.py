@@ -21,6 +21,7 @@ SURE = 0.99  # confidence in what is SIGMAS or more standard errors from chance;
 FIT = 0.2  # McFadden (1979): a pseudo-R² of 0.2 to 0.4 is an excellent fit, less explains little
 COARSE = 0.025  # half a 95% interval of 5 points: architectures that are compared differ by less
 FEW_EPOCHS = 5  # of fewer, no spread of changes can be estimated
+OUTSIDE = "To see how it would end, train its recipe outside the search."
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,13 @@ def robust_slope(values: np.ndarray) -> tuple[float, float, float]:
         return math.nan, math.nan, math.nan
     slope, _, low, high = stats.theilslopes(values[epochs], epochs, alpha=0.95)
     return float(slope), float(low), float(high)
+
+
+def go_on(history: RunHistory, otherwise: str) -> str:
+    """Return the advice to train the epochs of a run that are left, or `otherwise` if none are."""
+    if history.stopped_by_search:
+        return OUTSIDE
+    return "Continue this run." if history.unfinished else otherwise
 
 
 def calm(history: RunHistory) -> str:

@@ -56,9 +56,18 @@ class RunHistory:
         return len(self.records) * self.steps_per_epoch
 
     @property
+    def cut_short(self) -> bool:
+        """Whether epochs of its schedule are left, whatever becomes of them."""
+        return len(self.records) < self.recipe.epochs
+
+    @property
+    def stopped_by_search(self) -> bool:
+        return (self.result or {}).get("status") == "stopped"
+
+    @property
     def unfinished(self) -> bool:
         """Whether epochs are left that the same command would train."""
-        return len(self.records) < self.recipe.epochs and (self.result or {}).get("status") in (None, "failed")
+        return self.cut_short and (self.result or {}).get("status") in (None, "failed")
 
     @property
     def test(self) -> dict[str, Any] | None:

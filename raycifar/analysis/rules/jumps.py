@@ -40,7 +40,7 @@ def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Findin
         recovered = recovers(losses, top1, k, images)
         if not recovered and train[-1] > np.fmin.reduce(train[:k]):  # else training goes on: it is overfitting
             cause, metrics = explain_spike(history, k)
-            stays = "has not recovered so far: it stands" if history.unfinished else "never recovers: it ends"
+            stays = "has not recovered so far: it stands" if history.cut_short else "never recovers: it ends"
             evidence = f"{jump_in_words(name, losses, k, z)}, and it {stays} at {losses[-1]:.3f}. {cause}"
             return [Finding("divergence", SURE, evidence, calm(history), [k + 1], metrics)]
     return []

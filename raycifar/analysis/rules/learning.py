@@ -11,10 +11,12 @@ from raycifar.analysis.collapse import CHANCE, GUESSING_LOSS, MIN_STEPS, chance_
 from raycifar.analysis.findings import (
     FEW_EPOCHS,
     FIT,
+    OUTSIDE,
     SIGMAS,
     SURE,
     Finding,
     calm,
+    go_on,
     has,
     spread_of_changes,
     standard_error,
@@ -37,7 +39,7 @@ def too_few_steps(history: RunHistory) -> Finding:
         f"how well it learns. The curves can be read after {MIN_STEPS} steps, which take {count(epochs, 'epoch')} of "
         f"{count(history.num_train, 'image')}."
     )
-    advice = "Continue this run." if history.unfinished else "Train for more --epochs, or on more images."
+    advice = go_on(history, "Train for more --epochs, or on more images.")
     return Finding("too-early", 0.95, evidence, advice, [], {"steps": steps, "epochs_needed": epochs})
 
 
@@ -50,6 +52,14 @@ def too_little_learned(history: RunHistory) -> Finding:
     )
     advice, needed = ("Continue this run.", epochs) if history.unfinished else ("Train for more --epochs.", 2 * epochs)
     return Finding("too-early", 0.9, evidence, advice, [], {"epochs_needed": needed})
+
+
+def stopped_early(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
+    if not history.stopped_by_search:
+        return []
+    after = f"{len(history.records)} of {count(history.recipe.epochs, 'epoch')}"
+    evidence = f"A search stopped this run after {after}, so how well it would end can't be told."
+    return [Finding("too-early", 0.95, evidence, OUTSIDE)]
 
 
 def divergence(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
@@ -84,7 +94,7 @@ def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         return []
     z = (history.column("train_top1")[-1] - CHANCE) / standard_error(CHANCE, history.num_train)
     cause, metrics = explain_collapse(last.diagnostics)
-    stays, so_far = "is" if len(epochs) == 1 else "stays", " so far" if history.unfinished else ""
+    stays, so_far = "is" if len(epochs) == 1 else "stays", " so far" if history.cut_short else ""
     learned = (history.column("train_top1")[: epochs[0] - 1] > chance_level(history.num_train)).any()
     state = "lost what it had learned" if learned else f"learned nothing{so_far}"
     evidence = (
@@ -124,9 +134,9 @@ def explain_collapse(diagnostics: Diagnostics | None) -> tuple[str, dict[str, An
 
 def underfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     last, fitted = history.records[-1], history.fit
-    if not fitted < FIT:
+    if not fitted < FIT or history.stopped_by_search:
         return []
-    if history.unfinished:
+    if history.cut_short:
         return [too_little_learned(history)]
     loss = (1 - fitted) * GUESSING_LOSS
     scored = ", scored without augmentation," if last.train_eval_loss is not None else ""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from raycifar.analysis.findings import COARSE, FEW_EPOCHS, SURE, Finding, has, robust_slope, standard_error
+from raycifar.analysis.findings import COARSE, FEW_EPOCHS, SURE, Finding, go_on, has, robust_slope, standard_error
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.rules.generalization import generalization_gap
 from raycifar.words import change, count, points, span
@@ -25,7 +25,7 @@ def validation_noise(history: RunHistory, found: Sequence[Finding]) -> list[Find
     wiggle, ratio, chance = swings(history, late)
     falls = int((np.diff(late) < -half).sum())
     sampled = half >= COARSE
-    settles = history.unfinished and history.recipe.schedule != "constant"  # as the learning rate falls
+    settles = history.cut_short and history.recipe.schedule != "constant"  # as the learning rate falls
     swinging = chance < 0.001 and wiggle > half and falls > 1 and not settles and not has(found, "spike")
     if not sampled and not swinging:
         return []
@@ -84,7 +84,7 @@ def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     if low > 0 and low * len(late) > noise:
         return [improving(history, epochs, slope, interval, metrics)]
     gain = max(0.0, high) * len(late)
-    if history.unfinished or gain > 2 * 1.96 * noise:  # before the end, a falling learning rate may still help
+    if history.cut_short or gain > 2 * 1.96 * noise:  # before the end, a falling learning rate may still help
         return []
     stalls = "hardly rises" if low >= 0.00005 else "no longer rises"
     evidence = (
@@ -107,25 +107,24 @@ def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
 def improving(history: RunHistory, epochs: list[int], slope: float, interval: str, metrics: dict[str, Any]) -> Finding:
     """Return the finding of a curve that rises, and whether more epochs would go on like that."""
     evidence = f"{span(epochs)} validation accuracy rises by {points(slope)} per epoch {interval}."
-    if history.unfinished:
-        advice = "Continue this run."
-    elif history.decayed:
+    longer = f"--epochs {2 * history.recipe.epochs}."
+    if history.decayed and not history.cut_short:
         before, last = history.column("val_top1")[-2:]
         added = points(last - before) if last - before >= 0.0005 else "nothing"
         evidence += (
             f" It rises as the learning rate falls to the end of the schedule: the last epoch adds {added}, so more of "
             "the same would add little."
         )
-        advice = f"Train with a longer schedule: --epochs {2 * history.recipe.epochs}."
+        advice = f"Train with a longer schedule: {longer}"
     else:
-        advice = f"Train for more epochs: --epochs {2 * history.recipe.epochs}."
+        advice = go_on(history, f"Train for more epochs: {longer}")
     return Finding("improving", 0.95, evidence, advice, epochs, metrics)
 
 
 def healthy(history: RunHistory, found: Sequence[Finding]) -> Finding:
     losses, val_losses, val_top1 = (history.column(name) for name in ("train_loss", "val_loss", "val_top1"))
     few = len(losses) < FEW_EPOCHS
-    so_far = " so far" if few or history.unfinished else ""
+    so_far = " so far" if few or history.cut_short else ""
     if not history.num_val:
         falls = f"falls from {losses[0]:.3f} to" if losses[-1] < losses[0] else "is"
         evidence = (
@@ -146,6 +145,6 @@ def healthy(history: RunHistory, found: Sequence[Finding]) -> Finding:
         evidence += "."
     if few:
         evidence += " Jumps and reversals can't be told from noise in so few epochs."
-    more = has(found, "improving") and not history.unfinished
+    more = has(found, "improving") and not history.cut_short
     advice = f"Nothing needs fixing{so_far}.{' More epochs may help.' if more else ''}"
     return Finding("healthy", 0.9, evidence, advice)
