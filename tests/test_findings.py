@@ -1,5 +1,6 @@
 """What is read from curves: made-up ones here; recorded ones in `test_provoked.py`."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from raycifar.engine import evaluator
 from raycifar.engine.evaluator import examine
 from raycifar.errors import FailureKind
 from raycifar.models import Architecture
+from raycifar.models.recipe import Recipe
 
 
 def kinds(history):
@@ -199,6 +201,63 @@ def test_of_a_trial_that_a_search_stopped_the_end_is_not_judged(epochs, columns,
             assert finding.advice == "To see how it would end, train its recipe outside the search."
         if finding.kind == "too-early":
             assert f"A search stopped this run after {epochs} of 200 epochs" in finding.evidence
+
+
+def staircase(epochs, seed, rise=0.0, done=None, swing=0.02):
+    """A run whose accuracy jumps with each step of its learning rate, and rises after the last by `rise` per epoch."""
+    changed = {"epochs": epochs, "schedule": "step", "warmup": 0.05}
+    lr = np.array([Recipe(**changed).learning_rate(e, 351, 352) for e in range(1, epochs + 1)])
+    high, late = lr / lr.max(), np.maximum(0, np.arange(1, epochs + 1) - 0.8 * epochs)
+    noise = np.random.default_rng(seed).normal(size=epochs) * (0.002 + swing * high)
+    top1 = 0.67 - 0.06 * high - 0.5 * np.exp(-np.arange(epochs) / 4) + rise * late + noise
+    curves = {"lr": lr, "val_top1": top1, "val_loss": 4.6 - 4 * top1}
+    columns = {name: lambda e, values=values: values[e - 1] for name, values in curves.items()}
+    return made_up(done or epochs, result=None if done else {"status": "finished"}, recipe=changed, **columns)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("epochs", [30, 60, 100, 200])
+def test_the_steps_of_a_schedule_are_no_trend(epochs, seed):
+    trends = kinds(staircase(epochs, seed, 0.0)) & {"improving", "plateau"}
+    assert trends <= {"plateau"}
+    assert trends or epochs == 30  # whose last six epochs are too few to be sure
+    assert "improving" not in kinds(staircase(epochs, seed, done=int(0.75 * epochs), swing=0.0))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("epochs", [60, 100])
+def test_what_still_rises_after_the_last_step_is_improving(epochs, seed):
+    (finding,) = [f for f in diagnose(staircase(epochs, seed, 0.003)) if f.kind in ("improving", "plateau")]
+    assert finding.kind == "improving"
+    assert finding.epochs == list(range(round(0.8 * epochs) + 2, epochs + 1))
+    assert "the learning rate falls" not in finding.evidence  # it no longer does
+    assert finding.advice == f"Train for more epochs: --epochs {2 * epochs}."
+
+
+@pytest.mark.parametrize("epochs", [6, 10, 16, 20])
+def test_few_epochs_after_the_last_step_are_no_trend(epochs):
+    for seed in range(5):
+        assert not kinds(staircase(epochs, seed)) & {"improving", "plateau"}
+
+
+@pytest.mark.parametrize("epochs", [8, 20, 200])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_end_of_a_smooth_schedule_is_no_step(epochs, schedule):
+    recipe = Recipe(epochs=epochs, schedule=schedule)
+    rates = {"lr": lambda e: recipe.learning_rate(e, 351, 352), "val_top1": lambda e: 0.5 + 0.15 * e / epochs}
+    history = made_up(epochs, result={"status": "finished"}, recipe={"schedule": schedule}, **rates)
+    (finding,) = [f for f in diagnose(history) if f.kind in ("improving", "plateau")]
+    assert finding.kind == "improving"
+    assert finding.epochs[0] == epochs - max(4, epochs // 2) + 1
+    assert "It rises as the learning rate falls to the end of the schedule" in finding.evidence
+
+
+@pytest.mark.parametrize("seed", [1, 4])
+def test_swings_are_noise_only_where_they_outlast_the_last_step(seed):
+    settled = staircase(60, seed, swing=0.2)
+    assert "validation-noise" not in kinds(settled)
+    records = [replace(record, val_top1=0.6 + 0.1 * (-1) ** record.epoch, val_loss=1.5) for record in settled.records]
+    assert "validation-noise" in kinds(replace(settled, records=records))
 
 
 @pytest.mark.parametrize("epochs", [0, 1])

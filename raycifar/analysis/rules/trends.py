@@ -21,7 +21,7 @@ def validation_noise(history: RunHistory, found: Sequence[Finding]) -> list[Find
         return []
     top1, n = history.column("val_top1"), history.num_val
     half = min(1.0, 1.96 * standard_error(float(top1[-1]), n))
-    late = top1[max(warmed_up(history), len(top1) // 2 if len(top1) >= 10 else 0) :]
+    late = top1[max(last_bend(history), len(top1) // 2 if len(top1) >= 10 else 0) :]
     wiggle, ratio, chance = swings(history, late)
     falls = int((np.diff(late) < -half).sum())
     sampled = half >= COARSE
@@ -64,16 +64,19 @@ def swings(history: RunHistory, top1: np.ndarray) -> tuple[float, float, float]:
     return math.sqrt(variance), ratio, chance
 
 
-def warmed_up(history: RunHistory) -> int:
-    """Return the epoch (from 0) at whose end the learning rate is highest: the curves bend while it rises."""
-    return int(np.argmax(history.column("lr")))
+def last_bend(history: RunHistory) -> int:
+    """Return the epoch (from 0) from which the curves bend no more, as they do in warm-up and at a schedule's steps."""
+    lr = history.column("lr")
+    falls = lr[1:] < lr[:-1] / 2 if history.recipe.schedule == "step" else np.array([])
+    after = np.flatnonzero(falls) + 2  # accuracy still jumps in the epoch of the step
+    return max([int(np.argmax(lr)), *map(int, after)])
 
 
 def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     if not history.num_val or has(found, "overfitting"):
         return []
     top1 = history.column("val_top1")
-    late = top1[max(warmed_up(history), len(top1) - max(4, len(top1) // 2)) :]
+    late = top1[max(last_bend(history), len(top1) - max(4, len(top1) // 2)) :]
     if np.isfinite(late).sum() < 4:
         return []
     slope, low, high = robust_slope(late)
@@ -108,7 +111,7 @@ def improving(history: RunHistory, epochs: list[int], slope: float, interval: st
     """Return the finding of a curve that rises, and whether more epochs would go on like that."""
     evidence = f"{span(epochs)} validation accuracy rises by {points(slope)} per epoch {interval}."
     longer = f"--epochs {2 * history.recipe.epochs}."
-    if history.decayed and not history.cut_short:
+    if history.decayed and not history.cut_short and history.recipe.schedule != "step":
         before, last = history.column("val_top1")[-2:]
         added = points(last - before) if last - before >= 0.0005 else "nothing"
         evidence += (
