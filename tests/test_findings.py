@@ -135,6 +135,53 @@ def test_a_spike_is_found_at_its_epoch_with_what_it_coincides_with(coincidence):
     assert "spike" not in kinds(made_up())
 
 
+TWO_STAGES = {"head_epochs": 2, "warmup": 0.1, "lr": 0.02}
+GENTLY = "Start the whole network more gently: a smaller --lr or --layer-decay, or a longer --warmup."
+
+
+def unfreezing(spike=3, **columns):
+    """A run whose loss spikes, at the epoch that is the first of the whole network's unless another is given."""
+    recipe = Recipe(epochs=20, **TWO_STAGES)
+    usual = {
+        "val_loss": lambda e: 1.4 + 2.8 * np.exp(-e / 5) + 1.5 * (e == spike),
+        "val_top1": lambda e: 0.63 - 0.58 * np.exp(-e / 5) - 0.2 * (e == spike),
+        "lr": lambda e: recipe.learning_rate(e, 351, 352),
+        "stage": recipe.stage,
+    }
+    return made_up(recipe=TWO_STAGES, result={"status": "finished"}, **(usual | columns))
+
+
+def test_a_spike_where_the_whole_network_is_first_trained_is_put_down_to_that():
+    (finding,) = [f for f in diagnose(unfreezing()) if f.kind == "spike"]
+    assert "with the change from training the head alone to training the whole network." in finding.evidence
+    assert finding.advice == GENTLY
+    assert finding.metrics == {"stage": "whole"}
+    (finding,) = [f for f in diagnose(unfreezing(grad_norm_max=lambda e: 50.0 if e == 3 else 2.0)) if f.kind == "spike"]
+    assert "the whole network; with a gradient norm of 50.00" in finding.evidence
+
+
+def test_a_run_that_never_recovers_from_it_is_told_the_same():
+    broken = dict.fromkeys(("train_loss", "train_eval_loss", "val_loss"), lambda e: 2.0 - 0.1 * e if e < 3 else 4.55)
+    broken |= dict.fromkeys(("train_top1", "train_eval_top1", "val_top1"), lambda e: 0.5 if e < 3 else 0.015)
+    finding = diagnose(unfreezing(**broken))[0]
+    assert (finding.kind, finding.epochs, finding.advice) == ("divergence", [3], GENTLY)
+
+
+@pytest.mark.parametrize(
+    ("spike", "stage"), [(12, None), (3, lambda e: None)], ids=["later", "of a version that kept no stage"]
+)
+def test_another_spike_of_a_run_in_two_stages_is_put_down_to_the_learning_rate(spike, stage):
+    rates = {"lr": lambda e: 0.6 if e == spike else 0.02}
+    history = unfreezing(spike, **rates, **({"stage": stage} if stage else {}))
+    (finding,) = [f for f in diagnose(history) if f.kind == "spike"]
+    assert "a learning rate 30 times that of the epoch before" in finding.evidence
+    assert "whole network" not in finding.evidence + finding.advice
+
+
+def test_unfreezing_without_a_spike_is_no_finding():
+    assert kinds(unfreezing(spike=None)) <= {"healthy", "improving", "plateau"}
+
+
 def test_few_validation_images_are_said_to_be_noisy_and_whether_sampling_explains_it():
     rng = np.random.default_rng(0)
     noise = dict(enumerate(rng.normal(0, 0.02, 30)))

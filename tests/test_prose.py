@@ -96,6 +96,18 @@ def test_a_trial_that_a_search_stopped_is_trained_to_its_end_by_itself(rises):
     assert "--lr 0.03" in step["command"]
 
 
+@pytest.mark.parametrize(("head", "step"), [(0, "clipped gradients"), (11, "half the learning rate")])
+def test_what_is_done_against_a_spike_fits_its_cause(head, step):
+    history = made_up(
+        val_loss=lambda e: 1.5 + 2 * (e == 12),
+        val_top1=lambda e: 0.5 - 0.2 * (e == 12),
+        stage=lambda e: "head" if e <= head else "whole",
+        result={"status": "finished"},
+    )
+    reasons = [step["reason"] for step in next_steps(history, diagnose(history))]
+    assert [reason for reason in reasons if "spikes" in reason] == [f"{step}, against spikes"]
+
+
 def test_more_images_come_with_what_is_wrong_in_the_recipe_put_right():
     history = made_up(recipe={"augment": "none"}, run={"limit": 2000}, train=2000, **OVERFITS)
     steps = next_steps(history, diagnose(history))

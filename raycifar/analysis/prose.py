@@ -216,7 +216,7 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
         aim = ", to see whether it learns at all" if never else ""
         train(f"a lower learning rate, a warm-up and clipped gradients{aim}", gentle)
     if has(findings, "spike"):
-        if recipe.clip_norm:
+        if recipe.clip_norm or any("stage" in finding.metrics for finding in findings):
             train("half the learning rate, against spikes", replace(recipe, lr=recipe.lr / 2))
         else:
             train("clipped gradients, against spikes", replace(recipe, clip_norm=1.0))

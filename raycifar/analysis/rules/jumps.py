@@ -26,10 +26,10 @@ def spikes(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     ]
     result = []
     for k, z in sorted(sorted(recovered, key=lambda jump: -jump[1])[:MAX_SPIKES]):  # the largest, in their order
-        cause, metrics = explain_spike(history, k)
+        cause, advice, metrics = explain_spike(history, k)
         falls = f"accuracy falls from {top1[k - 1]:.3f} to {top1[k]:.3f}; both recover"
         evidence = f"{jump_in_words(name, losses, k, z)}, and {falls}. {cause}"
-        result.append(Finding("spike", SURE, evidence, calm(history), [k + 1], metrics))
+        result.append(Finding("spike", SURE, evidence, advice, [k + 1], metrics))
     return result
 
 
@@ -39,10 +39,10 @@ def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Findin
     for k, z in jumps(losses):
         recovered = recovers(losses, top1, k, images)
         if not recovered and train[-1] > np.fmin.reduce(train[:k]):  # else training goes on: it is overfitting
-            cause, metrics = explain_spike(history, k)
+            cause, advice, metrics = explain_spike(history, k)
             stays = "has not recovered so far: it stands" if history.cut_short else "never recovers: it ends"
             evidence = f"{jump_in_words(name, losses, k, z)}, and it {stays} at {losses[-1]:.3f}. {cause}"
-            return [Finding("divergence", SURE, evidence, calm(history), [k + 1], metrics)]
+            return [Finding("divergence", SURE, evidence, advice, [k + 1], metrics)]
     return []
 
 
@@ -92,11 +92,17 @@ def recovers(losses: np.ndarray, top1: np.ndarray, k: int, images: int) -> bool:
     )
 
 
-def explain_spike(history: RunHistory, k: int) -> tuple[str, dict[str, Any]]:
-    """Return a sentence that names what a spike at epoch k (from 0) coincides with, and its metrics."""
-    record, causes, metrics = history.records[k], [], {}
+def explain_spike(history: RunHistory, k: int) -> tuple[str, str, dict[str, Any]]:
+    """Return a sentence that names what a spike at epoch k (from 0) coincides with, advice, and metrics."""
+    before, record, advice = history.records[k - 1], history.records[k], calm(history)
+    causes: list[str] = []
+    metrics: dict[str, Any] = {}
     lr = history.column("lr")
-    if lr[k - 1] > 0 and lr[k] / lr[k - 1] > 2:
+    if (before.stage, record.stage) == ("head", "whole"):  # each has its own warm-up: their rates can't be compared
+        causes.append("the change from training the head alone to training the whole network")
+        metrics["stage"] = record.stage
+        advice = "Start the whole network more gently: a smaller --lr or --layer-decay, or a longer --warmup."
+    elif lr[k - 1] > 0 and lr[k] / lr[k - 1] > 2:
         causes.append(f"a learning rate {times(lr[k] / lr[k - 1])} that of the epoch before ({lr[k]:.3g})")
         metrics["learning_rate_ratio"] = lr[k] / lr[k - 1]
     if record.restarts:
@@ -113,5 +119,5 @@ def explain_spike(history: RunHistory, k: int) -> tuple[str, dict[str, Any]]:
         causes.append(f"a few hard images: 1% of them cause {rise['fraction']:.0%} of the rise in training loss")
         metrics["example_indices"] = rise["indices"]
     if not causes:
-        return "Nothing that was recorded coincides with it.", metrics
-    return f"It coincides with {'; with '.join(causes)}.", metrics
+        return "Nothing that was recorded coincides with it.", advice, metrics
+    return f"It coincides with {'; with '.join(causes)}.", advice, metrics
