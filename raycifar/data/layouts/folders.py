@@ -23,7 +23,7 @@ def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
     """Return the pictures in the order of their own names, whichever class they are of."""
     check_count(len(paths), origin)
     labels = {"fine": to_labels([path.parent.name for path in paths], "fine", origin)}
-    if split_in(paths[0].parts[-4] if len(paths[0].parts) > 3 else ""):
+    if (placed := place(paths[0])) and placed.series == "SUPERCLASS/CLASS":
         labels["coarse"] = to_labels([path.parent.parent.name for path in paths], "coarse", origin)
     pixels = decode_all(((tree.read(path), f"{tree.name}: {path}") for path in paths), len(paths))
     return to_table(pixels, labels, origin)
