@@ -8,6 +8,7 @@ import pickle
 import shutil
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -313,6 +314,62 @@ def test_an_archive_is_refused_before_it_is_read(tmp_path):
         patch.setattr("raycifar.data.trees.MAX_MEMBERS", 200)
         with pytest.raises(RequestError, match="more than 200 members"):
             load(many)
+
+
+@pytest.mark.parametrize("suffix", ["zip", "npz"])
+def test_a_zip_whose_members_are_larger_than_it_says_takes_no_memory(tmp_path, suffix):
+    real, said = (struct.pack("<I", size) for size in (67_654_321, 3074))
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("train.bin", "test.bin") if suffix == "zip" else ("x_train.npy", "y_train.npy", "x_test.npy"):
+            archive.writestr(name, bytes(67_654_321))
+    path = tmp_path / f"bomb.{suffix}"
+    path.write_bytes(content.getvalue().replace(real, said))
+    tracemalloc.start()
+    with pytest.raises(RequestError, match=r"member .* can't be read: Bad CRC"):
+        load(str(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5_000_000
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_that_would_be_inflated_without_a_limit_is_refused(tmp_path, small_files, method):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
+        for name, content in small_files.items():
+            archive.writestr(name, content)
+    with pytest.raises(RequestError, match=r"member .*\.bin isn't compressed by deflate: zip it that way\.$"):
+        load(str(tmp_path / "a.zip"))
+
+
+def tar_of(path, *members):
+    """A tar of headers of a kind, each with what follows it."""
+    blocks = []
+    for kind, content in members:
+        header = tarfile.TarInfo("train.bin")
+        header.type, header.size = kind, len(content)
+        blocks += header.tobuf(tarfile.GNU_FORMAT), content, bytes(-len(content) % 512)
+    path.write_bytes(b"".join((*blocks, bytes(1024))))
+    return str(path)
+
+
+def test_lists_of_the_parts_of_a_sparse_file_are_not_read(tmp_path):
+    version = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"
+    parts = b"9999999\n" + b"1\n" * 5000
+    for members in [(tarfile.GNUTYPE_SPARSE, parts)], [(tarfile.XHDTYPE, version), (tarfile.REGTYPE, parts)]:
+        with pytest.raises(RequestError, match=r"damaged \(a sparse file\)"):
+            load(tar_of(tmp_path / "sparse.tar", *members))
+
+
+def test_what_a_tar_says_of_all_its_members_does_not_pile_up(tmp_path):
+    said = [b"".join(b"11 %06x=\n" % key for key in range(start, start + 5900)) for start in range(0, 118_000, 5900)]
+    path = tar_of(tmp_path / "global.tar", *((kind, each) for each in said for kind in (tarfile.XGLTYPE, b"0")))
+    tracemalloc.start()
+    with pytest.raises(RequestError, match="no test split"):
+        load(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5_000_000
 
 
 def test_nothing_but_files_is_opened_and_no_link_to_a_folder_is_followed(tmp_path, images, fingerprint):

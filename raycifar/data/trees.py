@@ -87,12 +87,15 @@ def open_zip(name: str, file: IO[bytes]) -> Tree:
         path = PurePosixPath(member.filename)
         total += member.file_size
         check_member(name, path, member.file_size, len(files), total)
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile inflates others whole
+            raise RequestError(f"{name} is refused: its member {path} isn't compressed by deflate: zip it that way.")
         if not member.is_dir():
             files[path] = member
 
     def read(path: PurePosixPath) -> bytes:
         try:
-            return archive.read(files[path])
+            with archive.open(files[path]) as member:
+                return member.read(files[path].file_size)  # without a limit, zipfile inflates 1 GiB at a time
         except Exception as error:
             raise RequestError(f"{name} is damaged: its member {path} can't be read: {in_a_line(error)}.") from error
 
@@ -118,6 +121,7 @@ def open_tar(name: str, stream: IO[bytes]) -> Tree:
                     if len(contents[path]) < member.size:
                         raise EOFError
                 archive.members.clear()  # type: ignore[attr-defined]
+                archive.pax_headers = {}
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise RequestError(f"{name} is truncated: fetch it again.") from error
     except (OSError, RequestError):
@@ -167,14 +171,19 @@ class Gunzipped(io.RawIOBase):
 
 
 class Member(tarfile.TarInfo):
-    """A header of a tar, whose size is looked at before its content is read: long names are read with the header."""
+    """A header of a tar, looked at before what belongs to it is read with it: long names, parts of sparse files."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         header = super().frombuf(buf, encoding, errors)
         if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) and header.size > MAX_EXTENDED:
             raise ValueError(f"a header of {header.size:,} bytes")
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            header._proc_gnusparse_10()
         return header
+
+    def _proc_gnusparse_10(self, *_: object) -> None:
+        raise ValueError("a sparse file")  # the list of its parts has no limit
 
 
 def check_member(name: str, path: PurePosixPath, size: int, count: int, total: int, *, inside: bool = True) -> None:
