@@ -1,5 +1,7 @@
 """`raycifar data`: what a data set holds, and taking it elsewhere."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from command import Data, finish
 
@@ -49,6 +51,29 @@ def test_another_data_set_is_not_replaced(small, tmp_path):
     refused = finish(Data("prepare", tmp_path, "--data", small, storage=None), code=2)
     assert refused.stderr == f"Error: {tmp_path} holds another data set: give another DESTINATION.\n"
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("test",)])
+def test_tables_of_other_things_are_not_replaced(small, tmp_path, splits):
+    for split in splits:
+        pq.write_table(pa.table({"user": [1, 2], "money": [3.0, 4.0]}), tmp_path / f"{split}.parquet")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    refused = finish(Data("prepare", tmp_path, "--data", small, storage=None), code=2)
+    first = tmp_path / f"{splits[0]}.parquet"
+    assert refused.stderr == f"Error: {first} exists and isn't part of this data set: give another DESTINATION.\n"
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("left", ["train.parquet", "test.parquet"])
+def test_what_was_interrupted_is_written_to_its_end_and_once(small, tmp_path, left):
+    source = load(small)
+    write_parquet(source, str(tmp_path))
+    whole = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for name in whole.keys() - {left}:
+        (tmp_path / name).unlink()
+    for _ in range(2):
+        write_parquet(source, str(tmp_path))
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == whole
 
 
 def test_no_data_set_is_written_among_the_files_of_a_run(small, tmp_path):

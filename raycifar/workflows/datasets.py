@@ -1,15 +1,18 @@
 """Summarizing a data set, and writing it as Parquet."""
 
+from contextlib import suppress
+
 import numpy as np
 import pyarrow as pa
 
 from raycifar.data import CIFAR100
 from raycifar.data.dataset import Source, to_images
+from raycifar.data.layouts import SPLITS
 from raycifar.data.pictures import to_png
 from raycifar.data.sources import load
 from raycifar.data.trees import MAX_IMAGES
 from raycifar.errors import RequestError
-from raycifar.storage.files import write_file
+from raycifar.storage.files import read_file, write_file
 from raycifar.storage.locations import join
 from raycifar.storage.parquet import to_parquet
 from raycifar.terminal import Screen
@@ -34,7 +37,7 @@ def summarize(source: Source) -> dict[str, str]:
 
 
 def write_parquet(source: Source, destination: str) -> None:
-    """Write a data set to a folder or URI, in the Hugging Face hub's layout, and read it back.
+    """Write a data set to a folder or URI, unless it is there, in the Hugging Face hub's layout, and read it back.
 
     Raises:
         RequestError: the folder holds other data.
@@ -46,11 +49,20 @@ def write_parquet(source: Source, destination: str) -> None:
     try:
         held = load(destination).fingerprint()
     except RequestError:  # no data set, or only part of one
-        held = fingerprint
-    if held != fingerprint:
+        held = None
+    if held == fingerprint:
+        return
+    if held:
         raise RequestError(f"{destination} holds another data set: give another DESTINATION.")
-    for split in ("train", "test"):
-        write_file(join(destination, f"{split}.parquet"), to_parquet(to_hub_layout(getattr(source, split))))
+    files = {
+        join(destination, f"{split}.parquet"): to_parquet(to_hub_layout(getattr(source, split))) for split in SPLITS
+    }
+    for file, content in files.items():
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if read_file(file) != content:
+                raise RequestError(f"{file} exists and isn't part of this data set: give another DESTINATION.")
+    for file, content in files.items():
+        write_file(file, content)
     if load(destination).fingerprint() != fingerprint:
         raise RequestError(f"{destination} doesn't hold what was written: give an empty folder.")
 
