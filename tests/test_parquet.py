@@ -81,6 +81,14 @@ def test_columns_come_as_they_are_wanted():
     assert table.drop("top5").to_pylist()[1] == {"label": 1, "img.bytes": b"a", "name": "q"}
 
 
+def test_a_column_is_read_from_all_row_groups():
+    rows = [{"img": {"bytes": b"%d" % row, "path": None}, "name": f"{row % 7}", "list": [row]} for row in range(100)]
+    content = parquet(pa.Table.from_pylist(rows), row_group_size=30)
+    table = read_parquet(content, {"img.bytes": "bytes", "name": "text", "list": "lists of integers"})
+    assert table["img.bytes"].to_pylist() == [row["img"]["bytes"] for row in rows]
+    assert table.drop("img.bytes").to_pylist() == [{"name": row["name"], "list": row["list"]} for row in rows]
+
+
 @pytest.mark.parametrize(
     ("columns", "kind", "words"),
     [
@@ -125,6 +133,25 @@ def test_more_than_a_file_may_hold_is_refused_before_it_is_read(monkeypatch):
         read_parquet(parquet({"x": np.zeros(20_000, np.int8)}), {"x": "integers"})
     with pytest.raises(ParquetError, match=r"takes 0.011 GiB of memory; at most 0.01 GiB is read"):
         read_parquet(parquet({"x": pa.array([bytes(1_200_000) + bytes([k]) for k in range(10)])}), {"x": "bytes"})
+
+
+def varint(number, length=1):
+    """A number as Thrift writes it, in at least so many bytes."""
+    digits = [number * 2 >> shift & 127 for shift in range(0, max(7 * length, (2 * number).bit_length()), 7)]
+    return bytes([*(digit | 128 for digit in digits[:-1]), digits[-1]])
+
+
+def test_how_much_a_file_takes_is_not_what_its_footer_says(monkeypatch):
+    monkeypatch.setattr("raycifar.storage.parquet.MAX_BYTES", 2**24)
+    images = pa.table({"x": [bytes(3_000_000) + bytes([k]) for k in range(10)]})
+    content = parquet(images, compression="zstd", row_group_size=3)
+    forged, groups = content, pq.read_metadata(pa.BufferReader(content))
+    for size in {groups.row_group(group).total_byte_size for group in range(4)}:
+        forged = forged.replace(varint(size), varint(1000, len(varint(size))))
+    forged_groups = pq.read_metadata(pa.BufferReader(forged))
+    assert [forged_groups.row_group(group).total_byte_size for group in range(4)] == [1000] * 4
+    with pytest.raises(ParquetError, match=r"takes 0\.017 GiB of memory; at most 0\.016 GiB is read"):
+        read_parquet(forged, {"x": "bytes"})
 
 
 def test_what_raycifar_writes_is_read_as_it_was_or_not_at_all():

@@ -52,11 +52,24 @@ def read_parquet(content: bytes, columns: Mapping[str, str]) -> pa.Table:
         expect(flat(parquet.schema_arrow), columns)
         metadata = parquet.metadata
         # Not by columns: pyarrow ends the process where a column's part of the footer is damaged.
-        sizes = (metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
-        check_size(metadata.num_rows, sum(sizes))
-        table = parquet.read([*columns]).flatten()
+        groups = range(metadata.num_row_groups)
+        check_size(metadata.num_rows, sum(metadata.row_group(group).total_byte_size for group in groups))
+        table = pa.concat_tables(read_groups(parquet, columns))
         table.validate(full=True)
         return pa.table({name: complete(table[name], name) for name in columns})
+
+
+def read_groups(parquet: pq.ParquetFile, columns: Iterable[str]) -> Iterator[pa.Table]:
+    """Yield the row groups, each by itself: Arrow reads no structs whose dictionaries differ, as those of groups do.
+
+    More than may be read is refused, whatever the footer says: it is noticed after the group that is too much.
+    """
+    num_bytes = 0
+    for group in range(parquet.num_row_groups):
+        table = parquet.read_row_group(group, [*columns]).flatten()
+        num_bytes += table.nbytes
+        check_size(parquet.metadata.num_rows, num_bytes)
+        yield table
 
 
 def read_schema(content: bytes) -> pa.Schema:
