@@ -1,6 +1,7 @@
 """The same images in every layout that people have are the same data set; what is ambiguous or broken is refused."""
 
 import csv
+import gzip
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from PIL import Image
 from raycifar.data import CIFAR100
 from raycifar.data.dataset import to_images
 from raycifar.data.sources import load
+from raycifar.data.trees import Gunzipped
 from raycifar.errors import RequestError
 from raycifar.workflows.datasets import count_repeats, warn_of_leaks, write_parquet
 
@@ -496,3 +498,12 @@ def test_cifar_100_itself_has_ten(cifar):
     said = Said()
     warn_of_leaks(source, said)
     assert said == []
+
+
+def test_several_gzip_streams_are_one_wherever_a_read_ends(monkeypatch):
+    parts = [gzip.compress(bytes([k]) * 100) for k in range(3)]
+    content = b"".join(parts)
+    for chunk in range(1, len(content) + 1):
+        monkeypatch.setattr("raycifar.data.trees.CHUNK", chunk)
+        assert io.BufferedReader(Gunzipped(io.BytesIO(content))).read() == gzip.decompress(content)
+    assert io.BufferedReader(Gunzipped(io.BytesIO(content + b"\0\0padding"))).read() == gzip.decompress(content)

@@ -156,7 +156,9 @@ class Gunzipped(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while True:
             if self.zlib.eof:  # another gzip stream may follow
-                self.rest = self.zlib.unused_data or self.stream.read(CHUNK)
+                self.rest = self.zlib.unused_data
+                while len(self.rest) < len(GZIP) and (more := self.stream.read(CHUNK)):
+                    self.rest += more
                 if not self.rest.startswith(GZIP):
                     return 0
                 self.zlib = zlib.decompressobj(wbits=31)
