@@ -15,7 +15,7 @@ from raycifar.storage.weights import to_file
 from raycifar.terminal import Screen
 from raycifar.workflows import tuning
 from raycifar.workflows.requests import ComparisonRequest
-from raycifar.workflows.study import build_spaces, describe_search, read_inputs
+from raycifar.workflows.study import build_spaces, check_spaces, describe_search, read_inputs
 from raycifar.workflows.training import split_images
 from raycifar.workflows.training_run import Inputs, TrainingRun
 from raycifar.workflows.trial import Trial
@@ -32,7 +32,8 @@ def study_of(tmp_path, space=None, **options):
     options = {"storage": str(tmp_path), "search": 2} | OPTIONS | options
     request = ComparisonRequest.of(["cnn"], **options)
     source, _, initial = read_inputs(request, Screen(quiet=True))
-    spaces = build_spaces(request, initial)
+    spaces = build_spaces(request)
+    check_spaces(request, spaces, initial)
     recipes = {"cnn": initial["cnn"].resolve(request.recipes["cnn"])}
     return Study(request, RunFolder(request.storage, request.name), recipes, initial, spaces), source
 

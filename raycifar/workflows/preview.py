@@ -46,9 +46,9 @@ def preview_comparison(request: ComparisonRequest, screen: Screen) -> None:
     Raises:
         RequestError: the request is wrong.
     """
-    folder = RunFolder(request.storage, request.name)
+    folder, spaces = RunFolder(request.storage, request.name), study.build_spaces(request)
     source, splits, initial_by_model = study.read_inputs(request, screen)
-    spaces = study.build_spaces(request, initial_by_model)
+    study.check_spaces(request, spaces, initial_by_model)
     study.check_same_study(folder, request, study.identify_study(request, spaces, source, initial_by_model))
     at_once = f"as many as fit, each with {count(request.workers, 'worker')}"
     facts = study.overview(request, source, splits, at_once, folder)

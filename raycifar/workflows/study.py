@@ -71,8 +71,9 @@ def prepare(
         RequestError: the request is wrong; nothing was started or written.
     """
     recipes, folder = request.recipes, RunFolder(request.storage, request.name)
+    spaces = build_spaces(request)
     source, splits, initial_by_model = read_inputs(request, screen)
-    spaces = build_spaces(request, initial_by_model)
+    check_spaces(request, spaces, initial_by_model)
     warn_of_leaks(source, screen)
     if request.without_near_duplicates:
         find_duplicates(source, screen)  # for the trials, which take them from the cache
@@ -205,15 +206,11 @@ def overview(
     }
 
 
-def build_spaces(request: ComparisonRequest, initial_by_model: Mapping[str, InitialWeights]) -> dict[str, Any]:
-    """Return each model's search space, without fields that are given as options; none where nothing is searched.
-
-    Raises:
-        RequestError: nothing is left to vary, or hardly a recipe in a space can be trained.
-    """
+def build_spaces(request: ComparisonRequest) -> dict[str, Any]:
+    """Return each model's search space, without fields that are given as options; none where nothing is searched."""
     if not request.search:
         return {}
-    from raycifar.workflows.search_space import PastTrial, check_trainable, default_space, read_space, suggest
+    from raycifar.workflows.search_space import default_space, read_space
 
     spaces = {}
     for model, recipe in request.recipes.items():
@@ -221,10 +218,18 @@ def build_spaces(request: ComparisonRequest, initial_by_model: Mapping[str, Init
         spaces[model] = {field: where for field, where in space.items() if field not in request.fixed}
     if not all(spaces.values()):
         raise RequestError("--search has nothing to vary: every field of its space is given as an option.")
+    return spaces
+
+
+def check_spaces(
+    request: ComparisonRequest, spaces: Mapping[str, Any], initial_by_model: Mapping[str, InitialWeights]
+) -> None:
+    """Raise RequestError if hardly a recipe in a search space can be trained."""
     for model, space in spaces.items():
+        from raycifar.workflows.search_space import PastTrial, check_trainable, suggest
+
         base, check = request.recipes[model], partial(check_trainable, request, initial_by_model[model])
         suggest(space, base, [PastTrial(base, "failed", [])], request.seed, check)
-    return spaces
 
 
 def identify_study(
