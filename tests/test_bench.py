@@ -1,6 +1,7 @@
 """`raycifar bench`: what it times is what it says, and adds up."""
 
 import json
+import re
 import time
 
 import psutil
@@ -21,6 +22,7 @@ def test_the_figures_are_written_shown_and_drawn(small, tmp_path, request, worke
     env = request.getfixturevalue("cluster") if workers else None
     args = (*TINY, *ARGS, "--data", small, "--workers", workers, "--against", against, "--out", tmp_path / "out")
     done = finish(Bench(*args, storage=None, env=env, cwd=tmp_path))
+    assert not re.search("^training", done.stdout, re.MULTILINE)  # its own phases are shown to the end
     bench = json.loads((tmp_path / "out/bench.json").read_text())
     assert bench["n"] == 2
     assert bench["ratio"] == pytest.approx(bench["stages"]["train"]["share"]["median"])

@@ -49,7 +49,9 @@ def test_the_scores_are_the_run_s_own(trained, evaluate, small, cluster, tmp_pat
     test = json.loads((tmp_path / "a/result.json").read_text())["test"]
     found = json.loads((tmp_path / "a/evaluation.json").read_text())
     assert {key: found[key] for key in test} == pytest.approx(test, abs=1e-6)
-    assert found["low"] < found["top1"] < found["high"]
+    assert found["intervals"]["top1"] == {"low": found["low"], "high": found["high"]}
+    for name in ("top1", "loss"):
+        assert found["intervals"][name]["low"] < found[name] < found["intervals"][name]["high"]
     assert len(found["classes"]) == 100
     after = pq.read_table(tmp_path / "a/predictions.parquet")
     assert after["label"] == before["label"]

@@ -85,10 +85,13 @@ def test_the_next_steps_are_commands_that_are_understood():
             assert {"train": "model", "compare": "names"}[command] in context.params
 
 
+@pytest.mark.parametrize("limit", [None, 10_000])
 @pytest.mark.parametrize("rises", [True, False])
-def test_a_trial_that_a_search_stopped_is_trained_to_its_end_by_itself(rises):
+def test_a_trial_that_a_search_stopped_is_trained_to_its_end_by_itself(rises, limit):
     top1 = {"val_top1": lambda e: 0.5 + 0.005 * e} if rises else {}
-    history = made_up(22, result={"status": "stopped"}, recipe={"epochs": 150, "lr": 0.03}, **top1)
+    history = made_up(
+        22, result={"status": "stopped"}, recipe={"epochs": 150, "lr": 0.03}, run={"limit": limit}, **top1
+    )
     (step,) = next_steps(history, diagnose(history))
     assert step["reason"] == "this recipe to its end, outside the search"
     assert "train --model cnn" in step["command"]

@@ -4,6 +4,7 @@ import copy
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from test_distributed import on_workers
 
 from raycifar.cluster.status import StatusStore
 from raycifar.data.shards import Shard
-from raycifar.engine import train_step
+from raycifar.engine import cuda, train_step
 from raycifar.engine.cuda import WARM_UP, cuda_graphed
 from raycifar.engine.example_stats import LOSS, SEEN, blank_stats
 from raycifar.engine.hardware import seed
@@ -311,12 +312,21 @@ def test_two_workers_share_a_gpu_over_gloo_and_train_as_one_does(tmp_path):
 
 
 @pytest.mark.parametrize("lr", [0.01, 1e9])
-def test_the_step_is_closed_however_the_run_ends(tmp_path, monkeypatch, lr):
-    """Its CUDA graphs would keep NCCL's communicators from ending."""
-    closed = []
-    monkeypatch.setattr(TrainStep, "close", lambda step: closed.append(step))
+def test_graphs_are_freed_however_a_run_of_several_workers_ends(tmp_path, monkeypatch, lr):
+    """NCCL's communicators would wait for them."""
+
+    class Runner:
+        closed = 0
+
+        def close(self):
+            self.closed += 1
+
+    runner = Runner()
+    monkeypatch.setattr(cuda, "RUNNERS", {runner})
     options = {"data": "synthetic:200", "limit": 100, "val_size": 0, "workers": 0, "epochs": 1, "report": False}
     request = TrainingRequest.of("cnn", **options, lr=lr, storage=str(tmp_path))
-    with ExitStack() as connection, suppress(WorkError):
-        training.train(replace(request, test=False), Screen(quiet=True), connection)
-    assert len(closed) == 1
+    for group, closed in ((False, 0), (True, 1)):
+        monkeypatch.setattr(cuda, "dist", SimpleNamespace(is_initialized=lambda group=group: group))
+        with ExitStack() as connection, suppress(WorkError):
+            training.train(replace(request, test=False, name=f"{group}"), Screen(quiet=True), connection)
+        assert runner.closed == closed

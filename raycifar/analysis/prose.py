@@ -191,8 +191,8 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
         train("the rest of this run, under the same name", recipe, seed=run["seed"], name=run["name"])
         if not has(findings, "overfitting", "generalization-gap", "spike"):
             return steps
-    if run["limit"] and has(findings, "overfitting", "generalization-gap", "too-early"):
-        early = has(findings, "too-early")
+    early = has(findings, "too-early") and not history.stopped_by_search
+    if run["limit"] and (early or has(findings, "overfitting", "generalization-gap")):
         more_data = "an epoch teaches more" if early else "nothing makes a network generalize better than more data"
         mended = f", with the {departed_names} of {base}" if departed else ""
         train(f"all images{mended}: {more_data}", replace(recipe, **departed), {**run, "limit": None})

@@ -24,7 +24,10 @@ SERVERS = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.inter
 
 
 def aws(server: str) -> float | None:
-    """See "Spot Instance interruption notices" and "Use IMDSv2" in the Amazon EC2 User Guide."""
+    """Return the seconds until the machine is taken, or None.
+
+    See "Spot Instance interruption notices" and "Use IMDSv2" in the Amazon EC2 User Guide.
+    """
     lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
     token = ask("PUT", f"{server}/latest/api/token", lifetime)
     notice = ask("GET", f"{server}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token or ""})
@@ -32,13 +35,13 @@ def aws(server: str) -> float | None:
 
 
 def gcp(server: str) -> float | None:
-    """See "Spot VMs: handle preemption" of Google Cloud."""
+    """Return the seconds until the machine is taken, or None; see "Spot VMs: handle preemption" of Google Cloud."""
     preempted = ask("GET", f"{server}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
     return NOTICE_SECONDS if preempted == "TRUE" else None
 
 
 def azure(server: str) -> float | None:
-    """See "Scheduled Events for Linux VMs" of Azure."""
+    """Return the seconds until the machine is taken, or None; see "Scheduled Events for Linux VMs" of Azure."""
     header = {"Metadata": "true"}
     name = ask("GET", f"{server}/metadata/instance/compute/name?api-version=2021-02-01&format=text", header)
     events = ask("GET", f"{server}/metadata/scheduledevents?api-version=2020-07-01", header)

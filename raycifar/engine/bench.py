@@ -24,7 +24,7 @@ from raycifar.data import CIFAR100
 from raycifar.data.shards import Shard, shard_bounds
 from raycifar.engine import baseline_dataloader
 from raycifar.engine.augment import mix
-from raycifar.engine.cuda import WARM_UP, cuda_graphed
+from raycifar.engine.cuda import WARM_UP, cuda_graphed, graphs_freed
 from raycifar.engine.example_stats import describe_rise, end_epoch, update_stats
 from raycifar.engine.hardware import synchronize
 from raycifar.engine.optimizers import set_learning_rate
@@ -48,6 +48,7 @@ class BenchLoopConfig(TrainLoopConfig):
     seconds: float
 
 
+@graphs_freed()
 def bench_loop_per_worker(config: dict[str, Any]) -> None:
     """Time every stage; Ray Train calls it on each worker, with the fields of `BenchLoopConfig`.
 

@@ -3,10 +3,12 @@
 import functools
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from raycifar.engine.torch_internals import waits_for_gpu
@@ -38,6 +40,7 @@ class CudaGraphRunner:
         self.graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self.capturable = True
+        RUNNERS.add(self)
 
     def __call__(self, *arguments: Any) -> Tensor:
         key = tuple((a.shape, a.dtype) if torch.is_tensor(a) else a for a in arguments)
@@ -59,10 +62,11 @@ class CudaGraphRunner:
         return output
 
     def close(self) -> None:
-        """Free the graphs: NCCL's communicators don't end before those that hold their operations."""
-        torch.cuda.synchronize()
-        for graph, _, _ in self.graphs.values():
-            graph.reset()
+        """Free the graphs."""
+        with suppress(RuntimeError):  # the GPU has failed, of which the run is told already
+            torch.cuda.synchronize()
+            for graph, _, _ in self.graphs.values():
+                graph.reset()
         self.graphs.clear()
 
     def _call(self, arguments: tuple[Any, ...]) -> Tensor:
@@ -91,6 +95,19 @@ class CudaGraphRunner:
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             output = self.function(*own)
         return graph, [a for a in own if torch.is_tensor(a)], output
+
+
+RUNNERS: WeakSet[CudaGraphRunner] = WeakSet()
+
+
+@contextmanager
+def graphs_freed() -> Iterator[None]:
+    """Free all graphs before a process group ends: NCCL waits for those that hold its operations."""
+    try:
+        yield
+    finally:
+        for runner in list(RUNNERS) if dist.is_initialized() else ():
+            runner.close()
 
 
 def cuda_graphed(

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from raycifar.cluster.status import Phase
 from raycifar.engine.bench import TimedTrainer
-from raycifar.engine.cuda import WARM_UP
+from raycifar.engine.cuda import WARM_UP, graphs_freed
 from raycifar.engine.distributed import BUCKET_BYTES, all_gather_objects, group_by_size
 from raycifar.engine.hardware import synchronize
 from raycifar.engine.train_loop import TrainLoopConfig
@@ -31,6 +31,7 @@ class StepTimesLoopConfig(TrainLoopConfig):
     seconds: float
 
 
+@graphs_freed()
 def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Time steps, epochs and exchanges in turn; Ray Train calls it on each worker, with `StepTimesLoopConfig`'s fields.
 
@@ -119,6 +120,7 @@ def process_group_of_one(device: torch.device) -> Iterator[None]:
     store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)  # at a free port
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
     try:
-        yield
+        with graphs_freed():
+            yield
     finally:
         dist.destroy_process_group()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from raycifar.data import CIFAR100
 from raycifar.data.shards import Shard
 from raycifar.engine.augment import alternating_flips, augment, erase, mix, preprocess
-from raycifar.engine.cuda import CudaGraphRunner, SideStream, cuda_graphed, prefetched
+from raycifar.engine.cuda import SideStream, cuda_graphed, prefetched
 from raycifar.engine.distributed import GradientExchange
 from raycifar.engine.example_stats import blank_stats, update_stats
 from raycifar.engine.hardware import WIDEST
@@ -111,12 +111,9 @@ class TrainStep:
         return erase(preprocess(augment(pixels, self.recipe.augment, flipped), preprocessing), self.recipe.erasing)
 
     def close(self) -> None:
-        """Let another step take over the network, or the process group end."""
+        """Let another step take over the network."""
         if self.exchange:
             self.exchange.close()
-        for function in (self.captured, self.captured_inputs):
-            if isinstance(function, CudaGraphRunner):
-                function.close()
 
     def prepare_and_update(self, rows: Tensor, epoch: Tensor, size: int | None, count: int, num_images: int) -> Tensor:
         """Prepare a batch, and take the step; see `prepare_batch` and `update`."""

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from raycifar.cluster.status import ModelFacts, Phase
 from raycifar.data.shards import Shard, load_shard, shard_bounds
 from raycifar.engine import hardware
 from raycifar.engine.checkpoint import Checkpointer, Snapshot
+from raycifar.engine.cuda import graphs_freed
 from raycifar.engine.distributed import all_gather_objects, all_gather_rows
 from raycifar.engine.epoch_meter import CHECK_STEPS, EpochMeter
 from raycifar.engine.evaluator import Evaluator
@@ -43,15 +43,19 @@ from raycifar.storage.weights import to_file
 TRAIN_EVAL_IMAGES = 1000  # training images scored as validation images are, after each epoch
 
 
+@graphs_freed()
 def train_loop_per_worker(config: dict[str, Any]) -> Outcome:
     """Train, score and save; Ray Train calls it on each worker, with the fields of `TrainLoopConfig`."""
-    with closing(Trainer(TrainLoopConfig(**config))) as trainer:
-        try:
-            trainer.set_up()
-            return trainer.train()
-        except StopTrainingError as stop:
-            trainer.checkpointer.wait()
-            return Outcome("failed", trainer.folder.history(notice), failure=stop.kind, reason=str(stop))
+    trainer = Trainer(TrainLoopConfig(**config))
+    try:
+        trainer.set_up()
+        return trainer.train()
+    except StopTrainingError as stop:
+        trainer.checkpointer.wait()
+        return Outcome("failed", trainer.folder.history(notice), failure=stop.kind, reason=str(stop))
+    finally:
+        if trainer.profiler:
+            trainer.profiler.stop()
 
 
 class Trainer:
@@ -169,13 +173,6 @@ class Trainer:
             if self.config.track_examples and self.state.example_stats is not None:
                 self.folder.write(EXAMPLE_STATS, to_example_stats_file(self.state.example_stats, self.index, labels))
         return scores
-
-    def close(self) -> None:
-        """Free what would outlive the run."""
-        if self.profiler:
-            self.profiler.stop()
-        if hasattr(self, "train_step"):  # `set_up` may have failed before
-            self.train_step.close()
 
     def outcome(self, status: Status, test: dict[str, Any] | None = None) -> Outcome:
         """Return the outcome, once the last checkpoint is stored."""
@@ -349,7 +346,8 @@ class Trainer:
         progress, num_scored = self.state.progress, self.evaluator.num_images
         if (kind := (self.state.stage, size)) not in self.warm:
             self.warm.add(kind)
-            self.reporter.phase(Phase.TRAINING)
+            if self.reporter.status.phase == Phase.COMPILING:
+                self.reporter.phase(Phase.TRAINING)
             self.meter.restart_timer(progress.step)
             return
         running = self.meter.running(progress.step)

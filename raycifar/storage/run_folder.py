@@ -168,7 +168,11 @@ class RunFolder(Folder):
         self.write(METRICS, "".join(json.dumps(record.to_json()) + "\n" for record in history).encode())
 
     def read_table(self, file: str) -> pa.Table | None:
-        """Return predictions.parquet or example_stats.parquet, or None; also a changed one raises DamagedFileError."""
+        """Return predictions.parquet or example_stats.parquet, or None if it doesn't exist.
+
+        Raises:
+            DamagedFileError: it can't be read, has changed, or doesn't hold what it should.
+        """
         with self.reading(file):
             content = self.read(file)
             if content is None:

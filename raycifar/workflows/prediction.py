@@ -88,8 +88,12 @@ class Model:
     """A trained network on a device.
 
     Args:
-        location: a run's folder, or a weights file. device: auto, gpu, cpu or mps. precision: to compute in.
-        weights: those at `location`, where they are read already.
+        location: a run's folder, or a weights file. device: auto, gpu, cpu or mps. precision: to compute in, by default
+            float32. weights: those at `location`, where they are read already.
+
+    Attributes:
+        network: the `torch.nn.Module` that maps preprocessed images to logits, in evaluation mode.
+        weights: the architecture, and the tensors by name.
 
     Raises:
         RequestError: the weights or the device don't exist.
@@ -112,7 +116,7 @@ class Model:
         self.weights = weights or read_weights(location)
         torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
         self.device = find_device(device)
-        self.network = to_device(self.weights.build(), self.device)  # takes preprocessed images
+        self.network = to_device(self.weights.build(), self.device)
         self.autocast = autocast_to(choose_precision(precision, self.device), self.device)
 
     def logits(self, images: np.ndarray) -> "Tensor":

@@ -27,7 +27,7 @@ from raycifar.workflows.estimate import warn_of_hours
 from raycifar.workflows.reporting import Refresher, forgiving, keep_pictures, show_report, write_comparison, write_run
 from raycifar.workflows.requests import ComparisonRequest
 from raycifar.workflows.tracking import Tracking
-from raycifar.workflows.training import STOP_SECONDS, and_weights, lock, read_images
+from raycifar.workflows.training import and_weights, lock, read_images, seconds_to_stop
 
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
@@ -126,7 +126,7 @@ def run_trials(
 
     def stop(thread: Thread) -> None:
         searcher.stop()
-        thread.join(STOP_SECONDS)
+        thread.join(seconds_to_stop(trial.status_store for trial in searcher.running.values()))
 
     redraw = Refresher(lambda: write_comparison(folder)) if request.report else lambda: None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from raycifar.cluster.status import Phase, WorkerStatus
+from raycifar.cluster.status import Phase, StatusStore, WorkerStatus
 from raycifar.data.dataset import Source, Splits, split
 from raycifar.data.sources import load
 from raycifar.errors import RequestError, WorkError, in_a_line
@@ -34,8 +34,7 @@ from raycifar.workflows.tracking import Tracking
 from raycifar.workflows.training_run import Inputs, TrainingRun, earlier_result, identify, overview, write_run_json
 
 SCORES = {"top1": "top-1", "top5": "top-5", "superclass_top1": "superclass", "loss": "loss", "ece": "calibration error"}
-STOP_SECONDS = 10  # for a run that is interrupted to save what it has trained
-MAX_STOP_SECONDS = 60  # where a step, or the scoring after an epoch, takes long
+STOP_SECONDS, MAX_STOP_SECONDS = 10, 60  # for a run that is interrupted to save what it has trained
 
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
@@ -116,12 +115,18 @@ def fit(run: TrainingRun, follow: Follow, loop: Callable[[dict[str, Any]], Any] 
         run.status_store.request_stop()
         status = run.status_store.worker() or WorkerStatus()
         if status.phase == Phase.TRAINING and not loop:
-            epoch = status.step.seconds_of_epoch if status.step else 0.0
-            thread.join(max(STOP_SECONDS, min(MAX_STOP_SECONDS, epoch)))
+            thread.join(seconds_to_stop([run.status_store]))
         if thread.is_alive():
             trainer.abort()
 
     return run_in_thread(lambda: fit_with_restarts(trainer, run.status_store, run.request.max_failures), follow, stop)
+
+
+def seconds_to_stop(stores: Iterable[StatusStore]) -> float:
+    """Return how long to wait until interrupted runs have saved: a step, or the scoring after an epoch, can be long."""
+    steps = [status.step for store in stores if (status := store.worker())]
+    epochs = [step.seconds_of_epoch for step in steps if step]
+    return min(MAX_STOP_SECONDS, max([STOP_SECONDS, *epochs]))
 
 
 def finish(run: TrainingRun, outcome: "Outcome") -> dict[str, Any]:
