@@ -311,8 +311,7 @@ def test_two_workers_share_a_gpu_over_gloo_and_train_as_one_does(tmp_path):
     assert torch.allclose(torch.load(tmp_path / "losses").cpu(), alone, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("lr", [0.01, 1e9])
-def test_graphs_are_freed_however_a_run_of_several_workers_ends(tmp_path, monkeypatch, lr):
+def test_graphs_are_freed_however_a_run_of_several_workers_ends(tmp_path, monkeypatch):
     """NCCL's communicators would wait for them."""
 
     class Runner:
@@ -324,8 +323,8 @@ def test_graphs_are_freed_however_a_run_of_several_workers_ends(tmp_path, monkey
     runner = Runner()
     monkeypatch.setattr(cuda, "RUNNERS", {runner})
     options = {"data": "synthetic:200", "limit": 100, "val_size": 0, "workers": 0, "epochs": 1, "report": False}
-    request = TrainingRequest.of("cnn", **options, lr=lr, storage=str(tmp_path))
-    for group, closed in ((False, 0), (True, 1)):
+    for group, lr, closed in ((False, 0.01, 0), (True, 1e9, 1)):
+        request = TrainingRequest.of("cnn", **options, lr=lr, storage=str(tmp_path))
         monkeypatch.setattr(cuda, "dist", SimpleNamespace(is_initialized=lambda group=group: group))
         with ExitStack() as connection, suppress(WorkError):
             training.train(replace(request, test=False, name=f"{group}"), Screen(quiet=True), connection)
