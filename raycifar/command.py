@@ -21,7 +21,7 @@ from raycifar.storage.remote import telling
 from raycifar.terminal import PlainLine, replace_unencodable
 
 CLOSED_OUTPUT = 128 + 13  # as of a program that SIGPIPE ends
-UNTIL_EXIT = ExitStack()  # holds the connection to Ray, which `leave` closes
+UNTIL_EXIT = ExitStack()  # holds the connection to Ray; never closed, for `leave` ends Ray and the process
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MAY_BE_EMPTY = ("progressive",)  # then all steps have images of one size
 APART_SECONDS = 0.5  # between two signals of the user: `timeout` and `uv run` pass each on twice

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(
     [
-        *("pytest", "raycifar", "ray.train.torch", "raycifar.engine.trainer"),
+        *("pytest", "raycifar", "ray.train.torch", "raycifar.engine.train_loop"),
         *("torch._dynamo", "torchvision", "raycifar.workflows.training", "raycifar.workflows.evaluation"),
         *("raycifar.workflows.ray_train", "raycifar.analysis.reports", "raycifar.terminal"),
     ]

@@ -292,7 +292,7 @@ if __name__ == "__main__":
         main.get_command(None, name)
 
     import raycifar.analysis.reports
-    import raycifar.engine.trainer
+    import raycifar.engine.train_loop
     import raycifar.workflows.study  # noqa: F401
 
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))

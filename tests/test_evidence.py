@@ -51,9 +51,8 @@ def test_the_number_of_workers_hardly_matters_and_all_test_images_are_scored(cif
 
 
 def test_a_worker_with_all_of_cifar_100_takes_at_most_a_gigabyte_more_than_an_idle_one(cifar, cluster, tmp_path):
-    imports = (
-        "import ray.train.torch, ray.data, raycifar.engine.trainer, psutil; print(psutil.Process().memory_info().rss)"
-    )
+    imports = "import ray.train.torch, ray.data, raycifar.engine.train_loop, psutil\n"
+    imports += "print(psutil.Process().memory_info().rss)"
     idle = int(subprocess.run([sys.executable, "-c", imports], capture_output=True, check=True, text=True).stdout)
     args = ("--model", "cnn", "--epochs", 1, "--val-size", 0, "--workers", 1, "--data", cifar, "--name", "a")
     command = Command(*args, storage=tmp_path, env=cluster)

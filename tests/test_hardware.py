@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raycifar.engine.hardware import WIDEST, choose_precision, find_device
+from raycifar.engine.hardware import SUM_DTYPE, choose_precision, find_device
 from raycifar.errors import RequestError
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def test_auto_is_whatever_gpu_there_is_and_a_gpu_that_is_not_there_is_refused(mo
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert find_device("auto").type == found
     assert find_device("cpu") == CPU
-    assert found in WIDEST
+    assert found in SUM_DTYPE
     for wanted, there in (("gpu", cuda), ("mps", mps)):
         if not there:
             with pytest.raises(RequestError, match=f"--device {wanted}: this machine has no GPU"):

@@ -6,7 +6,7 @@ import pytest
 
 import raycifar.engine.interruption as interruption
 from raycifar.engine.interruption import Interruption, InterruptionWatch
-from raycifar.engine.trainer import Trainer
+from raycifar.engine.train_loop import TrainWorker
 from raycifar.errors import PreemptedError
 
 
@@ -69,10 +69,9 @@ def test_all_workers_leave_a_node_that_is_preempted_once_the_checkpoint_is_store
     done = []
     monkeypatch.setattr(interruption.ray.train.collective, "barrier", lambda: done.append("met"))
     waits = SimpleNamespace(wait=lambda: done.append("stored"))
-    trainer = SimpleNamespace(checkpointer=waits, reporter=SimpleNamespace(phase=lambda *args: None))
-    assert not Trainer.stops_for(trainer, None)
-    assert done == []
+    worker = SimpleNamespace(checkpointer=waits, reporter=SimpleNamespace(phase=lambda *args: None))
     with pytest.raises(PreemptedError):
-        Trainer.stops_for(trainer, Interruption.PREEMPTION)
+        TrainWorker.prepare_to_leave(worker, Interruption.PREEMPTION)
     assert done == ["stored", "met"]
-    assert Trainer.stops_for(trainer, Interruption.STOP)
+    TrainWorker.prepare_to_leave(worker, Interruption.STOP)
+    assert done == ["stored", "met", "stored"]

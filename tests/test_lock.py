@@ -15,7 +15,7 @@ from pyarrow import fs
 
 import raycifar.storage.lock as room
 from raycifar.errors import DamagedFileError, RequestError
-from raycifar.storage.lock import Claim, claims, delete_dead, living_claim, locked, write
+from raycifar.storage.lock import Claim, claims, delete_stale_locks, living_claim, locked, write
 from raycifar.storage.run_folder import STUDY, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.training import lock
@@ -50,7 +50,7 @@ def test_the_second_is_refused_by_name_and_the_folder_is_free_again_at_the_end(r
 @pytest.mark.parametrize("content", [b"{}", b'{"pid": -1}', b"[]", b"no JSON"])
 def test_a_damaged_claim_is_told(run, content):
     run.write(f"{room.CLAIM}abc", content)
-    for look in (living_claim, delete_dead, lambda folder: locked(folder, pytest.fail).__enter__()):
+    for look in (living_claim, delete_stale_locks, lambda folder: locked(folder, pytest.fail).__enter__()):
         with pytest.raises(DamagedFileError, match=r"\.lock-abc is damaged: .+\. Delete it if nothing trains"):
             look(run)
     run.delete(f"{room.CLAIM}abc")
@@ -153,10 +153,10 @@ def test_many_that_delete_a_dead_claim_at_once_all_find_it_gone(tmp_path):
 
 def test_what_a_process_that_died_after_its_run_has_left_is_deleted(run):
     die(run)
-    delete_dead(run)
+    delete_stale_locks(run)
     assert claims([run]) == []
     with locked(run, pytest.fail):
-        delete_dead(run)
+        delete_stale_locks(run)
         assert len(claims([run])) == 1
 
 

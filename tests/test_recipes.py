@@ -102,9 +102,9 @@ def test_senseless_values_are_refused_by_name(change):
 
 def test_images_are_small_at_first_where_the_recipe_says_so():
     recipe = Recipe(epochs=2, progressive="20:0.15,24:0.5")
-    sizes = [recipe.size(epoch, step, 10) for epoch in (1, 2) for step in range(10)]
+    sizes = [recipe.image_size_at(epoch, step, 10) for epoch in (1, 2) for step in range(10)]
     assert sizes == [20] * 3 + [24] * 7 + [None] * 10
-    assert Recipe().size(1, 0, 10) is None
+    assert Recipe().image_size_at(1, 0, 10) is None
 
 
 def test_a_recipe_says_how_it_differs_from_another():

@@ -42,7 +42,7 @@ def begin(study, source, trial):
     request = study.training_request(trial)
     inputs = Inputs(source, split_images(source, request), study.initial_by_model["cnn"].adapt(trial.recipe, source))
     workers = Workers(1, 1)
-    tuning.prepare(TrainingRun(request, study.folder_of(trial), inputs, workers), Screen(quiet=True))
+    tuning.begin(TrainingRun(request, study.folder_of(trial), inputs, workers), Screen(quiet=True))
 
 
 def end(study, trial, top1):

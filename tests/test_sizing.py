@@ -17,7 +17,7 @@ from raycifar.errors import RequestError
 from raycifar.storage.run_folder import RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.requests import TrainingRequest
-from raycifar.workflows.training import allocate_workers, fit, prepare, read_inputs
+from raycifar.workflows.training import allocate_workers, begin, fit, read_inputs
 from raycifar.workflows.training_run import TrainingRun
 
 A100 = {"CPU": 16.0, "GPU": 2.0, "accelerator_type:A100": 1.0}
@@ -145,7 +145,7 @@ def test_ray_places_shares_and_kinds_as_they_are_counted(nodes, tmp_path):
         folder, screen = RunFolder(request.storage, request.name), Screen(quiet=True)
         workers = allocate_workers(request, folder, screen, connection, debug=False)
         run = TrainingRun(request, folder, read_inputs(request, screen), workers)
-        prepare(run, screen)
+        begin(run, screen)
 
         def loop(config):  # the GPU is there in name only
             return dist.get_backend(), ray.get_gpu_ids()

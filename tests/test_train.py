@@ -342,13 +342,13 @@ def test_a_worker_that_dies_as_it_is_launched_ends_no_run(monkeypatch):
     def fit(*failures, most):
         return ray_train.fit_with_restarts(Fallible(*failures), StatusStore(), most)
 
-    def go_on_after(failure, reason, status_store, max_failures):
+    def reason_to_end(failure, reason, status_store, max_failures):
         seen.append(failure)
-        if len(seen) > max_failures:
-            raise WorkError("too often")
+        return "too often" if len(seen) > max_failures else None
 
     seen = []
-    monkeypatch.setattr(ray_train, "go_on_after", go_on_after)
+    monkeypatch.setattr(ray_train, "reason_to_end", reason_to_end)
+    monkeypatch.setattr(ray_train, "prepare_restart", lambda failure, status_store: None)
     assert fit(RayActorError(), RayActorError(), most=2) == {"history": []}
     assert fit(OutOfMemoryError("too much"), most=3) == {"history": []}
     assert [failure.cause for failure in seen] == [*[FailureCause.CONTROLLER] * 2, FailureCause.MEMORY]

@@ -18,7 +18,6 @@ from raycifar.data.shards import Shard
 from raycifar.engine import cuda, train_step
 from raycifar.engine.cuda import WARM_UP, cuda_graphed
 from raycifar.engine.example_stats import LOSS, SEEN, blank_stats
-from raycifar.engine.hardware import seed
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch
 from raycifar.engine.reporter import Gauges, Reporter
@@ -58,7 +57,7 @@ def losses(step, steps, lr=0.02, num_images=None, size=None):
     """Return the mean loss of each of some steps on the same images, scaled to `size` pixels a side."""
     result = []
     for number in range(steps):
-        seed(number, step.device)
+        torch.manual_seed(number)
         set_learning_rate(step.state.optimizer, lr)
         metrics = step(batch(step, num_images), size)
         result.append((metrics[1] / metrics[0]).item())
@@ -114,15 +113,15 @@ def test_a_step_that_records_nothing_trains_alike_and_still_tells_a_loss_that_is
 def test_images_are_scaled_to_the_size_of_the_step_and_flip_by_epoch():
     step = build("speedrun", augment="alternate")
     for size, expected in ((20, 20), (None, 32)):
-        seed(0, CPU)
+        torch.manual_seed(0)
         first = step.prepare(batch(step).rows, size)[1]
         assert first.shape == (64, 3, expected, expected)
         step.state.progress.epoch += 1
-        seed(0, CPU)
+        torch.manual_seed(0)
         second = step.prepare(batch(step).rows, size)[1]
         assert not torch.equal(first, second)
         step.state.progress.epoch += 1
-        seed(0, CPU)
+        torch.manual_seed(0)
         assert torch.equal(first, step.prepare(batch(step).rows, size)[1])
 
 
@@ -184,7 +183,7 @@ def test_workers_that_share_a_gpu_say_once_that_their_steps_are_not_captured(mon
     try:
         reporter = Reporter(StatusStore("shared"), Gauges("a", "cnn"), leader=True)
         for _ in range(2):  # each stage of fine-tuning has a step of its own
-            assert build(notice=reporter.notice).captured.__name__ == "update"
+            assert build(notice=reporter.notice).run_update.__name__ == "update"
     finally:
         dist.destroy_process_group()
     (notice,) = reporter.status.notices
@@ -223,11 +222,11 @@ def one_rank_over_nccl():
 @pytest.mark.parametrize("model", ["cnn", "vgg16", "resnet50"])
 def test_a_captured_step_exchanges_gradients_and_trains_as_a_launched_one(model, one_rank_over_nccl):
     captured, launched = (build(model, CUDA, precision="bfloat16") for _ in range(2))
-    launched.captured = launched.take
+    launched.run_update = launched.prepare_and_update if launched.is_one_graph else launched.update
     assert captured.exchange
     theirs, ours = losses(launched, 50), losses(captured, 50)
-    assert captured.captured.capturable
-    assert len(captured.captured.graphs) == 1
+    assert captured.run_update.capturable
+    assert len(captured.run_update.graphs) == 1
     assert torch.allclose(ours, theirs, rtol=0.05)
     assert ours[-1] < ours[0] - 0.5
 
@@ -237,9 +236,9 @@ def test_a_captured_step_exchanges_gradients_and_trains_as_a_launched_one(model,
 def test_a_captured_step_trains_as_a_launched_one_with_each_optimizer(optimizer):
     lr = {"sgd": 0.05, "adamw": 0.001, "muon": 0.05}[optimizer]
     captured, launched = (build("cnn", CUDA, optimizer=optimizer, precision="bfloat16") for _ in range(2))
-    launched.captured = launched.take
+    launched.run_update = launched.prepare_and_update if launched.is_one_graph else launched.update
     theirs, ours = losses(launched, WARM_UP + 5, lr), losses(captured, WARM_UP + 5, lr)
-    assert captured.captured.capturable
+    assert captured.run_update.capturable
     assert torch.allclose(ours, theirs, rtol=0.02)
     assert ours[-1] < ours[0] - 0.5
     before = captured.state.model.head[2].weight.detach().clone()
@@ -253,7 +252,7 @@ def test_a_compiled_and_captured_step_trains_as_a_plain_one(model, size):
     compiled, plain = (build(model, CUDA, compile=compile, precision="bfloat16") for compile in (True, False))  # noqa: A001
     theirs, ours = losses(plain, WARM_UP + 5, size=size), losses(compiled, WARM_UP + 5, size=size)
     assert torch.allclose(ours, theirs, rtol=0.02)
-    assert compiled.captured.graphs
+    assert compiled.run_update.graphs
 
 
 @needs_gpu
@@ -261,18 +260,18 @@ def test_a_compiled_and_captured_step_trains_as_a_plain_one(model, size):
 def test_each_size_of_image_has_a_graph_that_trains_as_a_launched_step(record):
     recipe = {"optimizer": "muon", "muon_steps": 3, "augment": "alternate", "precision": "bfloat16"}
     captured, launched = (build("speedrun", CUDA, record=record, **recipe) for _ in range(2))
-    launched.captured = launched.take
+    launched.run_update = launched.prepare_and_update if launched.is_one_graph else launched.update
     found = []
     for step in (captured, launched):
         set_learning_rate(step.state.optimizer, 0.01)
         found.append([])
         for number in range(3 * (WARM_UP + 5)):
-            seed(number, CUDA)
+            torch.manual_seed(number)
             step.state.progress.epoch = 1 + number % 2
             metrics = step(batch(step), (20, 24, None)[number % 3])
             found[-1].append((metrics[1] / metrics[0]).item())
-    assert captured.captured.capturable
-    assert len(captured.captured.graphs) == 3
+    assert captured.run_update.capturable
+    assert len(captured.run_update.graphs) == 3
     assert torch.allclose(*map(torch.tensor, found), rtol=0.05)
 
 
@@ -281,10 +280,10 @@ def test_a_captured_step_flips_other_images_in_the_next_epoch():
     step = build(device=CUDA, augment="alternate")
     drawn = []
     for number in range(WARM_UP + 7):
-        seed(0, CUDA)
+        torch.manual_seed(0)
         step.state.progress.epoch = 1 + number % 2
         drawn.append(step.prepare(batch(step).rows)[1])
-    assert step.captured_inputs.graphs
+    assert step.run_inputs.graphs
     assert torch.equal(drawn[-1], drawn[-3])
     assert not torch.equal(drawn[-1], drawn[-2])
 
@@ -296,9 +295,9 @@ def test_captured_inputs_are_those_of_a_launched_preparation(augment):
     rows = batch(step).rows
     drawn = []
     for number in range(WARM_UP + 7):
-        seed(number // 2, CUDA)  # the last ones, replayed, in pairs
+        torch.manual_seed(number // 2)  # the last ones, replayed, in pairs
         drawn.append(step.prepare(rows)[1])
-    assert step.captured_inputs.graphs
+    assert step.run_inputs.graphs
     assert torch.equal(drawn[-1], drawn[-2]) != torch.equal(drawn[-1], drawn[-3])
     assert all(abs(inputs.mean() - drawn[0].mean()) < 0.3 for inputs in drawn)
     assert step.prepare(rows)[1].is_contiguous(memory_format=torch.channels_last)

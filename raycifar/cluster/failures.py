@@ -38,22 +38,28 @@ class FailureCounter(ray.train.UserCallback):
             return  # while a node is being removed, Ray Train reports the same failure repeatedly
         self.last = status.attempt, reason
         failure = Failure(cause, reason, sorted(worker_exceptions), status.nodes)
-        go_on_after(failure, f"on worker {rank}, {reason}", self.status_store, self.max_failures)
+        if end := reason_to_end(failure, f"on worker {rank}, {reason}", self.status_store, self.max_failures):
+            raise WorkError(end)
+        prepare_restart(failure, self.status_store)
 
 
-def go_on_after(failure: Failure, reason: str, status_store: StatusStore, max_failures: int) -> None:
-    """Report a failure to the driver, and wait until memory is free if it ran short.
+def reason_to_end(failure: Failure, reason: str, status_store: StatusStore, max_failures: int) -> str | None:
+    """Return why the run ends if the failure is permanent or there were too many, else None.
 
-    Raises:
-        WorkError: the failure is permanent, or there were too many; the message has the `reason`.
+    Args:
+        reason: the failure in words.
     """
-    failures = [*status_store.failures(), failure]
-    if failure.cause == FailureCause.STORAGE or (
-        failure.cause != FailureCause.PREEMPTED and too_many(failures, max_failures)
-    ):
-        if failure.cause == FailureCause.MEMORY:
-            reason = "a node's memory ran short, and Ray ended the workers: fewer workers or more memory help"
-        raise WorkError(reason)
+    if failure.cause == FailureCause.STORAGE:
+        return reason
+    if failure.cause == FailureCause.PREEMPTED or not too_many([*status_store.failures(), failure], max_failures):
+        return None
+    if failure.cause == FailureCause.MEMORY:
+        return "a node's memory ran short, and Ray ended the workers: fewer workers or more memory help"
+    return reason
+
+
+def prepare_restart(failure: Failure, status_store: StatusStore) -> None:
+    """Report a failure to the driver, and wait until memory is free if it ran short."""
     status_store.add_failure(failure)
     status = replace(status_store.worker() or WorkerStatus(), phase=Phase.STARTING, detail="", step=None)
     if failure.cause == FailureCause.MEMORY:

@@ -24,14 +24,14 @@ from raycifar.data import CIFAR100
 from raycifar.data.shards import Shard, shard_bounds
 from raycifar.engine import baseline_dataloader
 from raycifar.engine.augment import mix
+from raycifar.engine.config import TrainLoopConfig
 from raycifar.engine.cuda import WARM_UP, cuda_graphed, graphs_freed
 from raycifar.engine.example_stats import describe_rise, end_epoch, update_stats
 from raycifar.engine.hardware import synchronize
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import steps_per_epoch
 from raycifar.engine.state import Progress
-from raycifar.engine.train_loop import TrainLoopConfig
-from raycifar.engine.trainer import Trainer
+from raycifar.engine.train_loop import TrainWorker
 from raycifar.models.recipe import FORWARD_PASSES_PER_STEP
 
 SHUFFLED_BATCHES = 10  # batches in the local shuffle buffer of Ray's documented ingest
@@ -56,21 +56,21 @@ def bench_loop_per_worker(config: dict[str, Any]) -> None:
     """
     timed = BenchLoopConfig(**config)
     began = time.perf_counter()
-    bench = TimedTrainer(timed)
-    bench.set_up()
-    bench.report_model()
-    bench.reporter.phase(Phase.WARMING_UP, "one step")
+    worker = TimedWorker(timed)
+    worker.set_up()
+    worker.report_model()
+    worker.reporter.phase(Phase.WARMING_UP, "one step")
     left = timed.seconds - (time.perf_counter() - began)
-    step_seconds, work = bench.time_step(), bench.work_of_round(timed.baselines)
-    bench.use_fewer_images(choose_steps(left, timed.rounds, work * step_seconds, bench.steps_per_epoch))
-    stages = bench.stages(timed.baselines)
-    round_seconds = work * step_seconds * bench.steps_per_epoch
-    bench.reporter.phase(
+    step_seconds, work = worker.time_step(), worker.work_of_round(timed.baselines)
+    worker.use_fewer_images(choose_steps(left, timed.rounds, work * step_seconds, worker.steps_per_epoch))
+    stages = worker.stages(timed.baselines)
+    round_seconds = work * step_seconds * worker.steps_per_epoch
+    worker.reporter.phase(
         Phase.WARMING_UP,
-        f"then up to {timed.rounds} rounds of {bench.config.num_train_images:,} images: "
+        f"then up to {timed.rounds} rounds of {worker.config.num_train_images:,} images: "
         f"about {min(timed.seconds, round_seconds * (timed.rounds + 1)):.0f} s",
     )
-    round_seconds = bench.time_round(stages, {})  # compiles, fills caches, starts processes
+    round_seconds = worker.time_round(stages, {})  # compiles, fills caches, starts processes
     rates: dict[str, list[float]] = {}
     for number in range(1, timed.rounds + 1):
         left = timed.seconds - (time.perf_counter() - began)
@@ -78,9 +78,9 @@ def bench_loop_per_worker(config: dict[str, Any]) -> None:
         if number > rounds:
             break
         to_come = (rounds - number + 1) * round_seconds
-        bench.reporter.phase(Phase.TIMING, f"round {number} of {rounds}, about {to_come:.0f} s left")
-        round_seconds = bench.time_round(stages, rates)
-        bench.reporter.timings(rates)
+        worker.reporter.phase(Phase.TIMING, f"round {number} of {rounds}, about {to_come:.0f} s left")
+        round_seconds = worker.time_round(stages, rates)
+        worker.reporter.timings(rates)
 
 
 def choose_steps(seconds: float, rounds: int, seconds_of_step: float, most: int) -> int:
@@ -93,8 +93,8 @@ def choose_steps(seconds: float, rounds: int, seconds_of_step: float, most: int)
     return min(most, max(1, steps, min(MIN_STEPS, int(seconds / seconds_of_step / 2))))
 
 
-class TimedTrainer(Trainer):
-    """A trainer that takes its steps with less and more of what surrounds them, on few images."""
+class TimedWorker(TrainWorker):
+    """A worker that takes its steps with less and more of what surrounds them, on few images."""
 
     def clock(self) -> float:
         """Return the time at which all workers are done."""
@@ -242,7 +242,7 @@ class TimedTrainer(Trainer):
     def example_stats_updates(self) -> Callable[[], None]:
         """Return a function that only follows every image for an epoch; a difference of stages would hide it."""
         logits = torch.randn(self.recipe.batch_size, CIFAR100.num_classes, device=self.device)
-        stats = self.example_stats
+        stats = self.shard_stats
 
         def update(rows: Tensor) -> Tensor:
             update_stats(stats, rows, logits[: len(rows)], self.train_set.labels[rows])
@@ -268,48 +268,48 @@ class TimedTrainer(Trainer):
 # Baselines -------------------------------------------------------------------------------------------
 
 
-def dataloader(trainer: TimedTrainer) -> Callable[[], None]:
+def dataloader(worker: TimedWorker) -> Callable[[], None]:
     """Return an epoch of the common script, see `baseline_dataloader`, in a process of its own beside each worker."""
     address = None
-    if trainer.rank == 0 and trainer.world_size > 1:
+    if worker.rank == 0 and worker.world_size > 1:
         address = f"tcp://{ray.util.get_node_ip_address()}:{get_free_port()}"
     setting = baseline_dataloader.Setting(
-        architecture=trainer.architecture,
-        dropout=trainer.recipe.dropout,
-        images=trainer.train_set.images.permute(0, 2, 3, 1).cpu().numpy(),
-        labels=trainer.train_set.labels.tolist(),
-        batch_size=trainer.batch_size,
-        device=trainer.device,
-        threads=trainer.config.threads,
-        rank=trainer.rank,
-        world_size=trainer.world_size,
+        architecture=worker.architecture,
+        dropout=worker.recipe.dropout,
+        images=worker.train_set.images.permute(0, 2, 3, 1).cpu().numpy(),
+        labels=worker.train_set.labels.tolist(),
+        batch_size=worker.batch_size,
+        device=worker.device,
+        threads=worker.config.threads,
+        rank=worker.rank,
+        world_size=worker.world_size,
         address=broadcast_from_rank_zero(address),
     )
     process = ProcessPoolExecutor(1, get_context("spawn"), initializer=baseline_dataloader.start, initargs=(setting,))
     return lambda: process.submit(baseline_dataloader.train_epoch).result()
 
 
-def stream(trainer: TimedTrainer) -> Callable[[], None]:
+def stream(worker: TimedWorker) -> Callable[[], None]:
     """Return an epoch of Ray's documented ingest: a shard streamed through a local shuffle buffer; the step is ours."""
     shard = ray.train.get_dataset_shard("train")
-    step = trainer.bare_step(exchange=True)
+    step = worker.bare_step(exchange=True)
 
     def collate(batch: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
         pixels = np.frombuffer(b"".join(batch["image"]), np.uint8).reshape(-1, *CIFAR100.image_shape)
         return torch.from_numpy(pixels.copy()), torch.from_numpy(batch["fine"].astype(np.int64))
 
     def run() -> None:
-        trainer.state.train_mode()
+        worker.state.train_mode()
         options = {
-            "batch_size": trainer.batch_size,
-            "local_shuffle_buffer_size": SHUFFLED_BATCHES * trainer.batch_size,
+            "batch_size": worker.batch_size,
+            "local_shuffle_buffer_size": SHUFFLED_BATCHES * worker.batch_size,
         }
         batches = shard.iter_torch_batches(**options, collate_fn=collate)
-        for pixels, labels in itertools.islice(batches, trainer.steps_per_epoch):
-            inputs = trainer.train_step.augment_and_normalize(pixels.to(trainer.device))
-            step(*mix(inputs, labels.to(trainer.device), trainer.recipe, CIFAR100.num_classes))
+        for pixels, labels in itertools.islice(batches, worker.steps_per_epoch):
+            inputs = worker.train_step.augment_and_normalize(pixels.to(worker.device))
+            step(*mix(inputs, labels.to(worker.device), worker.recipe, CIFAR100.num_classes))
 
     return run
 
 
-BASELINES: dict[str, Callable[[TimedTrainer], Callable[[], None]]] = {"dataloader": dataloader, "stream": stream}
+BASELINES: dict[str, Callable[[TimedWorker], Callable[[], None]]] = {"dataloader": dataloader, "stream": stream}

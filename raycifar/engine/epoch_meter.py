@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raycifar.engine.distributed import all_reduce_sum
-from raycifar.engine.hardware import WIDEST
+from raycifar.engine.hardware import SUM_DTYPE
 from raycifar.errors import FailureKind, StopTrainingError
 
 NUM_METRICS = 4  # of a step: COUNTS and GRAD_NORM
@@ -66,7 +66,7 @@ class EpochMeter:
         sampled: Sequence[int] = (),
     ) -> None:
         self.epoch = epoch
-        self.metrics = torch.zeros(num_steps, NUM_METRICS, dtype=WIDEST[device.type], device=device)
+        self.metrics = torch.zeros(num_steps, NUM_METRICS, dtype=SUM_DTYPE[device.type], device=device)
         self.totals, self.sampled = totals, list(sampled)
         self.began = time.perf_counter()
         self.seconds_before = totals.seconds

@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from raycifar.engine.hardware import WIDEST
+from raycifar.engine.hardware import SUM_DTYPE
 from raycifar.storage.parquet import to_parquet
 from raycifar.storage.schemas import Rise
 
@@ -76,7 +76,7 @@ def describe_rise(stats: Tensor, index: Tensor) -> Rise | None:
         fraction: of the sum of all rises, due to the 1 % of images that rise most; indices: the first 12 of these.
     """
     seen = (stats[:, [LOSS, BEFORE]] != UNSEEN).all(1)
-    rise = torch.where(seen, stats[:, LOSS] - stats[:, BEFORE], 0.0).clamp(min=0).to(WIDEST[stats.device.type])
+    rise = torch.where(seen, stats[:, LOSS] - stats[:, BEFORE], 0.0).clamp(min=0).to(SUM_DTYPE[stats.device.type])
     total = rise.sum()
     if not total > 0:
         return None

@@ -1,7 +1,8 @@
 """A worker's hardware: threads, memory, random numbers and precision."""
 
 import ctypes
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from threading import Lock
 
 import torch
@@ -15,7 +16,7 @@ from raycifar.models.recipe import Precision
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 DEVICES = {"gpu": "GPU", "mps": "GPU of Apple's"}
-WIDEST = {"cpu": torch.float64, "cuda": torch.float64, "mps": torch.float32}  # for sums
+SUM_DTYPE = {"cpu": torch.float64, "cuda": torch.float64, "mps": torch.float32}
 GENERATOR_LOCK = Lock()  # held from seeding to the last number drawn: all threads share PyTorch's generators
 
 
@@ -75,11 +76,14 @@ def to_device(network: nn.Module, device: torch.device) -> nn.Module:
     return network
 
 
-def seed(value: int, device: torch.device) -> None:
-    """Seed the generators of the CPU and the device."""
-    seed_cpu(value)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(value)
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the generators of the CPU and the device, and keep other threads from drawing until the exit."""
+    with GENERATOR_LOCK:
+        seed_cpu(seed)
+        if device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)
+        yield
 
 
 def choose_precision(wanted: Precision, device: torch.device) -> torch.dtype:

@@ -26,17 +26,17 @@ class InterruptionWatch:
 
     def __init__(self, reporter: Reporter, *, in_process: bool) -> None:
         self.reporter, self.in_process = reporter, in_process
-        self.num_steps, self.next_check = 0, 2
+        self.num_calls, self.next_check = 0, 2
         self.began = time.perf_counter()
 
     def check(self) -> Interruption | None:
         """Return why the run is interrupted now, or None; each worker calls this after the same steps."""
         if self.in_process:
             return Interruption.STOP if self.reporter.stop_requested() else None
-        self.num_steps += 1
-        if self.num_steps < self.next_check:
+        self.num_calls += 1
+        if self.num_calls < self.next_check:
             return None
-        rate = self.num_steps / (time.perf_counter() - self.began)
+        rate = self.num_calls / (time.perf_counter() - self.began)
         rate, stop = ray.train.collective.broadcast_from_rank_zero((rate, self.reporter.stop_requested()))
         self.next_check += max(1, round(rate * CHECK_SECONDS))
         if stop:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raycifar.engine.augment import preprocess
 from raycifar.engine.distributed import all_reduce_sum
-from raycifar.engine.hardware import WIDEST
+from raycifar.engine.hardware import SUM_DTYPE
 from raycifar.models import CIFAR, Preprocessing
 from raycifar.storage.parquet import to_lists, to_parquet
 
@@ -71,8 +71,8 @@ def score(images: dict[str, Tensor]) -> dict[str, Any]:
         images, loss (natural-log cross-entropy), top1, top5, superclass_top1 (of the predicted classes' superclasses),
         ece (expected calibration error over 15 bins of equal width).
     """
-    widest = WIDEST[images["loss"].device.type]
-    images = {name: values.to(widest) for name, values in images.items()}
+    dtype = SUM_DTYPE[images["loss"].device.type]
+    images = {name: values.to(dtype) for name, values in images.items()}
     confidence, correct = images.pop("confidence"), images["top1"]
     sums = torch.stack([torch.ones_like(confidence).sum(), *(values.sum() for values in images.values())])
     bin_of = (confidence * BINS).ceil().long().clamp(1, BINS) - 1

@@ -134,10 +134,10 @@ class SpeedRun:
         num_steps = self.recipe.epochs * self.steps_per_epoch
         for done, (epoch, batch, size) in enumerate(self.batches(seed), start=1):
             self.state.progress = Progress(epoch)
-            hardware.seed(step_seed(seed, epoch, batch.step, 1, 0), self.device)
             lr = self.recipe.learning_rate(epoch, batch.step, self.steps_per_epoch)
             set_learning_rate(self.state.optimizer, lr)
-            metrics = self.step(batch, size)
+            with hardware.seeded(step_seed(seed, epoch, batch.step, 1, 0), self.device):
+                metrics = self.step(batch, size)
             if epoch == self.recipe.epochs:
                 last.append(metrics.clone())  # the next step overwrites it
             progress(done / num_steps)
@@ -149,7 +149,7 @@ class SpeedRun:
         for epoch in range(1, self.recipe.epochs + 1):
             order = EpochOrder(seed, epoch, len(self.train_set), self.steps_per_epoch)
             for batch in order.batches([], 1, 0):
-                yield epoch, batch, self.recipe.size(epoch, batch.step, self.steps_per_epoch)
+                yield epoch, batch, self.recipe.image_size_at(epoch, batch.step, self.steps_per_epoch)
 
     def score(self) -> dict[str, float]:
         """Return the accuracies with one view of each image, and with its mirror image too."""

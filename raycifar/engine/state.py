@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from raycifar.engine.distributed import all_gather_rows, all_reduce_mean, broadcast, rank, world_size
 from raycifar.engine.epoch_meter import EpochTotals
-from raycifar.engine.hardware import GENERATOR_LOCK, autocast_to, choose_precision, to_device
+from raycifar.engine.hardware import autocast_to, choose_precision, seeded, to_device
 from raycifar.engine.optimizers import build_optimizer
 from raycifar.engine.order import Segment
 from raycifar.models import Architecture
@@ -87,8 +87,7 @@ class TrainingState:
         seed: int,
         device: torch.device,
     ) -> None:
-        with GENERATOR_LOCK:
-            torch.manual_seed(seed)
+        with seeded(seed, torch.device("cpu")):
             model = architecture.build(recipe.dropout)
         # Arrays in Ray's object store are read-only.
         model.load_state_dict({name: torch.tensor(value) for name, value in (weights or {}).items()}, strict=False)

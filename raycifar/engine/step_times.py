@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from raycifar.cluster.status import Phase
-from raycifar.engine.bench import TimedTrainer
+from raycifar.engine.bench import TimedWorker
+from raycifar.engine.config import TrainLoopConfig
 from raycifar.engine.cuda import WARM_UP, graphs_freed
 from raycifar.engine.distributed import BUCKET_BYTES, all_gather_objects, group_by_size
 from raycifar.engine.hardware import synchronize
-from raycifar.engine.train_loop import TrainLoopConfig
 from raycifar.engine.train_step import step_of_random_images
 from raycifar.words import count
 
@@ -44,35 +44,33 @@ def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
         `rates`: images per second of epochs as `train` runs them, over all workers, of each round.
     """
     timed = StepTimesLoopConfig(**config)
-    trainer = TimedTrainer(timed)
-    trainer.set_up()
-    trainer.report_model()
-    world_size, single = trainer.world_size, trainer.world_size == 1
-    trainer.reporter.phase(Phase.TIMING, f"{count(world_size, 'worker')}, up to {timed.seconds:.0f} s")
-    with nullcontext() if dist.is_initialized() else process_group_of_one(trainer.device):
+    worker = TimedWorker(timed)
+    worker.set_up()
+    worker.report_model()
+    world_size, single = worker.world_size, worker.world_size == 1
+    worker.reporter.phase(Phase.TIMING, f"{count(world_size, 'worker')}, up to {timed.seconds:.0f} s")
+    with nullcontext() if dist.is_initialized() else process_group_of_one(worker.device):
         ways = {"alone": False, "exchanging": True} if single else {"alone": False}
         seconds = timed.seconds / (len(timed.batch_sizes) * len(ways) + 1) / (timed.rounds + 1)
-        build = partial(
-            step_of_random_images, timed.initial, timed.recipe, device=trainer.device, compile=timed.compile
-        )
+        build = partial(step_of_random_images, timed.initial, timed.recipe, device=worker.device, compile=timed.compile)
         timers = {
-            (way, size): timer(build(size, exchange=exchange), trainer.device, seconds)
+            (way, size): timer(build(size, exchange=exchange), worker.device, seconds)
             for way, exchange in ways.items()
             for size in timed.batch_sizes
         }
-        trainer.use_fewer_images(int(seconds / trainer.time_step()))
-        trainer.train_whole_epoch()
+        worker.use_fewer_images(int(seconds / worker.time_step()))
+        worker.train_whole_epoch()
         times: dict[tuple[str, int], list[float]] = {key: [] for key in timers}
         rates, links = [], []
         for _ in range(timed.rounds):  # in turn: a machine that slows down slows all
             for key, seconds_of_step in timers.items():
                 times[key].append(max(all_gather_objects(seconds_of_step())))
-            began = trainer.clock()
-            trainer.train_whole_epoch()
-            rates.append(trainer.config.num_train_images / (trainer.clock() - began))
+            began = worker.clock()
+            worker.train_whole_epoch()
+            rates.append(worker.config.num_train_images / (worker.clock() - began))
             if not single:
-                links.append(measure_link(trainer.device))
-    trained = [p for p in trainer.state.model.parameters() if p.requires_grad]
+                links.append(measure_link(worker.device))
+    trained = [p for p in worker.state.model.parameters() if p.requires_grad]
     return {
         **{way: {size: min(times[way, size]) for size in timed.batch_sizes} for way in ways},
         "buckets": [sum(p.nbytes for p in group) for group in group_by_size(trained[::-1])],

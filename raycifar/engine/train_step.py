@@ -14,7 +14,7 @@ from raycifar.engine.augment import alternating_flips, augment, erase, mix, prep
 from raycifar.engine.cuda import SideStream, cuda_graphed, prefetched
 from raycifar.engine.distributed import GradientExchange
 from raycifar.engine.example_stats import blank_stats, update_stats
-from raycifar.engine.hardware import WIDEST
+from raycifar.engine.hardware import SUM_DTYPE
 from raycifar.engine.optimizers import set_learning_rate
 from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
@@ -56,38 +56,46 @@ class TrainStep:
         self.device = train_set.images.device
         self.parameters = [p for p in state.model.parameters() if p.requires_grad]
         self.exchange = GradientExchange(self.parameters) if exchange else None
+        # A function, for `compiled` passes over a plain nn.Sequential.
         self.forward: Callable[[Tensor], Tensor] = lambda inputs: self.state.model(inputs)
         self.loss_and_counts = loss_and_counts
         if compile:
             self.forward, self.loss_and_counts = compiled(self.forward), compiled(loss_and_counts)
         self.side_stream = SideStream(self.device)
         self.prepare = prefetched(self.prepare_batch, self.device)
-        self.captured_inputs = cuda_graphed(self.make_inputs, self.device)
+        self.run_inputs = cuda_graphed(self.make_inputs, self.device)
         self.obstacle = SHARED_GPU if self.exchange and dist.get_backend() == "gloo" else None
-        self.in_one = example_stats is None and not (self.recipe.mixup + self.recipe.cutmix or self.obstacle)
-        self.take = self.prepare_and_update if self.in_one else self.update
-        self.captured = cuda_graphed(self.take, self.device, self.obstacle, lambda why: notice(f"{UNCAPTURED}: {why}."))
+        self.is_one_graph = example_stats is None and not (self.recipe.mixup + self.recipe.cutmix or self.obstacle)
+        self.run_update = cuda_graphed(
+            self.prepare_and_update if self.is_one_graph else self.update,
+            self.device,
+            self.obstacle,
+            lambda why: notice(f"{UNCAPTURED}: {why}."),
+        )
 
-    def __call__(self, batch: Batch, size: int | None = None) -> Tensor:
+    def __call__(self, batch: Batch, image_size: int | None = None) -> Tensor:
         """Take the step, and return its metrics, (4,) float64: see `EpochMeter`.
 
         Args:
-            size: side to which the images are scaled; None is that of the network.
+            image_size: side to which the images are scaled; None is that of the network.
         """
-        tensors = (*self.on_device(batch.rows), size) if self.in_one else self.prepare(batch.rows, size)
-        metrics = self.captured(*tensors, len(batch.rows), batch.num_images)
+        counts = len(batch.rows), batch.num_images
+        if self.is_one_graph:
+            metrics = self.run_update(*self.on_device(batch.rows), image_size, *counts)
+        else:
+            metrics = self.run_update(*self.prepare(batch.rows, image_size), *counts)
         if self.state.average:
             self.state.average.update_parameters(self.state.model)
         return metrics
 
-    def prepare_batch(self, batch_rows: np.ndarray, size: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def prepare_batch(self, batch_rows: np.ndarray, image_size: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return rows (n,) int64, inputs (n, 3, size, size) float32 and targets, (n,) int64 or (n, classes) float32.
 
         Args:
             batch_rows: (n,) int64, rows of this worker's training images.
         """
         rows, epoch = self.on_device(batch_rows)
-        inputs = self.captured_inputs(rows, epoch, size)
+        inputs = self.run_inputs(rows, epoch, image_size)
         if self.device.type == "cuda":
             inputs = inputs.clone()  # the graph writes the next batch to the same place
         return rows, *mix(inputs, self.train_set.labels[rows], self.recipe, self.architecture.num_classes)
@@ -99,15 +107,17 @@ class TrainStep:
             rows = torch.cat([rows, torch.arange(2, device=self.device) % len(self.train_set)])
         return rows, torch.full((), self.state.progress.epoch, device=self.device)
 
-    def make_inputs(self, rows: Tensor, epoch: Tensor, size: int | None) -> Tensor:
+    def make_inputs(self, rows: Tensor, epoch: Tensor, image_size: int | None) -> Tensor:
         alternate = self.recipe.augment == "alternate"
         flipped = alternating_flips(self.train_set.index[rows], epoch) if alternate else None
-        return self.augment_and_normalize(self.train_set.images[rows], flipped, size)
+        return self.augment_and_normalize(self.train_set.images[rows], flipped, image_size)
 
-    def augment_and_normalize(self, pixels: Tensor, flipped: Tensor | None = None, size: int | None = None) -> Tensor:
+    def augment_and_normalize(
+        self, pixels: Tensor, flipped: Tensor | None = None, image_size: int | None = None
+    ) -> Tensor:
         """Return inputs (n, 3, size, size) float32 of pixels (n, 3, H, W) uint8; see `augment`."""
         preprocessing = self.architecture.preprocessing
-        preprocessing = replace(preprocessing, size=size or preprocessing.size)
+        preprocessing = replace(preprocessing, size=image_size or preprocessing.size)
         return erase(preprocess(augment(pixels, self.recipe.augment, flipped), preprocessing), self.recipe.erasing)
 
     def close(self) -> None:
@@ -115,9 +125,11 @@ class TrainStep:
         if self.exchange:
             self.exchange.close()
 
-    def prepare_and_update(self, rows: Tensor, epoch: Tensor, size: int | None, count: int, num_images: int) -> Tensor:
+    def prepare_and_update(
+        self, rows: Tensor, epoch: Tensor, image_size: int | None, count: int, num_images: int
+    ) -> Tensor:
         """Prepare a batch, and take the step; see `prepare_batch` and `update`."""
-        inputs = self.make_inputs(rows, epoch, size)
+        inputs = self.make_inputs(rows, epoch, image_size)
         return self.update(rows, inputs, self.train_set.labels[rows], count, num_images)
 
     def update(self, rows: Tensor, inputs: Tensor, targets: Tensor, count: int, num_images: int) -> Tensor:
@@ -176,7 +188,7 @@ def loss_and_counts(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[
     with torch.no_grad():
         num_correct = (logits.argmax(1) == labels).sum()
         num_images = torch.full((), float(len(logits)), device=logits.device)
-        counts = torch.stack([num_images, cross_entropy, num_correct]).to(WIDEST[logits.device.type])
+        counts = torch.stack([num_images, cross_entropy, num_correct]).to(SUM_DTYPE[logits.device.type])
     return (1 - smoothing) * cross_entropy + smoothing * uniform, counts
 
 

@@ -114,9 +114,9 @@ class Recipe:
         """Return what `epoch` (from 1) trains: the head, or the whole network."""
         return "head" if min(epoch, self.epochs) <= self.head_epochs else "whole"
 
-    def size(self, epoch: int, step: int, steps: int) -> int | None:
+    def image_size_at(self, epoch: int, step: int, steps_per_epoch: int) -> int | None:
         """Return the side to which a step's images are scaled; None is that of the network. See `learning_rate`."""
-        done = ((epoch - 1) * steps + step) / (self.epochs * steps)
+        done = ((epoch - 1) * steps_per_epoch + step) / (self.epochs * steps_per_epoch)
         return next((size for size, end in parse_sizes(self.progressive) if done < end), None)
 
     def cost(self, network_size: int, done: float) -> float:
@@ -132,14 +132,14 @@ class Recipe:
         """Return the mean of `cost` over the steps that are left after a fraction `done`."""
         return sum(self.cost(network_size, done + (1 - done) * (k + 0.5) / 100) for k in range(100)) / 100
 
-    def learning_rate(self, epoch: int, step: int, steps: int) -> float:
+    def learning_rate(self, epoch: int, step: int, steps_per_epoch: int) -> float:
         """Return the head's learning rate; each stage has its own warm-up and schedule.
 
         Args:
-            epoch: from 1. step: in the epoch, from 0. steps: per epoch.
+            epoch: from 1. step: in the epoch, from 0.
         """
         first, last = (0, self.head_epochs) if self.stage(epoch) == "head" else (self.head_epochs, self.epochs)
-        at, total = (epoch - 1 - first) * steps + step, (last - first) * steps
+        at, total = (epoch - 1 - first) * steps_per_epoch + step, (last - first) * steps_per_epoch
         warmup_steps = self.warmup * total
         if at + 1 < warmup_steps:
             return self.lr * (at + 1) / warmup_steps

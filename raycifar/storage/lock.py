@@ -142,7 +142,7 @@ def seconds_since_renewed(place: RunFolder, claim: Claim) -> float:
     return (datetime.now(UTC) - renewed).total_seconds() if renewed else math.inf
 
 
-def delete_dead(folder: RunFolder) -> None:
+def delete_stale_locks(folder: RunFolder) -> None:
     """Delete the claims of processes of this machine that died, of a folder that nobody trains in."""
     for place, claim in claims([folder]):
         if claim.is_alive() is False:

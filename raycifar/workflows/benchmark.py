@@ -22,7 +22,7 @@ from raycifar.workflows import planning
 from raycifar.workflows.datasets import warn_of_leaks
 from raycifar.workflows.planning import INTERCONNECTS, Measured, Place, Plan
 from raycifar.workflows.requests import TrainingRequest, checked_option, to_arguments
-from raycifar.workflows.training import allocate_workers, fit, prepare, read_inputs
+from raycifar.workflows.training import allocate_workers, begin, fit, read_inputs
 from raycifar.workflows.training_run import TrainingRun
 
 Show = Callable[[dict[str, Any]], None]
@@ -115,7 +115,7 @@ def bench(request: BenchRequest, screen: Screen, connection: ExitStack, show: Sh
             warn_of_leaks(inputs.source, screen)
             workers = allocate_workers(timed, folder, screen, connection, debug=debug)
             run = TrainingRun(timed, folder, inputs, workers, debug=debug)
-            prepare(run, screen)
+            begin(run, screen)
             machine = f"{run.workers}, {processor()}"
             place = find_place(run, request) if request.counts else None
             screen.say(
@@ -192,7 +192,7 @@ def time_plan(
         timed = replace(training, name=f"plan-{several}", workers=run.workers.count and several)
         workers = size_workers(several, *training.sizing) if run.workers.count else run.workers
         few = TrainingRun(timed, RunFolder(timed.storage, timed.name), run.inputs, workers)
-        prepare(few, Screen(quiet=True))
+        begin(few, Screen(quiet=True))
         seconds = min(SECONDS_OF_ROUND * request.rounds, max(SECONDS_OF_ROUND, left))
         options = {"batch_sizes": sizes, "rounds": request.rounds, "seconds": seconds}
         screen.say(f"Timing steps on {workers}, {number + 1} of {len(to_run)}")

@@ -13,17 +13,17 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
 from raycifar.cluster import ray_internals
-from raycifar.cluster.failures import FailureCounter, go_on_after
+from raycifar.cluster.failures import FailureCounter, prepare_restart, reason_to_end
 from raycifar.cluster.nodes import versions
 from raycifar.cluster.status import Failure, FailureCause, StatusStore
 from raycifar.cluster.stoppable import StoppableTrainer
 from raycifar.data.shards import ExactShards, to_datasets
-from raycifar.engine.train_loop import TrainLoopConfig
+from raycifar.engine.config import TrainLoopConfig
 from raycifar.errors import WorkError, in_a_line
 from raycifar.redaction import shown
 from raycifar.workflows.training_run import TrainingRun
 
-RESIZE_SECONDS = 15  # between two looks whether an elastic run can grow
+RESIZE_SECONDS = 15  # between two checks whether an elastic run can grow
 
 
 def build_trainer(
@@ -32,9 +32,9 @@ def build_trainer(
     """Return Ray Train's trainer for the run.
 
     Args:
-        loop: the workers' training function. options: what its configuration has beyond `TrainLoopConfig`.
+        loop: the workers' training function. options: fields that its configuration adds to `TrainLoopConfig`.
     """
-    # Ray Train takes one report of each worker at each look, every 2 s by default: epochs of a GPU are shorter.
+    # Ray Train takes one report per poll, every 2 s by default; on a GPU, epochs are shorter than that.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     workers, folder, splits = run.workers, run.folder, run.inputs.splits
     if workers.min_workers is not None:  # a node that has just died is still counted for a while: look again
@@ -52,7 +52,7 @@ def build_trainer(
             resources_per_worker=workers.resources,
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
-        # NCCL takes no two workers on one GPU; None is Ray Train's choice.
+        # NCCL can't put two workers on one GPU; None lets Ray Train choose.
         torch_config=TorchConfig(backend="gloo" if workers.share_gpus else None),
         run_config=RunConfig(
             name=quote(folder.name),  # a tag of metrics, so in ASCII
@@ -104,15 +104,16 @@ def fit_with_restarts(trainer: StoppableTrainer, status_store: StatusStore, max_
         except Exception as error:
             # What a callback in the controller raises, and a worker's death while Ray Train starts it, is wrapped.
             cause = getattr(error, "controller_failure", error)
-            try:
-                if isinstance(cause, RayActorError | OutOfMemoryError):
-                    memory = ray_internals.is_out_of_memory(cause)
-                    failure = Failure(FailureCause.MEMORY if memory else FailureCause.CONTROLLER, in_a_line(cause))
-                    reason = f"Ray Train's controller died: {failure.reason}"
-                    go_on_after(failure, reason, status_store, max_failures)
+            reason = in_a_line(cause)
+            if isinstance(cause, RayActorError | OutOfMemoryError):
+                memory = ray_internals.is_out_of_memory(cause)
+                failure = Failure(FailureCause.MEMORY if memory else FailureCause.CONTROLLER, reason)
+                died = f"Ray Train's controller died: {reason}"
+                end = reason_to_end(failure, died, status_store, max_failures)
+                if not end:
+                    prepare_restart(failure, status_store)
                     continue
-            except WorkError as end:
-                cause = end
+                reason = end
             raise WorkError(
-                f"training failed: {in_a_line(cause)}. The same command continues from the last checkpoint."
+                f"training failed: {reason}. The same command continues from the last checkpoint."
             ) from error

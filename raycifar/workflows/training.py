@@ -1,6 +1,6 @@
 """Training one model, from the request to its result; `train` is the whole story.
 
-The trials of a comparison take the same three steps with other inputs: prepare, fit, finish. So does `raycifar bench`,
+The trials of a comparison take the same three steps with other inputs: begin, fit, finish. So does `raycifar bench`,
 which has nothing to finish.
 """
 
@@ -20,7 +20,7 @@ from raycifar.errors import RequestError, WorkError, in_a_line
 from raycifar.machine import available_cpus
 from raycifar.models.initial_weights import load_initial_weights
 from raycifar.models.recipe import Recipe
-from raycifar.storage.lock import delete_dead, locked
+from raycifar.storage.lock import delete_stale_locks, locked
 from raycifar.storage.run_folder import BEST, EXAMPLE_STATS, METRICS, MODEL, PREDICTIONS, RESULT, RUN, RunFolder
 from raycifar.terminal import Screen
 from raycifar.words import count
@@ -38,7 +38,7 @@ STOP_SECONDS, MAX_STOP_SECONDS = 10, 60  # for a run that is interrupted to save
 
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
-    from raycifar.engine.train_loop import Outcome
+    from raycifar.engine.config import Outcome
 
 
 def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, debug: bool = False) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
     folder, inputs = RunFolder(request.storage, request.name), read_inputs(request, screen)
     warn_of_leaks(inputs.source, screen)
     if result := earlier_result(folder, identify(request, inputs)):
-        delete_dead(folder)
+        delete_stale_locks(folder)
         screen.say(f"{folder.location} is finished; nothing is trained again.")
         screen.lines(summary(folder, inputs.source, result))
         return result
@@ -65,16 +65,17 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
         folder = lock(folder, screen, until_end, lambda: filter(None, [folder.comparison]))
         workers = allocate_workers(request, folder, screen, connection, debug=debug)
         run = TrainingRun(request, folder, inputs, workers, debug=debug)
-        prepare(run, screen)
+        begin(run, screen)
         screen.lines(warn_of_hours([(request.recipe, inputs.initial)], inputs.splits, workers, screen))
         tracking = until_end.enter_context(Tracking(request.track, screen.say))
         try:
-            result = finish(run, fit(run, follower(run, screen, tracking)))
+            outcome = fit(run, follower(run, screen, tracking))
+            result = finish(run, outcome)
         except WorkError:
             report(run, screen)
             raise
         finally:
-            if workers.count:  # a run in this process may still look whether it is to stop
+            if workers.count:  # a run in this process may still check whether it is to stop
                 run.status_store.delete()
         screen.lines(summary(folder, inputs.source, result))
         if request.profile:
@@ -86,8 +87,8 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
 # The three steps ------------------------------------------------------------------------------------
 
 
-def prepare(run: TrainingRun, screen: Screen) -> None:
-    """Show what is trained on what, and write `run.json`."""
+def begin(run: TrainingRun, screen: Screen) -> None:
+    """Show the plan, and write `run.json`."""
     identity = identify(run.request, run.inputs)
     screen.facts(run.request.name, overview(identity, run.workers, run.folder.location))
     write_run_json(run.folder, run.request, identity, run.workers)
@@ -101,12 +102,12 @@ def fit(run: TrainingRun, follow: Follow, loop: Callable[[dict[str, Any]], Any] 
     What `follow` raises, as KeyboardInterrupt, stops the run, which leaves a checkpoint, and is raised again.
 
     Args:
-        loop: another training function for the workers. options: what its configuration has besides.
+        loop: another training function for the workers. options: fields that its configuration adds.
 
     Raises:
         WorkError: training failed.
     """
-    from raycifar.engine.trainer import train_loop_per_worker
+    from raycifar.engine.train_loop import train_loop_per_worker
     from raycifar.workflows.ray_train import build_trainer, fit_with_restarts
 
     trainer = build_trainer(run, loop or train_loop_per_worker, options)
@@ -161,7 +162,7 @@ def finish(run: TrainingRun, outcome: "Outcome") -> dict[str, Any]:
 
 
 def read_inputs(request: TrainingRequest, screen: Screen) -> Inputs:
-    """Return the images and the initial weights, and tell what there is to say of them."""
+    """Return the images and the initial weights, and print notes about the weights."""
     with screen.waiting(f"Reading {request.data}{and_weights([request.recipe])}"):
         source, splits = read_images(request)
         initial = load_initial_weights(request.model, request.recipe, source)
@@ -210,7 +211,7 @@ def lock(folder: RunFolder, screen: Screen, until: ExitStack, also: Callable[[],
 def allocate_workers(
     request: TrainingRequest, folder: RunFolder, screen: Screen, connection: ExitStack, *, debug: bool
 ) -> "Workers":
-    """Connect to Ray, unless training in this process, size the workers to it, and see that all nodes can take part."""
+    """Choose the workers and check that every node can take part; connects to Ray, unless this process trains."""
     with screen.waiting("Starting Ray" if request.workers != 0 else "Loading PyTorch"):
         workers = connect(request, request.workers, connection, debug=debug, name=request.name)
         if workers.count:
@@ -225,7 +226,7 @@ def allocate_workers(
 def connect(
     settings: WorkerSettings, count: WorkerCount, connection: ExitStack, *, debug: bool, name: str | None = None
 ) -> "Workers":
-    """Connect to Ray, and return so many workers; 0 is this process, for which Ray isn't started."""
+    """Connect to Ray, and return `count` workers, sized to it; 0 is this process, for which Ray isn't started."""
     from raycifar.cluster.connection import connected, quiet
     from raycifar.cluster.sizing import Workers, size_workers
 

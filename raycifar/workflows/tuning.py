@@ -31,7 +31,7 @@ from raycifar.terminal import Screen
 from raycifar.workflows.background import Running
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.search_space import PastTrial, Space, check_trainable, suggest
-from raycifar.workflows.training import finish, fit, prepare, split_images
+from raycifar.workflows.training import begin, finish, fit, split_images
 from raycifar.workflows.training_run import Inputs, TrainingRun, earlier_result, identify
 from raycifar.workflows.trial import Trial, TrialStatus
 
@@ -328,7 +328,7 @@ def run_trial(config: dict[str, Trial], study: Study, source: Source, workers: W
         if earlier_result(folder, identify(request, inputs)):
             return
         run = TrainingRun(request, folder, inputs, workers, store)
-        prepare(run, Screen(quiet=True))
+        begin(run, Screen(quiet=True))
         waiting = Waiting(workers, request.wait)
         finish(run, fit(run, lambda running: report_epochs(trial, running, waiting)))
     except WorkError as error:
