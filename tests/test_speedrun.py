@@ -15,7 +15,7 @@ from raycifar.data.shards import to_shard
 from raycifar.data.sources import load
 from raycifar.engine.optimizers import Muon, build_optimizer, orthogonalize
 from raycifar.engine.speedrun import SpeedRun
-from raycifar.engine.state import Average
+from raycifar.engine.state import ExponentialMovingAverage
 from raycifar.models import Architecture
 from raycifar.models.initial_weights import load_initial_weights
 from raycifar.models.layers import ConvOfColors, MaxMeanPool, MaxPool
@@ -124,7 +124,7 @@ def test_muon_keeps_filters_at_one_norm_and_steps_like_sgd_elsewhere():
 
 def test_the_running_average_begins_with_the_first_weights_and_looks_back_ever_farther():
     network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    average, expected = Average(network, 0.5), None
+    average, expected = ExponentialMovingAverage(network, 0.5), None
     for n in range(20):
         for value in (*network.parameters(), network[1].running_mean):
             torch.nn.init.constant_(value, float(n))

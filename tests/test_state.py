@@ -38,8 +38,8 @@ def step(own):
     own.model(torch.randn(4, 3, 32, 32)).square().sum().backward()
     own.optimizer.step()
     own.optimizer.zero_grad()
-    if own.average:
-        own.average.update_parameters(own.model)
+    if own.ema:
+        own.ema.update_parameters(own.model)
 
 
 def files(own):
@@ -54,7 +54,7 @@ def test_a_state_comes_back_as_it_was_and_takes_the_same_next_step(optimizer):
     ours, theirs = state(optimizer=optimizer, ema=0.9), state(optimizer=optimizer, ema=0.9)
     ours.example_stats, ours.val_correct = torch.rand(5, 6), torch.ones(3)
     step(ours)
-    theirs.load_files(files(ours))
+    theirs.load_checkpoint(files(ours))
     for own in (ours, theirs):
         torch.manual_seed(1)
         step(own)
@@ -73,7 +73,7 @@ def resumes_with_its_own_statistics(rank, world_size):
     ours.gather_buffers()
     content = [files(ours)]
     dist.broadcast_object_list(content)  # only the first worker writes
-    theirs.load_files(content[0])
+    theirs.load_checkpoint(content[0])
     mine = statistics(ours)
     assert torch.equal(statistics(theirs), mine)
     ours.average_buffers()
@@ -82,7 +82,7 @@ def resumes_with_its_own_statistics(rank, world_size):
     dist.barrier()
     dist.destroy_process_group()
     alone = state(ema=0.9)
-    alone.load_files(content[0])
+    alone.load_checkpoint(content[0])
     assert torch.allclose(statistics(alone), statistics(ours))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # `on_workers` ends it
 
@@ -111,7 +111,7 @@ def test_checkpoints_of_earlier_versions_are_read():
     content = files(ours)
     earlier = safetensors.torch.load(content[TENSORS])
     earlier |= {"images": earlier.pop("example_stats"), "val_right": earlier.pop("val_correct")}
-    theirs.load_files({**content, TENSORS: safetensors.torch.save(earlier)})
+    theirs.load_checkpoint({**content, TENSORS: safetensors.torch.save(earlier)})
     assert torch.equal(theirs.example_stats, ours.example_stats)
     assert torch.equal(theirs.val_correct, ours.val_correct)
 

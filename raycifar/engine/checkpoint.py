@@ -39,7 +39,7 @@ class Snapshot:
         self.architecture = state.architecture
         self.name = checkpoint_name(state.progress.epoch, state.progress.step)
         self.state, self.progress = HostCopy(state.tensors()), state.progress.to_json()
-        self.best_weights = HostCopy(state.scored.state_dict()) if best else None
+        self.best_weights = HostCopy(state.eval_model.state_dict()) if best else None
 
     def write(self, folder: RunFolder) -> None:
         """Write the checkpoint, then the best weights, if any: without the checkpoint, their epoch isn't finished."""

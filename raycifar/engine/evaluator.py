@@ -95,7 +95,7 @@ class Evaluator:
                 self.reporter.part(doing, done * world_size(), len(shard) * world_size())
 
         state = self.state
-        logits = predict(state.scored, shard.images, state.autocast, state.architecture.preprocessing, progress)
+        logits = predict(state.eval_model, shard.images, state.autocast, state.architecture.preprocessing, progress)
         return logits, per_image(logits, shard.labels, shard.coarse, self.config.superclass_of)
 
 

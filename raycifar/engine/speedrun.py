@@ -124,8 +124,8 @@ class SpeedRun:
         for slots in self.state.optimizer.state.values():
             for value in slots.values():
                 value.zero_()
-        if self.state.average:
-            self.state.average.n_averaged.zero_()
+        if self.state.ema:
+            self.state.ema.n_averaged.zero_()
 
     def train(self, seed: int, progress: Callable[[float], None]) -> Tensor:
         """Take all steps; return the mean loss of the last epoch's."""
@@ -154,7 +154,7 @@ class SpeedRun:
     def score(self) -> dict[str, float]:
         """Return the accuracies with one view of each image, and with its mirror image too."""
         one, other = (
-            predict(self.state.scored, view, self.state.autocast, self.architecture.preprocessing)
+            predict(self.state.eval_model, view, self.state.autocast, self.architecture.preprocessing)
             for view in (self.test_set.images, self.test_set.images.flip(3))
         )
         top1, top1_flip = (

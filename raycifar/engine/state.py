@@ -97,7 +97,7 @@ class TrainingState:
         self.fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         self.model = to_device(model, device)
         broadcast(parameters_and_buffers(self.model))
-        self.average = Average(self.model, recipe.ema) if recipe.ema else None
+        self.ema = ExponentialMovingAverage(self.model, recipe.ema) if recipe.ema else None
         self.progress = Progress()
         self.example_stats: Tensor | None = None  # of all workers' images: see `example_stats`
         self.val_correct: Tensor | None = None  # (n,) float32: 1 where the last validation was correct
@@ -129,9 +129,9 @@ class TrainingState:
                     module.eval()
 
     @property
-    def scored(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The network that is scored and saved: the running average if there is one."""
-        return self.average.module if self.average else self.model
+        return self.ema.module if self.ema else self.model
 
     def average_buffers(self) -> None:
         """Replace batch norm's running statistics, which differ between workers, by their mean, if they are trained."""
@@ -146,10 +146,10 @@ class TrainingState:
             self.worker_buffers = all_gather_rows(own[None], world_size())
 
     def running_statistics(self) -> list[Tensor]:
-        networks = [self.model, self.average] if self.average else [self.model]
+        networks = [self.model, self.ema] if self.ema else [self.model]
         return [buffer for network in networks for buffer in network.buffers() if buffer.is_floating_point()]
 
-    def load_files(self, contents: Mapping[str, bytes]) -> None:
+    def load_checkpoint(self, contents: Mapping[str, bytes]) -> None:
         tensors = safetensors.torch.load(contents[TENSORS])
         self.progress = Progress.from_json(contents[PROGRESS])
         self.enter_stage()
@@ -158,8 +158,8 @@ class TrainingState:
             value = tensors.get(name, tensors.get(earlier_name))
             setattr(self, name, None if value is None else value.to(device))
         self.model.load_state_dict(strip_prefix(tensors, "model."))
-        if self.average:
-            self.average.load_state_dict(strip_prefix(tensors, "average."))
+        if self.ema:
+            self.ema.load_state_dict(strip_prefix(tensors, "average."))
         if (rows := tensors.get("worker_buffers")) is not None:
             own = (rows[rank()] if len(rows) == world_size() else rows.mean(0)).to(device)
             buffers = self.running_statistics()
@@ -183,8 +183,8 @@ class TrainingState:
             TypeError: the optimizer's state contains other values, which a checkpoint would lose.
         """
         tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
-        if self.average:
-            tensors |= {f"average.{key}": value for key, value in self.average.state_dict().items()}
+        if self.ema:
+            tensors |= {f"average.{key}": value for key, value in self.ema.state_dict().items()}
         others = (*PER_EXAMPLE, "worker_buffers")
         tensors |= {name: value for name in others if (value := getattr(self, name)) is not None}
         for index, slots in self.optimizer.state_dict()["state"].items():
@@ -196,7 +196,7 @@ class TrainingState:
         return tensors
 
 
-class Average(AveragedModel):
+class ExponentialMovingAverage(AveragedModel):
     """A running average of a network's weights and buffers, whose decay increases with the number of steps.
 
     With a fixed decay, the average of a short run would keep much of the random first weights. After n updates the

@@ -173,7 +173,7 @@ class TrainWorker:
         scores = self.evaluator.score_test_set() if self.config.num_test_images else None
         labels = self.gather(self.train_set.labels)
         if self.rank == 0:
-            self.folder.write(MODEL, to_file(self.state.scored.state_dict(), self.architecture))
+            self.folder.write(MODEL, to_file(self.state.eval_model.state_dict(), self.architecture))
             if self.config.track_examples and self.state.example_stats is not None:
                 self.folder.write(EXAMPLE_STATS, to_example_stats_file(self.state.example_stats, self.index, labels))
         return scores
@@ -201,7 +201,7 @@ class TrainWorker:
         name = ray.train.collective.broadcast_from_rank_zero(found and found[0])
         if name is None:
             return
-        self.state.load_files(found[1] if found else Checkpoints(self.folder).read(name))
+        self.state.load_checkpoint(found[1] if found else Checkpoints(self.folder).read(name))
         progress = self.state.progress
         progress.restarts += 1
         step = f"epoch {progress.epoch}, step {progress.step}" if progress.step else f"after epoch {progress.epoch - 1}"
@@ -210,7 +210,7 @@ class TrainWorker:
         if self.rank == 0:
             self.publish_history(progress.history)
             if progress.ends_with_best:  # the run may have been killed between the checkpoint and these weights
-                self.folder.write(BEST, to_file(self.state.scored.state_dict(), self.architecture))
+                self.folder.write(BEST, to_file(self.state.eval_model.state_dict(), self.architecture))
 
     def newest_checkpoint(self) -> tuple[str, dict[str, bytes]] | None:
         """Return the checkpoint to resume from, and delete those that are skipped: new ones will pass them."""

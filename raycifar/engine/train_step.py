@@ -84,8 +84,8 @@ class TrainStep:
             metrics = self.run_update(*self.on_device(batch.rows), image_size, *counts)
         else:
             metrics = self.run_update(*self.prepare(batch.rows, image_size), *counts)
-        if self.state.average:
-            self.state.average.update_parameters(self.state.model)
+        if self.state.ema:
+            self.state.ema.update_parameters(self.state.model)
         return metrics
 
     def prepare_batch(self, batch_rows: np.ndarray, image_size: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
