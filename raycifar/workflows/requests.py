@@ -272,7 +272,7 @@ def checked_option(name: str, kind: Any, value: Any, least: float | None = None,
             return None
         kind = get_args(kind)[0]
     try:
-        value = checked_value(name, value, kind, get_args(kind), most)
+        value = checked_value(name, value, kind, most)
     except ValueError as error:
         raise RequestError(f"{error}.") from error
     if kind is str and not value and name != "name":  # an empty name is the default one
