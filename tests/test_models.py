@@ -178,7 +178,7 @@ RECIPES = {"scratch": TinyRecipe(lr=0.01), "tuned": TinyRecipe(lr=0.03, width=4)
 PURPOSES = {"tuned": "a test"}
 
 
-def build(num_classes, dropout, large_stem, width):
+def build(num_classes, dropout, width):
     from torch import nn
 
     return nn.Sequential(nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))

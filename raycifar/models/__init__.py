@@ -12,7 +12,8 @@ and optionally
     is_for_small_images             where there are ImageNet weights: a function that tells from the shapes of weights,
                                     by name, whether they were trained on CIFAR's image size instead
 
-An architecture's options are fields of a subclass of `Recipe`; `build` takes them by name. Every command imports all
+An architecture's options are fields of a subclass of `Recipe`; `build` takes them by name. It also takes `large_stem`
+where the first layers for ImageNet's 224×224 pixels differ from those for CIFAR's 32×32. Every command imports all
 architectures, so they import PyTorch, which takes seconds, only when they build a network.
 
 `timm:NAME` is any of timm's architectures: see `from_timm`.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import pkgutil
 from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
@@ -70,7 +72,7 @@ class Architecture:
 
     model: str
     num_classes: int = CIFAR100.num_classes
-    large_stem: bool = False  # first layers for ImageNet's 224×224 pixels, not for CIFAR's 32×32
+    large_stem: bool = False  # for an architecture whose `build` takes it
     preprocessing: Preprocessing = CIFAR
     tta_flip: bool = False  # in evaluation mode, return the mean logits of an image and its horizontal flip
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # by name; missing ones take their defaults
@@ -160,7 +162,9 @@ class Builtin:
         )
 
     def build(self, num_classes: int, dropout: float, large_stem: bool, size: int, **options: Any) -> nn.Module:
-        return self.module.build(num_classes, dropout, large_stem, **options)
+        if "large_stem" in inspect.signature(self.module.build).parameters:
+            options["large_stem"] = large_stem
+        return self.module.build(num_classes, dropout, **options)
 
     def rescale(self, tensors: Mapping[str, Tensor], size: int) -> Mapping[str, Tensor]:
         """Return published weights for images of another size; a convolution's stay the same."""
