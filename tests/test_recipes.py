@@ -9,7 +9,8 @@ from command import Recipes, finish
 
 from raycifar import models
 from raycifar.errors import RequestError
-from raycifar.models.cnn import CnnRecipe
+from raycifar.models.architectures.cnn import CnnRecipe
+from raycifar.models.architectures.speedrun import SPEEDRUN
 from raycifar.models.recipe import LONG, SHORT, TRANSFER, Optimizer, Recipe, changes, describe_changes
 from raycifar.models.recipes import (
     choose_recipe,
@@ -23,7 +24,6 @@ from raycifar.models.recipes import (
     shared_options,
     to_toml,
 )
-from raycifar.models.speedrun import SPEEDRUN
 
 FORMER = CnnRecipe(optimizer="muon", whiten=True, depth=2, tta_flip=True)  # as earlier versions' speedrun
 

@@ -45,7 +45,7 @@ class NamedRecipe:
 
 def list_recipes(model: str) -> Iterator[NamedRecipe]:
     """Yield a model's recipes, its default first."""
-    family = None if model.startswith(models.TIMM) else models.import_architecture(model)
+    family = None if model.startswith(models.TIMM) else models.import_family(model)
     purposes = PURPOSES | getattr(family, "PURPOSES", {})
     for k, (name, recipe) in enumerate(models.recipes_of(model).items()):
         yield NamedRecipe(model, name, recipe, purposes[name], own=k == 0)
