@@ -23,7 +23,7 @@ import pandas as pd
 
 from raycifar.errors import RequestError, WorkError
 from raycifar.models.recipe import field_types
-from raycifar.models.recipes import read_run, recipe_fields
+from raycifar.models.recipes import recipe_fields
 from raycifar.redaction import shown
 from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, RunFolder
 from raycifar.storage.schemas import EpochRecord
@@ -31,6 +31,7 @@ from raycifar.terminal import Screen
 from raycifar.workflows import comparing, reporting, study, training
 from raycifar.workflows.prediction import Model, Predictions
 from raycifar.workflows.requests import ComparisonRequest, Settings, TrainingRequest, settings_of
+from raycifar.workflows.training_run import read_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import click
 
 from raycifar.command import run_to_the_end
-from raycifar.models.recipe import Recipe, choices, field_types
+from raycifar.models.recipe import Recipe, field_types
 from raycifar.models.recipes import models_with, recipe_fields
 from raycifar.workflows.requests import Settings, WorkerCount, WorkerSettings, settings_of
 
@@ -107,7 +107,7 @@ def recipe_options(*, without: Sequence[str] = ()) -> Callable[[Function], Funct
 def field_option(name: str, kind: type[Recipe]) -> Callable[[Function], Function]:
     field, flag, value_type = kind.__dataclass_fields__[name], f"--{name.replace('_', '-')}", field_types(kind)[name]
     metavar = {int: "N", float: "X"}.get(value_type, "TEXT")
-    if allowed := choices(field, value_type):
+    if allowed := get_args(value_type):
         value_type, metavar = click.Choice(allowed), "|".join(allowed)
     elif value_type is bool:
         flag, value_type = f"{flag}/--no-{flag[2:]}", None

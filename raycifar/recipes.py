@@ -16,7 +16,7 @@ def main(debug: bool, model: str | None, recipe: str | None) -> None:
     """List the recipes, or print one of MODEL's as a TOML file for --recipe."""
     screen = Screen()
     if model:
-        models.find(model)
+        models.find_family(model)
         screen.lines(to_toml(choose_recipe(model, recipe)).splitlines())
         return
     if recipe:

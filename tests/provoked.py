@@ -20,7 +20,7 @@ from torch import nn
 
 from raycifar.analysis.history import RunHistory
 from raycifar.errors import WorkError
-from raycifar.models import cnn
+from raycifar.models.architectures import cnn
 from raycifar.models.recipe import Recipe
 from raycifar.storage.run_folder import RESULT, RUN, RunFolder
 from raycifar.storage.schemas import EpochRecord

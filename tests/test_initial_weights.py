@@ -19,7 +19,7 @@ from raycifar.engine.augment import preprocess
 from raycifar.engine.state import TrainingState
 from raycifar.errors import RequestError
 from raycifar.models import Architecture, initial_weights
-from raycifar.models.cnn import CnnRecipe
+from raycifar.models.architectures.cnn import CnnRecipe
 from raycifar.models.layers import whitening_filters
 from raycifar.models.recipe import Recipe
 from raycifar.models.recipes import recipe_for
@@ -203,7 +203,7 @@ def test_weights_in_the_cache_are_used_and_checked(monkeypatch, tmp_path, publis
 @pytest.mark.parametrize("name", ["timm:test_resnet", "timm:test_vit"])
 def test_timm_s_networks_are_read_for_images_of_another_size(tmp_path, name):
     torch.manual_seed(4)
-    pixels = models.find(name).imagenet_preprocessing(160)
+    pixels = models.find_family(name).imagenet_preprocessing(160)
     published = Architecture(name, num_classes=1000, preprocessing=pixels).build()
     torch.save(published.state_dict(), tmp_path / "w.pth")
     recipe = recipe_for(name, str(tmp_path / "w.pth"))

@@ -157,7 +157,7 @@ def test_to_know_the_models_and_their_options_takes_no_pytorch():
 @pytest.mark.parametrize(("name", "said"), [("vgg19", "vgg16"), ("timm:resnet_50", "timm has no model")])
 def test_an_unknown_name_is_refused_with_known_ones(name, said):
     with pytest.raises(RequestError, match=said):
-        models.find(name)
+        models.find_family(name)
 
 
 # A new one ------------------------------------------------------------------------------------------
@@ -178,12 +178,12 @@ RECIPES = {"scratch": TinyRecipe(lr=0.01), "tuned": TinyRecipe(lr=0.03, width=4)
 PURPOSES = {"tuned": "a test"}
 
 
-def build(num_classes, dropout, large_stem, width):
+def build(num_classes, dropout, width):
     from torch import nn
 
     return nn.Sequential(nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
 """
-BESIDE = "import sys, runpy, raycifar.models; raycifar.models.__path__.append(sys.argv.pop(1)); "
+BESIDE = "import sys, runpy, raycifar.models.architectures as a; a.__path__.append(sys.argv.pop(1)); "
 BESIDE += "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 
 

@@ -145,13 +145,15 @@ def test_of_ray_s_callbacks_only_the_cleaner_of_placement_groups_is_left_out(tmp
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-    def kinds(trainer):
-        made = trainer(lambda: None, run_config=RunConfig(storage_path=str(tmp_path)))._create_default_callbacks()
-        return [type(callback) for callback in made]
+    from raycifar.cluster.stoppable import StoppableTrainer, TiedToDriver
 
-    theirs, ours = kinds(TorchTrainer), kinds(ray_internals.trainer_class())
+    def kinds(trainer, **options):
+        made = trainer(lambda: None, run_config=RunConfig(storage_path=str(tmp_path)), **options)
+        return [type(callback) for callback in made._create_default_callbacks()]
+
+    theirs, ours = kinds(TorchTrainer), kinds(StoppableTrainer, key="a")
     assert PlacementGroupCleanerCallback in theirs, "Ray Train starts no cleaner by now: use TorchTrainer itself"
-    assert ours == [kind for kind in theirs if kind is not PlacementGroupCleanerCallback]
+    assert ours == [*(kind for kind in theirs if kind is not PlacementGroupCleanerCallback), TiedToDriver]
 
 
 def test_what_a_worker_raised_or_died_of_is_found():

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+from typing import get_args
 
 import pytest
 from command import Recipes, finish
 
 from raycifar import models
 from raycifar.errors import RequestError
-from raycifar.models.cnn import CnnRecipe
-from raycifar.models.recipe import LONG, OPTIMIZERS, SHORT, TRANSFER, Recipe, changes, describe_changes
+from raycifar.models.architectures.cnn import CnnRecipe
+from raycifar.models.architectures.speedrun import SPEEDRUN
+from raycifar.models.recipe import LONG, SHORT, TRANSFER, Optimizer, Recipe, changes, describe_changes
 from raycifar.models.recipes import (
     choose_recipe,
     list_recipes,
@@ -22,7 +24,6 @@ from raycifar.models.recipes import (
     shared_options,
     to_toml,
 )
-from raycifar.models.speedrun import SPEEDRUN
 
 FORMER = CnnRecipe(optimizer="muon", whiten=True, depth=2, tta_flip=True)  # as earlier versions' speedrun
 
@@ -118,7 +119,7 @@ def test_every_optimizer_is_one_that_training_knows():
 
     from raycifar.engine.optimizers import build_optimizer
 
-    for name in OPTIMIZERS:
+    for name in get_args(Optimizer):
         network = torch.nn.Linear(2, 2)
         build_optimizer(network, [["weight"], ["bias"]], Recipe(optimizer=name))
 

@@ -10,7 +10,7 @@ import pytest
 from raycifar import api, compare, train
 from raycifar.command import refuse_empty
 from raycifar.errors import RequestError
-from raycifar.models.cnn import CnnRecipe
+from raycifar.models.architectures.cnn import CnnRecipe
 from raycifar.models.recipe import LONG, TRANSFER, Recipe
 from raycifar.models.recipes import choose_recipe, recipe_for
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest, parse_workers, to_arguments

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from raycifar.errors import RequestError
-from raycifar.models.cnn import CnnRecipe
+from raycifar.models.architectures.cnn import CnnRecipe
+from raycifar.models.architectures.speedrun import SPEEDRUN
 from raycifar.models.recipe import Recipe
-from raycifar.models.speedrun import SPEEDRUN
 from raycifar.workflows.search_space import PastTrial, default_space, read_space, space_to_json, suggest
 
 BASE = Recipe(epochs=4)

@@ -157,7 +157,7 @@ def test_a_map_of_one_pixel_means_small_images_and_another_head_is_left_out(tmp_
     assert initial.notes[1] == f"The head of {tmp_path}/w.pth is left out: it has other layers."
     own = Architecture("vgg16")
     torch.save(
-        {n: torch.ones(v.shape, dtype=v.dtype) for n, v in own.outline().state_dict().items()}, tmp_path / "w.pth"
+        {n: torch.ones(v.shape, dtype=v.dtype) for n, v in own.build_on_meta().state_dict().items()}, tmp_path / "w.pth"
     )
     assert "classifier.4.weight" in load(tmp_path / "w.pth", "vgg16").weights
 

@@ -236,21 +236,15 @@ def is_job_over() -> bool:
     return any(job["JobID"] == mine and job["IsDead"] for job in jobs())
 
 
-def trainer_class() -> type:
-    """Return a TorchTrainer that starts no PlacementGroupCleaner.
+def without_cleaner(callbacks: list[Any]) -> list[Any]:
+    """Return a trainer's `_create_default_callbacks` without the one that starts a PlacementGroupCleaner.
 
     Each run would have one on the head, a process that needs the dashboard to release what a dead controller has
     reserved (ray issue 65443). `StoppableTrainer` does that itself, without a process.
     """
-    from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-    class Trainer(TorchTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
-            return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
-
-    return Trainer
+    return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 def controller_callback_class() -> type:

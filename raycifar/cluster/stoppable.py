@@ -8,6 +8,7 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import RayError
 from ray.train import Result
+from ray.train.torch import TorchTrainer
 from ray.util.placement_group import remove_placement_group
 
 from raycifar.cluster import ray_internals
@@ -39,7 +40,7 @@ class TiedToDriver(ray_internals.controller_callback_class()):  # type: ignore[m
             os._exit(1)
 
 
-class StoppableTrainer(ray_internals.trainer_class()):  # type: ignore[misc]
+class StoppableTrainer(TorchTrainer):
     """A TorchTrainer whose `fit` another thread can abort, and whose controller ends with this process.
 
     Ray Train itself aborts a run only on SIGINT, in a script whose main thread waits in `fit`.
@@ -53,6 +54,9 @@ class StoppableTrainer(ray_internals.trainer_class()):  # type: ignore[misc]
         self.key = key
         self.run_config.callbacks = [*self.run_config.callbacks, TiedToDriver(controller_key(key))]
         self.aborted, self.ended = threading.Event(), threading.Event()
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return ray_internals.without_cleaner(super()._create_default_callbacks())
 
     @property
     def in_process(self) -> bool:

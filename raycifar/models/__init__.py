@@ -1,27 +1,10 @@
-"""The architectures, by name. Each is a file in this folder, with
-
-    build       a function that returns the network
-    LAYERS      prefixes of the parameters' names for each layer, from the input to the head
-    RECIPES     by name, such as `scratch`, `short` and `transfer`; the first is the default: see `recipe_for`
-
-and optionally
-
-    IMAGENET    torchvision's name for the ImageNet weights
-    PURPOSES    the purposes of recipes other than `scratch`, `short` and `transfer`
-    initial_weights_from_images     a function that computes weights from training images
-    is_for_small_images             where there are ImageNet weights: a function that tells from the shapes of weights,
-                                    by name, whether they were trained on CIFAR's image size instead
-
-An architecture's options are fields of a subclass of `Recipe`; `build` takes them by name. Every command imports all
-architectures, so they import PyTorch, which takes seconds, only when they build a network.
-
-`timm:NAME` is any of timm's architectures: see `from_timm`.
-"""
+"""The models, by name: a file of `architectures`, or as `timm:NAME` any of timm's, by `from_timm`."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import pkgutil
 from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
@@ -31,6 +14,7 @@ from pydantic import Field
 
 from raycifar.data import CIFAR100
 from raycifar.errors import RequestError, in_a_line
+from raycifar.models import architectures
 from raycifar.models.recipe import MAX_IMAGE_SIZE, TRANSFER, Recipe, checked_value, model_options
 from raycifar.storage.schemas import Positive, Real, checked
 
@@ -45,7 +29,6 @@ if TYPE_CHECKING:
     WeightsMaker = Callable[[Recipe, Tensor], dict[str, Tensor]]
     ShapesTest = Callable[[Mapping[str, Sequence[int]]], bool]
 
-NOT_ARCHITECTURES = {"from_timm", "initial_weights", "layers", "recipe", "recipes"}  # the other files here
 TIMM = "timm:"
 TIMM_RECIPES = {"transfer": Recipe(**TRANSFER), "scratch": Recipe()}
 RENAMED = {"classes": "num_classes", "mirror": "tta_flip"}  # keys of earlier versions
@@ -70,7 +53,7 @@ class Architecture:
 
     model: str
     num_classes: int = CIFAR100.num_classes
-    large_stem: bool = False  # first layers for ImageNet's 224×224 pixels, not for CIFAR's 32×32
+    large_stem: bool = False  # for an architecture whose `build` takes it
     preprocessing: Preprocessing = CIFAR
     tta_flip: bool = False  # in evaluation mode, return the mean logits of an image and its horizontal flip
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # by name; missing ones take their defaults
@@ -90,30 +73,30 @@ class Architecture:
         Args:
             dropout: probability of zeroing a feature before a dense layer of the head.
         """
-        family, size = find(self.model), self.preprocessing.size
+        family, size = find_family(self.model), self.preprocessing.size
         network = family.build(self.num_classes, dropout, self.large_stem, size, **self.options)
         if self.tta_flip:
             add_tta_flip(network)
         return network
 
-    def outline(self) -> nn.Module:
-        """Return the network without memory, whose parameters have shapes alone; nothing is initialized."""
+    def build_on_meta(self) -> nn.Module:
+        """Return the network on PyTorch's device `meta`: parameters have shapes, and take no memory."""
         import torch
 
         with torch.device("meta"):
             return self.build()
 
-    def outline_forward(self, size: int) -> None:
-        """Pass an image of `size` pixels a side through the `outline`; nothing is computed."""
+    def forward_on_meta(self, size: int) -> None:
+        """Pass an image of `size` pixels a side through the network on `meta`; nothing is computed."""
         import torch
 
         with torch.inference_mode():
-            self.outline().eval()(torch.empty(1, 3, size, size, device="meta"))
+            self.build_on_meta().eval()(torch.empty(1, 3, size, size, device="meta"))
 
     def check_size(self, size: int) -> None:
         """Raise RequestError unless the network can take images of `size` pixels a side."""
         try:
-            self.outline_forward(size)
+            self.forward_on_meta(size)
         except Exception as error:  # networks may raise any
             raise RequestError(
                 f"{self.model} can't take images of {size} pixels ({in_a_line(error)}): give another --image-size or "
@@ -122,11 +105,11 @@ class Architecture:
 
     def layers(self, network: nn.Module) -> list[list[str]]:
         """Return the parameters' names by layer, from the input to the head."""
-        return find(self.model).layers(network)
+        return find_family(self.model).layers(network)
 
     def heads(self, network: nn.Module) -> tuple[str, ...]:
         """Return the prefixes of the parameters whose shapes depend on the number of classes."""
-        return find(self.model).heads(network)
+        return find_family(self.model).heads(network)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -149,7 +132,7 @@ class Architecture:
 
 
 class Builtin:
-    """An architecture of this folder."""
+    """The networks that a file of `architectures` builds."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
@@ -160,7 +143,9 @@ class Builtin:
         )
 
     def build(self, num_classes: int, dropout: float, large_stem: bool, size: int, **options: Any) -> nn.Module:
-        return self.module.build(num_classes, dropout, large_stem, **options)
+        if "large_stem" in inspect.signature(self.module.build).parameters:
+            options["large_stem"] = large_stem
+        return self.module.build(num_classes, dropout, **options)
 
     def rescale(self, tensors: Mapping[str, Tensor], size: int) -> Mapping[str, Tensor]:
         """Return published weights for images of another size; a convolution's stay the same."""
@@ -192,35 +177,35 @@ class Builtin:
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of this folder's architectures."""
-    return tuple(sorted({module.name for module in pkgutil.iter_modules(__path__)} - NOT_ARCHITECTURES))
+    """Return the names of the files in `architectures`."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(architectures.__path__)))
 
 
-def find(name: str) -> Builtin | FromTimm:
-    """Return the architecture of that name, or raise RequestError if there is none."""
+def find_family(name: str) -> Builtin | FromTimm:
+    """Return the networks of that name, or raise RequestError if there is none."""
     if isinstance(name, str) and name.startswith(TIMM):
         from raycifar.models.from_timm import FromTimm
 
         return FromTimm(name.removeprefix(TIMM))
-    return Builtin(import_architecture(name))
+    return Builtin(import_family(name))
 
 
-def import_architecture(name: str) -> ModuleType:
+def import_family(name: str) -> ModuleType:
     if name not in names():
         raise RequestError(f"no model is named {name!r}: choose from {', '.join(names())}, or timm:NAME.")
-    return importlib.import_module(f"{__name__}.{name}")
+    return importlib.import_module(f"{architectures.__name__}.{name}")
 
 
 def recipes_of(model: str) -> dict[str, Recipe]:
     """Return a model's recipes by name; the first is the default, and `study` is the same for all models."""
     # This doesn't import timm, which a report on such a run doesn't need.
-    own = TIMM_RECIPES if model.startswith(TIMM) else import_architecture(model).RECIPES
+    own = TIMM_RECIPES if model.startswith(TIMM) else import_family(model).RECIPES
     return {**own, "study": recipe_type(model)()}
 
 
 def recipe_type(model: str) -> type[Recipe]:
     """Return the class of a model's recipes, which has the model's options."""
-    return Recipe if model.startswith(TIMM) else type(next(iter(import_architecture(model).RECIPES.values())))
+    return Recipe if model.startswith(TIMM) else type(next(iter(import_family(model).RECIPES.values())))
 
 
 def add_tta_flip(network: nn.Module) -> None:
@@ -248,5 +233,5 @@ def flops(architecture: Architecture) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        architecture.outline_forward(architecture.preprocessing.size)
+        architecture.forward_on_meta(architecture.preprocessing.size)
     return counter.get_total_flops()

@@ -20,7 +20,7 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class FromTimm:
-    """One of timm's architectures, with the interface of `models.Builtin`.
+    """The networks of one of timm's architectures, with the interface of `models.Builtin`.
 
     Raises:
         RequestError: timm has no such model, or no such weights of it.

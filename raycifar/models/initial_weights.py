@@ -99,7 +99,7 @@ def from_scratch(model: str, recipe: Recipe, source: Source) -> InitialWeights:
 
 def from_weights(model: str, recipe: Recipe) -> InitialWeights:
     check_no_options(model, recipe)
-    family, origin = models.find(model), recipe.pretrained
+    family, origin = models.find_family(model), recipe.pretrained
     preprocessing = family.imagenet_preprocessing(recipe.image_size or MAX_IMAGE_SIZE)
     architecture = Architecture(model, large_stem=True, preprocessing=preprocessing, tta_flip=recipe.tta_flip)
     notes = []
@@ -107,7 +107,7 @@ def from_weights(model: str, recipe: Recipe) -> InitialWeights:
         tensors = fetch_imagenet_weights(model)
     else:
         found, others, saved = read_tensors(origin)
-        prefix = find_prefix(found, architecture.outline().state_dict().keys(), origin)
+        prefix = find_prefix(found, architecture.build_on_meta().state_dict().keys(), origin)
         tensors = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
         others += [name for name in found if not name.startswith(prefix)]
         if others:
@@ -133,7 +133,7 @@ def compute_weights(
     model: str, recipe: Recipe, images: "np.ndarray | Tensor", preprocessing: Preprocessing
 ) -> "dict[str, Tensor]":
     """Return the weights that the architecture computes from training images (N, 3, H, W) uint8, if any."""
-    compute = models.find(model).initial_weights_from_images
+    compute = models.find_family(model).initial_weights_from_images
     if compute is None:
         return {}
     import torch  # takes seconds
@@ -157,7 +157,7 @@ def check_no_options(model: str, recipe: Recipe) -> None:
 def fetch_imagenet_weights(model: str) -> Mapping[str, Any]:
     remedies = "give a weights file with --pretrained FILE, or train from scratch with --pretrained none"
     try:
-        tensors = models.find(model).imagenet_weights()
+        tensors = models.find_family(model).imagenet_weights()
     except Exception as error:  # urllib, huggingface_hub and timm raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].strip("<>. ")
         raise RequestError(f"the ImageNet weights of {model} can't be downloaded ({reason}): {remedies}.") from error
@@ -230,8 +230,8 @@ def select_weights(
     """
     from raycifar.storage.weights import check_finite, compare
 
-    tensors = models.find(architecture.model).rescale(tensors, architecture.preprocessing.size)
-    network = architecture.outline()
+    tensors = models.find_family(architecture.model).rescale(tensors, architecture.preprocessing.size)
+    network = architecture.build_on_meta()
     wanted, heads = network.state_dict(), architecture.heads(network)
     body, head, wanted_body, wanted_head = (
         {name: value for name, value in values.items() if name.startswith(heads) == of_head}

@@ -6,20 +6,20 @@ recipes lack it.
 """
 
 import math
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_type_hints
 
 from raycifar.data import CIFAR100
 
+Optimizer = Literal["sgd", "adamw", "muon"]
 Schedule = Literal["cosine", "linear", "step", "constant"]
 Augmentation = Literal["none", "flip", "crop", "cutout", "trivial", "rand", "alternate"]
 Precision = Literal["auto", "bfloat16", "float32"]
 BatchNorm = Literal["train", "frozen"]
 Stage = Literal["head", "whole"]
 
-OPTIMIZERS = ("sgd", "adamw", "muon")
 FORWARD_PASSES_PER_STEP = 3  # about: the backward pass takes two
 MAX_IMAGE_SIZE = 224  # pixels per side
 IMAGE_SIZES = range(CIFAR100.image_size, MAX_IMAGE_SIZE + 1)
@@ -33,9 +33,9 @@ KINDS: dict[type, tuple[Any, str]] = {
 }
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:  # noqa: A002 (click's own word)
-    """Return a field of a recipe; `choices` are for a type that isn't a `Literal`."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default: Any, help: str) -> Any:  # noqa: A002 (click's own word)
+    """Return a field of a recipe."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Recipe:
 
     epochs: int = option(200, "passes over the training images")
     batch_size: int = option(128, "images in a step, over all workers")
-    optimizer: str = option("sgd", "sgd (Nesterov momentum), adamw, or muon (of filters; sgd of the rest)", OPTIMIZERS)
+    optimizer: Optimizer = option("sgd", "sgd (Nesterov momentum), adamw, or muon (of filters; sgd of the rest)")
     muon_steps: int = option(5, "Newton-Schulz steps of muon, 1 to 10")
     lr: float = option(0.05, "peak learning rate")
     norm_lr: float = option(1.0, "learning rate of norms and biases, as a multiple of the others'")
@@ -89,8 +89,7 @@ class Recipe:
     def __post_init__(self) -> None:
         types = field_types(type(self))
         for f in fields(self):
-            value = checked_value(f.name, getattr(self, f.name), types[f.name], choices(f, types[f.name]))
-            object.__setattr__(self, f.name, value)
+            object.__setattr__(self, f.name, checked_value(f.name, getattr(self, f.name), types[f.name]))
         for names, allowed, wanted in (
             (("epochs", "batch_size"), lambda v: v >= 1, "at least 1"),
             (("muon_steps",), lambda v: 1 <= v <= 10, "from 1 to 10"),
@@ -176,18 +175,13 @@ def field_types(recipe_type: type[Recipe]) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(recipe_type)}
 
 
-def choices(field: Field[Any], kind: Any) -> tuple[str, ...]:
-    """Return the values that a field may have, or an empty tuple if any value of its type is allowed."""
-    return get_args(kind) or field.metadata["choices"]
-
-
-def checked_value(name: str, value: Any, kind: Any, allowed: tuple[str, ...] = (), most: float = MAX_NUMBER) -> Any:
+def checked_value(name: str, value: Any, kind: Any, most: float = MAX_NUMBER) -> Any:
     """Return the value of a field as one of `kind`: a whole number is a number, and NumPy's are as good as Python's.
 
     Raises:
         ValueError: it is of another kind, or not allowed; the message names the field.
     """
-    if allowed:
+    if allowed := get_args(kind):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}: choose from {', '.join(allowed)}")
         return value

@@ -4,7 +4,7 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
@@ -13,7 +13,7 @@ from typing import Any
 from pyarrow import fs
 
 from raycifar import models
-from raycifar.errors import DamagedFileError, RequestError, in_a_line, notice
+from raycifar.errors import RequestError, in_a_line
 from raycifar.models.recipe import Recipe, changes, field_types
 from raycifar.storage.files import file_type, locate, read_file
 from raycifar.storage.locations import check_location
@@ -45,7 +45,7 @@ class NamedRecipe:
 
 def list_recipes(model: str) -> Iterator[NamedRecipe]:
     """Yield a model's recipes, its default first."""
-    family = None if model.startswith(models.TIMM) else models.import_architecture(model)
+    family = None if model.startswith(models.TIMM) else models.import_family(model)
     purposes = PURPOSES | getattr(family, "PURPOSES", {})
     for k, (name, recipe) in enumerate(models.recipes_of(model).items()):
         yield NamedRecipe(model, name, recipe, purposes[name], own=k == 0)
@@ -250,27 +250,3 @@ def recipe_from_json(model: str, values: dict[str, Any]) -> Recipe:
         return kind(**{name: renamed[name] for name in field_types(kind) if name in renamed})
     except ValueError as error:
         raise RequestError(f"the recipe of a run of {model}: {error}.") from error
-
-
-def read_run(folder: RunFolder, warn: Callable[[str], None] = notice) -> dict[str, Any] | None:
-    """Return the content of a run's `run.json`, whichever version wrote it, or None if there is none.
-
-    Args:
-        warn: called with a sentence of what is passed over.
-
-    Raises:
-        DamagedFileError: it lacks what a run has, or has another type, range or model.
-    """
-    run = folder.read_json(RUN, warn)
-    if run is None:
-        return None
-    where = f"{folder.location}/{RUN}"
-    if missing := [name for name in ("model", "recipe", "data") if name not in run]:
-        raise DamagedFileError(f"{where} is damaged: it has no {' and no '.join(missing)}.")
-    try:
-        recipe = recipe_from_json(run["model"], run["recipe"])
-    except RequestError as error:
-        raise DamagedFileError(f"{where} is damaged, or of another version: {error}") from error
-    if unknown := run["recipe"].keys() - vars(recipe).keys() - RENAMED.keys():
-        warn(f"{where} has a recipe with fields that this version passes over: {', '.join(sorted(unknown))[:200]}.")
-    return run

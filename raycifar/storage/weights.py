@@ -70,7 +70,7 @@ def check_fit(tensors: Mapping[str, Tensor], architecture: Architecture) -> None
     for name, value in {"num_classes": architecture.num_classes, **architecture.options}.items():
         if value > max([len(tensors), *(tensor.shape[0] for tensor in tensors.values() if tensor.ndim)]):
             raise ValueError(f"its {name} is {value:,}, for which its tensors are too few or too small")
-    if differences := compare(tensors, architecture.outline().state_dict()):
+    if differences := compare(tensors, architecture.build_on_meta().state_dict()):
         raise ValueError(f"these are not the weights of {architecture.model}: {differences}")
     check_finite(tensors)
 

@@ -20,7 +20,6 @@ from raycifar.analysis.comparison import (
 from raycifar.analysis.history import RunHistory
 from raycifar.errors import RequestError
 from raycifar.models import Architecture
-from raycifar.models.recipes import read_run
 from raycifar.storage.parquet import from_lists
 from raycifar.storage.run_folder import (
     COMPARISON,
@@ -37,6 +36,7 @@ from raycifar.terminal import Screen
 from raycifar.workflows.reporting import show_report, write_comparison
 from raycifar.workflows.requests import ComparisonRequest
 from raycifar.workflows.training import lock
+from raycifar.workflows.training_run import read_run
 
 Show = Callable[[dict[str, Any]], None]
 

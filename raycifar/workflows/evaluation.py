@@ -18,7 +18,7 @@ from raycifar.data.dataset import Source, split_rows, to_images
 from raycifar.data.sources import is_location
 from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
 from raycifar.models.recipe import Precision
-from raycifar.models.recipes import read_run, recipe_from_json
+from raycifar.models.recipes import recipe_from_json
 from raycifar.storage.parquet import from_lists, to_lists
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PICTURES, PREDICTIONS, RunFolder
 from raycifar.terminal import Screen
@@ -28,6 +28,7 @@ from raycifar.workflows.prediction import Model, Weights, check_finite, read_wei
 from raycifar.workflows.reporting import is_source_of, load_images
 from raycifar.workflows.requests import WorkerSettings
 from raycifar.workflows.training import connect
+from raycifar.workflows.training_run import read_run
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,13 +16,13 @@ from raycifar.data import CIFAR100
 from raycifar.data.dataset import to_images
 from raycifar.errors import RequestError, WorkError
 from raycifar.models import slug
-from raycifar.models.recipes import read_run
 from raycifar.storage.files import file_type, write_file
 from raycifar.storage.locations import check_location, parent_and_name
 from raycifar.storage.run_folder import BEST, MODEL, RUN, RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.prediction import Model, Weights, check_finite
 from raycifar.workflows.reporting import load_images
+from raycifar.workflows.training_run import read_run
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -12,7 +12,6 @@ from raycifar.data.dataset import Source
 from raycifar.data.sources import load
 from raycifar.errors import DamagedFileError, RequestError, in_a_line, notice
 from raycifar.models import slug
-from raycifar.models.recipes import read_run
 from raycifar.redaction import shown
 from raycifar.storage.run_folder import (
     COMPARISON,
@@ -33,6 +32,7 @@ from raycifar.storage.run_folder import (
 from raycifar.terminal import Screen
 from raycifar.words import count
 from raycifar.workflows.duplicates import known_training_copies
+from raycifar.workflows.training_run import read_run
 
 if TYPE_CHECKING:
     from raycifar.analysis.run_files import RunFiles

@@ -143,7 +143,7 @@ class TrainingRequest(Settings):
     rungs: tuple[int, ...] = ()  # epochs after which the status store is asked whether to stop
 
     def __post_init__(self) -> None:
-        models.find(self.model)
+        models.find_family(self.model)
         name = self.name or f"{models.slug(self.model)}-s{self.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         recipe = recipe_from_json(self.model, vars(self.recipe)) if self.recipe else recipe_for(self.model)
         self.settle(recipe=recipe, name=name, workers=parse_workers(self.workers))
@@ -161,7 +161,7 @@ class TrainingRequest(Settings):
     @classmethod
     def of(cls, model: str, **options: Any) -> Self:
         """Return the request that options stand for: `lr`, `epochs`, … are of the recipe; None is the default."""
-        models.find(model)
+        models.find_family(model)
         settings, recipe = sort_options(cls, options)
         return cls(model, choose_recipe(model, **recipe), **settings)
 
@@ -206,7 +206,7 @@ class ComparisonRequest(Settings):
         """Return the request that options stand for, with each model's default recipe for what isn't given."""
         names = [name.strip() if isinstance(name, str) else name for name in names or ()]
         for name in names:
-            models.find(name)
+            models.find_family(name)
         if len(set(names)) < len(names):
             raise RequestError(f"--models {','.join(names)} names a model twice: --seeds takes several runs of it.")
         settings, recipe = sort_options(cls, options)
@@ -272,7 +272,7 @@ def checked_option(name: str, kind: Any, value: Any, least: float | None = None,
             return None
         kind = get_args(kind)[0]
     try:
-        value = checked_value(name, value, kind, get_args(kind), most)
+        value = checked_value(name, value, kind, most)
     except ValueError as error:
         raise RequestError(f"{error}.") from error
     if kind is str and not value and name != "name":  # an empty name is the default one

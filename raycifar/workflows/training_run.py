@@ -1,5 +1,6 @@
 """A run that is under way, and its identity: written to `run.json`, and compared when the run is resumed."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,10 @@ import numpy as np
 from raycifar.cluster.status import StatusStore
 from raycifar.data.dataset import Source, Splits
 from raycifar.data.sources import absolute_name
-from raycifar.errors import DamagedFileError, RequestError
+from raycifar.errors import DamagedFileError, RequestError, notice
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe, changes, describe_changes
-from raycifar.models.recipes import nearest_recipe, read_run, recipe_from_json
+from raycifar.models.recipes import RENAMED, nearest_recipe, recipe_from_json
 from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, STUDY, RunFolder
 from raycifar.workflows.duplicates import known_duplicates
 from raycifar.workflows.requests import TrainingRequest
@@ -75,6 +76,30 @@ def identify(request: TrainingRequest, inputs: Inputs) -> dict[str, Any]:
         "seed": request.seed,
         "compile": request.compile,
     }
+
+
+def read_run(folder: RunFolder, warn: Callable[[str], None] = notice) -> dict[str, Any] | None:
+    """Return the content of a run's `run.json`, whichever version wrote it, or None if there is none.
+
+    Args:
+        warn: called with a sentence of what is passed over.
+
+    Raises:
+        DamagedFileError: it lacks what a run has, or has another type, range or model.
+    """
+    run = folder.read_json(RUN, warn)
+    if run is None:
+        return None
+    where = f"{folder.location}/{RUN}"
+    if missing := [name for name in ("model", "recipe", "data") if name not in run]:
+        raise DamagedFileError(f"{where} is damaged: it has no {' and no '.join(missing)}.")
+    try:
+        recipe = recipe_from_json(run["model"], run["recipe"])
+    except RequestError as error:
+        raise DamagedFileError(f"{where} is damaged, or of another version: {error}") from error
+    if unknown := run["recipe"].keys() - vars(recipe).keys() - RENAMED.keys():
+        warn(f"{where} has a recipe with fields that this version passes over: {', '.join(sorted(unknown))[:200]}.")
+    return run
 
 
 def earlier_result(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any] | None:

@@ -35,7 +35,7 @@ RECIPES = {"scratch": CnnRecipe(**LONG), "short": CnnRecipe(**SHORT), "transfer"
 PURPOSES = {"transfer": "from a weights file, --pretrained FILE"}
 
 
-def build(num_classes: int, dropout: float, large_stem: bool, whiten: bool, depth: int) -> nn.Module:
+def build(num_classes: int, dropout: float, whiten: bool, depth: int) -> nn.Module:
     """Return the network: 4.2 M parameters for 100 classes.
 
     Five poolings reduce 32×32 pixels to a 1×1 map; the average pool is for images that are scaled up.

@@ -28,7 +28,7 @@ PURPOSES = {"speedrun": "test top-1 of 0.75 in the least time"}
 LAYERS = (("whiten.",), *((f"features.{k}.",) for k in range(5)), ("head.",))
 
 
-def build(num_classes: int, dropout: float, large_stem: bool) -> nn.Module:
+def build(num_classes: int, dropout: float) -> nn.Module:
     """Return the network: 6.5 M parameters for 100 classes, three poolings."""
     from torch import nn
 

@@ -18,7 +18,7 @@ LAYERS = (*(tuple(f"features.{k}." for k in block) for block in BLOCKS), ("class
 RECIPES = {"scratch": Recipe(), "short": Recipe(**SHORT), "transfer": Recipe(**TRANSFER)}
 
 
-def build(num_classes: int, dropout: float, large_stem: bool) -> nn.Module:
+def build(num_classes: int, dropout: float) -> nn.Module:
     """Return the network: 15.0 M parameters for 100 classes.
 
     Five poolings reduce 32×32 pixels to a 1×1 map, so a global average pool and a head of 512 features replace
