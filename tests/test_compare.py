@@ -184,7 +184,7 @@ def test_what_finished_runs_have_no_use_for_is_refused(made_up, compare, tmp_pat
     [
         (("--models", "cnn,alexnet"), "no model is named 'alexnet': choose from cnn, resnet50, speedrun, vgg16"),
         (("--models", "cnn, cnn"), "names a model twice"),
-        (("--models", "cnn", "--workers", 4, "--batch-size", 7), "leaves less than 2 images for each of 4 workers"),
+        (("--models", "cnn", "--workers", 4, "--batch-size", 7), "leaves fewer than 2 images for each of 4 workers"),
         (("--models", "cnn", "--search", 3, "--val-size", 0), "needs --val-size above 0"),
         (("--models", "cnn", "--search", 3, "--space", "nowhere.toml"), "--space nowhere.toml can't be read: No such"),
         (("--models", "cnn", "--space", "nowhere.toml"), "--space nowhere.toml is for a search"),

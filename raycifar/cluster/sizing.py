@@ -122,11 +122,11 @@ def size_workers(
             f"--accelerator {accelerator}: this cluster {has} {', '.join(kinds) or 'no GPU whose kind Ray knows'}."
         )
     total = describe({name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")})
-    less = "--workers, --cpus-per-worker or --gpus-per-worker" if gpus else "--workers or --cpus-per-worker"
+    lower = "--workers, --cpus-per-worker or --gpus-per-worker" if gpus else "--workers or --cpus-per-worker"
     raise RequestError(
         f"{words.count(workers.needed, 'worker')} of {describe(workers.resources)} each can't be placed: "
-        f"this cluster {has} {total}, room for at most {placeable(nodes, workers.resources)} of them. Ask for "
-        f"less of {less}{', or --device cpu' if gpus else ''}."
+        f"this cluster {has} {total}, room for at most {placeable(nodes, workers.resources)} of them. "
+        f"Lower {lower}{', or give --device cpu' if gpus else ''}."
     )
 
 
@@ -139,7 +139,7 @@ def default_cpus(nodes: Sequence[Resources], count: int, gpus: float) -> float:
     each = largest_share(free, count)
     if each < MIN_CPU_SHARE:
         fit = int(sum(free) / MIN_CPU_SHARE)
-        raise RequestError(f"{count} workers can't share {sum(free):g} CPUs: ask for at most {fit} --workers.")
+        raise RequestError(f"{count} workers can't share {sum(free):g} CPUs: set --workers to at most {fit}.")
     return each
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from pyarrow import fs
 
 from raycifar import models
-from raycifar.errors import DamagedFileError, RequestError, in_a_line, notice
+from raycifar.errors import DamagedFileError, RequestError, as_sentence, in_a_line, notice
 from raycifar.models.recipe import Recipe, changes, field_types
 from raycifar.storage.files import file_type, locate, read_file
 from raycifar.storage.locations import check_location
@@ -150,7 +150,7 @@ def choose_recipe(model: str, recipe: str | None = None, **values: Any) -> Recip
     try:
         chosen = resolve(model, recipe, **values)
     except ValueError as error:
-        raise RequestError(f"{error}.") from error
+        raise RequestError(as_sentence(str(error))) from error
     check_location(chosen.pretrained, "--pretrained")
     return chosen
 
@@ -181,7 +181,7 @@ def find_recipe(model: str, wanted: str, pretrained: str | None, epochs: int | N
             return parse_toml(model, read_file(wanted), pretrained, epochs)
         run = RunFolder.at(wanted).read_json(RUN)
     except (OSError, ValueError) as error:
-        raise RequestError(f"--recipe {wanted}: {in_a_line(error)}.") from error
+        raise RequestError(f"--recipe {wanted}: {as_sentence(in_a_line(error))}") from error
     if run is None:
         raise RequestError(
             f"--recipe {wanted} is neither a recipe of {model} ({', '.join(own)}), nor a TOML file, nor a run's folder."
@@ -217,7 +217,7 @@ def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
         if owners := models_with(name):
             raise ValueError(f"{name} is an option of {', '.join(owners)}, not of {model}")
         (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
-        raise ValueError(f"a recipe has no field {name!r}; the nearest is {nearest!r}")
+        raise ValueError(f"a recipe has no field {name!r}; did you mean {nearest!r}?")
     if isinstance(epochs := values.get("epochs"), Integral) and epochs < base.epochs:
         values = {"head_epochs": max(0, min(base.head_epochs, int(epochs) - 1)), **values}
     if base.pretrained == "imagenet" and values.get("pretrained", "none") not in ("imagenet", "none"):

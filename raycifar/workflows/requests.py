@@ -247,8 +247,8 @@ def sort_options(kind: type[Settings], options: Mapping[str, Any]) -> tuple[dict
     recipe = recipe_fields().keys() | {"recipe"}
     for name in options:
         if name not in settings | recipe:
-            near = "".join(f": is it {match!r}?" for match in difflib.get_close_matches(name, settings | recipe, 1))
-            raise RequestError(f"there is no option {name!r}{near or '.'}")
+            near = difflib.get_close_matches(name, settings | recipe, 1)
+            raise RequestError(f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
     return (
         {
             name: os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -296,7 +296,7 @@ def parse_workers(value: Any) -> WorkerCount:
     if counts[1] > MAX_WORKERS:
         raise RequestError(f"--workers {value!r}: there can be at most {MAX_WORKERS:,}.")
     if counts[0] < bool(colon) or counts[1] < counts[0]:
-        raise RequestError(f"--workers {value!r}: take 0 or more, or a range that begins at 1 or more and rises.")
+        raise RequestError(f"--workers {value!r}: give 0 or more, or MIN:MAX with 1 ≤ MIN ≤ MAX.")
     if colon and counts[1] > MAX_ELASTIC_WORKERS:
         raise RequestError(f"--workers {value!r}: an elastic run takes at most {MAX_ELASTIC_WORKERS} workers.")
     return counts if counts[0] < counts[1] else counts[0]
@@ -313,7 +313,7 @@ def check_name(name: str) -> None:
 
 def check_batch_size(recipe: Recipe, workers: int) -> None:
     if recipe.batch_size < 2 * workers:
-        raise RequestError(f"--batch-size {recipe.batch_size} leaves less than 2 images for each of {workers} workers.")
+        raise RequestError(f"--batch-size {recipe.batch_size} leaves fewer than 2 images for each of {workers} workers.")
 
 
 def to_arguments(request: TrainingRequest) -> list[str]:
