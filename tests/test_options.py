@@ -147,7 +147,7 @@ def test_the_help_is_short_has_an_example_and_is_grouped(name):
     assert max(map(len, lines)) <= 100
     assert any(line.startswith("  Example: raycifar ") for line in lines)
     if name in ("train", "compare", "bench"):
-        assert [line for line in lines if line in ("What:", "Where:", "How long:", "Other:")]
+        assert [line for line in lines if line in ("Model and data:", "Workers:", "Run and storage:", "Other:")]
         assert any(line.startswith("Recipe (") for line in lines)
         assert all(
             option.opts[0] in done.stdout or f"--[no-]{option.opts[0][2:]}" in done.stdout

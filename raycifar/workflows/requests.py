@@ -54,9 +54,9 @@ class WorkerSettings:
     """What each worker computes on."""
 
     device: Device = setting("auto", "auto: GPUs, if there are any; mps: Apple's GPU, for --workers 0.")
-    cpus_per_worker: float | None = setting(None, "CPUs, and so threads, of each worker.  [fair share]")
-    gpus_per_worker: float = setting(1.0, "A share of a GPU, above 0, at most 1.")
-    accelerator: str | None = setting(None, "The kind of GPU, such as H100.  [any]")
+    cpus_per_worker: float | None = setting(None, "CPUs (and threads) per worker.  [fair share]")
+    gpus_per_worker: float = setting(1.0, "GPUs per worker: 1, or a fraction of one.")
+    accelerator: str | None = setting(None, "Kind of GPU, such as H100.  [any]")
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -103,17 +103,17 @@ class WorkerSettings:
 class Settings(WorkerSettings):
     """What training one model and comparing several have in common."""
 
-    seed: int = setting(0, "Seed of the split, the first weights and every epoch.", least=0, most=MAX_SEED)
-    data: str = setting("cifar100", "cifar100, synthetic, path, URI.", env="RAYCIFAR_DATA")
-    val_size: int = setting(5000, "Training images held out, the same number of each class.", least=0)
+    seed: int = setting(0, "Seed of the split, the initial weights and every epoch.", least=0, most=MAX_SEED)
+    data: str = setting("cifar100", "cifar100, synthetic, a path or a URI.", env="RAYCIFAR_DATA")
+    val_size: int = setting(5000, "Images held out for validation, the same number of each class.", least=0)
     limit: int | None = setting(None, "Train on this many images, the same number of each class.", least=1)
     storage: str = setting("results", "Where runs are kept: a folder or a URI.", env="RAYCIFAR_STORAGE")
-    max_failures: int = setting(3, "Restarts after workers die.", least=0)
+    max_failures: int = setting(3, "Restarts after worker failures, at most.", least=0)
     wait: float = setting(1800, "Seconds to wait for nodes to start or to be free.", least=0)
-    report: bool = setting(True, "Write a report, also during the run.")
-    track: str | None = setting(None, "A tracker that logs the run as well.  [none]", metavar="mlflow|wandb")
+    report: bool = setting(True, "Write a report, and update it during the run.")
+    track: str | None = setting(None, "Also log the run to MLflow or Weights & Biases.  [none]", metavar="mlflow|wandb")
     compile: bool = setting(False, "Compile the model with torch.compile.")
-    record: bool = setting(True, "Keep statistics of each image and of the gradient norm.")
+    record: bool = setting(True, "Record statistics of each image, and the gradient norm.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,10 +134,12 @@ class TrainingRequest(Settings):
     recipe: Recipe = None  # type: ignore[assignment]  # the model's default
     name: str = setting("", "The run's name; the same name resumes it.  [model, seed and time]")
     workers: WorkerCount = setting(
-        None, "0: this process; 1:4 elastic.  [one for each GPU, else 1]", metavar="N|MIN:MAX"
+        None,
+        "Number of workers, or MIN:MAX for elastic training; 0 trains in this process.  [one per GPU, else 1]",
+        metavar="N|MIN:MAX",
     )
     checkpoint_steps: int = setting(0, "Steps between checkpoints; 0: only after each epoch.", least=0)
-    profile: bool = setting(False, "Trace some steps, and say what takes longest.")
+    profile: bool = setting(False, "Trace some steps, and show what takes longest.")
     test: bool = True  # score the test set at the end
     search: bool = False  # a trial that looks for a recipe
     rungs: tuple[int, ...] = ()  # epochs after which the status store is asked whether to stop
@@ -177,16 +179,18 @@ class ComparisonRequest(Settings):
     recipes: Mapping[str, Recipe]  # by model
     fixed: frozenset[str] = frozenset()  # fields of the recipe that a search leaves alone, because they are given
     _: KW_ONLY
-    seed: int = setting(0, "The first of --seeds.", least=0, most=MAX_SEED)
+    seed: int = setting(0, "Seed of each model's first run.", least=0, most=MAX_SEED)
     seeds: int = setting(3, "Runs of each model, with seeds from --seed on.", least=1, most=MAX_TRIALS)
-    search: int = setting(0, "Trials that look for each model's best recipe.", least=0, most=MAX_TRIALS)
-    space: str | None = setting(None, "TOML file of what a search varies.  [rate, decay, batch, smoothing, augment]")
-    price_per_hour: float | None = setting(None, "Of one device: shows what training cost.", least=0)
-    without_near_duplicates: bool = setting(False, "Score only test images whose photograph no run has trained on.")
+    search: int = setting(0, "Trials to search for each model's best recipe.", least=0, most=MAX_TRIALS)
+    space: str | None = setting(
+        None, "TOML file of the fields that --search varies.  [lr, weight_decay, batch_size, label_smoothing, augment]"
+    )
+    price_per_hour: float | None = setting(None, "Price of one device per hour; shows the cost of training.", least=0)
+    without_near_duplicates: bool = setting(False, "Leave out test images that are near duplicates of training images.")
     name: str = setting("", "The comparison's name; the same name continues it.  [compare and time]")
     device: Literal["auto", "gpu", "cpu"] = setting("auto", "auto: GPUs, if there are any.")
     workers: int = setting(1, "Workers of each trial.", least=1, most=MAX_WORKERS)
-    max_trials: int | None = setting(None, "Trials at once.  [as many as the cluster holds]", least=1)
+    max_trials: int | None = setting(None, "Trials at once, at most.  [as many as fit]", least=1)
     checkpoint_steps: int = setting(200, "Steps between checkpoints; 0: only after each epoch.", least=0)
 
     def __post_init__(self) -> None:
@@ -313,7 +317,9 @@ def check_name(name: str) -> None:
 
 def check_batch_size(recipe: Recipe, workers: int) -> None:
     if recipe.batch_size < 2 * workers:
-        raise RequestError(f"--batch-size {recipe.batch_size} leaves fewer than 2 images for each of {workers} workers.")
+        raise RequestError(
+            f"--batch-size {recipe.batch_size} leaves fewer than 2 images for each of {workers} workers."
+        )
 
 
 def to_arguments(request: TrainingRequest) -> list[str]:
