@@ -23,7 +23,7 @@ def headline(findings: Sequence[Finding]) -> str:
 def without_near_duplicates(
     test: dict[str, Any], intervals: Mapping[str, Mapping[str, float]] | None = None
 ) -> str | None:
-    """Return a test accuracy, and that on new photographs, as a clause; None where it isn't known or all are new.
+    """Return the test accuracies with and without near duplicates, as a clause; None if they are unknown or none.
 
     Args:
         test: the scores. intervals: low and high of each, by name.
@@ -35,8 +35,8 @@ def without_near_duplicates(
         ends = (intervals or {}).get(name)
         return f"{test[name]:.3f}" + (f" (95%: {ends['low']:.3f} to {ends['high']:.3f})" if ends else "")
 
-    others = f"the {test['images'] - test['near_duplicates']:,} whose photograph isn't among the training images"
-    return f"{score('top1')} on all test images; {score('top1_without_near_duplicates')} on {others}"
+    left = f"without near duplicates of training images ({test['images'] - test['near_duplicates']:,} left)"
+    return f"{score('top1')} on all test images; {score('top1_without_near_duplicates')} {left}"
 
 
 def data_name(run: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ class RunFiles:
     pictures: PicturesFile | None = None  # may be set later: they are chosen by the rest
     storage: str = "results"  # where the folder stands
     notes: Sequence[str] = ()  # sentences about what is damaged, has changed or is missing
-    copies: np.ndarray | None = None  # (n, 2): training images that show one photograph, by rows in the source
+    copies: np.ndarray | None = None  # (n, 2): near duplicates among the training images, by rows in the source
 
     @cached_property
     def shown_by_curves(self) -> list[Finding]:

@@ -111,7 +111,7 @@ def evaluate(
 
 
 def find_copies(run: dict[str, Any], source: Source, screen: Screen) -> np.ndarray:
-    """Return the rows of test images whose photograph is among a run's training images."""
+    """Return the rows of test images that are near duplicates of a run's training images."""
     recipe = recipe_from_json(run["model"], run["recipe"])
     found = find_duplicates(source, screen)
     rows, _ = split_rows(source, run["val_size"], run["limit"], run["seed"], copied_images(source, recipe))

@@ -39,7 +39,7 @@ class Inputs:
     initial: InitialWeights
 
     def near_duplicates(self) -> np.ndarray | None:
-        """Return the rows of test images whose photograph is among the training images, or None if it isn't known."""
+        """Return the rows of test images that are near duplicates of training images, or None if they aren't known."""
         found = known_duplicates(self.source)
         return None if found is None else found.test_copies(self.splits.train["index"].to_numpy())
 
