@@ -197,7 +197,7 @@ STUDY = (*RUN[2:], "--models", "cnn", "--checkpoint-steps", 4, "--no-report")
 
 
 @pytest.mark.slow
-def test_a_comparison_whose_driver_was_killed_goes_on_in_mid_epoch(compare, trained, small, cluster, tmp_path):
+def test_a_comparison_whose_driver_was_killed_goes_on_mid_epoch(compare, trained, small, cluster, tmp_path):
     args = (*STUDY, "--seeds", 1, "--data", small, "--name", "c")
     folder = tmp_path / "runs/c"
     command = Compare(*args, storage=tmp_path / "runs", env=cluster)

@@ -109,7 +109,7 @@ def legend_above(axes: Axes, lines: Sequence[Line2D] | None = None, lift: float 
     """Name what the axes show, above them: within, a legend would hide a part of it.
 
     Args:
-        lines: those to name; by default all that have a label, but for labels that begin with "_".
+        lines: those to name; by default all that have a label, except labels that begin with "_".
         lift: of the legend, as a fraction of the axes' height.
     """
     handles: Sequence[Any] = axes.get_legend_handles_labels()[0] if lines is None else lines
@@ -177,7 +177,7 @@ class NotebookFigure(Figure):
 
 
 def new_grid(panels: int, title: str | None) -> tuple[Figure, list[Axes]]:
-    """Return a figure of so many axes, two in a row; none are drawn where there is nothing to show."""
+    """Return a figure and its axes, one for each panel, two in a row."""
     rows = -(-panels // 2)
     figure = NotebookFigure(figsize=(10, 3.3 * max(1, rows)), layout="constrained", facecolor="white")
     figure.suptitle(title or "")

@@ -182,7 +182,7 @@ def summarize(runs: Sequence[Finished], budget: float, price_per_hour: float | N
 
 
 def at_equal_time(runs: Sequence[Finished], budget: float) -> float | None:
-    """Return the mean validation top-1 of the last epoch finished within so many device-seconds, None if none was."""
+    """Return the mean validation top-1 of the last epoch finished within `budget` device-seconds, None if none was."""
     reached = []
     for run in runs:
         done = [record.val_top1 for record, end in zip(run.history.records, run.seconds, strict=True) if end <= budget]

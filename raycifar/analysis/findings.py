@@ -16,7 +16,7 @@ from raycifar.analysis.history import RunHistory, thinned
 from raycifar.storage.schemas import finite
 from raycifar.words import listed
 
-SIGMAS = 3.0  # a difference of so many standard errors is taken as real: Shewhart (1931), p = 0.0027
+SIGMAS = 3.0  # standard errors from which on a difference is taken as real: Shewhart (1931), p = 0.0027
 SURE = 0.99  # confidence in what is SIGMAS or more standard errors from chance; no finding has more
 FIT = 0.2  # McFadden (1979): a pseudo-R² of 0.2 to 0.4 is an excellent fit, less explains little
 COARSE = 0.025  # half a 95% interval of 5 points: architectures that are compared differ by less

@@ -16,7 +16,7 @@ from raycifar.errors import RequestError
 GPU_WORKER_CPUS = 4  # a GPU's worker computes nothing on the CPU but its bookkeeping
 MIN_CPU_SHARE = 0.25  # of a CPU; below, Ray's own processes starve and time out
 MAX_NODES = 1000  # of one type that an autoscaler may add, where it sets no limit
-LOOK_SECONDS = 1  # between two looks at what is free
+LOOK_SECONDS = 1  # between checks of what is free
 VERDICT_SECONDS = 30  # for the autoscaler to say whether it can help
 TRIAL_MEMORY = 2e9  # bytes: what a trial's driver and Ray Train's processes for it take on the head, 1.96 GB measured
 HEAD = "node:__internal_head__"  # a resource that the head alone has
@@ -131,7 +131,7 @@ def size_workers(
 
 
 def default_cpus(nodes: Sequence[Resources], count: int, gpus: float) -> float:
-    """Return the CPUs of each of `count` workers that take so many GPUs, or raise RequestError if they are too few."""
+    """Return the CPUs of each of `count` workers with `gpus` each, or raise RequestError if there are too few CPUs."""
     if gpus:
         ratios = [node.get("CPU", 0) / placeable([node], {"GPU": gpus}) for node in nodes if node.get("GPU", 0) >= 1]
         return max(MIN_CPU_SHARE, whole_or_part(min([GPU_WORKER_CPUS, *ratios])))
@@ -176,7 +176,7 @@ def placeable(nodes: Iterable[Resources], each: Resources) -> int:
 
 
 def times_it_fits(available: float, amount: float, name: str) -> int:
-    """Return how many times a node that has so much of a resource can give that amount."""
+    """Return how many times a node with `available` of a resource can give `amount`."""
     if name == "GPU" and amount < 1:
         rest = available % 1
         return int(available) * int(1 / amount + 1e-9) + int(rest / amount + 1e-9)
@@ -229,17 +229,17 @@ def usable_cpus(cpus: float) -> float:
 
 
 def largest_share(free: list[float], count: int) -> float:
-    """Return the most CPUs that `count` workers can each have, of nodes with so many free."""
+    """Return the most CPUs that each of `count` workers can have, on nodes with `free` CPUs."""
     shares = sorted({cpus / k for cpus in free if cpus for k in range(1, count + 1)}, reverse=True)
     fitting = (share for share in shares if sum(int(cpus / share + 1e-9) for cpus in free) >= count)
     return whole_or_part(next(fitting, 0.0))
 
 
 def whole_or_part(cpus: float) -> float:
-    """Return so many CPUs as a whole number, or less than one in Ray's unit."""
+    """Return a number of CPUs, rounded down to a whole number, or to Ray's unit if it is below one."""
     return float(int(cpus)) if cpus >= 1 else floor_to_unit(cpus)
 
 
 def floor_to_unit(amount: float) -> float:
-    """Return so much of a resource in Ray's unit, 0.0001, which Ray itself rounds to: six sixths would be too many."""
+    """Return an amount, rounded down to Ray's unit, 0.0001. Ray rounds to the nearest: six sixths would be too much."""
     return math.floor(amount * 1e4 + 1e-6) / 1e4

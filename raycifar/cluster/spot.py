@@ -69,7 +69,7 @@ def seconds_until(moment: datetime) -> float:
 
 
 def drain(seconds: float, address: str, node_id: str | None) -> bool:
-    """Tell Ray that this node goes in so many seconds, and return whether it has heard."""
+    """Tell Ray in how many seconds this node goes, and return whether Ray has received it."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address]
     command += ["--node-id", node_id] if node_id else []
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "The cloud takes this machine away."]

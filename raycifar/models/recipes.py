@@ -84,7 +84,7 @@ def recipe_for(model: str, pretrained: str | None = None, epochs: int | None = N
     A model without that has `study`.
 
     Args:
-        pretrained: the first weights, if they are given.
+        pretrained: the initial weights, if they are given.
         epochs: for how long it is trained, if that is given. The recipe returned may be for longer.
     """
     recipes = models.recipes_of(model)
@@ -99,7 +99,7 @@ def recipe_for(model: str, pretrained: str | None = None, epochs: int | None = N
 def nearest_recipe(model: str, recipe: Recipe) -> NamedRecipe:
     """Return the model's recipe that `recipe` differs least from: of those with its optimizer, if there are any.
 
-    The first weights and the number of epochs don't count.
+    The initial weights and the number of epochs don't count.
     """
     default = recipe_for(model, recipe.pretrained, recipe.epochs)
     candidates = [
@@ -156,7 +156,7 @@ def choose_recipe(model: str, recipe: str | None = None, **values: Any) -> Recip
 
 
 def resolve(model: str, recipe: str | None = None, **values: Any) -> Recipe:
-    """As `choose_recipe`, which also looks at where the first weights are; raise ValueError for a value."""
+    """Like `choose_recipe`, but don't check the location of the initial weights; raise ValueError for a value."""
     pretrained, epochs = values.get("pretrained"), values.get("epochs")
     if recipe is None:
         return change(model, recipe_for(model, pretrained, epochs), values)

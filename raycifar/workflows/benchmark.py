@@ -49,7 +49,7 @@ SECONDS_OF_ROUND = 4  # in which steps of a number of workers are timed, at most
 FEW_WORKERS = 3  # are run on CPUs, however few these are
 IMPOSSIBLE = 1.05  # of the bare step's rate: more can only be noise
 UNSTEADY = 0.2  # by which rounds may differ
-POLL_SECONDS = 0.02  # between two looks whether a run has begun
+POLL_SECONDS = 0.02  # between checks whether a run has begun
 
 
 @dataclass(frozen=True)
@@ -239,9 +239,10 @@ def find_place(run: TrainingRun, request: BenchRequest) -> Place:
 
 
 def time_startup(request: TrainingRequest, rounds: int, screen: Screen, seconds: float) -> dict[str, Any]:
-    """Return the seconds from a command to its first optimizer step, and those of the least that Ray takes.
+    """Return the seconds from a command to its first optimizer step, and the least that Ray takes to start.
 
-    It is timed as many rounds as fit into so many seconds, once at least.
+    Args:
+        rounds: of timing, at most; as many as fit into `seconds`, and at least one.
     """
     workers = request.workers if isinstance(request.workers, int) else 1
     took: dict[str, list[float]] = {"first_step_seconds": [], "floor_seconds": []}

@@ -81,7 +81,7 @@ class Plan:
         return links[-1] if links else None
 
     def step_seconds(self, count: int, batch_size: int) -> float:
-        """Return the seconds of a step of so many workers."""
+        """Return the seconds that a step takes on `count` workers."""
         size = share(batch_size, count)
         if self.place.shared:
             most = max(number for number in self.measured if number <= count)
@@ -117,9 +117,9 @@ def counts_to_measure(counts: Sequence[int], place: Place) -> list[int]:
 
 
 def sizes_to_time(counts: Sequence[int], workers: int, place: Place, batch_size: int) -> list[int]:
-    """Return the images of the steps that are timed with so many workers.
+    """Return the sizes, in images, of the steps to time with `workers`.
 
-    On shared CPUs they are the shares of as many workers or more, else those of all, on one worker.
+    On shared CPUs they are the shares of this number of workers and of larger ones, else those of all, on one worker.
     """
     if workers > 1 and not place.shared:
         return []
@@ -208,7 +208,7 @@ def assumptions(plan: Plan) -> list[str]:
     else:
         between = "The link between workers was not measured."
     overlap = (
-        "the exchange hides beside the backward pass, two thirds of a step's computation, but for the last bucket"
+        "the exchange hides beside the backward pass, two thirds of a step's computation, except for the last bucket"
         if place.use_gpu
         else "the exchange needs the same CPUs as the backward pass, so none of it is hidden"
     )
@@ -245,7 +245,7 @@ def advice(plan: Plan, workers: Mapping[int, Mapping[str, Any]]) -> list[str]:
     return [
         line,
         f"With --batch-size {larger}, {many} would train {gain:.2f} times as many images per second as with "
-        f"{batch_size}; the learning rate would have to be found anew.",
+        f"{batch_size}; the learning rate would have to be tuned again.",
     ]
 
 

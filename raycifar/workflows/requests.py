@@ -85,7 +85,7 @@ class WorkerSettings:
             raise RequestError(f"{option} is for workers on GPUs, and {where} has none: leave one of them out.")
 
     def check_workers(self, workers: WorkerCount) -> None:
-        """Check that so many workers can have what is asked for; 0 is this process."""
+        """Check that this number of workers can have what is asked for; 0 is this process."""
         if workers == 0:
             self.check_no_gpu_is_chosen("--workers 0")
             if self.cpus_per_worker and self.cpus_per_worker > (most := os.cpu_count() or 1):
