@@ -156,7 +156,7 @@ def to_command(
 
 
 def chosen_workers(run: dict[str, Any], command: str) -> str | None:
-    """Return a run's --workers, or None where the command's default without a GPU is the same, or it has no such."""
+    """Return a run's --workers, or None if it is the default without a GPU, or the command has no such value."""
     least, count = run.get("least_workers"), run.get("workers", 1)
     if command == "compare":
         return str(count) if count > 1 else None  # of each trial: not this process, nor a range
@@ -175,7 +175,7 @@ Step = dict[str, str]  # a command, and the reason for it
 def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = "results") -> list[Step]:
     """Return commands that are ready to run, each with its reason, in the order in which an expert would try them.
 
-    Continue the run; train on all images; train for longer; mend the recipe; search for a better one.
+    Continue the run; train on all images; train for longer; fix the recipe; search for a better one.
     """
     run, recipe, base = history.run, history.recipe, history.base
     steps: list[Step] = []

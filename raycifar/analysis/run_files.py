@@ -1,4 +1,4 @@
-"""A run's files, and what they tell of it."""
+"""A run's files, and what they say about it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,13 +37,13 @@ class RunFiles:
 
     @property
     def findings(self) -> list[Finding]:
-        """What the run shows, what matters most first."""
+        """What the run shows, the most important first."""
         differs = find_mismatch(self.history, self.predictions, self.pictures)
         return differs + [found for found in self.shown_by_curves if not (differs and found.kind == "healthy")]
 
     @cached_property
     def answers(self) -> "Answers | None":
-        """What the network says of the test images."""
+        """What the network predicts for the test images."""
         if self.predictions is None:
             return None
         labels, probabilities = self.predictions["label"].to_numpy(), from_lists(self.predictions["probabilities"])

@@ -17,8 +17,8 @@ MUST_AGREE = ("python", "ray", "torch", "raycifar")
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on.
 
-    They are what runs: a job's working directory may lie over other packages that are installed, or over none. The
-    builds of one version for different hardware count as one.
+    These versions are the ones in use: the packages in a job's working directory take precedence over installed ones.
+    Builds of one version for different hardware count as one.
     """
     import numpy
     import torch

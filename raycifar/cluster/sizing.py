@@ -13,7 +13,7 @@ from raycifar import words
 from raycifar.cluster import ray_internals
 from raycifar.errors import RequestError
 
-GPU_WORKER_CPUS = 4  # a GPU's worker computes nothing on the CPU but its bookkeeping
+GPU_WORKER_CPUS = 4  # a worker on a GPU does only bookkeeping on the CPU
 MIN_CPU_SHARE = 0.25  # of a CPU; below, Ray's own processes starve and time out
 MAX_NODES = 1000  # of one type that an autoscaler may add, where it sets no limit
 LOOK_SECONDS = 1  # between checks of what is free
@@ -21,7 +21,7 @@ VERDICT_SECONDS = 30  # for the autoscaler to say whether it can help
 TRIAL_MEMORY = 2e9  # bytes: what a trial's driver and Ray Train's processes for it take on the head, 1.96 GB measured
 HEAD = "node:__internal_head__"  # a resource that the head alone has
 ACCELERATOR = "accelerator_type:"  # and its name: the resource by which Ray tells kinds of GPUs apart
-ACCELERATOR_AMOUNT = 0.001  # of the one that a node has: Ray's own choice where an accelerator is asked for
+ACCELERATOR_AMOUNT = 0.001  # of the 1 that a node has: the amount that Ray itself requests for an accelerator
 
 Resources = dict[str, float]
 
@@ -89,12 +89,12 @@ def size_workers(
     """Return the sizing of a run on the connected cluster, counting the nodes that its autoscaler may add.
 
     Args:
-        wanted: number of workers, or its least and most; None takes one for each GPU that is there, or one. Of workers
-            that may share a GPU it takes one, too: Ray would pack them on as few GPUs as hold them.
+        wanted: number of workers, or its least and most; None takes one for each GPU, or one without a GPU. It also
+            takes one if workers may share a GPU: Ray would pack them onto as few GPUs as possible.
         device: auto, gpu or cpu.
         cpus: CPUs of each worker; None takes 4 on GPUs, else an equal share of what the nodes have.
-        gpus: of each worker, above 0, at most 1; a share is of one GPU, and asks for a GPU as `device` gpu does.
-        accelerator: the kind of GPU, such as H100, which asks for a GPU too; None takes any.
+        gpus: of each worker, above 0, at most 1; a share is of one GPU, and requires a GPU as `device` gpu does.
+        accelerator: the kind of GPU, such as H100, which also requires a GPU; None takes any.
 
     Raises:
         RequestError: the cluster can never hold that; the message names the most that fit.
@@ -148,7 +148,7 @@ def size_trials(
 ) -> tuple[Workers, int]:
     """Return the sizing of each of several runs, and how many of them the cluster holds at once.
 
-    By default a run on CPUs takes as much of a node as keeps every node busy.
+    By default a run on CPUs takes the largest share of a node with which every node is busy.
 
     Args:
         count: workers of each run.

@@ -114,10 +114,10 @@ def most_alike(alike: Tensor, start: int, least: float) -> tuple[Tensor, Tensor]
 
 
 class Edges:
-    """Compares images by their edges, faint ones as much as strong ones, in the middle three quarters.
+    """Compares images by their edges, with equal weight for faint and strong ones, in the middle three quarters.
 
-    Edges are the difference of two Gaussian blurs, over its local strength: otherwise the outline of an object on a
-    plain ground outweighs all else, and bottles are alike.
+    Edges are the difference of two Gaussian blurs, divided by its local strength: otherwise the outline of an object on
+    a plain background outweighs everything else, and all bottles look alike.
 
     Args:
         size: of the images, in pixels. step: pixels between two samples, and the scale of the edges.

@@ -97,7 +97,7 @@ class Architecture:
         return network
 
     def outline(self) -> nn.Module:
-        """Return the network without memory, whose parameters have shapes alone; nothing is initialized."""
+        """Return the network without memory: its parameters have only shapes, and nothing is initialized."""
         import torch
 
         with torch.device("meta"):

@@ -182,7 +182,7 @@ def choices(field: Field[Any], kind: Any) -> tuple[str, ...]:
 
 
 def checked_value(name: str, value: Any, kind: Any, allowed: tuple[str, ...] = (), most: float = MAX_NUMBER) -> Any:
-    """Return the value of a field as one of `kind`: a whole number is a number, and NumPy's are as good as Python's.
+    """Return the value of a field as one of `kind`: a whole number is a number, and NumPy numbers are accepted.
 
     Raises:
         ValueError: it is of another kind, or not allowed; the message names the field.

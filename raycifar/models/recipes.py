@@ -79,9 +79,9 @@ def model_of(recipe: str | None) -> str:
 
 
 def recipe_for(model: str, pretrained: str | None = None, epochs: int | None = None) -> Recipe:
-    """Return a model's default recipe; in place of a long one from scratch, fewer than 100 epochs have `short`.
+    """Return a model's default recipe; for fewer than 100 epochs from scratch, `short` replaces a long recipe.
 
-    A model without that has `study`.
+    A model without `short` has `study`.
 
     Args:
         pretrained: the initial weights, if they are given.
@@ -116,7 +116,7 @@ def nearest_recipe(model: str, recipe: Recipe) -> NamedRecipe:
 
 
 def options_for(model: str, recipe: Recipe) -> dict[str, Any]:
-    """Return the options that give a model this recipe, few of them: `choose_recipe` is the inverse."""
+    """Return a few options that give a model this recipe: `choose_recipe` is the inverse."""
     nearest = nearest_recipe(model, recipe)
     options: dict[str, Any] = {} if nearest.own else {"recipe": nearest.name}
     for name in ("pretrained", "epochs"):  # by these, the default is chosen
@@ -256,7 +256,7 @@ def read_run(folder: RunFolder, warn: Callable[[str], None] = notice) -> dict[st
     """Return the content of a run's `run.json`, whichever version wrote it, or None if there is none.
 
     Args:
-        warn: called with a sentence of what is passed over.
+        warn: called with a sentence about ignored fields.
 
     Raises:
         DamagedFileError: it lacks what a run has, or has another type, range or model.
@@ -272,5 +272,5 @@ def read_run(folder: RunFolder, warn: Callable[[str], None] = notice) -> dict[st
     except RequestError as error:
         raise DamagedFileError(f"{where} is damaged, or of another version: {error}") from error
     if unknown := run["recipe"].keys() - vars(recipe).keys() - RENAMED.keys():
-        warn(f"{where} has a recipe with fields that this version passes over: {', '.join(sorted(unknown))[:200]}.")
+        warn(f"{where} has a recipe with fields that this version ignores: {', '.join(sorted(unknown))[:200]}.")
     return run

@@ -1,4 +1,4 @@
-"""Where the time goes on this machine or cluster, beside the bare compute limit."""
+"""Where the time goes on this machine or cluster, compared with the bare compute limit."""
 
 import itertools
 import statistics
@@ -97,7 +97,7 @@ class BenchRequest:
 def bench(request: BenchRequest, screen: Screen, connection: ExitStack, show: Show, *, debug: bool = False) -> None:
     """Time a model's training, for at most five minutes; write `bench.json` and its charts, and show the first.
 
-    What was timed is written and shown, too, where an error or Ctrl-C ends the rest.
+    If an error or Ctrl-C ends it early, what was timed so far is still written and shown.
 
     Args:
         connection: enters the connection to Ray. show: called at the end.
@@ -300,7 +300,7 @@ def time_floor(workers: int) -> float:
         return float(file.read_text()) - begun
 
 
-# What came of it -------------------------------------------------------------------------------------
+# Results ---------------------------------------------------------------------------------------------
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

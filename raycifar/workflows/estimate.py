@@ -32,8 +32,8 @@ def operations_of(recipe: Recipe, initial: InitialWeights, splits: Splits) -> fl
 def cpu_seconds(recipe: Recipe, initial: InitialWeights, splits: Splits) -> float:
     """Return about how long training and validation take on all CPUs of this process.
 
-    Steps with few and with many images are timed: the time of a step grows evenly with its images, from what the
-    optimizer takes.
+    Steps with few and with many images are timed: a step takes the optimizer's time plus a time proportional to its
+    images.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What can be asked for: each option once, with its default and its help, for the commands and the Python API alike."""
+"""Requests: each option once, with its default and its help, for the commands and the Python API alike."""
 
 import difflib
 import os
@@ -24,7 +24,7 @@ MAX_ELASTIC_WORKERS = 64  # the images are cut wherever a shard of any of the nu
 MAX_WORKERS = MAX_TRIALS = 10_000  # more is a slip
 MAX_SEED = 2**63 - 1  # of PyTorch's generators
 MAX_NAME_BYTES = 200  # file systems take 255
-# What a comparison of finished runs has a use for; RAYCIFAR_DATA may be set without being meant for it.
+# The options that a comparison of finished runs uses; RAYCIFAR_DATA may be set for other commands.
 OF_FINISHED_RUNS = ("storage", "name", "report", "price_per_hour", "without_near_duplicates", "data")
 
 
@@ -37,11 +37,11 @@ def setting(
     env: str | None = None,
     metavar: str | None = None,
 ) -> Any:
-    """Return a field that is an option of the commands, too.
+    """Return a field that is also an option of the commands.
 
     Args:
-        least, most: the smallest and the largest value that make sense. env: a variable of the environment that sets
-            the default.
+        least, most: the smallest and the largest value that make sense. env: an environment variable that sets the
+            default.
     """
     metadata = {"help": help, "least": least, "most": most, "env": env, "metavar": metavar, "default": default}
     if env:
@@ -162,7 +162,7 @@ class TrainingRequest(Settings):
 
     @classmethod
     def of(cls, model: str, **options: Any) -> Self:
-        """Return the request that options stand for: `lr`, `epochs`, … are of the recipe; None is the default."""
+        """Return the request for these options: `lr`, `epochs`, … belong to the recipe; None is the default."""
         models.find(model)
         settings, recipe = sort_options(cls, options)
         return cls(model, choose_recipe(model, **recipe), **settings)
@@ -177,7 +177,7 @@ class ComparisonRequest(Settings):
     """
 
     recipes: Mapping[str, Recipe]  # by model
-    fixed: frozenset[str] = frozenset()  # fields of the recipe that a search leaves alone, because they are given
+    fixed: frozenset[str] = frozenset()  # fields of the recipe that are given, and so not searched
     _: KW_ONLY
     seed: int = setting(0, "Seed of each model's first run.", least=0, most=MAX_SEED)
     seeds: int = setting(3, "Runs of each model, with seeds from --seed on.", least=1, most=MAX_TRIALS)
@@ -207,7 +207,7 @@ class ComparisonRequest(Settings):
 
     @classmethod
     def of(cls, names: Iterable[str], **options: Any) -> Self:
-        """Return the request that options stand for, with each model's default recipe for what isn't given."""
+        """Return the request for these options; what isn't given comes from each model's default recipe."""
         names = [name.strip() if isinstance(name, str) else name for name in names or ()]
         for name in names:
             models.find(name)
@@ -217,7 +217,7 @@ class ComparisonRequest(Settings):
         return cls({name: choose_recipe(name, **recipe) for name in names}, frozenset(recipe), **settings)
 
     def only_for_training(self) -> list[str]:
-        """Return the options that are given, and that a comparison of finished runs has no use for."""
+        """Return the given options that a comparison of finished runs doesn't use."""
         given = {
             f.name: getattr(self, f.name)
             for f in settings_of(type(self))
@@ -227,7 +227,7 @@ class ComparisonRequest(Settings):
         return [f"--{name.replace('_', '-')}" for name in (*names, *sorted(self.fixed))]
 
     def training(self, model: str) -> TrainingRequest:
-        """Return the request that this is for one of the models."""
+        """Return this request for one of the models."""
         names = {f.name for f in settings_of(TrainingRequest)} & {f.name for f in settings_of(type(self))}
         return TrainingRequest(model, self.recipes[model], **{name: getattr(self, name) for name in names})
 

@@ -20,10 +20,10 @@ from raycifar.workflows.requests import TrainingRequest
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
 
-# What may differ when a run is resumed: the same images and the same weights may lie elsewhere by then, and so may
+# What may differ when a run is resumed: the same images and weights may have moved in the meantime, and so may
 # the run itself. The architecture follows from model, recipe and weights; `val` is reported as `val_size`.
 MAY_DIFFER = ("name", "source", "pretrained", "recipe", "data", "architecture", "val")
-# Shown always; other fields only where they differ from their defaults, which switch them off.
+# Always shown; other fields are shown only if they differ from their defaults, which switch them off.
 ALWAYS_SHOWN = (
     "epochs", "batch_size", "optimizer", "lr", "momentum", "schedule", "warmup", "weight_decay", "label_smoothing",
     "augment",
@@ -108,7 +108,7 @@ def flatten(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_run_json(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any], workers: "Workers") -> None:
-    """Write `run.json`, and delete what failed attempts left; a resumed run keeps its creation time."""
+    """Write `run.json`, and delete leftovers of failed attempts; a resumed run keeps its creation time."""
     from raycifar.cluster.nodes import versions
 
     folder.delete_leftovers()
@@ -132,7 +132,7 @@ def write_run_json(folder: RunFolder, request: TrainingRequest, identity: dict[s
 
 
 def describe_recipe(model: str, recipe: Recipe) -> str:
-    """Return the fields of a recipe that are in force, those that differ from the model's nearest recipe first."""
+    """Return the fields of a recipe that have an effect, those that differ from the model's nearest recipe first."""
     base = nearest_recipe(model, recipe)
     differs, differing = describe_changes(recipe, base.recipe), changes(recipe, base.recipe)
     shown = dict.fromkeys(ALWAYS_SHOWN) | changes(recipe, type(recipe)())

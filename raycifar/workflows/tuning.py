@@ -188,7 +188,7 @@ class StudySearcher(Searcher):
             self.finals[model] = list(map(self._with_status, finals))
 
     def best(self, model: str) -> Trial | None:
-        """Return the search trial that ended with the highest validation top-1, the first of equals."""
+        """Return the search trial that ended with the highest validation top-1, the first if several are equal."""
         finished = [trial for trial in self.searches[model] if trial.status == TrialStatus.FINISHED]
         return max(finished, key=lambda trial: self.val_top1(trial)[-1], default=None)
 
