@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Submits the study: all three models, three seeds each, compared; and follows it.
+# Submits the study, a comparison of all three models with three seeds each, and follows it.
 #
 #   jobs/compare.sh                        each model with its default recipe
-#   jobs/compare.sh --search 20            first look for each model's best recipe
+#   jobs/compare.sh --search 20            first search for each model's best recipe
 #
-# NAME               of the comparison; the same name continues it
+# NAME               name of the comparison; the same name continues it
 # RAYCIFAR_STORAGE   where it is kept: s3://bucket/runs, or a folder that all nodes share
 # RAY_ADDRESS        the cluster's dashboard; by default http://127.0.0.1:8265
 set -euo pipefail

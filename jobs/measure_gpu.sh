@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Measures what only a GPU can show: the tests that need one, the speedrun, full recipes, long runs with Muon (untried so
 # far), step times, predicted speed for 1 to 8 workers, and the same training with PIL and a DataLoader. Each result is
-# appended to a JSON Lines file as soon as it is there. Called again, the script does what is missing; a training that
-# was cut off goes on from its last checkpoint.
+# appended to a JSON Lines file as soon as it is there. Run again, it does only what is missing; an interrupted run
+# resumes.
 #
-#   jobs/measure_gpu.sh 60                 stop before 60 minutes are over
-#   jobs/measure_gpu.sh 60 gpu.jsonl       the file of results; runs are kept beside it, in gpu-runs/
+#   jobs/measure_gpu.sh 60                 stop within 60 minutes
+#   jobs/measure_gpu.sh 60 gpu.jsonl       write results to gpu.jsonl, and keep runs beside it, in gpu-runs/
 #
-# RAYCIFAR_DATA  where the images are; SMALL=1 measures next to nothing, on any machine, to see that it works
+# RAYCIFAR_DATA  where the images are
+# SMALL=1        measures very little, on any machine, to check that the script works
 set -uo pipefail
 minutes=${1:?give the minutes that it may take} file=${2:-gpu.jsonl}
 file=$(realpath -m "$file") runs=$(dirname "$(realpath -m "$file")")/gpu-runs
@@ -21,7 +22,7 @@ if [ -n "${SMALL:-}" ]; then
     size=(--limit 100 --val-size 100 --rounds 1 --batch-size 20) tests=(tests/test_cuda.py)
 fi
 
-# measure NAME SECONDS RESULT COMMAND...: run a command, unless it was run or would take too long, and keep what it made.
+# measure NAME SECONDS RESULT COMMAND...: run a command, unless it was run or would take too long, and keep its result.
 measure() {
     local name=$1 seconds=$2 result=$3 left=$((deadline - SECONDS)) began=$SECONDS code=0
     shift 3
@@ -80,7 +81,7 @@ train vgg16 190 --model vgg16
 if [ -z "${SMALL:-}" ]; then # on a CPU it takes ten minutes, however few its images
     train resnet50-muon 400 --model resnet50 --pretrained none "${muon[@]}" --epochs 100 --compile
 fi
-train speedrun-profile 60 --recipe speedrun --val-size 0 --no-record --profile # where the milliseconds are
+train speedrun-profile 60 --recipe speedrun --val-size 0 --no-record --profile # where the milliseconds go
 train speedrun-train 60 --recipe speedrun --val-size 0 --no-record # by raycifar train, in one process
 speedrun speedrun "$times" 100
 plan=(--against dataloader --plan 1,2,4,8 --interconnect nvlink)
@@ -94,7 +95,7 @@ if [ -z "${SMALL:-}" ]; then # on a CPU it takes ten minutes, however few its im
 fi
 train resnet50 1000 --model resnet50 --pretrained none
 [ -n "${SMALL:-}" ] && exit
-# Variations, by validation; the first is what the others are compared with.
+# Variations, scored on validation images; the first is the baseline.
 speedrun speedrun-base 5 60 --val-size 5000
 for epochs in 12 13 15; do speedrun "speedrun-epochs-$epochs" 5 60 --val-size 5000 --epochs $epochs; done
 for smoothing in 0.2 0.35; do speedrun "speedrun-smoothing-$smoothing" 5 60 --val-size 5000 --label-smoothing $smoothing; done

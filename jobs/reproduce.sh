@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains the table of results: each model with each seed, on whatever Ray cluster there is, else on this machine. Prints
-# the table as Markdown, and leaves it in report.md of the comparison's folder. Started again, it goes on where it was.
+# Reproduces the results table: trains each model with each seed, on a running Ray cluster or else on this machine.
+# Prints the table as Markdown, and writes it to report.md in the comparison's folder. Run again, it resumes.
 #
 #   jobs/reproduce.sh                          cnn, vgg16 and ResNet-50 from scratch, three seeds each, all epochs
 #   MODELS=cnn SEEDS=1 EPOCHS=5 jobs/reproduce.sh --limit 5000
 #
-# NAME               of the comparison; the same name continues it
+# NAME               name of the comparison; the same name continues it
 # RAYCIFAR_STORAGE   where it is kept: s3://bucket/runs, or a folder that all nodes share
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,5 +14,5 @@ name=${NAME:-reproduce} storage=${RAYCIFAR_STORAGE:-results} python=${PYTHON:-py
 "$python" -m raycifar.compare --models "${MODELS:-cnn,vgg16,resnet50}" --seeds "${SEEDS:-3}" --pretrained none \
     ${EPOCHS:+--epochs "$EPOCHS"} --name "$name" --storage "$storage" "$@"
 "$python" -m raycifar.report "$storage/$name" --format md
-"$python" -c 'import sys; from raycifar.storage.run_folder import *
+"$python" -c 'import sys; from raycifar.storage.run_folder import REPORT_TEXT, RunFolder
 print(RunFolder.at(sys.argv[1]).read(REPORT_TEXT).decode())' "$storage/$name"

@@ -5,7 +5,7 @@
 #   MODEL=resnet50 jobs/train.sh --workers 1:8 --epochs 20
 #
 # MODEL              cnn, vgg16, resnet50 or timm:NAME
-# NAME               of the run; the same name continues it
+# NAME               name of the run; the same name continues it
 # RAYCIFAR_STORAGE   where it is kept: s3://bucket/runs, or a folder that all nodes share
 # RAY_ADDRESS        the cluster's dashboard; by default http://127.0.0.1:8265
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""Where the time goes, beside the bare compute limit: `python -m raycifar.bench --model cnn`."""
+"""Where the time goes, compared with the bare compute limit: `python -m raycifar.bench --model cnn`."""
 
 from typing import Any
 
@@ -24,23 +24,36 @@ OF_NO_COST = (
 @click.option("--model", required=True, help=f"{', '.join(models.names())}, or timm:NAME.")
 @click.option("--rounds", type=click.IntRange(1, MAX_TRIALS), default=5, help="Rounds of timing, at most.")
 @click.option(
-    "--against", default="", show_default=False, help=f"Other ways to time as well, comma-separated: {', '.join(WAYS)}."
+    "--against",
+    default="",
+    show_default=False,
+    help=f"Alternatives to time as well, comma-separated: {', '.join(WAYS)}.",
 )
-@click.option("--plan", default=None, metavar="N,N,…", help="Predict what so many workers would take, such as 1,2,4,8.")
 @click.option(
-    "--interconnect", type=click.Choice(list(INTERCONNECTS)), help="The link between workers.  [as measured here]"
+    "--plan", default=None, metavar="N,N,…", help="Predict training time for these numbers of workers, such as 1,2,4,8."
 )
-@click.option("--price-per-hour", type=float, default=None, help="Of one device, for --plan.")
-@click.option("--startup", is_flag=True, help="Time the start as well, beside that of an empty trainer.")
-@click.option("--workers", type=click.IntRange(0, MAX_WORKERS), help="0: this process.  [one for each GPU, else 1]")
+@click.option(
+    "--interconnect",
+    type=click.Choice(list(INTERCONNECTS)),
+    metavar="LINK",
+    help=f"Link between workers, for --plan: {', '.join(INTERCONNECTS)}.  [as measured here]",
+)
+@click.option("--price-per-hour", type=float, default=None, help="Price of one device per hour, for --plan.")
+@click.option("--startup", is_flag=True, help="Also time the start, and that of an empty trainer.")
+@click.option(
+    "--workers",
+    type=click.IntRange(0, MAX_WORKERS),
+    help="Number of workers; 0 runs in this process.  [one per GPU, else 1]",
+)
 @click.option("--out", default="bench", help="Folder or URI for bench.json and charts.")
 @request_options(TrainingRequest, without=UNUSED)
 @recipe_options(without=OF_NO_COST)
 def main(debug: bool, model: str, **options: Any) -> None:
-    """Time a model's training on this machine or cluster, beside the bare step, and say where the time goes.
+    """Time a model's training on this machine or cluster, compare it with the bare step, and say where the time goes.
 
-    It ends within five minutes, and takes as many images of the data set, or of --limit, as fit. Figures are medians
-    over rounds. Shares are of the same round's bare step, so that a machine that slows down slows both.
+    The measurement ends within five minutes, and uses as many images of the data set, or of --limit, as fit. Figures
+    are medians over rounds. Shares are relative to the bare step of the same round, so a machine that slows down slows
+    both.
     """
     own = {name: options.pop(name) for name in ("rounds", "plan", "interconnect", "price_per_hour", "startup", "out")}
     ways = [name.strip() for name in options.pop("against").split(",") if name.strip()]

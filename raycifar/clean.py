@@ -13,10 +13,10 @@ from raycifar.workflows.inventory import Removable, removable, remove
 @folder_argument
 @click.option("--yes", is_flag=True, help="Don't ask.")
 def main(debug: bool, folder: str, yes: bool) -> None:
-    """Remove the checkpoints of finished runs, and nothing else, after saying which and asking.
+    """Remove the checkpoints of finished runs, after listing them and asking. Nothing else is removed.
 
-    Runs that are under way, stopped or failed keep theirs, to continue from. A run without checkpoints can be reported,
-    compared, evaluated and exported as before.
+    Runs that are under way, stopped or failed keep their checkpoints and can be continued. Without its checkpoints, a
+    finished run can still be reported, compared, evaluated and exported.
     """
     screen, found = Screen(), list(removable(folder))
     if not found:

@@ -8,14 +8,14 @@ import click
 from raycifar import __version__
 
 COMMANDS = {
-    "data": "Fetch, describe and convert the data set.",
+    "data": "Fetch, describe, check and convert the data set.",
     "train": "Train one model, data-parallel, on Ray Train.",
     "compare": "Train several models and seeds, orchestrated by Ray Tune, and say which is better.",
     "report": "Draw and explain a run, a comparison, or several runs side by side.",
-    "bench": "Measure where training time goes, compared with the bare compute limit.",
+    "bench": "Measure where training time goes, against the bare compute limit.",
     "runs": "List the runs of a folder or URI.",
     "clean": "Remove the checkpoints of finished runs.",
-    "speedrun": "Seconds to a mean top-1 of 0.75, by the public clock.",
+    "speedrun": "Time training to a mean top-1 of 0.75, by the public rules.",
     "evaluate": "Score a trained network on a data set, as a Ray Data job.",
     "export": "Write a trained network as ONNX, PyTorch or safetensors.",
     "recipes": "List the recipes, or print one in full.",

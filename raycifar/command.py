@@ -94,7 +94,7 @@ def refuse_empty(context: click.Context) -> None:
 
 
 def end_at_second_signal() -> None:
-    """Exit with 130 at the second Ctrl-C or SIGTERM, also while the main thread is inside of a library's call.
+    """Exit with 130 at the second Ctrl-C or SIGTERM, also while the main thread is inside a library call.
 
     Python's handlers wait for the main thread to come back; this file descriptor is written to at once.
     """

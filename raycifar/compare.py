@@ -17,14 +17,14 @@ from raycifar.workflows.requests import ComparisonRequest
 
 @click.command(cls=Command, example="raycifar compare --models cnn,vgg16 --seeds 3 --epochs 30")
 @click.argument("runs", nargs=-1, metavar="[RUN]...")
-@click.option("--models", "names", help=f"Comma-separated, of {', '.join(models.names())}, timm:NAME.")
-@click.option("--dry-run", is_flag=True, help="Show what would be trained, and for how long; start nothing.")
+@click.option("--models", "names", help=f"Comma-separated: {', '.join(models.names())}, timm:NAME.")
+@click.option("--dry-run", is_flag=True, help="Show the trials and the expected time; start nothing.")
 @request_options(ComparisonRequest)
 @recipe_options()
 def main(debug: bool, runs: tuple[str, ...], names: str | None, dry_run: bool, **options: Any) -> None:
     """Train several models and seeds, orchestrated by Ray Tune, and report which is better, with its uncertainty.
 
-    Given the folders of finished runs, compare these instead. Recipe options override fields of each model's recipe.
+    Given the folders of finished runs, compare these instead. Recipe options change each model's recipe.
     """
     if bool(runs) == bool(names):
         raise RequestError("give either --models to train, or the folders of finished runs.")

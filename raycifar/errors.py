@@ -84,6 +84,11 @@ def in_a_line(error: BaseException) -> str:
     return shown(line.removeprefix("raycifar.errors.StorageError: ").rstrip(".: "))
 
 
+def as_sentence(message: str) -> str:
+    """Return a message with a full stop, unless it ends with a question."""
+    return message if message.endswith("?") else f"{message}."
+
+
 def first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + " and others" * (len(names) > MAX_NAMES)
 

@@ -15,19 +15,22 @@ from raycifar.workflows.requests import MAX_WORKERS, WorkerSettings
 
 @click.command(cls=Command, example="raycifar evaluate results/first --split train")
 @click.argument("network", metavar="RUN|WEIGHTS")
-@click.option("--data", help="cifar100, synthetic, path, URI.  [the run's own; else RAYCIFAR_DATA or cifar100]")
-@click.option("--split", type=click.Choice(["test", "train"]), default="test")
+@click.option("--data", help="cifar100, synthetic, a path or a URI.  [the run's; else RAYCIFAR_DATA or cifar100]")
+@click.option("--split", type=click.Choice(["test", "train"]), default="test", help="Images to score.")
 @click.option(
-    "--workers", "count", type=click.IntRange(0, MAX_WORKERS), help="0: this process.  [one for each GPU, else 1]"
+    "--workers",
+    "count",
+    type=click.IntRange(0, MAX_WORKERS),
+    help="Number of workers; 0 scores in this process.  [one per GPU, else 1]",
 )
 @request_options(WorkerSettings)
-@click.option("--out", help="Folder or URI to write to.  [the run's, for its own test set; else evaluation]")
+@click.option("--out", help="Folder or URI to write to.  [the run's, for its test set; else evaluation]")
 def main(debug: bool, **options: object) -> None:
     """Score a trained network on a data set, as a Ray Data job.
 
     RUN is the folder of a finished run, WEIGHTS a weights file that raycifar wrote. Writes evaluation.json, its page
-    evaluation.html, and predictions.parquet with the predictions for each image. --data may hold a test set alone, or
-    be the folder of CIFAR-100-C, whose scores come by corruption and severity.
+    evaluation.html, and predictions.parquet with the predictions for each image. --data may hold only a test set, or
+    be the folder of CIFAR-100-C, which is scored by corruption and severity.
     """
     screen = Screen()
     found, folder = evaluate(EvaluationRequest(**options), screen, UNTIL_EXIT, debug=debug)  # type: ignore[arg-type]

@@ -9,15 +9,15 @@ from raycifar.workflows.exporting import SUFFIXES, export
 
 @click.command(cls=Command, example="raycifar export results/first --to onnx")
 @click.argument("network", metavar="RUN|WEIGHTS")
-@click.option("--to", "kind", type=click.Choice(list(SUFFIXES)), required=True)
-@click.option("--out", help="File or URI to write.  [model and suffix, in the current folder]")
+@click.option("--to", "kind", type=click.Choice(list(SUFFIXES)), required=True, help="Format to write.")
+@click.option("--out", help="File or URI to write.  [the model's name, in the current folder]")
 @click.option("--data", help="Test images for the check.  [the run's; else RAYCIFAR_DATA or cifar100]")
 def main(debug: bool, network: str, kind: str, out: str | None, data: str | None) -> None:
     """Write a trained network for other programs.
 
-    All but safetensors, which holds the weights alone, contain the preprocessing: they map images (n, 3, 32, 32) uint8,
-    channels first, to logits (n, classes) float32. The file is kept only if it predicts the same classes as the network
-    for 1,000 test images.
+    All formats except safetensors, which holds only the weights, include the preprocessing: they map images
+    (n, 3, 32, 32) uint8, channels first, to logits (n, classes) float32. The file is kept only if it predicts the same
+    classes as the network for 1,000 test images.
     """
     screen = Screen()
     if kind == "torchscript":

@@ -30,7 +30,7 @@ def available_cpus() -> int:
 def cpu_quota(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
     """Return the CPU quota of this process's cgroups, version 1 or 2, in CPUs; infinity if there is none.
 
-    A container's own cgroup is mounted as the root, wherever the host has it: so the root is looked at, too.
+    A container's own cgroup is mounted as the root, whatever its path on the host, so the root is checked as well.
 
     Args:
         mounted: where the cgroups are mounted. own: the file that names this process's.
@@ -67,7 +67,7 @@ def quota_of(folder: Path) -> float:
 
 
 def provide_home() -> None:
-    """Where the user has no home folder, as in a container with a user of its own, give this process a private one.
+    """If the user has no home folder, as in a container that runs as another user, give this process a private one.
 
     The libraries that keep something in a home fail without one. A home that can only be read stays: it may hold keys.
     """

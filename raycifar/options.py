@@ -1,4 +1,4 @@
-"""Command-line options, made from the fields of requests and recipes, and the layout of their help."""
+"""Command-line options, generated from the fields of requests and recipes, and the layout of their help."""
 
 import re
 import textwrap
@@ -17,25 +17,28 @@ from raycifar.workflows.requests import Settings, WorkerCount, WorkerSettings, s
 Function = Callable[..., Any]
 
 WIDE = 110  # columns of the help, at most
-# The headings of options in the help of a command that has many; the others come last.
+# Headings in the help of a command with many options; options that aren't named here come last.
 SECTIONS = {
-    "What": (
-        "model", "names", "recipe", "data", "split", "val_size", "limit", "seed", "seeds", "search", "space", "against",
-        "plan", "interconnect", "price_per_hour", "startup",
+    "Model and data": (
+        "model", "names", "recipe", "data", "split", "val_size", "limit", "seed", "seeds", "runs", "search", "space",
+        "without_near_duplicates", "compile",
     ),
-    "Where": (
-        "workers", "count", "device", "cpus_per_worker", "gpus_per_worker", "accelerator", "max_trials", "storage",
-        "name", "out",
+    "Workers": (
+        "workers", "count", "device", "cpus_per_worker", "gpus_per_worker", "accelerator", "max_trials", "max_failures",
+        "wait", "plan", "interconnect", "price_per_hour",
     ),
-    "How long": ("dry_run", "runs", "rounds", "checkpoint_steps", "max_failures", "wait"),
+    "Run and storage": (
+        "name", "storage", "dry_run", "rounds", "against", "startup", "checkpoint_steps", "record", "profile", "report",
+        "track", "out",
+    ),
 }  # fmt: skip
-DEFAULT, NOISE = "[default: ", re.compile(r"; \d+<=x<=\d+|  \[\d+<=x<=\d+\]")  # in what click says of an option
+DEFAULT, NOISE = "[default: ", re.compile(r"; \d+<=x<=\d+|  \[\d+<=x<=\d+\]| RANGE$")  # in click's help of an option
 TIED = "\N{NO-BREAK SPACE}"
-MANY = 8  # options, from which on they have headings
+MANY = 8  # options; a command with more has headings
 
 
 class Command(click.Command):
-    """A command that exits as `run_to_the_end` does; its help has an example, and its options under headings."""
+    """A command that exits as `run_to_the_end` does; its help has an example and groups the options."""
 
     def __init__(self, *, example: str, params: list[click.Parameter], **options: Any) -> None:
         debug = click.Option(["--debug"], is_flag=True, help="Show tracebacks and Ray's log.")
@@ -55,9 +58,10 @@ class Command(click.Command):
         for heading, names in (*sections.items(), ("Other" if sections else "Options", tuple(rows))):
             if found := [row for name in names if (row := rows.pop(name, None))]:
                 with formatter.section(heading):
-                    formatter.write_dl([(left, NOISE.sub("", right).replace(DEFAULT, "[")) for left, right in found])
+                    shown = [[NOISE.sub("", text).replace(DEFAULT, "[") for text in row] for row in found]
+                    formatter.write_dl([(left, right) for left, right in shown])
         if of_recipe:
-            with formatter.section("Recipe (`raycifar recipes MODEL` says what each field is, and its value)"):
+            with formatter.section("Recipe (`raycifar recipes MODEL` explains the fields and prints their values)"):
                 text = "  ".join(map(brief, of_recipe))
                 lines = textwrap.wrap(text, formatter.width - 2, break_on_hyphens=False)
                 formatter.write("".join(f"  {line}\n" for line in lines).replace(TIED, " "))
@@ -88,7 +92,7 @@ def folder_argument(command: Function) -> Function:
 
 
 recipe_option = click.option(
-    "--recipe", metavar="NAME|FILE|RUN", default=None, help="Base recipe: see `raycifar recipes`.  [the model's]"
+    "--recipe", metavar="NAME|FILE|RUN", default=None, help="Base recipe; `raycifar recipes` lists them.  [the model's]"
 )
 
 

@@ -17,14 +17,14 @@ from raycifar.workflows.requests import Device
 @click.command(cls=Command, example="raycifar predict results/first photos/ cat.jpg")
 @click.argument("network", metavar="RUN|WEIGHTS")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGES...")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")
-@click.option("--device", type=click.Choice(get_args(Device)), default="auto")
+@click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
+@click.option("--device", type=click.Choice(get_args(Device)), default="auto", help="Device to compute on.")
 def main(debug: bool, network: str, images: tuple[str, ...], as_json: bool, device: str) -> None:
     """Print the five likeliest classes of each image.
 
     RUN is the folder of a finished run, WEIGHTS a weights file that raycifar wrote. IMAGES are files, folders or
-    URIs, of any size and mode; hidden files, and what is no image, are passed over in a folder. If an image can't be
-    read, the others are still classified, and the exit code is 1.
+    URIs; images may have any size and color mode. In a folder, hidden files and files that are not images are skipped.
+    If an image can't be read, the others are still classified, and the exit code is 1.
     """
     answers, others = predict_files(network, images, device)
     if as_json:
@@ -34,7 +34,7 @@ def main(debug: bool, network: str, images: tuple[str, ...], as_json: bool, devi
     if warning := warn_of_chance(network):
         click.echo(warning, err=True)
     if others:
-        click.echo(f"{count(others, 'file')} passed over: not an image.", err=True)
+        click.echo(f"{count(others, 'file')} skipped: not an image.", err=True)
     if broken := [f"{answer['image']}: {answer['error']}" for answer in answers if "error" in answer]:
         raise WorkError(f"{len(broken)} of {len(answers)} images can't be read: {'; '.join(broken)}.")
 

@@ -16,7 +16,7 @@ HARMLESS = {"region", "scheme", "endpoint_override", "allow_bucket_creation", "a
 def shown(text: str) -> str:
     """Return a text as it may be written and printed: what may be a secret in a URI is replaced by ***.
 
-    These are the user and password before an @, and the parameters after a ?, but for those that are known to be
+    These are the user and password before an @, and the parameters after a ?, except those that are known to be
     harmless.
     """
     if "://" in text:

@@ -13,11 +13,11 @@ FILES = {"html": REPORT_PAGE, "md": REPORT_TEXT, "json": REPORT}
 
 @click.command(cls=Command, example="raycifar report results/first --format md")
 @click.argument("folders", metavar="RUN…|COMPARISON", nargs=-1, required=True)
-@click.option("--format", "kind", type=click.Choice([*FILES]), default="html")
-@click.option("--data", help="Where the images are, for pictures of a run that keeps none.")
-@click.option("--out", help="Folder or URI to write to.  [that of the run or the comparison; overlay, of several]")
+@click.option("--format", "kind", type=click.Choice([*FILES]), default="html", help="Format of the report.")
+@click.option("--data", help="Data set to take pictures from, if the run kept none.")
+@click.option("--out", help="Folder or URI to write to.  [the folder of the run or comparison; overlay for several]")
 def main(debug: bool, folders: tuple[str, ...], kind: str, data: str | None, out: str | None) -> None:
-    """Draw and explain a run, finished or not, or a comparison; several runs are drawn on one page, without a verdict.
+    """Draw and explain a run, finished or not, or a comparison; draw several runs on one page, without a verdict.
 
     Writes report.html, a page that opens offline, and report.json; for a run also suspects.csv, which ranks its
     training images by how likely their labels are wrong. With --format md or json, writes only that.

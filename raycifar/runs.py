@@ -14,11 +14,11 @@ from raycifar.workflows.inventory import find_runs
 
 @click.command(cls=Command, example="raycifar runs s3://bucket/runs --json")
 @folder_argument
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")
+@click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
 def main(debug: bool, folder: str, as_json: bool) -> None:
-    """List the runs and comparisons in a folder, the newest first; of a comparison's folder, its trials.
+    """List the runs and comparisons in a folder, or the trials in a comparison's folder, the newest first.
 
-    A run that is stopped has no result yet: the command that began it continues it.
+    A stopped run has no result yet; the command that started it continues it.
     """
     screen, found = Screen(), find_runs(folder)
     if as_json:

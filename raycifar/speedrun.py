@@ -18,7 +18,7 @@ OTHERS = [setting.name for setting in settings_of(TrainingRequest) if setting.na
 @click.command(cls=Command, example="raycifar speedrun --runs 20")
 @click.option("--runs", type=click.IntRange(1, MAX_TRIALS), default=20, help="Runs, with seeds from --seed on.")
 @click.option("--model", default="speedrun", help=f"{', '.join(models.names())}, or timm:NAME.")
-@click.option("--val-size", default=0, help="Training images held out, and scored in place of the test set.")
+@click.option("--val-size", default=0, help="Images held out, and scored instead of the test set.")
 @click.option("--out", default="speedrun", help="Folder or URI for speedrun.json.")
 @request_options(TrainingRequest, without=OTHERS)
 @recipe_options(without=("tta_flip",))
@@ -26,9 +26,9 @@ def main(debug: bool, runs: int, model: str, out: str, **options: Any) -> None:
     """Train many times in this process, and time it by the public rules of the CIFAR-100 speedrun.
 
     The clock runs while the network is reset, the images are copied to the device, the whitening is computed and all
-    steps are taken. Outside of it are the start of the program, the preparation of the steps on random images, and
-    scoring. The test set is scored by one view of each image; the mirror image, which the rules don't allow, is shown
-    beside it.
+    steps are taken. It doesn't run during the start of the program, the preparation of the steps on random images, and
+    scoring. The test accuracy is that of one view of each image. The accuracy with the mirror image as a second view,
+    which the rules don't allow, is shown for comparison.
     """
     screen, request = Screen(), TrainingRequest.of(model, workers=0, **options)
 

@@ -24,8 +24,8 @@ from raycifar.workflows.trial import Trial, TrialStatus
 
 POLL_SECONDS = 0.25
 LINE_SECONDS = 30  # between two plain lines about the same work
-MEASURED_SECONDS = 3  # of training, after which it is said how long all of it takes
-LONG_SECONDS = 60  # left of a run, at least, of which that is said
+MEASURED_SECONDS = 3  # of training, before its total time is predicted
+LONG_SECONDS = 60  # left of a run; below, no time is predicted
 STATUS_WIDTH = 27  # of the column in the table of trials
 AROUND_TABLE = 7  # lines of a terminal beside the rows of trials
 
@@ -59,7 +59,7 @@ class PlainColumn(TextColumn):
 
 
 def replace_unencodable() -> None:
-    """Make standard output and error write a question mark for what their encoding lacks."""
+    """Make standard output and error write a question mark for characters that their encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
@@ -85,7 +85,7 @@ class Screen:
             self.say(line)
 
     def facts(self, title: str, pairs: dict[str, str]) -> None:
-        """Show values under a title; one that is longer than a terminal's line goes on below itself."""
+        """Show values under a title; a value longer than a terminal's line is wrapped below its start."""
         self.console.print(title, style="bold")
         width = max(map(len, pairs))
         if not self.console.is_terminal:

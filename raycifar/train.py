@@ -14,8 +14,8 @@ from raycifar.workflows.requests import TrainingRequest
 
 
 @click.command(cls=Command, example="raycifar train --model vgg16 --epochs 30 --name first")
-@click.option("--model", help=f"{', '.join(models.names())}, or timm:NAME.  [that of --recipe]")
-@click.option("--dry-run", is_flag=True, help="Show what would be trained, on what and for how long; start nothing.")
+@click.option("--model", help=f"{', '.join(models.names())}, or timm:NAME.  [the model of --recipe]")
+@click.option("--dry-run", is_flag=True, help="Show the plan and the expected time; start nothing.")
 @request_options(TrainingRequest)
 @recipe_options()
 def main(debug: bool, model: str | None, dry_run: bool, **options: Any) -> None:

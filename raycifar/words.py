@@ -47,7 +47,7 @@ def duration(seconds: float) -> str:
 
 
 def time_of_day(seconds: float) -> str:
-    """Return when so many seconds from now are over, with the date if that is another day."""
+    """Return the time of day in `seconds` from now, with the date if that is another day."""
     now = datetime.now()
     then = now + timedelta(seconds=min(seconds, 10**9))
     return f"{then:%H:%M}" if then.date() == now.date() else f"{then:%a %d %b, %H:%M}"

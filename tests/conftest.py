@@ -322,7 +322,7 @@ class Nodes:
 
 @pytest.fixture
 def nodes(monkeypatch):
-    """Start nodes with so many CPUs each, the head first."""
+    """Start nodes with these numbers of CPUs, the head first."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     reset_auth_token_state()  # an earlier Ray of this process had a token
     started = []

@@ -13,7 +13,7 @@ from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
 
 def free_cpus(env: dict[str, str]) -> float:
-    """Return the CPUs of a Ray of one node that nobody has reserved, the fewest of two looks.
+    """Return the CPUs of a Ray of one node that nobody has reserved, the fewest of two checks.
 
     What was asked for is given a moment after there is room.
     """

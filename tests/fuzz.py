@@ -252,7 +252,7 @@ def judge(code: int | None, said: str, found: list[str], right: list[str], seale
 
 
 def fuzz(root: Path, seconds: float, seed: int, most: int | None = None) -> tuple[collections.Counter, list[str]]:
-    """Run cases for so long, or so many; return the counts of their outcomes, and a line for each that isn't right."""
+    """Run cases until a time or number is reached; return the counts of outcomes, and a line for each wrong one."""
     subjects, rng = make_subjects(root), random.Random(seed)
     counts: collections.Counter = collections.Counter()
     bad, rights, deadline = [], {}, time.monotonic() + seconds

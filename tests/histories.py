@@ -10,7 +10,7 @@ RUN = {"model": "cnn", "seed": 0, "val_size": 5000, "limit": None, "device": "cp
 
 
 def made_up(epochs=20, val=5000, result=None, recipe=None, train=45000, run=None, **columns):
-    """A run whose curves are healthy but for those that are given, by function of the epoch (from 1)."""
+    """A run whose curves are healthy except those that are given, by function of the epoch (from 1)."""
     usual = {
         "train_loss": lambda e: 1.2 + 3 * np.exp(-e / 5),
         "train_eval_loss": lambda e: 1.1 + 3 * np.exp(-e / 5),

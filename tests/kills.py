@@ -144,7 +144,7 @@ def disturb(storage: Path, name: str, options: list[str], target: str, moment: f
 
 
 def kill_runs(storage: Path, options: list[str], targets: list[str], kills: int, seed: int) -> Iterator[Outcome]:
-    """Disturb so many runs, each at another moment and a process of the next kind."""
+    """Disturb a number of runs, each at another moment and in a process of the next kind."""
     began, randomness = time.monotonic(), random.Random(seed)
     reference = Run(storage, "reference", options)
     assert reference.finish() == 0, reference.log.read_text()

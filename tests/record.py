@@ -1,4 +1,4 @@
-"""Runs on real images whose recorded histories the tests read: `python tests/record.py NAME DATA` records one anew."""
+"""Runs on real images whose recorded histories the tests read: `python tests/record.py NAME DATA` records one again."""
 
 import json
 import sys

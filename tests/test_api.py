@@ -160,7 +160,7 @@ print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
     for name in ("first", "second"):
         weights = tmp_path / "runs" / name / "model.safetensors"
         assert weights.read_bytes() == (trained / "model.safetensors").read_bytes()
-    assert "refused: there is no option 'epoch': is it 'epochs'?" in after
+    assert "refused: unknown option 'epoch'; did you mean 'epochs'?" in after
     assert "refused: --val-size 7 can't be divided" in after
     assert "is another run: lr 0.05 there, 0.3 here" in after
     assert "failed: the loss is no longer finite" in after

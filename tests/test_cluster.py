@@ -112,7 +112,7 @@ def test_a_node_with_other_versions_or_without_the_storage_is_named(tmp_path):
     here = nodes.versions()
     assert nodes.objection(str(tmp_path), here) is None
     assert "it can't see" in nodes.objection(str(tmp_path / "nothing/run.json"), here)
-    assert f"torch {here['torch']}, not 1.0" in nodes.objection(None, {**here, "torch": "1.0"})
+    assert f"torch {here['torch']}, but the driver has torch 1.0" in nodes.objection(None, {**here, "torch": "1.0"})
 
 
 def test_images_are_cut_wherever_a_worker_s_may_begin():

@@ -129,7 +129,7 @@ def test_a_run_that_is_there_twice_is_no_second_seed():
     assert not_comparable([run, again]) == []
 
 
-def test_too_few_new_photographs_are_refused():
+def test_too_few_images_without_near_duplicates_are_refused():
     runs = [replace(finished("cnn", seed, 0.5), near_duplicate=np.arange(2000) < 1999) for seed in range(2)]
     with pytest.raises(RequestError, match="too few others are left"):
-        comparison.new_photographs(runs)
+        comparison.leave_out_near_duplicates(runs)

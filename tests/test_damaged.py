@@ -125,7 +125,7 @@ def test_fields_of_tomorrow_are_passed_over_with_a_notice_each(run):
     rewrite(run / "metrics.jsonl", rows({"new_column": [1]})((run / "metrics.jsonl").read_bytes()))
     report = reporting.report(RunFolder.at(str(run)), QUIET)
     assert len(report["notes"]) == 3
-    assert all("passes over: " in note or "pass over: " in note for note in report["notes"])
+    assert all("ignores: " in note for note in report["notes"])
     assert report["state"] == "This run is finished, after 3 epochs."
 
 

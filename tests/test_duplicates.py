@@ -1,4 +1,4 @@
-"""Images that show one photograph: planted copies of real images, and what is said of them."""
+"""Near duplicates: planted copies of real images, and what is said of them."""
 
 import csv
 import io
@@ -206,7 +206,7 @@ def test_only_copies_among_the_rows_that_are_trained_on_count(cifar):
     every, some = (found.test_copies(rows) for rows in (np.arange(50_000), np.arange(0, 50_000, 2)))
     assert len(every) == 511
     assert 200 < len(some) < 350
-    pairs = found.photographs("test")
+    pairs = found.near_duplicates("test")
     assert set(some) == {test for test, train in pairs.tolist() if train % 2 == 0}
 
 

@@ -139,7 +139,7 @@ def test_a_page_that_can_not_be_drawn_leaves_no_file(trained, small, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
-# Photographs on both sides --------------------------------------------------------------------------
+# Near duplicates in both sets -----------------------------------------------------------------------
 
 PLANTED = 60  # the first test images are the first training images
 
@@ -155,7 +155,7 @@ def leaking(small_files, tmp_path, monkeypatch):
     return path
 
 
-def test_test_images_are_counted_out_where_their_photograph_is_among_the_images_of_the_run(leaking, train, tmp_path):
+def test_near_duplicates_of_the_run_s_training_images_are_left_out(leaking, train, tmp_path):
     train(*RUN, "--epochs", 1, "--workers", 0, "--data", leaking, "--name", "a", "--no-report")
     folder = tmp_path / "runs/a"
     test = json.loads((folder / "result.json").read_text())["test"]
@@ -171,7 +171,7 @@ def test_test_images_are_counted_out_where_their_photograph_is_among_the_images_
     assert {key: found[key] for key in test} == pytest.approx(test, abs=1e-6)
     ends = found["intervals"]["top1_without_near_duplicates"]
     assert ends["low"] <= found["top1_without_near_duplicates"] <= ends["high"]
-    assert f"on the {300 - marked.sum()} whose photograph isn&#39;t among the training images" in page
+    assert f"without near duplicates of training images ({300 - marked.sum()} left)" in page
 
 
 def test_a_data_set_whose_pairs_are_not_known_is_scored_as_ever(trained):

@@ -221,7 +221,7 @@ REFUSED = {
     "listed labels": (with_labels([[0], [1]]), "has list<element: int64> in the column fine_label"),
     "unknown names": (
         with_labels(["apple", "whalee"]),
-        "'whalee', which is none of CIFAR-100's; the nearest is 'whale'",
+        "'whalee', which is not one of CIFAR-100's (did you mean 'whale'?)",
     ),
     "paths only": (
         lambda f, x: parquet(f, x, cells=lambda c: pa.array([{"bytes": None, "path": "x"}] * len(c[3]))),

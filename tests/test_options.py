@@ -113,8 +113,8 @@ def test_a_recipe_s_file_is_checked_as_its_options_are(field, kind, tmp_path):
         ("train", ("--seed", 2**63), "seed is 9223372036854775808: it must be at most"),
         ("train", ("--workers", 0, "--cpus-per-worker", 999), "--cpus-per-worker 999: this machine has"),
         ("train", ("--workers", 0, "--cpus-per-worker", "inf"), "cpus_per_worker is inf: a finite number is needed"),
-        ("train", ("--workers", 1000), "--batch-size 128 leaves less than 2 images for each of 1000 workers"),
-        ("compare", ("--workers", 1000), "--batch-size 128 leaves less than 2 images for each of 1000 workers"),
+        ("train", ("--workers", 1000), "--batch-size 128 leaves fewer than 2 images for each of 1000 workers"),
+        ("compare", ("--workers", 1000), "--batch-size 128 leaves fewer than 2 images for each of 1000 workers"),
         ("train", ("--name", "a" * 300), "takes 300 bytes: a folder's name may have at most 200"),
         ("train", ("--name", "../up"), "'../up' is not a folder name"),
         ("train", ("--name", "a\x1b[2J"), r"'a\x1b[2J' is not a folder name"),
@@ -147,7 +147,7 @@ def test_the_help_is_short_has_an_example_and_is_grouped(name):
     assert max(map(len, lines)) <= 100
     assert any(line.startswith("  Example: raycifar ") for line in lines)
     if name in ("train", "compare", "bench"):
-        assert [line for line in lines if line in ("What:", "Where:", "How long:", "Other:")]
+        assert [line for line in lines if line in ("Model and data:", "Workers:", "Run and storage:", "Other:")]
         assert any(line.startswith("Recipe (") for line in lines)
         assert all(
             option.opts[0] in done.stdout or f"--[no-]{option.opts[0][2:]}" in done.stdout

@@ -136,7 +136,7 @@ def test_more_than_a_file_may_hold_is_refused_before_it_is_read(monkeypatch):
 
 
 def varint(number, length=1):
-    """A number as Thrift writes it, in at least so many bytes."""
+    """A number as Thrift writes it, in at least this number of bytes."""
     digits = [number * 2 >> shift & 127 for shift in range(0, max(7 * length, (2 * number).bit_length()), 7)]
     return bytes([*(digit | 128 for digit in digits[:-1]), digits[-1]])
 

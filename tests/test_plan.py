@@ -50,7 +50,7 @@ def test_numbers_of_workers_are_read_and_refused():
     ):
         with pytest.raises(RequestError, match=said):
             parse_plan(text, Recipe())
-    with pytest.raises(RequestError, match="less than 2 images for each of 65 workers"):
+    with pytest.raises(RequestError, match="fewer than 2 images for each of 65 workers"):
         parse_plan("1,65", Recipe(batch_size=128))
 
 
@@ -120,7 +120,7 @@ def test_the_chart_has_both_lines_and_what_was_measured():
         (("--plan", "0"), "0 is not a number of workers"),
         (("--plan", "-1"), "-1 is not a number of workers"),
         (("--plan", "abc"), "give numbers of workers"),
-        (("--plan", "1,26"), "less than 2 images for each of 26 workers"),
+        (("--plan", "1,26"), "fewer than 2 images for each of 26 workers"),
         (("--plan", "1,2"), "give --interconnect nvlink"),
         (("--interconnect", "pcie"), "are for a plan"),
     ],

@@ -201,7 +201,7 @@ def test_a_folder_of_mixed_and_broken_files(tmp_path, weights, photo):
     for name in ("cut.jpg", "empty.png", "text.png", "bomb.png"):
         assert f"{name}: " in done.stderr
     assert answers[f"{folder}/empty.png"]["error"] == "the file is empty"
-    assert "1 file passed over: not an image." in done.stderr
+    assert "1 file skipped: not an image." in done.stderr
     table = predict(weights.parent, folder, code=1)
     assert r"/[red]c:smile:\x1b[31m.png" in table.stdout
     for said in (table.stdout, table.stderr):

@@ -20,7 +20,7 @@ THREE = ("--workers", 3, "--cpus-per-worker", 0.5)  # on two CPUs
 
 @pytest.fixture(scope="module")
 def reference(small, cluster, tmp_path_factory):
-    """Return the folder of a job that nothing disturbed, with so many workers; each is submitted once.
+    """Return the folder of an undisturbed job with this number of workers; each is submitted once.
 
     It is submitted by the file that users submit with, and its log lies beside its folder.
     """
@@ -47,7 +47,7 @@ def weights(folder):
 
 
 def in_the_middle_of_epoch_2(command, folder):
-    """Wait for a checkpoint in mid-epoch 2 and for training to go on after it."""
+    """Wait for a checkpoint in the middle of epoch 2 and for training to continue after it."""
 
     def condition():
         assert not command.ended, "the run ended before it could be disturbed"

@@ -289,8 +289,8 @@ def test_options_that_are_given_change_the_recipe_and_a_short_run_reaches_both_s
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("learning_rat = 0.1", "mine.toml: a recipe has no field 'learning_rat'; the nearest is "),
-        ("batchsize = 3", "a recipe has no field 'batchsize'; the nearest is 'batch_size'."),
+        ("learning_rat = 0.1", "mine.toml: a recipe has no field 'learning_rat'; did you mean "),
+        ("batchsize = 3", "a recipe has no field 'batchsize'; did you mean 'batch_size'?"),
         ("epochs = 'many'", "epochs is 'many': a whole number is needed."),
         ("lr = true", "lr is True: a number is needed."),
         ("augment = 'rotate'", "augment is 'rotate': choose from none, flip, "),

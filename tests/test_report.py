@@ -168,7 +168,7 @@ def test_what_is_known_of_each_image_is_read_under_its_old_name_too(trained, tmp
     assert found.equals(RunFolder.at(str(trained)).read_table("example_stats.parquet"))
 
 
-def test_what_is_under_way_is_drawn_anew_in_at_most_a_hundredth_of_the_time(monkeypatch):
+def test_what_is_under_way_is_drawn_again_in_at_most_a_hundredth_of_the_time(monkeypatch):
     from raycifar.workflows import reporting
 
     now, drawn = [0.0], []
@@ -220,7 +220,7 @@ def test_what_is_no_run_is_refused(report, tmp_path):
 
 @pytest.fixture(scope="module")
 def compared(trained, tmp_path_factory):
-    """A comparison of three runs that are copies but for their model, seed and scores."""
+    """A comparison of three runs that are copies except for their model, seed and scores."""
     storage = tmp_path_factory.mktemp("compared")
     runs = []
     for model, seed in (("cnn", 0), ("cnn", 1), ("vgg16", 0)):

@@ -48,9 +48,9 @@ def test_python_has_the_options_of_the_command_with_its_defaults(function, comma
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"epoch": 3}, "no option 'epoch': is it 'epochs'"),
+        ({"epoch": 3}, "unknown option 'epoch'; did you mean 'epochs'?"),
         ({"recipe": 5}, "the recipe is 5: give a name, a TOML file or a run's folder"),
-        ({"rungs": (1,)}, "no option 'rungs'"),
+        ({"rungs": (1,)}, "unknown option 'rungs'"),
         ({"epochs": "3"}, "epochs is '3': a whole number is needed"),
         ({"epochs": True}, "epochs is True: a whole number is needed"),
         ({"epochs": -1}, "epochs is -1: it must be at least 1"),

@@ -102,7 +102,7 @@ def test_the_head_s_memory_bounds_the_trials_whose_drivers_run_there(cluster_of,
 @pytest.mark.parametrize("ask", [size_workers, lambda *each: size_trials(*each, trials=6)])
 def test_more_workers_than_cpus_can_be_shared_among_are_refused(cluster_of, ask):
     cluster_of(HEAD)
-    with pytest.raises(RequestError, match="1000 workers can't share 2 CPUs: ask for at most 8"):
+    with pytest.raises(RequestError, match="1000 workers can't share 2 CPUs: set --workers to at most 8"):
         ask(1000, "auto", None, 1, None)
 
 

@@ -39,7 +39,7 @@ def test_where_nothing_was_seen_unblended_there_is_no_ranking():
     assert rank_suspects(stats_file(index=[1], label=[0], rival=[0], margin=[float("nan")], seen=[0])) is None
 
 
-def test_a_photograph_under_two_labels_comes_first_and_a_copy_speaks_for_its_label():
+def test_near_duplicates_with_different_labels_come_first_and_a_copy_speaks_for_its_label():
     file = stats_file(
         index=[1, 2, 3, 4, 5, 6],
         label=[0, 1, 0, 0, 1, 1],

@@ -85,7 +85,7 @@ def test_no_name_is_obeyed(terminal):
 
 
 def follow(made, store, looks, waiting=lambda: None):
-    """Follow a run that ends after so many looks, each of which may change its status first."""
+    """Follow a run that ends after a number of polls, each of which may change its status first."""
     steps, refreshed = iter(looks), []
 
     def running():

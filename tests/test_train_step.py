@@ -242,7 +242,7 @@ def test_a_captured_step_trains_as_a_launched_one_with_each_optimizer(optimizer)
     assert torch.allclose(ours, theirs, rtol=0.02)
     assert ours[-1] < ours[0] - 0.5
     before = captured.state.model.head[2].weight.detach().clone()
-    losses(captured, 1, lr=0.0)  # the learning rate is read anew in each step
+    losses(captured, 1, lr=0.0)  # the learning rate is read again in each step
     assert torch.equal(captured.state.model.head[2].weight, before) or optimizer == "muon"
 
 

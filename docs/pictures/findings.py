@@ -30,7 +30,7 @@ STYLE = (
 
 
 class Example(NamedTuple):
-    """A chart of a recorded run, as it stands after so many epochs."""
+    """A chart of a recorded run, as it stands after a number of epochs."""
 
     run: str
     epochs: int

@@ -1,4 +1,4 @@
-"""Charts: as SVG text they stand inside a page, take its ink and paper, and need no network.
+"""Charts, as SVG text: they are embedded in a page, take its colors, and need no network.
 
 Lines and texts are drawn in `currentColor`, so a page decides on light or dark. The hues are Okabe and
 Ito's (2008), which color-blind readers can tell apart; lines also differ in their dashes, for print.
@@ -73,7 +73,7 @@ def to_svg(figure: Figure, description: str, figures: dict[str, Any] | None = No
 
 
 def values_of(axes: Axes, xlabel: str, x: Iterable[float], series: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """Return what a page must know of a chart to show its values.
+    """Return what a page needs to show a chart's values.
 
     Args:
         x: (n,) positions on the axis that `options["along"]` names, by default "x". series: (n,) values by name.
@@ -106,10 +106,10 @@ def label_epochs(axes: Axes, ylabel: str) -> None:
 
 
 def legend_above(axes: Axes, lines: Sequence[Line2D] | None = None, lift: float = 0.0) -> None:
-    """Name what the axes show, above them: within, a legend would hide a part of it.
+    """Put a legend above the axes: inside, it would hide a part of the curves.
 
     Args:
-        lines: those to name; by default all that have a label, but for labels that begin with "_".
+        lines: those to name; by default all that have a label, except labels that begin with "_".
         lift: of the legend, as a fraction of the axes' height.
     """
     handles: Sequence[Any] = axes.get_legend_handles_labels()[0] if lines is None else lines
@@ -177,7 +177,7 @@ class NotebookFigure(Figure):
 
 
 def new_grid(panels: int, title: str | None) -> tuple[Figure, list[Axes]]:
-    """Return a figure of so many axes, two in a row; none are drawn where there is nothing to show."""
+    """Return a figure and its axes, one for each panel, two in a row."""
     rows = -(-panels // 2)
     figure = NotebookFigure(figsize=(10, 3.3 * max(1, rows)), layout="constrained", facecolor="white")
     figure.suptitle(title or "")
@@ -211,7 +211,7 @@ def draw_bands(axes: Axes, groups: Groups, ylabel: str) -> tuple[np.ndarray, dic
     for (model, curves), (color, style, marker) in zip(groups.items(), looks, strict=False):
         padded = [np.pad(curve, (0, longest - len(curve)), constant_values=np.nan) for curve in curves]
         values = np.stack(padded)[:, shown]
-        with warnings.catch_warnings(action="ignore"):  # of epochs of which nothing is known
+        with warnings.catch_warnings(action="ignore"):  # about epochs without values
             mean, low, high = np.nanmean(values, 0), np.nanmin(values, 0), np.nanmax(values, 0)
         point = marker if np.isfinite(mean).sum() < 2 else ""
         lines += axes.plot(shown + 1, mean, color=color, linestyle=style, marker=point, linewidth=1.8, label=model)
@@ -288,7 +288,7 @@ def bars(
 
 @rc_context(STYLE)
 def scaling(predicted: dict[int, float], measured: dict[int, tuple[float, float]], description: str) -> str:
-    """Return rates by number of workers, beside as many times the first, and what was measured.
+    """Return the predicted rates by number of workers, with linear scaling and the measured rates.
 
     Args:
         measured: the slowest and the fastest of each.

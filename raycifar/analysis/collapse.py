@@ -1,4 +1,4 @@
-"""Telling a network that isn't learning from one that is slow."""
+"""Distinguishing a network that isn't learning from one that learns slowly."""
 
 import math
 

@@ -29,7 +29,7 @@ class Finished:
     correct: np.ndarray  # (images,) bool
     top5: np.ndarray  # (images,) bool
     loss: np.ndarray  # (images,) float32
-    near_duplicate: np.ndarray | None = None  # (images,) bool: the run has trained on its photograph; None: unknown
+    near_duplicate: np.ndarray | None = None  # (images,) bool, of an image that the run trained on; None: unknown
 
     @property
     def run(self) -> dict[str, Any]:
@@ -96,8 +96,8 @@ def by_model(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return named
 
 
-def new_photographs(runs: Sequence[Finished]) -> list[Finished]:
-    """Return the runs as if the test set held only images whose photograph none of them has trained on."""
+def leave_out_near_duplicates(runs: Sequence[Finished]) -> list[Finished]:
+    """Return the runs as if the test set held no near duplicates of images that any of them has trained on."""
     new = ~np.any([run.near_duplicate for run in runs if run.near_duplicate is not None], axis=0)
     if new.sum() < 2:
         raise RequestError("nearly every test image is a near duplicate of a training image: too few others are left.")
@@ -111,8 +111,13 @@ def new_photographs(runs: Sequence[Finished]) -> list[Finished]:
     return kept
 
 
-def whether_the_order_changes(before: dict[str, Any], after: dict[str, Any], images: int, new: int) -> str:
-    """Return a sentence that says whether new photographs rank the models differently from all test images."""
+def whether_the_order_changes(before: dict[str, Any], after: dict[str, Any], images: int, left: int) -> str:
+    """Return a sentence that says whether leaving out near duplicates changes the order of the models.
+
+    Args:
+        before: the models on all test images, `images` of them.
+        after: the models on the test images without near duplicates, `left` of them.
+    """
     rankings = [sorted(models, key=lambda name: -models[name]["top1"]["mean"]) for models in (before, after)]
     scores = [
         ", ".join(f"{name} {models[name]['top1']['mean']:.4f}" for name in ranking)
@@ -122,7 +127,7 @@ def whether_the_order_changes(before: dict[str, Any], after: dict[str, Any], ima
         told = f"the order stays the same: {scores[1]}; on all {images:,}, {scores[0]}"
     else:
         told = f"the order changes: {scores[1]}; on all {images:,}, it is {scores[0]}"
-    return f"On the {new:,} test images whose photograph isn't among any run's training images, {told}."
+    return f"Without near duplicates ({left:,} test images left), {told}."
 
 
 def compare(groups: dict[str, list[Finished]], flops: dict[str, int], price_per_hour: float | None) -> dict[str, Any]:
@@ -154,7 +159,7 @@ def compare(groups: dict[str, list[Finished]], flops: dict[str, int], price_per_
 
 
 def conclusions(comparison: Mapping[str, Any]) -> list[str]:
-    """Return the sentences of a comparison: of its pairs, of new photographs, and of its searches."""
+    """Return the sentences of a comparison: about its pairs, near duplicates, and searches."""
     parts = [*comparison["pairs"], comparison.get("without_near_duplicates"), *comparison.get("search", {}).values()]
     return [part["sentence"] for part in parts if part]
 
@@ -177,7 +182,7 @@ def summarize(runs: Sequence[Finished], budget: float, price_per_hour: float | N
 
 
 def at_equal_time(runs: Sequence[Finished], budget: float) -> float | None:
-    """Return the mean validation top-1 of the last epoch finished within so many device-seconds, None if none was."""
+    """Return the mean validation top-1 of the last epoch finished within `budget` device-seconds, None if none was."""
     reached = []
     for run in runs:
         done = [record.val_top1 for record, end in zip(run.history.records, run.seconds, strict=True) if end <= budget]

@@ -17,7 +17,7 @@ MAX_MARKS = 8
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: `values` (epochs,) is not a number where nothing is known."""
+    """A curve: `values` (epochs,) is NaN where the value is unknown."""
 
     label: str
     values: np.ndarray

@@ -1,6 +1,6 @@
 """Where a recipe departs far from the one that it is based on, and which findings that explains.
 
-The learning rate isn't here: it has findings of its own, beside which a short warm-up is no cause.
+The learning rate isn't here: it has its own findings, and next to these a short warm-up isn't named as a cause.
 """
 
 from collections.abc import Callable

@@ -56,7 +56,7 @@ PHRASES = {
 
 
 def diagnose(history: RunHistory) -> list[Finding]:
-    """Return what the curves of a run show, what matters most first."""
+    """Return what the curves of a run show, the most important first."""
     early = not history.records or history.steps < MIN_STEPS
     found: list[Finding] = []
     for rule in (learning.divergence, learning.learning_rate) if early else RULES:
@@ -91,7 +91,7 @@ def seed_variance(model: str, top1: Sequence[float], num_images: int, *, limited
     arXiv:2304.01910); more is instability. The variance of several runs follows chi-squared.
 
     Args:
-        limited: whether each trains on another part of the training images.
+        limited: whether each trains on a different part of the training images.
     """
     if len(top1) < 2:
         return None

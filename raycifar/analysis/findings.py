@@ -1,4 +1,4 @@
-"""A finding, and the statistics by which it is told from chance.
+"""A finding, and the statistics that distinguish it from chance.
 
 Every threshold is statistical, with its source beside it. An accuracy p over n images has the binomial standard
 error sqrt(p (1 - p) / n); a loss has the standard error of its mean over the images.
@@ -16,7 +16,7 @@ from raycifar.analysis.history import RunHistory, thinned
 from raycifar.storage.schemas import finite
 from raycifar.words import listed
 
-SIGMAS = 3.0  # a difference of so many standard errors is taken as real: Shewhart (1931), p = 0.0027
+SIGMAS = 3.0  # a difference of this many standard errors or more counts as real: Shewhart (1931), p = 0.0027
 SURE = 0.99  # confidence in what is SIGMAS or more standard errors from chance; no finding has more
 FIT = 0.2  # McFadden (1979): a pseudo-R² of 0.2 to 0.4 is an excellent fit, less explains little
 COARSE = 0.025  # half a 95% interval of 5 points: architectures that are compared differ by less
@@ -66,7 +66,7 @@ def robust_slope(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def go_on(history: RunHistory, otherwise: str) -> str:
-    """Return the advice to train the epochs of a run that are left, or `otherwise` if none are."""
+    """Return the advice to train the remaining epochs of a run, or `otherwise` if there are none."""
     if history.stopped_by_search:
         return OUTSIDE
     return "Continue this run." if history.unfinished else otherwise

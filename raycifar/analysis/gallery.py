@@ -16,7 +16,7 @@ from raycifar.data.pictures import to_png
 from raycifar.storage.schemas import PicturesFile, Pixels
 
 GALLERY = 24  # images of the most suspect labels
-CONTRADICTIONS = 12  # photographs under two labels that are shown
+CONTRADICTIONS = 12  # pairs of near duplicates with different labels that are shown
 PAIRS, EXAMPLES = 6, 4  # pairs of classes shown, and pictures of each direction
 PNG = "data:image/png;base64,"
 SEEN = 16  # augmented images shown
@@ -54,9 +54,9 @@ def confused(files: RunFiles) -> list[dict[str, Any]]:
 
 
 def doubted_images(files: RunFiles) -> list[dict[str, Any]]:
-    """Return the training images whose labels are most suspect, where the network knows enough to doubt them.
+    """Return the training images whose labels are most suspect, if the network knows enough to doubt them.
 
-    First come pairs of images that show one photograph under two labels.
+    Pairs of near duplicates with different labels come first.
     """
     if not files.mature or (found := files.suspects) is None:
         return []
@@ -78,7 +78,7 @@ def doubted_images(files: RunFiles) -> list[dict[str, Any]]:
 
 
 def contradictions(doubted: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return the pairs of images that show one photograph under two labels."""
+    """Return the pairs of near duplicates with different labels."""
     by_index = {image["index"]: image for image in doubted if image["contradicted"]}
     pairs = dict.fromkeys(tuple(sorted((image["index"], image["copy"]))) for image in by_index.values())
     return [(by_index[one], by_index[other]) for one, other in pairs if one in by_index and other in by_index]

@@ -14,12 +14,12 @@ from raycifar.models.recipe import Recipe
 from raycifar.models.recipes import NamedRecipe, nearest_recipe, recipe_from_json
 from raycifar.storage.schemas import EpochRecord
 
-MAX_POINTS = 1000  # of a curve that are drawn, or go into what takes time that grows with their square
+MAX_POINTS = 1000  # of a curve, for drawing and for computations whose time grows with their square
 
 
 @dataclass(frozen=True)
 class RunHistory:
-    """A run as its files tell it."""
+    """A run as its files describe it."""
 
     run: dict[str, Any]  # the content of `run.json`
     records: Sequence[EpochRecord]  # of the finished epochs, none at the beginning
@@ -57,7 +57,7 @@ class RunHistory:
 
     @property
     def cut_short(self) -> bool:
-        """Whether epochs of its schedule are left, whatever becomes of them."""
+        """Whether epochs of its schedule are left, whether or not they will be trained."""
         return len(self.records) < self.recipe.epochs
 
     @property
@@ -94,7 +94,7 @@ class RunHistory:
 
     @property
     def became_not_finite(self) -> bool:
-        """Whether that is why the run failed; earlier versions say it only in words."""
+        """Whether the run failed because a value wasn't finite; earlier versions say so only in words."""
         if not self.result or self.result["status"] != "failed":
             return False
         kind, reason = self.result.get("failure"), self.result.get("reason")

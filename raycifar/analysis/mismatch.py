@@ -1,4 +1,4 @@
-"""A test set that doesn't mean what the validation images do, and what is different about it."""
+"""Test images that don't match the validation images, and how they differ."""
 
 import math
 from typing import Any

@@ -23,7 +23,7 @@ def headline(findings: Sequence[Finding]) -> str:
 def without_near_duplicates(
     test: dict[str, Any], intervals: Mapping[str, Mapping[str, float]] | None = None
 ) -> str | None:
-    """Return a test accuracy, and that on new photographs, as a clause; None where it isn't known or all are new.
+    """Return the test accuracies with and without near duplicates, as a clause; None if they are unknown or none.
 
     Args:
         test: the scores. intervals: low and high of each, by name.
@@ -35,8 +35,8 @@ def without_near_duplicates(
         ends = (intervals or {}).get(name)
         return f"{test[name]:.3f}" + (f" (95%: {ends['low']:.3f} to {ends['high']:.3f})" if ends else "")
 
-    others = f"the {test['images'] - test['near_duplicates']:,} whose photograph isn't among the training images"
-    return f"{score('top1')} on all test images; {score('top1_without_near_duplicates')} on {others}"
+    left = f"without near duplicates of training images ({test['images'] - test['near_duplicates']:,} left)"
+    return f"{score('top1')} on all test images; {score('top1_without_near_duplicates')} {left}"
 
 
 def data_name(run: dict[str, Any]) -> str:
@@ -156,7 +156,7 @@ def to_command(
 
 
 def chosen_workers(run: dict[str, Any], command: str) -> str | None:
-    """Return a run's --workers, or None where the command's default without a GPU is the same, or it has no such."""
+    """Return a run's --workers, or None if it is the default without a GPU, or the command has no such value."""
     least, count = run.get("least_workers"), run.get("workers", 1)
     if command == "compare":
         return str(count) if count > 1 else None  # of each trial: not this process, nor a range
@@ -175,7 +175,7 @@ Step = dict[str, str]  # a command, and the reason for it
 def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = "results") -> list[Step]:
     """Return commands that are ready to run, each with its reason, in the order in which an expert would try them.
 
-    Continue the run; train on all images; train for longer; mend the recipe; search for a better one.
+    Continue the run; train on all images; train for longer; fix the recipe; search for a better one.
     """
     run, recipe, base = history.run, history.recipe, history.base
     steps: list[Step] = []

@@ -97,7 +97,7 @@ def details(history: RunHistory) -> dict[str, str]:
 
 
 def date(created: str | None) -> str | None:
-    """Return a time of `run.json` as 27 November 2026, 01:05 UTC; as it stands if it is no time."""
+    """Return a time of `run.json` as 27 November 2026, 01:05 UTC; unchanged if it isn't a time."""
     try:
         time = datetime.fromisoformat(created or "")
     except ValueError:

@@ -1,4 +1,4 @@
-"""A run's files, and what they tell of it."""
+"""A run's files, and what they say about it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class RunFiles:
     pictures: PicturesFile | None = None  # may be set later: they are chosen by the rest
     storage: str = "results"  # where the folder stands
     notes: Sequence[str] = ()  # sentences about what is damaged, has changed or is missing
-    copies: np.ndarray | None = None  # (n, 2): training images that show one photograph, by rows in the source
+    copies: np.ndarray | None = None  # (n, 2): near duplicates among the training images, by rows in the source
 
     @cached_property
     def shown_by_curves(self) -> list[Finding]:
@@ -37,13 +37,13 @@ class RunFiles:
 
     @property
     def findings(self) -> list[Finding]:
-        """What the run shows, what matters most first."""
+        """What the run shows, the most important first."""
         differs = find_mismatch(self.history, self.predictions, self.pictures)
         return differs + [found for found in self.shown_by_curves if not (differs and found.kind == "healthy")]
 
     @cached_property
     def answers(self) -> "Answers | None":
-        """What the network says of the test images."""
+        """What the network predicts for the test images."""
         if self.predictions is None:
             return None
         labels, probabilities = self.predictions["label"].to_numpy(), from_lists(self.predictions["probabilities"])

@@ -1,7 +1,7 @@
 """How sure a comparison is: intervals over seeds, and paired tests on the same test images.
 
 Two things make a test accuracy uncertain: the seed of the training, and which images happen to be in the test
-set. The variance of a difference is the sum of both parts, less what is in both; its degrees of freedom follow
+set. The variance of a difference is the sum of both parts, minus what is in both; its degrees of freedom follow
 Satterthwaite (1946), with the images' part treated as known.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-POWER = 0.8  # of the number of seeds that is advised: the chance that they detect the difference
+POWER = 0.8  # the chance that the advised number of seeds detects the difference
 MAX_SEEDS = 100
 
 
@@ -53,12 +53,12 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
 def seed_variances(a: np.ndarray, b: np.ndarray) -> tuple[list[tuple[float, int]], bool]:
     """Return the parts of the variance due to seeds, each with its degrees of freedom, and whether they are measured.
 
-    As in Student's test, equal numbers of runs are taken to vary alike, which they need not: it is robust to that.
-    Other numbers have a part each, as in Welch's.
+    With equal numbers of runs, both models are assumed to have the same variance, as in Student's test, which is
+    robust to a difference. With unequal numbers, each has its own part, as in Welch's test.
 
-    With a single run of either model they can't be. Runs that differ in their seed alone err on images
-    independently of each other (Jordan, 2023, arXiv:2304.01910), so the variance is at most that of the images
-    on which two runs disagree; this bound is used then. It makes the interval wide, for seeds may do more.
+    With a single run of either model, the parts can't be measured. Runs that differ only in their seed err on images
+    independently of each other (Jordan, 2023, arXiv:2304.01910), so the variance is at most that of the images on
+    which two runs disagree. This bound is used then. It makes the interval wide.
     """
     if min(len(a), len(b)) > 1:
         of_a, of_b = ((float(runs.mean(1).var(ddof=1)) / len(runs), len(runs) - 1) for runs in (a, b))
@@ -116,8 +116,8 @@ def seeds_needed(d: float, seed: float, images: float) -> int | None:
     """Return the smallest number of seeds for each of two models that would detect a difference of `d`.
 
     Args:
-        seed: variance of a model's accuracy between seeds. images: variance of the difference by images, of any
-            number of seeds.
+        seed: variance of a model's accuracy between seeds. images: variance of the difference due to the images,
+            whatever the number of seeds.
     """
     for n in range(2, MAX_SEEDS + 1) if d else ():
         needed = stats.t.ppf((1 + CONFIDENCE) / 2, 2 * n - 2) + stats.norm.ppf(POWER)

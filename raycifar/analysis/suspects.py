@@ -1,9 +1,9 @@
 """Training images that are probably mislabeled, or hard.
 
-One photograph under two labels comes first: at least one of them is wrong, or the two classes can't be told apart by
-it. The others follow by their area under the margin: a correct label is learned from other images of its class, so its
-margin grows early, and a wrong one is learned against all others, late or never (Pleiss et al., 2020,
-arXiv:2001.10528). A copy with the same label speaks for it: the image then counts as if the network were undecided.
+Near duplicates with different labels come first: one of the labels is wrong, or the image shows both classes. The
+others follow by their area under the margin: a correct label is learned from other images of its class, so its margin
+grows early, and a wrong one is learned against all others, late or never (Pleiss et al., 2020, arXiv:2001.10528). A
+copy with the same label supports it: the image then counts as if the network were undecided.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from raycifar.storage.spreadsheets import to_csv
 class Suspects:
     """Training images, the most suspect first.
 
-    index: (n,) rows in the source's training set. label: (n,). suggested: (n,) the label of the photograph's copy where
-    that is another one, else the class that most often ranked highest besides the label. says: (n,) what the network
-    said on average, the label or the class that it ranked above it. copy: (n,) the row of another training image of the
-    photograph, -1 where there is none. copy_label: (n,). score: (n,) from 1 for the most suspect towards 0.
+    index: (n,) rows in the source's training set. label: (n,). suggested: (n,) the label of the near duplicate if it
+    differs, else the class that most often ranked highest besides the label. says: (n,) what the network said on
+    average, the label or the class that it ranked above the label. copy: (n,) the row of a near duplicate in the
+    training set, -1 if there is none. copy_label: (n,). score: (n,) from 1 for the most suspect towards 0.
     """
 
     index: np.ndarray
@@ -34,11 +34,11 @@ class Suspects:
     score: np.ndarray
 
     def contradicted(self) -> np.ndarray:
-        """Return whether each image's photograph has another label elsewhere, (n,) bool."""
+        """Return whether each image's near duplicate has another label, (n,) bool."""
         return (self.copy >= 0) & (self.copy_label != self.label)
 
     def confirmed(self) -> np.ndarray:
-        """Return whether each image's label stands at its copy, too, against the network, (n,) bool."""
+        """Return whether each image's near duplicate has the same label, against the network, (n,) bool."""
         return (self.copy >= 0) & (self.copy_label == self.label) & (self.says != self.label)
 
     def to_csv(self) -> str:
@@ -56,12 +56,12 @@ class Suspects:
 
 
 def rank_suspects(example_stats: pa.Table, pairs: np.ndarray | None = None) -> Suspects | None:
-    """Return all images of a run's `example_stats.parquet` in order, or None where none was seen unblended.
+    """Return all images of a run's `example_stats.parquet` in order, or None if none was seen unblended.
 
     The score is the fraction of images that come no earlier.
 
     Args:
-        pairs: (m, 2) int64, training images that show one photograph, the most alike first, by rows in the source.
+        pairs: (m, 2) int64, near duplicates among the training images, the most alike first, by rows in the source.
     """
     columns = {name: example_stats[name].to_numpy() for name in ("index", "label", "rival", "margin", "seen")}
     known = columns["seen"] > 0

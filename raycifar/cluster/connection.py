@@ -76,7 +76,7 @@ def start(**options: Any) -> None:
     try:
         with ray_internals.loopback_alone():
             init(address="local", num_cpus=available_cpus(), _node_ip_address="127.0.0.1", _temp_dir=folder, **options)
-    except Exception as error:  # of many kinds, and any that Ray can't start with
+    except Exception as error:  # many kinds; with any of them, Ray can't start
         raise WorkError(f"Ray can't be started here: {in_a_line(error)}. Its logs are in {folder}.") from error
 
 
@@ -96,7 +96,7 @@ def ray_folder() -> str:
             )
         parent = "/tmp"
     try:
-        # Ray lets everybody into the folder that it is given, so that one lies in a private one.
+        # Ray opens its folder to all users, so the folder lies in a private one.
         return str(private_folder("ray", parent) / "ray")
     except OSError as error:
         raise RequestError(
@@ -163,7 +163,7 @@ def quiet(*, debug: bool) -> Iterator[None]:
 
 
 def restore_environment(before: dict[str, str]) -> None:
-    """Give the variables that are set for Ray, or by it in its caller's process, their former values."""
+    """Restore the former values of the variables that are set for Ray, or by Ray in this process."""
     for name in os.environ.keys() | before.keys():
         if name.startswith(("RAY_", "TUNE_")) or name == "PYTHONBREAKPOINT":
             if name in before:

@@ -17,8 +17,8 @@ MUST_AGREE = ("python", "ray", "torch", "raycifar")
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on.
 
-    They are what runs: a job's working directory may lie over other packages that are installed, or over none. The
-    builds of one version for different hardware count as one.
+    These versions are the ones in use: the packages in a job's working directory take precedence over installed ones.
+    Builds of one version for different hardware count as one.
     """
     import numpy
     import torch
@@ -36,9 +36,10 @@ def objection(file: str | None, expected: dict[str, str]) -> str | None:
         expected: the driver's `versions`.
     """
     own = versions()
-    different = [f"{name} {own[name]}, not {expected[name]}" for name in MUST_AGREE if own[name] != expected[name]]
+    different = [name for name in MUST_AGREE if own[name] != expected[name]]
     if different:
-        return f"it has {'; '.join(different)} as the driver: install the same on all nodes"
+        here, there = (", ".join(f"{name} {of[name]}" for name in different) for of in (own, expected))
+        return f"it has {here}, but the driver has {there}: install the same versions on all nodes"
     if file and not Path(file).exists():
         return f"it can't see {Path(file).parent}: give --storage a URI, such as s3://bucket/runs, or a shared folder"
     return None

@@ -92,8 +92,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def own_cluster() -> str | None:
     """Return the address of the running cluster that this user's `ray start` has made this machine part of, or None.
 
-    `ray.init(address="auto")`, the public way, would also join another program's own Ray, and die with it, and one
-    that another user has announced in the temporary folder.
+    `ray.init(address="auto")`, the public way, would also join another program's own Ray, and die with it, or a
+    Ray that another user has announced in the temporary folder.
     """
     announced, user = services.find_bootstrap_address(None), psutil.Process().username()
     for process in psutil.process_iter(["cmdline", "username"]) if announced else ():
@@ -142,7 +142,7 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 def loopback_alone() -> AbstractContextManager[None]:
     """Have a new Ray listen on the loopback interface alone.
 
-    Ray takes `_node_ip_address="127.0.0.1"` for the machine's outer address, unless it is one that forms no clusters.
+    Ray replaces `_node_ip_address="127.0.0.1"` by the machine's external address where it supports clusters.
     """
     return replaced(ray_constants, "ENABLE_RAY_CLUSTER", False)
 

@@ -13,15 +13,15 @@ from raycifar import words
 from raycifar.cluster import ray_internals
 from raycifar.errors import RequestError
 
-GPU_WORKER_CPUS = 4  # a GPU's worker computes nothing on the CPU but its bookkeeping
+GPU_WORKER_CPUS = 4  # a worker on a GPU does only bookkeeping on the CPU
 MIN_CPU_SHARE = 0.25  # of a CPU; below, Ray's own processes starve and time out
 MAX_NODES = 1000  # of one type that an autoscaler may add, where it sets no limit
-LOOK_SECONDS = 1  # between two looks at what is free
+LOOK_SECONDS = 1  # between checks of what is free
 VERDICT_SECONDS = 30  # for the autoscaler to say whether it can help
 TRIAL_MEMORY = 2e9  # bytes: what a trial's driver and Ray Train's processes for it take on the head, 1.96 GB measured
 HEAD = "node:__internal_head__"  # a resource that the head alone has
 ACCELERATOR = "accelerator_type:"  # and its name: the resource by which Ray tells kinds of GPUs apart
-ACCELERATOR_AMOUNT = 0.001  # of the one that a node has: Ray's own choice where an accelerator is asked for
+ACCELERATOR_AMOUNT = 0.001  # of the 1 that a node has: the amount that Ray itself requests for an accelerator
 
 Resources = dict[str, float]
 
@@ -89,12 +89,12 @@ def size_workers(
     """Return the sizing of a run on the connected cluster, counting the nodes that its autoscaler may add.
 
     Args:
-        wanted: number of workers, or its least and most; None takes one for each GPU that is there, or one. Of workers
-            that may share a GPU it takes one, too: Ray would pack them on as few GPUs as hold them.
+        wanted: number of workers, or its least and most; None takes one for each GPU, or one without a GPU. It also
+            takes one if workers may share a GPU: Ray would pack them onto as few GPUs as possible.
         device: auto, gpu or cpu.
         cpus: CPUs of each worker; None takes 4 on GPUs, else an equal share of what the nodes have.
-        gpus: of each worker, above 0, at most 1; a share is of one GPU, and asks for a GPU as `device` gpu does.
-        accelerator: the kind of GPU, such as H100, which asks for a GPU too; None takes any.
+        gpus: of each worker, above 0, at most 1; a share is of one GPU, and requires a GPU as `device` gpu does.
+        accelerator: the kind of GPU, such as H100, which also requires a GPU; None takes any.
 
     Raises:
         RequestError: the cluster can never hold that; the message names the most that fit.
@@ -122,16 +122,16 @@ def size_workers(
             f"--accelerator {accelerator}: this cluster {has} {', '.join(kinds) or 'no GPU whose kind Ray knows'}."
         )
     total = describe({name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")})
-    less = "--workers, --cpus-per-worker or --gpus-per-worker" if gpus else "--workers or --cpus-per-worker"
+    lower = "--workers, --cpus-per-worker or --gpus-per-worker" if gpus else "--workers or --cpus-per-worker"
     raise RequestError(
         f"{words.count(workers.needed, 'worker')} of {describe(workers.resources)} each can't be placed: "
-        f"this cluster {has} {total}, room for at most {placeable(nodes, workers.resources)} of them. Ask for "
-        f"less of {less}{', or --device cpu' if gpus else ''}."
+        f"this cluster {has} {total}, room for at most {placeable(nodes, workers.resources)} of them. "
+        f"Lower {lower}{', or give --device cpu' if gpus else ''}."
     )
 
 
 def default_cpus(nodes: Sequence[Resources], count: int, gpus: float) -> float:
-    """Return the CPUs of each of `count` workers that take so many GPUs, or raise RequestError if they are too few."""
+    """Return the CPUs of each of `count` workers with `gpus` each, or raise RequestError if there are too few CPUs."""
     if gpus:
         ratios = [node.get("CPU", 0) / placeable([node], {"GPU": gpus}) for node in nodes if node.get("GPU", 0) >= 1]
         return max(MIN_CPU_SHARE, whole_or_part(min([GPU_WORKER_CPUS, *ratios])))
@@ -139,7 +139,7 @@ def default_cpus(nodes: Sequence[Resources], count: int, gpus: float) -> float:
     each = largest_share(free, count)
     if each < MIN_CPU_SHARE:
         fit = int(sum(free) / MIN_CPU_SHARE)
-        raise RequestError(f"{count} workers can't share {sum(free):g} CPUs: ask for at most {fit} --workers.")
+        raise RequestError(f"{count} workers can't share {sum(free):g} CPUs: set --workers to at most {fit}.")
     return each
 
 
@@ -148,7 +148,7 @@ def size_trials(
 ) -> tuple[Workers, int]:
     """Return the sizing of each of several runs, and how many of them the cluster holds at once.
 
-    By default a run on CPUs takes as much of a node as keeps every node busy.
+    By default a run on CPUs takes the largest share of a node with which every node is busy.
 
     Args:
         count: workers of each run.
@@ -176,7 +176,7 @@ def placeable(nodes: Iterable[Resources], each: Resources) -> int:
 
 
 def times_it_fits(available: float, amount: float, name: str) -> int:
-    """Return how many times a node that has so much of a resource can give that amount."""
+    """Return how many times a node with `available` of a resource can give `amount`."""
     if name == "GPU" and amount < 1:
         rest = available % 1
         return int(available) * int(1 / amount + 1e-9) + int(rest / amount + 1e-9)
@@ -229,17 +229,17 @@ def usable_cpus(cpus: float) -> float:
 
 
 def largest_share(free: list[float], count: int) -> float:
-    """Return the most CPUs that `count` workers can each have, of nodes with so many free."""
+    """Return the most CPUs that each of `count` workers can have, on nodes with `free` CPUs."""
     shares = sorted({cpus / k for cpus in free if cpus for k in range(1, count + 1)}, reverse=True)
     fitting = (share for share in shares if sum(int(cpus / share + 1e-9) for cpus in free) >= count)
     return whole_or_part(next(fitting, 0.0))
 
 
 def whole_or_part(cpus: float) -> float:
-    """Return so many CPUs as a whole number, or less than one in Ray's unit."""
+    """Return a number of CPUs, rounded down to a whole number, or to Ray's unit if it is below one."""
     return float(int(cpus)) if cpus >= 1 else floor_to_unit(cpus)
 
 
 def floor_to_unit(amount: float) -> float:
-    """Return so much of a resource in Ray's unit, 0.0001, which Ray itself rounds to: six sixths would be too many."""
+    """Return an amount, rounded down to Ray's unit, 0.0001. Ray rounds to the nearest: six sixths would be too much."""
     return math.floor(amount * 1e4 + 1e-6) / 1e4

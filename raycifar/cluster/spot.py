@@ -3,7 +3,7 @@
     python -m raycifar.cluster.spot aws &          on each spot machine, after `ray start`
 
 The cloud's metadata server is asked every few seconds. At a notice Ray drains the node: the run saves a checkpoint and
-goes on elsewhere. Ray's autoscaler and managed services may do this themselves; clusters of one's own need it.
+goes on elsewhere. Ray's autoscaler and managed services may do this themselves; self-managed clusters need it.
 """
 
 import json
@@ -19,7 +19,7 @@ import requests
 
 POLL_SECONDS = 5
 TIMEOUT_SECONDS = 2
-NOTICE_SECONDS = 30  # that a machine has left where its cloud doesn't say; GCP and Azure give no more
+NOTICE_SECONDS = 30  # left to a machine if its cloud doesn't say; GCP and Azure give no more
 SERVERS = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.internal", "azure": "http://169.254.169.254"}
 
 
@@ -56,7 +56,7 @@ NOTICES: dict[str, Callable[[str], float | None]] = {"aws": aws, "gcp": gcp, "az
 
 
 def ask(method: str, url: str, headers: dict[str, str]) -> str | None:
-    """Return the metadata server's answer, None where it has none."""
+    """Return the metadata server's answer, or None if it has none."""
     response = requests.request(method, url, headers=headers, timeout=TIMEOUT_SECONDS)
     if response.status_code == requests.codes.not_found:
         return None
@@ -69,7 +69,7 @@ def seconds_until(moment: datetime) -> float:
 
 
 def drain(seconds: float, address: str, node_id: str | None) -> bool:
-    """Tell Ray that this node goes in so many seconds, and return whether it has heard."""
+    """Tell Ray in how many seconds this node goes, and return whether Ray has received it."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address]
     command += ["--node-id", node_id] if node_id else []
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "The cloud takes this machine away."]
@@ -78,21 +78,21 @@ def drain(seconds: float, address: str, node_id: str | None) -> bool:
 
 @click.command(context_settings={"show_default": True})
 @click.argument("cloud", type=click.Choice([*NOTICES]))
-@click.option("--address", default="auto", help="The Ray cluster's.")
-@click.option("--node-id", help="The node's.  [this machine's]")
-@click.option("--server", help="The metadata server's.  [the cloud's]")
+@click.option("--address", default="auto", help="Address of the Ray cluster.")
+@click.option("--node-id", help="ID of the node.  [this machine's]")
+@click.option("--server", help="Address of the metadata server.  [the cloud's]")
 def main(cloud: str, address: str, node_id: str | None, server: str | None) -> None:
-    """Drain this machine's Ray node as soon as CLOUD announces that it takes the machine away."""
+    """Drain this machine's Ray node as soon as CLOUD announces that it will take the machine away."""
     unreachable = False
     while True:
         try:
             seconds = NOTICES[cloud](server or SERVERS[cloud])
         except (requests.RequestException, ValueError, KeyError) as error:
             if not unreachable:
-                click.echo(f"The metadata server of {cloud} gives no answer: {error}", err=True)
+                click.echo(f"The metadata server of {cloud} doesn't answer: {error}", err=True)
             seconds, unreachable = None, True
         if seconds is not None:
-            click.echo(f"This machine goes in {seconds:.0f} s: its node is drained.")
+            click.echo(f"This machine is taken away in {seconds:.0f} s: draining its node.")
             if drain(seconds, address, node_id):
                 return
         time.sleep(POLL_SECONDS)

@@ -14,7 +14,7 @@ from raycifar.words import count
 
 
 class Waiting:
-    """Returns what the workers of a run wait for, and raises WorkError after so many `seconds` without room."""
+    """Returns what the workers of a run wait for, and raises WorkError after `seconds` without room."""
 
     def __init__(self, workers: Workers, seconds: float) -> None:
         self.workers, self.seconds = workers, seconds
@@ -41,7 +41,7 @@ def make_room(workers: Workers, show: Callable[[str], None], seconds: float) -> 
     """Wait until there is room for the workers, which the autoscaler may add, and `show` what they wait for.
 
     Raises:
-        WorkError: there was no room for so many seconds.
+        WorkError: there was no room for `seconds`.
     """
     waiting = Waiting(workers, seconds)
     group = placement_group([workers.resources] * workers.count)

@@ -10,7 +10,11 @@ from raycifar.workflows.datasets import summarize, write_parquet
 from raycifar.workflows.duplicates import DUPLICATES, DUPLICATES_PAGE, DUPLICATES_PICTURE, list_duplicates
 
 data_option = click.option(
-    "--data", envvar="RAYCIFAR_DATA", default="cifar100", show_default=True, help="cifar100, synthetic, a path or URI."
+    "--data",
+    envvar="RAYCIFAR_DATA",
+    default="cifar100",
+    show_default=True,
+    help="cifar100, synthetic, a path or a URI.",
 )
 
 
@@ -21,7 +25,7 @@ def main() -> None:
 
 @main.command("fetch", cls=Command, example="raycifar data fetch")
 def fetch_archive(debug: bool) -> None:
-    """Download CIFAR-100 into the cache, unless it is there, and print its path."""
+    """Download CIFAR-100 into the cache if needed; print its path."""
     Screen().say(str(fetch()))
 
 
@@ -40,9 +44,9 @@ def describe(debug: bool, data: str) -> None:
 @click.argument("destination")
 @data_option
 def prepare(debug: bool, destination: str, data: str) -> None:
-    """Write a data set as Parquet to DESTINATION, a folder or URI that --data can read.
+    """Write a data set as Parquet to DESTINATION, a folder or URI.
 
-    The layout is the Hugging Face hub's: img.bytes (PNG), fine_label, coarse_label.
+    --data reads the result. The columns are those of the Hugging Face hub: img.bytes (PNG), fine_label, coarse_label.
     """
     screen = Screen()
     RunFolder.for_output(destination, option="DESTINATION")
@@ -56,9 +60,9 @@ def prepare(debug: bool, destination: str, data: str) -> None:
 @main.command("duplicates", cls=Command, example="raycifar data duplicates --out copies")
 @data_option
 @click.option("--out", default="duplicates", show_default=True, help="Folder or URI to write to.")
-@click.option("--run", metavar="RUN|WEIGHTS", help="A trained network, to compare the images by its features, too.")
+@click.option("--run", metavar="RUN|WEIGHTS", help="A trained network; compares the images by its features, too.")
 def duplicates(debug: bool, data: str, out: str, run: str | None) -> None:
-    """Find images that show one photograph, within and between the training and the test set.
+    """Find near duplicates among the training and test images.
 
     Writes duplicates.csv, duplicates.html with the pairs side by side, and duplicates.png with a few of them.
     """

@@ -37,7 +37,7 @@ class Source:
         return digest.hexdigest()
 
     def superclass_of(self) -> tuple[int, ...]:
-        """Return the superclass of each class by the training images, or by those of a test set alone.
+        """Return the superclass of each class by the training images, or by the test images if there are no others.
 
         A class that has no images keeps CIFAR-100's; RequestError is raised if one has several.
         """

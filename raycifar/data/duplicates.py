@@ -1,9 +1,9 @@
-"""Images that show one photograph: exact copies, near ones, and similar ones, within and between sets of images.
+"""Duplicates within and between sets of images: exact copies, near duplicates, and similar images.
 
-Three stages, each dearer than the last and for fewer pairs:
+Three stages, each more expensive than the last and for fewer pairs:
 
 1. Every pair, by the lowest spatial frequencies of brightness and color: one matrix product. Frequencies that are even
-   and odd from left to right are compared apart, which tells mirrored images at no further cost.
+   and odd from left to right are compared separately, which also finds mirrored images at no extra cost.
 2. The most alike, by edges at half the resolution, shifted, mirrored and zoomed.
 3. Those that remain, by edges at the full resolution.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-NEAR, SIMILAR = 0.82, 0.72  # least similarity: from `NEAR`, nearly all pairs are one photograph
+NEAR, SIMILAR = 0.82, 0.72  # least similarity: from `NEAR` on, nearly all pairs show one photograph
 CANDIDATES = 8  # of each image, among those that follow it
 ALIKE_AT_FIRST, ALIKE_AT_HALF = 0.7, 0.6  # least similarity in the first two stages
 ALIKE_IN_FEATURES = 0.7  # least cosine
@@ -43,14 +43,14 @@ class Pairs:
 def find_pairs(
     images: Tensor, progress: Callable[[float], None] = lambda _: None, features: Tensor | None = None
 ) -> Pairs:
-    """Return the pairs of images that show one photograph, or similar ones, on the images' device.
+    """Return the pairs of duplicates and of similar images, on the images' device.
 
-    Each image is held against the `CANDIDATES` most alike of those that follow it, and against as many by features.
+    Each image is compared with the `CANDIDATES` most alike of those that follow it, and with as many by features.
 
     Args:
         images: (N, 3, H, W) uint8, H = W.
         progress: called with the fraction that is done.
-        features: (N, d), by which a trained network tells the images apart.
+        features: (N, d), the features of a trained network.
     """
     if features is not None:
         features = normalize(features.float() - features.float().mean(0), dim=1).to(images.device)
@@ -114,10 +114,10 @@ def most_alike(alike: Tensor, start: int, least: float) -> tuple[Tensor, Tensor]
 
 
 class Edges:
-    """Compares images by their edges, faint ones as much as strong ones, in the middle three quarters.
+    """Compares images by their edges, with equal weight for faint and strong ones, in the middle three quarters.
 
-    Edges are the difference of two Gaussian blurs, over its local strength: otherwise the outline of an object on a
-    plain ground outweighs all else, and bottles are alike.
+    Edges are the difference of two Gaussian blurs, divided by its local strength: otherwise the outline of an object on
+    a plain background outweighs everything else, and all bottles look alike.
 
     Args:
         size: of the images, in pixels. step: pixels between two samples, and the scale of the edges.

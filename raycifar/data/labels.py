@@ -78,5 +78,6 @@ def describe(value: Any, level: str) -> str:
         return f"{shown}; CIFAR-100's range from 0 to {len(names) - 1}"
     if isinstance(value, str):
         near = difflib.get_close_matches(normalize(value[:40]), names, 1)
-        return f"{value[:40]!r}, which is none of CIFAR-100's" + (f"; the nearest is {near[0]!r}" if near else "")
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return f"{value[:40]!r}, which is not one of CIFAR-100's{hint}"
     return f"a {type(value).__name__}, not a number or a class's name"

@@ -57,7 +57,7 @@ class ImageFile(NamedTuple):
 def find_images(location: str) -> tuple[list[ImageFile], int]:
     """Return an image file, or those in a folder and its subfolders, and the number of other files, not hidden ones.
 
-    In a folder, an image is what has an image's suffix, or another unknown one and an image's content.
+    In a folder, a file is an image if its suffix is an image's, or if its suffix is unknown and its content an image's.
 
     Args:
         location: a local path or a URI.

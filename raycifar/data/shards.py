@@ -2,7 +2,7 @@
 
 Ray Train's default splitting drops remainder rows and gives blocks to whichever worker asks first. Here the driver cuts
 the blocks exactly at the boundaries between workers, so splitting them takes no Ray task: no row is lost, each worker
-always gets the same rows, and nothing waits for a free CPU, of which there is none where workers hold them all.
+always gets the same rows, and nothing waits for a free CPU, which may never come if the workers hold them all.
 """
 
 from collections.abc import Callable, Sequence

@@ -20,7 +20,7 @@ CHUNK = 10_000  # images made at a time, to keep the temporary arrays small
 
 
 def synthetic(train: int = NUM_IMAGES, test: int = 10_000, seed: int = 0) -> Source:
-    """Return so many training and test images in CIFAR-100's layout, by default as many as CIFAR-100 has."""
+    """Return synthetic training and test images in CIFAR-100's layout, by default as many as CIFAR-100 has."""
     train_rng, test_rng = np.random.default_rng(seed).spawn(2)
     name = SYNTHETIC if train == NUM_IMAGES else f"{SYNTHETIC}:{train}"
     return Source(name, make_table(train, train_rng), make_table(test, test_rng))

@@ -36,7 +36,7 @@ class MaxPool(nn.MaxPool2d):
 
 
 class LargestOfFour(torch.autograd.Function):
-    """As `MaxPool`. Its backward pass reads a byte a patch: the index of the maximum, of equal ones the first."""
+    """Like `MaxPool`. Its backward pass reads one byte per patch: the index of the (first) maximum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -80,11 +80,11 @@ class Recipe:
     progressive: str = option(
         "", "smaller images at first, as PIXELS:END,... where END is a fraction of all steps, such as 20:0.15,24:0.5"
     )
-    pretrained: str = option("none", "first weights: imagenet, a file (PyTorch or safetensors), or none")
+    pretrained: str = option("none", "initial weights: imagenet, a file (PyTorch or safetensors), or none")
     head_epochs: int = option(0, "first epochs, which train only the head; the rest of the network is frozen")
     layer_decay: float = option(1.0, "learning rate of each layer as a fraction of the next one's; 1: all equal")
     batch_norm: BatchNorm = option("train", "running statistics: train, or frozen")
-    separate_copies: bool = option(False, "validate on no image whose photograph is also among the training images")
+    separate_copies: bool = option(False, "keep near duplicates of training images out of the validation set")
 
     def __post_init__(self) -> None:
         types = field_types(type(self))
@@ -176,7 +176,7 @@ def field_types(recipe_type: type[Recipe]) -> dict[str, Any]:
 
 
 def checked_value(name: str, value: Any, kind: Any, most: float = MAX_NUMBER) -> Any:
-    """Return the value of a field as one of `kind`: a whole number is a number, and NumPy's are as good as Python's.
+    """Return the value of a field as one of `kind`: a whole number is a number, and NumPy numbers are accepted.
 
     Raises:
         ValueError: it is of another kind, or not allowed; the message names the field.

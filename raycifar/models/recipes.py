@@ -13,7 +13,7 @@ from typing import Any
 from pyarrow import fs
 
 from raycifar import models
-from raycifar.errors import RequestError, in_a_line
+from raycifar.errors import RequestError, as_sentence, in_a_line
 from raycifar.models.recipe import Recipe, changes, field_types
 from raycifar.storage.files import file_type, locate, read_file
 from raycifar.storage.locations import check_location
@@ -79,12 +79,12 @@ def model_of(recipe: str | None) -> str:
 
 
 def recipe_for(model: str, pretrained: str | None = None, epochs: int | None = None) -> Recipe:
-    """Return a model's default recipe; in place of a long one from scratch, fewer than 100 epochs have `short`.
+    """Return a model's default recipe; for fewer than 100 epochs from scratch, `short` replaces a long recipe.
 
-    A model without that has `study`.
+    A model without `short` has `study`.
 
     Args:
-        pretrained: the first weights, if they are given.
+        pretrained: the initial weights, if they are given.
         epochs: for how long it is trained, if that is given. The recipe returned may be for longer.
     """
     recipes = models.recipes_of(model)
@@ -99,7 +99,7 @@ def recipe_for(model: str, pretrained: str | None = None, epochs: int | None = N
 def nearest_recipe(model: str, recipe: Recipe) -> NamedRecipe:
     """Return the model's recipe that `recipe` differs least from: of those with its optimizer, if there are any.
 
-    The first weights and the number of epochs don't count.
+    The initial weights and the number of epochs don't count.
     """
     default = recipe_for(model, recipe.pretrained, recipe.epochs)
     candidates = [
@@ -116,7 +116,7 @@ def nearest_recipe(model: str, recipe: Recipe) -> NamedRecipe:
 
 
 def options_for(model: str, recipe: Recipe) -> dict[str, Any]:
-    """Return the options that give a model this recipe, few of them: `choose_recipe` is the inverse."""
+    """Return a few options that give a model this recipe: `choose_recipe` is the inverse."""
     nearest = nearest_recipe(model, recipe)
     options: dict[str, Any] = {} if nearest.own else {"recipe": nearest.name}
     for name in ("pretrained", "epochs"):  # by these, the default is chosen
@@ -150,13 +150,13 @@ def choose_recipe(model: str, recipe: str | None = None, **values: Any) -> Recip
     try:
         chosen = resolve(model, recipe, **values)
     except ValueError as error:
-        raise RequestError(f"{error}.") from error
+        raise RequestError(as_sentence(str(error))) from error
     check_location(chosen.pretrained, "--pretrained")
     return chosen
 
 
 def resolve(model: str, recipe: str | None = None, **values: Any) -> Recipe:
-    """As `choose_recipe`, which also looks at where the first weights are; raise ValueError for a value."""
+    """Like `choose_recipe`, but don't check the location of the initial weights; raise ValueError for a value."""
     pretrained, epochs = values.get("pretrained"), values.get("epochs")
     if recipe is None:
         return change(model, recipe_for(model, pretrained, epochs), values)
@@ -181,7 +181,7 @@ def find_recipe(model: str, wanted: str, pretrained: str | None, epochs: int | N
             return parse_toml(model, read_file(wanted), pretrained, epochs)
         run = RunFolder.at(wanted).read_json(RUN)
     except (OSError, ValueError) as error:
-        raise RequestError(f"--recipe {wanted}: {in_a_line(error)}.") from error
+        raise RequestError(f"--recipe {wanted}: {as_sentence(in_a_line(error))}") from error
     if run is None:
         raise RequestError(
             f"--recipe {wanted} is neither a recipe of {model} ({', '.join(own)}), nor a TOML file, nor a run's folder."
@@ -217,7 +217,7 @@ def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
         if owners := models_with(name):
             raise ValueError(f"{name} is an option of {', '.join(owners)}, not of {model}")
         (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
-        raise ValueError(f"a recipe has no field {name!r}; the nearest is {nearest!r}")
+        raise ValueError(f"a recipe has no field {name!r}; did you mean {nearest!r}?")
     if isinstance(epochs := values.get("epochs"), Integral) and epochs < base.epochs:
         values = {"head_epochs": max(0, min(base.head_epochs, int(epochs) - 1)), **values}
     if base.pretrained == "imagenet" and values.get("pretrained", "none") not in ("imagenet", "none"):

@@ -1,6 +1,6 @@
-"""Access to paths and URIs: local disks, object stores and web servers. Whatever is read or written passes here.
+"""Access to paths and URIs: local disks, object stores and web servers. All reading and writing goes through here.
 
-What fails raises an OSError whose message says in plain words what is wrong.
+A failure raises an OSError whose message says in plain words what is wrong.
 """
 
 import errno
@@ -40,7 +40,7 @@ def locate(location: Location, *, to_write: bool = False) -> tuple[fs.FileSystem
 
 
 def ask(filesystem: fs.FileSystem, question: Callable[[], Answer]) -> Answer:
-    """Return the answer of a file system, for which a limited time is waited; see `remote.ask`."""
+    """Return a file system's answer, and wait for it only for a limited time; see `remote.ask`."""
     return question() if is_local(filesystem) else remote.ask(lambda beat: question())
 
 
@@ -105,7 +105,7 @@ def open_file(
 
 
 def open_regular(path: str, flags: int) -> int:
-    """Return a descriptor of a regular file; a fifo without a writer would otherwise be waited for."""
+    """Return a descriptor of a regular file; a fifo without a writer would otherwise block."""
     descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
     kind = os.fstat(descriptor).st_mode
     if stat.S_ISREG(kind):

@@ -1,6 +1,6 @@
 """A folder on a disk or in an object store, in which every file is complete or absent.
 
-It may have been made by others: what is read lies in it, is no larger than such a file can be, and is checked.
+Others may have made it: files outside it aren't read, sizes are limited, and contents are checked.
 """
 
 import errno
@@ -87,7 +87,7 @@ class Folder:
         entries = Path(folder).iterdir() if Path(folder).is_dir() else ()
         names = [path.name for path in entries if is_one(path) and not path.is_symlink()]
         for name in filterfalse(is_utf8, names):
-            notice(f"{folder}/{name} is passed over: its name isn't UTF-8.")
+            notice(f"{folder}/{name} is ignored: its name isn't UTF-8.")
         return sorted(filter(is_utf8, names))
 
     def folders_with(self, *files: str) -> list[Self]:

@@ -1,6 +1,6 @@
 """The lock of a run folder: one process at a time trains the run, on a disk or in an object store.
 
-A process claims a folder by a file of its own in it, `.lock-OWNER`, and renews that as long as it lives. Who comes
+A process claims a folder by its own file there, `.lock-OWNER`, and renews it as long as the process lives. Who comes
 first is decided by Lamport's bakery algorithm (1974), which asks of a storage only that it returns what was written
 last: not every storage can create a file exclusively.
 """
@@ -78,7 +78,7 @@ class Claim:
 def locked(folder: RunFolder, say: Say, *, also: Iterable[RunFolder] = ()) -> Iterator[RunFolder]:
     """Hold the lock of a folder; yield the folder, which is written only as long as the lock is held.
 
-    The lock of a process that died is taken over, which is said.
+    The lock of a process that died is taken over, with a message.
 
     Args:
         also: other folders that no other process may hold.
@@ -220,7 +220,7 @@ def seconds_after_boot(process: psutil.Process) -> float:
 
 
 def machine() -> str:
-    """Return what a process's number is unique in: a boot of the system and a namespace, else the host."""
+    """Return the scope in which process IDs are unique: a boot of the system and a namespace, else the host."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

@@ -33,7 +33,7 @@ class Manifest:
         self._forget()
 
     def renew(self, *files: str) -> None:
-        """Record the digests of files that have been written again; without a manifest, none is begun."""
+        """Record the digests of files that have been written again; without a manifest, none is created."""
         if self.folder.exists(MANIFEST):
             self.seal(*files)
 

@@ -1,7 +1,7 @@
 """Parquet files: writing them, and reading those that others have made, of data sets and of runs.
 
-Arrow keeps types of its own beside Parquet's, under a key of the footer. Some of them run code as they are read: the
-extension types that a library has registered, as Ray Data does. So that key is hidden from Arrow, and a file has no
+Arrow keeps its own types in addition to Parquet's, under a key of the footer. Some of them run code as they are read:
+the extension types that a library has registered, as Ray Data does. So that key is hidden from Arrow, and a file has no
 types but Parquet's.
 """
 
@@ -62,7 +62,7 @@ def read_parquet(content: bytes, columns: Mapping[str, str]) -> pa.Table:
 def read_groups(parquet: pq.ParquetFile, columns: Iterable[str]) -> Iterator[pa.Table]:
     """Yield the row groups, each by itself: Arrow reads no structs whose dictionaries differ, as those of groups do.
 
-    More than may be read is refused, whatever the footer says: it is noticed after the group that is too much.
+    Data beyond the limit is refused, whatever the footer says, after the group that exceeds the limit.
     """
     num_bytes = 0
     for group in range(parquet.num_row_groups):

@@ -31,18 +31,18 @@ class Call:
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Pass over what a mapping of an unknown kind holds."""
+        """Skip what a mapping of an unknown kind holds."""
 
     def append(self, items: Any) -> None:
-        """Pass over what a list or a set of an unknown kind holds."""
+        """Skip what a list or a set of an unknown kind holds."""
 
     add = extend = append
 
 
 class Items(dict[Any, Any]):
-    """What stands for a dictionary: items whose keys are no names or numbers are passed over.
+    """What stands for a dictionary: items whose keys are not names or numbers are skipped.
 
-    To hash a nested tuple takes as much of the stack as it is deep.
+    Hashing a nested tuple takes as much of the stack as the tuple is deep.
     """
 
     name: ClassVar[str] = "dictionary"
@@ -52,7 +52,7 @@ class Items(dict[Any, Any]):
             super().__setitem__(key, value)
 
     def __setstate__(self, state: Any) -> None:
-        """Pass over its attributes."""
+        """Skip its attributes."""
 
 
 def no_bytes() -> bytes:
@@ -63,7 +63,7 @@ def no_bytes() -> bytes:
 class Dissector(pickle._Unpickler):
     """Unpickles containers, numbers and strings; a `Call` stands for all else, and for sets.
 
-    It is pickle's own in Python: the one in C takes as much memory as a file of 20 bytes asks for.
+    It is pickle's unpickler in Python: the one in C takes as much memory as a file asks for, even one of 20 bytes.
 
     Args:
         content: `load` reads one pickle of it, and may raise any exception if that is damaged.
@@ -87,7 +87,7 @@ class Dissector(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         if not self.persistent:
-            raise pickle.UnpicklingError("the pickle names an object outside of it")
+            raise pickle.UnpicklingError("the pickle names an object outside it")
         return self.persistent(pid)
 
     def find_class(self, module: str, name: str) -> Any:

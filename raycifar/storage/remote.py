@@ -1,7 +1,7 @@
 """Object stores and web servers: reaching them, with a limit on each wait, and saying in plain words why one can't be.
 
-Everything is asked in a thread of its own, so that Ctrl-C ends a wait that a library would not give up. What fails for
-a reason that may pass, such as an overloaded server or a cut connection, is tried again after a pause.
+Each request runs in its own thread, so that Ctrl-C ends a wait that a library would not give up. A request that fails
+for a temporary reason, such as an overloaded server or a cut connection, is retried after a pause.
 """
 
 import re

@@ -76,7 +76,7 @@ class RunFolder(Folder):
 
     @classmethod
     def for_output(cls, location: str, own: Self | None = None, *, option: str = "--out") -> Self:
-        """Return the folder that an option or argument names for results, before the work that has them.
+        """Return the folder that an option or argument names for results, before the work that produces them.
 
         Args:
             own: the folder of a run or comparison, which may be the same.
@@ -162,7 +162,7 @@ class RunFolder(Folder):
 
     def _warn_of_fields(self, file: str, unknown: Iterable[str], warn: Callable[[str], None]) -> None:
         if fields := ", ".join(sorted(unknown)):
-            warn(f"{self.location}/{file} has fields that this version doesn't know and passes over: {fields[:200]}.")
+            warn(f"{self.location}/{file} has fields that this version doesn't know and ignores: {fields[:200]}.")
 
     def write_history(self, history: Iterable[schemas.EpochRecord]) -> None:
         self.write(METRICS, "".join(json.dumps(record.to_json()) + "\n" for record in history).encode())
@@ -191,7 +191,7 @@ def read_image_table(content: bytes, columns: dict[str, str]) -> pa.Table:
     """Return columns of a Parquet file, see `read_parquet`, and those of `OPTIONAL` that it has.
 
     Raises:
-        ValueError: the file is damaged, or a column holds what it can't: a class that there isn't, or no probability.
+        ValueError: the file is damaged, or a column holds an impossible value: an unknown class, or no probability.
     """
     optional = {name: kind for name, kind in OPTIONAL.items() if name in read_schema(content).names}
     table = read_parquet(content, {**columns, **optional})

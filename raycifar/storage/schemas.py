@@ -245,7 +245,7 @@ class Search(TypedDict):
 
 
 class WithoutNearDuplicates(TypedDict):
-    """How a comparison ranks the models on new photographs."""
+    """How a comparison ranks the models without near duplicates."""
 
     images: Count
     sentence: str

@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read without running what they name: tensors are made of their bytes, and nothing else is."""
+"""Files of `torch.save`, read without running what they name: only tensors are built, from their bytes."""
 
 import io
 import zipfile

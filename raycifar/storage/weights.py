@@ -42,7 +42,7 @@ def from_file(content: bytes, origin: str) -> tuple[dict[str, Tensor], Architect
         RequestError: the file is damaged, or of another kind; the message begins with `origin`.
     """
     try:
-        tensors = dict(sorted(safetensors.torch.load(content).items()))  # whose order is another in each process
+        tensors = dict(sorted(safetensors.torch.load(content).items()))  # their order differs between processes
     except safetensors.SafetensorError as error:
         reason = str(error).removeprefix("Error while deserializing: ")
         raise RequestError(f"{origin} is not a safetensors file, or is damaged: {reason}.") from error

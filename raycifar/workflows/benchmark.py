@@ -1,4 +1,4 @@
-"""Where the time goes on this machine or cluster, beside the bare compute limit."""
+"""Where the time goes on this machine or cluster, compared with the bare compute limit."""
 
 import itertools
 import statistics
@@ -49,7 +49,7 @@ SECONDS_OF_ROUND = 4  # in which steps of a number of workers are timed, at most
 FEW_WORKERS = 3  # are run on CPUs, however few these are
 IMPOSSIBLE = 1.05  # of the bare step's rate: more can only be noise
 UNSTEADY = 0.2  # by which rounds may differ
-POLL_SECONDS = 0.02  # between two looks whether a run has begun
+POLL_SECONDS = 0.02  # between checks whether a run has begun
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class BenchRequest:
 def bench(request: BenchRequest, screen: Screen, connection: ExitStack, show: Show, *, debug: bool = False) -> None:
     """Time a model's training, for at most five minutes; write `bench.json` and its charts, and show the first.
 
-    What was timed is written and shown, too, where an error or Ctrl-C ends the rest.
+    If an error or Ctrl-C ends it early, what was timed so far is still written and shown.
 
     Args:
         connection: enters the connection to Ray. show: called at the end.
@@ -239,9 +239,10 @@ def find_place(run: TrainingRun, request: BenchRequest) -> Place:
 
 
 def time_startup(request: TrainingRequest, rounds: int, screen: Screen, seconds: float) -> dict[str, Any]:
-    """Return the seconds from a command to its first optimizer step, and those of the least that Ray takes.
+    """Return the seconds from a command to its first optimizer step, and the least that Ray takes to start.
 
-    It is timed as many rounds as fit into so many seconds, once at least.
+    Args:
+        rounds: of timing, at most; as many as fit into `seconds`, and at least one.
     """
     workers = request.workers if isinstance(request.workers, int) else 1
     took: dict[str, list[float]] = {"first_step_seconds": [], "floor_seconds": []}
@@ -299,7 +300,7 @@ def time_floor(workers: int) -> float:
         return float(file.read_text()) - begun
 
 
-# What came of it -------------------------------------------------------------------------------------
+# Results ---------------------------------------------------------------------------------------------
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from raycifar.analysis.comparison import (
     by_model,
     compare,
     conclusions,
-    new_photographs,
+    leave_out_near_duplicates,
     not_comparable,
     whether_the_order_changes,
 )
@@ -131,10 +131,10 @@ def conclude(
     without = request.without_near_duplicates
     if unknown := [run.folder for run in finished if run.near_duplicate is None and without]:
         raise RequestError(
-            f"{unknown[0]}/{PREDICTIONS} doesn't tell which test images are near duplicates of training images: "
-            f"`raycifar evaluate {unknown[0]}` finds them."
+            f"{unknown[0]}/{PREDICTIONS} doesn't say which test images are near duplicates of training images: "
+            f"run `raycifar evaluate {unknown[0]}` to find them."
         )
-    groups = by_model(new_photographs(finished) if without else finished)
+    groups = by_model(leave_out_near_duplicates(finished) if without else finished)
     architectures = {name: read_architecture(runs[0]) for name, runs in groups.items()}
     flops = {name: models.flops(architecture) for name, architecture in architectures.items()}
     synthetic = finished[0].run["data"]["source"].startswith("synthetic")
@@ -142,9 +142,9 @@ def conclude(
     comparison = {"name": folder.name, "synthetic": synthetic, **compare(groups, flops, price), **more}
     if without:
         before, images = compare(by_model(finished), flops, price)["models"], len(finished[0].correct)
-        new = len(next(iter(groups.values()))[0].correct)
-        told = whether_the_order_changes(before, comparison["models"], images, new)
-        comparison["without_near_duplicates"] = {"images": new, "sentence": told}
+        left = len(next(iter(groups.values()))[0].correct)
+        told = whether_the_order_changes(before, comparison["models"], images, left)
+        comparison["without_near_duplicates"] = {"images": left, "sentence": told}
     folder.write_json(COMPARISON, comparison)
     rows = to_rows(comparison)
     folder.write(COMPARISON_TABLE, to_csv([*rows[0]], (row.values() for row in rows)).encode())

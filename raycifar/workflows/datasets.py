@@ -88,7 +88,7 @@ def count_repeats(source: Source) -> tuple[int, int]:
 
 
 def warn_of_leaks(source: Source, screen: Screen) -> None:
-    """Say so where test images are among the training images: more than those of CIFAR-100 itself, 10 of 10,000."""
+    """Warn if test images are among the training images: more than in CIFAR-100 itself, 10 of 10,000."""
     _, leaked = count_repeats(source)
     if leaked > LEAKED * len(source.test):
         screen.say(

@@ -1,4 +1,4 @@
-"""Which images of a data set show one photograph: found once for a data set, listed in a table and shown on a page."""
+"""The duplicates in a data set: found once and cached, listed in a table and shown on a page."""
 
 import io
 import re
@@ -38,7 +38,7 @@ COLUMNS = ["first", "second", "similarity", "kind"]
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Pairs of images that show one photograph, the most alike first."""
+    """Pairs of duplicates, exact, near or similar, the most alike first."""
 
     split: np.ndarray  # (n,) "test" or "train"
     index: np.ndarray  # (n,) rows of that set
@@ -68,14 +68,14 @@ class Duplicates:
         columns = {**vars(self), "same_label": np.where(self.same_label, "true", "false")}
         return to_csv(columns, zip(*columns.values(), strict=True)).encode()
 
-    def photographs(self, split: str) -> np.ndarray:
-        """Return the pairs (n, 2) of rows of a split and of training images that show one photograph, exact or near."""
+    def near_duplicates(self, split: str) -> np.ndarray:
+        """Return the exact and near pairs (n, 2) of a split's images and training images, by their rows."""
         rows = (self.split == split) & (self.other_split == "train") & (self.kind != "similar")
         return np.stack([self.index[rows], self.other_index[rows]], 1)
 
     def test_copies(self, train_index: np.ndarray) -> np.ndarray:
-        """Return the rows of test images whose photograph is among these rows of the training set."""
-        pairs = self.photographs("test")
+        """Return the rows of test images that are near duplicates of the training images in these rows."""
+        pairs = self.near_duplicates("test")
         return np.unique(pairs[np.isin(pairs[:, 1], train_index), 0])
 
     def counts(self) -> dict[tuple[str, str], dict[str, int]]:
@@ -112,7 +112,7 @@ def list_duplicates(data: str, out: str, screen: Screen, run: str | None = None)
 
 
 def find_duplicates(source: Source, screen: Screen) -> Duplicates:
-    """Return the images of a data set that show one photograph: known ones, or found and put into the cache."""
+    """Return the duplicates in a data set: known ones, or found now and put into the cache."""
     fingerprint = source.fingerprint()
     pairs = known_pairs(fingerprint)
     if pairs is None:
@@ -123,13 +123,13 @@ def find_duplicates(source: Source, screen: Screen) -> Duplicates:
 
 
 def known_duplicates(source: Source) -> Duplicates | None:
-    """Return what `find_duplicates` has found before, None where that would have to search."""
+    """Return what `find_duplicates` would return, or None if it would have to search."""
     pairs = known_pairs(source.fingerprint())
     return None if pairs is None else Duplicates.of(pairs, source)
 
 
 def known_training_copies(data: dict[str, Any]) -> np.ndarray | None:
-    """Return the pairs (n, 2) of rows of training images that show one photograph; None where they aren't known.
+    """Return the pairs (n, 2) of training images that are near duplicates, by their rows; None if they aren't known.
 
     Args:
         data: what `run.json` says of a data set.
@@ -143,10 +143,10 @@ def known_training_copies(data: dict[str, Any]) -> np.ndarray | None:
 
 
 def copied_images(source: Source, recipe: Recipe) -> np.ndarray | None:
-    """Return the rows of training images that a recipe doesn't validate on, or None where it validates on any."""
+    """Return the rows of training images that a recipe doesn't validate on, or None if it validates on any."""
     if not recipe.separate_copies:
         return None
-    return np.unique(find_duplicates(source, Screen(quiet=True)).photographs("train"))
+    return np.unique(find_duplicates(source, Screen(quiet=True)).near_duplicates("train"))
 
 
 def known_pairs(fingerprint: str) -> pa.Table | None:

@@ -32,8 +32,8 @@ def operations_of(recipe: Recipe, initial: InitialWeights, splits: Splits) -> fl
 def cpu_seconds(recipe: Recipe, initial: InitialWeights, splits: Splits) -> float:
     """Return about how long training and validation take on all CPUs of this process.
 
-    Steps with few and with many images are timed: the time of a step grows evenly with its images, from what the
-    optimizer takes.
+    Steps with few and with many images are timed: a step takes the optimizer's time plus a time proportional to its
+    images.
     """
     import torch
 
@@ -56,13 +56,13 @@ def cpu_seconds(recipe: Recipe, initial: InitialWeights, splits: Splits) -> floa
     seconds_of_step = fast + (recipe.batch_size - FEW) * seconds_of_image
     epoch = len(splits.train) / recipe.batch_size * seconds_of_step
     size = initial.architecture.preprocessing.size
-    epoch *= recipe.mean_cost(size) / recipe.cost(size, 1.0)  # the steps that are timed are as the last ones
+    epoch *= recipe.mean_cost(size) / recipe.cost(size, 1.0)  # the timed steps are like the last ones
     return recipe.epochs * (epoch + len(splits.val) * seconds_of_image / FORWARD_PASSES_PER_STEP)
 
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Have PyTorch use so many threads, as workers do: a container may have fewer CPUs than the machine."""
+    """Have PyTorch use `count` threads, as workers do: a container may have fewer CPUs than the machine."""
     import torch
 
     before = torch.get_num_threads()
@@ -85,7 +85,7 @@ def warn_of_hours(
     """Return a line if training takes over an hour on CPUs, which says what would be shorter.
 
     Args:
-        runs: each is trained so many times (`repeats`), and `at_once` of them at a time, each on `workers`.
+        runs: each is trained `repeats` times, `at_once` of them at a time, each on `workers`.
     """
     cpus = at_once * max(1, workers.count) * workers.cpus
     operations = repeats * sum(operations_of(*run, splits) for run in runs)

@@ -87,9 +87,11 @@ def evaluate(
         with screen.waiting("Reading the images"):
             source = load_images(run, request.data, test_alone=request.split == "test")
         own = request.split == "test" and is_source_of(source, run)
-        # What a run predicted of its own test set is its own, and nothing else may replace it.
+        # A run's predictions for its own test set stay: nothing else may replace them.
         if out == folder and not own:
-            raise RequestError(f"--out {request.out} keeps what the run predicts of its own test set: give another.")
+            raise RequestError(
+                f"--out {request.out} holds the run's predictions for its own test set: give another folder."
+            )
         out = out or RunFolder.for_output(request.network if own else "evaluation", folder)
         copies = find_copies(run, source, screen) if run and own else None
         if request.split == "test" and len(source.train):
@@ -112,7 +114,7 @@ def evaluate(
 
 
 def find_copies(run: dict[str, Any], source: Source, screen: Screen) -> np.ndarray:
-    """Return the rows of test images whose photograph is among a run's training images."""
+    """Return the rows of test images that are near duplicates of a run's training images."""
     recipe = recipe_from_json(run["model"], run["recipe"])
     found = find_duplicates(source, screen)
     rows, _ = split_rows(source, run["val_size"], run["limit"], run["seed"], copied_images(source, recipe))
@@ -143,7 +145,7 @@ def compare_with_validation(
 
 
 class Scorer:
-    """Asks the network, on a worker of Ray Data."""
+    """Computes the network's outputs, on a worker of Ray Data."""
 
     def __init__(self, job: "ScoringJob") -> None:
         import torch
@@ -189,7 +191,7 @@ class ScoringJob:
 
 
 def allocate_workers(request: EvaluationRequest, screen: Screen, connection: ExitStack, *, debug: bool) -> "Workers":
-    """Connect to Ray, unless the network is asked in this process, and wait for room for the workers."""
+    """Connect to Ray, unless the images are scored in this process, and wait for room for the workers."""
     if request.count == 0:
         return connect(request, 0, connection, debug=debug)
     with screen.waiting("Starting Ray"):

@@ -1,4 +1,4 @@
-"""What lies in a folder of runs, and what can be removed of it."""
+"""What a folder of runs holds, and what can be removed from it."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,12 +50,12 @@ class Entry:
 
     @property
     def is_over(self) -> bool:
-        """Return whether nothing trains it any more, now or later."""
+        """Return whether it is over: nothing trains it any more, now or later."""
         return self.state in OVER and not self.host
 
 
 def find_runs(location: str) -> list[Entry]:
-    """Return the runs and comparisons in a folder, or the run in it, the newest first; of a comparison, its trials.
+    """Return the runs and comparisons in a folder, or the run in it, the newest first; for a comparison, its trials.
 
     Raises:
         RequestError: there is no such folder.
@@ -137,7 +137,7 @@ def list_comparison(folder: RunFolder) -> Entry:
 
 
 def ignore(sentence: str) -> None:
-    """Keep a warning of a run's files from a list of runs: its report has it."""
+    """Drop a warning about a run's files from a list of runs: the run's report has it."""
 
 
 # Checkpoints that nothing needs ---------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""How many workers pay: what a step of each number of workers takes, from what is measured on one and on a few.
+"""How many workers pay off: the time of a step for each number of workers, from measurements on one and on a few.
 
-A step of n workers takes what the slowest needs for its share of the batch, and what the exchange of gradients adds.
+A step of n workers takes as long as the slowest needs for its share of the batch, plus the gradient exchange.
 Nothing here imports Ray or PyTorch.
 """
 
@@ -16,7 +16,7 @@ from raycifar.models.recipe import Recipe
 from raycifar.workflows.requests import check_batch_size
 
 BACKWARD = 2 / 3  # of a step's computation, beside which gradients travel on a GPU
-PAYS = 1.1  # times the images per second: what makes more workers worth having
+PAYS = 1.1  # times the images per second: below, more workers don't pay off
 LARGER_BATCH = 4  # times as large, at most: what a larger --batch-size would change
 CLOSE = 0.15  # of the measured rate: a prediction that is further off says why
 
@@ -63,7 +63,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is planned, and what is known of it."""
+    """What is planned, and what is known about it."""
 
     recipe: Recipe
     counts: Sequence[int]  # of workers
@@ -81,7 +81,7 @@ class Plan:
         return links[-1] if links else None
 
     def step_seconds(self, count: int, batch_size: int) -> float:
-        """Return the seconds of a step of so many workers."""
+        """Return the seconds that a step takes on `count` workers."""
         size = share(batch_size, count)
         if self.place.shared:
             most = max(number for number in self.measured if number <= count)
@@ -117,9 +117,9 @@ def counts_to_measure(counts: Sequence[int], place: Place) -> list[int]:
 
 
 def sizes_to_time(counts: Sequence[int], workers: int, place: Place, batch_size: int) -> list[int]:
-    """Return the images of the steps that are timed with so many workers.
+    """Return the sizes, in images, of the steps to time with `workers`.
 
-    On shared CPUs they are the shares of as many workers or more, else those of all, on one worker.
+    On shared CPUs they are the shares of this number of workers and of larger ones, else those of all, on one worker.
     """
     if workers > 1 and not place.shared:
         return []
@@ -151,11 +151,11 @@ def exchange_seconds(buckets: Sequence[int], count: int, link: Link, hidden: flo
     return max(sum(seconds) - hidden, seconds[-1] if hidden else 0.0)
 
 
-# What comes of it ------------------------------------------------------------------------------------
+# Results ---------------------------------------------------------------------------------------------
 
 
 def summarize(plan: Plan, price_per_hour: float | None) -> dict[str, Any]:
-    """Return what `bench.json` holds of a plan, and the sentences that are said of it."""
+    """Return what `bench.json` holds about a plan, with the sentences that explain it."""
     batch_size, epochs = plan.recipe.batch_size, plan.recipe.epochs
     workers = {}
     for count in plan.counts if plan.link else [1]:
@@ -208,7 +208,7 @@ def assumptions(plan: Plan) -> list[str]:
     else:
         between = "The link between workers was not measured."
     overlap = (
-        "the exchange hides beside the backward pass, two thirds of a step's computation, but for the last bucket"
+        "the exchange overlaps with the backward pass, two thirds of a step's computation, except for the last bucket"
         if place.use_gpu
         else "the exchange needs the same CPUs as the backward pass, so none of it is hidden"
     )
@@ -223,7 +223,7 @@ def assumptions(plan: Plan) -> list[str]:
 
 
 def advice(plan: Plan, workers: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    """Return from where more workers no longer help, and what a larger batch would change."""
+    """Return from which number more workers no longer help, and what a larger batch would change."""
     if len(workers) < 2:
         return []
     rates = {count: figures["images_per_second"] for count, figures in workers.items()}
@@ -245,7 +245,7 @@ def advice(plan: Plan, workers: Mapping[int, Mapping[str, Any]]) -> list[str]:
     return [
         line,
         f"With --batch-size {larger}, {many} would train {gain:.2f} times as many images per second as with "
-        f"{batch_size}; the learning rate would have to be found anew.",
+        f"{batch_size}; the learning rate would have to be tuned again.",
     ]
 
 

@@ -129,7 +129,7 @@ class Model:
         return predict(self.network, pixels, self.autocast, preprocessing).cpu()
 
     def features(self, images: np.ndarray) -> "Tensor":
-        """Return what the last dense layer is given, (n, features) float32, on the CPU; see `logits`.
+        """Return the inputs of the last dense layer, (n, features) float32, on the CPU; see `logits`.
 
         Raises:
             RequestError: the network has no dense layer.

@@ -75,7 +75,7 @@ def estimate(device: str, recipe: Recipe, initial: InitialWeights, splits: Split
 
 
 def in_words(seconds: float | None) -> str:
-    """Return an estimate and what it rests on."""
+    """Return an estimate and its basis, in words."""
     if seconds is None:
         return "on a GPU: raycifar bench measures it"
     return f"about {duration(seconds)} on this machine's CPU, by the time of a few steps"

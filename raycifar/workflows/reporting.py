@@ -126,7 +126,7 @@ def read_files(folder: RunFolder) -> "RunFiles":
     """Return the files of a run that its report is based on; what is damaged or missing is noted and left out.
 
     Raises:
-        DamagedFileError: `run.json` is damaged, without which nothing can be said.
+        DamagedFileError: `run.json` is damaged; without it nothing can be said.
     """
     from raycifar.analysis.history import RunHistory
     from raycifar.analysis.run_files import RunFiles
@@ -203,7 +203,7 @@ def write_comparison(folder: RunFolder, out: RunFolder | None = None, kind: str 
     content, files, comparison = read_comparison(folder)
 
     def page() -> str:
-        runs = folder.runs() if out in (None, folder) else []  # a page elsewhere has no way to their pages
+        runs = folder.runs() if out in (None, folder) else []  # a page elsewhere can't link to their pages
         links = {run.name: f"{run.name}/{REPORT_PAGE}" for run in runs if run.exists(REPORT_PAGE)}
         return comparison_page(content, files, comparison, links)
 
@@ -292,7 +292,7 @@ class Refresher:
 
 @contextmanager
 def forgiving(say: Callable[[str], None] = lambda sentence: None) -> Iterator[None]:
-    """Log and say what goes wrong with a report, in a sentence: the run goes on without it."""
+    """Log and show what goes wrong with a report, in a sentence: the run goes on without it."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What can be asked for: each option once, with its default and its help, for the commands and the Python API alike."""
+"""Requests: each option once, with its default and its help, for the commands and the Python API alike."""
 
 import difflib
 import os
@@ -24,7 +24,7 @@ MAX_ELASTIC_WORKERS = 64  # the images are cut wherever a shard of any of the nu
 MAX_WORKERS = MAX_TRIALS = 10_000  # more is a slip
 MAX_SEED = 2**63 - 1  # of PyTorch's generators
 MAX_NAME_BYTES = 200  # file systems take 255
-# What a comparison of finished runs has a use for; RAYCIFAR_DATA may be set without being meant for it.
+# The options that a comparison of finished runs uses; RAYCIFAR_DATA may be set for other commands.
 OF_FINISHED_RUNS = ("storage", "name", "report", "price_per_hour", "without_near_duplicates", "data")
 
 
@@ -37,11 +37,11 @@ def setting(
     env: str | None = None,
     metavar: str | None = None,
 ) -> Any:
-    """Return a field that is an option of the commands, too.
+    """Return a field that is also an option of the commands.
 
     Args:
-        least, most: the smallest and the largest value that make sense. env: a variable of the environment that sets
-            the default.
+        least, most: the smallest and the largest value that make sense. env: an environment variable that sets the
+            default.
     """
     metadata = {"help": help, "least": least, "most": most, "env": env, "metavar": metavar, "default": default}
     if env:
@@ -54,9 +54,9 @@ class WorkerSettings:
     """What each worker computes on."""
 
     device: Device = setting("auto", "auto: GPUs, if there are any; mps: Apple's GPU, for --workers 0.")
-    cpus_per_worker: float | None = setting(None, "CPUs, and so threads, of each worker.  [fair share]")
-    gpus_per_worker: float = setting(1.0, "A share of a GPU, above 0, at most 1.")
-    accelerator: str | None = setting(None, "The kind of GPU, such as H100.  [any]")
+    cpus_per_worker: float | None = setting(None, "CPUs (and threads) per worker.  [fair share]")
+    gpus_per_worker: float = setting(1.0, "GPUs per worker: 1, or a fraction of one.")
+    accelerator: str | None = setting(None, "Kind of GPU, such as H100.  [any]")
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -85,7 +85,7 @@ class WorkerSettings:
             raise RequestError(f"{option} is for workers on GPUs, and {where} has none: leave one of them out.")
 
     def check_workers(self, workers: WorkerCount) -> None:
-        """Check that so many workers can have what is asked for; 0 is this process."""
+        """Check that this number of workers can have what is asked for; 0 is this process."""
         if workers == 0:
             self.check_no_gpu_is_chosen("--workers 0")
             if self.cpus_per_worker and self.cpus_per_worker > (most := os.cpu_count() or 1):
@@ -103,17 +103,17 @@ class WorkerSettings:
 class Settings(WorkerSettings):
     """What training one model and comparing several have in common."""
 
-    seed: int = setting(0, "Seed of the split, the first weights and every epoch.", least=0, most=MAX_SEED)
-    data: str = setting("cifar100", "cifar100, synthetic, path, URI.", env="RAYCIFAR_DATA")
-    val_size: int = setting(5000, "Training images held out, the same number of each class.", least=0)
+    seed: int = setting(0, "Seed of the split, the initial weights and every epoch.", least=0, most=MAX_SEED)
+    data: str = setting("cifar100", "cifar100, synthetic, a path or a URI.", env="RAYCIFAR_DATA")
+    val_size: int = setting(5000, "Images held out for validation, the same number of each class.", least=0)
     limit: int | None = setting(None, "Train on this many images, the same number of each class.", least=1)
     storage: str = setting("results", "Where runs are kept: a folder or a URI.", env="RAYCIFAR_STORAGE")
-    max_failures: int = setting(3, "Restarts after workers die.", least=0)
+    max_failures: int = setting(3, "Restarts after worker failures, at most.", least=0)
     wait: float = setting(1800, "Seconds to wait for nodes to start or to be free.", least=0)
-    report: bool = setting(True, "Write a report, also during the run.")
-    track: str | None = setting(None, "A tracker that logs the run as well.  [none]", metavar="mlflow|wandb")
+    report: bool = setting(True, "Write a report, and update it during the run.")
+    track: str | None = setting(None, "Also log the run to MLflow or Weights & Biases.  [none]", metavar="mlflow|wandb")
     compile: bool = setting(False, "Compile the model with torch.compile.")
-    record: bool = setting(True, "Keep statistics of each image and of the gradient norm.")
+    record: bool = setting(True, "Record statistics of each image, and the gradient norm.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,10 +134,12 @@ class TrainingRequest(Settings):
     recipe: Recipe = None  # type: ignore[assignment]  # the model's default
     name: str = setting("", "The run's name; the same name resumes it.  [model, seed and time]")
     workers: WorkerCount = setting(
-        None, "0: this process; 1:4 elastic.  [one for each GPU, else 1]", metavar="N|MIN:MAX"
+        None,
+        "Number of workers, or MIN:MAX for elastic training; 0 trains in this process.  [one per GPU, else 1]",
+        metavar="N|MIN:MAX",
     )
     checkpoint_steps: int = setting(0, "Steps between checkpoints; 0: only after each epoch.", least=0)
-    profile: bool = setting(False, "Trace some steps, and say what takes longest.")
+    profile: bool = setting(False, "Trace some steps, and show what takes longest.")
     test: bool = True  # score the test set at the end
     search: bool = False  # a trial that looks for a recipe
     rungs: tuple[int, ...] = ()  # epochs after which the status store is asked whether to stop
@@ -160,7 +162,7 @@ class TrainingRequest(Settings):
 
     @classmethod
     def of(cls, model: str, **options: Any) -> Self:
-        """Return the request that options stand for: `lr`, `epochs`, … are of the recipe; None is the default."""
+        """Return the request for these options: `lr`, `epochs`, … belong to the recipe; None is the default."""
         models.find_family(model)
         settings, recipe = sort_options(cls, options)
         return cls(model, choose_recipe(model, **recipe), **settings)
@@ -175,18 +177,20 @@ class ComparisonRequest(Settings):
     """
 
     recipes: Mapping[str, Recipe]  # by model
-    fixed: frozenset[str] = frozenset()  # fields of the recipe that a search leaves alone, because they are given
+    fixed: frozenset[str] = frozenset()  # fields of the recipe that are given, and so not searched
     _: KW_ONLY
-    seed: int = setting(0, "The first of --seeds.", least=0, most=MAX_SEED)
+    seed: int = setting(0, "Seed of each model's first run.", least=0, most=MAX_SEED)
     seeds: int = setting(3, "Runs of each model, with seeds from --seed on.", least=1, most=MAX_TRIALS)
-    search: int = setting(0, "Trials that look for each model's best recipe.", least=0, most=MAX_TRIALS)
-    space: str | None = setting(None, "TOML file of what a search varies.  [rate, decay, batch, smoothing, augment]")
-    price_per_hour: float | None = setting(None, "Of one device: shows what training cost.", least=0)
-    without_near_duplicates: bool = setting(False, "Score only test images whose photograph no run has trained on.")
+    search: int = setting(0, "Trials to search for each model's best recipe.", least=0, most=MAX_TRIALS)
+    space: str | None = setting(
+        None, "TOML file of the fields that --search varies.  [lr, weight_decay, batch_size, label_smoothing, augment]"
+    )
+    price_per_hour: float | None = setting(None, "Price of one device per hour; shows the cost of training.", least=0)
+    without_near_duplicates: bool = setting(False, "Leave out test images that are near duplicates of training images.")
     name: str = setting("", "The comparison's name; the same name continues it.  [compare and time]")
     device: Literal["auto", "gpu", "cpu"] = setting("auto", "auto: GPUs, if there are any.")
     workers: int = setting(1, "Workers of each trial.", least=1, most=MAX_WORKERS)
-    max_trials: int | None = setting(None, "Trials at once.  [as many as the cluster holds]", least=1)
+    max_trials: int | None = setting(None, "Trials at once, at most.  [as many as fit]", least=1)
     checkpoint_steps: int = setting(200, "Steps between checkpoints; 0: only after each epoch.", least=0)
 
     def __post_init__(self) -> None:
@@ -203,7 +207,7 @@ class ComparisonRequest(Settings):
 
     @classmethod
     def of(cls, names: Iterable[str], **options: Any) -> Self:
-        """Return the request that options stand for, with each model's default recipe for what isn't given."""
+        """Return the request for these options; what isn't given comes from each model's default recipe."""
         names = [name.strip() if isinstance(name, str) else name for name in names or ()]
         for name in names:
             models.find_family(name)
@@ -213,7 +217,7 @@ class ComparisonRequest(Settings):
         return cls({name: choose_recipe(name, **recipe) for name in names}, frozenset(recipe), **settings)
 
     def only_for_training(self) -> list[str]:
-        """Return the options that are given, and that a comparison of finished runs has no use for."""
+        """Return the given options that a comparison of finished runs doesn't use."""
         given = {
             f.name: getattr(self, f.name)
             for f in settings_of(type(self))
@@ -223,7 +227,7 @@ class ComparisonRequest(Settings):
         return [f"--{name.replace('_', '-')}" for name in (*names, *sorted(self.fixed))]
 
     def training(self, model: str) -> TrainingRequest:
-        """Return the request that this is for one of the models."""
+        """Return this request for one of the models."""
         names = {f.name for f in settings_of(TrainingRequest)} & {f.name for f in settings_of(type(self))}
         return TrainingRequest(model, self.recipes[model], **{name: getattr(self, name) for name in names})
 
@@ -247,8 +251,8 @@ def sort_options(kind: type[Settings], options: Mapping[str, Any]) -> tuple[dict
     recipe = recipe_fields().keys() | {"recipe"}
     for name in options:
         if name not in settings | recipe:
-            near = "".join(f": is it {match!r}?" for match in difflib.get_close_matches(name, settings | recipe, 1))
-            raise RequestError(f"there is no option {name!r}{near or '.'}")
+            near = difflib.get_close_matches(name, settings | recipe, 1)
+            raise RequestError(f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
     return (
         {
             name: os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -296,7 +300,7 @@ def parse_workers(value: Any) -> WorkerCount:
     if counts[1] > MAX_WORKERS:
         raise RequestError(f"--workers {value!r}: there can be at most {MAX_WORKERS:,}.")
     if counts[0] < bool(colon) or counts[1] < counts[0]:
-        raise RequestError(f"--workers {value!r}: take 0 or more, or a range that begins at 1 or more and rises.")
+        raise RequestError(f"--workers {value!r}: give 0 or more, or MIN:MAX with 1 ≤ MIN ≤ MAX.")
     if colon and counts[1] > MAX_ELASTIC_WORKERS:
         raise RequestError(f"--workers {value!r}: an elastic run takes at most {MAX_ELASTIC_WORKERS} workers.")
     return counts if counts[0] < counts[1] else counts[0]
@@ -313,7 +317,9 @@ def check_name(name: str) -> None:
 
 def check_batch_size(recipe: Recipe, workers: int) -> None:
     if recipe.batch_size < 2 * workers:
-        raise RequestError(f"--batch-size {recipe.batch_size} leaves less than 2 images for each of {workers} workers.")
+        raise RequestError(
+            f"--batch-size {recipe.batch_size} leaves fewer than 2 images for each of {workers} workers."
+        )
 
 
 def to_arguments(request: TrainingRequest) -> list[str]:

@@ -40,7 +40,7 @@ class PastTrial:
 
 
 def default_space(recipe: Recipe, workers: int = 1) -> Space:
-    """Return the space around a recipe, whose batches leave two images or more for each worker.
+    """Return the space around a recipe; its batches leave two or more images for each worker.
 
     Raises:
         RequestError: the recipe has no learning rate to vary.
@@ -114,7 +114,7 @@ def suggest(
         check: raises RequestError if a recipe can't be trained.
 
     Raises:
-        RequestError: hardly a recipe in the space can be trained.
+        RequestError: almost no recipe in the space can be trained.
     """
     if not earlier:
         return base
@@ -124,7 +124,7 @@ def suggest(
     )
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for trial in earlier:
-        with suppress(ValueError):  # outside of the space, as the model's default recipe may be
+        with suppress(ValueError):  # outside the space, as the model's default recipe may be
             study.add_trial(to_optuna(space, trial))
     for _ in range(MAX_PROPOSALS):
         proposal = study.ask(space)
@@ -150,7 +150,7 @@ def check_trainable(request: ComparisonRequest, initial: InitialWeights, recipe:
 
 
 def to_optuna(space: Space, trial: PastTrial) -> optuna.trial.FrozenTrial:
-    """Return a trial in Optuna's form, or raise ValueError if it lies outside of the space."""
+    """Return a trial in Optuna's form, or raise ValueError if it lies outside the space."""
     state = {
         "finished": optuna.trial.TrialState.COMPLETE,
         "stopped": optuna.trial.TrialState.PRUNED,

@@ -24,7 +24,7 @@ def speedrun(
 ) -> None:
     """Train with `runs` seeds, one after the other; write `speedrun.json`, and show it.
 
-    What is there is written and shown, too, where an error or Ctrl-C ends the rest.
+    If an error or Ctrl-C ends it early, the runs so far are still written and shown.
 
     Args:
         show: called at the end. out: a folder or URI.
@@ -100,7 +100,7 @@ def speedrun(
 
 
 def facts(found: dict[str, Any]) -> dict[str, str]:
-    """Return what was computed, on what, and what took time outside of the clock, in words."""
+    """Return what was computed, on what, and what took time outside the clock, in words."""
     work, clock = found["work"], found["clock"]
     scored = {"test": "test", "val": "validation"}[found["scored"]["split"]]
     by_size = ", ".join(f"{count / 1e6:.1f} M at {size} px" for size, count in work["multiply_adds"].items())

@@ -224,7 +224,7 @@ def build_spaces(request: ComparisonRequest) -> dict[str, Any]:
 def check_spaces(
     request: ComparisonRequest, spaces: Mapping[str, Any], initial_by_model: Mapping[str, InitialWeights]
 ) -> None:
-    """Raise RequestError if hardly a recipe in a search space can be trained."""
+    """Raise RequestError if almost no recipe in a search space can be trained."""
     for model, space in spaces.items():
         from raycifar.workflows.search_space import PastTrial, check_trainable, suggest
 

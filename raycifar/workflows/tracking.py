@@ -1,7 +1,7 @@
-"""Trackers, where a run is recorded besides its folder: MLflow, and Weights & Biases.
+"""Trackers, which record a run in addition to its folder: MLflow, and Weights & Biases.
 
-A tracker takes three calls: `start`, `epoch` for each finished epoch, and `finish`. They are made by the driver, in a
-thread of their own: a tracker that is slow delays nothing, and one that fails is given up with a notice.
+A tracker takes three calls: `start`, `epoch` for each finished epoch, and `finish`. The driver makes them in a separate
+thread: a slow tracker delays nothing, and a tracker that fails is dropped with a notice.
 """
 
 import os
@@ -19,17 +19,17 @@ from raycifar.storage.run_folder import COMPARISON, MODEL, REPORT_PAGE, RESULT, 
 from raycifar.storage.schemas import EpochRecord
 
 TRACKING = "tracking.json"  # what a tracker calls the run
-PROJECT = "raycifar"  # unless the tracker's own variable of the environment says otherwise
+PROJECT = "raycifar"  # unless the tracker's own environment variable says otherwise
 MAX_PARAMS = 100  # that MLflow takes at a time
 FINISH_SECONDS = 60  # that trackers may take once a run has ended
 ARTIFACTS = (RUN, REPORT_PAGE, MODEL, COMPARISON)
 
 
 class Tracker(Protocol):
-    """Where a run is tracked. An object is one run there; what it raises ends its tracking, and not the run."""
+    """Tracks one run. An exception that it raises ends the tracking, but not the run."""
 
     def start(self, name: str, config: dict[str, Any], known: str | None, parent: str | None) -> str:
-        """Begin a run, or go on with the one that is `known`, and return what the tracker calls it.
+        """Begin a run, or continue the one that is `known`, and return the tracker's ID of it.
 
         Args:
             config: the content of `run.json`, flat. parent: what the tracker calls the comparison.
@@ -136,7 +136,7 @@ class Tracked:
 
 @dataclass
 class Tracking:
-    """Tells a tracker of the runs of a command, until the end of a `with` block.
+    """Tells a tracker about the runs of a command, until the end of a `with` block.
 
     Args:
         track: the tracker's name, or None for none.
@@ -154,7 +154,7 @@ class Tracking:
         return self
 
     def log(self, folder: RunFolder, history: Sequence[EpochRecord] = (), parent: RunFolder | None = None) -> None:
-        """Log the finished epochs of a run that aren't logged yet; its first call begins the run there, or goes on.
+        """Log the finished epochs of a run that aren't logged yet; the first call begins or continues the run there.
 
         Args:
             parent: the comparison that the run is part of.

@@ -200,7 +200,10 @@ def lock(folder: RunFolder, screen: Screen, until: ExitStack, also: Callable[[],
         RequestError: another process holds one of them, or the folder can't be written.
     """
     if "runtime_resources" in Path(folder.location).parts:  # where Ray unpacks a job's --working-dir
-        screen.say("Note: this job's folder is temporary, and the run in it: give --storage a full path or a URI.")
+        screen.say(
+            "Note: a job's working directory is temporary, so this run will be lost. "
+            "Give --storage an absolute path or a URI."
+        )
     try:
         return until.enter_context(locked(folder, screen.say, also=also()))
     except OSError as error:

@@ -21,10 +21,10 @@ from raycifar.workflows.requests import TrainingRequest
 if TYPE_CHECKING:
     from raycifar.cluster.sizing import Workers
 
-# What may differ when a run is resumed: the same images and the same weights may lie elsewhere by then, and so may
+# What may differ when a run is resumed: the same images and weights may have moved in the meantime, and so may
 # the run itself. The architecture follows from model, recipe and weights; `val` is reported as `val_size`.
 MAY_DIFFER = ("name", "source", "pretrained", "recipe", "data", "architecture", "val")
-# Shown always; other fields only where they differ from their defaults, which switch them off.
+# Always shown; other fields are shown only if they differ from their defaults, which switch them off.
 ALWAYS_SHOWN = (
     "epochs", "batch_size", "optimizer", "lr", "momentum", "schedule", "warmup", "weight_decay", "label_smoothing",
     "augment",
@@ -40,7 +40,7 @@ class Inputs:
     initial: InitialWeights
 
     def near_duplicates(self) -> np.ndarray | None:
-        """Return the rows of test images whose photograph is among the training images, or None if it isn't known."""
+        """Return the rows of test images that are near duplicates of training images, or None if they aren't known."""
         found = known_duplicates(self.source)
         return None if found is None else found.test_copies(self.splits.train["index"].to_numpy())
 
@@ -82,7 +82,7 @@ def read_run(folder: RunFolder, warn: Callable[[str], None] = notice) -> dict[st
     """Return the content of a run's `run.json`, whichever version wrote it, or None if there is none.
 
     Args:
-        warn: called with a sentence of what is passed over.
+        warn: called with a sentence about ignored fields.
 
     Raises:
         DamagedFileError: it lacks what a run has, or has another type, range or model.
@@ -98,7 +98,7 @@ def read_run(folder: RunFolder, warn: Callable[[str], None] = notice) -> dict[st
     except RequestError as error:
         raise DamagedFileError(f"{where} is damaged, or of another version: {error}") from error
     if unknown := run["recipe"].keys() - vars(recipe).keys() - RENAMED.keys():
-        warn(f"{where} has a recipe with fields that this version passes over: {', '.join(sorted(unknown))[:200]}.")
+        warn(f"{where} has a recipe with fields that this version ignores: {', '.join(sorted(unknown))[:200]}.")
     return run
 
 
@@ -133,7 +133,7 @@ def flatten(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_run_json(folder: RunFolder, request: TrainingRequest, identity: dict[str, Any], workers: "Workers") -> None:
-    """Write `run.json`, and delete what failed attempts left; a resumed run keeps its creation time."""
+    """Write `run.json`, and delete leftovers of failed attempts; a resumed run keeps its creation time."""
     from raycifar.cluster.nodes import versions
 
     folder.delete_leftovers()
@@ -157,7 +157,7 @@ def write_run_json(folder: RunFolder, request: TrainingRequest, identity: dict[s
 
 
 def describe_recipe(model: str, recipe: Recipe) -> str:
-    """Return the fields of a recipe that are in force, those that differ from the model's nearest recipe first."""
+    """Return the fields of a recipe that have an effect, those that differ from the model's nearest recipe first."""
     base = nearest_recipe(model, recipe)
     differs, differing = describe_changes(recipe, base.recipe), changes(recipe, base.recipe)
     shown = dict.fromkeys(ALWAYS_SHOWN) | changes(recipe, type(recipe)())

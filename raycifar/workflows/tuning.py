@@ -36,7 +36,7 @@ from raycifar.workflows.training_run import Inputs, TrainingRun, earlier_result,
 from raycifar.workflows.trial import Trial, TrialStatus
 
 POLL_SECONDS = 0.25  # between two checks of a trial
-REDUCTION = 3  # ASHA (Li et al., 2020) continues one of so many trials at each rung
+REDUCTION = 3  # ASHA (Li et al., 2020) continues one in `REDUCTION` trials at each rung
 RETRIES = 1  # of a trial whose driver failed; Ray Train replaces workers that died
 # A trial's driver runs on the head, which isn't preempted, and reserves no CPU, because workers may hold them all.
 DRIVER = {HEAD: 0.001}
@@ -188,7 +188,7 @@ class StudySearcher(Searcher):
             self.finals[model] = list(map(self._with_status, finals))
 
     def best(self, model: str) -> Trial | None:
-        """Return the search trial that ended with the highest validation top-1, the first of equals."""
+        """Return the search trial that ended with the highest validation top-1, the first if several are equal."""
         finished = [trial for trial in self.searches[model] if trial.status == TrialStatus.FINISHED]
         return max(finished, key=lambda trial: self.val_top1(trial)[-1], default=None)
 

@@ -98,7 +98,7 @@ def validation_above_training(history: RunHistory, found: Sequence[Finding]) -> 
 
 
 def generalization_gap(history: RunHistory) -> tuple[np.ndarray, np.ndarray]:
-    """Return the accuracy of training images less that of validation images, scored alike, and its standard error."""
+    """Return training accuracy minus validation accuracy, scored alike, and the standard error of the difference."""
     train, val, n = (history.column(name) for name in ("train_eval_top1", "val_top1", "train_eval_images"))
     errors = [
         math.hypot(standard_error(v, history.num_val), standard_error(t, int(k)))
@@ -110,7 +110,7 @@ def generalization_gap(history: RunHistory) -> tuple[np.ndarray, np.ndarray]:
 
 
 def regularize(history: RunHistory, causes: Sequence[Departure] = ()) -> str:
-    """Return what helps a network to generalize, the most effective first, of what isn't done yet.
+    """Return what would help the network generalize and isn't done yet, the most effective first.
 
     Args:
         causes: where the recipe departs from its base, to be put right first.

@@ -27,7 +27,7 @@ from raycifar.storage.schemas import Diagnostics
 from raycifar.words import count, span, times
 
 OFF = 8.0  # factor from the base recipe's learning rate, the range that a search covers
-FIT_ERROR = 0.02  # of a fit: so near to the limit, chance decides on which side it is
+FIT_ERROR = 0.02  # of a fit: this close to the limit, chance decides the side
 DEAD = 0.9  # fraction of a layer's units that output 0 for all images, above which little passes it
 VANISHED = 1e-3  # first layer's gradient over the last's: bfloat16 keeps 3 digits of a sum
 

@@ -47,7 +47,7 @@ def validation_noise(history: RunHistory, found: Sequence[Finding]) -> list[Find
 
 
 def swings(history: RunHistory, top1: np.ndarray) -> tuple[float, float, float]:
-    """Return how much a curve swings around its trend, over what sampling explains, and the chance of as much.
+    """Return how much a curve swings around its trend, relative to what sampling explains, and the p-value.
 
     The spread is estimated from second differences (Gasser, Sroka and Jennen-Steinmetz, 1986). The same images are
     scored at each epoch, so that sampling's part in a change is that of the images that changed sides (McNemar, 1947).
@@ -108,7 +108,7 @@ def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
 
 
 def improving(history: RunHistory, epochs: list[int], slope: float, interval: str, metrics: dict[str, Any]) -> Finding:
-    """Return the finding of a curve that rises, and whether more epochs would go on like that."""
+    """Return the finding of a curve that rises, and whether more epochs would continue it."""
     evidence = f"{span(epochs)} validation accuracy rises by {points(slope)} per epoch {interval}."
     longer = f"--epochs {2 * history.recipe.epochs}."
     if history.decayed and not history.cut_short and history.recipe.schedule != "step":

@@ -1,4 +1,4 @@
-"""The layouts in which people have CIFAR-100: each says which files are its own, and makes a table of a split's.
+"""The layouts of copies of CIFAR-100: each says which files belong to it, and makes a table of a split's files.
 
 A layout is a module here, and a line in `detect.LAYOUTS`.
 """

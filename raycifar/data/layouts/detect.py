@@ -124,7 +124,7 @@ def origin(tree: Tree, root: PurePosixPath, paths: list[PurePosixPath]) -> str:
 
 
 def what_is_there(paths: list[PurePosixPath], found: Found) -> str:
-    """Return why none of these files are a data set, and how those that are nearest to one would be."""
+    """Return why these files aren't a data set, and what the nearest ones lack to be one."""
     if found:
         (layout, _), splits = next(iter(found.items()))
         (missing,) = set(SPLITS) - set(splits)

@@ -20,7 +20,7 @@ def place(path: PurePosixPath) -> Place | None:
 
 
 def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
-    """Return the pictures in the order of their own names, whichever class they are of."""
+    """Return the pictures in the order of their file names, whatever their class."""
     check_count(len(paths), origin)
     labels = {"fine": to_labels([path.parent.name for path in paths], "fine", origin)}
     if (placed := place(paths[0])) and placed.series == "SUPERCLASS/CLASS":

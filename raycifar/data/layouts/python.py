@@ -43,7 +43,7 @@ def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
 
 
 def read_names(content: bytes) -> dict[str, list[str]]:
-    """Return the names in the pickle `meta`, by level; none where it is damaged, for the images can do without."""
+    """Return the names in the pickle `meta`, by level; none if it is damaged: the images can be read without."""
     try:
         found = Dissector(io.BytesIO(content), encoding="bytes").load()
         fields = {to_text(key): value for key, value in found.items()}

@@ -1,4 +1,4 @@
-"""A network that learns much in few epochs, by `raycifar speedrun`: the study's five blocks, pooled early and seldom.
+"""A network that learns a lot in few epochs, for `raycifar speedrun`: the study's five blocks, with few early poolings.
 
 Its parts are those of the fastest public entries of the CIFAR-100 speedrun, and of airbench (Jordan, 2024,
 arXiv:2404.00498), for images of 20 to 32 pixels.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PATCH = 2  # pixels a side that are whitened
 WHITENED = 24  # channels: each component of a patch of 3 colors, and its negative
-NORM_MOMENTUM = 0.4  # of running statistics, which so few steps must reach
+NORM_MOMENTUM = 0.4  # of running statistics, which must settle within few steps
 LOGIT_SCALE = 0.5  # the head learns slower by its square
 
 SPEEDRUN = Recipe(
@@ -67,7 +67,7 @@ def build(num_classes: int, dropout: float) -> nn.Module:
 def conv_norm_silu(in_channels: int, out_channels: int, size: int, *, pool: bool = False) -> list[nn.Module]:
     """Return a convolution that preserves the image's size, a pooling that halves it, batch norm and SiLU.
 
-    As many filters as there are input channels pass their channel on at first (Zagoruyko and Komodakis, 2017,
+    At first, one filter per input channel passes that channel through (Zagoruyko and Komodakis, 2017,
     arXiv:1706.00388).
     """
     import torch

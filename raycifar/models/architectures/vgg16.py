@@ -24,7 +24,7 @@ def build(num_classes: int, dropout: float) -> nn.Module:
     Five poolings reduce 32×32 pixels to a 1×1 map, so a global average pool and a head of 512 features replace
     torchvision's 7×7 average pool and its head of 25,088. Each max pool comes before the ReLU: outputs and gradients
     are the same, and the ReLU has a quarter of the work. The convolutions' biases are not trained: batch norm subtracts
-    any constant, so their gradients are zero but for rounding.
+    any constant, so their gradients are zero up to rounding.
     """
     from torch import nn
     from torchvision.models import vgg16_bn
