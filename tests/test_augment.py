@@ -20,7 +20,6 @@ from raycifar.engine.augment import (
     augment,
     erase,
     mix,
-    preprocess,
 )
 from raycifar.engine.hardware import GENERATOR_LOCK
 from raycifar.engine.image_ops import (
@@ -37,6 +36,7 @@ from raycifar.engine.image_ops import (
     sample_operations,
     warp,
 )
+from raycifar.models.preprocess import preprocess
 from raycifar.models.recipe import Recipe
 
 SPACE = magnitudes("trivial", 32, 32)

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
-from raycifar.engine.augment import preprocess
 from raycifar.engine.scoring import per_image, predict, score
 from raycifar.engine.train_step import loss_and_counts
+from raycifar.models.preprocess import preprocess
 
 SUPERCLASS_OF = [label // 5 for label in range(100)]
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from raycifar.data.dataset import to_images
 from raycifar.data.sources import load
-from raycifar.engine.augment import preprocess
 from raycifar.errors import RequestError
 from raycifar.models import Architecture
+from raycifar.models.preprocess import preprocess
 from raycifar.storage.weights import to_file
 from raycifar.terminal import Screen
 from raycifar.workflows import exporting

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import ResNet50_Weights, resnet18, resnet50, vgg16_bn
@@ -15,14 +16,14 @@ from raycifar.data import CIFAR100
 from raycifar.data.dataset import to_images
 from raycifar.data.sources import load
 from raycifar.data.synthetic import synthetic
-from raycifar.engine.augment import preprocess
 from raycifar.engine.state import TrainingState
 from raycifar.errors import RequestError
 from raycifar.models import Architecture, initial_weights
 from raycifar.models.architectures.cnn import CnnRecipe
 from raycifar.models.layers import whitening_filters
+from raycifar.models.preprocess import preprocess
 from raycifar.models.recipe import Recipe
-from raycifar.models.recipes import recipe_for
+from raycifar.models.recipes import choose_recipe, recipe_for
 from raycifar.storage.weights import to_file
 
 CPU = torch.device("cpu")
@@ -54,15 +55,48 @@ def test_an_architecture_makes_weights_from_the_first_images():
     pixels = to_images(source.train["image"])[:1000].astype(np.float32) / 255
     mean, std = (np.float32(values)[:, None, None] for values in (CIFAR100.mean, CIFAR100.std))
     filters = whitening_filters(torch.from_numpy((pixels - mean) / std), 3)
-    assert np.array_equal(initial.weights["whiten.weight"], filters.numpy())
+    assert np.allclose(initial.weights["whiten.weight"], filters.numpy(), rtol=1e-3, atol=1e-4)
     assert initial.fingerprint() is None  # the images have one
     assert initial_weights.load_initial_weights("cnn", CnnRecipe(depth=2), source).weights is None
 
 
+def test_images_are_whitened_at_the_size_that_the_network_sees():
+    source, recipe = synthetic(1200, 100), CnnRecipe(whiten=True, image_size=64)
+    initial = initial_weights.load_initial_weights("cnn", recipe, source)
+    seen = preprocess(torch.from_numpy(to_images(source.train["image"])[:250]), initial.architecture.preprocessing)
+    white = F.conv2d(seen, torch.from_numpy(initial.weights["whiten.weight"])).transpose(0, 1).flatten(1)
+    covariance = torch.cov(white.double())
+    assert covariance.diagonal()[-9:].tolist() == pytest.approx([1.0] * 9, abs=0.05)  # the largest variances
+    assert (covariance - covariance.diagonal().diag()).abs().max() < 0.01
+
+
 def test_options_cannot_change_a_network_whose_weights_are_there(tmp_path):
-    recipe = CnnRecipe(pretrained=str(tmp_path / "a.pth"), whiten=True, depth=2)
-    with pytest.raises(RequestError, match=r"^--whiten and --depth can't be combined with --pretrained .*\.pth: "):
-        initial_weights.load_initial_weights("cnn", recipe, synthetic(100, 100))
+    plain, deep = tmp_path / "plain.pth", tmp_path / "deep.safetensors"
+    torch.save(Architecture("cnn").build().state_dict(), plain)
+    saved = Architecture("cnn", options={"depth": 2})
+    deep.write_bytes(to_file(saved.build().state_dict(), saved))
+    source = synthetic(100, 100)
+    for recipe, named in (
+        (CnnRecipe(pretrained=str(plain), whiten=True, depth=2), "--whiten and --depth"),
+        (CnnRecipe(pretrained=str(deep), depth=3), "--depth"),
+    ):
+        with pytest.raises(RequestError, match=rf"^{named} can't be combined with --pretrained "):
+            initial_weights.load_initial_weights("cnn", recipe, source)
+    for depth in (1, 2):  # not given, and given rightly
+        recipe = CnnRecipe(pretrained=str(deep), depth=depth)
+        initial = initial_weights.load_initial_weights("cnn", recipe, source)
+        assert initial.architecture.options["depth"] == initial.resolve(recipe).depth == 2
+        assert initial.architecture_for(initial.resolve(recipe)) == initial.architecture
+
+
+def test_weights_that_depend_on_the_image_size_fit_no_other(tmp_path):
+    file, model = tmp_path / "vit.pth", "timm:test_vit"
+    torch.save(models.find_family(model).build(100, 0.0, False, 64).state_dict(), file)
+    recipe = choose_recipe(model, pretrained=str(file), image_size=64)
+    initial = initial_weights.load_initial_weights(model, recipe, synthetic(100, 100))
+    assert initial.architecture_for(recipe).preprocessing.size == 64
+    with pytest.raises(RequestError, match=r"^the initial weights don't fit timm:test_vit: .*pos_embed"):
+        initial.architecture_for(dataclasses.replace(recipe, image_size=96))
 
 
 # From weights ---------------------------------------------------------------------------------------

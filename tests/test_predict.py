@@ -224,7 +224,7 @@ def test_the_answer_is_the_network_s(tmp_path, weights, photo):
     (answer,) = json.loads(predict(weights, tmp_path / "a.png", "--json").stdout)
     torch.manual_seed(0)
     network = Architecture("cnn").build().eval()
-    from raycifar.engine.augment import preprocess
+    from raycifar.models.preprocess import preprocess
 
     with torch.inference_mode():
         expected = network(

@@ -83,6 +83,7 @@ def test_a_head_that_is_trained_to_the_end_stays_alone():
         {"layer_decay": 0.0},
         {"head_epochs": 201},
         {"optimizer": "lion"},
+        {"optimizer": "muon", "batch_norm": "frozen"},
         {"muon_steps": 0},
         {"norm_lr": -1.0},
         {"progressive": "20"},
@@ -147,6 +148,8 @@ def test_short_training_has_a_recipe_for_it_unless_another_is_named(toml):
         assert choose_recipe(model, pretrained="none", epochs=5) == Recipe(**SHORT | {"epochs": 5})
     assert choose_recipe("speedrun", epochs=5) == dataclasses.replace(SPEEDRUN, epochs=5)
     assert choose_recipe("cnn", pretrained="a.pth", epochs=5).head_epochs == TRANSFER["head_epochs"]
+    probe = toml("pretrained = 'a.pth'\nepochs = 20\nhead_epochs = 20")
+    assert choose_recipe("resnet50", probe, epochs=5).head_epochs == 5
 
 
 @pytest.mark.parametrize("model", models.names())

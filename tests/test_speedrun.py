@@ -148,6 +148,8 @@ def test_it_is_named_by_the_recipe_alone_and_follows_no_image_where_that_is_not_
     assert all(np.isfinite(row["train_loss"]) for row in rows)
     assert not any(row.get("grad_norm") or row.get("rise") for row in rows)
     assert not (tmp_path / "runs/a/example_stats.parquet").exists()
+    checkpoint = checkpoints(tmp_path / "runs/a")[0]
+    assert "example_stats" not in load_file(checkpoint / "state.safetensors")
     weights = load_file(tmp_path / "runs/a/model.safetensors")
     filters = load_initial_weights("speedrun", choose_recipe("speedrun"), load(small)).weights["whiten.weight"]
     assert torch.equal(weights["whiten.weight"], torch.from_numpy(filters))

@@ -5,7 +5,6 @@ between images, so they are tensor operations here; mixup and cutmix, which need
 All random numbers come from torch's default generators, which are reseeded in each step. Nothing waits for a GPU.
 """
 
-import functools
 import math
 
 import numpy as np
@@ -16,7 +15,8 @@ from torch import Tensor
 from raycifar.engine.hardware import GENERATOR_LOCK
 from raycifar.engine.image_ops import apply_operations, sample_operations
 from raycifar.engine.torch_internals import seed_cpu
-from raycifar.models import CIFAR, Preprocessing
+from raycifar.models import CIFAR
+from raycifar.models.preprocess import normalization
 from raycifar.models.recipe import Augmentation, Recipe
 
 PAD = 4  # pixels an image may be shifted, as in He et al. (2016)
@@ -134,31 +134,6 @@ def as_trained(images: np.ndarray, recipe: Recipe, seed: int) -> np.ndarray:
         inputs = erase((pixels.float() - mean) * factor, recipe.erasing)
         mixed, _ = mix(inputs, torch.arange(len(images)), recipe, len(images))
     return (mixed / factor + mean).round().clamp(0, 255).to(torch.uint8).numpy()
-
-
-def preprocess(images: Tensor, preprocessing: Preprocessing = CIFAR) -> Tensor:
-    """Return the network's input (N, 3, size, size) float32, channels last, from `images` (N, 3, H, W) uint8."""
-    mean, factor = normalization(preprocessing, images.device)
-    pixels = resize(images.float(), preprocessing)
-    return ((pixels - mean) * factor).contiguous(memory_format=torch.channels_last)
-
-
-@functools.cache
-def normalization(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the mean to subtract from pixels (0 to 255), and the factor to multiply by, (3, 1, 1) each."""
-    mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (preprocessing.mean, preprocessing.std))
-    return mean.to(device), (1 / std).to(device)
-
-
-def resize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Return float pixels (N, 3, H, W) scaled to (N, 3, size, size) as by PIL, as for ImageNet weights.
-
-    Without `antialias`, torch's bicubic curve differs from PIL's, even for upscaling.
-    """
-    size = preprocessing.size
-    if pixels.shape[-2:] == (size, size):
-        return pixels
-    return F.interpolate(pixels, (size, size), mode=preprocessing.interpolation, antialias=True)
 
 
 def mix(images: Tensor, targets: Tensor, recipe: Recipe, num_classes: int) -> tuple[Tensor, Tensor]:

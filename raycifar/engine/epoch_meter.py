@@ -88,7 +88,7 @@ class EpochMeter:
         if len(bad):
             raise StopTrainingError(
                 f"the loss is no longer finite: epoch {self.epoch}, step {int(bad[0]) + 1}. Try a smaller --lr, a "
-                "longer --warmup, --clip-norm 1 or --precision float32",
+                "longer --warmup or --clip-norm 1",
                 FailureKind.NOT_FINITE,
             )
 

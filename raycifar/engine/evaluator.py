@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from raycifar.analysis.collapse import collapse
 from raycifar.cluster.status import Phase
 from raycifar.data.shards import Shard, load_shard
-from raycifar.engine.augment import preprocess
 from raycifar.engine.config import TrainLoopConfig
 from raycifar.engine.distributed import all_gather_rows, rank, world_size
 from raycifar.engine.reporter import Reporter
 from raycifar.engine.scoring import per_image, predict, score, score_without, to_predictions_file
 from raycifar.engine.state import TrainingState
+from raycifar.models.preprocess import preprocess
 from raycifar.storage.run_folder import PREDICTIONS
 from raycifar.storage.schemas import Diagnostics, EpochRecord
 

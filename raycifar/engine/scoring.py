@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raycifar.engine.augment import preprocess
 from raycifar.engine.distributed import all_reduce_sum
 from raycifar.engine.hardware import SUM_DTYPE
 from raycifar.models import CIFAR, Preprocessing
+from raycifar.models.preprocess import preprocess
 from raycifar.storage.parquet import to_lists, to_parquet
 
 # Images of CIFAR-100's size scored at a time: few on a CPU, to save memory; more on a GPU, to keep it busy.

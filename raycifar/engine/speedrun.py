@@ -126,6 +126,7 @@ class SpeedRun:
                 value.zero_()
         if self.state.ema:
             self.state.ema.n_averaged.zero_()
+        hardware.synchronize(self.device)  # other streams read the images
 
     def train(self, seed: int, progress: Callable[[float], None]) -> Tensor:
         """Take all steps; return the mean loss of the last epoch's."""

@@ -281,7 +281,8 @@ class TrainWorker:
     def collect(self) -> None:
         """Update the epoch's totals and the statistics of all images."""
         self.meter.collect()
-        self.state.example_stats = self.gather(self.shard_stats)
+        if self.config.track_examples:
+            self.state.example_stats = self.gather(self.shard_stats)
 
     def save(self, metrics: dict[str, Any], *, best: bool = False, **options: Any) -> None:
         """Save a checkpoint, and the weights if they are the `best` so far; see `Checkpointer.save`."""
@@ -320,8 +321,9 @@ class TrainWorker:
         )
 
     def end_example_stats(self) -> Rise | None:
-        """Start a new epoch of the images' statistics, and return the rise of this one's losses."""
-        assert self.state.example_stats is not None
+        """Start a new epoch of the images' statistics, if they are kept, and return the rise of this one's losses."""
+        if not self.config.track_examples or self.state.example_stats is None:
+            return None
         rise = describe_rise(self.state.example_stats, self.index)
         for stats in (self.shard_stats, self.state.example_stats):
             end_epoch(stats)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from raycifar.data import CIFAR100
 from raycifar.data.shards import Shard
-from raycifar.engine.augment import alternating_flips, augment, erase, mix, preprocess
+from raycifar.engine.augment import alternating_flips, augment, erase, mix
 from raycifar.engine.cuda import SideStream, cuda_graphed, prefetched
 from raycifar.engine.distributed import GradientExchange
 from raycifar.engine.example_stats import blank_stats, update_stats
@@ -20,6 +20,7 @@ from raycifar.engine.order import Batch
 from raycifar.engine.state import TrainingState
 from raycifar.engine.torch_internals import compiled
 from raycifar.models.initial_weights import InitialWeights
+from raycifar.models.preprocess import preprocess
 from raycifar.models.recipe import Recipe
 
 UNCAPTURED = "Steps run without CUDA graphs, kernel by kernel"

@@ -21,7 +21,7 @@ from raycifar.storage.files import read_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-NUM_IMAGES = 1000  # training images from which an architecture may compute weights
+NUM_IMAGES = 1000  # of 32×32 pixels in the data's training set, from which an architecture may compute weights
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of DistributedDataParallel, torch.compile, Lightning
 
 
@@ -35,8 +35,8 @@ class InitialWeights:
     notes: tuple[str, ...] = ()  # on what was left out of a file, and what was chosen by it
 
     def resolve(self, recipe: Recipe) -> Recipe:
-        """Return the recipe with the image size that was chosen by the weights."""
-        return replace(recipe, image_size=self.architecture.preprocessing.size)
+        """Return the recipe with the image size and the architecture's options that were chosen by the weights."""
+        return replace(recipe, image_size=self.architecture.preprocessing.size, **self.architecture.options)
 
     def architecture_for(self, recipe: Recipe) -> Architecture:
         """Return the architecture for another recipe, which has the same `pretrained`.
@@ -48,11 +48,21 @@ class InitialWeights:
         if recipe.pretrained == "none":
             architecture = replace(architecture, options=model_options(recipe))
         else:
-            check_no_options(architecture.model, recipe)
+            check_options(recipe, architecture.options)
         if size:
             architecture = replace(architecture, preprocessing=replace(architecture.preprocessing, size=size))
         check_sizes(architecture, recipe)
+        if self.weights and not self.from_images:
+            self.check_shapes(architecture)
         return architecture
+
+    def check_shapes(self, architecture: Architecture) -> None:
+        """Raise RequestError unless the weights fit: some depend on the image size, such as a transformer's."""
+        from raycifar.storage.weights import compare  # imports PyTorch, which takes seconds
+
+        wanted = architecture.build_on_meta().state_dict()
+        if differences := compare(self.weights or {}, {name: wanted[name] for name in self.weights or {}}):
+            raise RequestError(f"the initial weights don't fit {architecture.model}: {differences}.")
 
     def adapt(self, recipe: Recipe, source: Source) -> "InitialWeights":
         """Return the initial weights for another recipe, which has the same `pretrained`."""
@@ -98,12 +108,12 @@ def from_scratch(model: str, recipe: Recipe, source: Source) -> InitialWeights:
 
 
 def from_weights(model: str, recipe: Recipe) -> InitialWeights:
-    check_no_options(model, recipe)
     family, origin = models.find_family(model), recipe.pretrained
     preprocessing = family.imagenet_preprocessing(recipe.image_size or MAX_IMAGE_SIZE)
     architecture = Architecture(model, large_stem=True, preprocessing=preprocessing, tta_flip=recipe.tta_flip)
     notes = []
     if origin == "imagenet":
+        check_options(recipe, architecture.options)
         tensors = fetch_imagenet_weights(model)
     else:
         found, others, saved = read_tensors(origin)
@@ -112,6 +122,7 @@ def from_weights(model: str, recipe: Recipe) -> InitialWeights:
         others += [name for name in found if not name.startswith(prefix)]
         if others:
             notes.append(f"{origin} holds more than the weights of {model}; left out: {first_few(others)}.")
+        check_options(recipe, saved.options if saved else architecture.options)
         if saved:
             architecture = adopt_architecture(saved, architecture, recipe)
         elif family.is_for_small_images({name: value.shape for name, value in tensors.items()}):
@@ -132,25 +143,29 @@ def cifar_preprocessing(recipe: Recipe) -> Preprocessing:
 def compute_weights(
     model: str, recipe: Recipe, images: "np.ndarray | Tensor", preprocessing: Preprocessing
 ) -> "dict[str, Tensor]":
-    """Return the weights that the architecture computes from training images (N, 3, H, W) uint8, if any."""
+    """Return the weights that the architecture computes from training images (N, 3, H, W) uint8, if any.
+
+    Of larger images, fewer are used: as many pixels.
+    """
     compute = models.find_family(model).initial_weights_from_images
     if compute is None:
         return {}
     import torch  # takes seconds
 
-    pixels = torch.asarray(images).float() / 255
-    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
-    return compute(recipe, (pixels - mean) / std)
+    from raycifar.models.preprocess import preprocess
+
+    number = max(1, len(images) * CIFAR.size**2 // max(CIFAR.size, preprocessing.size) ** 2)
+    return compute(recipe, preprocess(torch.asarray(images[:number]), preprocessing))
 
 
-def check_no_options(model: str, recipe: Recipe) -> None:
-    """Refuse options of the architecture, which must fit the pretrained weights."""
-    defaults = Architecture(model).options
-    given = [f"--{name}" for name, value in model_options(recipe).items() if value != defaults[name]]
+def check_options(recipe: Recipe, fixed: Mapping[str, Any]) -> None:
+    """Raise RequestError if the recipe changes options of the architecture that its pretrained weights fix."""
+    defaults = model_options(type(recipe)())
+    given = [f"--{name}" for name, value in model_options(recipe).items() if value not in (fixed[name], defaults[name])]
     if given:
         raise RequestError(
-            f"{' and '.join(given)} can't be combined with --pretrained {recipe.pretrained}: the weights fit the "
-            "default network only. Train another one from scratch, with --pretrained none."
+            f"{' and '.join(given)} can't be combined with --pretrained {recipe.pretrained}: its weights fit another "
+            "network. Leave the option out, or train from scratch with --pretrained none."
         )
 
 

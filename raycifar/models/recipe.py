@@ -57,7 +57,7 @@ class Recipe:
     momentum: float = option(0.9, "of sgd and muon; the first beta of adamw")
     schedule: Schedule = option("cosine", "learning rate after warm-up; step divides by 5 at 30, 60 and 80%")
     warmup: float = option(0.2, "fraction of all steps over which the learning rate rises from 0")
-    weight_decay: float = option(5e-4, "of weights; none on norms and biases")
+    weight_decay: float = option(5e-4, "of weights, except muon's filters; none on norms and biases")
     label_smoothing: float = option(0.1, "fraction of each label spread over all classes")
     augment: Augmentation = option(
         "crop",
@@ -103,6 +103,10 @@ class Recipe:
             for name in names:
                 if not allowed(value := getattr(self, name)):
                     raise ValueError(f"{name} is {value}: it must be {wanted}")
+        if self.optimizer == "muon" and self.batch_norm == "frozen":
+            raise ValueError(
+                "optimizer muon rescales filters, which batch_norm frozen doesn't allow: change one of them"
+            )
         parse_sizes(self.progressive)
         if self.mixup + self.cutmix > 1:
             raise ValueError(
@@ -115,7 +119,9 @@ class Recipe:
 
     def image_size_at(self, epoch: int, step: int, steps_per_epoch: int) -> int | None:
         """Return the side to which a step's images are scaled; None is that of the network. See `learning_rate`."""
-        done = ((epoch - 1) * steps_per_epoch + step) / (self.epochs * steps_per_epoch)
+        return self._image_size_after(((epoch - 1) * steps_per_epoch + step) / (self.epochs * steps_per_epoch))
+
+    def _image_size_after(self, done: float) -> int | None:
         return next((size for size, end in parse_sizes(self.progressive) if done < end), None)
 
     def cost(self, network_size: int, done: float) -> float:
@@ -123,7 +129,7 @@ class Recipe:
 
         The unit is a step of the whole network on images of its own size, `network_size` pixels.
         """
-        size = next((size for size, end in parse_sizes(self.progressive) if done < end), network_size)
+        size = self._image_size_after(done) or network_size
         of_head = self.stage(1 + int(done * self.epochs)) == "head"
         return (size / network_size) ** 2 / (FORWARD_PASSES_PER_STEP if of_head else 1)
 
@@ -142,12 +148,12 @@ class Recipe:
         warmup_steps = self.warmup * total
         if at + 1 < warmup_steps:
             return self.lr * (at + 1) / warmup_steps
-        done = (at - warmup_steps) / max(1.0, total - warmup_steps)
+        done = max(0.0, at - warmup_steps) / max(1.0, total - warmup_steps)
         match self.schedule:
             case "cosine":
-                return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
+                return self.lr * 0.5 * (1 + math.cos(math.pi * done))
             case "linear":
-                return self.lr * (1 - min(1.0, max(0.0, done)))
+                return self.lr * (1 - done)
             case "step":
                 return self.lr * 0.2 ** sum(at / total >= milestone for milestone in (0.3, 0.6, 0.8))
             case _:

@@ -219,7 +219,8 @@ def change(model: str, base: Recipe, values: dict[str, Any]) -> Recipe:
         (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
         raise ValueError(f"a recipe has no field {name!r}; did you mean {nearest!r}?")
     if isinstance(epochs := values.get("epochs"), Integral) and epochs < base.epochs:
-        values = {"head_epochs": max(0, min(base.head_epochs, int(epochs) - 1)), **values}
+        probe = base.head_epochs == base.epochs  # only the head is trained, however long
+        values = {"head_epochs": max(0, min(base.head_epochs, int(epochs) - (not probe))), **values}
     if base.pretrained == "imagenet" and values.get("pretrained", "none") not in ("imagenet", "none"):
         values = {"image_size": 0, **values}
     return replace(base, **values)

@@ -81,7 +81,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"it has weights that aren't finite numbers: {first_few(broken)}")
 
 
-def compare(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+def compare(tensors: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Return in words how tensors differ from those of a network, by name and shape, or the empty string."""
     shapes, expected = ({name: list(value.shape) for name, value in each.items()} for each in (tensors, wanted))
     differences = {

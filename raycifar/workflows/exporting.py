@@ -110,7 +110,7 @@ def with_preprocessing(weights: "Weights") -> "nn.Module":
     import torch
     from torch import Tensor, nn
 
-    from raycifar.engine.augment import resize
+    from raycifar.models.preprocess import resize
 
     class Whole(nn.Module):
         mean: Tensor
