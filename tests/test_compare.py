@@ -118,7 +118,7 @@ def test_leaving_out_near_duplicates_may_change_the_order(made_up, compare, tmp_
 def test_runs_whose_near_duplicates_are_not_known_are_not_compared_without_them(made_up, compare):
     folder = made_up("cnn", 0, 0.60)
     refused = compare(folder, made_up("vgg16", 0, 0.70), "--without-near-duplicates", code=2)
-    assert f"`raycifar evaluate {folder}` finds them" in " ".join(refused.stderr.split())
+    assert f"run `raycifar evaluate {folder}` to find them" in " ".join(refused.stderr.split())
 
 
 def test_one_model_with_two_recipes_is_two_and_little_is_not_told_apart(made_up, compare, tmp_path):

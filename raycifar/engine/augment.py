@@ -123,7 +123,7 @@ def blank(images: Tensor, y: Tensor, x: Tensor, rows: Tensor | int, columns: Ten
 
 
 def as_trained(images: np.ndarray, recipe: Recipe, seed: int) -> np.ndarray:
-    """Return `images` (N, 3, H, W) uint8 as a batch of the recipe shows them to the network, but for their scale.
+    """Return `images` (N, 3, H, W) uint8 as a batch of the recipe shows them to the network, in pixel values.
 
     Another thread may be training: this waits for its step, and leaves the generator as it was.
     """

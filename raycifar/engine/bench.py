@@ -41,7 +41,7 @@ SLOWER = {"dataloader": 3, "stream": 1}  # about how many of our epochs one of t
 
 @dataclass(frozen=True, kw_only=True)
 class BenchLoopConfig(TrainLoopConfig):
-    """What is timed: at most `rounds` of each stage, and the `baselines` to compare with, in about so many seconds."""
+    """What is timed: at most `rounds` of each stage, and the `baselines` to compare with, in about `seconds`."""
 
     rounds: int
     baselines: tuple[str, ...]
@@ -84,7 +84,7 @@ def bench_loop_per_worker(config: dict[str, Any]) -> None:
 
 
 def choose_steps(seconds: float, rounds: int, seconds_of_step: float, most: int) -> int:
-    """Return the steps of each stage with which all rounds, and one to warm up, end in so many seconds.
+    """Return the steps of each stage with which all rounds, and one to warm up, end within `seconds`.
 
     A step of all stages together takes `seconds_of_step`. Few steps say little: where there is no time for MIN_STEPS,
     there are fewer rounds.
@@ -132,7 +132,7 @@ class TimedWorker(TrainWorker):
         return stages + sum(SLOWER[name] for name in baselines)
 
     def use_fewer_images(self, num_steps: int) -> None:
-        """Shorten an epoch to so many steps, and what is scored after it by the same factor."""
+        """Shorten an epoch to `num_steps`, and what is scored after it by the same factor."""
         before, world_size = self.config.num_train_images, self.world_size
         num_images = max(1, num_steps) * self.recipe.batch_size
         if num_images > before - world_size:

@@ -39,7 +39,7 @@ class TrainLoopConfig:
     checkpoint_steps: int  # between two checkpoints; 0: only at the end of each epoch
     profile: bool  # trace some steps
     rungs: Sequence[int]  # epochs after which the driver says whether to stop
-    near_duplicates: np.ndarray | None  # rows of test images whose photograph is trained on; None: unknown
+    near_duplicates: np.ndarray | None  # rows of the test images; None: unknown
 
 
 @dataclass(frozen=True)

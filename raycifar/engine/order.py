@@ -3,7 +3,7 @@
 An epoch visits each image of each worker's shard once, in a fixed number of batches of nearly equal size (127 or 128
 images if 45,000 make 352 batches), so no image is dropped, and no batch is a tiny remainder.
 
-If the number of workers changes during an epoch, the shards are cut anew. The function gives the images that the
+If the number of workers changes during an epoch, the shards are cut again. The function gives the images that the
 former workers have visited, and the current ones divide the rest.
 """
 

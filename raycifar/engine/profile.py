@@ -16,7 +16,7 @@ GRAPHS = "Steps are replayed as CUDA graphs: these are the kernels of the graphs
 
 
 class StepProfiler:
-    """Traces some of a worker's steps, and writes what it finds to the run's folder, anew after a restart.
+    """Traces some of a worker's steps, and writes what it finds to the run's folder, again after a restart.
 
     The steps follow each other: where an epoch has fewer than `NEEDED`, its scoring is traced with its last step.
     On a GPU it also writes a snapshot of the memory, which https://pytorch.org/memory_viz draws.

@@ -103,8 +103,8 @@ def to_predictions_file(probabilities: Tensor, labels: Tensor, near_duplicates: 
     """Return a Parquet file with a row for each image of a split, in the split's order.
 
     Args:
-        probabilities: (images, classes) float32. labels: (images,) int64. near_duplicates: rows of images whose
-            photograph is among the training images, where that is known.
+        probabilities: (images, classes) float32. labels: (images,) int64. near_duplicates: rows of near
+            duplicates of training images, if they are known.
 
     Returns:
         Columns index and label (int64), top5 (5 int64, the likeliest class first), probabilities (float32), and

@@ -49,7 +49,7 @@ class Work:
 
 
 class SpeedRun:
-    """A network that is trained anew for each seed, with the same memory and so the same captured steps.
+    """A network that is trained again for each seed, with the same memory and so the same captured steps.
 
     Args:
         train_set, test_set: in the CPU's memory; the second is scored.
@@ -111,7 +111,7 @@ class SpeedRun:
         return {"seed": seed, "seconds": seconds, "whole_seconds": whole, **scores, "train_loss": loss.item()}
 
     def reset(self, seed: int) -> None:
-        """Begin with the first weights of a seed, as `TrainingState` does, and with the images on the device."""
+        """Begin with the initial weights of a seed, as `TrainingState` does, and with the images on the device."""
         torch.manual_seed(seed)
         with self.device:
             network = self.architecture.build(self.recipe.dropout)

@@ -76,7 +76,7 @@ class TrainingState:
 
     Args:
         seed: of the weights that `weights` lacks, the same on every worker.
-        weights: the first weights, by name; None initializes all by the seed.
+        weights: the initial weights, by name; None initializes all by the seed.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class TrainingState:
         self.progress = Progress()
         self.example_stats: Tensor | None = None  # of all workers' images: see `example_stats`
         self.val_correct: Tensor | None = None  # (n,) float32: 1 where the last validation was correct
-        self.worker_buffers: Tensor | None = None  # (workers, n) float32, in mid-epoch: see `gather_buffers`
+        self.worker_buffers: Tensor | None = None  # (workers, n) float32, mid-epoch: see `gather_buffers`
         self.stage: Stage | None = None
         self.enter_stage()
 
@@ -199,7 +199,7 @@ class TrainingState:
 class ExponentialMovingAverage(AveragedModel):
     """A running average of a network's weights and buffers, whose decay increases with the number of steps.
 
-    With a fixed decay, the average of a short run would keep much of the random first weights. After n updates the
+    With a fixed decay, the average of a short run would keep much of the random initial weights. After n updates the
     decay is at most (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage. PyTorch's implementation counts
     on the device, which would wait for a GPU in each step.
     """

@@ -24,7 +24,7 @@ EXCHANGES = 10  # of a size that are timed in a round
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimesLoopConfig(TrainLoopConfig):
-    """What is timed: steps of so many images on each worker, and epochs of all workers, in about so many seconds."""
+    """What is timed: steps of each batch size on each worker, and epochs of all workers, in about `seconds`."""
 
     batch_sizes: tuple[int, ...]
     rounds: int
@@ -80,7 +80,7 @@ def step_times_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def timer(step: Callable[[], Any], device: torch.device, seconds: float) -> Callable[[], float]:
-    """Return a function that takes a step as often as fits into so many `seconds`, and returns the seconds of one."""
+    """Return a function that takes a step as often as fits into `seconds`, and returns the seconds of one."""
     time_steps = partial(mean_seconds, step, device)
     time_steps(WARM_UP + 2 if device.type == "cuda" else 1)  # loads libraries, captures
     return partial(time_steps, max(1, round(seconds / time_steps(1))))

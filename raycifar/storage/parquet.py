@@ -1,7 +1,7 @@
 """Parquet files: writing them, and reading those that others have made, of data sets and of runs.
 
-Arrow keeps its own types in addition to Parquet's, under a key of the footer. Some of them run code as they are read:
-the extension types that a library has registered, as Ray Data does. So that key is hidden from Arrow, and a file has no
+Arrow keeps its own types, besides Parquet's, under a key of the footer. Some of them run code as they are read: the
+extension types that a library has registered, as Ray Data does. So that key is hidden from Arrow, and a file has no
 types but Parquet's.
 """
 
