@@ -49,11 +49,19 @@ def test_failures_are_told_and_counted(store, alive):
         fail(counter, store, 2, rank0=RuntimeError("the loss has no gradient"))
 
 
-def test_one_failure_is_counted_once_however_often_ray_train_looks(store, alive):
+def test_one_failure_is_counted_once_however_often_ray_train_looks(store, alive, monkeypatch):
+    monkeypatch.setattr(room, "NODE_DEATH_SECONDS", 15)
     counter = FailureCounter(store, 1)
     for _ in range(3):
         fail(counter, store, 1, rank0=DIED)
     assert len(store.failures()) == 1
+
+
+def test_the_same_failure_counts_again_later_though_no_worker_has_reported_in_between(store, alive):
+    counter = FailureCounter(store, 1)
+    fail(counter, store, 1, rank0=DIED)
+    with pytest.raises(WorkError, match="on worker 0"):
+        fail(counter, store, 1, rank0=DIED)
 
 
 def test_a_failure_under_which_a_node_died_is_not_counted(store, alive):

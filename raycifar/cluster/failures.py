@@ -1,5 +1,6 @@
 """What follows from the workers' failures: a restart or, if a retry is bound to fail, the end of the run."""
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -29,14 +30,16 @@ class FailureCounter(ray.train.UserCallback):
     def __init__(self, status_store: StatusStore, max_failures: int) -> None:
         self.status_store, self.max_failures = status_store, max_failures
         self.last: tuple[int | None, str] | None = None
+        self.counted = -math.inf  # when that was
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         time.sleep(DRIVER_DEATH_SECONDS)  # a dead driver ends its workers: see `TiedToDriver`
         rank, cause, error = decisive(worker_exceptions)
         reason, status = in_a_line(error), self.status_store.worker() or WorkerStatus()
-        if status.attempt and (status.attempt, reason) == self.last:
+        now, this = time.monotonic(), (status.attempt, reason)
+        if status.attempt and this == self.last and now - self.counted < NODE_DEATH_SECONDS:
             return  # while a node is being removed, Ray Train reports the same failure repeatedly
-        self.last = status.attempt, reason
+        self.last, self.counted = this, now
         failure = Failure(cause, reason, sorted(worker_exceptions), status.nodes)
         if end := reason_to_end(failure, f"on worker {rank}, {reason}", self.status_store, self.max_failures):
             raise WorkError(end)
