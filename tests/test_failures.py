@@ -6,10 +6,16 @@ import uuid
 
 import pytest
 from ray.exceptions import OutOfMemoryError, RayActorError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train import ControllerError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
+from ray.train.v2._internal.execution.controller.state import ReschedulingState
 
 from raycifar.cluster import failures as room
-from raycifar.cluster.failures import FailureCounter, decisive
+from raycifar.cluster.failures import FailureCounter, StartFailureCounter, decisive
 from raycifar.cluster.status import FailureCause, Phase, StatusStore, WorkerStatus
 from raycifar.errors import PreemptedError, StorageError, WorkError
 
@@ -62,6 +68,23 @@ def test_the_same_failure_counts_again_later_though_no_worker_has_reported_in_be
     fail(counter, store, 1, rank0=DIED)
     with pytest.raises(WorkError, match="on worker 0"):
         fail(counter, store, 1, rank0=DIED)
+
+
+def test_workers_that_die_while_they_start_are_counted_too(store, alive):
+    counter = StartFailureCounter(store, 1)
+    counter.on_controller_start_worker_group(num_workers=1)
+    failed = WorkerGroupStartupFailedError("At least one of the worker actors failed to initialize.")
+    failed.__cause__ = RayActorError()
+    for error in (WorkerGroupStartupTimeoutError(1), failed):  # the first is that of an elastic run without room
+        counter.after_controller_state_update(None, ReschedulingState(ControllerError(error)))
+    assert [str(failure) for failure in store.failures()] == [
+        "A worker that was starting failed (The actor experienced an error before finishing this task); the workers "
+        "are restarted from the last checkpoint."
+    ]
+    with pytest.raises(WorkError, match="a worker died while it started: The actor experienced"):
+        counter.after_controller_state_update(None, ReschedulingState(ControllerError(failed)))
+    alive.remove("b")
+    counter.after_controller_state_update(None, ReschedulingState(ControllerError(failed)))
 
 
 def test_a_failure_under_which_a_node_died_is_not_counted(store, alive):

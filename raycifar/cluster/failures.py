@@ -41,9 +41,32 @@ class FailureCounter(ray.train.UserCallback):
             return  # while a node is being removed, Ray Train reports the same failure repeatedly
         self.last, self.counted = this, now
         failure = Failure(cause, reason, sorted(worker_exceptions), status.nodes)
-        if end := reason_to_end(failure, f"on worker {rank}, {reason}", self.status_store, self.max_failures):
-            raise WorkError(end)
-        prepare_restart(failure, self.status_store)
+        end_or_restart(failure, f"on worker {rank}, {reason}", self.status_store, self.max_failures)
+
+
+class StartFailureCounter(ray_internals.controller_callback_class()):  # type: ignore[misc]
+    """Counts, as `FailureCounter` does, the failures of workers that Ray Train is starting."""
+
+    def __init__(self, status_store: StatusStore, max_failures: int) -> None:
+        self.status_store, self.max_failures = status_store, max_failures
+        self.nodes: list[str | None] = []
+
+    def on_controller_start_worker_group(self, **size: Any) -> None:
+        self.nodes = sorted(alive_nodes())  # any may be the workers'
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        if error := ray_internals.start_failure(current_state):
+            cause, error = classify(error)
+            failure = Failure(cause, in_a_line(error), nodes=self.nodes)
+            reason = f"a worker died while it started: {failure.reason}"
+            end_or_restart(failure, reason, self.status_store, self.max_failures)
+
+
+def end_or_restart(failure: Failure, reason: str, status_store: StatusStore, max_failures: int) -> None:
+    """Prepare a restart, or raise WorkError where none helps; see `reason_to_end`."""
+    if end := reason_to_end(failure, reason, status_store, max_failures):
+        raise WorkError(end)
+    prepare_restart(failure, status_store)
 
 
 def reason_to_end(failure: Failure, reason: str, status_store: StatusStore, max_failures: int) -> str | None:
@@ -83,8 +106,12 @@ def too_many(failures: Sequence[Failure], max_failures: int) -> bool:
 
 def count(failures: Iterable[Failure]) -> int:
     """Return the number of failures during which no node died or was preempted."""
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    alive = alive_nodes()
     return sum(alive.issuperset(failure.nodes) for failure in failures if failure.cause != FailureCause.PREEMPTED)
+
+
+def alive_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def decisive(worker_exceptions: dict[int, Exception]) -> tuple[int, FailureCause, Exception]:

@@ -115,8 +115,8 @@ class Failure:
             return "Memory ran short, and Ray ended the workers; they are restarted from the last checkpoint."
         if self.cause == FailureCause.CONTROLLER:
             return "Ray Train's controller died; it and the workers are restarted from the last checkpoint."
-        ranks = ", ".join(map(str, self.ranks))
-        return f"Worker {ranks} failed ({self.reason}); the workers are restarted from the last checkpoint."
+        who = f"Worker {', '.join(map(str, self.ranks))}" if self.ranks else "A worker that was starting"
+        return f"{who} failed ({self.reason}); the workers are restarted from the last checkpoint."
 
 
 @dataclass(frozen=True)
