@@ -16,7 +16,7 @@ from ray.train.v2._internal.execution.controller.state import ReschedulingState
 
 from raycifar.cluster import failures as room
 from raycifar.cluster.failures import FailureCounter, StartFailureCounter, decisive
-from raycifar.cluster.status import FailureCause, Phase, StatusStore, WorkerStatus
+from raycifar.cluster.status import FailureCause, PartStatus, Phase, StatusStore, WorkerStatus
 from raycifar.errors import PreemptedError, StorageError, WorkError
 
 FULL = StorageError.of("/runs/a", OSError(errno.ENOSPC, "No space left on device"))
@@ -41,7 +41,8 @@ def alive(monkeypatch):
 
 def fail(counter, store, attempt, **errors):
     """Let workers fail in an attempt; the names are rank0, rank1 and so on."""
-    store.put_worker(WorkerStatus(attempt=attempt, phase=Phase.TRAINING, nodes=["a", "b"]))
+    part = PartStatus(what="validating", done=1, total=2)
+    store.put_worker(WorkerStatus(attempt=attempt, phase=Phase.TRAINING, nodes=["a", "b"], part=part))
     counter.after_exception(None, {int(name.removeprefix("rank")): error for name, error in errors.items()})
 
 
@@ -50,7 +51,7 @@ def test_failures_are_told_and_counted(store, alive):
     fail(counter, store, 1, rank1=DIED)
     assert [failure.cause for failure in store.failures()] == [FailureCause.WORKER]
     assert store.failures()[0].ranks == [1]
-    assert store.worker().phase == Phase.STARTING
+    assert store.worker() == WorkerStatus(attempt=1, nodes=["a", "b"])
     with pytest.raises(WorkError, match="on worker 0, the loss"):
         fail(counter, store, 2, rank0=RuntimeError("the loss has no gradient"))
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from raycifar.cluster.sizing import Workers
+from raycifar.cluster.status import Phase, WorkerStatus
 from raycifar.errors import RequestError
 from raycifar.models import Architecture
 from raycifar.models.initial_weights import load_initial_weights
@@ -142,3 +143,14 @@ def test_the_recipe_itself_is_no_discovery_after_a_resume(tmp_path):
     assert "secret" not in json.dumps(written)
     (restored,) = StudySearcher(study, 1).trials
     assert restored.setting == "the recipe itself"
+
+
+def test_a_trial_that_has_lost_its_workers_waits_for_room_as_a_new_one_does(store, monkeypatch):
+    monkeypatch.setattr(tuning, "POLL_SECONDS", 0)
+    trial = Trial("cnn-s0", "cnn", 0, choose_recipe("cnn"), search=False, status_store=store)
+    for status, waits in ((WorkerStatus(phase=Phase.TRAINING), None), (WorkerStatus(attempt=1), "for a node")):
+        store.put_worker(status)
+        tuning.report_epochs(trial, iter([True, False]).__next__, lambda: "for a node")
+        assert store.waiting() == waits
+    tuning.report_epochs(trial, iter([True, True, False]).__next__, iter(["for a node", None]).__next__)
+    assert store.waiting() is None

@@ -87,7 +87,7 @@ def reason_to_end(failure: Failure, reason: str, status_store: StatusStore, max_
 def prepare_restart(failure: Failure, status_store: StatusStore) -> None:
     """Report a failure to the driver, and wait until memory is free if it ran short."""
     status_store.add_failure(failure)
-    status = replace(status_store.worker() or WorkerStatus(), phase=Phase.STARTING, detail="", step=None)
+    status = replace(status_store.worker() or WorkerStatus(), phase=Phase.STARTING, detail="", step=None, part=None)
     if failure.cause == FailureCause.MEMORY:
         deadline, limit = time.monotonic() + MEMORY_SECONDS, ray_internals.memory_limit() - ROOM
         while (used := ray_internals.memory_used()) > limit and time.monotonic() < deadline:

@@ -162,10 +162,10 @@ class StatusStore:
         self._put("timings", rates)
 
     def waiting(self) -> str | None:
-        """Return what the workers of a trial wait for."""
+        """Return what the workers of a trial wait for while they start."""
         return self._get("waiting")
 
-    def put_waiting(self, text: str) -> None:
+    def put_waiting(self, text: str | None) -> None:
         self._put("waiting", text)
 
     def reason(self) -> str | None:

@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 from raycifar import models
 from raycifar.cluster import ray_internals
 from raycifar.cluster.sizing import HEAD, Workers
-from raycifar.cluster.status import Failure, FailureCause, StepStatus, WorkerStatus
+from raycifar.cluster.status import Failure, FailureCause, Phase, StepStatus, WorkerStatus
 from raycifar.cluster.stoppable import release
 from raycifar.cluster.waiting import Waiting
 from raycifar.data.dataset import Source
@@ -347,10 +347,11 @@ def report_epochs(trial: Trial, running: Running, waiting: Callable[[], str | No
     Args:
         waiting: returns what workers that haven't started wait for.
     """
-    reported, store = 0, trial.status_store
+    reported, store, told = 0, trial.status_store, None
     while running():
         time.sleep(POLL_SECONDS)
-        if not store.worker() and (text := waiting()):
+        if (store.worker() or WorkerStatus()).phase == Phase.STARTING and (text := waiting()) != told:
+            told = text
             store.put_waiting(text)
         for row in store.history()[reported:] if trial.search else ():
             reported = row.epoch
