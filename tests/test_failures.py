@@ -5,7 +5,7 @@ import pickle
 import uuid
 
 import pytest
-from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError, RpcError
 from ray.train import ControllerError
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
@@ -15,7 +15,9 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.controller.state import ReschedulingState
 
 from raycifar.cluster import failures as room
+from raycifar.cluster import waiting, watch
 from raycifar.cluster.failures import FailureCounter, StartFailureCounter, decisive
+from raycifar.cluster.sizing import Workers
 from raycifar.cluster.status import FailureCause, PartStatus, Phase, StatusStore, WorkerStatus
 from raycifar.errors import PreemptedError, StorageError, WorkError
 
@@ -134,3 +136,19 @@ def test_workers_start_again_once_memory_is_free_below_ray_s_limit(store, alive,
     assert store.failures()[0].cause == FailureCause.MEMORY
     with pytest.raises(WorkError, match="fewer workers or more memory help"):
         fail(FailureCounter(store, 1), store, 2, rank0=OutOfMemoryError("killed"))
+
+
+def test_a_run_that_waits_for_room_asks_again_where_ray_does_not_answer(monkeypatch):
+    slept, answers = [], iter([RpcError("deadline exceeded"), RpcError("deadline exceeded"), "no room"])
+
+    def lacking(workers):
+        if isinstance(answer := next(answers), RpcError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(waiting, "lacking", lacking)
+    monkeypatch.setattr(watch.ray_internals, "control_service", lambda: ("GCS", ("127.0.0.1", 1)))
+    monkeypatch.setattr(watch, "listens", lambda address: True)
+    monkeypatch.setattr(watch.time, "sleep", slept.append)
+    assert waiting.Waiting(Workers(1, 1), 5)() == "no room; for at most 5 s (--wait)"
+    assert slept == [watch.RETRY_SECONDS] * 2
