@@ -2,14 +2,20 @@
 
 import json
 import re
+import signal
+import subprocess
 import time
+from contextlib import nullcontext
 
 import psutil
 import pytest
 from command import Bench, finish
 from conftest import wait_until
 
+from raycifar.command import Interrupted
+from raycifar.workflows import benchmark
 from raycifar.workflows.benchmark import draw, sentences, shares_of_time, summarize
+from raycifar.workflows.requests import TrainingRequest
 
 TINY = ("--model", "timm:test_resnet", "--pretrained", "none")
 ARGS = ("--limit", 200, "--val-size", 100, "--rounds", 2, "--batch-size", 50, "--cpus-per-worker", 1)
@@ -91,6 +97,23 @@ def test_the_way_to_the_first_step_is_timed(small, tmp_path):
     for name in ("first_step_seconds", "floor_seconds", "ratio"):  # which is longer is for the machine to say
         assert startup[name]["low"] > 0
         assert startup[name]["n"] == 2
+
+
+@pytest.mark.parametrize("began", [None, 5.0])
+def test_the_run_whose_start_is_timed_is_ended_in_any_case(began, monkeypatch):
+    """What a signal raises in a command isn't exactly KeyboardInterrupt, for which Popen doesn't wait long."""
+
+    def sleep(seconds):
+        raise Interrupted
+
+    monkeypatch.setattr(benchmark.RunFolder, "read_json", lambda folder, file: {"training_began": began})
+    monkeypatch.setattr(benchmark.time, "sleep", sleep)
+    monkeypatch.setattr(benchmark.time, "time", lambda: 2.0)
+    process = subprocess.Popen(["sleep", "5"])
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: process)
+    with nullcontext() if began else pytest.raises(Interrupted):
+        assert benchmark.time_first_step(TrainingRequest("cnn")) == 3
+    assert process.returncode == -signal.SIGTERM
 
 
 def test_what_is_done_before_the_first_part_counts():

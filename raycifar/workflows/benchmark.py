@@ -262,14 +262,15 @@ def time_first_step(request: TrainingRequest) -> float:
         command, run = [sys.executable, "-m", "raycifar.train", *to_arguments(timed)], RunFolder(folder, "timed")
         began = time.time()
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-            while process.poll() is None:
-                if training_began := (run.read_json(RUN) or {}).get("training_began"):
-                    process.terminate()
-                    process.wait()
-                    return training_began - began
-                time.sleep(POLL_SECONDS)
-            assert process.stderr is not None
-            raise WorkError(f"the timed run did not begin: {process.stderr.read().strip()}")
+            try:
+                while process.poll() is None:
+                    if training_began := (run.read_json(RUN) or {}).get("training_began"):
+                        return training_began - began
+                    time.sleep(POLL_SECONDS)
+                assert process.stderr is not None
+                raise WorkError(f"the timed run did not begin: {process.stderr.read().strip()}")
+            finally:
+                process.terminate()
 
 
 EMPTY = """
