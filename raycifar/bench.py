@@ -33,6 +33,7 @@ OF_NO_COST = (
 @click.option("--price-per-hour", type=float, default=None, help="Of one device, for --plan.")
 @click.option("--startup", is_flag=True, help="Time the start as well, beside that of an empty trainer.")
 @click.option("--workers", type=click.IntRange(0, MAX_WORKERS), help="0: this process.  [one for each GPU, else 1]")
+@click.option("--storage", help="Folder that all nodes see, or URI, to train in meanwhile.  [a temporary folder here]")
 @click.option("--out", default="bench", help="Folder or URI for bench.json and charts.")
 @request_options(TrainingRequest, without=UNUSED)
 @recipe_options(without=OF_NO_COST)
@@ -42,7 +43,8 @@ def main(debug: bool, model: str, **options: Any) -> None:
     It ends within five minutes, and takes as many images of the data set, or of --limit, as fit. Figures are medians
     over rounds. Shares are of the same round's bare step, so that a machine that slows down slows both.
     """
-    own = {name: options.pop(name) for name in ("rounds", "plan", "interconnect", "price_per_hour", "startup", "out")}
+    names = ("rounds", "plan", "interconnect", "price_per_hour", "startup", "storage", "out")
+    own = {name: options.pop(name) for name in names}
     ways = [name.strip() for name in options.pop("against").split(",") if name.strip()]
     screen, request = Screen(), BenchRequest(TrainingRequest.of(model, **options), against=ways, **own)
 

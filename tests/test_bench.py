@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,6 +14,8 @@ from command import Bench, finish
 from conftest import wait_until
 
 from raycifar.command import Interrupted
+from raycifar.errors import RequestError
+from raycifar.storage.run_folder import RunFolder
 from raycifar.workflows import benchmark
 from raycifar.workflows.benchmark import draw, sentences, shares_of_time, summarize
 from raycifar.workflows.requests import TrainingRequest
@@ -58,9 +61,20 @@ def test_a_bench_that_is_killed_leaves_no_process_behind(small, tmp_path):
 
 def test_what_cannot_be_timed_is_refused(small, tmp_path):
     args = ("--model", "cnn", *ARGS, "--data", small, "--workers", 0)
+    with pytest.raises(RequestError, match="--storage https://host/a is refused"):
+        benchmark.BenchRequest(TrainingRequest("cnn"), storage="https://host/a")
     for against, said in (("nonsense", "choose from dataloader, stream"), ("stream", "give --workers 1 or more")):
         refused = finish(Bench(*args, "--against", against, storage=None, cwd=tmp_path), 2)
         assert said in refused.stderr
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_is_timed_is_kept_where_all_nodes_see_it_and_then_deleted(inside, tmp_path):
+    storage = str(tmp_path / "shared") if inside else None
+    with benchmark.scratch(storage) as folder:
+        assert (Path(folder).parent == tmp_path / "shared") is inside
+        RunFolder(folder, "bench").write_json("run.json", {})
+    assert not Path(folder).exists()
 
 
 def test_the_sentence_names_what_costs_most():

@@ -7,14 +7,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from raycifar.errors import RequestError, WorkError
 from raycifar.machine import processor
+from raycifar.storage.files import ask
+from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import BENCH, BENCH_CHART, PLAN_CHART, RUN, RunFolder
 from raycifar.terminal import Screen
 from raycifar.words import count, listed
@@ -68,9 +71,12 @@ class BenchRequest:
     interconnect: str | None = None  # the link between them, instead of the measured one
     price_per_hour: float | None = None  # of one device
     out: str = "bench"  # a folder or URI
+    storage: str | None = None  # where runs are kept while they are timed; None is a temporary folder here
 
     def __post_init__(self) -> None:
         workers = self.training.workers
+        if self.storage is not None:
+            check_location(self.storage, "--storage", to_write=True)
         if unknown := set(self.against) - set(WAYS):
             raise RequestError(f"--against {sorted(unknown)[0]}: choose from {', '.join(WAYS)}.")
         if "stream" in self.against and workers == 0:
@@ -109,7 +115,7 @@ def bench(request: BenchRequest, screen: Screen, connection: ExitStack, show: Sh
     out = RunFolder.for_output(request.out)
     seconds = shares_of_time(1 + bool(request.counts) + request.startup, time.monotonic() + MAX_SECONDS)
     try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as storage:  # interrupted, workers still write
+        with scratch(request.storage) as storage:
             timed = replace(training, name="bench", storage=storage, checkpoint_steps=0, test=False)
             folder, inputs = RunFolder(storage, timed.name), read_inputs(timed, screen)
             warn_of_leaks(inputs.source, screen)
@@ -126,7 +132,7 @@ def bench(request: BenchRequest, screen: Screen, connection: ExitStack, show: Sh
                 time_plan(run, request, place, screen, next(seconds), found)
         if request.startup:
             connection.close()  # this process's Ray would take its share of the cores
-            found["startup"] = time_startup(training, request.rounds, screen, next(seconds))
+            found["startup"] = time_startup(training, request, screen, next(seconds))
     except KeyboardInterrupt:
         if not found:
             screen.say("No round is complete yet, so there is nothing to show.")
@@ -137,6 +143,21 @@ def bench(request: BenchRequest, screen: Screen, connection: ExitStack, show: Sh
             show(found)  # first, so that no figure is lost where a file can't be written
             keep(about | found, out)
             screen.say(f"Written to {out.location}: {BENCH} and charts")
+
+
+@contextmanager
+def scratch(storage: str | None) -> Iterator[str]:
+    """Yield a folder for the runs that are timed, in `storage` or on this machine, which is deleted at the end."""
+    if storage is None:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as here:  # interrupted, workers still write
+            yield here
+        return
+    folder = RunFolder(storage, f"bench-{uuid4().hex[:8]}")
+    try:
+        yield folder.location
+    finally:
+        with suppress(OSError):
+            ask(folder.filesystem, lambda: folder.filesystem.delete_dir(folder.path()))
 
 
 def keep(found: dict[str, Any], out: RunFolder) -> None:
@@ -238,26 +259,26 @@ def find_place(run: TrainingRun, request: BenchRequest) -> Place:
     return Place(use_gpu, shared, max(1, most))
 
 
-def time_startup(request: TrainingRequest, rounds: int, screen: Screen, seconds: float) -> dict[str, Any]:
+def time_startup(training: TrainingRequest, request: BenchRequest, screen: Screen, seconds: float) -> dict[str, Any]:
     """Return the seconds from a command to its first optimizer step, and those of the least that Ray takes.
 
     It is timed as many rounds as fit into so many seconds, once at least.
     """
-    workers = request.workers if isinstance(request.workers, int) else 1
+    rounds, workers = request.rounds, training.workers if isinstance(training.workers, int) else 1
     took: dict[str, list[float]] = {"first_step_seconds": [], "floor_seconds": []}
     ends = time.monotonic() + seconds
     for number in range(rounds):
         if number and time.monotonic() + sum(values[-1] for values in took.values()) > ends:
             break
         with screen.waiting(f"Timing the start, {number + 1} of {rounds}"):
-            took["first_step_seconds"].append(time_first_step(replace(request, workers=workers)))
+            took["first_step_seconds"].append(time_first_step(replace(training, workers=workers), request.storage))
             took["floor_seconds"].append(time_floor(workers))
     return {name: spread(values) for name, values in took.items()} | {"ratio": spread(ratios(*took.values()))}
 
 
-def time_first_step(request: TrainingRequest) -> float:
+def time_first_step(request: TrainingRequest, storage: str | None = None) -> float:
     """Return the seconds from the command to the moment at which its run records that training begins."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with scratch(storage) as folder:
         timed = replace(request, name="timed", storage=folder, report=False)
         command, run = [sys.executable, "-m", "raycifar.train", *to_arguments(timed)], RunFolder(folder, "timed")
         began = time.time()
