@@ -4,17 +4,20 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
 from command import Bench, finish
 from conftest import wait_until
 
+from raycifar.cluster.sizing import Workers
 from raycifar.command import Interrupted
-from raycifar.errors import RequestError
+from raycifar.errors import RequestError, WorkError
 from raycifar.storage.run_folder import RunFolder
 from raycifar.workflows import benchmark
 from raycifar.workflows.benchmark import draw, sentences, shares_of_time, summarize
@@ -128,6 +131,29 @@ def test_the_run_whose_start_is_timed_is_ended_in_any_case(began, monkeypatch):
     with nullcontext() if began else pytest.raises(Interrupted):
         assert benchmark.time_first_step(TrainingRequest("cnn")) == 3
     assert process.returncode == -signal.SIGTERM
+
+
+def test_an_empty_trainer_has_the_same_workers_and_leaves_nothing(monkeypatch):
+    """Ray is a stand-in, and so is the interpreter, which says at what time the loop begins."""
+    done, trainers, workers = subprocess.CompletedProcess("", 0, "a\n7.5\n", ""), [], Workers(2, 1.5, gpus=1)
+
+    def interpreter(command, **options):
+        monkeypatch.setattr(sys, "argv", ["-c", *command[3:]])
+        exec(command[2], {})
+        return done
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", lambda *loop, **config: trainers.append(config) or MagicMock())
+    monkeypatch.setattr(subprocess, "run", interpreter)
+    monkeypatch.setattr(benchmark.time, "time", lambda: 5.0)
+    assert benchmark.time_floor(workers) == 2.5
+    config = trainers[0]["scaling_config"]
+    assert (config.num_workers, config.use_gpu, config.resources_per_worker) == (2, True, workers.resources)
+    assert trainers[0]["run_config"].storage_filesystem is not None  # else it writes to ~/ray_results
+    assert benchmark.time_floor(Workers(0, 1)) == 2.5
+    assert len(trainers) == 1
+    done = subprocess.CompletedProcess("", 1, "", "Traceback:\nValueError: no room\n")
+    with pytest.raises(WorkError, match=r"an empty trainer, timed beside this one, failed: ValueError: no room\."):
+        benchmark.time_floor(workers)
 
 
 def test_what_is_done_before_the_first_part_counts():

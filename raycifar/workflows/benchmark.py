@@ -1,6 +1,7 @@
 """Where the time goes on this machine or cluster, beside the bare compute limit."""
 
 import itertools
+import json
 import statistics
 import subprocess
 import sys
@@ -10,11 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from raycifar.errors import RequestError, WorkError
+from raycifar.errors import RequestError, WorkError, in_a_line
 from raycifar.machine import processor
 from raycifar.storage.files import ask
 from raycifar.storage.locations import check_location
@@ -27,6 +27,9 @@ from raycifar.workflows.planning import INTERCONNECTS, Measured, Place, Plan
 from raycifar.workflows.requests import TrainingRequest, checked_option, to_arguments
 from raycifar.workflows.training import allocate_workers, begin, fit, read_inputs
 from raycifar.workflows.training_run import TrainingRun
+
+if TYPE_CHECKING:
+    from raycifar.cluster.sizing import Workers
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -132,7 +135,7 @@ def bench(request: BenchRequest, screen: Screen, connection: ExitStack, show: Sh
                 time_plan(run, request, place, screen, next(seconds), found)
         if request.startup:
             connection.close()  # this process's Ray would take its share of the cores
-            found["startup"] = time_startup(training, request, screen, next(seconds))
+            found["startup"] = time_startup(request, run.workers, screen, next(seconds))
     except KeyboardInterrupt:
         if not found:
             screen.say("No round is complete yet, so there is nothing to show.")
@@ -259,19 +262,19 @@ def find_place(run: TrainingRun, request: BenchRequest) -> Place:
     return Place(use_gpu, shared, max(1, most))
 
 
-def time_startup(training: TrainingRequest, request: BenchRequest, screen: Screen, seconds: float) -> dict[str, Any]:
+def time_startup(request: BenchRequest, workers: "Workers", screen: Screen, seconds: float) -> dict[str, Any]:
     """Return the seconds from a command to its first optimizer step, and those of the least that Ray takes.
 
     It is timed as many rounds as fit into so many seconds, once at least.
     """
-    rounds, workers = request.rounds, training.workers if isinstance(training.workers, int) else 1
+    rounds, timed = request.rounds, replace(request.training, workers=workers.count)
     took: dict[str, list[float]] = {"first_step_seconds": [], "floor_seconds": []}
     ends = time.monotonic() + seconds
     for number in range(rounds):
         if number and time.monotonic() + sum(values[-1] for values in took.values()) > ends:
             break
         with screen.waiting(f"Timing the start, {number + 1} of {rounds}"):
-            took["first_step_seconds"].append(time_first_step(replace(training, workers=workers), request.storage))
+            took["first_step_seconds"].append(time_first_step(timed, request.storage))
             took["floor_seconds"].append(time_floor(workers))
     return {name: spread(values) for name, values in took.items()} | {"ratio": spread(ratios(*took.values()))}
 
@@ -295,30 +298,32 @@ def time_first_step(request: TrainingRequest, storage: str | None = None) -> flo
 
 
 EMPTY = """
-import sys, time, ray
-from ray.train import ScalingConfig
+import json, sys, time
+import fsspec
+from pyarrow import fs
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-def loop(config):
-    with open(config["file"], "w") as file:
-        file.write(str(time.time()))
-
-workers = ScalingConfig(num_workers=int(sys.argv[2]))
-TorchTrainer(loop, train_loop_config={"file": sys.argv[1]}, scaling_config=workers).fit()
+memory = fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem("memory")))  # as in ray_train.py
+run, workers = RunConfig(storage_path="/empty", storage_filesystem=memory), ScalingConfig(**json.loads(sys.argv[1]))
+print(TorchTrainer(lambda: time.time(), scaling_config=workers, run_config=run).fit().return_value)
 """
 
 
-def time_floor(workers: int) -> float:
-    """Return how long an empty trainer takes to its loop; without workers, how long Ray Train takes to import."""
-    begun = time.time()
-    if workers == 0:
-        subprocess.run([sys.executable, "-c", "import ray.train.torch"], check=True, capture_output=True)
-        return time.time() - begun
+def time_floor(workers: "Workers") -> float:
+    """Return how long an empty trainer takes to its loop; without workers, how long Ray Train takes to import.
+
+    Raises:
+        WorkError: it failed.
+    """
+    code = EMPTY if workers.count else "import time, ray.train.torch; print(time.time())"
+    scaling = {"num_workers": workers.count, "use_gpu": workers.use_gpu, "resources_per_worker": workers.resources}
+    command, begun = [sys.executable, "-c", code, json.dumps(scaling)], time.time()
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "began"
-        command = [sys.executable, "-c", EMPTY, str(file), str(workers)]
-        subprocess.run(command, check=True, capture_output=True, cwd=folder)
-        return float(file.read_text()) - begun
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder)
+    if done.returncode:
+        raise WorkError(f"an empty trainer, timed beside this one, failed: {in_a_line(RuntimeError(done.stderr))}.")
+    return float(done.stdout.split()[-1]) - begun
 
 
 # What came of it -------------------------------------------------------------------------------------
