@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import psutil
@@ -19,6 +20,7 @@ from raycifar.cluster.sizing import Workers
 from raycifar.command import Interrupted
 from raycifar.errors import RequestError, WorkError
 from raycifar.storage.run_folder import RunFolder
+from raycifar.terminal import Screen
 from raycifar.workflows import benchmark
 from raycifar.workflows.benchmark import draw, sentences, shares_of_time, summarize
 from raycifar.workflows.requests import TrainingRequest
@@ -78,6 +80,17 @@ def test_what_is_timed_is_kept_where_all_nodes_see_it_and_then_deleted(inside, t
         assert (Path(folder).parent == tmp_path / "shared") is inside
         RunFolder(folder, "bench").write_json("run.json", {})
     assert not Path(folder).exists()
+
+
+def test_what_is_timed_is_read_and_then_not_left_in_a_long_lived_cluster(store, monkeypatch):
+    rates = {name: [100.0, 110.0] for name in ("bare", "images", "train", "epoch", "following", "checkpoint")}
+    request, found = benchmark.BenchRequest(TrainingRequest("cnn")), {}
+    inputs = SimpleNamespace(splits=SimpleNamespace(train=[1]))
+    run = SimpleNamespace(request=request.training, inputs=inputs, workers=Workers(0, 1), status_store=store)
+    monkeypatch.setattr(benchmark, "time_on_workers", lambda *args, **options: store.put_timings(rates))
+    benchmark.time_stages(run, request, Screen(quiet=True), 1, found)
+    assert found["n"] == 2
+    assert store.timings() == {}
 
 
 def test_the_sentence_names_what_costs_most():

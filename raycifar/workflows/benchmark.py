@@ -195,6 +195,7 @@ def time_stages(run: TrainingRun, request: BenchRequest, screen: Screen, seconds
     finally:
         if rates := run.status_store.timings():
             found.update(summarize(rates, request.against))
+        run.status_store.delete()
 
 
 def time_plan(
@@ -220,7 +221,10 @@ def time_plan(
         seconds = min(SECONDS_OF_ROUND * request.rounds, max(SECONDS_OF_ROUND, left))
         options = {"batch_sizes": sizes, "rounds": request.rounds, "seconds": seconds}
         screen.say(f"Timing steps on {workers}, {number + 1} of {len(to_run)}")
-        measured[several] = Measured(**time_on_workers(few, screen, step_times_loop_per_worker, **options))
+        try:
+            measured[several] = Measured(**time_on_workers(few, screen, step_times_loop_per_worker, **options))
+        finally:
+            few.status_store.delete()
         plan = Plan(training.recipe, counts, num_images, place, measured, request.interconnect)
         found["plan"] = planning.summarize(plan, request.price_per_hour)
 
