@@ -70,6 +70,8 @@ def evaluate(
     """
     folder, predictions = RunFolder.at(request.network), None
     out = RunFolder.for_output(request.out, folder) if request.out is not None else None
+    # What a run predicted of its own test set is its own, and nothing else may replace it.
+    taken = RequestError(f"--out {request.out} keeps what the run predicts of its own test set: give another.")
     run = None if folder.name.endswith(".safetensors") else read_run(folder)
     with screen.waiting("Loading PyTorch"):
         weights = read_weights(request.network)
@@ -78,6 +80,8 @@ def evaluate(
     if request.data and is_location(request.data) and (corruptions := find_corruptions(request.data)):
         if request.split != "test":
             raise RequestError(f"--split {request.split}: {request.data} holds test images alone.")
+        if out == folder:
+            raise taken
         out = out or RunFolder.for_output("evaluation")
         job = ScoringJob(request.network, weights, precision, allocate())
         scores = score_corruptions(corruptions, job, screen)
@@ -86,9 +90,8 @@ def evaluate(
         with screen.waiting("Reading the images"):
             source = load_images(run, request.data, test_alone=request.split == "test")
         own = request.split == "test" and is_source_of(source, run)
-        # What a run predicted of its own test set is its own, and nothing else may replace it.
         if out == folder and not own:
-            raise RequestError(f"--out {request.out} keeps what the run predicts of its own test set: give another.")
+            raise taken
         out = out or RunFolder.for_output(request.network if own else "evaluation", folder)
         copies = find_copies(run, source, screen) if run and own else None
         if request.split == "test" and len(source.train):
