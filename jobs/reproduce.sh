@@ -11,8 +11,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 name=${NAME:-reproduce} storage=${RAYCIFAR_STORAGE:-results} python=${PYTHON:-python3}
+code=0 # 1: a trial failed, and the table shows the others
 "$python" -m raycifar.compare --models "${MODELS:-cnn,vgg16,resnet50}" --seeds "${SEEDS:-3}" --pretrained none \
-    ${EPOCHS:+--epochs "$EPOCHS"} --name "$name" --storage "$storage" "$@"
+    ${EPOCHS:+--epochs "$EPOCHS"} --name "$name" --storage "$storage" "$@" || code=$?
+[ "$code" -le 1 ] || exit "$code"
 "$python" -m raycifar.report "$storage/$name" --format md
 "$python" -c 'import sys; from raycifar.storage.run_folder import REPORT_TEXT, RunFolder
 print(RunFolder.at(sys.argv[1]).read(REPORT_TEXT).decode())' "$storage/$name"
+exit "$code"

@@ -45,6 +45,7 @@ OF_NO_COST = (
     type=click.IntRange(0, MAX_WORKERS),
     help="Number of workers; 0 runs in this process.  [one per GPU, else 1]",
 )
+@click.option("--storage", help="Folder or URI that all nodes see, for temporary runs.  [a temporary folder here]")
 @click.option("--out", default="bench", help="Folder or URI for bench.json and charts.")
 @request_options(TrainingRequest, without=UNUSED)
 @recipe_options(without=OF_NO_COST)
@@ -55,7 +56,8 @@ def main(debug: bool, model: str, **options: Any) -> None:
     are medians over rounds. Shares are relative to the bare step of the same round, so a machine that slows down slows
     both.
     """
-    own = {name: options.pop(name) for name in ("rounds", "plan", "interconnect", "price_per_hour", "startup", "out")}
+    names = ("rounds", "plan", "interconnect", "price_per_hour", "startup", "storage", "out")
+    own = {name: options.pop(name) for name in names}
     ways = [name.strip() for name in options.pop("against").split(",") if name.strip()]
     screen, request = Screen(), BenchRequest(TrainingRequest.of(model, **options), against=ways, **own)
 

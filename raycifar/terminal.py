@@ -347,11 +347,12 @@ def trial_cells(trial: Trial) -> list[str]:
     status, history = store.worker(), store.history()
     if status is None:  # also for a trial that ended before this command
         return [trial.status if trial.over else store.waiting() or "starting"]
+    doing = store.waiting() if status.phase == Phase.STARTING else None
     step, newest = status.step, history[-1] if history else None
     loss = step.loss if step else newest and newest.train_loss
     speed = step.images_per_second if step else newest and newest.images_per_second
     return [
-        trial.status if trial.over else status.part.what if status.part else status.doing,
+        trial.status if trial.over else status.part.what if status.part else doing or status.doing,
         f"{step.epoch if step else len(history)}/{epochs}",
         "" if loss is None else f"{loss:.3f}",
         "" if newest is None or newest.val_top1 is None else f"{newest.val_top1:.4f}",

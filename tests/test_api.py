@@ -10,10 +10,12 @@ import torch
 from command import Program, finish
 from PIL import Image
 
+from raycifar import api
 from raycifar.api import compare, open_comparison, open_run
 from raycifar.data.dataset import to_images
 from raycifar.data.sources import load
-from raycifar.errors import RequestError
+from raycifar.errors import RequestError, WorkError
+from raycifar.workflows import training
 
 BEGIN = """
 import json, os, pathlib, signal, sys, threading, time
@@ -285,3 +287,23 @@ def test_a_notebook_shows_how_it_goes_and_its_stop_button_stops_the_training(sma
     assert "image/png" in outputs[3][0]["data"]
     assert outputs[5][-1]["ename"] == "KeyboardInterrupt"
     assert outputs[6][0]["text"] == "None True\n"
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_run_in_the_caller_s_process_leaves_no_status_behind_unless_it_may_still_be_told_to_stop(
+    interrupted, tmp_path, monkeypatch
+):
+    stores = []
+
+    def fit(run, follow):
+        stores.append(run.status_store)
+        if interrupted:
+            run.status_store.request_stop()
+            raise KeyboardInterrupt
+        raise WorkError("training failed.")
+
+    monkeypatch.setattr(training, "fit", fit)
+    options = {"data": "synthetic:300", "val_size": 100, "workers": 0, "report": False, "storage": tmp_path}
+    with pytest.raises((WorkError, KeyboardInterrupt)):
+        api.train("cnn", progress=False, **options)
+    assert (stores[0].worker() is not None) is interrupted

@@ -1,17 +1,21 @@
 """The files that clusters and jobs are made from."""
 
 import json
+import os
 import re
 import subprocess
 import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
 from command import ROOT
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.dashboard.modules.job import job_supervisor
 
 import raycifar
 from raycifar.engine.reporter import METRICS
+from raycifar.workflows.training import MAX_STOP_SECONDS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINS = dict(pin.split("==") for pin in PROJECT["tool"]["uv"]["constraint-dependencies"])
@@ -94,3 +98,27 @@ def test_options_of_the_jobs_exist():
         known = {name for option in command.params for name in option.opts}
         used = re.search(r"python -m raycifar.*", text.replace("\\\n", " ").replace("\n", " "))[0]
         assert set(re.findall(r"--[a-z-]+", used)) <= known
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_the_table_of_results_is_printed_though_a_trial_failed(code, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$2"\n[ "$2" != raycifar.compare ] || exit {code}\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "jobs/reproduce.sh"], env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert ("raycifar.report\nimport sys" in done.stdout) is (code <= 1)
+
+
+def test_an_image_and_a_job_leave_out_the_same():
+    excludes = yaml.safe_load((ROOT / "jobs/runtime_env.yaml").read_text())["excludes"]
+    assert (ROOT / ".dockerignore").read_text().split() == excludes
+
+
+def test_a_job_that_is_stopped_has_the_time_that_a_checkpoint_may_take():
+    waits = "RAY_JOB_STOP_WAIT_TIME_S"
+    environment = yaml.safe_load((ROOT / "jobs/runtime_env.yaml").read_text())["env_vars"]
+    assert int(environment[waits]) >= MAX_STOP_SECONDS + 10
+    assert f'"{waits}"' in Path(job_supervisor.__file__).read_text(), "Ray has another name for it now"

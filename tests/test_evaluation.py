@@ -265,6 +265,9 @@ def write_corruptions(folder, arrays, count=20, **changes):
 
 def test_corrupted_images_are_scored_by_corruption_and_severity(trained, evaluate, small_arrays, tmp_path):
     write_corruptions(tmp_path / "CIFAR-100-C", small_arrays)
+    over = EvaluationRequest(network=str(trained), data=str(tmp_path / "CIFAR-100-C"), count=0, out=str(trained))
+    with ExitStack() as connection, pytest.raises(RequestError, match="for its own test set: give another folder"):
+        evaluation.evaluate(over, Screen(quiet=True), connection)
     done = evaluate(trained, "--data", tmp_path / "CIFAR-100-C", "--workers", 0)
     found = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
     predictions = pq.read_table(trained / "predictions.parquet").slice(0, 20)

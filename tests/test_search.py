@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from raycifar.cluster.sizing import Workers
+from raycifar.cluster.status import Phase, StatusStore, WorkerStatus
 from raycifar.errors import RequestError
 from raycifar.models import Architecture
 from raycifar.models.initial_weights import load_initial_weights
@@ -142,3 +143,29 @@ def test_the_recipe_itself_is_no_discovery_after_a_resume(tmp_path):
     assert "secret" not in json.dumps(written)
     (restored,) = StudySearcher(study, 1).trials
     assert restored.setting == "the recipe itself"
+
+
+def test_a_trial_that_has_lost_its_workers_waits_for_room_as_a_new_one_does(store, monkeypatch):
+    monkeypatch.setattr(tuning, "POLL_SECONDS", 0)
+    trial = Trial("cnn-s0", "cnn", 0, choose_recipe("cnn"), search=False, status_store=store)
+    for status, waits in ((WorkerStatus(phase=Phase.TRAINING), None), (WorkerStatus(attempt=1), "for a node")):
+        store.put_worker(status)
+        tuning.report_epochs(trial, iter([True, False]).__next__, lambda: "for a node")
+        assert store.waiting() == waits
+    tuning.report_epochs(trial, iter([True, True, False]).__next__, iter(["for a node", None]).__next__)
+    assert store.waiting() is None
+
+
+def test_trials_may_begin_and_end_while_another_thread_looks_at_them(tmp_path, monkeypatch):
+    searcher = StudySearcher(study_of(tmp_path)[0], 2)
+    first, second = (searcher.suggest(name) and searcher.running[name] for name in "ab")
+
+    class Growing(list):
+        def __iter__(self):
+            searcher.finals["vgg16"] = []
+            return super().__iter__()
+
+    searcher.finals["cnn"] = Growing()
+    assert searcher.trials == [first, second]
+    monkeypatch.setattr(StatusStore, "request_stop", lambda store: searcher.running.clear())
+    assert searcher.stop() == [first.status_store, second.status_store]

@@ -2,6 +2,9 @@
 
 import json
 import signal
+from dataclasses import make_dataclass
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -22,6 +25,9 @@ from raycifar.models.layers import ConvOfColors, MaxMeanPool, MaxPool
 from raycifar.models.recipe import Recipe
 from raycifar.models.recipes import choose_recipe
 from raycifar.storage.run_folder import RunFolder
+from raycifar.terminal import Screen
+from raycifar.workflows import speedrun
+from raycifar.workflows.requests import TrainingRequest
 
 CPU = torch.device("cpu")
 SMALL = ("--limit", 200, "--val-size", 100, "--epochs", 2, "--batch-size", 50, "--cpus-per-worker", 1)
@@ -220,6 +226,18 @@ def test_the_command_times_runs_by_the_public_rules_and_ctrl_c_shows_what_is_the
         assert part in done.stdout
     assert "Training with seed 1 …" in done.stdout
     assert not (tmp_path / "results").exists()
+
+
+def test_ctrl_c_just_after_the_first_run_shows_no_run_without_the_user_s_time(small, tmp_path, monkeypatch):
+    work = make_dataclass("Work", [])()
+    trainer = SimpleNamespace(prepare=list, run=lambda *args: dict.fromkeys(speedrun.MEANS, 1.0), work=lambda: work)
+    trainer.state = SimpleNamespace(dtype=torch.float32)
+    monkeypatch.setattr("raycifar.engine.speedrun.SpeedRun", lambda *args, **options: trainer)
+    monkeypatch.setattr(speedrun.psutil, "Process", MagicMock(side_effect=KeyboardInterrupt))
+    request, shown = TrainingRequest.of("speedrun", data=small, limit=200, val_size=100, device="cpu"), []
+    with pytest.raises(KeyboardInterrupt):
+        speedrun.speedrun(request, Screen(quiet=True), shown.append, runs=1, out=str(tmp_path))
+    assert all("first_result_seconds" in found for found in shown)
 
 
 def test_a_run_whose_loss_is_not_finite_ends_the_others_and_is_written(small, tmp_path):

@@ -200,6 +200,8 @@ def test_the_table_shows_where_each_trial_stands(trial, store):
     assert cells()[1] == "starting"
     store.put_waiting("waiting for 1 worker")
     assert cells()[1] == "waiting for 1 worker"
+    store.put_worker(WorkerStatus(attempt=1))  # after it has lost its workers
+    assert cells()[1] == "waiting for 1 worker"
     store.put_history([record(1)])
     store.put_worker(WorkerStatus(phase=Phase.TRAINING, step=STEP))
     epochs = trial.recipe.epochs

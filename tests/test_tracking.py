@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from histories import made_up
@@ -78,6 +79,18 @@ def test_the_runs_of_a_comparison_are_children_of_it(mlflow, run, tmp_path):
     (experiment,) = [each for each in mlflow.search_experiments() if each.name == "raycifar"]
     runs = {found.info.run_name: found for found in mlflow.search_runs([experiment.experiment_id])}
     assert runs["a"].data.tags["mlflow.parentRunId"] == runs["results"].info.run_id
+
+
+def test_a_comparison_may_have_the_name_of_a_trial(run, monkeypatch):
+    begun = []
+    monkeypatch.setitem(
+        tracking.TRACKERS, "mlflow", lambda: SimpleNamespace(start=lambda *run: begun.append(run) or "1")
+    )
+    parent, noted = RunFolder(run.storage, "t"), Tracking("mlflow", pytest.fail)
+    trial = RunFolder(parent.location, "t")
+    noted._log(parent, [], None)
+    noted._log(trial, [], parent)
+    assert [parent for *_, parent in begun] == [None, "1"]
 
 
 def test_wandb_has_recipe_epochs_and_result_over_a_restart(run, tmp_path, monkeypatch):

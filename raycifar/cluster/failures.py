@@ -1,5 +1,6 @@
 """What follows from the workers' failures: a restart or, if a retry is bound to fail, the end of the run."""
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -29,18 +30,43 @@ class FailureCounter(ray.train.UserCallback):
     def __init__(self, status_store: StatusStore, max_failures: int) -> None:
         self.status_store, self.max_failures = status_store, max_failures
         self.last: tuple[int | None, str] | None = None
+        self.counted = -math.inf  # when that was
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         time.sleep(DRIVER_DEATH_SECONDS)  # a dead driver ends its workers: see `TiedToDriver`
         rank, cause, error = decisive(worker_exceptions)
         reason, status = in_a_line(error), self.status_store.worker() or WorkerStatus()
-        if status.attempt and (status.attempt, reason) == self.last:
+        now, this = time.monotonic(), (status.attempt, reason)
+        if status.attempt and this == self.last and now - self.counted < NODE_DEATH_SECONDS:
             return  # while a node is being removed, Ray Train reports the same failure repeatedly
-        self.last = status.attempt, reason
+        self.last, self.counted = this, now
         failure = Failure(cause, reason, sorted(worker_exceptions), status.nodes)
-        if end := reason_to_end(failure, f"on worker {rank}, {reason}", self.status_store, self.max_failures):
-            raise WorkError(end)
-        prepare_restart(failure, self.status_store)
+        end_or_restart(failure, f"on worker {rank}, {reason}", self.status_store, self.max_failures)
+
+
+class StartFailureCounter(ray_internals.controller_callback_class()):  # type: ignore[misc]
+    """Counts, as `FailureCounter` does, the failures of workers that Ray Train is starting."""
+
+    def __init__(self, status_store: StatusStore, max_failures: int) -> None:
+        self.status_store, self.max_failures = status_store, max_failures
+        self.nodes: list[str | None] = []
+
+    def on_controller_start_worker_group(self, **size: Any) -> None:
+        self.nodes = [*sorted(alive_nodes())]  # the workers may be on any of them
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        if error := ray_internals.start_failure(current_state):
+            cause, error = classify(error)
+            failure = Failure(cause, in_a_line(error), nodes=self.nodes)
+            reason = f"a worker died while it started: {failure.reason}"
+            end_or_restart(failure, reason, self.status_store, self.max_failures)
+
+
+def end_or_restart(failure: Failure, reason: str, status_store: StatusStore, max_failures: int) -> None:
+    """Prepare a restart, or raise WorkError where none helps; see `reason_to_end`."""
+    if end := reason_to_end(failure, reason, status_store, max_failures):
+        raise WorkError(end)
+    prepare_restart(failure, status_store)
 
 
 def reason_to_end(failure: Failure, reason: str, status_store: StatusStore, max_failures: int) -> str | None:
@@ -61,7 +87,7 @@ def reason_to_end(failure: Failure, reason: str, status_store: StatusStore, max_
 def prepare_restart(failure: Failure, status_store: StatusStore) -> None:
     """Report a failure to the driver, and wait until memory is free if it ran short."""
     status_store.add_failure(failure)
-    status = replace(status_store.worker() or WorkerStatus(), phase=Phase.STARTING, detail="", step=None)
+    status = replace(status_store.worker() or WorkerStatus(), phase=Phase.STARTING, detail="", step=None, part=None)
     if failure.cause == FailureCause.MEMORY:
         deadline, limit = time.monotonic() + MEMORY_SECONDS, ray_internals.memory_limit() - ROOM
         while (used := ray_internals.memory_used()) > limit and time.monotonic() < deadline:
@@ -80,8 +106,12 @@ def too_many(failures: Sequence[Failure], max_failures: int) -> bool:
 
 def count(failures: Iterable[Failure]) -> int:
     """Return the number of failures during which no node died or was preempted."""
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    alive = alive_nodes()
     return sum(alive.issuperset(failure.nodes) for failure in failures if failure.cause != FailureCause.PREEMPTED)
+
+
+def alive_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def decisive(worker_exceptions: dict[int, Exception]) -> tuple[int, FailureCause, Exception]:

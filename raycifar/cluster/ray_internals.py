@@ -284,6 +284,20 @@ def placement_groups_of(actor_id: str) -> list[PlacementGroup]:
     ]
 
 
+def start_failure(state: Any) -> Exception | None:
+    """Return the error of a worker that died while it started, if that is why Ray Train's controller is in `state`.
+
+    No public callback is called then, and `FailureConfig` can't limit these restarts without limiting an elastic run's
+    attempts to find room.
+    """
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+    from ray.train.v2._internal.execution.controller.state import ReschedulingState
+
+    failed = state.training_failed_error if isinstance(state, ReschedulingState) else None
+    error: Any = getattr(failed, "controller_failure", None)
+    return error.__cause__ or error if isinstance(error, WorkerGroupStartupFailedError) else None
+
+
 def progress_callback_class() -> type:
     """Return the base class of callbacks that replace Ray Tune's printing of trials.
 

@@ -115,8 +115,8 @@ class Failure:
             return "Memory ran short, and Ray ended the workers; they are restarted from the last checkpoint."
         if self.cause == FailureCause.CONTROLLER:
             return "Ray Train's controller died; it and the workers are restarted from the last checkpoint."
-        ranks = ", ".join(map(str, self.ranks))
-        return f"Worker {ranks} failed ({self.reason}); the workers are restarted from the last checkpoint."
+        who = f"Worker {', '.join(map(str, self.ranks))}" if self.ranks else "A worker that was starting"
+        return f"{who} failed ({self.reason}); the workers are restarted from the last checkpoint."
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,10 @@ class StatusStore:
         self._put("timings", rates)
 
     def waiting(self) -> str | None:
-        """Return what the workers of a trial wait for."""
+        """Return what the workers of a trial wait for while they start."""
         return self._get("waiting")
 
-    def put_waiting(self, text: str) -> None:
+    def put_waiting(self, text: str | None) -> None:
         self._put("waiting", text)
 
     def reason(self) -> str | None:

@@ -9,6 +9,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 
 from raycifar.cluster import ray_internals
 from raycifar.cluster.sizing import LOOK_SECONDS, Workers, alive_nodes, describe, placeable
+from raycifar.cluster.watch import answered
 from raycifar.errors import WorkError
 from raycifar.words import count
 
@@ -28,7 +29,7 @@ class Waiting:
             return self.text
         if now - self.checked > 10 * LOOK_SECONDS:
             self.started = now  # workers ran in between
-        self.checked, missing = now, lacking(self.workers)
+        self.checked, missing = now, answered(lambda: lacking(self.workers))
         if missing is None:
             self.started = now
         elif now - self.started > self.seconds:

@@ -14,6 +14,7 @@ from raycifar.errors import RayDiedError
 T = TypeVar("T")
 
 CONNECT_SECONDS = 1
+RETRY_SECONDS = 0.1
 RESTARTED = "RAY_gcs_rpc_server_reconnect_timeout_s"  # set by KubeRay, which starts a dead control service again
 
 
@@ -47,6 +48,7 @@ def answered(call: Callable[[], T]) -> T:
                 raise died(name) from None
             if waited > max(60, patience()):
                 raise
+            time.sleep(RETRY_SECONDS)
 
 
 def patience() -> float:

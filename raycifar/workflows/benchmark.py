@@ -1,20 +1,23 @@
 """Where the time goes on this machine or cluster, compared with the bare compute limit."""
 
 import itertools
+import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
-from raycifar.errors import RequestError, WorkError
+from raycifar.errors import RequestError, WorkError, in_a_line
 from raycifar.machine import processor
+from raycifar.storage.files import ask
+from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import BENCH, BENCH_CHART, PLAN_CHART, RUN, RunFolder
 from raycifar.terminal import Screen
 from raycifar.words import count, listed
@@ -24,6 +27,9 @@ from raycifar.workflows.planning import INTERCONNECTS, Measured, Place, Plan
 from raycifar.workflows.requests import TrainingRequest, checked_option, to_arguments
 from raycifar.workflows.training import allocate_workers, begin, fit, read_inputs
 from raycifar.workflows.training_run import TrainingRun
+
+if TYPE_CHECKING:
+    from raycifar.cluster.sizing import Workers
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -68,9 +74,12 @@ class BenchRequest:
     interconnect: str | None = None  # the link between them, instead of the measured one
     price_per_hour: float | None = None  # of one device
     out: str = "bench"  # a folder or URI
+    storage: str | None = None  # where runs are kept while they are timed; None is a temporary folder here
 
     def __post_init__(self) -> None:
         workers = self.training.workers
+        if self.storage is not None:
+            check_location(self.storage, "--storage", to_write=True)
         if unknown := set(self.against) - set(WAYS):
             raise RequestError(f"--against {sorted(unknown)[0]}: choose from {', '.join(WAYS)}.")
         if "stream" in self.against and workers == 0:
@@ -109,7 +118,7 @@ def bench(request: BenchRequest, screen: Screen, connection: ExitStack, show: Sh
     out = RunFolder.for_output(request.out)
     seconds = shares_of_time(1 + bool(request.counts) + request.startup, time.monotonic() + MAX_SECONDS)
     try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as storage:  # interrupted, workers still write
+        with scratch(request.storage) as storage:
             timed = replace(training, name="bench", storage=storage, checkpoint_steps=0, test=False)
             folder, inputs = RunFolder(storage, timed.name), read_inputs(timed, screen)
             warn_of_leaks(inputs.source, screen)
@@ -126,7 +135,7 @@ def bench(request: BenchRequest, screen: Screen, connection: ExitStack, show: Sh
                 time_plan(run, request, place, screen, next(seconds), found)
         if request.startup:
             connection.close()  # this process's Ray would take its share of the cores
-            found["startup"] = time_startup(training, request.rounds, screen, next(seconds))
+            found["startup"] = time_startup(request, run.workers, screen, next(seconds))
     except KeyboardInterrupt:
         if not found:
             screen.say("No round is complete yet, so there is nothing to show.")
@@ -137,6 +146,21 @@ def bench(request: BenchRequest, screen: Screen, connection: ExitStack, show: Sh
             show(found)  # first, so that no figure is lost where a file can't be written
             keep(about | found, out)
             screen.say(f"Written to {out.location}: {BENCH} and charts")
+
+
+@contextmanager
+def scratch(storage: str | None) -> Iterator[str]:
+    """Yield a folder for the runs that are timed, in `storage` or on this machine, which is deleted at the end."""
+    if storage is None:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as here:  # interrupted, workers still write
+            yield here
+        return
+    folder = RunFolder(storage, f"bench-{uuid4().hex[:8]}")
+    try:
+        yield folder.location
+    finally:
+        with suppress(OSError):
+            ask(folder.filesystem, lambda: folder.filesystem.delete_dir(folder.path()))
 
 
 def keep(found: dict[str, Any], out: RunFolder) -> None:
@@ -171,6 +195,7 @@ def time_stages(run: TrainingRun, request: BenchRequest, screen: Screen, seconds
     finally:
         if rates := run.status_store.timings():
             found.update(summarize(rates, request.against))
+        run.status_store.delete()
 
 
 def time_plan(
@@ -196,7 +221,10 @@ def time_plan(
         seconds = min(SECONDS_OF_ROUND * request.rounds, max(SECONDS_OF_ROUND, left))
         options = {"batch_sizes": sizes, "rounds": request.rounds, "seconds": seconds}
         screen.say(f"Timing steps on {workers}, {number + 1} of {len(to_run)}")
-        measured[several] = Measured(**time_on_workers(few, screen, step_times_loop_per_worker, **options))
+        try:
+            measured[several] = Measured(**time_on_workers(few, screen, step_times_loop_per_worker, **options))
+        finally:
+            few.status_store.delete()
         plan = Plan(training.recipe, counts, num_images, place, measured, request.interconnect)
         found["plan"] = planning.summarize(plan, request.price_per_hour)
 
@@ -238,66 +266,68 @@ def find_place(run: TrainingRun, request: BenchRequest) -> Place:
     return Place(use_gpu, shared, max(1, most))
 
 
-def time_startup(request: TrainingRequest, rounds: int, screen: Screen, seconds: float) -> dict[str, Any]:
+def time_startup(request: BenchRequest, workers: "Workers", screen: Screen, seconds: float) -> dict[str, Any]:
     """Return the seconds from a command to its first optimizer step, and the least that Ray takes to start.
 
-    Args:
-        rounds: of timing, at most; as many as fit into `seconds`, and at least one.
+    There are as many rounds as fit into `seconds`, at least one and at most the request's.
     """
-    workers = request.workers if isinstance(request.workers, int) else 1
+    rounds, timed = request.rounds, replace(request.training, workers=workers.count)
     took: dict[str, list[float]] = {"first_step_seconds": [], "floor_seconds": []}
     ends = time.monotonic() + seconds
     for number in range(rounds):
         if number and time.monotonic() + sum(values[-1] for values in took.values()) > ends:
             break
         with screen.waiting(f"Timing the start, {number + 1} of {rounds}"):
-            took["first_step_seconds"].append(time_first_step(replace(request, workers=workers)))
+            took["first_step_seconds"].append(time_first_step(timed, request.storage))
             took["floor_seconds"].append(time_floor(workers))
     return {name: spread(values) for name, values in took.items()} | {"ratio": spread(ratios(*took.values()))}
 
 
-def time_first_step(request: TrainingRequest) -> float:
+def time_first_step(request: TrainingRequest, storage: str | None = None) -> float:
     """Return the seconds from the command to the moment at which its run records that training begins."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with scratch(storage) as folder:
         timed = replace(request, name="timed", storage=folder, report=False)
         command, run = [sys.executable, "-m", "raycifar.train", *to_arguments(timed)], RunFolder(folder, "timed")
         began = time.time()
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-            while process.poll() is None:
-                if training_began := (run.read_json(RUN) or {}).get("training_began"):
-                    process.terminate()
-                    process.wait()
-                    return training_began - began
-                time.sleep(POLL_SECONDS)
-            assert process.stderr is not None
-            raise WorkError(f"the timed run did not begin: {process.stderr.read().strip()}")
+            try:
+                while process.poll() is None:
+                    if training_began := (run.read_json(RUN) or {}).get("training_began"):
+                        return training_began - began
+                    time.sleep(POLL_SECONDS)
+                assert process.stderr is not None
+                raise WorkError(f"the timed run did not begin: {process.stderr.read().strip()}")
+            finally:
+                process.terminate()
 
 
 EMPTY = """
-import sys, time, ray
-from ray.train import ScalingConfig
+import json, sys, time
+import fsspec
+from pyarrow import fs
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-def loop(config):
-    with open(config["file"], "w") as file:
-        file.write(str(time.time()))
-
-workers = ScalingConfig(num_workers=int(sys.argv[2]))
-TorchTrainer(loop, train_loop_config={"file": sys.argv[1]}, scaling_config=workers).fit()
+memory = fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem("memory")))  # as in ray_train.py
+run, workers = RunConfig(storage_path="/empty", storage_filesystem=memory), ScalingConfig(**json.loads(sys.argv[1]))
+print(TorchTrainer(lambda: time.time(), scaling_config=workers, run_config=run).fit().return_value)
 """
 
 
-def time_floor(workers: int) -> float:
-    """Return how long an empty trainer takes to its loop; without workers, how long Ray Train takes to import."""
-    begun = time.time()
-    if workers == 0:
-        subprocess.run([sys.executable, "-c", "import ray.train.torch"], check=True, capture_output=True)
-        return time.time() - begun
+def time_floor(workers: "Workers") -> float:
+    """Return how long an empty trainer takes to its loop; without workers, how long Ray Train takes to import.
+
+    Raises:
+        WorkError: it failed.
+    """
+    code = EMPTY if workers.count else "import time, ray.train.torch; print(time.time())"
+    scaling = {"num_workers": workers.count, "use_gpu": workers.use_gpu, "resources_per_worker": workers.resources}
+    command, begun = [sys.executable, "-c", code, json.dumps(scaling)], time.time()
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "began"
-        command = [sys.executable, "-c", EMPTY, str(file), str(workers)]
-        subprocess.run(command, check=True, capture_output=True, cwd=folder)
-        return float(file.read_text()) - begun
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder)
+    if done.returncode:
+        raise WorkError(f"an empty trainer, timed beside this one, failed: {in_a_line(RuntimeError(done.stderr))}.")
+    return float(done.stdout.split()[-1]) - begun
 
 
 # Results ---------------------------------------------------------------------------------------------

@@ -71,6 +71,8 @@ def evaluate(
     """
     folder, predictions = RunFolder.at(request.network), None
     out = RunFolder.for_output(request.out, folder) if request.out is not None else None
+    # A run's predictions for its own test set stay: nothing else may replace them.
+    taken = RequestError(f"--out {request.out} holds the run's predictions for its own test set: give another folder.")
     run = None if folder.name.endswith(".safetensors") else read_run(folder)
     with screen.waiting("Loading PyTorch"):
         weights = read_weights(request.network)
@@ -79,6 +81,8 @@ def evaluate(
     if request.data and is_location(request.data) and (corruptions := find_corruptions(request.data)):
         if request.split != "test":
             raise RequestError(f"--split {request.split}: {request.data} holds test images alone.")
+        if out == folder:
+            raise taken
         out = out or RunFolder.for_output("evaluation")
         job = ScoringJob(request.network, weights, precision, allocate())
         scores = score_corruptions(corruptions, job, screen)
@@ -87,11 +91,8 @@ def evaluate(
         with screen.waiting("Reading the images"):
             source = load_images(run, request.data, test_alone=request.split == "test")
         own = request.split == "test" and is_source_of(source, run)
-        # A run's predictions for its own test set stay: nothing else may replace them.
         if out == folder and not own:
-            raise RequestError(
-                f"--out {request.out} holds the run's predictions for its own test set: give another folder."
-            )
+            raise taken
         out = out or RunFolder.for_output(request.network if own else "evaluation", folder)
         copies = find_copies(run, source, screen) if run and own else None
         if request.split == "test" and len(source.train):

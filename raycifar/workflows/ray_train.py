@@ -13,7 +13,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
 from raycifar.cluster import ray_internals
-from raycifar.cluster.failures import FailureCounter, prepare_restart, reason_to_end
+from raycifar.cluster.failures import FailureCounter, StartFailureCounter, prepare_restart, reason_to_end
 from raycifar.cluster.nodes import versions
 from raycifar.cluster.status import Failure, FailureCause, StatusStore
 from raycifar.cluster.stoppable import StoppableTrainer
@@ -59,8 +59,10 @@ def build_trainer(
             # Ray Train stores nothing: what it writes to see whether it could goes to this process's memory.
             storage_path="/raycifar",
             storage_filesystem=fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem("memory"))),
-            failure_config=FailureConfig(max_failures=-1),  # our callback counts
-            callbacks=[FailureCounter(run.status_store, run.request.max_failures)],
+            failure_config=FailureConfig(max_failures=-1),  # our callbacks count
+            callbacks=[
+                counter(run.status_store, run.request.max_failures) for counter in (FailureCounter, StartFailureCounter)
+            ],
             logging_config=LoggingConfig("INFO" if run.debug else "ERROR"),
         ),
     )

@@ -19,7 +19,7 @@ from raycifar.workflows.tracking import check_tracker
 WorkerCount = int | tuple[int, int] | None
 Device = Literal["auto", "gpu", "cpu", "mps"]
 
-MIN_GPU_SHARE = 0.0001  # Ray's unit
+MIN_SHARE = 0.0001  # Ray's unit
 MAX_ELASTIC_WORKERS = 64  # the images are cut wherever a shard of any of the numbers begins
 MAX_WORKERS = MAX_TRIALS = 10_000  # more is a slip
 MAX_SEED = 2**63 - 1  # of PyTorch's generators
@@ -63,12 +63,12 @@ class WorkerSettings:
             if f.metadata:
                 value = checked_option(f.name, f.type, getattr(self, f.name), f.metadata["least"], f.metadata["most"])
                 self.settle(**{f.name: value})
-        if self.cpus_per_worker is not None and not self.cpus_per_worker > 0:
-            raise RequestError(f"--cpus-per-worker {self.cpus_per_worker}: it must be above 0.")
-        if not MIN_GPU_SHARE <= self.gpus_per_worker <= 1:
+        if self.cpus_per_worker is not None and self.cpus_per_worker < MIN_SHARE:
+            raise RequestError(f"--cpus-per-worker {self.cpus_per_worker:g}: it must be at least {MIN_SHARE}.")
+        if not MIN_SHARE <= self.gpus_per_worker <= 1:
             raise RequestError(
                 f"--gpus-per-worker {self.gpus_per_worker:g}: it must be a share of a GPU, above 0 "
-                f"({MIN_GPU_SHARE} at least) and at most 1."
+                f"({MIN_SHARE} at least) and at most 1."
             )
         if self.device == "cpu":
             self.check_no_gpu_is_chosen("--device cpu")

@@ -79,9 +79,10 @@ def speedrun(
             seed = request.seed + number
             doing = f"Training with seed {seed}"  # not shown on a GPU, where it takes seconds and costs time
             with screen.progress(doing) if device.type == "cpu" else nullcontext(lambda _: None) as progress:
-                found["runs"].append(run := trainer.run(seed, progress))
+                run = trainer.run(seed, progress)
             if not number:
                 found["first_result_seconds"] = time.time() - psutil.Process().create_time()
+            found["runs"].append(run)
             screen.say(
                 f"seed {run['seed']}: top-1 {run['top1']:.4f}, with the mirror image {run['top1_flip']:.4f}, "
                 f"{run['seconds']:.3f} s by the clock, {run['whole_seconds']:.3f} s with scoring"

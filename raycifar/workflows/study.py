@@ -125,8 +125,7 @@ def run_trials(
         screen.say(f"Already over, and not run again: {count(done, 'trial')}.")
 
     def stop(thread: Thread) -> None:
-        searcher.stop()
-        thread.join(seconds_to_stop(trial.status_store for trial in searcher.running.values()))
+        thread.join(seconds_to_stop(searcher.stop()))
 
     redraw = Refresher(lambda: write_comparison(folder)) if request.report else lambda: None
 

@@ -145,7 +145,7 @@ class Tracking:
 
     track: str | None
     say: Callable[[str], None]
-    runs: dict[str, Tracked] = field(default_factory=dict)  # by name
+    runs: dict[str, Tracked] = field(default_factory=dict)  # by location
     calls: SimpleQueue[Callable[[], None] | None] = field(default_factory=SimpleQueue)
 
     def __enter__(self) -> Self:
@@ -171,7 +171,7 @@ class Tracking:
             self.say(f"{self.track} takes longer than {FINISH_SECONDS} s: what is left is not logged there.")
 
     def _log(self, folder: RunFolder, history: Sequence[EpochRecord], parent: RunFolder | None) -> None:
-        run = self.runs.get(folder.name) or self._start(folder, parent)
+        run = self.runs.get(folder.location) or self._start(folder, parent)
         for record in history[run.epoch :]:
             run.tracker.epoch(record)
             run.epoch = record.epoch
@@ -180,11 +180,11 @@ class Tracking:
     def _start(self, folder: RunFolder, parent: RunFolder | None) -> Tracked:
         assert self.track
         known = (folder.read_json(TRACKING) or {}).get(self.track, {})
-        above = self.runs[parent.name].identity if parent else None
+        above = self.runs[parent.location].identity if parent else None
         config = folder.read_json(RUN) or folder.read_json(STUDY) or {}
         tracker = TRACKERS[self.track]()
         identity = tracker.start(folder.name, flat(config), known.get("id"), above)
-        run = self.runs[folder.name] = Tracked(folder, tracker, identity, known.get("epoch", 0))
+        run = self.runs[folder.location] = Tracked(folder, tracker, identity, known.get("epoch", 0))
         self._remember(run)
         return run
 

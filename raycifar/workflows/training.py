@@ -75,7 +75,8 @@ def train(request: TrainingRequest, screen: Screen, connection: ExitStack, *, de
             report(run, screen)
             raise
         finally:
-            if workers.count:  # a run in this process may still check whether it is to stop
+            # A run in this process that was interrupted may still check whether it is to stop.
+            if workers.count or not run.status_store.stop_requested():
                 run.status_store.delete()
         screen.lines(summary(folder, inputs.source, result))
         if request.profile:

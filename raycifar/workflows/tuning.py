@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 from raycifar import models
 from raycifar.cluster import ray_internals
 from raycifar.cluster.sizing import HEAD, Workers
-from raycifar.cluster.status import Failure, FailureCause, StepStatus, WorkerStatus
+from raycifar.cluster.status import Failure, FailureCause, Phase, StatusStore, StepStatus, WorkerStatus
 from raycifar.cluster.stoppable import release
 from raycifar.cluster.waiting import Waiting
 from raycifar.data.dataset import Source
@@ -94,13 +94,16 @@ class StudySearcher(Searcher):
 
     @property
     def trials(self) -> list[Trial]:
-        return [trial for group in (self.searches, self.finals) for trials in group.values() for trial in trials]
+        by_model = [*self.searches.values(), *self.finals.values()]  # a copy, as Ray Tune's thread adds some
+        return [trial for trials in by_model for trial in trials]
 
-    def stop(self) -> None:
-        """Start no more trials, and ask running ones to leave a checkpoint and end."""
+    def stop(self) -> list[StatusStore]:
+        """Start no more trials, ask running ones to leave a checkpoint and end, and return their status stores."""
         self.stopped = True
-        for trial in list(self.running.values()):
-            trial.status_store.request_stop()
+        stores = [trial.status_store for trial in list(self.running.values())]
+        for store in stores:
+            store.request_stop()
+        return stores
 
     def seconds_left(self) -> float | None:
         """Return about how long all trials take from now on, if a search stops none; None until steps are timed."""
@@ -347,10 +350,11 @@ def report_epochs(trial: Trial, running: Running, waiting: Callable[[], str | No
     Args:
         waiting: returns what workers that haven't started wait for.
     """
-    reported, store = 0, trial.status_store
+    reported, store, told = 0, trial.status_store, None
     while running():
         time.sleep(POLL_SECONDS)
-        if not store.worker() and (text := waiting()):
+        if (store.worker() or WorkerStatus()).phase == Phase.STARTING and (text := waiting()) != told:
+            told = text
             store.put_waiting(text)
         for row in store.history()[reported:] if trial.search else ():
             reported = row.epoch
