@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from histories import GUESSES, OVERFITS, made_up
+from scipy import stats
 from torch import nn
 
 from raycifar.analysis.diagnosis import diagnose, seed_variance
@@ -110,6 +111,8 @@ def test_overfitting_is_a_validation_loss_that_rises_while_training_goes_on():
     found = diagnose(made_up(**OVERFITS))
     (finding,) = [f for f in found if f.kind == "overfitting"]
     assert finding.metrics["from_epoch"] == 6
+    unknown = {**OVERFITS, "val_loss": lambda e: None if e == 3 else OVERFITS["val_loss"](e)}
+    assert "overfitting" in kinds(made_up(**unknown))
     assert "overfitting" not in kinds(made_up(val=200, val_loss=lambda e: 1.6 + 0.001 * abs(e - 6)))
 
 
@@ -221,6 +224,48 @@ def test_the_trend_is_read_and_extrapolated():
     assert flat.metrics["gain"] < 0.03
 
 
+@pytest.mark.parametrize(("images", "first", "last"), [(100, 0.25, 0.4), (500, 0.3, 0.4), (1000, 0.3, 0.38)])
+def test_what_few_images_hide_is_no_plateau(images, first, last):
+    """Curves that rise all the time, with the sampling noise of so few images."""
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        easy = rng.normal(size=images) - np.linspace(*stats.norm.ppf([1 - first, 1 - last]), 20)[:, None]
+        right = easy + rng.normal(0, 0.5, easy.shape) > 0
+        top1 = right.mean(1)
+        rises = made_up(val=images, val_top1=lambda e, top1=top1: top1[e - 1], recipe={"schedule": "constant"})
+        assert "plateau" not in kinds(rises)
+
+
+def test_accuracy_that_falls_is_told_and_not_healthy():
+    def finding(**columns):
+        found = diagnose(made_up(val_top1=lambda e: 0.61 - 0.01 * e, recipe={"schedule": "constant"}, **columns))
+        (finding,) = [f for f in found if f.kind == "plateau"]
+        assert "healthy" not in {f.kind for f in found}
+        assert "validation accuracy falls by 1.0 points per epoch" in finding.evidence
+        return finding
+
+    worse = dict.fromkeys(("train_loss", "train_eval_loss", "val_loss"), lambda e: 1.6 + 0.05 * e)
+    worse |= dict.fromkeys(("train_top1", "train_eval_top1"), lambda e: 0.61 - 0.01 * e)
+    assert "The training loss rises, too" in (found := finding(**worse)).evidence
+    assert found.advice.startswith("Lower --lr")
+    assert "--augment cutout" in finding(train_eval_top1=lambda e: 0.61 - 0.01 * e).advice
+
+
+def test_underfitting_is_no_plateau_at_which_to_stop():
+    flat = dict.fromkeys(("train_loss", "train_eval_loss", "val_loss"), lambda e: 3.9)
+    flat |= dict.fromkeys(("train_top1", "train_eval_top1", "val_top1"), lambda e: 0.1)
+    assert kinds(made_up(**flat)) == {"underfitting"}
+
+
+@pytest.mark.parametrize("unknown", ["train_eval_top1", "val_loss"])
+def test_a_run_whose_gap_is_unknown_is_not_called_healthy(unknown):
+    (finding,) = diagnose(made_up(3, **{unknown: lambda e: None}, **LEARNED))
+    assert finding.kind == "too-early"
+    assert "so whether the network overfits can't be told" in finding.evidence
+    assert kinds(made_up(20, **{unknown: lambda e: None})) <= {"improving", "plateau"}
+
+
+LEARNED = {"train_loss": lambda e: 2.0, "train_eval_loss": lambda e: 2.0}
 LITTLE = {name: lambda e: 4.4 for name in ("train_loss", "train_eval_loss", "val_loss")}
 SWINGS = {"val_top1": lambda e: 0.5 + 0.1 * (-1) ** e, "val_loss": lambda e: 1.5}
 RISES = {"val_top1": lambda e: 0.01 * e, "train_eval_top1": lambda e: 0.01 * e}

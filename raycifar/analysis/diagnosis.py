@@ -64,12 +64,17 @@ def diagnose(history: RunHistory) -> list[Finding]:
             found += rule(history, found)
     if early and not found:
         return [learning.too_few_steps(history)] if history.records else []
-    if not early and all(finding.kind in TRENDS or finding.metrics.get("explained") for finding in found):
-        if history.fit >= LEARNED:
+    if not early and all(map(is_harmless, found)):
+        if history.fit >= LEARNED and not generalization.gap_unknown(history):
             found.insert(0, trends.healthy(history, found))
         elif not found:
             found.append(learning.too_little_learned(history))
     return [blame_recipe(history, finding) for finding in found]
+
+
+def is_harmless(finding: Finding) -> bool:
+    """Return whether a healthy run can have it, too."""
+    return bool((finding.kind in TRENDS and not finding.metrics.get("falls")) or finding.metrics.get("explained"))
 
 
 def blame_recipe(history: RunHistory, finding: Finding) -> Finding:
