@@ -22,6 +22,7 @@ from raycifar.analysis.findings import (
     standard_error,
 )
 from raycifar.analysis.history import RunHistory
+from raycifar.analysis.rules.generalization import gap_unknown
 from raycifar.data import CIFAR100
 from raycifar.storage.schemas import Diagnostics
 from raycifar.words import count, span, times
@@ -50,6 +51,11 @@ def too_little_learned(history: RunHistory) -> Finding:
         f"After {after}, the loss on training images has come {max(0.0, history.fit):.0%} of the way from guessing to "
         "a perfect fit. Whether the network underfits, overfits or is healthy can't be told yet."
     )
+    if history.fit >= FIT and gap_unknown(history):
+        evidence = (
+            f"After {after}, not all scores of training and validation images are known, so whether the network "
+            "overfits can't be told."
+        )
     advice, needed = ("Continue this run.", epochs) if history.unfinished else ("Train for more --epochs.", 2 * epochs)
     return Finding("too-early", 0.9, evidence, advice, [], {"epochs_needed": needed})
 
