@@ -211,6 +211,32 @@ def test_validation_above_training_is_explained_by_augmentation_or_is_not(clean,
     assert ("augmentation (crop)" in finding.evidence) == explained
 
 
+def blamed(**columns):
+    return {finding.kind: set(finding.metrics.get("recipe", ())) for finding in diagnose(made_up(**columns))}
+
+
+def test_a_cause_in_the_recipe_fits_the_evidence():
+    few = {"val": 100, "val_gained": lambda e: 5, "val_lost": lambda e: 4, "recipe": {"schedule": "constant"}}
+    assert blamed(**few)["validation-noise"] == set()  # but to the few images
+    swings = made_up(val_top1=lambda e: 0.6 + 0.1 * (-1) ** e, val_loss=lambda e: 1.5, recipe={"schedule": "constant"})
+    (noise,) = [f for f in diagnose(swings) if f.kind == "validation-noise"]
+    assert noise.evidence.startswith("A likely cause: compared with the study recipe, --schedule is constant")
+    for optimizer, causes in (("adamw", set()), ("sgd", {"weight_decay"})):
+        other = {"optimizer": optimizer, "lr": 0.01, "weight_decay": 0.05}
+        assert blamed(**GUESSES, recipe=other)["collapse"] == causes
+
+
+@pytest.mark.parametrize(("epoch", "causes"), [(5, {"warmup"}), (30, set())])
+def test_a_missing_warm_up_explains_only_what_happens_early(epoch, causes):
+    spike = blamed(
+        epochs=40, val_loss=lambda e: 1.5 + 2 * (e == epoch), val_top1=lambda e: 0.5 - 0.2 * (e == epoch),
+        recipe={"warmup": 0.0},
+    )  # fmt: skip
+    assert spike["spike"] == causes
+    failed = {"status": "failed", "failure": "not-finite", "reason": "the loss is no longer finite"}
+    assert blamed(epochs=epoch, result=failed, recipe={"warmup": 0.0, "epochs": 40})["divergence"] == causes
+
+
 def test_underfitting_by_a_tiny_learning_rate_says_both():
     small = {name: lambda e: 4.5 for name in ("train_loss", "train_eval_loss", "val_loss")}
     small |= {name: lambda e: 0.03 for name in ("train_top1", "train_eval_top1", "val_top1")}

@@ -9,6 +9,7 @@ from record import FOLDER, RECORDED, recorded
 
 from raycifar.analysis.departures import departures
 from raycifar.analysis.diagnosis import diagnose
+from raycifar.analysis.findings import Finding
 from raycifar.analysis.prose import next_steps
 from raycifar.models.recipe import Recipe
 
@@ -207,7 +208,7 @@ def test_what_is_already_so_is_not_advised():
 
 def test_the_model_s_own_recipe_is_never_the_cause():
     kinds = ("collapse", "divergence", "underfitting", "overfitting", "generalization-gap", "validation-noise", "spike")
-    assert [departures(run(8), kind) for kind in kinds] == [[]] * len(kinds)
+    assert [departures(run(8), Finding(kind, 0.9, "", "", [1])) for kind in kinds] == [[]] * len(kinds)
 
 
 def test_a_learning_rate_that_is_too_low_is_mended_before_more_epochs_are_tried():

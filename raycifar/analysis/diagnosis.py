@@ -79,7 +79,7 @@ def is_harmless(finding: Finding) -> bool:
 
 def blame_recipe(history: RunHistory, finding: Finding) -> Finding:
     """Return the finding with its cause in the recipe, if there is one, named first."""
-    causes = departures(history, finding.kind)
+    causes = departures(history, finding)
     if not causes:
         return finding
     evidence = f"A likely cause: compared with {history.base}, {listed(list(map(str, causes)))}. "

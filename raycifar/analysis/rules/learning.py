@@ -85,7 +85,8 @@ def divergence(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         f"The training loss {rises} {last:.2f} (epoch {len(losses)}), more than twice the loss of guessing, "
         f"ln({CIFAR100.num_classes}) = {GUESSING_LOSS:.4f}."
     )
-    return [Finding("divergence", SURE, evidence, calm(history), [len(losses)])]
+    epochs = list(range(int(np.argmax(losses > 2 * GUESSING_LOSS)) + 1, len(losses) + 1))
+    return [Finding("divergence", SURE, evidence, calm(history), epochs)]
 
 
 def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
