@@ -242,6 +242,9 @@ def test_underfitting_by_a_tiny_learning_rate_says_both():
     small |= {name: lambda e: 0.03 for name in ("train_top1", "train_eval_top1", "val_top1")}
     assert kinds(made_up(epochs=1, recipe={"lr": 1e-4}, **small)) == {"underfitting", "learning-rate-low"}
     assert "learning-rate-low" not in kinds(made_up(epochs=1, **small))
+    scaled = {"lr": 0.05 / 16, "batch_size": 8}  # in proportion to the batch
+    assert kinds(made_up(epochs=1, recipe=scaled, **small)) == {"underfitting"}
+    assert kinds(made_up(epochs=1, recipe=scaled, **GUESSES)) == {"collapse"}
 
 
 def test_the_trend_is_read_and_extrapolated():

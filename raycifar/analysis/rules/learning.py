@@ -171,7 +171,7 @@ def learning_rate(history: RunHistory, found: Sequence[Finding]) -> list[Finding
     advice = f"Use --lr {usual:g}."
     if has(found, "underfitting") and ratio <= 1 / OFF:
         evidence = (
-            f"The network has hardly learned, and the peak learning rate, {lr:g}, is {times(1 / max(ratio, 1e-9))} "
+            f"The network has hardly learned, and the peak learning rate, {lr:g}, is {times(usual / max(lr, 1e-9))} "
             f"smaller than that of {history.base}, {usual:g}."
         )
         return [Finding("learning-rate-low", 0.95, evidence, advice, [], {"ratio": ratio})]
@@ -181,7 +181,7 @@ def learning_rate(history: RunHistory, found: Sequence[Finding]) -> list[Finding
     unstable = has(found, "collapse", "divergence") or len(rises) >= max(2, len(losses) // 4)
     if unstable and ratio >= OFF:
         seen = "The network doesn't learn" if has(found, "collapse") else "Training is unstable"
-        higher = f"{times(ratio)} that of {history.base}, {usual:g}"
+        higher = f"{times(lr / usual)} that of {history.base}, {usual:g}"
         evidence = f"{seen}, and the peak learning rate, {lr:g}, is {higher}."
         return [Finding("learning-rate-high", 0.95, evidence, advice, rises, {"ratio": ratio})]
     return []
