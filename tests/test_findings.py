@@ -44,7 +44,9 @@ def test_a_network_that_guesses_has_collapsed_and_nothing_else():
     (finding,) = diagnose(made_up(**GUESSES))
     assert finding.kind == "collapse"
     assert finding.epochs == list(range(1, 21))
-    assert "ln(100) = 4.6052" in finding.evidence
+    assert "stays at the level of guessing (4.6052; ln(100) = 4.6052)" in finding.evidence
+    (finding,) = diagnose(made_up(**GUESSES | {"train_loss": lambda e: 6.5}))
+    assert "stays above the level of guessing (6.5000;" in finding.evidence
 
 
 def test_a_network_that_dies_late_is_said_to_have_died_then():
@@ -416,6 +418,16 @@ def test_a_jump_that_never_comes_back_is_a_divergence_at_its_epoch():
     (under_way,) = diagnose(made_up(**broken, recipe={"epochs": 30}))
     assert "it has not recovered so far" in under_way.evidence
     assert "30 times that of the epoch before" in finding.evidence
+
+
+@pytest.mark.parametrize(("val", "rise"), [(5000, 0.004), (0, 0.03)])
+def test_a_jump_too_small_to_matter_is_no_divergence(val, rise):
+    steady = np.random.default_rng(0).normal(0, 2e-4, 31)
+    losses = {
+        name: lambda e, at=at: at + steady[e] + rise * (e >= 15)
+        for name, at in (("train_loss", 1.2), ("train_eval_loss", 1.1), ("val_loss", 1.4))
+    }
+    assert "divergence" not in kinds(made_up(30, val, **losses))
 
 
 @pytest.mark.parametrize("epochs", [1, 6])
