@@ -80,11 +80,19 @@ def test_a_pair_in_words(change, said):
 def test_models_are_ranked_as_soon_as_one_has_learned(early, monkeypatch):
     found = SimpleNamespace(kind="too-early")
     monkeypatch.setattr(comparison, "diagnose", lambda history: [found] if history.model in early else [])
+    monkeypatch.setattr(comparison, "FIT", 1.0)
     runs = [finished(model, seed, right) for model, right in (("cnn", 0.6), ("vgg16", 0.3)) for seed in range(3)]
     (pair,) = compare(by_model(runs), {"cnn": 10, "vgg16": 20}, None)["pairs"]
     assert pair["verdict"] == ("undecided" if len(early) == 2 else "better")
     assert pair["too_early"] == (len(early) == 2)
     assert ("hardly learned" in pair["sentence"]) == bool(early)
+
+
+def test_networks_that_learned_much_in_few_steps_are_compared():
+    runs = [finished(name, 0, right, batch_size=2048) for name, right in (("cnn", 0.6), ("vgg16", 0.3))]
+    assert runs[0].history.steps < 100
+    (pair,) = compare(by_model(runs), {"cnn": 10, "vgg16": 20}, None)["pairs"]
+    assert (pair["verdict"], pair["hardly_learned"]) == ("better", [])
 
 
 def test_a_clear_difference_is_a_verdict_and_its_costs_are_told():

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from raycifar.analysis.diagnosis import diagnose
+from raycifar.analysis.findings import FIT
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.run_files import RunFiles
 from raycifar.analysis.statistics import difference, mcnemar, mean_interval
@@ -144,7 +145,14 @@ def compare(groups: dict[str, list[Finished]], flops: dict[str, int], price_per_
     kinds = {name: [{found.kind for found in diagnose(run.history)} for run in runs] for name, runs in groups.items()}
     for pair in pairs:
         both = {name: kinds[name] for name in (pair["a"], pair["b"])}
-        pair["hardly_learned"] = [name for name, runs in both.items() if any("too-early" in shown for shown in runs)]
+        pair["hardly_learned"] = [
+            name
+            for name, runs in both.items()
+            if any(
+                "too-early" in shown and not run.history.fit >= FIT
+                for shown, run in zip(runs, groups[name], strict=True)
+            )
+        ]
         pair["too_early"] = len(pair["hardly_learned"]) == len(both)
         pair["immature"] = all(shown & IMMATURE for runs in both.values() for shown in runs)
         pair["verdict"] = verdict(pair)

@@ -13,7 +13,7 @@ from scipy import stats
 
 from raycifar.analysis.collapse import MIN_STEPS
 from raycifar.analysis.departures import LOOSE, departures
-from raycifar.analysis.findings import SIGMAS, SURE, Finding, has, standard_error
+from raycifar.analysis.findings import FIT, SIGMAS, SURE, Finding, has, standard_error
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.rules import generalization, jumps, learning, trends
 from raycifar.words import listed, points
@@ -57,7 +57,7 @@ PHRASES = {
 
 def diagnose(history: RunHistory) -> list[Finding]:
     """Return what the curves of a run show, what matters most first."""
-    early = not history.records or history.steps < MIN_STEPS
+    early = not history.records or (history.steps < MIN_STEPS and not history.fit >= FIT)
     found: list[Finding] = []
     for rule in (learning.divergence, learning.learning_rate) if early else RULES:
         if rule in ALWAYS or not has(found, "collapse", "divergence"):
