@@ -221,7 +221,7 @@ class Comparison(_InFolder):
     @property
     def pairs(self) -> pd.DataFrame:
         """A row for each pair of models: the difference in test top-1 between `a` and `b`, and the verdict on `a`."""
-        columns = ["a", "b", "difference", "low", "high", "p_value", "p_holm", "verdict", "sentence"]
+        columns = ["a", "b", "difference", "low", "high", "p_value", "p_adjusted", "verdict", "sentence"]
         return pd.DataFrame(self.result["pairs"], columns=columns)
 
     @property

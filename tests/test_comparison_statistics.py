@@ -14,9 +14,9 @@ from raycifar.errors import RequestError
 from raycifar.models.recipe import SHORT
 
 PAIR = {
-    "a": "cnn", "b": "vgg16", "difference": 0.03, "low": 0.01, "high": 0.05, "p_holm": 0.004, "verdict": "better",
+    "a": "cnn", "b": "vgg16", "difference": 0.03, "low": 0.01, "high": 0.05, "p_adjusted": 0.004, "verdict": "better",
     "seeds_measured": True, "seeds_needed": 5, "images": 10_000, "epochs": 2, "train_images": 2000, "immature": False,
-    "runs": [1, 1], "too_early": False, "hardly_learned": [],
+    "runs": [1, 1], "pairs": 1, "too_early": False, "hardly_learned": [],
 }  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def finished(model, seed, accuracy, **recipe):
             "cnn is worse than vgg16, by 3.00 points of test accuracy (95% interval: 1.00 to 5.00, p = 0.004).",
         ),
         (
-            {"verdict": "undecided", "low": -0.01, "p_holm": 0.2},
+            {"verdict": "undecided", "low": -0.01, "p_adjusted": 0.2},
             "cnn and vgg16 can't be told apart: test accuracy differs by +3.00 points (95% interval: -1.00 to "
             "+5.00, p = 0.2). If the difference is as large as it looks, 5 seeds of each model would show it.",
         ),
@@ -63,6 +63,7 @@ def finished(model, seed, accuracy, **recipe):
             {"hardly_learned": ["vgg16"], "immature": True},
             "p = 0.004). vgg16 has hardly learned anything, and longer training may change the order.",
         ),
+        ({"pairs": 3}, "1.00 to 5.00, p = 0.004, adjusted for 3 pairs)."),
         ({"immature": True}, "Both have more to learn, and longer training may change the order."),
         ({"epochs": 1, "train_images": 1}, "After 1 epoch on 1 training image, cnn is better"),
         (
@@ -79,6 +80,7 @@ def test_a_pair_in_words(change, said):
 def test_models_are_ranked_as_soon_as_one_has_learned(early, monkeypatch):
     found = SimpleNamespace(kind="too-early")
     monkeypatch.setattr(comparison, "diagnose", lambda history: [found] if history.model in early else [])
+    monkeypatch.setattr(comparison, "FIT", 1.0)
     runs = [finished(model, seed, right) for model, right in (("cnn", 0.6), ("vgg16", 0.3)) for seed in range(3)]
     (pair,) = compare(by_model(runs), {"cnn": 10, "vgg16": 20}, None)["pairs"]
     assert pair["verdict"] == ("undecided" if len(early) == 2 else "better")
@@ -86,16 +88,41 @@ def test_models_are_ranked_as_soon_as_one_has_learned(early, monkeypatch):
     assert ("hardly learned" in pair["sentence"]) == bool(early)
 
 
+def test_networks_that_learned_much_in_few_steps_are_compared():
+    runs = [finished(name, 0, right, batch_size=2048) for name, right in (("cnn", 0.6), ("vgg16", 0.3))]
+    assert runs[0].history.steps < 100
+    (pair,) = compare(by_model(runs), {"cnn": 10, "vgg16": 20}, None)["pairs"]
+    assert (pair["verdict"], pair["hardly_learned"]) == ("better", [])
+
+
 def test_a_clear_difference_is_a_verdict_and_its_costs_are_told():
     runs = [finished("cnn", seed, 0.6) for seed in range(3)] + [finished("vgg16", seed, 0.3) for seed in range(3)]
     found = compare(by_model(runs), {"cnn": 10, "vgg16": 20}, price_per_hour=3.6)
     (pair,) = found["pairs"]
     assert pair["verdict"] == "better"
-    assert pair["p_holm"] == pair["p_value"] < 1e-6
+    assert pair["p_adjusted"] == pair["p_value"] < 1e-6
     assert len(pair["mcnemar"]) == 3
     assert found["models"]["cnn"]["cost"] == pytest.approx(0.03)
     assert found["models"]["cnn"]["at_equal_time"] == pytest.approx(0.3)
     assert found["models"]["vgg16"]["top1"]["n"] == 3
+
+
+def test_of_several_pairs_the_interval_and_the_seeds_needed_agree_with_the_verdict():
+    rng, runs = np.random.default_rng(6), []
+    difficulty = rng.normal(size=2000)
+    for model, ease in (("cnn", 0.0), ("vgg16", 0.06), ("resnet50", 0.1)):
+        for seed in range(3):
+            right = rng.normal(difficulty, 0.7) < 0.7 + ease
+            runs.append(replace(finished(model, seed, 0.5), correct=right, loss=1.0 - right))
+    groups = by_model(runs)
+    found = compare(groups, dict.fromkeys(groups, 1), None)["pairs"]
+    assert [(pair["verdict"], pair["low"] <= 0 <= pair["high"]) for pair in found] == [
+        ("undecided", True), ("worse", False), ("undecided", True)
+    ]  # fmt: skip
+    del groups["resnet50"]
+    (alone,) = compare(groups, dict.fromkeys(groups, 1), None)["pairs"]
+    assert (alone["verdict"], alone["low"] <= 0 <= alone["high"]) == ("worse", False)
+    assert alone["seeds_needed"] < found[0]["seeds_needed"]
 
 
 def test_several_recipes_of_a_model_are_named_by_their_difference():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from histories import GUESSES, OVERFITS, made_up
+from scipy import stats
 from torch import nn
 
 from raycifar.analysis.diagnosis import diagnose, seed_variance
@@ -43,7 +44,9 @@ def test_a_network_that_guesses_has_collapsed_and_nothing_else():
     (finding,) = diagnose(made_up(**GUESSES))
     assert finding.kind == "collapse"
     assert finding.epochs == list(range(1, 21))
-    assert "ln(100) = 4.6052" in finding.evidence
+    assert "stays at the level of guessing (4.6052; ln(100) = 4.6052)" in finding.evidence
+    (finding,) = diagnose(made_up(**GUESSES | {"train_loss": lambda e: 6.5}))
+    assert "stays above the level of guessing (6.5000;" in finding.evidence
 
 
 def test_a_network_that_dies_late_is_said_to_have_died_then():
@@ -110,6 +113,8 @@ def test_overfitting_is_a_validation_loss_that_rises_while_training_goes_on():
     found = diagnose(made_up(**OVERFITS))
     (finding,) = [f for f in found if f.kind == "overfitting"]
     assert finding.metrics["from_epoch"] == 6
+    unknown = {**OVERFITS, "val_loss": lambda e: None if e == 3 else OVERFITS["val_loss"](e)}
+    assert "overfitting" in kinds(made_up(**unknown))
     assert "overfitting" not in kinds(made_up(val=200, val_loss=lambda e: 1.6 + 0.001 * abs(e - 6)))
 
 
@@ -208,11 +213,40 @@ def test_validation_above_training_is_explained_by_augmentation_or_is_not(clean,
     assert ("augmentation (crop)" in finding.evidence) == explained
 
 
+def blamed(**columns):
+    return {finding.kind: set(finding.metrics.get("recipe", ())) for finding in diagnose(made_up(**columns))}
+
+
+def test_a_cause_in_the_recipe_fits_the_evidence():
+    few = {"val": 100, "val_gained": lambda e: 5, "val_lost": lambda e: 4, "recipe": {"schedule": "constant"}}
+    assert blamed(**few)["validation-noise"] == set()  # but to the few images
+    swings = made_up(val_top1=lambda e: 0.6 + 0.1 * (-1) ** e, val_loss=lambda e: 1.5, recipe={"schedule": "constant"})
+    (noise,) = [f for f in diagnose(swings) if f.kind == "validation-noise"]
+    assert noise.evidence.startswith("A likely cause: compared with the study recipe, --schedule is constant")
+    for optimizer, causes in (("adamw", set()), ("sgd", {"weight_decay"})):
+        other = {"optimizer": optimizer, "lr": 0.01, "weight_decay": 0.05}
+        assert blamed(**GUESSES, recipe=other)["collapse"] == causes
+
+
+@pytest.mark.parametrize(("epoch", "causes"), [(5, {"warmup"}), (30, set())])
+def test_a_missing_warm_up_explains_only_what_happens_early(epoch, causes):
+    spike = blamed(
+        epochs=40, val_loss=lambda e: 1.5 + 2 * (e == epoch), val_top1=lambda e: 0.5 - 0.2 * (e == epoch),
+        recipe={"warmup": 0.0},
+    )  # fmt: skip
+    assert spike["spike"] == causes
+    failed = {"status": "failed", "failure": "not-finite", "reason": "the loss is no longer finite"}
+    assert blamed(epochs=epoch, result=failed, recipe={"warmup": 0.0, "epochs": 40})["divergence"] == causes
+
+
 def test_underfitting_by_a_tiny_learning_rate_says_both():
     small = {name: lambda e: 4.5 for name in ("train_loss", "train_eval_loss", "val_loss")}
     small |= {name: lambda e: 0.03 for name in ("train_top1", "train_eval_top1", "val_top1")}
     assert kinds(made_up(epochs=1, recipe={"lr": 1e-4}, **small)) == {"underfitting", "learning-rate-low"}
     assert "learning-rate-low" not in kinds(made_up(epochs=1, **small))
+    scaled = {"lr": 0.05 / 16, "batch_size": 8}  # in proportion to the batch
+    assert kinds(made_up(epochs=1, recipe=scaled, **small)) == {"underfitting"}
+    assert kinds(made_up(epochs=1, recipe=scaled, **GUESSES)) == {"collapse"}
 
 
 def test_the_trend_is_read_and_extrapolated():
@@ -221,6 +255,48 @@ def test_the_trend_is_read_and_extrapolated():
     assert flat.metrics["gain"] < 0.03
 
 
+@pytest.mark.parametrize(("images", "first", "last"), [(100, 0.25, 0.4), (500, 0.3, 0.4), (1000, 0.3, 0.38)])
+def test_what_few_images_hide_is_no_plateau(images, first, last):
+    """Curves that rise all the time, with the sampling noise of so few images."""
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        easy = rng.normal(size=images) - np.linspace(*stats.norm.ppf([1 - first, 1 - last]), 20)[:, None]
+        right = easy + rng.normal(0, 0.5, easy.shape) > 0
+        top1 = right.mean(1)
+        rises = made_up(val=images, val_top1=lambda e, top1=top1: top1[e - 1], recipe={"schedule": "constant"})
+        assert "plateau" not in kinds(rises)
+
+
+def test_accuracy_that_falls_is_told_and_not_healthy():
+    def finding(**columns):
+        found = diagnose(made_up(val_top1=lambda e: 0.61 - 0.01 * e, recipe={"schedule": "constant"}, **columns))
+        (finding,) = [f for f in found if f.kind == "plateau"]
+        assert "healthy" not in {f.kind for f in found}
+        assert "validation accuracy falls by 1.0 points per epoch" in finding.evidence
+        return finding
+
+    worse = dict.fromkeys(("train_loss", "train_eval_loss", "val_loss"), lambda e: 1.6 + 0.05 * e)
+    worse |= dict.fromkeys(("train_top1", "train_eval_top1"), lambda e: 0.61 - 0.01 * e)
+    assert "The training loss rises, too" in (found := finding(**worse)).evidence
+    assert found.advice.startswith("Lower --lr")
+    assert "--augment cutout" in finding(train_eval_top1=lambda e: 0.61 - 0.01 * e).advice
+
+
+def test_underfitting_is_no_plateau_at_which_to_stop():
+    flat = dict.fromkeys(("train_loss", "train_eval_loss", "val_loss"), lambda e: 3.9)
+    flat |= dict.fromkeys(("train_top1", "train_eval_top1", "val_top1"), lambda e: 0.1)
+    assert kinds(made_up(**flat)) == {"underfitting"}
+
+
+@pytest.mark.parametrize("unknown", ["train_eval_top1", "val_loss"])
+def test_a_run_whose_gap_is_unknown_is_not_called_healthy(unknown):
+    (finding,) = diagnose(made_up(3, **{unknown: lambda e: None}, **LEARNED))
+    assert finding.kind == "too-early"
+    assert "so whether the network overfits can't be told" in finding.evidence
+    assert kinds(made_up(20, **{unknown: lambda e: None})) <= {"improving", "plateau"}
+
+
+LEARNED = {"train_loss": lambda e: 2.0, "train_eval_loss": lambda e: 2.0}
 LITTLE = {name: lambda e: 4.4 for name in ("train_loss", "train_eval_loss", "val_loss")}
 SWINGS = {"val_top1": lambda e: 0.5 + 0.1 * (-1) ** e, "val_loss": lambda e: 1.5}
 RISES = {"val_top1": lambda e: 0.01 * e, "train_eval_top1": lambda e: 0.01 * e}
@@ -342,6 +418,16 @@ def test_a_jump_that_never_comes_back_is_a_divergence_at_its_epoch():
     (under_way,) = diagnose(made_up(**broken, recipe={"epochs": 30}))
     assert "it has not recovered so far" in under_way.evidence
     assert "30 times that of the epoch before" in finding.evidence
+
+
+@pytest.mark.parametrize(("val", "rise"), [(5000, 0.004), (0, 0.03)])
+def test_a_jump_too_small_to_matter_is_no_divergence(val, rise):
+    steady = np.random.default_rng(0).normal(0, 2e-4, 31)
+    losses = {
+        name: lambda e, at=at: at + steady[e] + rise * (e >= 15)
+        for name, at in (("train_loss", 1.2), ("train_eval_loss", 1.1), ("val_loss", 1.4))
+    }
+    assert "divergence" not in kinds(made_up(30, val, **losses))
 
 
 @pytest.mark.parametrize("epochs", [1, 6])

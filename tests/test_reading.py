@@ -9,6 +9,7 @@ from record import FOLDER, RECORDED, recorded
 
 from raycifar.analysis.departures import departures
 from raycifar.analysis.diagnosis import diagnose
+from raycifar.analysis.findings import Finding
 from raycifar.analysis.prose import next_steps
 from raycifar.models.recipe import Recipe
 
@@ -66,7 +67,7 @@ def test_a_curve_that_never_falls_is_not_noisy_and_warm_up_only_bends_it():
 
 def test_a_rise_that_follows_the_schedule_calls_for_a_longer_one():
     finding = read(short_run())["improving"]
-    assert "the end of the schedule: the last epoch adds 0.7 points" in finding.evidence
+    assert "the end of the schedule. At its end the learning rate is nearly 0" in finding.evidence
     assert finding.advice == "Train with a longer schedule: --epochs 16."
     steady = read(made_up(20, val_top1=lambda e: 0.02 * e))["improving"]
     assert "schedule" not in steady.evidence
@@ -157,7 +158,7 @@ def test_a_constant_learning_rate_is_named_beside_the_gap():
     assert not any("--schedule constant" in command for command in commands(history))
 
 
-def test_noise_and_a_plateau_do_not_hide_a_gap_that_no_noise_explains():
+def test_noise_does_not_hide_a_gap_that_it_does_not_explain():
     history = run(
         12, train=3000, val=100, recipe={"schedule": "constant"}, run={"val_size": 100},
         val_top1=at([0.05, 0.12, 0.18, 0.22, 0.24, 0.21, 0.23, 0.22, 0.21, 0.24, 0.22, 0.22]),
@@ -165,7 +166,7 @@ def test_noise_and_a_plateau_do_not_hide_a_gap_that_no_noise_explains():
         val_gained=lambda e: 6, val_lost=lambda e: 6,
     )  # fmt: skip
     found = read(history)
-    assert {"validation-noise", "plateau", "generalization-gap"} <= found.keys()
+    assert {"validation-noise", "generalization-gap"} == found.keys()
     assert "a gap of 27.7 points" in found["generalization-gap"].evidence
 
 
@@ -207,7 +208,7 @@ def test_what_is_already_so_is_not_advised():
 
 def test_the_model_s_own_recipe_is_never_the_cause():
     kinds = ("collapse", "divergence", "underfitting", "overfitting", "generalization-gap", "validation-noise", "spike")
-    assert [departures(run(8), kind) for kind in kinds] == [[]] * len(kinds)
+    assert [departures(run(8), Finding(kind, 0.9, "", "", [1])) for kind in kinds] == [[]] * len(kinds)
 
 
 def test_a_learning_rate_that_is_too_low_is_mended_before_more_epochs_are_tried():

@@ -80,9 +80,9 @@ def test_all_sentences_agree_in_number_and_hold_no_nonsense():
 @pytest.mark.parametrize("p", [0.0, 0.024, 1.0])
 def test_sentences_of_comparisons(train, epochs, verdict, p):
     sign = -1 if verdict == "worse" else 1
-    pair = {"a": "cnn", "b": "vgg16", "low": 0.01 * sign, "high": 0.03 * sign, "difference": 0.02 * sign, "p_holm": p}
+    pair = {"a": "cnn", "b": "vgg16", "low": 0.01 * sign, "high": 0.03 * sign, "difference": 0.02 * sign, "pairs": 1}
     pair |= {"verdict": verdict, "epochs": epochs, "train_images": train, "immature": True, "seeds_measured": False}
-    pair |= {"too_early": False, "hardly_learned": []}
+    pair |= {"too_early": False, "hardly_learned": [], "p_adjusted": p}
     text = sentence(pair | {"images": 10_000, "seeds_needed": 3, "runs": [3, 3]})
     check(text)
     assert "p = 0)" not in text

@@ -8,7 +8,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
-from raycifar.analysis.statistics import accuracy_intervals, difference, holm, mcnemar, mean_interval, seeds_needed
+from raycifar.analysis.statistics import accuracy_intervals, difference, mcnemar, mean_interval, seeds_needed
 
 IMAGES = 10_000
 
@@ -126,18 +126,24 @@ def test_more_seeds_take_away_what_only_some_seeds_get_right():
     assert np.mean(told) >= 0.6
 
 
-def test_the_number_of_seeds_that_is_advised_tells_the_difference():
+@pytest.mark.parametrize("pairs", [1, 15])
+def test_the_number_of_seeds_that_is_advised_tells_the_difference(pairs):
     """By simulation: normally distributed accuracies, and scipy's own t test."""
     rng = np.random.default_rng(6)
     d, spread = 0.004, 0.003
-    needed = seeds_needed(d, spread**2, 0.0)
-    told = [
-        stats.ttest_ind(rng.normal(d, spread, needed), rng.normal(0, spread, needed)).pvalue < 0.05 for _ in range(2000)
-    ]
-    assert np.mean(told) == pytest.approx(0.8, abs=0.06)
+    needed = seeds_needed(d, spread**2, 0.0, 1 - 0.05 / pairs)
+    p_values = stats.ttest_ind(*(rng.normal(mean, spread, (2000, needed)) for mean in (d, 0)), axis=1).pvalue
+    assert np.mean(pairs * p_values < 0.05) == pytest.approx(0.8, abs=0.06)
     assert seeds_needed(0.001, spread**2, 0.005**2) is None  # too few images for any number of seeds
 
 
-def test_p_values_are_adjusted_for_their_number():
-    p_values = [0.04, 0.01, 0.03]
-    assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1])
+def test_intervals_and_p_values_are_adjusted_for_the_number_of_pairs():
+    rng = np.random.default_rng(4)
+    a, b = runs(0.60, 3, rng), runs(0.61, 3, rng)
+    alone, found = difference(a, b), difference(a, b, 3)
+    _, adjusted, _, alpha = multipletests([alone["p_value"], 1, 1], method="bonferroni")
+    error = (alone["high"] - alone["low"]) / 2 / stats.t.ppf(0.975, alone["degrees_of_freedom"])
+    assert found["p_adjusted"] == pytest.approx(adjusted[0])
+    assert found["high"] - found["difference"] == pytest.approx(
+        error * stats.t.ppf(1 - alpha / 2, alone["degrees_of_freedom"])
+    )

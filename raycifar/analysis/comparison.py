@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from raycifar.analysis.diagnosis import diagnose
+from raycifar.analysis.findings import FIT
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.run_files import RunFiles
-from raycifar.analysis.statistics import difference, holm, mcnemar, mean_interval
+from raycifar.analysis.statistics import difference, mcnemar, mean_interval
 from raycifar.errors import RequestError
 from raycifar.models.recipe import Recipe, changes
 from raycifar.words import count
@@ -143,13 +144,20 @@ def compare(groups: dict[str, list[Finished]], flops: dict[str, int], price_per_
     """
     budget = min(max(run.seconds[-1] for run in runs) for runs in groups.values())  # the cheapest model's
     models = {name: summarize(runs, budget, price_per_hour) | {"flops": flops[name]} for name, runs in groups.items()}
-    pairs = [compare_pair(a, groups[a], b, groups[b]) for a, b in itertools.combinations(groups, 2)]
+    names = list(itertools.combinations(groups, 2))
+    pairs = [compare_pair(a, groups[a], b, groups[b], len(names)) for a, b in names]
     first = next(iter(groups.values()))[0].run
     kinds = {name: [{found.kind for found in diagnose(run.history)} for run in runs] for name, runs in groups.items()}
-    for pair, p_value in zip(pairs, holm([pair["p_value"] for pair in pairs]), strict=True):
+    for pair in pairs:
         both = {name: kinds[name] for name in (pair["a"], pair["b"])}
-        pair["p_holm"] = p_value
-        pair["hardly_learned"] = [name for name, runs in both.items() if any("too-early" in shown for shown in runs)]
+        pair["hardly_learned"] = [
+            name
+            for name, runs in both.items()
+            if any(
+                "too-early" in shown and not run.history.fit >= FIT
+                for shown, run in zip(runs, groups[name], strict=True)
+            )
+        ]
         pair["too_early"] = len(pair["hardly_learned"]) == len(both)
         pair["immature"] = all(shown & IMMATURE for runs in both.values() for shown in runs)
         pair["verdict"] = verdict(pair)
@@ -192,12 +200,13 @@ def at_equal_time(runs: Sequence[Finished], budget: float) -> float | None:
     return float(np.mean(reached))
 
 
-def compare_pair(a: str, runs_a: Sequence[Finished], b: str, runs_b: Sequence[Finished]) -> dict[str, Any]:
+def compare_pair(a: str, runs_a: Sequence[Finished], b: str, runs_b: Sequence[Finished], pairs: int) -> dict[str, Any]:
     correct_a, correct_b = (np.stack([run.correct for run in runs]) for runs in (runs_a, runs_b))
     return {
         "a": a,
         "b": b,
-        **difference(correct_a, correct_b),
+        "pairs": pairs,
+        **difference(correct_a, correct_b, pairs),
         "images": correct_a.shape[1],
         "runs": [len(runs_a), len(runs_b)],
         "mcnemar": [
@@ -210,7 +219,7 @@ def compare_pair(a: str, runs_a: Sequence[Finished], b: str, runs_b: Sequence[Fi
 
 
 def verdict(pair: dict[str, Any]) -> str:
-    if pair["p_holm"] >= SIGNIFICANCE or pair["too_early"]:
+    if pair["p_adjusted"] >= SIGNIFICANCE or pair["too_early"]:
         return "undecided"
     return "better" if pair["difference"] > 0 else "worse"
 
@@ -219,23 +228,24 @@ def sentence(pair: dict[str, Any]) -> str:
     """Return what a pair's metrics mean, in plain words."""
     a, b = pair["a"], pair["b"]
     low, high, mean = (100 * pair[key] for key in ("low", "high", "difference"))
-    p = f"p = {pair['p_holm']:.2g}" if pair["p_holm"] >= 1e-4 else "p < 0.0001"
+    p = f"p = {pair['p_adjusted']:.2g}" if pair["p_adjusted"] >= 1e-4 else "p < 0.0001"
+    adjusted = f", adjusted for {pair['pairs']} pairs" if pair["pairs"] > 1 else ""
     when = f"After {count(pair['epochs'], 'epoch')} on {count(pair['train_images'], 'training image')}"
     if pair["verdict"] != "undecided":
         near, far = sorted((abs(low), abs(high)))
         text = (
             f"{when}, {a} is {pair['verdict']} than {b}, by {abs(mean):.2f} points of test accuracy (95% interval: "
-            f"{near:.2f} to {far:.2f}, {p})."
+            f"{near:.2f} to {far:.2f}, {p}{adjusted})."
         )
     elif pair["too_early"]:
         return (
             f"{when}, it is too early to compare {a} with {b}: they have hardly learned anything. Their test accuracy "
-            f"differs by {mean:+.2f} points (95% interval: {low:+.2f} to {high:+.2f})."
+            f"differs by {mean:+.2f} points (95% interval: {low:+.2f} to {high:+.2f}{adjusted})."
         )
     else:
         text = (
             f"{when}, {a} and {b} can't be told apart: test accuracy differs by {mean:+.2f} points (95% interval: "
-            f"{low:+.2f} to {high:+.2f}, {p}). "
+            f"{low:+.2f} to {high:+.2f}, {p}{adjusted}). "
         )
         if mean == 0:
             text += "There is no difference for more seeds to confirm."

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from raycifar.analysis.findings import Finding
 from raycifar.analysis.history import RunHistory
 from raycifar.models.recipe import Recipe
 
@@ -14,6 +15,7 @@ DULL = {"collapse", "underfitting"}  # regularization that leaves too little to 
 UNSTABLE = {"collapse", "divergence", "spike"}
 LOOSE = {"overfitting", "generalization-gap"}  # too little regularization
 NOISY = {"validation-noise", "generalization-gap"}
+OF_OPTIMIZER = {"weight_decay", "momentum", "warmup"}  # each optimizer has its own usual values of these
 
 # Field, whether a recipe's value is far from the base's, and the kinds of findings that it explains.
 FAR: tuple[tuple[str, Callable[[Recipe, Recipe], bool], set[str]], ...] = (
@@ -59,13 +61,20 @@ def plain_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def departures(history: RunHistory, kind: str) -> list[Departure]:
-    """Return where the run's recipe is so far from its base that it explains a finding of this kind."""
+def departures(history: RunHistory, finding: Finding) -> list[Departure]:
+    """Return where the run's recipe is so far from its base that it explains a finding."""
     recipe, base = history.recipe, history.base.recipe
+    if finding.metrics.get("cause") == "sampling":
+        return []
+    begins = finding.epochs[0] if finding.epochs else len(history.records) + 1
+    skipped = OF_OPTIMIZER if recipe.optimizer != base.optimizer else set()
+    if begins > max(1, 2 * base.warmup * recipe.epochs):
+        skipped = skipped | {"warmup"}  # it would have been over for long
     return [
         Departure(name, value, default)
         for name, is_far, kinds in FAR
         if (value := getattr(recipe, name)) != (default := getattr(base, name))
-        and kind in kinds
+        and finding.kind in kinds
+        and name not in skipped
         and is_far(recipe, base)
     ]

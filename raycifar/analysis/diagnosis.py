@@ -13,7 +13,7 @@ from scipy import stats
 
 from raycifar.analysis.collapse import MIN_STEPS
 from raycifar.analysis.departures import LOOSE, departures
-from raycifar.analysis.findings import SIGMAS, SURE, Finding, has, standard_error
+from raycifar.analysis.findings import FIT, SIGMAS, SURE, Finding, has, standard_error
 from raycifar.analysis.history import RunHistory
 from raycifar.analysis.rules import generalization, jumps, learning, trends
 from raycifar.words import listed, points
@@ -57,24 +57,29 @@ PHRASES = {
 
 def diagnose(history: RunHistory) -> list[Finding]:
     """Return what the curves of a run show, the most important first."""
-    early = not history.records or history.steps < MIN_STEPS
+    early = not history.records or (history.steps < MIN_STEPS and not history.fit >= FIT)
     found: list[Finding] = []
     for rule in (learning.divergence, learning.learning_rate) if early else RULES:
         if rule in ALWAYS or not has(found, "collapse", "divergence"):
             found += rule(history, found)
     if early and not found:
         return [learning.too_few_steps(history)] if history.records else []
-    if not early and all(finding.kind in TRENDS or finding.metrics.get("explained") for finding in found):
-        if history.fit >= LEARNED:
+    if not early and all(map(is_harmless, found)):
+        if history.fit >= LEARNED and not generalization.gap_unknown(history):
             found.insert(0, trends.healthy(history, found))
         elif not found:
             found.append(learning.too_little_learned(history))
     return [blame_recipe(history, finding) for finding in found]
 
 
+def is_harmless(finding: Finding) -> bool:
+    """Return whether a healthy run can have it, too."""
+    return bool((finding.kind in TRENDS and not finding.metrics.get("falls")) or finding.metrics.get("explained"))
+
+
 def blame_recipe(history: RunHistory, finding: Finding) -> Finding:
     """Return the finding with its cause in the recipe, if there is one, named first."""
-    causes = departures(history, finding.kind)
+    causes = departures(history, finding)
     if not causes:
         return finding
     evidence = f"A likely cause: compared with {history.base}, {listed(list(map(str, causes)))}. "

@@ -88,9 +88,17 @@ class RunHistory:
 
     @property
     def rate_ratio(self) -> float:
-        """The peak learning rate over that of the base recipe; 1 where their scales differ."""
-        base = self.base.recipe
-        return self.recipe.lr / base.lr if base.lr and self.recipe.optimizer == base.optimizer else 1.0
+        """The peak learning rate over that of the base recipe; 1 where their scales differ.
+
+        With SGD, a learning rate that grows with the batch is usual, too (Goyal et al., 2017): what is nearer to 1
+        counts.
+        """
+        recipe, base = self.recipe, self.base.recipe
+        if not base.lr or recipe.optimizer != base.optimizer:
+            return 1.0
+        ratio = recipe.lr / base.lr
+        per_image = ratio * base.batch_size / recipe.batch_size if recipe.optimizer == "sgd" else ratio
+        return sorted([1.0, ratio, per_image])[1]
 
     @property
     def became_not_finite(self) -> bool:

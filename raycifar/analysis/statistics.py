@@ -79,17 +79,20 @@ def interaction_variance(runs: np.ndarray) -> float:
     return float((residual**2).sum()) / ((len(runs) - 1) * (runs.shape[1] - 1)) / runs.size
 
 
-def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+def difference(a: np.ndarray, b: np.ndarray, pairs: int = 1) -> dict[str, Any]:
     """Return how much the accuracies of two models differ, and how sure that is.
 
     Args:
         a, b: (runs, images) bool, whether each run classifies each test image correctly.
+        pairs: how many are compared. The interval, p_adjusted and seeds_needed allow for their number (Bonferroni:
+            more powerful corrections, such as Holm's, have no intervals that agree with them).
 
     Returns:
-        difference (of the means, a less b), low and high (95%), p_value (two-sided t test), degrees_of_freedom,
-        seeds_measured, and seeds_needed: how many runs of each model would detect a difference of this size with a
-        power of 0.8; None where no number up to 100 would.
+        difference (of the means, a less b), low and high (95%), p_value (two-sided t test), p_adjusted,
+        degrees_of_freedom, seeds_measured, and seeds_needed: how many runs of each model would detect a difference of
+        this size with a power of 0.8; None where no number up to 100 would.
     """
+    confidence = 1 - (1 - CONFIDENCE) / pairs
     d = float(a.mean() - b.mean())
     images = float((a.mean(0) - b.mean(0)).var(ddof=1)) / a.shape[1]  # the variance due to the choice of test images
     seeds, measured = seed_variances(a, b)
@@ -99,20 +102,22 @@ def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     spread = sum(part**2 / freedom for part, freedom in seeds)
     freedom = max(variance**2 / spread, min(freedom for _, freedom in seeds)) if spread else 1e9
     error = math.sqrt(variance)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
+    p_value = float(2 * stats.t.sf(abs(d) / error, freedom)) if error else float(d == 0)
     each = of_seeds / (1 / len(a) + 1 / len(b))  # the variance between two seeds
     return {
         "difference": d,
         "low": d - half,
         "high": d + half,
-        "p_value": float(2 * stats.t.sf(abs(d) / error, freedom)) if error else float(d == 0),
+        "p_value": p_value,
+        "p_adjusted": min(1.0, pairs * p_value),
         "degrees_of_freedom": freedom,
         "seeds_measured": measured,
-        "seeds_needed": seeds_needed(d, each, max(0.0, images - shared)),
+        "seeds_needed": seeds_needed(d, each, max(0.0, images - shared), confidence),
     }
 
 
-def seeds_needed(d: float, seed: float, images: float) -> int | None:
+def seeds_needed(d: float, seed: float, images: float, confidence: float = CONFIDENCE) -> int | None:
     """Return the smallest number of seeds for each of two models that would detect a difference of `d`.
 
     Args:
@@ -120,16 +125,7 @@ def seeds_needed(d: float, seed: float, images: float) -> int | None:
             whatever the number of seeds.
     """
     for n in range(2, MAX_SEEDS + 1) if d else ():
-        needed = stats.t.ppf((1 + CONFIDENCE) / 2, 2 * n - 2) + stats.norm.ppf(POWER)
+        needed = stats.t.ppf((1 + confidence) / 2, 2 * n - 2) + stats.norm.ppf(POWER)
         if abs(d) >= needed * math.sqrt(2 * seed / n + images):
             return n
     return None
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for their number (Holm, 1979)."""
-    adjusted, least = [0.0] * len(p_values), 0.0
-    for rank, k in enumerate(np.argsort(p_values, kind="stable")):
-        least = max(least, min(1.0, p_values[k] * (len(p_values) - rank)))
-        adjusted[k] = least
-    return adjusted

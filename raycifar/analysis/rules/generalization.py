@@ -21,7 +21,9 @@ def overfitting(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     if not history.num_val or len(history.records) < 3:
         return []
     val, train, se = (history.column(name) for name in ("val_loss", "train_eval_loss", "val_loss_se"))
-    end, best = float(np.median(val[-3:])), int(np.argmin(val))
+    if not np.isfinite(val[-3:]).any():
+        return []
+    end, best = float(np.nanmedian(val[-3:])), int(np.nanargmin(val))
     z = (end - val[best]) / math.hypot(se[-1], se[best])
     gap, gap_se = (values[-1] for values in generalization_gap(history))
     # The loss of few, hard images is noisy: next to a gap that is beyond doubt, half as much will do.
@@ -107,6 +109,12 @@ def generalization_gap(history: RunHistory) -> tuple[np.ndarray, np.ndarray]:
         for t, v, k in zip(train, val, n, strict=True)
     ]
     return train - val, np.array(errors)
+
+
+def gap_unknown(history: RunHistory) -> bool:
+    """Return whether a run with validation images lacks scores that tell how well it generalizes."""
+    scores = generalization_gap(history)[0][-1], history.column("val_loss")[-1]
+    return bool(history.num_val) and not np.isfinite(scores).all()
 
 
 def regularize(history: RunHistory, causes: Sequence[Departure] = ()) -> str:

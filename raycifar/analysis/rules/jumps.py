@@ -18,11 +18,10 @@ MAX_SPIKES = 5  # that are reported one by one
 
 def spikes(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     name, losses, top1, images = judged(history)
-    noise = history.column("val_loss_se") * math.sqrt(2) if history.num_val else np.zeros(len(losses))
     recovered = [
         (k, z)
         for k, z in jumps(losses)
-        if dips(top1, k, images) and losses[k] - losses[k - 1] > SIGMAS * noise[k] and recovers(losses, top1, k, images)
+        if dips(top1, k, images) and is_large(history, losses, k) and recovers(losses, top1, k, images)
     ]
     result = []
     for k, z in sorted(sorted(recovered, key=lambda jump: -jump[1])[:MAX_SPIKES]):  # the largest, in their order
@@ -38,7 +37,9 @@ def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Findin
     (name, losses, top1, images), train = judged(history), history.column("train_loss")
     for k, z in jumps(losses):
         recovered = recovers(losses, top1, k, images)
-        if not recovered and train[-1] > np.fmin.reduce(train[:k]):  # else training goes on: it is overfitting
+        if (
+            not recovered and is_large(history, losses, k) and train[-1] > np.fmin.reduce(train[:k])
+        ):  # else training goes on: it is overfitting
             cause, advice, metrics = explain_spike(history, k)
             stays = "has not recovered so far: it stands" if history.cut_short else "never recovers: it ends"
             evidence = f"{jump_in_words(name, losses, k, z)}, and it {stays} at {losses[-1]:.3f}. {cause}"
@@ -72,6 +73,13 @@ def jumps(losses: np.ndarray) -> list[tuple[int, float]]:
     nearby = [spread_of_changes(losses[max(0, k - NEARBY) : k + NEARBY]) for k in candidates]
     scored = [(int(k), float(rises[k - 1]) / max(usual, near)) for k, near in zip(candidates, nearby, strict=True)]
     return [(k, z) for k, z in scored if z > SPIKE_SIGMAS]
+
+
+def is_large(history: RunHistory, losses: np.ndarray, k: int) -> bool:
+    """Return whether a loss rises at epoch k by more than sampling explains, or by a tenth where that is unknown."""
+    error = history.records[k].val_loss_se
+    least = losses[k - 1] / 10 if error is None else SIGMAS * math.sqrt(2) * error
+    return bool(losses[k] - losses[k - 1] > least)
 
 
 def dips(top1: np.ndarray, k: int, images: int) -> bool:

@@ -22,6 +22,7 @@ from raycifar.analysis.findings import (
     standard_error,
 )
 from raycifar.analysis.history import RunHistory
+from raycifar.analysis.rules.generalization import gap_unknown
 from raycifar.data import CIFAR100
 from raycifar.storage.schemas import Diagnostics
 from raycifar.words import count, span, times
@@ -50,6 +51,11 @@ def too_little_learned(history: RunHistory) -> Finding:
         f"After {after}, the loss on training images has come {max(0.0, history.fit):.0%} of the way from guessing to "
         "a perfect fit. Whether the network underfits, overfits or is healthy can't be told yet."
     )
+    if history.fit >= FIT and gap_unknown(history):
+        evidence = (
+            f"After {after}, not all scores of training and validation images are known, so whether the network "
+            "overfits can't be told."
+        )
     advice, needed = ("Continue this run.", epochs) if history.unfinished else ("Train for more --epochs.", 2 * epochs)
     return Finding("too-early", 0.9, evidence, advice, [], {"epochs_needed": needed})
 
@@ -79,7 +85,8 @@ def divergence(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
         f"The training loss {rises} {last:.2f} (epoch {len(losses)}), more than twice the loss of guessing, "
         f"ln({CIFAR100.num_classes}) = {GUESSING_LOSS:.4f}."
     )
-    return [Finding("divergence", SURE, evidence, calm(history), [len(losses)])]
+    epochs = list(range(int(np.argmax(losses > 2 * GUESSING_LOSS)) + 1, len(losses) + 1))
+    return [Finding("divergence", SURE, evidence, calm(history), epochs)]
 
 
 def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
@@ -97,8 +104,9 @@ def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     stays, so_far = "is" if len(epochs) == 1 else "stays", " so far" if history.cut_short else ""
     learned = (history.column("train_top1")[: epochs[0] - 1] > chance_level(history.num_train)).any()
     state = "lost what it had learned" if learned else f"learned nothing{so_far}"
+    at = "at" if last.train_loss < 1.01 * GUESSING_LOSS else "above"
     evidence = (
-        f"{span(epochs)} the training loss {stays} at the level of guessing ({last.train_loss:.4f}; ln({classes}) = "
+        f"{span(epochs)} the training loss {stays} {at} the level of guessing ({last.train_loss:.4f}; ln({classes}) = "
         f"{GUESSING_LOSS:.4f}). Training accuracy is {last.train_top1:.2%}, {abs(z):.1f} standard errors from "
         f"chance (1 in {classes}): the network has {state}. {cause}"
     )
@@ -164,7 +172,7 @@ def learning_rate(history: RunHistory, found: Sequence[Finding]) -> list[Finding
     advice = f"Use --lr {usual:g}."
     if has(found, "underfitting") and ratio <= 1 / OFF:
         evidence = (
-            f"The network has hardly learned, and the peak learning rate, {lr:g}, is {times(1 / max(ratio, 1e-9))} "
+            f"The network has hardly learned, and the peak learning rate, {lr:g}, is {times(usual / max(lr, 1e-9))} "
             f"smaller than that of {history.base}, {usual:g}."
         )
         return [Finding("learning-rate-low", 0.95, evidence, advice, [], {"ratio": ratio})]
@@ -174,7 +182,7 @@ def learning_rate(history: RunHistory, found: Sequence[Finding]) -> list[Finding
     unstable = has(found, "collapse", "divergence") or len(rises) >= max(2, len(losses) // 4)
     if unstable and ratio >= OFF:
         seen = "The network doesn't learn" if has(found, "collapse") else "Training is unstable"
-        higher = f"{times(ratio)} that of {history.base}, {usual:g}"
+        higher = f"{times(lr / usual)} that of {history.base}, {usual:g}"
         evidence = f"{seen}, and the peak learning rate, {lr:g}, is {higher}."
         return [Finding("learning-rate-high", 0.95, evidence, advice, rises, {"ratio": ratio})]
     return []

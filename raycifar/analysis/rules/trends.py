@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from raycifar.analysis.findings import COARSE, FEW_EPOCHS, SURE, Finding, go_on, has, robust_slope, standard_error
+from raycifar.analysis.findings import COARSE, FEW_EPOCHS, SURE, Finding, calm, go_on, has, robust_slope, standard_error
 from raycifar.analysis.history import RunHistory
-from raycifar.analysis.rules.generalization import generalization_gap
+from raycifar.analysis.rules.generalization import generalization_gap, regularize
 from raycifar.words import change, count, points, span
 
 # Neighboring second differences share epochs: their squares are correlated by (2/3)² and, two apart, by (1/6)².
@@ -86,8 +86,12 @@ def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     interval = f"(95% interval: {change(low)} to {change(high)})"
     if low > 0 and low * len(late) > noise:
         return [improving(history, epochs, slope, interval, metrics)]
+    if high < 0 and -high * len(late) > noise:
+        return [falling(history, epochs, slope, interval, metrics)]
     gain = max(0.0, high) * len(late)
-    if history.cut_short or gain > 2 * 1.96 * noise:  # before the end, a falling learning rate may still help
+    worth = 2 * COARSE if history.decayed else COARSE  # with a learning rate near 0, a rise is over anyway
+    # Before the end, a falling learning rate may still help; of few images, a curve that looks flat may be rising.
+    if history.cut_short or has(found, "underfitting") or gain > min(2 * 1.96 * noise, worth):
         return []
     stalls = "hardly rises" if low >= 0.00005 else "no longer rises"
     evidence = (
@@ -112,16 +116,24 @@ def improving(history: RunHistory, epochs: list[int], slope: float, interval: st
     evidence = f"{span(epochs)} validation accuracy rises by {points(slope)} per epoch {interval}."
     longer = f"--epochs {2 * history.recipe.epochs}."
     if history.decayed and not history.cut_short and history.recipe.schedule != "step":
-        before, last = history.column("val_top1")[-2:]
-        added = points(last - before) if last - before >= 0.0005 else "nothing"
         evidence += (
-            f" It rises as the learning rate falls to the end of the schedule: the last epoch adds {added}, so more of "
-            "the same would add little."
+            " It rises as the learning rate falls to the end of the schedule. At its end the learning rate is nearly "
+            "0, so more epochs at that rate would add little."
         )
         advice = f"Train with a longer schedule: {longer}"
     else:
         advice = go_on(history, f"Train for more epochs: {longer}")
     return Finding("improving", 0.95, evidence, advice, epochs, metrics)
+
+
+def falling(history: RunHistory, epochs: list[int], slope: float, interval: str, metrics: dict[str, Any]) -> Finding:
+    """Return the finding of a curve that falls, though no loss shows overfitting."""
+    evidence = f"{span(epochs)} validation accuracy falls by {points(-slope)} per epoch {interval}."
+    advice = regularize(history)
+    if robust_slope(history.column("train_loss")[epochs[0] - 1 :])[1] > 0:
+        evidence += " The training loss rises, too: training itself gets worse."
+        advice = calm(history)
+    return Finding("plateau", 0.95, evidence, advice, epochs, {**metrics, "falls": True})
 
 
 def healthy(history: RunHistory, found: Sequence[Finding]) -> Finding:
