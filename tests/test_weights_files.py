@@ -25,7 +25,7 @@ from raycifar.models import CIFAR, Architecture
 from raycifar.models.initial_weights import load_initial_weights
 from raycifar.models.recipes import choose_recipe
 from raycifar.storage.pickles import MAX_STEPS
-from raycifar.storage.torch_files import read_state_dict
+from raycifar.storage.torch_files import LEGACY, read_state_dict
 from raycifar.storage.weights import to_file
 from raycifar.terminal import Screen
 from raycifar.workflows.evaluation import EvaluationRequest, evaluate
@@ -304,6 +304,18 @@ ABSURD = {
     "endless lists": b"\x80\x02" + b"]" * (MAX_STEPS + 1) + b".",
     "endless names": b"\x80\x02" + b"".join(b"ca\n%d\n0" % k for k in range(5000)) + b"N.",
     "an extension": b"\x80\x02\x82\x01.",
+    "arguments of many calls": b"\x80\x02(" + b"N" * 300 + b"tq\x000ca\nb\nh\x00R.",
+    "pairs of many dictionaries": b"\x80\x02ccollections\nOrderedDict\nq\x000K\x01K\x01\x86q\x010]("
+    + b"h\x01" * 2**17
+    + b"e\x85q\x020]("
+    + b"h\x00h\x02R" * 20
+    + b"e.",
+    "a text as many bytes": b"\x80\x02c_codecs\nencode\nq\x000X\xe8\x03\0\0"
+    + b"a" * 1000
+    + b"X\x06\0\0\0latin1\x86q\x010]h\x00h\x01Rah\x00h\x01Ra.",
+    "a storage with a deep key": b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\n)"
+    + b"\x85" * 10**5
+    + b"X\x03\0\0\0cpuK\x01tQ.",
     "attributes of a class": b"\x80\x02ca\nb\n}U\x01aK\x01sb.",
 }
 
@@ -312,6 +324,23 @@ ABSURD = {
 def test_an_absurd_pickle_is_refused(tmp_path, kind):
     zipped(tmp_path / "w.pth", ABSURD[kind])
     with pytest.raises(RequestError, match=r"is not a PyTorch .* or is damaged\.$|holds an int, not a"):
+        load(tmp_path / "w.pth")
+
+
+def test_a_legacy_file_with_a_deep_key_is_refused(tmp_path):
+    start = (pickle.dumps(value, 2) for value in (LEGACY, 1001, {}, {}))
+    (tmp_path / "w.pth").write_bytes(b"".join(start) + b"\x80\x02])" + b"\x85" * 10**5 + b"a.")
+    with pytest.raises(RequestError, match="is not a PyTorch or safetensors file, or is damaged"):
+        load(tmp_path / "w.pth")
+
+
+def test_an_array_under_many_names_takes_no_memory(tmp_path):
+    array = np.zeros(2**22, np.uint8)
+    torch.save({"here": array, "there": array}, tmp_path / "w.pth")
+    tensors, _ = read_state_dict((tmp_path / "w.pth").read_bytes(), "w.pth")
+    assert [*tensors] == ["here", "there"]
+    torch.save({f"array {k}": array for k in range(9)}, tmp_path / "w.pth")
+    with pytest.raises(RequestError, match="don't fit in their numbers"):
         load(tmp_path / "w.pth")
 
 

@@ -66,6 +66,13 @@ def read_state_dict(content: bytes, name: str) -> tuple[dict[str, Tensor], list[
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}, others
 
 
+def checked_key(key: Any) -> str:
+    """Return the key of a storage; to hash a nested tuple takes as much of the stack as it is deep."""
+    if not isinstance(key, str):
+        raise TypeError("a storage's key is no text")
+    return key
+
+
 def is_module(value: Any) -> bool:
     return isinstance(value, Call) and isinstance(value.state, dict) and "_modules" in value.state
 
@@ -94,6 +101,7 @@ class TorchFile:
     def __init__(self, content: bytes) -> None:
         self.storages: dict[str, Storage] = {}
         self.numbers: dict[str, Tensor] = {}
+        self.left = 2 * len(content)  # bytes of arrays, which may stand under two names
         read = self.read_zip if zipfile.is_zipfile(io.BytesIO(content)) else self.read_legacy
         self.content = read(content)
 
@@ -122,7 +130,7 @@ class TorchFile:
         if self.unpickle(stream) != LEGACY:
             raise ValueError("it is no file of PyTorch")
         _, _, value, keys = (self.unpickle(stream) for _ in range(4))
-        for key in keys:
+        for key in map(checked_key, keys):
             count = int.from_bytes(stream.read(8), "little")
             self.add(self.storages[key], stream.read(count * self.storages[key].dtype.itemsize))
         return value
@@ -132,7 +140,7 @@ class TorchFile:
 
     def find_storage(self, place: Any) -> Storage:
         kind, made_of, key, *_ = place
-        storage = Storage(key, TYPES[made_of.name])
+        storage = Storage(checked_key(key), TYPES[made_of.name])
         if kind != "storage" or self.storages.setdefault(key, storage) != storage:
             raise ValueError("a storage has two types")
         return storage
@@ -161,5 +169,9 @@ class TorchFile:
                     raise ValueError("a tensor has more numbers than its storage")
                 return tensor
             case "_reconstruct", _:
-                return torch.from_numpy(to_array(value).copy())
+                array = to_array(value)
+                self.left -= array.nbytes
+                if self.left < 0:
+                    raise ValueError("one array stands under many names")
+                return torch.from_numpy(array.copy())
         return None
