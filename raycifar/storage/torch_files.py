@@ -25,6 +25,13 @@ TYPES = {
     "torch.CharStorage": torch.int8,
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
+    # Of what isn't read, and may stand beside weights: complex, quantized and later kinds of numbers.
+    "torch.ComplexFloatStorage": torch.complex64,
+    "torch.ComplexDoubleStorage": torch.complex128,
+    "torch.QUInt8Storage": torch.uint8,
+    "torch.QInt8Storage": torch.int8,
+    "torch.QInt32Storage": torch.int32,
+    "torch.storage.UntypedStorage": torch.uint8,
 }
 
 
@@ -146,8 +153,8 @@ class TorchFile:
         return storage
 
     def add(self, storage: Storage, content: bytes) -> None:
-        if content:
-            self.numbers[storage.key] = torch.frombuffer(bytearray(content), dtype=storage.dtype)
+        kind = {"dtype": storage.dtype}
+        self.numbers[storage.key] = torch.frombuffer(bytearray(content), **kind) if content else torch.empty(0, **kind)
 
     def tensor(self, value: Any) -> Tensor | None:
         """Return the tensor or array that a `Call` would make, or None if it would make something else.
@@ -163,6 +170,8 @@ class TorchFile:
             case "_rebuild_from_type_v2", (make, _, args, *_):
                 return self.tensor(make(*args))
             case (("_rebuild_tensor" | "_rebuild_tensor_v2"), (Storage() as storage, offset, size, stride, *_)):
+                if storage.dtype.is_complex:
+                    return None
                 numbers = self.numbers[storage.key]
                 tensor = numbers.as_strided(size, stride, offset)  # raises if it goes beyond them
                 if tensor.numel() > len(numbers):
