@@ -174,6 +174,22 @@ def test_raycifar_s_own_weights_keep_their_image_size_unless_another_is_given(tm
     assert load(tmp_path / "own.safetensors", "cnn", image_size=64).architecture.preprocessing.size == 64
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.filterwarnings("ignore:torch.quantize")
+def test_other_kinds_of_numbers_may_stand_beside_the_weights(weights, tmp_path, legacy):
+    others = {kind: torch.zeros(3, dtype=getattr(torch, kind)) for kind in ("complex64", "complex128", "uint16")}
+    others |= {
+        kind: torch.quantize_per_tensor(torch.zeros(3), 1, 0, getattr(torch, kind)) for kind in ("quint8", "qint32")
+    }
+    for content in ({"model": weights, **others}, {**others, "model": {**weights, "empty": torch.zeros(0)}}):
+        torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+        tensors, left = read_state_dict((tmp_path / "w.pth").read_bytes(), "w.pth")
+        assert all(torch.equal(tensors[name], weights[name]) for name in weights)
+    assert (tensors["empty"].shape, left) == ((0,), [])
+    torch.save({**weights, **others}, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+    assert read_state_dict((tmp_path / "w.pth").read_bytes(), "w.pth")[1] == [*others]
+
+
 # Pickles that would do harm -------------------------------------------------------------------------
 
 
@@ -393,6 +409,13 @@ def changed(source, path, **values):
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
     return path
+
+
+@pytest.mark.parametrize("about", ["5", "[1]", '"cnn"'])
+def test_a_description_that_is_no_dictionary_is_refused(tmp_path, about):
+    save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", {"raycifar": about})
+    with pytest.raises(RequestError, match=r"w\.safetensors is refused: its description is no dictionary\.$"):
+        read_weights(str(tmp_path / "w.safetensors"))
 
 
 PIXELS = {"size": 32, "mean": [0.5] * 3, "std": [0.2] * 3, "interpolation": "bilinear"}
