@@ -84,6 +84,7 @@ def pictures(folder, images, name):
     for split, (_, fine, coarse, files) in images.items():
         for row, file in enumerate(files):
             names = {"fine": CIFAR100.class_names[fine[row]], "coarse": CIFAR100.superclass_names[coarse[row]]}
+            names["number"] = f"{fine[row]:02}"
             path = folder / name.format(split=split, **names) / f"{row}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(file)
@@ -136,6 +137,7 @@ GOOD = {
     "class folders, under train": lambda f, x: pictures(f, x, "train/{split}/{fine}"),
     "class folders, under test": lambda f, x: pictures(f, x, "test_data/{split}/{fine}"),
     "pickles without superclasses": lambda f, x: python(f, x, coarse_labels=None),
+    "folders of numbers": lambda f, x: pictures(f, x, "{split}/{number}"),
     "superclass folders": lambda f, x: pictures(f, x, "cifar/{split}/{coarse}/{fine}"),
     "superclass folders, under train": lambda f, x: pictures(f, x, "train/{split}/{coarse}/{fine}"),
     "Parquet of images and labels": lambda f, x: parquet(f, x, image="image", fine="label", coarse=None),
@@ -265,6 +267,14 @@ def test_what_is_ambiguous_or_broken_is_refused(tmp_path, images, layout):
         load(str(tmp_path))
     assert words in str(refusal.value)
     assert str(refusal.value).endswith(".")
+
+
+def test_a_number_in_a_name_may_have_any_length(tmp_path, images, fingerprint):
+    parquet(tmp_path, images, "{}.parquet")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for split in images:
+            archive.write(tmp_path / f"{split}.parquet", f"{split}-0-of-{'9' * 5000}.parquet")
+    assert load(str(tmp_path / "a.zip")).fingerprint() == fingerprint
 
 
 def test_an_array_is_looked_at_before_it_is_made(tmp_path):
