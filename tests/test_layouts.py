@@ -84,6 +84,7 @@ def pictures(folder, images, name):
     for split, (_, fine, coarse, files) in images.items():
         for row, file in enumerate(files):
             names = {"fine": CIFAR100.class_names[fine[row]], "coarse": CIFAR100.superclass_names[coarse[row]]}
+            names["number"] = f"{fine[row]:02}"
             path = folder / name.format(split=split, **names) / f"{row}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(file)
@@ -136,6 +137,7 @@ GOOD = {
     "class folders, under train": lambda f, x: pictures(f, x, "train/{split}/{fine}"),
     "class folders, under test": lambda f, x: pictures(f, x, "test_data/{split}/{fine}"),
     "pickles without superclasses": lambda f, x: python(f, x, coarse_labels=None),
+    "folders of numbers": lambda f, x: pictures(f, x, "{split}/{number}"),
     "superclass folders": lambda f, x: pictures(f, x, "cifar/{split}/{coarse}/{fine}"),
     "superclass folders, under train": lambda f, x: pictures(f, x, "train/{split}/{coarse}/{fine}"),
     "Parquet of images and labels": lambda f, x: parquet(f, x, image="image", fine="label", coarse=None),
@@ -203,9 +205,9 @@ class ForgedArray:
         return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), (1, (4,), ForgedType(), False, b"A" * 32)
 
 
-def nested(depth):
+def nested(depth, start=b"\x80\x02}", end=b"s."):
     """A pickle of tuples in each other, as the key of a dictionary, whose hash takes all of the stack."""
-    return b"\x80\x02})" + b"\x85" * depth + b"K\x01s."
+    return start + b")" + b"\x85" * depth + b"K\x01" + end
 
 
 REFUSED = {
@@ -247,6 +249,12 @@ REFUSED = {
     "huge labels": (lambda f, x: python(f, x, fine_labels=[10**30] * 800), "a number of more than 64 bits"),
     "a truth value": (lambda f, x: python(f, x, fine_labels=[True] * 800), "image 0 is a bool"),
     "deep keys": (lambda f, x: [(f / s).write_bytes(nested(10**5)) for s in x], "it lacks data and fine_labels"),
+    "deep keys in pairs": (
+        lambda f, x: [
+            (f / s).write_bytes(nested(10**5, b"\x80\x02ccollections\nOrderedDict\n]", b"\x86a\x85R.")) for s in x
+        ],
+        "it lacks data and fine_labels",
+    ),
     "a huge memo": (lambda f, x: [(f / s).write_bytes(b"\x80\x02K\x01r\xff\xff\xff\x7f.") for s in x], "holds a int"),
 }
 
@@ -259,6 +267,14 @@ def test_what_is_ambiguous_or_broken_is_refused(tmp_path, images, layout):
         load(str(tmp_path))
     assert words in str(refusal.value)
     assert str(refusal.value).endswith(".")
+
+
+def test_a_number_in_a_name_may_have_any_length(tmp_path, images, fingerprint):
+    parquet(tmp_path, images, "{}.parquet")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for split in images:
+            archive.write(tmp_path / f"{split}.parquet", f"{split}-0-of-{'9' * 5000}.parquet")
+    assert load(str(tmp_path / "a.zip")).fingerprint() == fingerprint
 
 
 def test_an_array_is_looked_at_before_it_is_made(tmp_path):
@@ -464,6 +480,26 @@ def test_names_of_other_classes_are_refused_and_one_misspelt_name_is_not(tmp_pat
     NAMED[layout](tmp_path, renumbered(images), [f"class {k}" for k in range(100)])
     with pytest.raises(RequestError, match="such as 'class 0'"):
         load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", [b")" + b"2\x86" * 40, b")" + b"\x85" * 5000, b"K\x01"], ids=["shared tuples", "deep tuples", "a number"]
+)
+def test_names_that_are_no_text_are_not_written_out(tmp_path, images, fingerprint, name):
+    python(tmp_path, images)
+    (tmp_path / "meta").write_bytes(b"\x80\x02}X\x10\0\0\0fine_label_names]" + name + b"as.")
+    assert load(str(tmp_path)).fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize(
+    "names", ["[" * 10**5, '{"info": {"features": {"fine_label": {"names": [[]]}}}}'], ids=["deep lists", "a list"]
+)
+def test_what_a_parquet_file_says_of_its_classes_may_be_anything(tmp_path, images, fingerprint, names):
+    for split, content in images.items():
+        pq.write_table(
+            hub_table(content).replace_schema_metadata({"huggingface": names}), tmp_path / f"{split}.parquet"
+        )
+    assert load(str(tmp_path)).fingerprint() == fingerprint
 
 
 def test_the_hub_s_crabs_are_crabs(tmp_path, images, fingerprint):

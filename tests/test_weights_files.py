@@ -25,7 +25,7 @@ from raycifar.models import CIFAR, Architecture
 from raycifar.models.initial_weights import load_initial_weights
 from raycifar.models.recipes import choose_recipe
 from raycifar.storage.pickles import MAX_STEPS
-from raycifar.storage.torch_files import read_state_dict
+from raycifar.storage.torch_files import LEGACY, read_state_dict
 from raycifar.storage.weights import to_file
 from raycifar.terminal import Screen
 from raycifar.workflows.evaluation import EvaluationRequest, evaluate
@@ -174,6 +174,22 @@ def test_raycifar_s_own_weights_keep_their_image_size_unless_another_is_given(tm
     assert load(tmp_path / "own.safetensors", "cnn", image_size=64).architecture.preprocessing.size == 64
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.filterwarnings("ignore:torch.quantize")
+def test_other_kinds_of_numbers_may_stand_beside_the_weights(weights, tmp_path, legacy):
+    others = {kind: torch.zeros(3, dtype=getattr(torch, kind)) for kind in ("complex64", "complex128", "uint16")}
+    others |= {
+        kind: torch.quantize_per_tensor(torch.zeros(3), 1, 0, getattr(torch, kind)) for kind in ("quint8", "qint32")
+    }
+    for content in ({"model": weights, **others}, {**others, "model": {**weights, "empty": torch.zeros(0)}}):
+        torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+        tensors, left = read_state_dict((tmp_path / "w.pth").read_bytes(), "w.pth")
+        assert all(torch.equal(tensors[name], weights[name]) for name in weights)
+    assert (tensors["empty"].shape, left) == ((0,), [])
+    torch.save({**weights, **others}, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+    assert read_state_dict((tmp_path / "w.pth").read_bytes(), "w.pth")[1] == [*others]
+
+
 # Pickles that would do harm -------------------------------------------------------------------------
 
 
@@ -304,6 +320,18 @@ ABSURD = {
     "endless lists": b"\x80\x02" + b"]" * (MAX_STEPS + 1) + b".",
     "endless names": b"\x80\x02" + b"".join(b"ca\n%d\n0" % k for k in range(5000)) + b"N.",
     "an extension": b"\x80\x02\x82\x01.",
+    "arguments of many calls": b"\x80\x02(" + b"N" * 300 + b"tq\x000ca\nb\nh\x00R.",
+    "pairs of many dictionaries": b"\x80\x02ccollections\nOrderedDict\nq\x000K\x01K\x01\x86q\x010]("
+    + b"h\x01" * 2**17
+    + b"e\x85q\x020]("
+    + b"h\x00h\x02R" * 20
+    + b"e.",
+    "a text as many bytes": b"\x80\x02c_codecs\nencode\nq\x000X\xe8\x03\0\0"
+    + b"a" * 1000
+    + b"X\x06\0\0\0latin1\x86q\x010]h\x00h\x01Rah\x00h\x01Ra.",
+    "a storage with a deep key": b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\n)"
+    + b"\x85" * 10**5
+    + b"X\x03\0\0\0cpuK\x01tQ.",
     "attributes of a class": b"\x80\x02ca\nb\n}U\x01aK\x01sb.",
 }
 
@@ -312,6 +340,23 @@ ABSURD = {
 def test_an_absurd_pickle_is_refused(tmp_path, kind):
     zipped(tmp_path / "w.pth", ABSURD[kind])
     with pytest.raises(RequestError, match=r"is not a PyTorch .* or is damaged\.$|holds an int, not a"):
+        load(tmp_path / "w.pth")
+
+
+def test_a_legacy_file_with_a_deep_key_is_refused(tmp_path):
+    start = (pickle.dumps(value, 2) for value in (LEGACY, 1001, {}, {}))
+    (tmp_path / "w.pth").write_bytes(b"".join(start) + b"\x80\x02])" + b"\x85" * 10**5 + b"a.")
+    with pytest.raises(RequestError, match="is not a PyTorch or safetensors file, or is damaged"):
+        load(tmp_path / "w.pth")
+
+
+def test_an_array_under_many_names_takes_no_memory(tmp_path):
+    array = np.zeros(2**22, np.uint8)
+    torch.save({"here": array, "there": array}, tmp_path / "w.pth")
+    tensors, _ = read_state_dict((tmp_path / "w.pth").read_bytes(), "w.pth")
+    assert [*tensors] == ["here", "there"]
+    torch.save({f"array {k}": array for k in range(9)}, tmp_path / "w.pth")
+    with pytest.raises(RequestError, match="don't fit in their numbers"):
         load(tmp_path / "w.pth")
 
 
@@ -364,6 +409,13 @@ def changed(source, path, **values):
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
     return path
+
+
+@pytest.mark.parametrize("about", ["5", "[1]", '"cnn"'])
+def test_a_description_that_is_no_dictionary_is_refused(tmp_path, about):
+    save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", {"raycifar": about})
+    with pytest.raises(RequestError, match=r"w\.safetensors is refused: its description is no dictionary\.$"):
+        read_weights(str(tmp_path / "w.safetensors"))
 
 
 PIXELS = {"size": 32, "mean": [0.5] * 3, "std": [0.2] * 3, "interpolation": "bilinear"}

@@ -1,6 +1,7 @@
 """Labels, given as numbers or names, of whatever type a file has for them."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,9 @@ def to_labels(values: np.ndarray | Sequence[Any], level: str, origin: str) -> np
     known |= NUMBERS[level]
     labels = np.empty(len(values), np.int64)
     for row, value in enumerate(values):
-        key = normalize(value) if isinstance(value, str) else value if type(value) is int else None
+        key = value if type(value) is int else None
+        if isinstance(value, str):
+            key = re.sub(r"^0+(?=\d)", "", normalize(value))
         if key not in known:
             raise RequestError(f"{origin}: the {level} label of image {row} is {describe(value, level)}.")
         labels[row] = known[key]

@@ -10,6 +10,7 @@ import numpy as np
 
 MAX_STEPS = 2**21  # of a pickle; they take seconds, and half a gigabyte
 MAX_NAMES = 2**12
+MAX_ARGS = 2**8  # of a call, which may be given the same ones many times
 EXTENSIONS = (pickle.EXT1, pickle.EXT2, pickle.EXT4)  # names that are registered in a process
 NUMBER_TYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")  # of NumPy's arrays
 
@@ -23,6 +24,8 @@ class Call:
     state: Any
 
     def __new__(cls, *args: Any) -> Self:
+        if len(args) > MAX_ARGS:
+            raise pickle.UnpicklingError(f"the pickle has a call with more than {MAX_ARGS} arguments")
         call = object.__new__(cls)
         call.args, call.state = args, None
         return call
@@ -48,7 +51,7 @@ class Items(dict[Any, Any]):
     name: ClassVar[str] = "dictionary"
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if isinstance(key := to_bytes(key), str | bytes | int):
+        if isinstance(key, str | bytes | int):
             super().__setitem__(key, value)
 
     def __setstate__(self, state: Any) -> None:
@@ -77,7 +80,12 @@ class Dissector(pickle._Unpickler):
         super().__init__(content, **options)
         self.content, self.persistent, self.left = content, persistent, MAX_STEPS
         self._file_read = self.read_some
-        self.named: dict[str, Any] = {"collections.OrderedDict": Items, "__builtin__.bytes": no_bytes}
+        self.room = len(content.getbuffer())  # for bytes that are made of text
+        self.named: dict[str, Any] = {
+            "collections.OrderedDict": self.to_items,
+            "__builtin__.bytes": no_bytes,
+            "_codecs.encode": self.to_bytes,
+        }
 
     def read_some(self, size: int) -> bytes:
         self.left -= 1
@@ -97,6 +105,20 @@ class Dissector(pickle._Unpickler):
         if len(self.named) > MAX_NAMES:
             raise pickle.UnpicklingError(f"the pickle has more than {MAX_NAMES:,} names")
         return self.named[name]
+
+    def to_items(self, pairs: Any = ()) -> Items:
+        items = Items()
+        for key, value in pairs:
+            self.read_some(0)  # a step: the same pairs may be given many times
+            items[key] = value
+        return items
+
+    def to_bytes(self, text: str, encoding: Any) -> bytes:
+        """Return the bytes that Python 3 writes as a call in protocol 2, each once."""
+        self.room -= len(text)
+        if self.room < 0:
+            raise pickle.UnpicklingError("the pickle makes more bytes than it holds")
+        return text.encode("latin1")
 
     # Steps of a pickle ------------------------------------------------------------------------------
 
@@ -144,7 +166,6 @@ def to_array(value: Any) -> np.ndarray:
         ValueError: it is no array of numbers, or is malformed.
     """
     if not is_array(value):
-        value = to_bytes(value)
         raise ValueError(f"a {getattr(value, 'name', type(value).__name__)} stands where an array should")
     match value.name.rpartition(".")[2], value.args, value.state:
         case "_reconstruct", _, (_, shape, dtype, fortran, data):
@@ -162,16 +183,8 @@ def to_array(value: Any) -> np.ndarray:
             raise ValueError("the type of an array is not understood")
     if code not in NUMBER_TYPES or order not in ("<", ">", "|", "="):
         raise ValueError(f"an array is of type {code[:20]!r}, not of numbers")
-    made, data = np.dtype(order.replace("|", "=") + code), to_bytes(data)
+    made = np.dtype(order.replace("|", "=") + code)
     whole = isinstance(shape, tuple) and len(shape) <= 8 and all(type(n) is int and n >= 0 for n in shape)
     if not whole or not isinstance(data, bytes) or math.prod(shape) * made.itemsize != len(data):
         raise ValueError("an array's shape and its bytes don't fit")
     return np.frombuffer(data, made).reshape(shape, order="F" if fortran else "C")
-
-
-def to_bytes(value: Any) -> Any:
-    """Return the bytes that a pickle of protocol 2 writes as a call, and anything else as it is."""
-    match value:
-        case Call(name="_codecs.encode", args=(str() as text, "latin1" | b"latin1")):
-            return text.encode("latin1")
-    return value

@@ -25,6 +25,13 @@ TYPES = {
     "torch.CharStorage": torch.int8,
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
+    # Of what isn't read, and may stand beside weights: complex, quantized and later kinds of numbers.
+    "torch.ComplexFloatStorage": torch.complex64,
+    "torch.ComplexDoubleStorage": torch.complex128,
+    "torch.QUInt8Storage": torch.uint8,
+    "torch.QInt8Storage": torch.int8,
+    "torch.QInt32Storage": torch.int32,
+    "torch.storage.UntypedStorage": torch.uint8,
 }
 
 
@@ -66,6 +73,13 @@ def read_state_dict(content: bytes, name: str) -> tuple[dict[str, Tensor], list[
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}, others
 
 
+def checked_key(key: Any) -> str:
+    """Return the key of a storage; to hash a nested tuple takes as much of the stack as it is deep."""
+    if not isinstance(key, str):
+        raise TypeError("a storage's key is no text")
+    return key
+
+
 def is_module(value: Any) -> bool:
     return isinstance(value, Call) and isinstance(value.state, dict) and "_modules" in value.state
 
@@ -94,6 +108,7 @@ class TorchFile:
     def __init__(self, content: bytes) -> None:
         self.storages: dict[str, Storage] = {}
         self.numbers: dict[str, Tensor] = {}
+        self.left = 2 * len(content)  # bytes of arrays, which may stand under two names
         read = self.read_zip if zipfile.is_zipfile(io.BytesIO(content)) else self.read_legacy
         self.content = read(content)
 
@@ -122,7 +137,7 @@ class TorchFile:
         if self.unpickle(stream) != LEGACY:
             raise ValueError("it is no file of PyTorch")
         _, _, value, keys = (self.unpickle(stream) for _ in range(4))
-        for key in keys:
+        for key in map(checked_key, keys):
             count = int.from_bytes(stream.read(8), "little")
             self.add(self.storages[key], stream.read(count * self.storages[key].dtype.itemsize))
         return value
@@ -132,14 +147,14 @@ class TorchFile:
 
     def find_storage(self, place: Any) -> Storage:
         kind, made_of, key, *_ = place
-        storage = Storage(key, TYPES[made_of.name])
+        storage = Storage(checked_key(key), TYPES[made_of.name])
         if kind != "storage" or self.storages.setdefault(key, storage) != storage:
             raise ValueError("a storage has two types")
         return storage
 
     def add(self, storage: Storage, content: bytes) -> None:
-        if content:
-            self.numbers[storage.key] = torch.frombuffer(bytearray(content), dtype=storage.dtype)
+        kind = {"dtype": storage.dtype}
+        self.numbers[storage.key] = torch.frombuffer(bytearray(content), **kind) if content else torch.empty(0, **kind)
 
     def tensor(self, value: Any) -> Tensor | None:
         """Return the tensor or array that a `Call` would make, or None if it would make something else.
@@ -155,11 +170,17 @@ class TorchFile:
             case "_rebuild_from_type_v2", (make, _, args, *_):
                 return self.tensor(make(*args))
             case (("_rebuild_tensor" | "_rebuild_tensor_v2"), (Storage() as storage, offset, size, stride, *_)):
+                if storage.dtype.is_complex:
+                    return None
                 numbers = self.numbers[storage.key]
                 tensor = numbers.as_strided(size, stride, offset)  # raises if it goes beyond them
                 if tensor.numel() > len(numbers):
                     raise ValueError("a tensor has more numbers than its storage")
                 return tensor
             case "_reconstruct", _:
-                return torch.from_numpy(to_array(value).copy())
+                array = to_array(value)
+                self.left -= array.nbytes
+                if self.left < 0:
+                    raise ValueError("one array stands under many names")
+                return torch.from_numpy(array.copy())
         return None

@@ -53,6 +53,8 @@ def from_file(content: bytes, origin: str) -> tuple[dict[str, Tensor], Architect
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         about: Any = header.get("__metadata__", {}).get(KEY)
         about = json.loads(about) if about else None
+        if about and not isinstance(about, dict):
+            raise ValueError("its description is no dictionary")
         if about and (expected := about.pop(DIGEST, None)) and digest(tensors, about) != expected:
             raise ValueError("it has changed since it was written")
         architecture = Architecture.from_json(about) if about else None

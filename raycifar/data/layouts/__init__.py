@@ -14,7 +14,7 @@ import pyarrow as pa
 from raycifar.data.trees import Tree
 
 SPLITS = ("train", "test")
-SHARD = re.compile(r"\d+(-of-(\d+)(-[0-9a-f]{16})?)?$")
+SHARD = re.compile(r"\d+(-of-(\d{1,9})(-[0-9a-f]{16})?)?$")
 
 
 class Place(NamedTuple):

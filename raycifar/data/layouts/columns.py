@@ -75,6 +75,6 @@ def class_names(schema: pa.Schema, column: str) -> list[str]:
     """Return the names of the classes that a column's numbers stand for, as the library `datasets` notes them."""
     try:
         names = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return []
-    return [str(name) for name in names] if isinstance(names, list) else []
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []

@@ -10,13 +10,14 @@ from raycifar.data.dataset import to_table
 from raycifar.data.layouts.arrays import to_channels_first
 from raycifar.data.trees import Tree, check_count
 from raycifar.errors import RequestError, in_a_line
-from raycifar.storage.pickles import Dissector, is_array, to_array, to_bytes
+from raycifar.storage.pickles import Dissector, is_array, to_array
 
 NUMPY = ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
 NAMES = {  # in copies of CIFAR-100
     *("numpy.ndarray", "numpy.dtype", "_codecs.encode", "collections.OrderedDict", "__builtin__.bytes"),
     *(f"{core}.{name}" for core in ("numpy.core", "numpy._core") for name in NUMPY),
 }
+MAX_NAMES, MAX_NAME = 1000, 100  # of classes, and characters of one
 
 
 def read(tree: Tree, paths: list[PurePosixPath], origin: str) -> pa.Table:
@@ -47,11 +48,17 @@ def read_names(content: bytes) -> dict[str, list[str]]:
     try:
         found = Dissector(io.BytesIO(content), encoding="bytes").load()
         fields = {to_text(key): value for key, value in found.items()}
+        names = {level: fields.get(f"{level}_label_names") for level in ("fine", "coarse")}
+        return {level: list(map(to_name, each[:MAX_NAMES])) for level, each in names.items() if isinstance(each, list)}
     except Exception:  # a damaged pickle may cause any
         return {}
-    names = {level: fields.get(f"{level}_label_names") for level in ("fine", "coarse")}
-    lists = {level: each for level, each in names.items() if isinstance(each, list)}
-    return {level: [str(to_text(to_bytes(name))) for name in each] for level, each in lists.items()}
+
+
+def to_name(value: Any) -> str:
+    """Return the beginning of a class's name; a pickle may hold one of any length many times, or anything else."""
+    if not isinstance(value, str | bytes):
+        raise TypeError
+    return to_text(value[:MAX_NAME])
 
 
 def to_text(value: Any) -> Any:
