@@ -45,7 +45,7 @@ def predict(
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """Return the five likeliest classes of each image, (n, 5), the likeliest first; ties go as `argmax` decides them."""
+    """Return the five likeliest classes of each image, (n, 5), in order; ties are decided as by `argmax`."""
     return logits.sort(descending=True, stable=True).indices[:, :5]
 
 
