@@ -6,7 +6,7 @@ from raycifar import models
 from raycifar.models.recipes import choose_recipe, list_recipes, to_toml
 from raycifar.options import Command, recipe_option
 from raycifar.terminal import Screen
-from raycifar.terminal_tables import recipes_table
+from raycifar.terminal_tables import LESS_OF_RECIPES, fit, recipes_table
 
 
 @click.command(cls=Command, example="raycifar recipes vgg16 > vgg16.toml")
@@ -21,7 +21,8 @@ def main(debug: bool, model: str | None, recipe: str | None) -> None:
         return
     if recipe:
         raise click.UsageError(f"--recipe {recipe} needs a model: raycifar recipes MODEL --recipe {recipe}.")
-    screen.console.print(recipes_table(row for name in models.names() for row in list_recipes(name)))
+    table = recipes_table(row for name in models.names() for row in list_recipes(name))
+    screen.console.print(fit(table, screen.console, LESS_OF_RECIPES))
     screen.say("One in full: raycifar recipes MODEL [--recipe NAME]")
 
 

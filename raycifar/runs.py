@@ -8,7 +8,7 @@ import click
 from raycifar.options import Command, folder_argument
 from raycifar.redaction import shown
 from raycifar.terminal import Screen
-from raycifar.terminal_tables import runs_table
+from raycifar.terminal_tables import LESS_OF_RUNS, fit, runs_table
 from raycifar.workflows.inventory import find_runs
 
 
@@ -24,7 +24,7 @@ def main(debug: bool, folder: str, as_json: bool) -> None:
     if as_json:
         click.echo(shown(json.dumps([asdict(entry) for entry in found], indent=2)))
     elif found:
-        screen.console.print(runs_table(found))
+        screen.console.print(fit(runs_table(found), screen.console, LESS_OF_RUNS))
         screen.lines(f"{entry.name}: {entry.reason}" for entry in found if entry.reason)
     else:
         screen.say(f"There are no runs in {folder}.")

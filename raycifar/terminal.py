@@ -28,6 +28,7 @@ MEASURED_SECONDS = 3  # of training, before its total time is predicted
 LONG_SECONDS = 60  # left of a run; below, no time is predicted
 STATUS_WIDTH = 27  # of the column in the table of trials
 AROUND_TABLE = 7  # lines of a terminal beside the rows of trials
+UNLIMITED = 100_000  # columns: in a file or a pipe, no line of a table is wrapped
 
 
 class PlainConsole(Console):
@@ -76,6 +77,8 @@ class Screen:
         replace_unencodable()
         self.console = PlainConsole(quiet=quiet)
         self.console.soft_wrap = not self.console.is_terminal
+        if self.console.soft_wrap:
+            self.console.width = UNLIMITED
 
     def say(self, text: str = "") -> None:
         self.console.print(text)

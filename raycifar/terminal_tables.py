@@ -5,7 +5,9 @@ from itertools import chain, zip_longest
 from typing import Any
 
 from rich import box
-from rich.table import Table
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Column, Table
 from rich.text import Text
 
 from raycifar.models.recipes import NamedRecipe
@@ -13,6 +15,10 @@ from raycifar.words import duration
 from raycifar.workflows.inventory import OVER, Entry, State
 
 OF_SCORES = 4  # of a comparison's columns, which come first
+GAP = 3  # between two columns of a table; its edges have two in all
+# Columns that a narrow terminal leaves out, the first ones first.
+LESS_OF_RUNS = ("val top-1", "time", "epochs", "model", "test top-1", "state")
+LESS_OF_RECIPES = ("epochs", "for")
 SPEEDRUN_ROWS = {  # with their digits
     "top1": ("top-1, one view", 4),
     "top1_flip": ("top-1, with the mirror image", 4),
@@ -28,6 +34,24 @@ def new_table(texts: Sequence[str], numbers: Sequence[str] = (), more: Sequence[
         number = heading in numbers
         table.add_column(Text(heading), justify="right" if number else "left", overflow="fold", no_wrap=number)
     return table
+
+
+def fit(table: Table, console: Console, less: Sequence[str]) -> Table:
+    """Leave out columns, in the order of `less`, until the first one fits whole and no word of the others is broken."""
+
+    def room(column: Column) -> int:
+        texts, whole = [str(cell) for cell in (column.header, *column.cells)], column in table.columns[:1]
+        return max(cell_len(part) for text in texts for part in ([text] if whole or column.no_wrap else text.split()))
+
+    rooms = {str(column.header): room(column) for column in table.columns}
+    for heading in less:
+        if sum(rooms.values()) + GAP * len(rooms) - 1 > console.width:
+            del rooms[heading]
+    kept = [column for column in table.columns if str(column.header) in rooms]
+    fitted, first = Table(*kept, box=table.box, pad_edge=table.pad_edge), kept[0]
+    fitted.rows = table.rows  # and their cells are in the columns
+    first.width = min(rooms[str(first.header)], console.width - 2)  # else the widest column is narrowed first
+    return fitted
 
 
 def comparison_tables(comparison: dict[str, Any]) -> list[Table]:

@@ -65,7 +65,7 @@ def made_up(tmp_path):
         run.write_json("result.json", result)
         copies = changes.get("copies")
         rows = None if copies is None else copies.nonzero()[:, 0].numpy()
-        run.write("predictions.parquet", to_predictions_file(probabilities, LABELS, rows))
+        run.write("predictions.parquet", to_predictions_file(probabilities.log(), LABELS, rows))
         return run.location
 
     return make

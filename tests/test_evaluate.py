@@ -1,11 +1,16 @@
 """The scores, held against torchmetrics."""
 
+import io
+
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
-from raycifar.engine.scoring import per_image, predict, score
+from raycifar.analysis.run_files import RunFiles
+from raycifar.engine.scoring import per_image, predict, score, to_predictions_file
 from raycifar.engine.train_step import loss_and_counts
 from raycifar.models.preprocess import preprocess
 
@@ -37,6 +42,18 @@ def test_scores_match_torchmetrics():
     assert scores["ece"] == pytest.approx(
         multiclass_calibration_error(guesses, labels, 100, n_bins=15).item(), abs=1e-5
     )
+
+
+def test_ties_for_the_likeliest_class_are_decided_in_one_way():
+    """In bfloat16 such ties are common; and other logits differ too little for their probabilities to differ."""
+    logits = torch.randint(0, 3, (1000, 100), generator=torch.Generator().manual_seed(0)) * 1.0
+    logits[0] = torch.arange(100) * 1e-10
+    predicted = logits.argmax(1)
+    images = per_image(logits, predicted, predicted // 5, SUPERCLASS_OF)
+    assert images["top1"].all()
+    assert images["top5"].all()
+    file = pq.read_table(io.BytesIO(to_predictions_file(logits, predicted)))
+    assert np.array_equal(RunFiles("a", None, file).answers.predicted, predicted)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

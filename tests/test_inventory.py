@@ -1,7 +1,9 @@
 """`raycifar runs` and `raycifar clean`: what is there, and what may go."""
 
+import io
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -15,7 +17,8 @@ from raycifar.storage.checkpoints import Checkpoints, checkpoint_name
 from raycifar.storage.lock import locked
 from raycifar.storage.run_folder import RunFolder
 from raycifar.storage.schemas import EpochRecord
-from raycifar.terminal_tables import runs_table
+from raycifar.terminal import PlainConsole
+from raycifar.terminal_tables import LESS_OF_RUNS, fit, runs_table
 from raycifar.workflows import inventory
 from raycifar.workflows.inventory import find_runs
 
@@ -112,6 +115,35 @@ def test_another_machine_s_run_is_under_way_while_it_renews_its_claim(storage, m
 @pytest.fixture
 def run(in_process):
     return lambda door, *args, **options: in_process(door.main, *args, **options)
+
+
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [
+        (93, "name model state epochs val test time"),
+        (80, "name model state epochs test"),
+        (50, "name state test"),
+        (40, "name state"),
+        (15, "name"),
+    ],
+)
+def test_a_narrow_terminal_shows_fewer_columns_and_breaks_no_word(storage, width, columns):
+    make(storage, "a-name-of-several-words", 6, "finished", model="resnet50")
+    console = PlainConsole(file=io.StringIO(), force_terminal=True, width=width)
+    console.print(fit(runs_table(find_runs(str(storage))), console, LESS_OF_RUNS))
+    said = re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue()).splitlines()
+    assert max(map(len, said)) <= width
+    assert said[1].replace("top-1", "").split() == columns.split()
+    if width > 23:
+        whole = ("a-name-of-several-words", "resnet50", "finished", "", "0.3000", "0.4000")
+        shown = dict(zip("name model state epochs val test".split(), whole, strict=True))
+        assert any(all(shown.get(name, "") in line for name in columns.split()) for line in said)
+
+
+def test_in_a_pipe_no_line_of_a_table_is_wrapped(storage, run):
+    make(storage, "a-long-name-" * 10, 6, "finished", model="resnet50")
+    row = next(line for line in run(runs_door, storage)[1].splitlines() if "a-long-name-" * 10 in line)
+    assert row.split()[1:] == ["resnet50", "finished", "2/4", "0.3000", "0.4000", "2", "min"]
 
 
 def checkpoints(storage):

@@ -47,7 +47,7 @@ class RunFiles:
         if self.predictions is None:
             return None
         labels, probabilities = self.predictions["label"].to_numpy(), from_lists(self.predictions["probabilities"])
-        predicted = probabilities.argmax(1)
+        predicted = from_lists(self.predictions["top5"])[:, 0]
         return Answers(labels, predicted, probabilities.max(1), confusion(labels, predicted))
 
     @cached_property

@@ -66,14 +66,12 @@ class Evaluator:
         test_set = load_shard("test", self.train_eval_set.images.device)
         logits, images = self.predict(test_set, Phase.SCORING_TEST)
         scores = score(images)
-        probabilities, labels = (
-            all_gather_rows(part, self.config.num_test_images) for part in (logits.softmax(1), test_set.labels)
-        )
+        logits, labels = (all_gather_rows(part, self.config.num_test_images) for part in (logits, test_set.labels))
         near_duplicates = self.config.near_duplicates
         if near_duplicates is not None:
-            scores |= score_without(near_duplicates, (probabilities.argmax(1) == labels).cpu().numpy())
+            scores |= score_without(near_duplicates, (logits.argmax(1) == labels).cpu().numpy())
         if rank() == 0:
-            self.config.folder.write(PREDICTIONS, to_predictions_file(probabilities, labels, near_duplicates))
+            self.config.folder.write(PREDICTIONS, to_predictions_file(logits, labels, near_duplicates))
         return scores
 
     def diagnose(self, record: EpochRecord, steps_so_far: int) -> Diagnostics | None:

@@ -44,6 +44,11 @@ def predict(
     return torch.cat(logits)
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """Return the five likeliest classes of each image, (n, 5), in order; ties are decided as by `argmax`."""
+    return logits.sort(descending=True, stable=True).indices[:, :5]
+
+
 @torch.inference_mode()
 def per_image(logits: Tensor, labels: Tensor, coarse: Tensor, superclass_of: Sequence[int]) -> dict[str, Tensor]:
     """Return each image's loss, top1, top5 and superclass_top1, and the confidence in its predicted class, (n,) each.
@@ -52,7 +57,7 @@ def per_image(logits: Tensor, labels: Tensor, coarse: Tensor, superclass_of: Seq
         logits: (n, classes) float32. labels, coarse: (n,) int64, the classes and superclasses.
         superclass_of: the superclass of each class.
     """
-    ranked = logits.topk(5).indices
+    ranked = likeliest(logits)
     correct = ranked == labels[:, None]
     return {
         "loss": F.cross_entropy(logits, labels, reduction="none"),
@@ -99,23 +104,22 @@ def score_without(near_duplicates: np.ndarray, correct: np.ndarray) -> dict[str,
     }
 
 
-def to_predictions_file(probabilities: Tensor, labels: Tensor, near_duplicates: np.ndarray | None = None) -> bytes:
+def to_predictions_file(logits: Tensor, labels: Tensor, near_duplicates: np.ndarray | None = None) -> bytes:
     """Return a Parquet file with a row for each image of a split, in the split's order.
 
     Args:
-        probabilities: (images, classes) float32. labels: (images,) int64. near_duplicates: rows of near
+        logits: (images, classes) float32. labels: (images,) int64. near_duplicates: rows of near
             duplicates of training images, if they are known.
 
     Returns:
         Columns index and label (int64), top5 (5 int64, the likeliest class first), probabilities (float32), and
         near_duplicate (uint8).
     """
-    top5 = probabilities.topk(5).indices
     columns = {
         "index": np.arange(len(labels)),
         "label": labels.cpu().numpy(),
-        "top5": to_lists(top5.cpu().numpy()),
-        "probabilities": to_lists(probabilities.cpu().numpy()),
+        "top5": to_lists(likeliest(logits).cpu().numpy()),
+        "probabilities": to_lists(logits.softmax(1).cpu().numpy()),
     }
     if near_duplicates is not None:
         columns["near_duplicate"] = np.isin(columns["index"], near_duplicates).astype(np.uint8)

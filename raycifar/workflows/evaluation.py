@@ -129,6 +129,7 @@ def compare_with_validation(
     from raycifar.analysis.gallery import measure_pixels
     from raycifar.analysis.history import RunHistory
     from raycifar.analysis.mismatch import find_mismatch
+    from raycifar.engine.scoring import likeliest
 
     try:
         records, pictures = folder.history(notice), folder.read_json(PICTURES)
@@ -136,7 +137,7 @@ def compare_with_validation(
         notice(str(error))
         return []
     history = RunHistory(run, records, {"status": "finished", "test": scores})
-    answers = pa.table({"label": table["fine"], "top5": to_lists(logits.topk(5).indices.numpy())})
+    answers = pa.table({"label": table["fine"], "top5": to_lists(likeliest(logits).numpy())})
     if pictures and "train" in pictures["pixels"]:
         pictures = {**pictures, "pixels": {"train": pictures["pixels"]["train"], "test": measure_pixels(table)}}
     return [finding.to_json() for finding in find_mismatch(history, answers, pictures)]
@@ -252,8 +253,7 @@ def score_predictions(
     superclass_of = source.superclass_of()
     images = per_image(logits, labels, coarse, superclass_of)
     scores = score(images)
-    probabilities = logits.softmax(1)
-    predicted = probabilities.argmax(1).numpy()
+    predicted = logits.argmax(1).numpy()
     correct = images["top1"].numpy()
     if near_duplicates is not None:
         scores |= score_without(near_duplicates, correct)
@@ -272,7 +272,7 @@ def score_predictions(
             coarse.numpy(), np.array(superclass_of)[predicted], CIFAR100.num_superclasses
         ).tolist(),
     }
-    return evaluation, to_predictions_file(probabilities, labels, near_duplicates)
+    return evaluation, to_predictions_file(logits, labels, near_duplicates)
 
 
 def score_corruptions(corruptions: Corruptions, job: ScoringJob, screen: Screen) -> dict[str, Any]:
