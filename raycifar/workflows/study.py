@@ -92,7 +92,7 @@ def prepare(
         held = sizing.trials_on_head()
         most = request.max_trials or min(fit, held)
         with folder.marker() as file:
-            check_nodes(workers, file)
+            check_nodes(workers, file, request.wait)
     at_once = f"{count(most, 'trial')}, each with {workers}"
     at_once += "; the head's memory holds no more" * (most == held < fit)
     screen.facts(request.name, overview(request, source, splits, at_once, folder))
