@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 
-from raycifar.errors import RequestError, WorkError
+from raycifar.errors import RequestError, ResumableError, WorkError
 from raycifar.models.recipe import field_types
 from raycifar.models.recipes import recipe_fields
 from raycifar.redaction import shown
@@ -305,8 +305,12 @@ def open_comparison(location: str | Path) -> Comparison:
 
 @contextmanager
 def telling_how_to_continue(screen: Screen, name: str) -> Iterator[None]:
+    how = f"The same call with name={name!r} continues it."
     try:
         yield
     except KeyboardInterrupt:
-        screen.say(f"Interrupted. The same call with name={name!r} continues it.")
+        screen.say(f"Interrupted. {how}")
+        raise
+    except ResumableError as error:
+        error.args = (f"{error} {how}",)
         raise

@@ -15,7 +15,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from raycifar.errors import RayDiedError, RequestError, StorageError, WorkError, in_a_line, printable
+from raycifar.errors import RayDiedError, RequestError, ResumableError, StorageError, WorkError, in_a_line, printable
 from raycifar.redaction import shown
 from raycifar.storage.remote import telling
 from raycifar.terminal import PlainLine, replace_unencodable
@@ -40,7 +40,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def resumable(name: str) -> Iterator[None]:
-    """Say how to continue after Ctrl-C, SIGTERM or a closed pipe."""
+    """Say how to continue after Ctrl-C, SIGTERM, a closed pipe or a failure that may be gone the next time."""
     how = f"To continue, give the same command with --name {name}"
     try:
         yield
@@ -48,6 +48,9 @@ def resumable(name: str) -> Iterator[None]:
         raise Interrupted(f"Interrupted: nobody reads the output. {how}") from error
     except Interrupted as interrupted:
         interrupted.add_note(how)
+        raise
+    except ResumableError as error:
+        error.args = (f"{error} {how}.",)
         raise
 
 

@@ -55,7 +55,11 @@ class WorkError(RaycifarError):
     """The work started and failed."""
 
 
-class RayDiedError(WorkError):
+class ResumableError(WorkError):
+    """The work failed, and the same request with the same name may continue it: the caller says how."""
+
+
+class RayDiedError(ResumableError):
     """A process of Ray that everything depends on has died."""
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import MagicMock
 
 import pytest
 from command import Command
@@ -13,7 +14,10 @@ from conftest import ps, wait_until
 from cpus import free_cpus
 
 from raycifar.cluster import nodes, ray_internals
+from raycifar.cluster.sizing import Workers
 from raycifar.data.shards import block_bounds, shard_bounds
+from raycifar.errors import RequestError
+from raycifar.storage.remote import telling
 
 OTHER = """
 import ray
@@ -113,6 +117,24 @@ def test_a_node_with_other_versions_or_without_the_storage_is_named(tmp_path):
     assert nodes.objection(str(tmp_path), here) is None
     assert "it can't see" in nodes.objection(str(tmp_path / "nothing/run.json"), here)
     assert f"torch {here['torch']}, but the driver has torch 1.0" in nodes.objection(None, {**here, "torch": "1.0"})
+
+
+def test_nodes_have_as_long_to_answer_as_wait_says(monkeypatch):
+    late, told = iter([["a", "b"], ["b"], []]), []  # the nodes that haven't answered at each look
+    ray = MagicMock()
+    ray.nodes.return_value = [{"NodeID": node * 56, "Alive": True, "Resources": {"CPU": 1}} for node in "ab"]
+    ray.remote.return_value.options.return_value.remote.side_effect = "abab"
+    ray.wait.side_effect = lambda *args, **options: ([], next(late, ["b"]))
+    ray.get.return_value = None
+    monkeypatch.setattr(nodes, "ray", ray)
+    monkeypatch.setattr(nodes, "versions", dict)
+    with telling(told.append):
+        nodes.check_nodes(Workers(1, 1), None, 100)
+        assert told[2] == "waiting for 1 node to load the code, for at most 100 s (--wait)"
+        assert len(told) == 3
+        ray.nodes.return_value[1]["NodeManagerAddress"] = "10.0.0.2"
+        with pytest.raises(RequestError, match=r"Node 10.0.0.2 can't take part: it hasn't answered for 0.01 s"):
+            nodes.check_nodes(Workers(1, 1), None, 0.01)
 
 
 def test_images_are_cut_wherever_a_worker_s_may_begin():

@@ -12,9 +12,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from raycifar import cli, predict
+from raycifar import api, cli, command, predict
 from raycifar.command import CLOSED_OUTPUT, ending
-from raycifar.errors import RequestError, StorageError, WorkError
+from raycifar.errors import RayDiedError, RequestError, ResumableError, StorageError, WorkError
+from raycifar.terminal import Screen
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,20 @@ from raycifar.errors import RequestError, StorageError, WorkError
 )
 def test_each_error_has_its_code_and_is_its_own_sentence(error, code, sentence):
     assert ending(error) == (code, sentence)
+
+
+@pytest.mark.parametrize("kind", [ResumableError, RayDiedError, WorkError])
+def test_what_may_be_continued_says_with_which_name(kind):
+    may = kind is not WorkError
+    with pytest.raises(kind) as raised, command.resumable("a-1"):
+        raise kind("training failed: no memory.")
+    assert (
+        str(raised.value)
+        == "training failed: no memory." + " To continue, give the same command with --name a-1." * may
+    )
+    with pytest.raises(kind) as raised, api.telling_how_to_continue(Screen(), "a-1"):
+        raise kind("training failed: no memory.")
+    assert str(raised.value) == "training failed: no memory." + " The same call with name='a-1' continues it." * may
 
 
 def test_a_misspelt_command_is_answered_with_the_nearest():

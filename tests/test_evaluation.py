@@ -15,6 +15,8 @@ import torch
 from command import Evaluate, finish
 from conftest import RUN, ps, wait_until, write_archive
 
+from raycifar import evaluate as command
+from raycifar.cluster.sizing import Workers
 from raycifar.data import CIFAR100
 from raycifar.data.corruptions import find_corruptions
 from raycifar.data.dataset import Source, split_rows, to_table
@@ -309,3 +311,14 @@ def test_corrupted_images_that_do_not_fit_are_refused(trained, small_arrays, tmp
     assert words in str(refusal.value)
     assert str(refusal.value).endswith(".")
     assert not (tmp_path / "out").exists()
+
+
+def test_workers_have_as_long_to_find_room_as_wait_says(monkeypatch):
+    seconds = []
+    monkeypatch.setattr(evaluation, "connect", lambda *args, **options: Workers(1, 1))
+    monkeypatch.setattr("raycifar.cluster.waiting.make_room", lambda workers, show, wait: seconds.append(wait))
+    with ExitStack() as connection:
+        request = EvaluationRequest(network="a", wait=7)
+        evaluation.allocate_workers(request, Screen(quiet=True), connection, debug=False)
+    assert seconds == [7]
+    assert "--wait" in {name for option in command.main.params for name in option.opts}

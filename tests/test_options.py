@@ -158,5 +158,5 @@ def test_the_help_is_short_has_an_example_and_is_grouped(name):
 
 def test_bench_has_only_options_that_change_what_it_times():
     given = {option.name for option in COMMANDS["bench"].params}
-    assert not given & {"name", "storage", "track", "report", "max_failures", "lr", "schedule", "warmup", "head_epochs"}
-    assert given >= {"batch_size", "augment", "precision", "epochs", "workers"}
+    assert not given & {"name", "track", "report", "max_failures", "lr", "schedule", "warmup", "head_epochs"}
+    assert given >= {"batch_size", "augment", "precision", "epochs", "workers", "storage"}

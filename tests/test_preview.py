@@ -3,8 +3,13 @@
 import re
 
 import pytest
+import torch
 from command import Command, Compare, finish
 from conftest import RUN
+
+from raycifar.terminal import Screen
+from raycifar.workflows import preview
+from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 
 
 def test_the_plan_is_shown_and_nothing_is_written_or_started(small, tmp_path):
@@ -45,3 +50,36 @@ def test_the_trials_of_a_comparison_are_shown_and_nothing_is_written_or_started(
 def test_a_wrong_request_is_refused_as_without_it(small, tmp_path, option):
     args = (*RUN, "--data", small, *option, "--dry-run", "--workers", 0)
     assert finish(Command(*args, storage=tmp_path), code=2).stderr.startswith("Error: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "workers", "hours"),
+    [
+        ({}, "one for each GPU, else one", 1),
+        ({"device": "cpu"}, "one", 1),
+        ({"device": "cpu", "workers": "1:4"}, "1 to 4", 1),
+        ({"device": "cpu", "workers": 2, "cpus_per_worker": 1}, "2", 4),
+        ({"device": "gpu"}, "one for each GPU, else one", None),
+        ({"accelerator": "H100"}, "one for each GPU, else one", None),
+    ],
+)
+def test_the_workers_and_the_time_are_those_that_are_asked_for(options, workers, hours, monkeypatch):
+    """On a machine of 8 CPUs without a GPU, all of which would take an hour."""
+    monkeypatch.setattr(preview, "available_cpus", lambda: 8)
+    monkeypatch.setattr(preview, "find_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(preview, "cpu_seconds", lambda *run: 3600.0)
+    request = TrainingRequest.of("cnn", **options)
+    assert preview.number_of_workers(request) == workers
+    seconds = preview.estimate(preview.expected_workers(request), None, None, None, Screen(quiet=True))
+    assert seconds == (hours and 3600 * hours)
+
+
+def test_trials_that_take_a_part_of_the_cpus_run_beside_each_other(monkeypatch):
+    monkeypatch.setattr(preview, "available_cpus", lambda: 8)
+    monkeypatch.setattr(preview, "cpu_seconds", lambda *run: 3600.0)
+    told, screen = {}, Screen(quiet=True)
+    screen.facts = lambda name, facts: told.update(facts)
+    options = {"data": "synthetic:300", "val_size": 100, "device": "cpu", "seeds": 4, "cpus_per_worker": 2}
+    preview.preview_comparison(ComparisonRequest.of(["cnn"], **options), screen)
+    assert "4 h 0 min each" in told["cnn"]
+    assert told["time"].startswith("about 4 h 0 min, by")

@@ -1,13 +1,14 @@
 """A search trains what its trials' recipes say, and its result stays what the final runs were trained with."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 
 from raycifar.cluster.sizing import Workers
 from raycifar.cluster.status import Phase, StatusStore, WorkerStatus
-from raycifar.errors import RequestError
+from raycifar.errors import RequestError, ResumableError, WorkError
 from raycifar.models import Architecture
 from raycifar.models.initial_weights import load_initial_weights
 from raycifar.models.recipes import choose_recipe
@@ -16,10 +17,10 @@ from raycifar.storage.weights import to_file
 from raycifar.terminal import Screen
 from raycifar.workflows import tuning
 from raycifar.workflows.requests import ComparisonRequest
-from raycifar.workflows.study import build_spaces, check_spaces, describe_search, read_inputs
+from raycifar.workflows.study import build_spaces, check_spaces, describe_search, finish, read_inputs
 from raycifar.workflows.training import split_images
 from raycifar.workflows.training_run import Inputs, TrainingRun
-from raycifar.workflows.trial import Trial
+from raycifar.workflows.trial import Trial, TrialStatus
 from raycifar.workflows.tuning import Study, StudySearcher
 
 OPTIONS = {"data": "synthetic:300", "val_size": 100, "epochs": 1, "seeds": 1, "name": "c"}
@@ -169,3 +170,19 @@ def test_trials_may_begin_and_end_while_another_thread_looks_at_them(tmp_path, m
     assert searcher.trials == [first, second]
     monkeypatch.setattr(StatusStore, "request_stop", lambda store: searcher.running.clear())
     assert searcher.stop() == [first.status_store, second.status_store]
+
+
+@pytest.mark.parametrize("reason", ["the disk is full.", "RuntimeError: no room"])
+def test_failed_trials_are_said_to_be_tried_again_where_that_may_help(tmp_path, reason):
+    study, source = study_of(tmp_path, seeds=2, search=0, report=False)
+    searcher = StudySearcher(study, 1)
+    for trial in searcher.trials:
+        trial.status, trial.reason = TrialStatus.FAILED, reason
+    (tmp_path / "c").mkdir()
+    said = f"2 of 2 trials failed: cnn-s0: {reason.rstrip('.')}; cnn-s1: {reason.rstrip('.')}."
+    for failed, kind in ((0, ResumableError), (1, ResumableError), (2, WorkError)):
+        for trial in searcher.trials[:failed]:
+            study.folder_of(trial).write_json(RESULT, {"status": "failed", "epochs": 0, "reason": "x"})
+        with pytest.raises(WorkError, match=f"^{re.escape(said)}$") as raised:
+            finish(searcher, source, Screen(quiet=True), lambda found: None)
+        assert type(raised.value) is kind

@@ -42,6 +42,19 @@ def cluster_of(monkeypatch):
     return consist
 
 
+@pytest.mark.parametrize(("there", "to_come"), [(0, 4), (1, 3), (4, 0), (5, 0)])
+def test_an_autoscaler_adds_no_more_nodes_than_it_may_in_all(there, to_come, monkeypatch):
+    small, large = {"CPU": 2}, {"CPU": 8, "GPU": 1}
+    kinds = {"ray.head.default": {"resources": small}, "small": {"resources": small, "max_workers": 1}}
+    kinds |= {name: {"resources": large, "max_workers": 3} for name in ("spot", "on_demand")}
+    config = {"max_workers": 4, "available_node_types": kinds}
+    monkeypatch.setattr(sizing.ray_internals, "autoscaler_config", lambda: config)
+    monkeypatch.setattr(sizing, "alive_nodes", lambda: [{**small, ON_HEAD: 1}, *[large] * there])
+    coming = sizing.nodes_to_come()
+    assert placeable(coming, {"GPU": 1}) == to_come
+    assert coming.count({"CPU": 2, "GPU": 0}) == min(1, to_come)
+
+
 @pytest.mark.parametrize(
     ("share", "fit"), [(1, 3), (0.6, 3), (0.5, 6), (0.4, 6), (0.3333, 9), (0.3, 9), (0.1, 30), (0.05, 60)]
 )

@@ -352,7 +352,7 @@ def test_a_worker_that_dies_as_it_is_launched_ends_no_run(monkeypatch):
     assert fit(RayActorError(), RayActorError(), most=2) == {"history": []}
     assert fit(OutOfMemoryError("too much"), most=3) == {"history": []}
     assert [failure.cause for failure in seen] == [*[FailureCause.CONTROLLER] * 2, FailureCause.MEMORY]
-    with pytest.raises(WorkError, match=r"too often\. The same command continues from the last checkpoint"):
+    with pytest.raises(WorkError, match=r"training failed: too often\.$"):
         fit(RayActorError(), most=2)
     with pytest.raises(WorkError, match="on worker 1, out of memory"):
         fit(RuntimeError("on worker 1, out of memory"), most=9)

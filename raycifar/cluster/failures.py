@@ -52,7 +52,7 @@ class StartFailureCounter(ray_internals.controller_callback_class()):  # type: i
         self.nodes: list[str | None] = []
 
     def on_controller_start_worker_group(self, **size: Any) -> None:
-        self.nodes = [*sorted(alive_nodes())]  # the workers may be on any of them
+        self.nodes = [*alive_nodes()]  # the workers may be on any of them
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         if error := ray_internals.start_failure(current_state):

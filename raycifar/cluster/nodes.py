@@ -1,6 +1,7 @@
 """Checks that a run's nodes are compatible. Workers import this module, so it stays small."""
 
 import platform
+import time
 from pathlib import Path
 
 import ray
@@ -9,8 +10,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import raycifar
 from raycifar.cluster.sizing import Workers, placeable
 from raycifar.errors import RequestError, in_a_line
+from raycifar.storage.remote import tell
+from raycifar.words import count
 
-NODE_SECONDS = 60  # for all nodes to answer
+LOOK_SECONDS = 1  # between two looks at which nodes have answered
 MUST_AGREE = ("python", "ray", "torch", "raycifar")
 
 
@@ -45,8 +48,12 @@ def objection(file: str | None, expected: dict[str, str]) -> str | None:
     return None
 
 
-def check_nodes(workers: Workers, file: str | None) -> None:
-    """Raise RequestError, and say why, if another node which could hold a worker can't take part."""
+def check_nodes(workers: Workers, file: str | None, seconds: float) -> None:
+    """Raise RequestError, and say why, if another node which could hold a worker can't take part.
+
+    Args:
+        seconds: for the nodes to answer, which may first have to install what the job brings along.
+    """
     here = ray.get_runtime_context().get_node_id()
     asked = {
         ray.remote(objection)
@@ -55,10 +62,14 @@ def check_nodes(workers: Workers, file: str | None) -> None:
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] != here and placeable([node["Resources"]], workers.resources)
     }
-    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_SECONDS) if asked else ([], [])
+    waiting, ends = list(asked), time.monotonic() + seconds
+    while waiting and time.monotonic() < ends:
+        tell.get()(f"waiting for {count(len(waiting), 'node')} to load the code, for at most {seconds:g} s (--wait)")
+        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_SECONDS)
     for question, node in asked.items():
         try:
-            complaint = ray.get(question, timeout=0) if question in answered else "it doesn't answer"
+            late = f"it hasn't answered for {seconds:g} s (--wait)"
+            complaint = late if question in waiting else ray.get(question, timeout=0)
         except Exception as error:
             complaint = f"it can't run raycifar ({in_a_line(error)}): submit the job with its code, or install it there"
         if complaint:

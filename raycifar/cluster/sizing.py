@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -193,15 +194,17 @@ def nodes_to_come() -> list[Resources] | None:
     config = ray_internals.autoscaler_config()
     if not config:
         return None if config is None else []
-    there = alive_nodes()
-    coming: list[Resources] = []
+    most, there = config.get("max_workers", MAX_NODES), [node for node in alive_nodes() if HEAD not in node]
+    counts: Counter[tuple[tuple[str, float], ...]] = Counter()  # types with the same resources, as of spot machines
     for name, kind in config["available_node_types"].items():
         resources = {key: float(kind["resources"].get(key, 0)) for key in ("CPU", "GPU")}
         resources |= {key: amount for key, amount in kind["resources"].items() if key.startswith(ACCELERATOR)}
-        like_it = sum(all(node.get(key, 0) == amount for key, amount in resources.items()) for node in there)
-        most = kind.get("max_workers", config.get("max_workers", MAX_NODES))
         if name != config.get("head_node_type", "ray.head.default"):
-            coming += [resources] * (min(most, MAX_NODES) - like_it)
+            counts[tuple(resources.items())] += kind.get("max_workers", most)
+    coming: list[Resources] = []
+    for each, count in counts.items():
+        like_it = sum(all(node.get(key, 0) == amount for key, amount in each) for node in there)
+        coming += [dict(each)] * min(count - like_it, most - len(there), MAX_NODES)
     return coming
 
 

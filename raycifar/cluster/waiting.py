@@ -10,12 +10,12 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from raycifar.cluster import ray_internals
 from raycifar.cluster.sizing import LOOK_SECONDS, Workers, alive_nodes, describe, placeable
 from raycifar.cluster.watch import answered
-from raycifar.errors import WorkError
+from raycifar.errors import ResumableError
 from raycifar.words import count
 
 
 class Waiting:
-    """Returns what the workers of a run wait for, and raises WorkError after `seconds` without room."""
+    """Returns what the workers of a run wait for, and raises ResumableError after `seconds` without room."""
 
     def __init__(self, workers: Workers, seconds: float) -> None:
         self.workers, self.seconds = workers, seconds
@@ -33,7 +33,7 @@ class Waiting:
         if missing is None:
             self.started = now
         elif now - self.started > self.seconds:
-            raise WorkError(f"after {self.seconds:g} s (--wait) there was still no room: {missing}.")
+            raise ResumableError(f"after {self.seconds:g} s (--wait) there was still no room: {missing}.")
         self.text = missing and f"{missing}; for at most {self.seconds:g} s (--wait)"
         return self.text
 
@@ -42,7 +42,7 @@ def make_room(workers: Workers, show: Callable[[str], None], seconds: float) -> 
     """Wait until there is room for the workers, which the autoscaler may add, and `show` what they wait for.
 
     Raises:
-        WorkError: there was no room for `seconds`.
+        ResumableError: there was no room for `seconds`.
     """
     waiting = Waiting(workers, seconds)
     group = placement_group([workers.resources] * workers.count)

@@ -57,10 +57,7 @@ def patience() -> float:
 
 
 def died(process: str) -> RayDiedError:
-    return RayDiedError(
-        f"Ray's {process} has died, and this run's processes with it. The same command continues from the last "
-        "checkpoint."
-    )
+    return RayDiedError(f"Ray's {process} has died, and this run's processes with it.")
 
 
 def listens(address: tuple[str, int]) -> bool:

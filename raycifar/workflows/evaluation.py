@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from raycifar.cluster.sizing import Workers
 
-WAIT_SECONDS = 1800  # for workers to find room
 ATTEMPTS = 3  # at a job whose workers die
 BLOCK = 1000  # images in a block of Ray Data, which are scored together
 
@@ -203,7 +202,7 @@ def allocate_workers(request: EvaluationRequest, screen: Screen, connection: Exi
 
         workers = connect(request, request.count, connection, debug=debug)
     with screen.line() as line:
-        make_room(workers, lambda text: line.show(text, None), WAIT_SECONDS)
+        make_room(workers, lambda text: line.show(text, None), request.wait)
     return workers
 
 

@@ -3,9 +3,11 @@
 from contextlib import ExitStack
 
 from raycifar.cluster.connection import cluster_address
+from raycifar.cluster.sizing import Workers
 from raycifar.data.dataset import Splits
 from raycifar.engine.hardware import find_device
 from raycifar.engine.order import steps_per_epoch
+from raycifar.machine import available_cpus
 from raycifar.models.initial_weights import InitialWeights
 from raycifar.models.recipe import Recipe
 from raycifar.storage.run_folder import RunFolder
@@ -29,13 +31,15 @@ def preview(request: TrainingRequest, screen: Screen, connection: ExitStack, *, 
     identity = identify(request, inputs)
     finished = earlier_result(folder, identity)
     if request.workers == 0 or cluster_address():
-        workers = str(allocate_workers(request, folder, screen, connection, debug=debug))
+        workers = allocate_workers(request, folder, screen, connection, debug=debug)
+        told = str(workers)
     else:
+        workers = expected_workers(request)
         unchecked = f"; whether it has {request.accelerator} can't be told before" if request.accelerator else ""
-        workers = f"{request.workers or 'one'}, in a Ray that is started on this machine{unchecked}"
+        told = f"{number_of_workers(request)}, in a Ray that is started on this machine{unchecked}"
     num_steps = steps_per_epoch(len(inputs.splits.train), request.recipe.batch_size)
-    facts = {**overview(identity, workers, folder.location), "steps": f"{num_steps:,} in each epoch"}
-    seconds = estimate(request.device, request.recipe, inputs.initial, inputs.splits, screen)
+    facts = {**overview(identity, told, folder.location), "steps": f"{num_steps:,} in each epoch"}
+    seconds = estimate(workers, request.recipe, inputs.initial, inputs.splits, screen)
     screen.facts(request.name, facts | {"time": in_words(seconds)})
     screen.say("This run is finished: nothing would be trained." if finished else "Nothing was started.")
 
@@ -50,32 +54,51 @@ def preview_comparison(request: ComparisonRequest, screen: Screen) -> None:
     source, splits, initial_by_model = study.read_inputs(request, screen)
     study.check_spaces(request, spaces, initial_by_model)
     study.check_same_study(folder, request, study.identify_study(request, spaces, source, initial_by_model))
-    at_once = f"as many as fit, each with {count(request.workers, 'worker')}"
-    facts = study.overview(request, source, splits, at_once, folder)
+    workers = expected_workers(request)
+    told = f"as many as fit, each with {count(request.workers, 'worker')}"
+    facts = study.overview(request, source, splits, told, folder)
     number, last = request.search + request.seeds, request.seed + request.seeds - 1
     seeds = f"seeds {request.seed} to {last}" if request.seeds > 1 else f"seed {last}"
     total = 0.0
     for model, recipe in request.recipes.items():
-        seconds = estimate(request.device, recipe, initial_by_model[model], splits, screen)
+        seconds = estimate(workers, recipe, initial_by_model[model], splits, screen)
         total += number * (seconds or 0)
         searched = f"{request.search} search trials, then " if request.search else ""
         each = f", {duration(seconds)} each" if seconds else ""
         facts[model] = f"{searched}{seeds}{each}; {describe_recipe(model, recipe)}"
+    fit = max(1, int(available_cpus() / (workers.count * workers.cpus)))
+    total /= min(fit, request.max_trials or fit)
     facts["time"] = in_words(total or None) + "; a search stops trials that fall behind" * bool(request.search)
     screen.facts(request.name, facts)
     screen.say("Nothing was started.")
 
 
-def estimate(device: str, recipe: Recipe, initial: InitialWeights, splits: Splits, screen: Screen) -> float | None:
-    """Return about how long training takes on this machine's CPUs, in seconds; None where it would be on a GPU."""
-    if device != "cpu" and find_device("auto").type != "cpu":
+def number_of_workers(request: TrainingRequest) -> str:
+    """Return how many workers a run would have, in words."""
+    if isinstance(request.workers, tuple):
+        return f"{request.workers[0]} to {request.workers[1]}"
+    return str(request.workers or ("one" if request.device == "cpu" else "one for each GPU, else one"))
+
+
+def expected_workers(request: TrainingRequest | ComparisonRequest) -> Workers:
+    """Return about what the workers would have in a Ray of this machine, which isn't started for it."""
+    count = request.workers[1] if isinstance(request.workers, tuple) else request.workers or 1
+    asks_for_gpu = request.device == "gpu" or request.accelerator or request.gpus_per_worker != 1
+    on_gpu = request.device != "cpu" and (asks_for_gpu or find_device("auto").type == "cuda")
+    return Workers(count, request.cpus_per_worker or available_cpus() / count, gpus=1 if on_gpu else 0)
+
+
+def estimate(workers: Workers, recipe: Recipe, initial: InitialWeights, splits: Splits, screen: Screen) -> float | None:
+    """Return about how long training takes on the workers' CPUs, in seconds; None where it would be on a GPU."""
+    if workers.device != "cpu":
         return None
     with screen.waiting("Timing a few steps"):
-        return cpu_seconds(recipe, initial, splits)
+        cpus = max(1, workers.count) * workers.cpus
+        return cpu_seconds(recipe, initial, splits) * available_cpus() / cpus
 
 
 def in_words(seconds: float | None) -> str:
     """Return an estimate and its basis, in words."""
     if seconds is None:
         return "on a GPU: raycifar bench measures it"
-    return f"about {duration(seconds)} on this machine's CPU, by the time of a few steps"
+    return f"about {duration(seconds)}, by the time of a few steps on this machine's CPU"

@@ -19,7 +19,7 @@ from raycifar.cluster.status import Failure, FailureCause, StatusStore
 from raycifar.cluster.stoppable import StoppableTrainer
 from raycifar.data.shards import ExactShards, to_datasets
 from raycifar.engine.config import TrainLoopConfig
-from raycifar.errors import WorkError, in_a_line
+from raycifar.errors import ResumableError, in_a_line
 from raycifar.redaction import shown
 from raycifar.workflows.training_run import TrainingRun
 
@@ -98,7 +98,7 @@ def fit_with_restarts(trainer: StoppableTrainer, status_store: StatusStore, max_
     """Return the result of the training function; Ray Train's controller is started again when it dies.
 
     Raises:
-        WorkError: training failed, or there were more than `max_failures`.
+        ResumableError: training failed, or there were more than `max_failures`.
     """
     while True:
         try:
@@ -116,6 +116,4 @@ def fit_with_restarts(trainer: StoppableTrainer, status_store: StatusStore, max_
                     prepare_restart(failure, status_store)
                     continue
                 reason = end
-            raise WorkError(
-                f"training failed: {reason}. The same command continues from the last checkpoint."
-            ) from error
+            raise ResumableError(f"training failed: {reason}.") from error

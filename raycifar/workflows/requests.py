@@ -51,12 +51,13 @@ def setting(
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
-    """What each worker computes on."""
+    """What each worker computes on, and how long to wait for that."""
 
     device: Device = setting("auto", "auto: GPUs, if there are any; mps: Apple's GPU, for --workers 0.")
     cpus_per_worker: float | None = setting(None, "CPUs (and threads) per worker.  [fair share]")
     gpus_per_worker: float = setting(1.0, "GPUs per worker: 1, or a fraction of one.")
     accelerator: str | None = setting(None, "Kind of GPU, such as H100.  [any]")
+    wait: float = setting(1800, "Seconds to wait for nodes to start or to be free.", least=0)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -109,7 +110,6 @@ class Settings(WorkerSettings):
     limit: int | None = setting(None, "Train on this many images, the same number of each class.", least=1)
     storage: str = setting("results", "Where runs are kept: a folder or a URI.", env="RAYCIFAR_STORAGE")
     max_failures: int = setting(3, "Restarts after worker failures, at most.", least=0)
-    wait: float = setting(1800, "Seconds to wait for nodes to start or to be free.", least=0)
     report: bool = setting(True, "Write a report, and update it during the run.")
     track: str | None = setting(None, "Also log the run to MLflow or Weights & Biases.  [none]", metavar="mlflow|wandb")
     compile: bool = setting(False, "Compile the model with torch.compile.")

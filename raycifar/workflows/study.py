@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from raycifar import models
 from raycifar.data.dataset import Source, Splits
-from raycifar.errors import RequestError, WorkError
+from raycifar.errors import RequestError, ResumableError, WorkError
 from raycifar.models.initial_weights import InitialWeights, load_initial_weights
 from raycifar.models.recipe import changes, describe_changes
 from raycifar.models.recipes import recipe_from_json
 from raycifar.redaction import shown
-from raycifar.storage.run_folder import RUN, STUDY, RunFolder
+from raycifar.storage.run_folder import RESULT, RUN, STUDY, RunFolder
 from raycifar.terminal import Screen
 from raycifar.words import count
 from raycifar.workflows.background import run_in_thread
@@ -92,7 +92,7 @@ def prepare(
         held = sizing.trials_on_head()
         most = request.max_trials or min(fit, held)
         with folder.marker() as file:
-            check_nodes(workers, file)
+            check_nodes(workers, file, request.wait)
     at_once = f"{count(most, 'trial')}, each with {workers}"
     at_once += "; the head's memory holds no more" * (most == held < fit)
     screen.facts(request.name, overview(request, source, splits, at_once, folder))
@@ -172,11 +172,12 @@ def finish(searcher: "StudySearcher", source: Source, screen: Screen, show: Show
         show(conclude(finished, folder, request, more))
     if request.report:
         show_report(lambda: write_comparison(folder), screen)
-    if missing := [f"{trial.name}: {trial.reason}" for trial in finals if trial.status != "finished"]:
-        raise WorkError(
-            f"{len(missing)} of {len(finals)} trials failed: {'; '.join(missing)} The same command with --name "
-            f"{request.name} tries again."
-        )
+    if missing := [trial for trial in finals if trial.status != "finished"]:
+        reasons = "; ".join(f"{trial.name}: {(trial.reason or 'it did not end').rstrip('.')}" for trial in missing)
+        # One whose result says that it failed would fail again.
+        again = not all(study.folder_of(trial).exists(RESULT) for trial in missing)
+        kind = ResumableError if again else WorkError
+        raise kind(f"{len(missing)} of {len(finals)} trials failed: {reasons}.")
 
 
 # Preparation ----------------------------------------------------------------------------------------

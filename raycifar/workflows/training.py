@@ -223,7 +223,7 @@ def allocate_workers(
 
             check_batch_size(request.recipe, workers.count)
             with folder.marker() as file:
-                check_nodes(workers, file)
+                check_nodes(workers, file, request.wait)
     return workers
 
 
