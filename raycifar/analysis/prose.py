@@ -201,7 +201,12 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
         train(f"the learning rate of {base}", recipe)
     if history.stopped_by_search and not broken:
         train("this recipe to its end, outside the search", recipe)
-    elif has(findings, "improving", "underfitting", "too-early") and not departed and not history.cut_short:
+    elif (
+        has(findings, "improving", "underfitting", "too-early")
+        and not has(findings, "overfitting")
+        and not departed
+        and not history.cut_short
+    ):
         needed = max((finding.metrics.get("epochs_needed", 0) for finding in findings), default=0)
         epochs = min(MAX_NUMBER, max(needed, (3 if has(findings, "underfitting") else 2) * recipe.epochs))
         train(f"{epochs} epochs, with a schedule that stretches over all of them", replace(recipe, epochs=epochs))
