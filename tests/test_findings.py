@@ -220,6 +220,9 @@ def test_validation_above_training_is_explained_by_augmentation_or_is_not(clean,
     (finding,) = [f for f in found if f.kind == "validation-above-training"]
     assert finding.metrics["explained"] == explained
     assert ("augmentation (crop)" in finding.evidence) == explained
+    erased = made_up(train_top1=lambda e: 0.4, recipe={"augment": "none", "erasing": 0.5})
+    (finding,) = [f for f in diagnose(erased) if f.kind == "validation-above-training"]
+    assert "what lowers training accuracy is random erasing and averaging" in finding.evidence
 
 
 def blamed(**columns):
