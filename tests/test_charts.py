@@ -3,7 +3,7 @@
 import io
 import re
 from html import unescape
-from itertools import pairwise
+from itertools import combinations, pairwise
 from xml.etree import ElementTree
 
 import numpy as np
@@ -21,6 +21,7 @@ from raycifar.analysis.charts import (
     confusion_chart,
     curve_chart,
     differences,
+    draw_panel,
     plot_comparison,
     plot_history,
     reliability_diagram,
@@ -119,6 +120,21 @@ def test_long_curves_are_thinned_and_keep_their_ends():
         curve_chart(Panel([Line("a", np.random.default_rng(0).random(n))], "y", "d")) for n in (100_000, 1000)
     )
     assert len(long) < 1.2 * len(short)
+
+
+def test_marks_of_an_epoch_are_one_and_none_covers_another():
+    rates = {"lr": lambda e: 0.01 * min(e, 7)}
+    history = made_up(12, workers=lambda e: 4 if e > 3 else 2, restarts=lambda e: int(3 < e < 8), **rates)
+    panel = panels(history)["loss"]
+    assert panel.marks == [
+        (4, "4 workers, restart"), (5, "restart"), (6, "restart"), (7, "restart, peak lr"), (12, "best")
+    ]  # fmt: skip
+    figure = Figure(figsize=(4.7, 2.9))
+    axes = figure.subplots()
+    draw_panel(axes, panel)
+    figure.draw_without_rendering()
+    boxes = [words.get_window_extent() for words in axes.texts]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_marks_and_rows_are_bounded():
