@@ -11,7 +11,7 @@ from raycifar.analysis.rules.generalization import generalization_gap
 from raycifar.storage.schemas import sampled_steps
 from raycifar.words import count
 
-BLUE, ORANGE = "#0072b2", "#e69f00"
+BLUE, ORANGE = "#0072b2", "#d55e00"
 MAX_MARKS = 8
 
 
