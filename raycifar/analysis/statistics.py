@@ -56,9 +56,9 @@ def seed_variances(a: np.ndarray, b: np.ndarray) -> tuple[list[tuple[float, int]
     As in Student's test, equal numbers of runs are taken to vary alike, which they need not: it is robust to that.
     Other numbers have a part each, as in Welch's.
 
-    With a single run of either model they can't be. Runs that differ in their seed alone err on images
-    independently of each other (Jordan, 2023, arXiv:2304.01910), so the variance is at most that of the images
-    on which two runs disagree; this bound is used then. It makes the interval wide, for seeds may do more.
+    With a single run of either model they can't be. If runs that differ in their seed alone err on images
+    independently of each other (Jordan, 2023, arXiv:2304.01910), the variance is at most that of the images
+    on which two runs disagree. This is used then, although seeds may do more.
     """
     if min(len(a), len(b)) > 1:
         of_a, of_b = ((float(runs.mean(1).var(ddof=1)) / len(runs), len(runs) - 1) for runs in (a, b))
