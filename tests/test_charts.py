@@ -3,12 +3,13 @@
 import io
 import re
 from html import unescape
-from itertools import pairwise
+from itertools import combinations, pairwise
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from histories import OVERFITS, made_up
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -21,6 +22,7 @@ from raycifar.analysis.charts import (
     confusion_chart,
     curve_chart,
     differences,
+    draw_panel,
     plot_comparison,
     plot_history,
     reliability_diagram,
@@ -31,6 +33,7 @@ from raycifar.analysis.charts import (
 from raycifar.analysis.curves import MAX_MARKS, Line, Panel, panels
 from raycifar.analysis.history import MAX_POINTS
 
+WEIGHTS = (0.2126, 0.7152, 0.0722)  # of red, green and blue in luminance
 HOSTILE = "\"><script>alert(1)</script> $a & b's$ _{"
 PAIR = {"a": HOSTILE, "b": "b", "difference": 0.01, "low": -0.01, "high": 0.03}
 
@@ -119,6 +122,33 @@ def test_long_curves_are_thinned_and_keep_their_ends():
         curve_chart(Panel([Line("a", np.random.default_rng(0).random(n))], "y", "d")) for n in (100_000, 1000)
     )
     assert len(long) < 1.2 * len(short)
+
+
+@pytest.mark.parametrize("color", charts.COLORS)
+@pytest.mark.parametrize("paper", ["#ffffff", "#14181c"])
+def test_lines_have_the_contrast_that_wcag_asks_of_graphics(color, paper):
+    def luminance(hue):
+        return (
+            np.where((rgb := np.array(to_rgb(hue))) <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ WEIGHTS
+        )
+
+    dark, light = sorted([luminance(color), luminance(paper)])
+    assert (light + 0.05) / (dark + 0.05) >= 3
+
+
+def test_marks_of_an_epoch_are_one_and_none_covers_another():
+    rates = {"lr": lambda e: 0.01 * min(e, 7)}
+    history = made_up(12, workers=lambda e: 4 if e > 3 else 2, restarts=lambda e: int(3 < e < 8), **rates)
+    panel = panels(history)["loss"]
+    assert panel.marks == [
+        (4, "4 workers, restart"), (5, "restart"), (6, "restart"), (7, "restart, peak lr"), (12, "best")
+    ]  # fmt: skip
+    figure = Figure(figsize=(4.7, 2.9))
+    axes = figure.subplots()
+    draw_panel(axes, panel)
+    figure.draw_without_rendering()
+    boxes = [words.get_window_extent() for words in axes.texts]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_marks_and_rows_are_bounded():

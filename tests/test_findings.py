@@ -118,6 +118,15 @@ def test_overfitting_is_a_validation_loss_that_rises_while_training_goes_on():
     assert "overfitting" not in kinds(made_up(val=200, val_loss=lambda e: 1.6 + 0.001 * abs(e - 6)))
 
 
+def test_a_loss_that_rises_while_accuracy_does_is_overconfidence():
+    rises = OVERFITS | {"val_top1": lambda e: 0.78 - 0.4 * np.exp(-e / 9)}
+    found = {finding.kind: finding for finding in diagnose(made_up(**rises, recipe={"label_smoothing": 0.0}))}
+    assert found.keys() >= {"overfitting", "improving"}
+    assert "the network grows overconfident in its errors rather than worse" in found["improving"].evidence
+    assert found["improving"].advice == "Against overconfidence, try --label-smoothing 0.1."
+    assert kinds(made_up(**OVERFITS | {"val_top1": lambda e: 0.5 - 0.002 * e})) == {"overfitting"}
+
+
 @pytest.mark.parametrize("coincidence", ["lr", "restarts", "grad_norm_max", "rise", None])
 def test_a_spike_is_found_at_its_epoch_with_what_it_coincides_with(coincidence):
     usual = {"lr": 0.05, "restarts": 0, "grad_norm_max": 2.0, "rise": None}
@@ -211,6 +220,9 @@ def test_validation_above_training_is_explained_by_augmentation_or_is_not(clean,
     (finding,) = [f for f in found if f.kind == "validation-above-training"]
     assert finding.metrics["explained"] == explained
     assert ("augmentation (crop)" in finding.evidence) == explained
+    erased = made_up(train_top1=lambda e: 0.4, recipe={"augment": "none", "erasing": 0.5})
+    (finding,) = [f for f in diagnose(erased) if f.kind == "validation-above-training"]
+    assert "what lowers training accuracy is random erasing and averaging" in finding.evidence
 
 
 def blamed(**columns):
@@ -310,7 +322,7 @@ RISES = {"val_top1": lambda e: 0.01 * e, "train_eval_top1": lambda e: 0.01 * e}
         (22, SWINGS, {"validation-noise", "plateau"}, {"too-early"}),
         (3, LITTLE, {"underfitting"}, {"too-early"}),
         (3, {}, {"healthy"}, {"too-early"}),
-        (22, OVERFITS, {"overfitting"}, {"overfitting", "too-early"}),
+        (22, OVERFITS, {"overfitting", "improving"}, {"overfitting", "improving", "too-early"}),
         (22, GUESSES, {"collapse"}, {"collapse"}),
     ],
 )

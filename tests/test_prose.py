@@ -1,7 +1,7 @@
 """Runs in words."""
 
 import pytest
-from histories import OVERFITS, made_up
+from histories import GUESSES, OVERFITS, made_up
 
 from raycifar.analysis.diagnosis import PHRASES, diagnose
 from raycifar.analysis.prose import headline, next_steps, paragraph, state, to_command
@@ -97,6 +97,30 @@ def test_a_trial_that_a_search_stopped_is_trained_to_its_end_by_itself(rises, li
     assert "train --model cnn" in step["command"]
     assert "--epochs 150" in step["command"]
     assert "--lr 0.03" in step["command"]
+
+
+@pytest.mark.parametrize(
+    ("history", "said", "unsaid"),
+    [
+        (made_up(val=0, run={"val_size": 0}), "--val-size 5000", "--val-size 0"),
+        (
+            made_up(val=1000, train=48_000, run={"val_size": 1000, "limit": 48_000}),
+            "--val-size 5000",
+            "48000 --recipe study --epochs 20 --val-size 5000",
+        ),
+        (
+            made_up(val=2000, val_top1=lambda e: 0.6 + 0.1 * (-1) ** e, val_loss=lambda e: 1.5, run={"val_size": 2000}),
+            "--ema 0.999",
+            "--val-size 5000",
+        ),
+        (made_up(**GUESSES, recipe={"optimizer": "adamw", "lr": 0.05}), "--lr 0.005", "--lr 0.025"),
+    ],
+    ids=["a search needs validation", "there are no more images", "the network swings", "another optimizer"],
+)
+def test_suggested_commands_are_possible_and_fit(history, said, unsaid):
+    commands = "\n".join(step["command"] for step in next_steps(history, diagnose(history)))
+    assert said in commands
+    assert unsaid not in commands
 
 
 @pytest.mark.parametrize(("head", "step"), [(0, "clipped gradients"), (11, "half the learning rate")])

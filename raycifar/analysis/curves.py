@@ -11,7 +11,7 @@ from raycifar.analysis.rules.generalization import generalization_gap
 from raycifar.storage.schemas import sampled_steps
 from raycifar.words import count
 
-BLUE, ORANGE = "#0072b2", "#e69f00"
+BLUE, ORANGE = "#0072b2", "#d55e00"
 MAX_MARKS = 8
 
 
@@ -100,19 +100,22 @@ def in_words(line: Line, digits: int = 3) -> str:
 
 
 def marks(history: RunHistory) -> list[tuple[int, str]]:
-    """Return what is marked, by epoch: the best, the peak learning rate, a new stage, new workers, restarts."""
+    """Return what is marked, by epoch: the best, a new stage, new workers, restarts, the peak learning rate."""
     records, found = history.records, []
     if len(records) == 1 and not records[0].restarts:
         return []
     top1, lr = history.column("val_top1"), history.column("lr")
     if np.isfinite(top1).any():
         found.append((int(np.nanargmax(top1)) + 1, "best"))
-    if records and 1 < (peak := int(np.argmax(lr)) + 1) < len(records):
-        found.append((peak, "peak lr"))
     for before, record in pairwise(records):
         if record.stage != before.stage:
             found.append((record.epoch, "whole network"))
         if record.workers != before.workers:
             found.append((record.epoch, count(record.workers, "worker")))
     found += [(record.epoch, "restart") for record in records if record.restarts]
-    return sorted(found[:MAX_MARKS])
+    if records and 1 < (peak := int(np.argmax(lr)) + 1) < len(records):
+        found.append((peak, "peak lr"))
+    words: dict[int, str] = {}
+    for epoch, word in found:
+        words[epoch] = f"{words[epoch]}, {word}" if epoch in words else word
+    return sorted([*words.items()][:MAX_MARKS])

@@ -1,6 +1,6 @@
 """A finding, and the statistics that distinguish it from chance.
 
-Every threshold is statistical, with its source beside it. An accuracy p over n images has the binomial standard
+Most thresholds are statistical, with their source beside them. An accuracy p over n images has the binomial standard
 error sqrt(p (1 - p) / n); a loss has the standard error of its mean over the images.
 """
 

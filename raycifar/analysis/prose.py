@@ -201,7 +201,12 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
         train(f"the learning rate of {base}", recipe)
     if history.stopped_by_search and not broken:
         train("this recipe to its end, outside the search", recipe)
-    elif has(findings, "improving", "underfitting", "too-early") and not departed and not history.cut_short:
+    elif (
+        has(findings, "improving", "underfitting", "too-early")
+        and not has(findings, "overfitting")
+        and not departed
+        and not history.cut_short
+    ):
         needed = max((finding.metrics.get("epochs_needed", 0) for finding in findings), default=0)
         epochs = min(MAX_NUMBER, max(needed, (3 if has(findings, "underfitting") else 2) * recipe.epochs))
         train(f"{epochs} epochs, with a schedule that stretches over all of them", replace(recipe, epochs=epochs))
@@ -211,10 +216,13 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
     elif broken:
         usual = base.recipe
         rate = usual.lr if has(findings, "learning-rate-high") else min(usual.lr, recipe.lr) / 2
+        scale = ""
+        if recipe.optimizer != usual.optimizer:  # whose learning rates are of another scale
+            rate, scale = recipe.lr / 10, f" ({base} has one for {usual.optimizer})"
         gentle = replace(recipe, lr=rate, warmup=max(usual.warmup, recipe.warmup), clip_norm=1.0)
         never = any(finding.kind == "collapse" and finding.epochs[0] == 1 for finding in findings)
         aim = ", to see whether it learns at all" if never else ""
-        train(f"a lower learning rate, a warm-up and clipped gradients{aim}", gentle)
+        train(f"a lower learning rate{scale}, a warm-up and clipped gradients{aim}", gentle)
     if has(findings, "spike"):
         if recipe.clip_norm or any("stage" in finding.metrics for finding in findings):
             train("half the learning rate, against spikes", replace(recipe, lr=recipe.lr / 2))
@@ -227,10 +235,17 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
         more = replace(recipe, augment=augment, label_smoothing=smoothing, mixup=mixup)
         if more != recipe:
             train("more augmentation, against the gap to validation", more)
-    if has(findings, "validation-noise") and history.num_val < 5000 and (run["limit"] or history.num_train > 10_000):
-        train("a validation set that resolves a difference of a point", recipe, val_size=5000)
+    all_of_them = (run["limit"] or 0) > 45_000  # of CIFAR-100's images, where 5,000 are held out
+    held_out = {**run, "limit": None} if all_of_them else run
+    causes = {finding.metrics["cause"] for finding in findings if finding.kind == "validation-noise"}
+    if "network" in causes and not recipe.ema:
+        train("averaged weights, against the swings", replace(recipe, ema=0.999))
+    if "sampling" in causes and history.num_val < 5000 and (run["limit"] or history.num_train > 10_000):
+        train("a validation set that resolves a difference of a point", recipe, held_out, val_size=5000)
     if has(findings, "plateau", "healthy", "validation-noise") or not steps:
         options = {**options_for(history.model, recipe), "seeds": 3, "search": 20, **at(storage)}
+        if not history.num_val:  # by which a search chooses
+            run, options = held_out, options | {"val_size": 5000}
         search = to_command(run, "compare", options)
         reason = "a search for a better recipe, and three seeds to see how sure the result is"
         steps.append({"command": search, "reason": reason})

@@ -56,9 +56,9 @@ def seed_variances(a: np.ndarray, b: np.ndarray) -> tuple[list[tuple[float, int]
     With equal numbers of runs, both models are assumed to have the same variance, as in Student's test, which is
     robust to a difference. With unequal numbers, each has its own part, as in Welch's test.
 
-    With a single run of either model, the parts can't be measured. Runs that differ only in their seed err on images
-    independently of each other (Jordan, 2023, arXiv:2304.01910), so the variance is at most that of the images on
-    which two runs disagree. This bound is used then. It makes the interval wide.
+    With a single run of either model, the parts can't be measured. If runs that differ only in their seed err on images
+    independently of each other (Jordan, 2023, arXiv:2304.01910), the variance is at most that of the images on which
+    two runs disagree. This is used then, although seeds may do more.
     """
     if min(len(a), len(b)) > 1:
         of_a, of_b = ((float(runs.mean(1).var(ddof=1)) / len(runs), len(runs) - 1) for runs in (a, b))

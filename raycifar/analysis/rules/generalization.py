@@ -141,6 +141,7 @@ def lower_training_accuracy(recipe: Recipe) -> list[str]:
     """Return what makes accuracy as trained lower than that of the same images, scored like validation."""
     causes = {
         f"augmentation ({recipe.augment})": recipe.augment != "none",
+        "random erasing": recipe.erasing > 0,
         "mixup or CutMix": recipe.mixup + recipe.cutmix > 0,
         "dropout": recipe.dropout > 0,
         "the running average of the weights": recipe.ema > 0,

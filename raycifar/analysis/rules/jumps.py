@@ -36,13 +36,11 @@ def never_recovers(history: RunHistory, found: Sequence[Finding]) -> list[Findin
     """Return the jump of the loss from which a run never recovers, if there is one."""
     (name, losses, top1, images), train = judged(history), history.column("train_loss")
     for k, z in jumps(losses):
-        recovered = recovers(losses, top1, k, images)
-        if (
-            not recovered and is_large(history, losses, k) and train[-1] > np.fmin.reduce(train[:k])
-        ):  # else training goes on: it is overfitting
+        stays = is_large(history, losses, k) and not recovers(losses, top1, k, images)
+        if stays and train[-1] > np.fmin.reduce(train[:k]):  # else training goes on: it is overfitting
             cause, advice, metrics = explain_spike(history, k)
-            stays = "has not recovered so far: it stands" if history.cut_short else "never recovers: it ends"
-            evidence = f"{jump_in_words(name, losses, k, z)}, and it {stays} at {losses[-1]:.3f}. {cause}"
+            verb = "has not recovered so far: it stands" if history.cut_short else "never recovers: it ends"
+            evidence = f"{jump_in_words(name, losses, k, z)}, and it {verb} at {losses[-1]:.3f}. {cause}"
             return [Finding("divergence", SURE, evidence, advice, [k + 1], metrics)]
     return []
 

@@ -104,7 +104,7 @@ def collapsed(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     stays, so_far = "is" if len(epochs) == 1 else "stays", " so far" if history.cut_short else ""
     learned = (history.column("train_top1")[: epochs[0] - 1] > chance_level(history.num_train)).any()
     state = "lost what it had learned" if learned else f"learned nothing{so_far}"
-    at = "at" if last.train_loss < 1.01 * GUESSING_LOSS else "above"
+    at = "above" if (last.train_loss or 0) > 1.01 * GUESSING_LOSS else "at"
     evidence = (
         f"{span(epochs)} the training loss {stays} {at} the level of guessing ({last.train_loss:.4f}; ln({classes}) = "
         f"{GUESSING_LOSS:.4f}). Training accuracy is {last.train_top1:.2%}, {abs(z):.1f} standard errors from "

@@ -73,7 +73,7 @@ def last_bend(history: RunHistory) -> int:
 
 
 def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
-    if not history.num_val or has(found, "overfitting"):
+    if not history.num_val:
         return []
     top1 = history.column("val_top1")
     late = top1[max(last_bend(history), len(top1) - max(4, len(top1) // 2)) :]
@@ -85,7 +85,9 @@ def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     metrics = {"slope": slope, "low": low, "high": high, "schedule_ended": history.decayed}
     interval = f"(95% interval: {change(low)} to {change(high)})"
     if low > 0 and low * len(late) > noise:
-        return [improving(history, epochs, slope, interval, metrics)]
+        return [improving(history, found, epochs, slope, interval, metrics)]
+    if has(found, "overfitting"):
+        return []
     if high < 0 and -high * len(late) > noise:
         return [falling(history, epochs, slope, interval, metrics)]
     gain = max(0.0, high) * len(late)
@@ -111,7 +113,14 @@ def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     return [Finding("plateau", 0.95, evidence, advice, epochs, {**metrics, "gain": gain})]
 
 
-def improving(history: RunHistory, epochs: list[int], slope: float, interval: str, metrics: dict[str, Any]) -> Finding:
+def improving(
+    history: RunHistory,
+    found: Sequence[Finding],
+    epochs: list[int],
+    slope: float,
+    interval: str,
+    metrics: dict[str, Any],
+) -> Finding:
     """Return the finding of a curve that rises, and whether more epochs would continue it."""
     evidence = f"{span(epochs)} validation accuracy rises by {points(slope)} per epoch {interval}."
     longer = f"--epochs {2 * history.recipe.epochs}."
@@ -123,6 +132,13 @@ def improving(history: RunHistory, epochs: list[int], slope: float, interval: st
         advice = f"Train with a longer schedule: {longer}"
     else:
         advice = go_on(history, f"Train for more epochs: {longer}")
+    if has(found, "overfitting"):
+        evidence += (
+            " Although the validation loss rises, the network grows overconfident in its errors rather than worse "
+            "(Guo et al., 2017)."
+        )
+        if history.recipe.label_smoothing < 0.1:
+            advice = "Against overconfidence, try --label-smoothing 0.1."
     return Finding("improving", 0.95, evidence, advice, epochs, metrics)
 
 
