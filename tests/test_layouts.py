@@ -371,6 +371,40 @@ def tar_of(path, *members):
     return str(path)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tar, header: tar[:header],
+        lambda tar, header: tar[: header + 100],
+        lambda tar, header: tar[:header] + b"?" + tar[header + 1 :],
+    ],
+    ids=["cut before a header", "cut in a header", "changed in a header"],
+)
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_a_tar_that_is_not_whole_is_refused(tmp_path, images, damage, compress):
+    pictures(tmp_path / "a", images, "{split}/{fine}")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "a/test", "test")
+        archive.add(tmp_path / "a/train", "train")
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        header = archive.getmembers()[-50].offset
+    path = tmp_path / "b.tar"
+    path.write_bytes(compress(damage((tmp_path / "a.tar").read_bytes(), header)))
+    with pytest.raises(
+        RequestError, match=r"is truncated or damaged \((empty|truncated|bad|invalid).*\): fetch it again"
+    ):
+        load(str(path))
+    path.write_bytes(compress(b"no tar" * 1000))
+    with pytest.raises(RequestError, match="is not a tar or zip archive"):
+        load(str(path))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_in_a_tar_are_refused_by_what_they_are(tmp_path, kind):
+    with pytest.raises(RequestError, match=r"train\.bin is a link: make the archive with tar -h --hard-dereference\.$"):
+        load(tar_of(tmp_path / "a.tar", (kind, b"")))
+
+
 def test_lists_of_the_parts_of_a_sparse_file_are_not_read(tmp_path):
     version = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"
     parts = b"9999999\n" + b"1\n" * 5000

@@ -115,6 +115,11 @@ def open_tar(name: str, stream: IO[bytes]) -> Tree:
             for count, member in enumerate(archive):
                 path = PurePosixPath(member.name)
                 total += member.size
+                if member.issym() or member.islnk():
+                    raise RequestError(
+                        f"{name} is refused: its member {path} is a link: make the archive with "
+                        "tar -h --hard-dereference."
+                    )
                 check_member(name, path, member.size, count, total, inside=member.isfile() or member.isdir())
                 if file := archive.extractfile(member):
                     contents[path] = file.read()
@@ -177,7 +182,12 @@ class Member(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        header = super().frombuf(buf, encoding, errors)
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:  # tarfile takes it for the end, unless it is the first
+            raise tarfile.ReadError(str(error)) from error
         if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) and header.size > MAX_EXTENDED:
             raise ValueError(f"a header of {header.size:,} bytes")
         if header.type == tarfile.GNUTYPE_SPARSE:
