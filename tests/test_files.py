@@ -12,6 +12,7 @@ import pytest
 from pyarrow import fs
 
 from raycifar.command import ending
+from raycifar.data.sources import load
 from raycifar.data.synthetic import synthetic
 from raycifar.errors import RequestError, StorageError
 from raycifar.models.recipes import choose_recipe
@@ -165,6 +166,14 @@ def test_a_run_s_files_are_in_its_folder(tmp_path):
     assert run.read("result.json") == b"x"
     with open_file(LOCAL, str(tmp_path / "runs/a/run.json")) as file:  # what users name themselves may be a link
         assert file.read() == b"mine"
+
+
+def test_a_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(RequestError, match="loop does not exist: give --data"):
+        load(str(tmp_path / "loop"))
+    with pytest.raises(StorageError, match="loop can't be read: Too many levels of symbolic links"):
+        RunFolder.at(str(tmp_path)).read("loop")
 
 
 def test_links_to_folders_are_not_followed(tmp_path):

@@ -94,7 +94,7 @@ def open_file(
     """
     if not is_local(filesystem):
         return io.BytesIO(remote.download(filesystem, path, max_bytes))
-    if inside and not Path(path).resolve().is_relative_to(Path(inside).resolve()):
+    if inside and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(inside)):
         raise PermissionError(errno.EACCES, "it is a link to a place outside the folder", path)
     file = open(path, "rb", opener=open_regular)  # noqa: SIM115 (the caller closes it)
     size = os.fstat(file.fileno()).st_size
