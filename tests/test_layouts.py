@@ -371,30 +371,22 @@ def tar_of(path, *members):
     return str(path)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda tar, header: tar[:header],
-        lambda tar, header: tar[: header + 100],
-        lambda tar, header: tar[:header] + b"?" + tar[header + 1 :],
-    ],
-    ids=["cut before a header", "cut in a header", "changed in a header"],
-)
-@pytest.mark.parametrize("compress", [bytes, gzip.compress])
-def test_a_tar_that_is_not_whole_is_refused(tmp_path, images, damage, compress):
+def test_a_tar_that_is_not_whole_is_refused(tmp_path, images):
     pictures(tmp_path / "a", images, "{split}/{fine}")
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.add(tmp_path / "a/test", "test")
         archive.add(tmp_path / "a/train", "train")
     with tarfile.open(tmp_path / "a.tar") as archive:
         header = archive.getmembers()[-50].offset
-    path = tmp_path / "b.tar"
-    path.write_bytes(compress(damage((tmp_path / "a.tar").read_bytes(), header)))
-    with pytest.raises(
-        RequestError, match=r"is truncated or damaged \((empty|truncated|bad|invalid).*\): fetch it again"
-    ):
-        load(str(path))
-    path.write_bytes(compress(b"no tar" * 1000))
+    tar, path = (tmp_path / "a.tar").read_bytes(), tmp_path / "b.tar"
+    for damaged in (tar[:header], tar[: header + 100], tar[:header] + b"?" + tar[header + 1 :]):
+        for compress in (bytes, gzip.compress):
+            path.write_bytes(compress(damaged))
+            with pytest.raises(
+                RequestError, match=r"is truncated or damaged \((empty|truncated|bad).*\): fetch it again"
+            ):
+                load(str(path))
+    path.write_bytes(b"no tar" * 1000)
     with pytest.raises(RequestError, match="is not a tar or zip archive"):
         load(str(path))
 
