@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 
 import pytest
 from command import Report
@@ -153,6 +154,16 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path):
 def test_a_file_that_is_too_large_is_not_read_to_its_end(server):
     with pytest.raises(OSError, match="at most 500,000 are read"):
         remote.download(*locate(f"{server.url}/whole"), 500_000)
+
+
+def test_what_is_downloaded_is_in_memory_once(server):
+    filesystem, path = locate(f"{server.url}/whole")
+    tracemalloc.start()
+    content = remote.download(filesystem, path, 2**30)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert content == CONTENT
+    assert peak < 1.7 * len(CONTENT)
 
 
 def test_what_is_read_so_far_is_said(server, monkeypatch):

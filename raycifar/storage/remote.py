@@ -4,6 +4,7 @@ Everything is asked in a thread of its own, so that Ctrl-C ends a wait that a li
 a reason that may pass, such as an overloaded server or a cut connection, is tried again after a pause.
 """
 
+import io
 import re
 import socket
 import ssl
@@ -128,13 +129,13 @@ def download(filesystem: fs.FileSystem, path: str, max_bytes: int) -> bytes:
         if info.type == fs.FileType.NotFound:
             raise FileNotFoundError("there is no such file")
         check_size(info.size or 0, max_bytes)
-        content = bytearray()
+        content = io.BytesIO()
         with filesystem.open_input_stream(path, compression=None) as stream:
             while chunk := stream.read(CHUNK if filesystem.type_name.startswith("py::") else 2**23):
-                content += chunk
-                check_size(len(content), max_bytes)
-                beat(len(content))
-        return bytes(content)
+                content.write(chunk)
+                check_size(content.tell(), max_bytes)
+                beat(content.tell())
+        return content.getvalue()  # without a copy
 
     return ask(work)
 
