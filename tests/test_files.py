@@ -74,6 +74,24 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"fifo", "link"}
 
 
+def test_a_file_that_lost_its_beginning_is_written_whole_when_it_is_appended_to(tmp_path):
+    folder = RunFolder(str(tmp_path), "a")
+    for there in (None, b"", b"ab", b"abc", b"abcd"):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a/x").unlink(missing_ok=True)
+        if there is not None:
+            (tmp_path / "a/x").write_bytes(there)
+        folder.append("x", b"abc", b"def")
+        assert folder.read("x") == b"abcdef"
+
+
+def test_the_name_of_a_file_is_on_the_disk_too_once_it_is_written(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink()))
+    write_whole(LOCAL, str(tmp_path / "x"), b"y")
+    assert synced[1:] == [tmp_path]
+
+
 WRITERS = {
     "export": lambda run, out: export(str(run), "safetensors", Screen(quiet=True), out=out, data="synthetic:200"),
     "report --out": lambda run, out: reporting.report(

@@ -9,6 +9,7 @@ import os
 import secrets
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -158,15 +159,22 @@ def write_whole(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+    with suppress(OSError):  # not every system can sync a folder
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
-def append_to(path: Path, length: int, added: bytes) -> None:
-    """Append to a file on a disk, of which the first `length` bytes are kept; never through a link."""
+def append_to(path: Path, content: bytes, added: bytes) -> None:
+    """Append to a file on a disk that begins with `content`, or else is shorter and is given it; never through a link."""
     path.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     with open(path, "r+b", opener=lambda name, _: open_regular(name, flags)) as file:
-        file.truncate(length)
-        file.seek(length)
-        file.write(added)
+        kept = len(content) if os.fstat(file.fileno()).st_size >= len(content) else 0
+        file.truncate(kept)
+        file.seek(kept)
+        file.write(content[kept:] + added)
         file.flush()
         os.fsync(file.fileno())
