@@ -5,6 +5,7 @@ What fails raises an OSError whose message says in plain words what is wrong.
 
 import errno
 import io
+import itertools
 import os
 import secrets
 import stat
@@ -15,7 +16,7 @@ from typing import IO, TypeVar
 
 from pyarrow import fs
 
-from raycifar.errors import RequestError, StorageError, in_a_line
+from raycifar.errors import RequestError, StorageError, in_a_line, notice
 from raycifar.storage import remote
 from raycifar.storage.locations import Location, check_location, to_path
 
@@ -66,8 +67,15 @@ def locate_images(location: str) -> tuple[fs.FileSystem, str, fs.FileType]:
 def list_files(filesystem: fs.FileSystem, folder: str) -> list[str]:
     """Return the paths of all files in a folder and its subfolders, sorted; links to folders are not followed."""
     if is_local(filesystem):
-        found = (Path(top, name) for top, _, names in os.walk(folder, onerror=raise_it) for name in names)
-        return sorted(str(path) for path in found if path.is_file())
+        found = [
+            Path(top, name) for top, *names in os.walk(folder, onerror=raise_it) for name in itertools.chain(*names)
+        ]
+        files = [str(path) for path in found if path.is_file()]
+        if links := [path for path in found if path.is_symlink() and not path.is_file() and path.name[0] != "."]:
+            what = "link to a folder" if links[0].is_dir() else "link that leads nowhere"
+            more = f", and so are {len(links) - 1:,} more" if links[1:] else ""
+            notice(f"{links[0]} is passed over{more}: it is a {what}.")
+        return sorted(files)
     selector = fs.FileSelector(folder, recursive=True)
     return sorted(entry.path for entry in ask(filesystem, lambda: filesystem.get_file_info(selector)) if entry.is_file)
 
@@ -168,7 +176,7 @@ def write_whole(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
 
 
 def append_to(path: Path, content: bytes, added: bytes) -> None:
-    """Append to a file on a disk that begins with `content`, or else is shorter and is given it; never through a link."""
+    """Append to a file on a disk that begins with `content`, or is shorter and is given that; never through a link."""
     path.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     with open(path, "r+b", opener=lambda name, _: open_regular(name, flags)) as file:
