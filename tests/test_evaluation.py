@@ -306,3 +306,11 @@ def test_corrupted_images_that_do_not_fit_are_refused(trained, small_arrays, tmp
     assert words in str(refusal.value)
     assert str(refusal.value).endswith(".")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_is_not_written_into_the_data_set(tmp_path):
+    for out in (tmp_path, f"{tmp_path}/x/.."):
+        with pytest.raises(RequestError, match=r"--out .* is the data set: give another folder\.$"):
+            evaluation.evaluate(
+                EvaluationRequest("run", data=str(tmp_path), out=str(out)), Screen(quiet=True), ExitStack()
+            )
