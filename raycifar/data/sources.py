@@ -60,7 +60,8 @@ def load(name: str, *, test_alone: bool = False) -> Source:
             return read_folder(name, filesystem, path, test_alone=test_alone)
         return read_file(name, filesystem, path, test_alone=test_alone)
     except OSError as error:
-        raise RequestError(f"{name} can't be read: {in_a_line(error)}.") from error
+        inside = str(error.filename or "").removeprefix(path).lstrip("/")
+        raise RequestError(f"{join(name, inside) if inside else name} can't be read: {in_a_line(error)}.") from error
 
 
 def absolute_name(name: str) -> str:
