@@ -205,7 +205,7 @@ def test_links_to_folders_are_not_followed_and_that_is_said(tmp_path, caplog):
     (tmp_path / "a/away").symlink_to("nowhere")
     list_files(LOCAL, str(tmp_path / "a"))
     assert caplog.messages[1:] == [
-        f"Note: {tmp_path}/a/away is passed over, and so are 1 more: it is a link that leads nowhere."
+        f"Note: {tmp_path}/a/away is passed over, and 1 more: it is a link that leads nowhere."
     ]
 
 

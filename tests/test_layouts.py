@@ -466,6 +466,25 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         load(str(tmp_path))
 
 
+@pytest.mark.parametrize("writer", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_arrow_files_whose_writing_was_interrupted_are_refused(tmp_path, images, writer):
+    arrow(tmp_path, images, writer)
+    path, table = tmp_path / "train/data-00000-of-00001.arrow", hub_table(images["train"])
+    sink, ends = pa.BufferOutputStream(), []
+    file = writer(sink, table.schema)
+    for batch in table.to_batches(300):
+        file.write_batch(batch)
+        ends.append(sink.tell())
+    file.close()
+    whole = sink.getvalue().to_pybytes()
+    path.write_bytes(whole)
+    assert len(load(str(tmp_path)).train) == 800
+    for size in (*ends, ends[0] + 3, ends[1] + 4, ends[1] + 40):
+        path.write_bytes(whole[:size])
+        with pytest.raises(RequestError, match=r"arrow (ends early, as if its writing was interrupted|is damaged: )"):
+            load(str(tmp_path))
+
+
 def test_nothing_but_files_is_opened_and_no_link_to_a_folder_is_followed(tmp_path, images, fingerprint):
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(RequestError, match="not a file"):

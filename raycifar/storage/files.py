@@ -73,7 +73,7 @@ def list_files(filesystem: fs.FileSystem, folder: str) -> list[str]:
         files = [str(path) for path in found if path.is_file()]
         if links := [path for path in found if path.is_symlink() and not path.is_file() and path.name[0] != "."]:
             what = "link to a folder" if links[0].is_dir() else "link that leads nowhere"
-            more = f", and so are {len(links) - 1:,} more" if links[1:] else ""
+            more = f", and {len(links) - 1:,} more" if links[1:] else ""
             notice(f"{links[0]} is passed over{more}: it is a {what}.")
         return sorted(files)
     selector = fs.FileSelector(folder, recursive=True)
