@@ -76,8 +76,7 @@ def list_files(filesystem: fs.FileSystem, folder: str) -> list[str]:
             more = f", and {len(links) - 1:,} more" if links[1:] else ""
             notice(f"{links[0]} is passed over{more}: it is a {what}.")
         return sorted(files)
-    selector = fs.FileSelector(folder, recursive=True)
-    return sorted(entry.path for entry in ask(filesystem, lambda: filesystem.get_file_info(selector)) if entry.is_file)
+    return sorted(entry.path for entry in remote.list_all(filesystem, folder) if entry.is_file)
 
 
 def raise_it(error: OSError) -> None:
