@@ -105,6 +105,17 @@ def test_copies_with_equal_pixels_are_exact_also_mirrored_ones(planted):
     assert (pairs.similarity[pairs.exact] == 1).all()
 
 
+def test_equal_plain_images_are_exact_pairs_and_each_of_many_has_some(planted):
+    test, train, _ = planted
+    images = torch.cat([test[:20], train[:20], train[5:6]])
+    images[:12] = images[30] = 7  # eleven more than are paired with each
+    pairs = find_pairs(images)
+    assert pairs.exact.all() == (pairs.similarity == 1).all()
+    exact = set(zip(pairs.first[pairs.exact].tolist(), pairs.second[pairs.exact].tolist(), strict=True))
+    assert {(row, 30) for row in range(12)} | {(row, row + 1) for row in range(11)} | {(25, 40)} <= exact
+    assert len(exact) == pairs.exact.sum() < 13 * 16
+
+
 def test_the_pairs_of_noise_are_none():
     noise = torch.randint(0, 256, (500, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert not len(find_pairs(noise).first)

@@ -322,3 +322,11 @@ def test_workers_have_as_long_to_find_room_as_wait_says(monkeypatch):
         evaluation.allocate_workers(request, Screen(quiet=True), connection, debug=False)
     assert seconds == [7]
     assert "--wait" in {name for option in command.main.params for name in option.opts}
+
+
+def test_an_evaluation_is_not_written_into_the_data_set(tmp_path):
+    for out in (tmp_path, f"{tmp_path}/x/.."):
+        with pytest.raises(RequestError, match=r"--out .* is the data set: give another folder\.$"):
+            evaluation.evaluate(
+                EvaluationRequest("run", data=str(tmp_path), out=str(out)), Screen(quiet=True), ExitStack()
+            )

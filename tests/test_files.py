@@ -12,6 +12,7 @@ import pytest
 from pyarrow import fs
 
 from raycifar.command import ending
+from raycifar.data.sources import load
 from raycifar.data.synthetic import synthetic
 from raycifar.errors import RequestError, StorageError
 from raycifar.models.recipes import choose_recipe
@@ -71,6 +72,24 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
             write_file(str(tmp_path / name), b"x")
     assert (tmp_path / "fifo").is_fifo()
     assert {path.name for path in tmp_path.iterdir()} == {"fifo", "link"}
+
+
+def test_a_file_that_lost_its_beginning_is_written_whole_when_it_is_appended_to(tmp_path):
+    folder = RunFolder(str(tmp_path), "a")
+    for there in (None, b"", b"ab", b"abc", b"abcd"):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a/x").unlink(missing_ok=True)
+        if there is not None:
+            (tmp_path / "a/x").write_bytes(there)
+        folder.append("x", b"abc", b"def")
+        assert folder.read("x") == b"abcdef"
+
+
+def test_the_name_of_a_file_is_on_the_disk_too_once_it_is_written(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink()))
+    write_whole(LOCAL, str(tmp_path / "x"), b"y")
+    assert synced[1:] == [tmp_path]
 
 
 WRITERS = {
@@ -167,13 +186,27 @@ def test_a_run_s_files_are_in_its_folder(tmp_path):
         assert file.read() == b"mine"
 
 
-def test_links_to_folders_are_not_followed(tmp_path):
+def test_a_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(RequestError, match="loop does not exist: give --data"):
+        load(str(tmp_path / "loop"))
+    with pytest.raises(StorageError, match="loop can't be read: Too many levels of symbolic links"):
+        RunFolder.at(str(tmp_path)).read("loop")
+
+
+def test_links_to_folders_are_not_followed_and_that_is_said(tmp_path, caplog):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/b/image.png").touch()
     (tmp_path / "a/blob").symlink_to("b/image.png")  # as in a cache of the hub
     (tmp_path / "a/b/around").symlink_to(tmp_path / "a")
     os.mkfifo(tmp_path / "a/fifo")
     assert list_files(LOCAL, str(tmp_path / "a")) == [str(tmp_path / "a" / name) for name in ("b/image.png", "blob")]
+    assert caplog.messages == [f"Note: {tmp_path}/a/b/around is passed over: it is a link to a folder."]
+    (tmp_path / "a/away").symlink_to("nowhere")
+    list_files(LOCAL, str(tmp_path / "a"))
+    assert caplog.messages[1:] == [
+        f"Note: {tmp_path}/a/away is passed over, and 1 more: it is a link that leads nowhere."
+    ]
 
 
 # Paths and URIs -------------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_archive
 from PIL import Image
+from pyarrow.fs import LocalFileSystem
 
 from raycifar.data import CIFAR100
 from raycifar.data.dataset import to_images
+from raycifar.data.pictures import read_image
 from raycifar.data.sources import load
 from raycifar.data.trees import Gunzipped
 from raycifar.errors import RequestError
@@ -78,6 +80,14 @@ def parquet(folder, images, name="{}-00000-of-00001.parquet", **columns):
         path.parent.mkdir(parents=True, exist_ok=True)
         values = {key: value(content) if callable(value) else value for key, value in columns.items()}
         pq.write_table(hub_table(content, **values), path)
+
+
+def in_parts(folder, images, name):
+    """Two Parquet files a split, in its folder."""
+    for part, rows in enumerate((slice(100), slice(100, None))):
+        parquet(
+            folder, {split: [each[rows] for each in x] for split, x in images.items()}, "{}/" + name.format(part=part)
+        )
 
 
 def pictures(folder, images, name):
@@ -146,6 +156,9 @@ GOOD = {
     "Parquet with a prefix": lambda f, x: parquet(f, x, "cifar100-{}.parquet"),
     "Parquet by folder, under test": lambda f, x: parquet(f / "test/cifar", x, "{}/0000.parquet"),
     "Parquet by folder, under train": lambda f, x: parquet(f / "train/cifar", x, "{}/0000.parquet"),
+    "Parquet of Spark": lambda f, x: in_parts(f, x, "part-0000{part}-3f2a-c000.snappy.parquet"),
+    "Parquet of Ray Data": lambda f, x: in_parts(f, x, "a1b2_00000{part}_000000.parquet"),
+    "beside an evaluation": lambda f, x: [csv_files(f, x), (f / "evaluation.json").write_text("{}")],
     "Arrow streams": lambda f, x: arrow(f, x, pa.ipc.new_stream),
     "Arrow files": lambda f, x: arrow(f, x, pa.ipc.new_file),
     "npz": lambda f, x: npz(f / "cifar100.npz", x),
@@ -212,8 +225,12 @@ def nested(depth, start=b"\x80\x02}", end=b"s."):
 
 REFUSED = {
     "two copies": (two_copies, "more than one data set, a-clean (cifar-100-python) and b-noisy (cifar-100-python)"),
+    "two series in a folder": (
+        lambda f, x: [parquet(f, x, f"{{}}/part-00000-{job}-c000.parquet") for job in "ab"],
+        "several series of files, train/part-00000-a-c000.parquet and train/part-00000-b-c000.parquet: give a",
+    ),
     "two snapshots": (two_snapshots, "more than one data set, snapshots/aaaa (Parquet) and snapshots/bbbb (Parquet)"),
-    "an extra shard": (extra_shard, "more than once, in train"),
+    "an extra shard": (extra_shard, "several series of files, train"),
     "a missing shard": (lambda f, x: parquet(f, x, "{}-00000-of-00002.parquet"), "one of 2 files, and 1 are there"),
     "pictures without splits": (lambda f, x: pictures(f, x, "{fine}"), "must be in folders train/CLASS and test/CLASS"),
     "one split": (lambda f, x: parquet(f, {"train": x["train"]}), "it has no test split beside train-00000"),
@@ -371,6 +388,32 @@ def tar_of(path, *members):
     return str(path)
 
 
+def test_a_tar_that_is_not_whole_is_refused(tmp_path, images):
+    pictures(tmp_path / "a", images, "{split}/{fine}")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "a/test", "test")
+        archive.add(tmp_path / "a/train", "train")
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        header = archive.getmembers()[-50].offset
+    tar, path = (tmp_path / "a.tar").read_bytes(), tmp_path / "b.tar"
+    for damaged in (tar[:header], tar[: header + 100], tar[:header] + b"?" + tar[header + 1 :]):
+        for compress in (bytes, gzip.compress):
+            path.write_bytes(compress(damaged))
+            with pytest.raises(
+                RequestError, match=r"is truncated or damaged \((empty|truncated|bad).*\): fetch it again"
+            ):
+                load(str(path))
+    path.write_bytes(b"no tar" * 1000)
+    with pytest.raises(RequestError, match="is not a tar or zip archive"):
+        load(str(path))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_in_a_tar_are_refused_by_what_they_are(tmp_path, kind):
+    with pytest.raises(RequestError, match=r"train\.bin is a link: make the archive with tar -h --hard-dereference\.$"):
+        load(tar_of(tmp_path / "a.tar", (kind, b"")))
+
+
 def test_lists_of_the_parts_of_a_sparse_file_are_not_read(tmp_path):
     version = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"
     parts = b"9999999\n" + b"1\n" * 5000
@@ -388,6 +431,58 @@ def test_what_a_tar_says_of_all_its_members_does_not_pile_up(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 5_000_000
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("jfif", "JPEG"), ("jpe", "JPEG"), ("avif", "AVIF"), ("jp2", "JPEG2000")])
+def test_every_picture_that_is_read_by_itself_is_read_in_a_folder(tmp_path, images, suffix, kind):
+    pictures(tmp_path, images, "{split}/{fine}")
+    Image.new("RGB", (32, 32)).save(tmp_path / f"train/apple/more.{suffix}", kind)
+    assert len(load(str(tmp_path)).train) == 801
+
+
+def test_pictures_are_turned_as_they_are_where_a_network_is_asked(tmp_path, images):
+    pictures(tmp_path, images, "{split}/{fine}")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = tmp_path / "train/apple/0turned.jpg"
+    Image.fromarray(images["train"][0][0]).save(picture, exif=exif)
+    turned = read_image(LocalFileSystem(), str(picture))
+    assert any((image == turned).all() for image in to_images(load(str(tmp_path)).train["image"]))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, images):
+    pictures(tmp_path, images, "{split}/{fine}")
+    (tmp_path / "train/apple/large.png").write_bytes(bytes(2**20 + 1))
+    with pytest.raises(RequestError, match=r": train/apple/large\.png can't be read: it has 1,048,577 bytes"):
+        load(str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def scandir(path):
+        raise PermissionError(13, "Permission denied", f"{tmp_path}/train/bear")
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(RequestError, match=r"/train/bear can't be read: Permission denied\.$"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("writer", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_arrow_files_whose_writing_was_interrupted_are_refused(tmp_path, images, writer):
+    arrow(tmp_path, images, writer)
+    path, table = tmp_path / "train/data-00000-of-00001.arrow", hub_table(images["train"])
+    sink, ends = pa.BufferOutputStream(), []
+    file = writer(sink, table.schema)
+    for batch in table.to_batches(300):
+        file.write_batch(batch)
+        ends.append(sink.tell())
+    file.close()
+    whole = sink.getvalue().to_pybytes()
+    path.write_bytes(whole)
+    assert len(load(str(tmp_path)).train) == 800
+    for size in (*ends, ends[0] + 3, ends[1] + 4, ends[1] + 40):
+        path.write_bytes(whole[:size])
+        with pytest.raises(RequestError, match=r"arrow (ends early, as if its writing was interrupted|is damaged: )"):
+            load(str(tmp_path))
 
 
 def test_nothing_but_files_is_opened_and_no_link_to_a_folder_is_followed(tmp_path, images, fingerprint):

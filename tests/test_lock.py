@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +82,24 @@ def test_a_claim_that_cannot_be_read_for_a_while_is_renewed_afterwards(tmp_path,
         before = json.loads(claim.read_text())["beats"]
         time.sleep(0.3)
         assert json.loads(claim.read_text())["beats"] > before
+
+
+def test_a_claim_that_is_being_renewed_as_the_run_fails_is_withdrawn(tmp_path, monkeypatch):
+    run, renewing, beating = RunFolder(str(tmp_path / "runs"), "a"), threading.Event(), write
+
+    def slowly(*args):
+        if threading.current_thread() is not threading.main_thread():
+            renewing.set()
+            time.sleep(0.3)
+        beating(*args)
+
+    monkeypatch.setattr(room, "BEAT_SECONDS", 1)
+    monkeypatch.setattr(room, "write", slowly)
+    with suppress(ValueError), locked(run, pytest.fail):
+        renewing.wait()
+        raise ValueError
+    time.sleep(0.5)
+    assert claims([run]) == []
 
 
 def test_of_many_that_begin_at_once_one_holds_the_lock(run):

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+from functools import partial
 
 import pytest
 from command import Report
@@ -21,7 +23,7 @@ from raycifar.errors import RequestError, StorageError
 from raycifar.models.initial_weights import read_tensors
 from raycifar.storage import remote
 from raycifar.storage.checkpoints import Checkpoints
-from raycifar.storage.files import list_files, locate, read_file, write_file
+from raycifar.storage.files import list_files, locate, locate_images, read_file, write_file
 from raycifar.storage.run_folder import RunFolder
 
 CONTENT = bytes(range(256)) * 4000
@@ -155,6 +157,16 @@ def test_a_file_that_is_too_large_is_not_read_to_its_end(server):
         remote.download(*locate(f"{server.url}/whole"), 500_000)
 
 
+def test_what_is_downloaded_is_in_memory_once(server):
+    filesystem, path = locate(f"{server.url}/whole")
+    tracemalloc.start()
+    content = remote.download(filesystem, path, 2**30)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert content == CONTENT
+    assert peak < 1.7 * len(CONTENT)
+
+
 def test_what_is_read_so_far_is_said(server, monkeypatch):
     said = []
     with remote.telling(said.append):
@@ -165,6 +177,60 @@ def test_what_is_read_so_far_is_said(server, monkeypatch):
     with remote.telling(said.append):
         read_file(f"{server.url}/whole")
     assert any(line.endswith(" MB so far") for line in said)
+
+
+class Folders(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder, and a list of one of its folders after a while; it signs nothing but GET."""
+
+    def do_GET(self):
+        if self.path.endswith("/"):
+            time.sleep(0.3)
+        super().do_GET()
+
+    def do_HEAD(self):
+        if "signed" in self.path:
+            self.send_error(403)
+        else:
+            super().do_HEAD()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def folders(tmp_path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Folders, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_what_a_web_server_has_is_told_from_what_it_has_not(folders, tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("a/run.json", "signed"):
+        (tmp_path / name).write_bytes(b"{}")
+    run = RunFolder.at(f"{folders}/a")
+    assert (run.exists("run.json"), run.exists("comparison.json"), run.read("none")) == (True, False, None)
+    kinds = {
+        "a": fs.FileType.Directory,
+        "a/run.json": fs.FileType.File,
+        "signed": fs.FileType.File,
+        "b": fs.FileType.NotFound,
+    }
+    assert {name: locate_images(f"{folders}/{name}?sig=x")[2] for name in kinds} == kinds
+    assert [found.name for found in RunFolder.at(folders).runs()] == ["a"]
+    with pytest.raises(
+        StorageError, match=r"/a/report\.html can't be written: a web server takes no files: give --out$"
+    ):
+        run.write("report.html", b"x")
+
+
+def test_a_long_list_is_waited_for_as_long_as_it_goes_on(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote.ask, "__defaults__", (1,))
+    for k in range(6):
+        (tmp_path / f"a/{k}").mkdir(parents=True)
+        (tmp_path / f"a/{k}/x").touch()
+    assert len(list_files(*locate(f"{folders}/a/"))) == 6
 
 
 def test_nothing_is_written_to_a_web_server(server, small):

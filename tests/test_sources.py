@@ -134,6 +134,13 @@ def test_names_in_a_web_server_s_lists_are_those_of_the_files(tmp_path, small_ar
     assert f"{url}/my%20data/100%25/test/apple/{row}%20%C3%A4%2520%23.png" in [image.name for image in apples]
 
 
+def test_an_archive_may_have_one_gibibyte(tmp_path):
+    with (tmp_path / "a.tar").open("wb") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(RequestError, match="has 1,073,741,825 bytes, and at most 1,073,741,824 are read"):
+        sources.load(str(tmp_path / "a.tar"))
+
+
 def test_the_fingerprint_is_of_the_content(tmp_path, small, small_arrays):
     folder = write_folder(tmp_path / "python", python_files(small_arrays))
     assert sources.load(small).fingerprint() == sources.load(folder).fingerprint()

@@ -1,9 +1,10 @@
 """A run in words: the paragraph under the figure, its scores, and what to try next, as commands."""
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from raycifar.analysis.diagnosis import PHRASES
@@ -165,7 +166,7 @@ def chosen_workers(run: dict[str, Any], command: str) -> str | None:
 
 def at(storage: str) -> dict[str, str]:
     """Return the option that names where a run is kept, unless that is the default."""
-    return {} if Path(storage).resolve() == Path("results").resolve() else {"storage": storage}
+    return {} if os.path.realpath(storage) == os.path.realpath("results") else {"storage": storage}
 
 
 IN_WORDS = {"augment": "augmentation", "lr": "learning rate", "warmup": "warm-up"}  # fields of the recipe

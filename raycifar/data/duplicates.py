@@ -6,15 +6,21 @@ Three stages, each more expensive than the last and for fewer pairs:
    and odd from left to right are compared separately, which also finds mirrored images at no extra cost.
 2. The most alike, by edges at half the resolution, shifted, mirrored and zoomed.
 3. Those that remain, by edges at the full resolution.
+
+Equal images are found by a hash besides.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from raycifar.data.dataset import hashes
 
 NEAR, SIMILAR = 0.82, 0.72  # least similarity: from `NEAR` on, nearly all pairs show one photograph
 CANDIDATES = 8  # of each image, among those that follow it
@@ -76,11 +82,34 @@ def find_pairs(
         found.append((first, second, similarity))
         progress(1 - (1 - min(1, (start + rows) / len(images))) ** 2)  # later chunks have fewer images after them
     first, second, similarity = map(torch.cat, zip(*found, strict=True))
-    a, b = images[first], images[second]
-    exact = (a == b).flatten(1).all(1) | (a == b.flip(-1)).flatten(1).all(1)
+    equal = torch.tensor(equal_pairs(images.cpu().numpy()), dtype=torch.int64, device=images.device).reshape(-1, 2).T
+    (first, second), place = torch.cat([torch.stack([first, second]), equal], 1).unique(dim=1, return_inverse=True)
+    similarity = similarity.new_ones(len(first)).index_copy(0, place[: len(similarity)], similarity)
+    parts = zip(first.split(CHUNK), second.split(CHUNK), strict=True)
+    exact = torch.cat([are_exact(images[a], images[b]) for a, b in parts])
     similarity = similarity.masked_fill(exact, 1)
     order = similarity.argsort(descending=True, stable=True)
     return Pairs(first[order], second[order], similarity[order], exact[order])
+
+
+def are_exact(first: Tensor, second: Tensor) -> Tensor:
+    return (first == second).flatten(1).all(1) | (first == second.flip(-1)).flatten(1).all(1)
+
+
+def equal_pairs(images: np.ndarray) -> list[tuple[int, int]]:
+    """Return pairs of equal images, plain ones too, which have no frequencies or edges.
+
+    Of more than `CANDIDATES` that are equal, each is paired with so many of the next and of the last ones.
+    """
+    rows = defaultdict(list)
+    for row, key in enumerate(hashes(images)):
+        rows[key].append(row)
+    return [
+        (row, other)
+        for same in rows.values()
+        for place, row in enumerate(same)
+        for other in {*same[place + 1 : place + 1 + CANDIDATES], *same[max(place + 1, len(same) - CANDIDATES) :]}
+    ]
 
 
 def low_frequencies(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it says of da
 
 # Read by libraries. Pillow's other formats are rare, and one of them, EPS, starts a program: Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
 MAX_BYTES = 2**28  # of an image file
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -136,14 +137,13 @@ def decode_all(files: Iterable[tuple[bytes, str]], count: int) -> np.ndarray:
 def to_pixels(image: Image.Image) -> np.ndarray:
     """Return an image of any size and mode as (3, 32, 32) uint8.
 
-    The image is rotated by its EXIF orientation, put on white where it is transparent, scaled until its shorter side
-    fits, and cropped to its center.
+    The image is scaled until its shorter side fits, and cropped to its center; see `to_rgb`.
 
     Raises:
         ValueError: its values have no known range, or no RGB.
     """
     size = (CIFAR100.image_size, CIFAR100.image_size)
-    return np.asarray(ImageOps.fit(to_rgb(upright(image)), size, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    return np.asarray(ImageOps.fit(to_rgb(image), size, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
 def to_png(pixels: np.ndarray) -> bytes:
@@ -163,7 +163,8 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the image in 8-bit RGB, on white where it is transparent."""
+    """Return the image rotated by its EXIF orientation, in 8-bit RGB, on white where it is transparent."""
+    image = upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = to_8_bits(image)
     if image.has_transparency_data:

@@ -15,7 +15,7 @@ from raycifar.data.dataset import Source
 from raycifar.data.layouts import SPLITS
 from raycifar.data.layouts.detect import find, read_tree
 from raycifar.data.synthetic import SYNTHETIC, synthetic
-from raycifar.data.trees import Tree, open_folder, open_tar, open_zip
+from raycifar.data.trees import MAX_BYTES, Tree, open_folder, open_tar, open_zip
 from raycifar.errors import RequestError, in_a_line
 from raycifar.machine import private_folder
 from raycifar.storage.files import file_type, locate, open_file
@@ -60,7 +60,8 @@ def load(name: str, *, test_alone: bool = False) -> Source:
             return read_folder(name, filesystem, path, test_alone=test_alone)
         return read_file(name, filesystem, path, test_alone=test_alone)
     except OSError as error:
-        raise RequestError(f"{name} can't be read: {in_a_line(error)}.") from error
+        inside = str(error.filename or "").removeprefix(path).lstrip("/")
+        raise RequestError(f"{join(name, inside) if inside else name} can't be read: {in_a_line(error)}.") from error
 
 
 def absolute_name(name: str) -> str:
@@ -120,7 +121,7 @@ def fetch(url: str = URL, md5: str = MD5) -> Path:
 
 def read_file(name: str, filesystem: fs.FileSystem, path: str, *, test_alone: bool) -> Source:
     """Return the data set in a single file: an archive, or a file of test images."""
-    with open_file(filesystem, path) as file:
+    with open_file(filesystem, path, max_bytes=MAX_BYTES) as file:
         head = file.read(8)
         file.seek(0)
         kind = next((kind for magic, kind in ONE_SPLIT.items() if head.startswith(magic)), None)

@@ -3,6 +3,7 @@
 import bz2
 import io
 import lzma
+import os
 import tarfile
 import zipfile
 import zlib
@@ -14,6 +15,7 @@ from typing import IO, Any, Self
 from pyarrow import fs
 
 from raycifar.data import CIFAR100
+from raycifar.data.pictures import SUFFIXES
 from raycifar.errors import RequestError, in_a_line
 from raycifar.storage.files import list_files, open_file
 from raycifar.storage.run_folder import COMPARISON, EVALUATION, RUN
@@ -23,7 +25,6 @@ MAX_BYTES = 2**30  # of a file, and of all that an archive holds
 MAX_MEMBERS = 100_000  # of an archive
 MAX_EXTENDED = 2**16  # bytes of a tar's long names and attributes
 RECORD = 2 + CIFAR100.image_bytes  # of the official binary files: coarse label, fine label, pixels
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
 READABLE = (
     "CIFAR-100 is read as the official binary archive or cifar-100-python; as folders of pictures, train/CLASS and "
     "test/CLASS; and as Parquet, Arrow, CSV or NumPy files whose names say train and test; each in a folder, a tar or "
@@ -43,8 +44,10 @@ class Tree:
 
     @classmethod
     def of(cls, name: str, paths: list[PurePosixPath], read: Callable[[PurePosixPath], bytes]) -> Self:
-        runs = {path.parent for path in paths if path.name in (RUN, COMPARISON, EVALUATION)}
         shown = [path for path in paths if not any(part.startswith((".", "__")) for part in path.parts)]
+        # What lies around all files is the data set's, even where something was evaluated into it.
+        top = PurePosixPath(os.path.commonpath(shown)) if shown else None
+        runs = {path.parent for path in shown if path.name in (RUN, COMPARISON, EVALUATION)} - {top}
         return cls(name, [path for path in shown if runs.isdisjoint(path.parents)], read)
 
 
@@ -56,7 +59,7 @@ def check_count(images: int, origin: str) -> None:
 
 def max_bytes(path: PurePosixPath) -> int:
     """Return how large a file of that name may be."""
-    return {".bin": MAX_IMAGES * RECORD, **dict.fromkeys(PICTURES, 2**20)}.get(path.suffix.lower(), MAX_BYTES)
+    return {".bin": MAX_IMAGES * RECORD, **dict.fromkeys(SUFFIXES, 2**20)}.get(path.suffix.lower(), MAX_BYTES)
 
 
 def open_folder(name: str, filesystem: fs.FileSystem, folder: str) -> Tree:
@@ -65,8 +68,11 @@ def open_folder(name: str, filesystem: fs.FileSystem, folder: str) -> Tree:
     paths = [PurePosixPath(file[len(root) :]) for file in list_files(filesystem, folder)]
 
     def read(path: PurePosixPath) -> bytes:
-        with open_file(filesystem, f"{root}{path}", max_bytes=max_bytes(path)) as file:
-            return file.read()
+        try:
+            with open_file(filesystem, f"{root}{path}", max_bytes=max_bytes(path)) as file:
+                return file.read()
+        except OSError as error:
+            raise RequestError(f"{name}: {path} can't be read: {in_a_line(error)}.") from error
 
     return Tree.of(name, paths, read)
 
@@ -115,6 +121,11 @@ def open_tar(name: str, stream: IO[bytes]) -> Tree:
             for count, member in enumerate(archive):
                 path = PurePosixPath(member.name)
                 total += member.size
+                if member.issym() or member.islnk():
+                    raise RequestError(
+                        f"{name} is refused: its member {path} is a link: make the archive with "
+                        "tar -h --hard-dereference."
+                    )
                 check_member(name, path, member.size, count, total, inside=member.isfile() or member.isdir())
                 if file := archive.extractfile(member):
                     contents[path] = file.read()
@@ -177,7 +188,12 @@ class Member(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        header = super().frombuf(buf, encoding, errors)
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:  # tarfile takes it for the end, unless it is the first
+            raise tarfile.ReadError(str(error)) from error
         if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) and header.size > MAX_EXTENDED:
             raise ValueError(f"a header of {header.size:,} bytes")
         if header.type == tarfile.GNUTYPE_SPARSE:

@@ -5,16 +5,18 @@ A failure raises an OSError whose message says in plain words what is wrong.
 
 import errno
 import io
+import itertools
 import os
 import secrets
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TypeVar
 
 from pyarrow import fs
 
-from raycifar.errors import RequestError, StorageError, in_a_line
+from raycifar.errors import RequestError, StorageError, in_a_line, notice
 from raycifar.storage import remote
 from raycifar.storage.locations import Location, check_location, to_path
 
@@ -65,10 +67,16 @@ def locate_images(location: str) -> tuple[fs.FileSystem, str, fs.FileType]:
 def list_files(filesystem: fs.FileSystem, folder: str) -> list[str]:
     """Return the paths of all files in a folder and its subfolders, sorted; links to folders are not followed."""
     if is_local(filesystem):
-        found = (Path(top, name) for top, _, names in os.walk(folder, onerror=raise_it) for name in names)
-        return sorted(str(path) for path in found if path.is_file())
-    selector = fs.FileSelector(folder, recursive=True)
-    return sorted(entry.path for entry in ask(filesystem, lambda: filesystem.get_file_info(selector)) if entry.is_file)
+        found = [
+            Path(top, name) for top, *names in os.walk(folder, onerror=raise_it) for name in itertools.chain(*names)
+        ]
+        files = [str(path) for path in found if path.is_file()]
+        if links := [path for path in found if path.is_symlink() and not path.is_file() and path.name[0] != "."]:
+            what = "link to a folder" if links[0].is_dir() else "link that leads nowhere"
+            more = f", and {len(links) - 1:,} more" if links[1:] else ""
+            notice(f"{links[0]} is passed over{more}: it is a {what}.")
+        return sorted(files)
+    return sorted(entry.path for entry in remote.list_all(filesystem, folder) if entry.is_file)
 
 
 def raise_it(error: OSError) -> None:
@@ -94,7 +102,7 @@ def open_file(
     """
     if not is_local(filesystem):
         return io.BytesIO(remote.download(filesystem, path, max_bytes))
-    if inside and not Path(path).resolve().is_relative_to(Path(inside).resolve()):
+    if inside and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(inside)):
         raise PermissionError(errno.EACCES, "it is a link to a place outside the folder", path)
     file = open(path, "rb", opener=open_regular)  # noqa: SIM115 (the caller closes it)
     size = os.fstat(file.fileno()).st_size
@@ -158,15 +166,22 @@ def write_whole(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+    with suppress(OSError):  # not every system can sync a folder
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
-def append_to(path: Path, length: int, added: bytes) -> None:
-    """Append to a file on a disk, of which the first `length` bytes are kept; never through a link."""
+def append_to(path: Path, content: bytes, added: bytes) -> None:
+    """Append to a file on a disk that begins with `content`, or is shorter and is given that; never through a link."""
     path.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     with open(path, "r+b", opener=lambda name, _: open_regular(name, flags)) as file:
-        file.truncate(length)
-        file.seek(length)
-        file.write(added)
+        kept = len(content) if os.fstat(file.fileno()).st_size >= len(content) else 0
+        file.truncate(kept)
+        file.seek(kept)
+        file.write(content[kept:] + added)
         file.flush()
         os.fsync(file.fileno())

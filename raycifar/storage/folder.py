@@ -152,7 +152,7 @@ class Folder:
             self.write(file, content + added)
             return
         with self._writing(file):
-            append_to(Path(self.path(file)), len(content), added)
+            append_to(Path(self.path(file)), content, added)
 
     @contextmanager
     def _writing(self, file: str) -> Iterator[None]:

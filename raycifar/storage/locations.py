@@ -64,7 +64,7 @@ def to_path(text: str) -> str | None:
         raise RequestError(f"{text}: this user has no home directory: give a full path.")
     else:
         text = home
-    return str(Path(text).resolve())
+    return os.path.realpath(text)  # unlike Path.resolve, it takes a link to itself
 
 
 def join(location: str, name: str) -> str:

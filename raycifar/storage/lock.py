@@ -98,11 +98,12 @@ def locked(folder: RunFolder, say: Say, *, also: Iterable[RunFolder] = ()) -> It
             clear(places, claim, say)
             beating = Thread(target=renew, args=(folder, claim, ended), daemon=True)
             beating.start()
-            yield replace(folder, claim=folder.path(claim.file))
-            ended.set()
-            beating.join(BEAT_SECONDS)
+            try:
+                yield replace(folder, claim=folder.path(claim.file))
+            finally:
+                ended.set()
+                beating.join(BEAT_SECONDS)  # or it may write the claim again
         finally:
-            ended.set()
             with suppress(OSError):  # or it would hide what the storage has refused before; a claim that stays is dead
                 folder.delete(claim.file)
 

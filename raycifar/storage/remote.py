@@ -4,6 +4,7 @@ Each request runs in its own thread, so that Ctrl-C ends a wait that a library w
 for a temporary reason, such as an overloaded server or a cut connection, is retried after a pause.
 """
 
+import io
 import re
 import socket
 import ssl
@@ -128,13 +129,13 @@ def download(filesystem: fs.FileSystem, path: str, max_bytes: int) -> bytes:
         if info.type == fs.FileType.NotFound:
             raise FileNotFoundError("there is no such file")
         check_size(info.size or 0, max_bytes)
-        content = bytearray()
+        content = io.BytesIO()
         with filesystem.open_input_stream(path, compression=None) as stream:
             while chunk := stream.read(CHUNK if filesystem.type_name.startswith("py::") else 2**23):
-                content += chunk
-                check_size(len(content), max_bytes)
-                beat(len(content))
-        return bytes(content)
+                content.write(chunk)
+                check_size(content.tell(), max_bytes)
+                beat(content.tell())
+        return content.getvalue()  # without a copy
 
     return ask(work)
 
@@ -147,6 +148,21 @@ def upload(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
             stream.write(content)
 
     ask(work, SILENCE_SECONDS + len(content) / SLOWEST)
+
+
+def list_all(filesystem: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
+    """Return all that is in a folder and its subfolders; a web server has a list of each."""
+
+    def work(beat: Callable[[int], None]) -> list[fs.FileInfo]:
+        found = []
+        if not isinstance(web := getattr(filesystem, "handler", None), Web):
+            return filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
+        for entry in web.entries(f"{folder.rstrip('/')}/", MAX_LEVELS):
+            found.append(entry)
+            beat(web.listed)
+        return found
+
+    return ask(work)
 
 
 def check_size(size: int, max_bytes: int) -> None:
@@ -167,13 +183,24 @@ class Web(fs.FSSpecHandler):
     def __init__(self, query: str = "") -> None:
         super().__init__(None)
         self.query = query
+        self.listed = 0  # bytes of folders' lists, so far
         self.addresses: dict[str, str] = {}  # of what is listed, by paths, whose names are not percent-encoded
 
     def get_type_name(self) -> str:
         return "web"
 
     def get_file_info(self, paths: list[str]) -> list[fs.FileInfo]:
-        return [fs.FileInfo(path, kind_of(path)) for path in paths]
+        return [fs.FileInfo(path, self.kind(path)) for path in paths]
+
+    def kind(self, path: str) -> fs.FileType:
+        """Return what is there; what is listed is a file, and so is what a server doesn't tell: a read will show."""
+        if path.endswith("/") or path in self.addresses:
+            return kind_of(path)
+        import requests
+
+        response = requests.head(path + self.query, timeout=(CONNECT_SECONDS, READ_SECONDS), allow_redirects=True)
+        missing = response.status_code in (404, 410)
+        return fs.FileType.NotFound if missing else kind_of(response.url.partition("?")[0])
 
     def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
         return list(self.entries(f"{selector.base_dir.rstrip('/')}/", MAX_LEVELS if selector.recursive else 1))
@@ -181,6 +208,7 @@ class Web(fs.FSSpecHandler):
     def entries(self, folder: str, levels: int) -> Iterator[fs.FileInfo]:
         address = self.addresses.get(folder, folder)
         page = self.open_input_stream(folder).read(MAX_PAGE_BYTES).decode(errors="replace")
+        self.listed += len(page)
         hrefs = map(unescape, re.findall(r'href="([^"]+)"', page))
         links = [urljoin(address, href) for href in hrefs if not {"?", "#"} & {*href}]
         paths = {folder + unquote(link.removeprefix(address)): link for link in links if link.startswith(address)}
@@ -201,6 +229,9 @@ class Web(fs.FSSpecHandler):
         return pa.PythonFile(response.raw, mode="r")
 
     open_input_file = open_input_stream
+
+    def open_output_stream(self, path: str, metadata: Any) -> pa.NativeFile:
+        raise OSError("a web server takes no files: give --out")
 
 
 def kind_of(address: str) -> fs.FileType:

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from raycifar.data import CIFAR100
-from raycifar.data.dataset import Source, to_images
+from raycifar.data.dataset import Source, hashes, to_images
 from raycifar.data.layouts import SPLITS
 from raycifar.data.pictures import to_png
 from raycifar.data.sources import load
@@ -77,12 +77,9 @@ def count(table: pa.Table) -> str:
 def count_repeats(source: Source) -> tuple[int, int]:
     """Return how many training images repeat another one, and how many test images are also among the training images.
 
-    Images repeat others if they are equal pixel by pixel. 60,000 take a fraction of a second.
+    Images repeat others if they are equal pixel by pixel.
     """
-    # Hashes of 64 bits: the chance that two of a million different images share one is below 1 in 10 million.
-    train, test = (
-        [hash(image.tobytes()) for image in to_images(table["image"])] for table in (source.train, source.test)
-    )
+    train, test = (hashes(to_images(table["image"])) for table in (source.train, source.test))
     distinct = set(train)
     return len(train) - len(distinct), sum(image in distinct for image in test)
 

@@ -15,7 +15,7 @@ from raycifar.analysis.statistics import accuracy_interval, accuracy_intervals, 
 from raycifar.data import CIFAR100
 from raycifar.data.corruptions import Corruptions, benchmark, find_corruptions
 from raycifar.data.dataset import Source, split_rows, to_images
-from raycifar.data.sources import is_location
+from raycifar.data.sources import absolute_name, is_location
 from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
 from raycifar.models.recipe import Precision
 from raycifar.models.recipes import recipe_from_json
@@ -70,6 +70,8 @@ def evaluate(
     """
     folder, predictions = RunFolder.at(request.network), None
     out = RunFolder.for_output(request.out, folder) if request.out is not None else None
+    if request.out and request.data and absolute_name(request.out) == absolute_name(request.data):
+        raise RequestError(f"--out {request.out} is the data set: give another folder.")
     # A run's predictions for its own test set stay: nothing else may replace them.
     taken = RequestError(f"--out {request.out} holds the run's predictions for its own test set: give another folder.")
     run = None if folder.name.endswith(".safetensors") else read_run(folder)

@@ -56,5 +56,6 @@ def place_shard(path: PurePosixPath) -> Place | None:
         return Place(path.parent, split, series.replace(split, ""))
     for folder in path.parents:
         if split := split_in(folder.name):
+            series = re.sub(r"\d+", "", series)  # Ray Data and Spark number files in the middle of their names
             return Place(folder.parent, split, str(path.relative_to(folder).with_name(series or "-")))
     return None

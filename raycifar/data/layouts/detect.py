@@ -21,7 +21,8 @@ from raycifar.data.layouts import (
     python,
     text,
 )
-from raycifar.data.trees import PICTURES, READABLE, Tree
+from raycifar.data.pictures import SUFFIXES
+from raycifar.data.trees import READABLE, Tree
 from raycifar.errors import RequestError
 
 NAMED = "must say train and test in their names, as train.{0} and test.{0}, or in their folders' names"
@@ -32,7 +33,7 @@ LAYOUTS = (
     Layout("Arrow", (".arrow",), NAMED.format("arrow"), place_shard, columns.read_arrow_files),
     Layout("CSV", (".csv",), NAMED.format("csv"), place_shard, text.read),
     Layout("NumPy", (".npy",), "must be called x_train, y_train, x_test and y_test", arrays.place, arrays.read),
-    Layout("picture", PICTURES, "must be in folders train/CLASS and test/CLASS", folders.place, folders.read),
+    Layout("picture", SUFFIXES, "must be in folders train/CLASS and test/CLASS", folders.place, folders.read),
 )
 BY_SUFFIX = {suffix: layout for layout in LAYOUTS for suffix in layout.suffixes}
 NUMBERED = ("binary", "cifar-100-python")  # whose labels are numbers, and whose names lie beside
@@ -101,9 +102,7 @@ def one_series(tree: Tree, series: dict[str, list[PurePosixPath]]) -> list[PureP
     """
     if len(series) > 1:
         first, second = (sorted(paths)[0] for paths in list(series.values())[:2])
-        raise RequestError(
-            f"{tree.name} holds the same images more than once, in {first} and {second}: give a folder of one copy."
-        )
+        raise RequestError(f"{tree.name} holds several series of files, {first} and {second}: give a folder of one.")
     (paths,) = series.values()
     paths.sort(key=lambda path: (in_order(path.stem), in_order(str(path))))
     if (shard := SHARD.search(paths[0].stem)) and shard[2] and int(shard[2]) != len(paths):
