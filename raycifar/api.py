@@ -25,6 +25,7 @@ from raycifar.errors import RequestError, ResumableError, WorkError
 from raycifar.models.recipe import field_types
 from raycifar.models.recipes import recipe_fields
 from raycifar.redaction import shown
+from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, RunFolder
 from raycifar.storage.schemas import EpochRecord
 from raycifar.terminal import Screen
@@ -169,14 +170,14 @@ class Run(_InFolder):
 
 
 @with_options(TrainingRequest)
-def train(model: str, *, progress: bool = True, **options: Any) -> Run:
+def train(model: str | None = None, *, progress: bool = True, **options: Any) -> Run:
     """Train a model, data-parallel, on Ray Train, and return the run; a finished run of that name is returned as it is.
 
     An interrupted training (KeyboardInterrupt, as by a notebook's stop button) leaves a checkpoint, and the same call
     with the same `name` continues it.
 
     Args:
-        model: cnn, vgg16, resnet50, or timm:NAME.
+        model: cnn, vgg16, resnet50, speedrun, or timm:NAME; by default the model of `recipe`.
         progress: print progress.
         options: those of `raycifar train`, such as `epochs=5`; `help(train)` lists them.
 
@@ -196,7 +197,7 @@ def open_run(location: str | Path) -> Run:
     Raises:
         RequestError: the folder holds no run.
     """
-    folder = RunFolder.at(str(location))
+    folder = RunFolder.at(location)
     if read_run(folder) is None:
         raise RequestError(f"{location} is not a run's folder: it holds no {RUN}.")
     return Run(folder)
@@ -259,14 +260,18 @@ class Comparison(_InFolder):
 
 @with_options(ComparisonRequest)
 def compare(
-    models: str | Iterable[str] = (), *, runs: Iterable["str | Path | Run"] = (), progress: bool = True, **options: Any
+    models: str | Iterable[str] = (),
+    *,
+    runs: "str | Path | Run | Iterable[str | Path | Run]" = (),
+    progress: bool = True,
+    **options: Any,
 ) -> Comparison:
     """Train several models with several seeds, orchestrated by Ray Tune, and compare them.
 
     The same call with the same `name` continues an interrupted comparison.
 
     Args:
-        models: any of cnn, vgg16, resnet50 and timm:NAME.
+        models: any of cnn, vgg16, resnet50, speedrun and timm:NAME.
         runs: finished runs to compare instead, or their folders; nothing is trained.
         progress: print progress.
         options: those of `raycifar compare`, such as `seeds=2`; `help(compare)` lists them.
@@ -276,7 +281,8 @@ def compare(
         WorkError: trials failed; the others are compared, and `open_comparison` opens the result.
     """
     names = models.split(",") if isinstance(models, str) else list(models)
-    folders = [run.folder if isinstance(run, Run) else str(run) for run in runs]
+    each = [runs] if isinstance(runs, str | Path | Run) else runs
+    folders = [run.folder if isinstance(run, Run) else check_location(run) for run in each]
     if bool(names) == bool(folders):
         raise RequestError("give either models to train, or finished runs.")
     request, screen = ComparisonRequest.of(names, **options), Screen(quiet=not progress)
@@ -294,7 +300,7 @@ def open_comparison(location: str | Path) -> Comparison:
     Raises:
         RequestError: the folder holds no finished comparison.
     """
-    folder = RunFolder.at(str(location))
+    folder = RunFolder.at(location)
     if folder.read_json(COMPARISON) is None:
         raise RequestError(f"{location} is not a finished comparison's folder: it holds no {COMPARISON}.")
     return Comparison(folder)

@@ -6,7 +6,6 @@ import click
 
 from raycifar import models
 from raycifar.command import UNTIL_EXIT, resumable
-from raycifar.models.recipes import model_of
 from raycifar.options import Command, recipe_options, request_options
 from raycifar.terminal import Screen
 from raycifar.workflows import training
@@ -23,7 +22,7 @@ def main(debug: bool, model: str | None, dry_run: bool, **options: Any) -> None:
 
     Recipe options override the fields of the recipe. The resulting recipe is printed at the start.
     """
-    request, screen = TrainingRequest.of(model or model_of(options["recipe"]), **options), Screen()
+    request, screen = TrainingRequest.of(model, **options), Screen()
     if dry_run:
         from raycifar.workflows import preview  # imports PyTorch, which training imports while it reads the data
 

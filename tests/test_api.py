@@ -11,7 +11,7 @@ from command import Program, finish
 from PIL import Image
 
 from raycifar import api
-from raycifar.api import compare, open_comparison, open_run
+from raycifar.api import compare, open_comparison, open_run, train
 from raycifar.data.dataset import to_images
 from raycifar.data.sources import load
 from raycifar.errors import RequestError, WorkError
@@ -97,6 +97,9 @@ def test_a_run_that_has_just_begun_has_no_epochs_and_no_scores(trained, tmp_path
         run.load()
     with pytest.raises(RequestError, match="is not a run's folder"):
         open_run(tmp_path)
+    for wrong in (None, 3):
+        with pytest.raises(RequestError, match=f"^{wrong} is not a path: give a folder"):
+            open_run(wrong)
 
 
 def test_images_of_any_kind_are_asked_about(trained, small, tmp_path):
@@ -133,6 +136,14 @@ def test_what_is_no_image_is_refused(trained, images, says):
 
 
 # Training -------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_of_one_model_needs_no_model_and_without_either_one_is_asked_for():
+    with pytest.raises(RequestError, match=r"--workers 'many'"):
+        train(recipe="speedrun", workers="many")
+    for options in ({}, {"recipe": "study"}):
+        with pytest.raises(RequestError, match=r"give --model: cnn, .*speedrun.*, or timm:NAME\."):
+            train(**options)
 
 
 def test_in_the_program_s_own_process_twice_and_in_a_thread(program, trained, tmp_path):
@@ -228,6 +239,10 @@ def test_a_comparison_of_finished_runs_has_its_tables_as_data_frames(trained, tm
     assert open_comparison(tmp_path / "c").sentences == comparison.sentences
     with pytest.raises(RequestError, match="a is the same run as a"):
         compare(runs=[trained, open_run(trained)], storage=str(tmp_path), name="d", progress=False)
+    for single in (str(trained), trained, open_run(trained), [trained]):
+        with pytest.raises(RequestError, match="a is a single run: give at least two to compare"):
+            compare(runs=single, storage=str(tmp_path), name="e", progress=False)
+    assert not (tmp_path / "e").exists()
     for wrong in ({}, {"models": ["cnn"], "runs": [trained]}):
         with pytest.raises(RequestError, match="give either models"):
             compare(**wrong)

@@ -134,9 +134,12 @@ def test_a_run_of_an_earlier_version_has_the_defaults_of_what_it_lacks(run):
     for name in ("limit", "val_size", "workers", "device", "seed", "name", "versions", "threads", "created"):
         about.pop(name)
     rewrite(run / "run.json", json.dumps(about))
-    compare_runs([str(run)], ComparisonRequest.of([], storage=str(run.parent), name="c"), QUIET, lambda c: None)
+    shutil.copytree(run, run.parent / "b")
+    rewrite(run.parent / "b/run.json", edited(seed=1)((run / "run.json").read_bytes()))
+    both = [str(run), str(run.parent / "b")]
+    compare_runs(both, ComparisonRequest.of([], storage=str(run.parent), name="c"), QUIET, lambda c: None)
     assert reporting.report(RunFolder.at(str(run)), QUIET)["notes"] == []
-    assert "| cnn | 1 |" in reporting.read_comparison(RunFolder.at(str(run.parent / "c")))[0]["results"]
+    assert "| cnn | 2 |" in reporting.read_comparison(RunFolder.at(str(run.parent / "c")))[0]["results"]
 
 
 @pytest.mark.parametrize("file", ["run.json", "metrics.jsonl", "result.json", "predictions.parquet"])

@@ -1,5 +1,6 @@
 """How long work takes, before and while: on CPUs, and of a whole comparison."""
 
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,7 +22,7 @@ from raycifar.models.recipe import Recipe
 from raycifar.models.recipes import recipe_for
 from raycifar.storage.run_folder import RunFolder
 from raycifar.terminal import Screen
-from raycifar.workflows import estimate, training
+from raycifar.workflows import estimate, preview, training
 from raycifar.workflows.estimate import cpu_seconds, operations_of, warn_of_hours
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.trial import TrialStatus
@@ -87,6 +88,17 @@ def test_of_steps_that_take_long_few_are_timed(size, monkeypatch):
     seconds, timed = estimated(Recipe(epochs=1, batch_size=size), lambda n: 3.0 * n, monkeypatch)
     assert seconds == pytest.approx(1280 * 3 + 300 * 3 / 3)
     assert timed == ([4, min(16, size)] if size > 4 else [4])
+
+
+def test_a_dry_run_gives_up_timing_steps_that_take_long(monkeypatch, tmp_path, capsys):
+    release = threading.Event()
+    monkeypatch.setattr(estimate, "LONGEST_SECONDS", 0.05)
+    monkeypatch.setattr(preview, "cpu_seconds", lambda *run: release.wait(60))
+    options = {"data": "synthetic:200", "limit": 100, "val_size": 0, "storage": str(tmp_path), "device": "cpu"}
+    preview.preview(TrainingRequest.of("cnn", workers=0, **options), Screen(), ExitStack())
+    preview.preview_comparison(ComparisonRequest.of(["cnn"], **options), Screen())
+    release.set()
+    assert capsys.readouterr().out.count("unknown: a few steps take over") == 2
 
 
 def test_the_steps_of_the_head_and_of_small_images_cost_less():

@@ -20,7 +20,7 @@ from pyarrow import fs
 from raycifar.errors import DamagedFileError, RequestError, StorageError, in_a_line, notice
 from raycifar.redaction import shown, shown_in_html
 from raycifar.storage.files import MAX_BYTES, append_to, ask, file_type, is_local, locate, open_file, write_whole
-from raycifar.storage.locations import check_location, is_utf8, join, parent_and_name
+from raycifar.storage.locations import Location, check_location, is_utf8, join, parent_and_name
 from raycifar.storage.schemas import finite, parse
 
 # These may name where something lies, and never a secret.
@@ -37,7 +37,7 @@ class Folder:
     claim: str | None = None  # a file's path on its file system; once it is gone, nothing more is written
 
     @classmethod
-    def at(cls, location: str) -> Self:
+    def at(cls, location: Location) -> Self:
         """Return the folder at a path or URI."""
         return cls(*parent_and_name(check_location(location)))
 

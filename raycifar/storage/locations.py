@@ -23,7 +23,10 @@ def check_location(location: Location, what: str = "", *, to_write: bool = False
     Raises:
         RequestError: it is empty, or a URI of a kind that isn't read, or written.
     """
-    text, option = os.fspath(location), f"{what} " if what else ""
+    option = f"{what} " if what else ""
+    if not isinstance(location, str | os.PathLike):
+        raise RequestError(f"{option}{location!r} is not a path: give a folder, a file or a URI.")
+    text = os.fspath(location)
     if not text.strip() or "\0" in text:
         raise RequestError(f"{option}{text!r} is not a path: give a folder, a file or a URI.")
     if not is_utf8(text):

@@ -1,6 +1,6 @@
 """Comparing finished runs: checks that they are comparable, and writes the verdict."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -43,7 +43,7 @@ Show = Callable[[dict[str, Any]], None]
 SCORES = ("top1", "top5", "loss")
 
 
-def compare_runs(locations: Iterable[str], request: ComparisonRequest, screen: Screen, show: Show) -> None:
+def compare_runs(locations: Sequence[str], request: ComparisonRequest, screen: Screen, show: Show) -> None:
     """Compare finished runs, given by paths or URIs; write and show the comparison, and write its report.
 
     Raises:
@@ -51,6 +51,8 @@ def compare_runs(locations: Iterable[str], request: ComparisonRequest, screen: S
     """
     if unused := request.only_for_training():
         raise RequestError(f"{unused[0]} is for --models to train: finished runs are compared as they are.")
+    if len(locations) < 2:
+        raise RequestError(f"{locations[0]} is a single run: give at least two to compare.")
     folder = RunFolder(request.storage, request.name)
     folder.check_holds_none(RUN, STUDY)
     finished = [read_finished(location) for location in locations]

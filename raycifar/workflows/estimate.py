@@ -2,7 +2,8 @@
 
 import math
 import timeit
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 FEW = 4  # images of the first steps that are timed
 ENOUGH_SECONDS = 0.5  # of a step, to be timed well
+LONGEST_SECONDS = 60  # that a dry run may take to time steps
 HOUR = 3600
 SLOWEST = 1e10  # operations per second of a CPU: what takes under an hour at that rate isn't worth a measurement
 
@@ -58,6 +60,14 @@ def cpu_seconds(recipe: Recipe, initial: InitialWeights, splits: Splits) -> floa
     size = initial.architecture.preprocessing.size
     epoch *= recipe.mean_cost(size) / recipe.cost(size, 1.0)  # the timed steps are like the last ones
     return recipe.epochs * (epoch + len(splits.val) * seconds_of_image / FORWARD_PASSES_PER_STEP)
+
+
+def if_soon(estimate: Callable[[], float]) -> float:
+    """Return an estimate, or infinity if it takes long to make; its thread then ends with the process."""
+    try:
+        return ThreadPoolExecutor(1).submit(estimate).result(LONGEST_SECONDS)
+    except TimeoutError:
+        return math.inf
 
 
 @contextmanager

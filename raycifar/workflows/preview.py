@@ -1,6 +1,7 @@
 """What a request would train, on what and for how long, without starting anything."""
 
 from contextlib import ExitStack
+from math import isfinite
 
 from raycifar.cluster.connection import cluster_address
 from raycifar.cluster.sizing import Workers
@@ -14,7 +15,7 @@ from raycifar.storage.run_folder import RunFolder
 from raycifar.terminal import Screen
 from raycifar.words import count, duration
 from raycifar.workflows import study
-from raycifar.workflows.estimate import cpu_seconds
+from raycifar.workflows.estimate import LONGEST_SECONDS, cpu_seconds, if_soon
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 from raycifar.workflows.training import allocate_workers, read_inputs
 from raycifar.workflows.training_run import describe_recipe, earlier_result, identify, overview
@@ -64,7 +65,7 @@ def preview_comparison(request: ComparisonRequest, screen: Screen) -> None:
         seconds = estimate(workers, recipe, initial_by_model[model], splits, screen)
         total += number * (seconds or 0)
         searched = f"{request.search} search trials, then " if request.search else ""
-        each = f", {duration(seconds)} each" if seconds else ""
+        each = f", {duration(seconds)} each" if seconds and isfinite(seconds) else ""
         facts[model] = f"{searched}{seeds}{each}; {describe_recipe(model, recipe)}"
     fit = max(1, int(available_cpus() / (workers.count * workers.cpus)))
     total /= min(fit, request.max_trials or fit)
@@ -94,11 +95,13 @@ def estimate(workers: Workers, recipe: Recipe, initial: InitialWeights, splits: 
         return None
     with screen.waiting("Timing a few steps"):
         cpus = max(1, workers.count) * workers.cpus
-        return cpu_seconds(recipe, initial, splits) * available_cpus() / cpus
+        return if_soon(lambda: cpu_seconds(recipe, initial, splits) * available_cpus() / cpus)
 
 
 def in_words(seconds: float | None) -> str:
     """Return an estimate and its basis, in words."""
     if seconds is None:
         return "on a GPU: raycifar bench measures it"
+    if not isfinite(seconds):
+        return f"unknown: a few steps take over {LONGEST_SECONDS} s on this machine's CPU"
     return f"about {duration(seconds)}, by the time of a few steps on this machine's CPU"

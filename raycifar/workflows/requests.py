@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, get_args
 from raycifar import models
 from raycifar.errors import RequestError
 from raycifar.models.recipe import MAX_NUMBER, Recipe, checked_value
-from raycifar.models.recipes import choose_recipe, recipe_fields, recipe_for, recipe_from_json
+from raycifar.models.recipes import choose_recipe, model_of, recipe_fields, recipe_for, recipe_from_json
 from raycifar.storage.locations import check_location
 from raycifar.workflows.tracking import check_tracker
 
@@ -161,8 +161,9 @@ class TrainingRequest(Settings):
         check_name(name)
 
     @classmethod
-    def of(cls, model: str, **options: Any) -> Self:
+    def of(cls, model: str | None, **options: Any) -> Self:
         """Return the request for these options: `lr`, `epochs`, … belong to the recipe; None is the default."""
+        model = model or model_of(options.get("recipe"))
         models.find_family(model)
         settings, recipe = sort_options(cls, options)
         return cls(model, choose_recipe(model, **recipe), **settings)
