@@ -235,7 +235,7 @@ def test_a_cause_in_the_recipe_fits_the_evidence():
     swings = made_up(val_top1=lambda e: 0.6 + 0.1 * (-1) ** e, val_loss=lambda e: 1.5, recipe={"schedule": "constant"})
     (noise,) = [f for f in diagnose(swings) if f.kind == "validation-noise"]
     assert noise.evidence.startswith("A likely cause: compared with the study recipe, --schedule is constant")
-    for optimizer, causes in (("adamw", set()), ("sgd", {"weight_decay"})):
+    for optimizer, causes in (("adamw", set()), ("muon", set()), ("sgd", {"weight_decay"})):
         other = {"optimizer": optimizer, "lr": 0.01, "weight_decay": 0.05}
         assert blamed(**GUESSES, recipe=other)["collapse"] == causes
 

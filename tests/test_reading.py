@@ -293,5 +293,5 @@ def test_all_images_come_before_the_recipe_and_the_recipe_before_the_rest():
     short = {"optimizer": "muon", "warmup": 0.1}
     history = replace(history, run={**history.run, "recipe": {**history.run["recipe"], **short}})
     assert read(history)["generalization-gap"].advice == (
-        "Train on all images, without --limit. Then use --augment cutout. Then try --mixup 0.5 or more weight decay."
+        "Train on all images, without --limit. Then use --augment cutout. Then try --mixup 0.5 or more dropout."
     )

@@ -68,6 +68,8 @@ def departures(history: RunHistory, finding: Finding) -> list[Departure]:
         return []
     begins = finding.epochs[0] if finding.epochs else len(history.records) + 1
     skipped = OF_OPTIMIZER if recipe.optimizer != base.optimizer else set()
+    if recipe.optimizer == "muon":
+        skipped = skipped | {"weight_decay"}  # its filters have none
     if begins > max(1, 2 * base.warmup * recipe.epochs):
         skipped = skipped | {"warmup"}  # it would have been over for long
     return [

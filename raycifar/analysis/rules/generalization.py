@@ -128,7 +128,7 @@ def regularize(history: RunHistory, causes: Sequence[Departure] = ()) -> str:
         "--augment cutout": recipe.augment in PLAIN,
         "--mixup 0.5": recipe.mixup + recipe.cutmix < 0.5,
         "--label-smoothing 0.1": recipe.label_smoothing < 0.1,
-        "more weight decay": True,
+        "more dropout" if recipe.optimizer == "muon" else "more weight decay": True,  # muon's filters have none
     }
     options = listed([option for option, missing in more.items() if missing], "or")
     ways = ["train on all images, without --limit"] if history.run["limit"] else []
