@@ -13,7 +13,7 @@ from raycifar.workflows.datasets import write_parquet
 
 def test_a_data_set_is_described(small):
     said = finish(Data("describe", "--data", small, storage=None)).stdout
-    assert load(small).fingerprint() in said
+    assert load(small).fingerprint in said
     assert "training images  800, 8 of each of 100 classes in 20 superclasses" in said
     assert "test images      300, 3 of each" in said
 
@@ -31,7 +31,7 @@ def test_what_is_prepared_holds_the_same_images_and_labels(small, tmp_path, sche
     there = f"{scheme}{tmp_path}/parquet"
     done = finish(Data("prepare", there, "--data", small, storage=None))
     assert f"--data {there}" in done.stdout
-    assert load(there).fingerprint() == load(small).fingerprint()
+    assert load(there).fingerprint == load(small).fingerprint
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/below"])

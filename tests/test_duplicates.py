@@ -204,7 +204,7 @@ def test_the_pairs_that_raycifar_has_at_hand_are_those_that_it_finds(cifar):
     source = load(cifar)
     found, known = (
         {(row["first"], row["second"]): row["similarity"] for row in table.to_pylist()}
-        for table in (search(source, Screen(quiet=True)), known_pairs(source.fingerprint()))
+        for table in (search(source, Screen(quiet=True)), known_pairs(source.fingerprint))
     )
     shared = found.keys() & known.keys()
     assert [found[pair] for pair in shared] == pytest.approx([known[pair] for pair in shared], abs=1e-5)

@@ -42,7 +42,7 @@ def images(small_arrays):
 def fingerprint(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("python")
     python(folder, images)
-    return load(str(folder)).fingerprint()
+    return load(str(folder)).fingerprint
 
 
 def png(pixels, size=(32, 32)):
@@ -174,13 +174,13 @@ GOOD = {
 @pytest.mark.parametrize("layout", GOOD)
 def test_the_same_images_in_any_layout_are_the_same_data_set(tmp_path, images, fingerprint, layout):
     GOOD[layout](tmp_path, images)
-    assert load(str(tmp_path)).fingerprint() == fingerprint
+    assert load(str(tmp_path)).fingerprint == fingerprint
 
 
 def test_any_layout_is_written_as_parquet(tmp_path, images, fingerprint):
     npz(tmp_path / "cifar100.npz", images)
     write_parquet(load(str(tmp_path / "cifar100.npz")), str(tmp_path / "there"))
-    assert load(str(tmp_path / "there")).fingerprint() == fingerprint
+    assert load(str(tmp_path / "there")).fingerprint == fingerprint
 
 
 def test_a_parent_folder_does_not_decide_the_split(tmp_path, images):
@@ -291,7 +291,7 @@ def test_a_number_in_a_name_may_have_any_length(tmp_path, images, fingerprint):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for split in images:
             archive.write(tmp_path / f"{split}.parquet", f"{split}-0-of-{'9' * 5000}.parquet")
-    assert load(str(tmp_path / "a.zip")).fingerprint() == fingerprint
+    assert load(str(tmp_path / "a.zip")).fingerprint == fingerprint
 
 
 def test_an_array_is_looked_at_before_it_is_made(tmp_path):
@@ -491,7 +491,7 @@ def test_nothing_but_files_is_opened_and_no_link_to_a_folder_is_followed(tmp_pat
         load(str(tmp_path / "fifo"))
     python(tmp_path / "data", images)
     (tmp_path / "data/round").symlink_to(tmp_path)
-    assert load(str(tmp_path / "data")).fingerprint() == fingerprint
+    assert load(str(tmp_path / "data")).fingerprint == fingerprint
     (tmp_path / "data/train").unlink()
     os.mkfifo(tmp_path / "data/train")
     with pytest.raises(RequestError, match="it has no train split"):
@@ -564,7 +564,7 @@ NAMED = {"python": python_with_names, "binary": binary_with_names, "Parquet": pa
 @pytest.mark.parametrize("layout", NAMED)
 def test_another_order_of_classes_is_seen_by_their_names(tmp_path, images, fingerprint, layout):
     NAMED[layout](tmp_path, renumbered(images), NAMES)
-    assert load(str(tmp_path)).fingerprint() == fingerprint
+    assert load(str(tmp_path)).fingerprint == fingerprint
 
 
 @pytest.mark.parametrize("layout", NAMED)
@@ -583,7 +583,7 @@ def test_names_of_other_classes_are_refused_and_one_misspelt_name_is_not(tmp_pat
 def test_names_that_are_no_text_are_not_written_out(tmp_path, images, fingerprint, name):
     python(tmp_path, images)
     (tmp_path / "meta").write_bytes(b"\x80\x02}X\x10\0\0\0fine_label_names]" + name + b"as.")
-    assert load(str(tmp_path)).fingerprint() == fingerprint
+    assert load(str(tmp_path)).fingerprint == fingerprint
 
 
 @pytest.mark.parametrize(
@@ -594,12 +594,12 @@ def test_what_a_parquet_file_says_of_its_classes_may_be_anything(tmp_path, image
         pq.write_table(
             hub_table(content).replace_schema_metadata({"huggingface": names}), tmp_path / f"{split}.parquet"
         )
-    assert load(str(tmp_path)).fingerprint() == fingerprint
+    assert load(str(tmp_path)).fingerprint == fingerprint
 
 
 def test_the_hub_s_crabs_are_crabs(tmp_path, images, fingerprint):
     parquet_with_names(tmp_path, images, [name.replace("crab", "cra") for name in CIFAR100.class_names])
-    assert load(str(tmp_path)).fingerprint() == fingerprint
+    assert load(str(tmp_path)).fingerprint == fingerprint
 
 
 # Test images among the training images --------------------------------------------------------------

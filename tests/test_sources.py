@@ -129,7 +129,7 @@ def test_names_in_a_web_server_s_lists_are_those_of_the_files(tmp_path, small_ar
     with serving(tmp_path, Exact) as url:
         source = sources.load(f"{url}/my%20data/")
         apples, _ = find_images(f"{url}/my%20data/100%25/test/apple/")
-    assert source.fingerprint() == sources.load(str(tmp_path / "my data")).fingerprint()
+    assert source.fingerprint == sources.load(str(tmp_path / "my data")).fingerprint
     row = int(np.flatnonzero(small_arrays["test"][1] == CIFAR100.class_names.index("apple"))[0])
     assert f"{url}/my%20data/100%25/test/apple/{row}%20%C3%A4%2520%23.png" in [image.name for image in apples]
 
@@ -143,11 +143,11 @@ def test_an_archive_may_have_one_gibibyte(tmp_path):
 
 def test_the_fingerprint_is_of_the_content(tmp_path, small, small_arrays):
     folder = write_folder(tmp_path / "python", python_files(small_arrays))
-    assert sources.load(small).fingerprint() == sources.load(folder).fingerprint()
+    assert sources.load(small).fingerprint == sources.load(folder).fingerprint
     images, fine, coarse = small_arrays["train"]
     other = {**small_arrays, "train": (images[::-1], fine[::-1], coarse[::-1])}
     changed = write_folder(tmp_path / "other", python_files(other))
-    assert sources.load(changed).fingerprint() != sources.load(small).fingerprint()
+    assert sources.load(changed).fingerprint != sources.load(small).fingerprint
 
 
 def test_the_real_data_set(cifar):
@@ -361,7 +361,7 @@ def test_a_cache_that_can_t_be_written_is_told_from_a_network_that_fails(tmp_pat
 
 def test_synthetic_images_come_from_the_seed():
     first, again, other = synthetic(1000, 500), synthetic(1000, 500), synthetic(1000, 500, seed=1)
-    assert first.fingerprint() == again.fingerprint() != other.fingerprint()
+    assert first.fingerprint == again.fingerprint != other.fingerprint
     assert np.bincount(first.train["fine"].to_numpy()).tolist() == [10] * 100
     assert first.superclass_of() == tuple(label // 5 for label in range(100))
 

@@ -22,12 +22,9 @@ class Source:
     train: pa.Table
     test: pa.Table
 
-    def fingerprint(self) -> str:
-        """Return a digest of all images and labels, in their order."""
-        return self._digest
-
     @cached_property
-    def _digest(self) -> str:
+    def fingerprint(self) -> str:
+        """A digest of all images and labels, in their order."""
         digest = hashlib.blake2b(digest_size=16)
         for table in (self.train, self.test):
             for chunk in table["image"].chunks:

@@ -45,7 +45,7 @@ def to_labels(values: np.ndarray | Sequence[Any], level: str, origin: str) -> np
     known |= NUMBERS[level]
     labels = np.empty(len(values), np.int64)
     for row, value in enumerate(values):
-        key = value if type(value) is int else None
+        key: Any = value if type(value) is int else None
         if isinstance(value, str):
             key = re.sub(r"^0+(?=\d)", "", normalize(value))
         if key not in known:

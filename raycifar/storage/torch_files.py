@@ -153,8 +153,10 @@ class TorchFile:
         return storage
 
     def add(self, storage: Storage, content: bytes) -> None:
-        kind = {"dtype": storage.dtype}
-        self.numbers[storage.key] = torch.frombuffer(bytearray(content), **kind) if content else torch.empty(0, **kind)
+        key, dtype = storage
+        self.numbers[key] = (
+            torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
+        )
 
     def tensor(self, value: Any) -> Tensor | None:
         """Return the tensor or array that a `Call` would make, or None if it would make something else.

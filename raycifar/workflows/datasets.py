@@ -27,7 +27,7 @@ def summarize(source: Source) -> dict[str, str]:
     spread = " ".join(f"{name} {mean:.4f} ± {std:.4f}" for name, mean, std in colors)
     within_training, test_in_training = count_repeats(source)
     return {
-        "fingerprint": source.fingerprint(),
+        "fingerprint": source.fingerprint,
         "training images": count(source.train),
         "test images": count(source.test),
         "pixels": f"{spread} in the training images, from 0 to 1",
@@ -45,9 +45,9 @@ def write_parquet(source: Source, destination: str) -> None:
     """
     if len(source.train) > MAX_IMAGES:
         raise RequestError(f"{source.name} has more than the {MAX_IMAGES:,} training images that are read from files.")
-    fingerprint = source.fingerprint()
+    fingerprint = source.fingerprint
     try:
-        held = load(destination).fingerprint()
+        held = load(destination).fingerprint
     except RequestError:  # no data set, or only part of one
         held = None
     if held == fingerprint:
@@ -63,7 +63,7 @@ def write_parquet(source: Source, destination: str) -> None:
                 raise RequestError(f"{file} exists and isn't part of this data set: give another DESTINATION.")
     for file, content in files.items():
         write_file(file, content)
-    if load(destination).fingerprint() != fingerprint:
+    if load(destination).fingerprint != fingerprint:
         raise RequestError(f"{destination} doesn't hold what was written: give an empty folder.")
 
 

@@ -113,7 +113,7 @@ def list_duplicates(data: str, out: str, screen: Screen, run: str | None = None)
 
 def find_duplicates(source: Source, screen: Screen) -> Duplicates:
     """Return the duplicates in a data set: known ones, or found now and put into the cache."""
-    fingerprint = source.fingerprint()
+    fingerprint = source.fingerprint
     pairs = known_pairs(fingerprint)
     if pairs is None:
         pairs = search(source, screen)
@@ -124,7 +124,7 @@ def find_duplicates(source: Source, screen: Screen) -> Duplicates:
 
 def known_duplicates(source: Source) -> Duplicates | None:
     """Return what `find_duplicates` would return, or None if it would have to search."""
-    pairs = known_pairs(source.fingerprint())
+    pairs = known_pairs(source.fingerprint)
     return None if pairs is None else Duplicates.of(pairs, source)
 
 

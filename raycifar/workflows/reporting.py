@@ -116,7 +116,7 @@ def load_images(run: dict[str, Any] | None, data: str | None, *, test_alone: boo
 
 
 def is_source_of(source: Source, run: dict[str, Any] | None) -> bool:
-    return run is not None and source.fingerprint() == run["data"].get("fingerprint")
+    return run is not None and source.fingerprint == run["data"].get("fingerprint")
 
 
 # Reports --------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def speedrun(
     found: dict[str, Any] = {
         "model": request.model,
         "recipe": asdict(recipe),
-        "data": source.fingerprint(),
+        "data": source.fingerprint,
         "train_images": len(train_set),
         "scored": {"split": scored, "images": len(scored_set)},
         "device": device_name(device),

@@ -242,7 +242,7 @@ def identify_study(
     from raycifar.workflows.search_space import space_to_json
 
     identity: dict[str, Any] = {
-        "data": source.fingerprint(),
+        "data": source.fingerprint,
         **{key: getattr(request, key) for key in ("val_size", "limit", "compile", "seed", "search")},
     }
     for model, recipe in request.recipes.items():

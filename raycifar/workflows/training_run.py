@@ -66,7 +66,7 @@ def identify(request: TrainingRequest, inputs: Inputs) -> dict[str, Any]:
         "recipe": asdict(inputs.initial.resolve(request.recipe)),
         "data": {
             "source": absolute_name(source.name),
-            "fingerprint": source.fingerprint(),
+            "fingerprint": source.fingerprint,
             **{name: len(table) for name, table in vars(inputs.splits).items()},
         },
         "val_size": request.val_size,
