@@ -133,7 +133,7 @@ class Run(_InFolder):
     def _report(self) -> dict[str, Any]:
         from raycifar.analysis.reports import report_run
 
-        return report_run(reporting.read_files(self._files))
+        return report_run(reporting.read_files(self._files, reporting.training_host(self._files)))
 
     def plot(self) -> "Figure":
         """Return a figure of accuracy, loss, generalization gap and learning rate by epoch."""

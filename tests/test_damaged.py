@@ -324,9 +324,11 @@ def test_no_cell_of_a_table_is_a_formula():
 
 
 def test_commands_that_are_suggested_say_where_and_on_what_the_run_was():
-    history = made_up(epochs=2, recipe={"epochs": 5}, run={"workers": 0, "name": "n", "compile": True})
+    history = made_up(
+        epochs=2, recipe={"epochs": 5}, run={"workers": 0, "name": "n", "compile": True, "checkpoint_steps": 4}
+    )
     (step,) = next_steps(history, [], "/elsewhere")
-    assert "--workers 0 --compile" in step["command"]
+    assert "--workers 0 --checkpoint-steps 4 --compile" in step["command"]
     assert step["command"].endswith("--storage /elsewhere")
     elastic = made_up(epochs=2, recipe={"epochs": 5}, run={"workers": 4, "least_workers": 2, "name": "n"})
     assert "--workers 2:4 " in next_steps(elastic, [])[0]["command"]

@@ -92,7 +92,13 @@ def test_another_data_set_leaves_the_run_as_it_was(trained, evaluate, small, tmp
     found = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
     assert found["images"] == 800
     assert found["split"] == "train"
-    evaluate(tmp_path / "a/best.safetensors", "--data", small, "--workers", 0, "--out", tmp_path / "elsewhere")
+    best = tmp_path / "a/best.safetensors"
+    refused = finish(Evaluate(best, "--data", small, "--workers", 0, storage=None, cwd=tmp_path), 2).stderr
+    what = f"{tmp_path}/evaluation holds the evaluation of {tmp_path}/a on the train images of {small}"
+    assert f"{what}: give another --out." in refused
+    assert json.loads((tmp_path / "evaluation/evaluation.json").read_text()) == found
+    evaluate("a/", "--data", small, "--split", "train", "--workers", 0)  # the same again
+    evaluate(best, "--data", small, "--workers", 0, "--out", tmp_path / "elsewhere")
     assert json.loads((tmp_path / "elsewhere/evaluation.json").read_text())["images"] == 300
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import platform
 import re
 import shutil
 
@@ -10,10 +11,14 @@ import pytest
 from browser import CHROMIUM, Browser
 from command import Command, Compare, Report, finish
 from conftest import RUN
+from histories import made_up
 
+from raycifar.api import open_run
+from raycifar.storage.lock import locked
 from raycifar.storage.run_folder import RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows.reporting import find_runs, forgiving, read_files, show_report
+from raycifar.workflows.reporting import report as write_report
 
 OUTSIDE = re.compile(
     r'<script(?!>for)|<link(?! rel="icon" href="data:)|(?:src|href)="(?!data:|#|[\w.-]+/report\.html)|url\((?!#)'
@@ -159,6 +164,22 @@ def test_a_run_in_any_state_is_reported_as_what_it_is(trained, report, small, tm
     assert said in (folder / "report.html").read_text()
     kinds = {finding["kind"] for finding in json.loads((folder / "report.json").read_text())["findings"]}
     assert ("divergence" in kinds) == state.startswith("failed")
+
+
+def test_a_run_that_is_being_trained_is_not_to_be_continued(tmp_path):
+    history, comparison = made_up(epochs=9, recipe={"epochs": 50}), RunFolder(str(tmp_path), "c")
+    comparison.write_json("study.json", {})
+    for run, trained in ((RunFolder(str(tmp_path), "a"),) * 2, (RunFolder(comparison.location, "cnn-s0"), comparison)):
+        run.write_json("run.json", history.run)
+        run.write_history(history.records)
+        with locked(trained, print):
+            found = write_report(run, Screen(quiet=True), kind="json")
+            assert found["state"] == f"This run is being trained on {platform.node()}: 9 of 50 epochs recorded."
+            assert found["next"] == []
+            assert open_run(run.location).state == found["state"]
+        found = write_report(run, Screen(quiet=True), kind="json")
+        assert found["state"] == "This run is under way or was interrupted: 9 of 50 epochs recorded."
+        assert found["next"][0]["reason"] == "the rest of this run, under the same name"
 
 
 def test_what_is_known_of_each_image_is_read_under_its_old_name_too(trained, tmp_path):

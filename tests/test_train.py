@@ -161,6 +161,7 @@ def test_a_run_stopped_in_mid_epoch_ends_with_the_same_weights(trained, stopped,
     resumed = train(*ARGS, "--data", small, "--name", "a", "--checkpoint-steps", 4)
     # A run that is asked to stop looks for it a few times a second, and its epochs here take less than one.
     assert re.search(r"Continuing from (epoch [23], step|after epoch 2)", resumed.stdout)
+    assert json.loads((tmp_path / "runs/a/run.json").read_text())["checkpoint_steps"] == 4  # for a suggested command
     assert weights(tmp_path / "runs/a") == weights(trained)
     assert (tmp_path / "runs/a/example_stats.parquet").read_bytes() == (trained / "example_stats.parquet").read_bytes()
     assert [row["epoch"] for row in history(tmp_path / "runs/a")] == [1, 2, 3]

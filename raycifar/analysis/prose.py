@@ -45,10 +45,16 @@ def data_name(run: dict[str, Any]) -> str:
     return "synthetic" if run["data"]["source"].startswith("synthetic") else "CIFAR-100"
 
 
-def state(history: RunHistory) -> str:
-    """Return how far a run has come, in a sentence."""
+def state(history: RunHistory, host: str | None = None) -> str:
+    """Return how far a run has come, in a sentence.
+
+    Args:
+        host: on which it is being trained.
+    """
     done, epochs = len(history.records), count(history.recipe.epochs, "epoch")
     if history.result is None:
+        if host:
+            return f"This run is being trained on {host}: {done} of {epochs} recorded."
         if done == history.recipe.epochs:
             return f"This run has recorded {done} of {epochs}, but no result yet."
         return f"This run is under way or was interrupted: {done} of {epochs} recorded."
@@ -146,6 +152,8 @@ def to_command(
         parts += ["--limit", str(run["limit"])]
     if workers := chosen_workers(run, command):
         parts += ["--workers", workers]
+    if command == "train" and run.get("checkpoint_steps"):
+        parts += ["--checkpoint-steps", str(run["checkpoint_steps"])]
     if run.get("compile"):
         parts += ["--compile"]
     for name, value in options.items():

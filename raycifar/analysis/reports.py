@@ -27,11 +27,11 @@ def report_run(files: RunFiles) -> dict[str, Any]:
     history, found = files.history, files.findings
     return {
         "name": files.name,
-        "state": prose.state(history),
+        "state": prose.state(history, files.host),
         "notes": list(files.notes),
         "headline": prose.headline(found),
         "findings": [finding.to_json() for finding in found],
-        "next": prose.next_steps(history, found, files.storage) if found else [],
+        "next": prose.next_steps(history, found, files.storage) if found and not files.host else [],
         "paragraph": prose.paragraph(history, found),
     }
 

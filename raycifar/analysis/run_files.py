@@ -30,6 +30,7 @@ class RunFiles:
     storage: str = "results"  # where the folder stands
     notes: Sequence[str] = ()  # sentences about what is damaged, has changed or is missing
     copies: np.ndarray | None = None  # (n, 2): near duplicates among the training images, by rows in the source
+    host: str | None = None  # on which the run is being trained
 
     @cached_property
     def shown_by_curves(self) -> list[Finding]:

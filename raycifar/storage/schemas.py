@@ -158,6 +158,7 @@ class RunFile(TypedDict, total=False):
     least_workers: Count
     cpus_per_worker: Amount
     gpus_per_worker: Amount
+    checkpoint_steps: Count
     device: str | None
     created: str
     versions: dict[str, str | None]

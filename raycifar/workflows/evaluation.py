@@ -19,6 +19,7 @@ from raycifar.data.sources import absolute_name, is_location
 from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
 from raycifar.models.recipe import Precision
 from raycifar.models.recipes import recipe_from_json
+from raycifar.redaction import shown
 from raycifar.storage.parquet import from_lists, to_lists
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PICTURES, PREDICTIONS, RunFolder
 from raycifar.terminal import Screen
@@ -84,10 +85,11 @@ def evaluate(
             raise RequestError(f"--split {request.split}: {request.data} holds test images alone.")
         if out == folder:
             raise taken
-        out = out or RunFolder.for_output("evaluation")
+        out, asked = out or RunFolder.for_output("evaluation"), identify(request, request.data)
+        check_replaces_no_other(out, asked)
         job = ScoringJob(request.network, weights, precision, allocate())
         scores = score_corruptions(corruptions, job, screen)
-        evaluation = {"network": request.network, "data": request.data, "split": "test", **scores}
+        evaluation = {**asked, **scores}
     else:
         with screen.waiting("Reading the images"):
             source = load_images(run, request.data, test_alone=request.split == "test")
@@ -95,6 +97,9 @@ def evaluate(
         if out == folder and not own:
             raise taken
         out = out or RunFolder.for_output(request.network if own else "evaluation", folder)
+        asked = identify(request, source.name)
+        if out != folder:
+            check_replaces_no_other(out, asked)
         copies = find_copies(run, source, screen) if run and own else None
         if request.split == "test" and len(source.train):
             warn_of_leaks(source, screen)
@@ -103,7 +108,7 @@ def evaluate(
         with screen.waiting(f"Asking the {weights.architecture.model} on {job.workers}"):
             (logits,) = job.logits([table])
         scores, predictions = score_predictions(logits, table, source, copies)
-        evaluation = {"network": request.network, "data": source.name, "split": request.split, **scores}
+        evaluation = {**asked, **scores}
         if run and request.split == "test":
             evaluation["findings"] = compare_with_validation(folder, run, scores, logits, table)
     page = to_page(evaluation, folder.name).encode()  # before anything is written
@@ -113,6 +118,20 @@ def evaluate(
     out.write_json(EVALUATION, evaluation)
     out.write(EVALUATION_PAGE, page)
     return evaluation, out
+
+
+def identify(request: EvaluationRequest, data: str) -> dict[str, str]:
+    """Return the network and the images of an evaluation, as `evaluation.json` names them."""
+    network = shown(RunFolder.at(request.network).location)
+    return {"network": network, "data": shown(data), "split": request.split}
+
+
+def check_replaces_no_other(out: RunFolder, asked: dict[str, str]) -> None:
+    """Raise RequestError if a folder holds the evaluation of another network, or on other images."""
+    before = out.read_json(EVALUATION)
+    if before and any(before.get(name) != value for name, value in asked.items()):
+        what = f"{before.get('network')} on the {before.get('split')} images of {before.get('data')}"
+        raise RequestError(f"{out.location} holds the evaluation of {what}: give another --out.")
 
 
 def find_copies(run: dict[str, Any], source: Source, screen: Screen) -> np.ndarray:

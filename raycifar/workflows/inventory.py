@@ -11,7 +11,7 @@ from pyarrow.fs import FileType
 from raycifar.errors import DamagedFileError, RequestError
 from raycifar.storage.checkpoints import Checkpoints
 from raycifar.storage.files import file_type
-from raycifar.storage.lock import living_claim
+from raycifar.storage.lock import Claim, living_claim
 from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, STUDY, RunFolder
 
 AT_ONCE = 16  # runs that are read at a time: a storage may be far away
@@ -94,7 +94,7 @@ def list_run(run: RunFolder, comparison: RunFolder | None = None) -> Entry:
         if (about := run.read_json(RUN, ignore)) is None:  # removed since it was found
             raise DamagedFileError(f"{run.location} holds no {RUN}.")
         result = run.read_json(RESULT, ignore) or {}
-        history, claim = run.history(ignore), living_claim(run) or (comparison and living_claim(comparison))
+        history, claim = run.history(ignore), claim_of(run, comparison)
     except DamagedFileError as error:
         return Entry(name=run.name, folder=run.location, state=State.DAMAGED, reason=str(error))
     state = STATES.get(result.get("status", ""), State.RUNNING if claim else State.STOPPED)
@@ -112,6 +112,11 @@ def list_run(run: RunFolder, comparison: RunFolder | None = None) -> Entry:
         created=about.get("created", ""),
         reason=result.get("reason"),
     )
+
+
+def claim_of(run: RunFolder, comparison: RunFolder | None) -> Claim | None:
+    """Return the claim of the process that trains a run, or the comparison whose trial it is."""
+    return living_claim(run) or (living_claim(comparison) if comparison else None)
 
 
 def list_comparison(folder: RunFolder) -> Entry:

@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from raycifar.storage.run_folder import (
 from raycifar.terminal import Screen
 from raycifar.words import count
 from raycifar.workflows.duplicates import known_training_copies
+from raycifar.workflows.inventory import claim_of
 from raycifar.workflows.training_run import read_run
 
 if TYPE_CHECKING:
@@ -68,7 +69,15 @@ def report(
             source = load(data)
         if not is_source_of(source, read_run(folder)):
             raise RequestError(f"--data {data} holds other images than {folder.location} was trained on.")
-    return write_run(folder, source, out, kind)
+    return write_run(folder, source, out, kind, host=training_host(folder))
+
+
+def training_host(run: RunFolder) -> str | None:
+    """Return the host on which a run is being trained, or None."""
+    with suppress(DamagedFileError):
+        claim = claim_of(run, run.comparison)
+        return claim.host if claim else None
+    return None
 
 
 def overlay(folders: Sequence[RunFolder], out: RunFolder, kind: str = "html") -> dict[str, Any]:
@@ -122,8 +131,11 @@ def is_source_of(source: Source, run: dict[str, Any] | None) -> bool:
 # Reports --------------------------------------------------------------------------------------------
 
 
-def read_files(folder: RunFolder) -> "RunFiles":
+def read_files(folder: RunFolder, host: str | None = None) -> "RunFiles":
     """Return the files of a run that its report is based on; what is damaged or missing is noted and left out.
+
+    Args:
+        host: on which the run is being trained.
 
     Raises:
         DamagedFileError: `run.json` is damaged; without it nothing can be said.
@@ -148,7 +160,8 @@ def read_files(folder: RunFolder) -> "RunFiles":
         notes.append(f"Only {len(records)} of {count(result['epochs'], 'epoch')} recorded.")
     history = RunHistory(run, records, result)
     copies = known_training_copies(run["data"])
-    return RunFiles(folder.name, history, predictions, example_stats, pictures, shown(folder.storage), notes, copies)
+    storage, host = shown(folder.storage), None if result else host
+    return RunFiles(folder.name, history, predictions, example_stats, pictures, storage, notes, copies, host)
 
 
 def read_or_note(read: Callable[[], Any], notes: list[str]) -> Any:
@@ -161,18 +174,23 @@ def read_or_note(read: Callable[[], Any], notes: list[str]) -> Any:
 
 
 def write_run(
-    folder: RunFolder, source: Source | None = None, out: RunFolder | None = None, kind: str = "html"
+    folder: RunFolder,
+    source: Source | None = None,
+    out: RunFolder | None = None,
+    kind: str = "html",
+    *,
+    host: str | None = None,
 ) -> dict[str, Any]:
     """Write the report of a run, and return the content of `report.json`.
 
     Args:
         source: the data set; the images that the page shows are then kept in the run's folder.
-        out: the folder to write to, by default the run's.
+        out: the folder to write to, by default the run's. host: on which the run is being trained.
     """
     from raycifar.analysis.gallery import choose_pictures
     from raycifar.analysis.reports import report_run, run_page
 
-    files = read_files(folder)
+    files = read_files(folder, host)
     if source is not None:
         files.pictures = choose_pictures(files, source)
         if out is None or out == folder:

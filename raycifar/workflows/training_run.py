@@ -149,6 +149,7 @@ def write_run_json(folder: RunFolder, request: TrainingRequest, identity: dict[s
             **({} if workers.min_workers is None else {"least_workers": workers.min_workers}),
             "cpus_per_worker": workers.cpus,
             **({"gpus_per_worker": workers.gpus} if workers.use_gpu else {}),
+            "checkpoint_steps": request.checkpoint_steps,
             "device": workers.device,
             "created": (folder.read_json(RUN) or {}).get("created", now),
             "versions": versions(),
