@@ -1,10 +1,16 @@
 """`--dry-run`: the whole plan, and nothing else."""
 
 import re
+from contextlib import ExitStack
 
 import pytest
 from command import Command, Compare, finish
 from conftest import RUN
+
+from raycifar.errors import RequestError
+from raycifar.terminal import Screen
+from raycifar.workflows import preview
+from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
 
 
 def test_the_plan_is_shown_and_nothing_is_written_or_started(small, tmp_path):
@@ -45,3 +51,11 @@ def test_the_trials_of_a_comparison_are_shown_and_nothing_is_written_or_started(
 def test_a_wrong_request_is_refused_as_without_it(small, tmp_path, option):
     args = (*RUN, "--data", small, *option, "--dry-run", "--workers", 0)
     assert finish(Command(*args, storage=tmp_path), code=2).stderr.startswith("Error: ")
+
+
+def test_a_storage_that_can_t_be_written_is_refused_as_without_it():
+    options = {"data": "synthetic:200", "limit": 100, "val_size": 0, "storage": "/proc/x"}
+    with pytest.raises(RequestError, match=r"^/proc/x/.* can't be written: .* Give another --storage\.$"):
+        preview.preview(TrainingRequest.of("cnn", workers=0, **options), Screen(quiet=True), ExitStack())
+    with pytest.raises(RequestError, match="can't be written"):
+        preview.preview_comparison(ComparisonRequest.of(["cnn"], **options), Screen(quiet=True))

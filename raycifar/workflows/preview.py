@@ -29,6 +29,8 @@ def preview(request: TrainingRequest, screen: Screen, connection: ExitStack, *, 
     inputs = read_inputs(request, screen)
     identity = identify(request, inputs)
     finished = earlier_result(folder, identity)
+    with folder.marker():  # it can be written
+        pass
     if request.workers == 0 or cluster_address():
         workers = str(allocate_workers(request, folder, screen, connection, debug=debug))
     else:
@@ -50,6 +52,8 @@ def preview_comparison(request: ComparisonRequest, screen: Screen) -> None:
     folder, spaces = RunFolder(request.storage, request.name), study.build_spaces(request)
     source, splits, initial_by_model = study.read_inputs(request, screen)
     study.check_spaces(request, spaces, initial_by_model)
+    with folder.marker():
+        pass
     study.check_same_study(folder, request, study.identify_study(request, spaces, source, initial_by_model))
     at_once = f"as many as fit, each with {count(request.workers, 'worker')}"
     facts = study.overview(request, source, splits, at_once, folder)
