@@ -7,6 +7,7 @@ import click
 
 from raycifar.options import Command, folder_argument
 from raycifar.redaction import shown
+from raycifar.storage.run_folder import RunFolder
 from raycifar.terminal import Screen
 from raycifar.terminal_tables import LESS_OF_RUNS, fit, runs_table
 from raycifar.workflows.inventory import find_runs
@@ -27,7 +28,7 @@ def main(debug: bool, folder: str, as_json: bool) -> None:
         screen.console.print(fit(runs_table(found), screen.console, LESS_OF_RUNS))
         screen.lines(f"{entry.name}: {entry.reason}" for entry in found if entry.reason)
     else:
-        screen.say(f"There are no runs in {folder}.")
+        screen.say(f"There are no runs in {RunFolder.at(folder).location}.")
 
 
 if __name__ == "__main__":

@@ -128,9 +128,15 @@ def test_images_of_any_kind_are_asked_about(trained, small, tmp_path):
         (np.zeros((2, 32, 32, 3), np.float32), "float32 of shape"),
         ([], "the list of images is empty"),
         ("nowhere.png", "nowhere.png does not exist"),
+        ("photos", r"^photos/broken\.png can't be read: it is not an image of a known format\.$"),
+        (None, "^NoneType is not a kind of image: give PIL images, paths or an array"),
+        ([None], "^NoneType is not a kind of image"),
     ],
 )
-def test_what_is_no_image_is_refused(trained, images, says):
+def test_what_is_no_image_is_refused(trained, images, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    Path("photos/broken.png").write_text("no image")
     with pytest.raises(RequestError, match=says):
         open_run(trained).load(device="cpu").predict(images)
 

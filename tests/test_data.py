@@ -8,6 +8,7 @@ from command import Data, finish
 from raycifar.data import CIFAR100
 from raycifar.data.sources import load
 from raycifar.data.synthetic import synthetic
+from raycifar.terminal import Screen
 from raycifar.workflows.datasets import write_parquet
 
 
@@ -46,10 +47,11 @@ def test_a_destination_that_can_t_be_written_is_said_before_anything_is_read(pla
 
 
 def test_another_data_set_is_not_replaced(small, tmp_path):
-    write_parquet(synthetic(200, 100), str(tmp_path))
+    write_parquet(synthetic(200, 100), str(tmp_path), Screen(quiet=True))
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     refused = finish(Data("prepare", tmp_path, "--data", small, storage=None), code=2)
     assert refused.stderr == f"Error: {tmp_path} holds another data set: give another DESTINATION.\n"
+    assert "Writing" not in refused.stdout
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
@@ -67,12 +69,12 @@ def test_tables_of_other_things_are_not_replaced(small, tmp_path, splits):
 @pytest.mark.parametrize("left", ["train.parquet", "test.parquet"])
 def test_what_was_interrupted_is_written_to_its_end_and_once(small, tmp_path, left):
     source = load(small)
-    write_parquet(source, str(tmp_path))
+    write_parquet(source, str(tmp_path), Screen(quiet=True))
     whole = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     for name in whole.keys() - {left}:
         (tmp_path / name).unlink()
     for _ in range(2):
-        write_parquet(source, str(tmp_path))
+        write_parquet(source, str(tmp_path), Screen(quiet=True))
         assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == whole
 
 

@@ -97,7 +97,7 @@ WRITERS = {
     "report --out": lambda run, out: reporting.report(
         RunFolder.at(str(run)), Screen(quiet=True), out=RunFolder.at(out), kind="md"
     ),
-    "data prepare": lambda run, out: write_parquet(synthetic(200, 100), out),
+    "data prepare": lambda run, out: write_parquet(synthetic(200, 100), out, Screen(quiet=True)),
     "bench --out": lambda run, out: benchmark.keep({}, RunFolder.at(out)),
 }
 
@@ -248,6 +248,8 @@ def test_a_uri_is_taken_apart_and_put_together_beside_its_parameters():
         ("zip://a::http://b", "zip:// can't be read"),
         ("s3://a::file://b", "it chains several by ::"),
         ("file://tmp/x", "names another host"),
+        ("s3:/bucket/x", "s3:/bucket/x has one slash: give s3://bucket/x, or the path ./s3:/bucket/x"),
+        ("file:/tmp/x", "give file:///tmp/x"),
         ("https://host/a b?sig=c", "write a space as %20"),
     ],
 )

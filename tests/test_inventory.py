@@ -199,12 +199,13 @@ def test_a_run_that_goes_between_listing_and_reading_is_damaged(storage):
     assert (str(found.state), found.reason) == ("damaged", f"{storage}/old holds no run.json.")
 
 
-def test_json_is_for_programs_and_what_is_no_folder_is_refused(storage, run, tmp_path):
+def test_json_is_for_programs_and_what_is_no_folder_is_refused(storage, run, tmp_path, monkeypatch):
     rows = json.loads(run(runs_door, storage, "--json")[1])
     assert [row["name"] for row in rows][:2] == ["new", "study"]
     assert rows[0]["state"] == "finished"
     assert run(runs_door, storage)[1].count("finished") == 2
-    assert "There are no runs in" in run(runs_door, storage / "notes")[1]
+    monkeypatch.chdir(storage / "notes")
+    assert f"There are no runs in {storage}/notes.\n" in run(runs_door, ".")[1]
     assert run(runs_door, tmp_path / "nothing")[0] == 2
     with pytest.raises(RequestError, match="does not exist"):
         find_runs(str(tmp_path / "nothing"))

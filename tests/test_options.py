@@ -146,6 +146,9 @@ def test_the_help_is_short_has_an_example_and_is_grouped(name):
     assert len(lines) < 60
     assert max(map(len, lines)) <= 100
     assert any(line.startswith("  Example: raycifar ") for line in lines)
+    own = {flag for option in COMMANDS[name].params for flag in (*option.opts, *option.secondary_opts, "--help")}
+    named = {option.replace("[no-]", "") for option in re.findall(r"--(?:\[no-\])?[a-z][a-z-]+", done.stdout)}
+    assert named <= own
     if name in ("train", "compare", "bench"):
         assert [line for line in lines if line in ("Model and data:", "Workers:", "Run and storage:", "Other:")]
         assert any(line.startswith("Recipe (") for line in lines)

@@ -1,12 +1,14 @@
 """`--dry-run`: the whole plan, and nothing else."""
 
 import re
+from contextlib import ExitStack
 
 import pytest
 import torch
 from command import Command, Compare, finish
 from conftest import RUN
 
+from raycifar.errors import RequestError
 from raycifar.terminal import Screen
 from raycifar.workflows import preview
 from raycifar.workflows.requests import ComparisonRequest, TrainingRequest
@@ -83,3 +85,11 @@ def test_trials_that_take_a_part_of_the_cpus_run_beside_each_other(monkeypatch):
     preview.preview_comparison(ComparisonRequest.of(["cnn"], **options), screen)
     assert "4 h 0 min each" in told["cnn"]
     assert told["time"].startswith("about 4 h 0 min, by")
+
+
+def test_a_storage_that_can_t_be_written_is_refused_as_without_it():
+    options = {"data": "synthetic:200", "limit": 100, "val_size": 0, "storage": "/proc/x"}
+    with pytest.raises(RequestError, match=r"^/proc/x/.* can't be written: .* Give another --storage\.$"):
+        preview.preview(TrainingRequest.of("cnn", workers=0, **options), Screen(quiet=True), ExitStack())
+    with pytest.raises(RequestError, match="can't be written"):
+        preview.preview_comparison(ComparisonRequest.of(["cnn"], **options), Screen(quiet=True))

@@ -13,6 +13,7 @@ from command import Command, Speedrun, finish
 from conftest import checkpoints, history, wait_until
 from safetensors.torch import load_file
 
+from raycifar.analysis.statistics import mean_interval
 from raycifar.data.dataset import split
 from raycifar.data.shards import to_shard
 from raycifar.data.sources import load
@@ -28,6 +29,7 @@ from raycifar.storage.run_folder import RunFolder
 from raycifar.terminal import Screen
 from raycifar.workflows import speedrun
 from raycifar.workflows.requests import TrainingRequest
+from raycifar.workflows.speedrun import possible
 
 CPU = torch.device("cpu")
 SMALL = ("--limit", 200, "--val-size", 100, "--epochs", 2, "--batch-size", 50, "--cpus-per-worker", 1)
@@ -209,6 +211,13 @@ def test_the_program_counts_what_a_run_computes(timed):
     sgd = timed(choose_recipe("speedrun", epochs=4, batch_size=100, progressive="20:0.5", optimizer="sgd")).work()
     assert products * 0.95 < sgd.petaflop < products  # the first layer needs no gradient for its inputs
     assert work.petaflop > sgd.petaflop  # Muon's products come on top
+
+
+def test_an_interval_of_few_runs_holds_only_what_is_possible():
+    seconds, top1 = possible("seconds", mean_interval([10.0, 20.0])), possible("top1", mean_interval([0.2, 0.7]))
+    assert (seconds["mean"], seconds["low"], seconds["high"]) == (15, 0, pytest.approx(78.5, abs=0.1))
+    assert (top1["low"], top1["high"], top1["n"]) == (0, 1, 2)
+    assert possible("top1", mean_interval([0.2]))["low"] is None
 
 
 def test_the_command_times_runs_by_the_public_rules_and_ctrl_c_shows_what_is_there(small, tmp_path):

@@ -53,11 +53,12 @@ def mlflow(tmp_path, monkeypatch):
 
 
 def test_mlflow_has_recipe_epochs_result_and_files_over_a_restart(mlflow, run, tmp_path):
-    assert not follow("mlflow", run, HISTORY[:2])
+    where = f"mlflow logs to sqlite:///{tmp_path}/mlflow.db, experiment raycifar."
+    assert follow("mlflow", run, HISTORY[:2]) == [where]
     (experiment,) = [each for each in mlflow.search_experiments() if each.name == "raycifar"]
     (found,) = mlflow.search_runs([experiment.experiment_id])
     assert (found.info.status, found.info.run_name) == ("KILLED", "a")
-    assert not follow("mlflow", run, HISTORY, result=RESULT)
+    assert follow("mlflow", run, HISTORY, result=RESULT) == [where]
     (found,) = mlflow.search_runs([experiment.experiment_id])
     assert found.info.status == "FINISHED"
     assert found.data.params.items() >= {"model": "cnn", "seed": "3", "lr": "0.1", "data.source": "synthetic"}.items()
@@ -75,7 +76,7 @@ def test_mlflow_takes_more_parameters_than_in_a_batch(mlflow):
 
 def test_the_runs_of_a_comparison_are_children_of_it(mlflow, run, tmp_path):
     comparison = RunFolder(str(tmp_path), "results")
-    assert not follow("mlflow", run, HISTORY, result=RESULT, parent=comparison)
+    assert len(follow("mlflow", run, HISTORY, result=RESULT, parent=comparison)) == 1  # where it logs, once
     (experiment,) = [each for each in mlflow.search_experiments() if each.name == "raycifar"]
     runs = {found.info.run_name: found for found in mlflow.search_runs([experiment.experiment_id])}
     assert runs["a"].data.tags["mlflow.parentRunId"] == runs["results"].info.run_id
@@ -97,8 +98,9 @@ def test_wandb_has_recipe_epochs_and_result_over_a_restart(run, tmp_path, monkey
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    assert not follow("wandb", run, HISTORY[:2])
-    assert not follow("wandb", run, HISTORY, result=RESULT)
+    for history, result in ((HISTORY[:2], None), (HISTORY, RESULT)):
+        (where,) = follow("wandb", run, history, result=result)
+        assert where.startswith(f"wandb logs to {tmp_path}/")
     identity = run.read_json(TRACKING)["wandb"]["id"]
     files = sorted(tmp_path.glob(f"wandb/offline-run-*/run-{identity}.wandb"))
     assert len(files) == 2  # one for each start, of one run

@@ -52,8 +52,7 @@ def prepare(debug: bool, destination: str, data: str) -> None:
     RunFolder.for_output(destination, option="DESTINATION")
     with screen.waiting(f"Reading {data}"):
         source = load(data)
-    with screen.waiting(f"Writing {destination}, and reading it back"):
-        write_parquet(source, destination)
+    write_parquet(source, destination, screen)
     screen.say(f"{destination} holds the same images and labels: --data {destination}")
 
 

@@ -32,6 +32,10 @@ def check_location(location: Location, what: str = "", *, to_write: bool = False
     if not is_utf8(text):
         raise RequestError(f"{option}{text!r} is refused, because it isn't UTF-8: rename the file or folder.")
     if not (match := URI.match(text)):
+        scheme, colon, _ = text.partition(":/")
+        if colon and scheme.lower() in SCHEMES:
+            meant = text.replace(":/", ":///" if scheme.lower() == "file" else "://", 1)
+            raise RequestError(f"{option}{text} has one slash: give {meant}, or the path ./{text}.")
         return text
     scheme, schemes = match[1].lower(), WRITABLE if to_write else SCHEMES
     if scheme not in schemes or "::" in text:

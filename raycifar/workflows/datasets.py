@@ -36,7 +36,7 @@ def summarize(source: Source) -> dict[str, str]:
     }
 
 
-def write_parquet(source: Source, destination: str) -> None:
+def write_parquet(source: Source, destination: str, screen: Screen) -> None:
     """Write a data set to a folder or URI, unless it is there, in the Hugging Face hub's layout, and read it back.
 
     Raises:
@@ -46,24 +46,26 @@ def write_parquet(source: Source, destination: str) -> None:
     if len(source.train) > MAX_IMAGES:
         raise RequestError(f"{source.name} has more than the {MAX_IMAGES:,} training images that are read from files.")
     fingerprint = source.fingerprint
-    try:
-        held = load(destination).fingerprint
-    except RequestError:  # no data set, or only part of one
-        held = None
+    with screen.waiting(f"Looking into {destination}"):
+        try:
+            held = load(destination).fingerprint
+        except RequestError:  # no data set, or only part of one
+            held = None
     if held == fingerprint:
         return
     if held:
         raise RequestError(f"{destination} holds another data set: give another DESTINATION.")
-    files = {
-        join(destination, f"{split}.parquet"): to_parquet(to_hub_layout(getattr(source, split))) for split in SPLITS
-    }
+    tables = {split: to_hub_layout(getattr(source, split)) for split in SPLITS}
+    files = {join(destination, f"{split}.parquet"): to_parquet(table) for split, table in tables.items()}
     for file, content in files.items():
         with suppress(FileNotFoundError, NotADirectoryError):
             if read_file(file) != content:
                 raise RequestError(f"{file} exists and isn't part of this data set: give another DESTINATION.")
-    for file, content in files.items():
-        write_file(file, content)
-    if load(destination).fingerprint != fingerprint:
+    with screen.waiting(f"Writing {destination}, and reading it back"):
+        for file, content in files.items():
+            write_file(file, content)
+        written = load(destination).fingerprint
+    if written != fingerprint:
         raise RequestError(f"{destination} doesn't hold what was written: give an empty folder.")
 
 

@@ -179,6 +179,8 @@ def read_images(images: Any) -> np.ndarray:
             raise RequestError("the list of images is empty: give at least one.")
         return np.concatenate([as_pixels(image) for image in images])
     pixels = np.asarray(images.cpu() if hasattr(images, "cpu") else images)
+    if pixels.dtype == object:
+        raise RequestError(f"{type(images).__name__} is not a kind of image: give PIL images, paths or an array.")
     if pixels.ndim == 3:
         pixels = pixels[None]
     side, channels = CIFAR100.image_size, CIFAR100.image_shape[0]
@@ -194,14 +196,18 @@ def read_images(images: Any) -> np.ndarray:
 
 def as_pixels(image: Any) -> np.ndarray:
     """Return one of several images, or a path's images, as (n, 3, 32, 32) uint8."""
+    name = "a PIL image" if isinstance(image, Image.Image) else image
     try:
         match image:
             case Image.Image():
                 return to_pixels(image)[None]
             case str() | os.PathLike():
-                return np.stack([read_image(file.filesystem, file.path) for file in find_images(str(image))[0]])
+                pixels = []
+                for file in find_images(str(image))[0]:
+                    name = file.name  # of one in a folder
+                    pixels.append(read_image(file.filesystem, file.path))
+                return np.stack(pixels)
     except (ValueError, OSError) as error:
-        name = "a PIL image" if isinstance(image, Image.Image) else image
         raise RequestError(f"{name} can't be read: {in_a_line(error)}.") from error
     return read_images(np.asarray(image) if isinstance(image, list | tuple) else image)
 

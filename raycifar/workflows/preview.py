@@ -31,6 +31,8 @@ def preview(request: TrainingRequest, screen: Screen, connection: ExitStack, *, 
     inputs = read_inputs(request, screen)
     identity = identify(request, inputs)
     finished = earlier_result(folder, identity)
+    with folder.marker():  # it can be written
+        pass
     if request.workers == 0 or cluster_address():
         workers = allocate_workers(request, folder, screen, connection, debug=debug)
         told = str(workers)
@@ -54,6 +56,8 @@ def preview_comparison(request: ComparisonRequest, screen: Screen) -> None:
     folder, spaces = RunFolder(request.storage, request.name), study.build_spaces(request)
     source, splits, initial_by_model = study.read_inputs(request, screen)
     study.check_spaces(request, spaces, initial_by_model)
+    with folder.marker():
+        pass
     study.check_same_study(folder, request, study.identify_study(request, spaces, source, initial_by_model))
     workers = expected_workers(request)
     told = f"as many as fit, each with {count(request.workers, 'worker')}"

@@ -53,7 +53,7 @@ def setting(
 class WorkerSettings:
     """What each worker computes on, and how long to wait for that."""
 
-    device: Device = setting("auto", "auto: GPUs, if there are any; mps: Apple's GPU, for --workers 0.")
+    device: Device = setting("auto", "auto: GPUs, if there are any; mps: Apple's GPU, in this process only.")
     cpus_per_worker: float | None = setting(None, "CPUs (and threads) per worker.  [fair share]")
     gpus_per_worker: float = setting(1.0, "GPUs per worker: 1, or a fraction of one.")
     accelerator: str | None = setting(None, "Kind of GPU, such as H100.  [any]")

@@ -94,10 +94,18 @@ def speedrun(
                 )
     finally:
         if found["runs"]:
-            found |= {name: mean_interval([run[name] for run in found["runs"]]) for name in MEANS}
+            found |= {name: possible(name, mean_interval([run[name] for run in found["runs"]])) for name in MEANS}
             show(found)  # first, so that no figure is lost where the file can't be written
             folder.write_json(SPEEDRUN, found)
             screen.say(f"Written to {folder.location}: {SPEEDRUN}")
+
+
+def possible(name: str, interval: dict[str, Any]) -> dict[str, Any]:
+    """Return an interval without impossible values: Student's of a few runs may hold times below 0."""
+    if interval["low"] is None:
+        return interval
+    most = math.inf if "seconds" in name else 1.0
+    return {**interval, "low": max(0.0, interval["low"]), "high": min(most, interval["high"])}
 
 
 def facts(found: dict[str, Any]) -> dict[str, str]:

@@ -26,7 +26,10 @@ ARTIFACTS = (RUN, REPORT_PAGE, MODEL, COMPARISON)
 
 
 class Tracker(Protocol):
-    """Tracks one run. An exception that it raises ends the tracking, but not the run."""
+    """Tracks one run. An exception that it raises ends the tracking, but not the run.
+
+    Its attribute `where`, if it has one, is shown once it has started.
+    """
 
     def start(self, name: str, config: dict[str, Any], known: str | None, parent: str | None) -> str:
         """Begin a run, or continue the one that is `known`, and return the tracker's ID of it.
@@ -52,11 +55,12 @@ class MLflow:
         from mlflow.environment_variables import MLFLOW_EXPERIMENT_NAME
 
         self.client = mlflow.MlflowClient()
+        title = MLFLOW_EXPERIMENT_NAME.get() or PROJECT
+        self.where = f"{mlflow.get_tracking_uri()}, experiment {title}"
         if known:
             self.run = known
             self.client.update_run(known, status="RUNNING")
             return known
-        title = MLFLOW_EXPERIMENT_NAME.get() or PROJECT
         found = self.client.get_experiment_by_name(title)
         experiment = found.experiment_id if found else self.client.create_experiment(title)
         tags = {"mlflow.parentRunId": parent} if parent else {}
@@ -98,6 +102,7 @@ class WeightsAndBiases:
             reinit="create_new",  # a comparison has several at once
             settings=wandb.Settings(console="off", silent=True),
         )
+        self.where = self.run.url or self.run.dir
         return self.run.id
 
     def epoch(self, record: EpochRecord) -> None:
@@ -140,7 +145,7 @@ class Tracking:
 
     Args:
         track: the tracker's name, or None for none.
-        say: called with the notice, at most once, that tracking has failed.
+        say: called with a line that says where it logs, and with the notice, at most once, that tracking has failed.
     """
 
     track: str | None
@@ -184,6 +189,8 @@ class Tracking:
         config = folder.read_json(RUN) or folder.read_json(STUDY) or {}
         tracker = TRACKERS[self.track]()
         identity = tracker.start(folder.name, flat(config), known.get("id"), above)
+        if not self.runs and (where := getattr(tracker, "where", None)):
+            self.say(f"{self.track} logs to {where}.")
         run = self.runs[folder.location] = Tracked(folder, tracker, identity, known.get("epoch", 0))
         self._remember(run)
         return run

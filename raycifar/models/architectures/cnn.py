@@ -32,7 +32,7 @@ class CnnRecipe(Recipe):
 
 
 RECIPES = {"scratch": CnnRecipe(**LONG), "short": CnnRecipe(**SHORT), "transfer": CnnRecipe(**TRANSFER)}
-PURPOSES = {"transfer": "from a weights file, --pretrained FILE"}
+PURPOSES = {"transfer": "from weights, --pretrained FILE"}
 
 
 def build(num_classes: int, dropout: float, whiten: bool, depth: int) -> nn.Module:
