@@ -15,7 +15,7 @@ code=0 # 1: a trial failed, and the table shows the others
 "$python" -m raycifar.compare --models "${MODELS:-cnn,vgg16,resnet50}" --seeds "${SEEDS:-3}" --pretrained none \
     ${EPOCHS:+--epochs "$EPOCHS"} --name "$name" --storage "$storage" "$@" || code=$?
 [ "$code" -le 1 ] || exit "$code"
-"$python" -m raycifar.report "$storage/$name" --format md
+"$python" -m raycifar.report "$storage/$name" --format md || exit $((code ? code : 1))
 "$python" -c 'import sys; from raycifar.storage.run_folder import REPORT_TEXT, RunFolder
 print(RunFolder.at(sys.argv[1]).read(REPORT_TEXT).decode())' "$storage/$name"
 exit "$code"

@@ -24,6 +24,7 @@ from raycifar.data.sources import load
 from raycifar.data.synthetic import synthetic
 from raycifar.data.trees import RECORD
 from raycifar.errors import RequestError
+from raycifar.storage.run_folder import RunFolder
 from raycifar.terminal import Screen
 from raycifar.terminal_tables import evaluation_table
 from raycifar.workflows import evaluation
@@ -100,6 +101,16 @@ def test_another_data_set_leaves_the_run_as_it_was(trained, evaluate, small, tmp
     evaluate("a/", "--data", small, "--split", "train", "--workers", 0)  # the same again
     evaluate(best, "--data", small, "--workers", 0, "--out", tmp_path / "elsewhere")
     assert json.loads((tmp_path / "elsewhere/evaluation.json").read_text())["images"] == 300
+
+
+def test_an_evaluation_by_an_earlier_version_may_be_repeated(tmp_path, monkeypatch):
+    """It wrote the network and the data as they were given."""
+    monkeypatch.chdir(tmp_path)
+    out, request = RunFolder.for_output("evaluation"), EvaluationRequest("runs/a", data="./c")
+    out.write_json("evaluation.json", {"network": "runs/a", "data": "c", "split": "test"})
+    evaluation.check_replaces_no_other(out, evaluation.identify(request, "./c"))
+    with pytest.raises(RequestError, match="holds the evaluation of runs/a on the test images of c: give another"):
+        evaluation.check_replaces_no_other(out, evaluation.identify(request, "synthetic"))
 
 
 def test_only_a_run_s_own_test_set_is_scored_into_its_folder(trained, evaluate, small, tmp_path):

@@ -79,7 +79,9 @@ def test_workers_that_die_while_they_start_are_counted_too(store, alive):
     failed = WorkerGroupStartupFailedError("At least one of the worker actors failed to initialize.")
     failed.__cause__ = RayActorError()
     for error in (WorkerGroupStartupTimeoutError(1), failed):  # the first is that of an elastic run without room
-        counter.after_controller_state_update(None, ReschedulingState(ControllerError(error)))
+        state = ReschedulingState(ControllerError(error))
+        for previous in (None, state):  # Ray sets it again while there is no room
+            counter.after_controller_state_update(previous, state)
     assert [str(failure) for failure in store.failures()] == [
         "A worker that was starting failed (The actor experienced an error before finishing this task); the workers "
         "are restarted from the last checkpoint."

@@ -201,12 +201,10 @@ def test_links_to_folders_are_not_followed_and_that_is_said(tmp_path, caplog):
     (tmp_path / "a/b/around").symlink_to(tmp_path / "a")
     os.mkfifo(tmp_path / "a/fifo")
     assert list_files(LOCAL, str(tmp_path / "a")) == [str(tmp_path / "a" / name) for name in ("b/image.png", "blob")]
-    assert caplog.messages == [f"Note: {tmp_path}/a/b/around is passed over: it is a link to a folder."]
+    assert caplog.messages == [f"Note: {tmp_path}/a/b/around is skipped: it is a link to a folder."]
     (tmp_path / "a/away").symlink_to("nowhere")
     list_files(LOCAL, str(tmp_path / "a"))
-    assert caplog.messages[1:] == [
-        f"Note: {tmp_path}/a/away is passed over, and 1 more: it is a link that leads nowhere."
-    ]
+    assert caplog.messages[1:] == [f"Note: {tmp_path}/a/away is skipped, and 1 more: it is a link that leads nowhere."]
 
 
 # Paths and URIs -------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def test_a_loss_that_rises_while_accuracy_does_is_overconfidence():
     rises = OVERFITS | {"val_top1": lambda e: 0.78 - 0.4 * np.exp(-e / 9)}
     found = {finding.kind: finding for finding in diagnose(made_up(**rises, recipe={"label_smoothing": 0.0}))}
     assert found.keys() >= {"overfitting", "improving"}
-    assert "the network grows overconfident in its errors rather than worse" in found["improving"].evidence
+    assert "because the network grows overconfident in its errors, not because" in found["improving"].evidence
     assert found["improving"].advice == "Against overconfidence, try --label-smoothing 0.1."
     assert kinds(made_up(**OVERFITS | {"val_top1": lambda e: 0.5 - 0.002 * e})) == {"overfitting"}
 

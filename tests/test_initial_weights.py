@@ -82,6 +82,8 @@ def test_options_cannot_change_a_network_whose_weights_are_there(tmp_path):
     ):
         with pytest.raises(RequestError, match=rf"^{named} can't be combined with --pretrained "):
             initial_weights.load_initial_weights("cnn", recipe, source)
+    with pytest.raises(RequestError, match=r"holds weights of cnn, not of vgg16\.$"):
+        initial_weights.load_initial_weights("vgg16", Recipe(pretrained=str(deep)), source)
     for depth in (1, 2):  # not given, and given rightly
         recipe = CnnRecipe(pretrained=str(deep), depth=depth)
         initial = initial_weights.load_initial_weights("cnn", recipe, source)

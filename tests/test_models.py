@@ -187,6 +187,7 @@ BESIDE = "import sys, runpy, raycifar.models.architectures as a; a.__path__.appe
 BESIDE += "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 
 
+@pytest.mark.slow  # the documentation's example is trained, too
 def test_a_new_architecture_is_one_file(small, tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models/tiny.py").write_text(TINY)

@@ -12,6 +12,7 @@ from conftest import RUN
 from PIL import Image
 
 from raycifar.storage.checkpoints import Checkpoints
+from raycifar.storage.run_folder import RUN as RUN_FILE
 from raycifar.storage.run_folder import RunFolder
 from raycifar.workflows.inventory import removable, remove
 
@@ -36,12 +37,21 @@ def cleaned(trained, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def other(cleaned, tmp_path_factory):
+    """A run like that one, of another seed."""
+    folder = RunFolder.at(str(shutil.copytree(cleaned, tmp_path_factory.mktemp("other") / "b")))
+    folder.write_json(RUN_FILE, folder.read_json(RUN_FILE) | {"seed": 1})
+    folder.manifest.renew(RUN_FILE)
+    return folder.location
+
+
 SLOW = pytest.mark.slow
 DOORS = [
     pytest.param("train", ("--storage", "{parent}", "--name", "a", *RUN, "--workers", 0), id="train-finished"),
     pytest.param("train", ("--model", "cnn", *TINY, "--workers", 1, "--storage", "{out}"), id="train", marks=SLOW),
     pytest.param("compare", ("--models", "cnn", "--seeds", 2, *TINY, "--storage", "{out}"), id="compare", marks=SLOW),
-    pytest.param("compare", ("{run}", "--storage", "{out}", "--name", "c"), id="compare-runs"),
+    pytest.param("compare", ("{run}", "{other}", "--storage", "{out}", "--name", "c"), id="compare-runs"),
     pytest.param("report", ("{run}", "--out", "{out}"), id="report"),
     pytest.param("evaluate", ("{run}", "--workers", 0, "--cpus-per-worker", 1, "--out", "{out}"), id="evaluate-here"),
     pytest.param("evaluate", ("{run}", "--workers", 1, "--out", "{out}"), id="evaluate", marks=SLOW),
@@ -62,9 +72,9 @@ DOORS = [
 
 
 @pytest.mark.parametrize(("door", "args"), DOORS)
-def test_a_door_writes_nothing_but_its_own_lines(door, args, cleaned, small, tmp_path):
+def test_a_door_writes_nothing_but_its_own_lines(door, args, cleaned, other, small, tmp_path):
     Image.new("RGB", (32, 32), "red").save(tmp_path / "cat.png")
-    places = {"run": cleaned, "parent": cleaned.parent, "out": tmp_path}
+    places = {"run": cleaned, "other": other, "parent": cleaned.parent, "out": tmp_path}
     args = [str(arg).format(**places) for arg in args]
     done = finish(Door(door, *args, env={"RAYCIFAR_DATA": small}, cwd=tmp_path))
     of_chance = "This network is at the level of chance: "  # as `predict` says of these runs

@@ -83,7 +83,6 @@ def test_a_head_that_is_trained_to_the_end_stays_alone():
         {"layer_decay": 0.0},
         {"head_epochs": 201},
         {"optimizer": "lion"},
-        {"optimizer": "muon", "batch_norm": "frozen"},
         {"muon_steps": 0},
         {"norm_lr": -1.0},
         {"progressive": "20"},

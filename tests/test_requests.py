@@ -69,6 +69,7 @@ def test_python_has_the_options_of_the_command_with_its_defaults(function, comma
         ({"gpus_per_worker": 0.5, "workers": 0}, "leave one of them out"),
         ({"gpus_per_worker": 0.5, "workers": "1:4"}, "an elastic run takes whole GPUs"),
         ({"accelerator": "H100", "device": "cpu"}, "--accelerator H100 is for workers on GPUs"),
+        ({"optimizer": "muon", "batch_norm": "frozen"}, "--optimizer muon rescales filters, so --batch-norm can't be"),
         ({"name": "../up"}, "'../up' is not a folder name"),
         ({"recipe": "fast"}, "--recipe fast is neither a recipe of cnn"),
     ],

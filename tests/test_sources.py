@@ -374,7 +374,7 @@ def test_as_many_synthetic_images_are_made_as_are_asked_for():
 
 
 def test_a_linear_model_does_not_get_synthetic_images_right():
-    source = synthetic(20_000, 2_000)
+    source = synthetic(8_000, 2_000)
 
     def arrays(table):
         pixels = to_images(table["image"]).reshape(len(table), -1)

@@ -93,7 +93,7 @@ def test_a_compiled_convolution_of_colors_computes_what_pytorch_s_does():
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
 def test_an_orthogonal_update_has_singular_values_near_one_and_the_gradient_s_directions(low):
     generator = torch.Generator().manual_seed(0)
-    shapes = ((64, 27, 3, 3), (512, 256, 3, 3), (100, 4, 3, 3), (64, 27, 3, 3), (64, 243, 1, 1))
+    shapes = ((64, 27, 3, 3), (128, 64, 3, 3), (100, 4, 3, 3), (64, 27, 3, 3), (64, 243, 1, 1))
     gradients = [torch.randn(shape, generator=generator) for shape in shapes]
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         updates = orthogonalize(gradients, steps=5)

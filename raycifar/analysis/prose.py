@@ -227,7 +227,7 @@ def next_steps(history: RunHistory, findings: Sequence[Finding], storage: str = 
         rate = usual.lr if has(findings, "learning-rate-high") else min(usual.lr, recipe.lr) / 2
         scale = ""
         if recipe.optimizer != usual.optimizer:  # whose learning rates are of another scale
-            rate, scale = recipe.lr / 10, f" ({base} has one for {usual.optimizer})"
+            rate, scale = recipe.lr / 10, f" (that of {base} is for {usual.optimizer})"
         gentle = replace(recipe, lr=rate, warmup=max(usual.warmup, recipe.warmup), clip_norm=1.0)
         never = any(finding.kind == "collapse" and finding.epochs[0] == 1 for finding in findings)
         aim = ", to see whether it learns at all" if never else ""

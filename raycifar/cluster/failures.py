@@ -55,6 +55,8 @@ class StartFailureCounter(ray_internals.controller_callback_class()):  # type: i
         self.nodes = [*alive_nodes()]  # the workers may be on any of them
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        if current_state is previous_state:  # while there is no room for a restart
+            return
         if error := ray_internals.start_failure(current_state):
             cause, error = classify(error)
             failure = Failure(cause, in_a_line(error), nodes=self.nodes)

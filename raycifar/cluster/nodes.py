@@ -14,6 +14,7 @@ from raycifar.storage.remote import tell
 from raycifar.words import count
 
 LOOK_SECONDS = 1  # between two looks at which nodes have answered
+MIN_SECONDS = 60  # for them to answer: the first task on a node imports PyTorch
 MUST_AGREE = ("python", "ray", "torch", "raycifar")
 
 
@@ -62,13 +63,14 @@ def check_nodes(workers: Workers, file: str | None, seconds: float) -> None:
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] != here and placeable([node["Resources"]], workers.resources)
     }
+    seconds = max(MIN_SECONDS, seconds)
     waiting, ends = list(asked), time.monotonic() + seconds
     while waiting and time.monotonic() < ends:
         tell.get()(f"waiting for {count(len(waiting), 'node')} to load the code, for at most {seconds:g} s (--wait)")
         _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_SECONDS)
     for question, node in asked.items():
         try:
-            late = f"it hasn't answered for {seconds:g} s (--wait)"
+            late = f"it didn't answer within {seconds:g} s (--wait)"
             complaint = late if question in waiting else ray.get(question, timeout=0)
         except Exception as error:
             complaint = f"it can't run raycifar ({in_a_line(error)}): submit the job with its code, or install it there"

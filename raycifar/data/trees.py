@@ -192,6 +192,8 @@ class Member(tarfile.TarInfo):
             header = super().frombuf(buf, encoding, errors)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
+        except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError("it has no end mark") from error
         except tarfile.HeaderError as error:  # tarfile takes it for the end, unless it is the first
             raise tarfile.ReadError(str(error)) from error
         if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) and header.size > MAX_EXTENDED:

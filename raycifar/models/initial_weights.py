@@ -52,7 +52,7 @@ class InitialWeights:
         if size:
             architecture = replace(architecture, preprocessing=replace(architecture.preprocessing, size=size))
         check_sizes(architecture, recipe)
-        if self.weights and not self.from_images:
+        if self.weights and not self.from_images and architecture.preprocessing != self.architecture.preprocessing:
             self.check_shapes(architecture)
         return architecture
 
@@ -113,7 +113,6 @@ def from_weights(model: str, recipe: Recipe) -> InitialWeights:
     architecture = Architecture(model, large_stem=True, preprocessing=preprocessing, tta_flip=recipe.tta_flip)
     notes = []
     if origin == "imagenet":
-        check_options(recipe, architecture.options)
         tensors = fetch_imagenet_weights(model)
     else:
         found, others, saved = read_tensors(origin)
@@ -122,7 +121,6 @@ def from_weights(model: str, recipe: Recipe) -> InitialWeights:
         others += [name for name in found if not name.startswith(prefix)]
         if others:
             notes.append(f"{origin} holds more than the weights of {model}; left out: {first_few(others)}.")
-        check_options(recipe, saved.options if saved else architecture.options)
         if saved:
             architecture = adopt_architecture(saved, architecture, recipe)
         elif family.is_for_small_images({name: value.shape for name, value in tensors.items()}):
@@ -132,6 +130,7 @@ def from_weights(model: str, recipe: Recipe) -> InitialWeights:
                 f"{origin} was trained on small images, so images have {preprocessing.size} pixels a side here, too, "
                 "and are normalized by this data set's mean and standard deviation."
             )
+    check_options(recipe, architecture.options)
     weights, left_out = select_weights(tensors, architecture, origin)
     return InitialWeights(architecture, weights, notes=(*notes, *left_out))
 

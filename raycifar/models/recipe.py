@@ -103,10 +103,6 @@ class Recipe:
             for name in names:
                 if not allowed(value := getattr(self, name)):
                     raise ValueError(f"{name} is {value}: it must be {wanted}")
-        if self.optimizer == "muon" and self.batch_norm == "frozen":
-            raise ValueError(
-                "optimizer muon rescales filters, which batch_norm frozen doesn't allow: change one of them"
-            )
         parse_sizes(self.progressive)
         if self.mixup + self.cutmix > 1:
             raise ValueError(

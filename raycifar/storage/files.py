@@ -70,12 +70,12 @@ def list_files(filesystem: fs.FileSystem, folder: str) -> list[str]:
         found = [
             Path(top, name) for top, *names in os.walk(folder, onerror=raise_it) for name in itertools.chain(*names)
         ]
-        files = [str(path) for path in found if path.is_file()]
-        if links := [path for path in found if path.is_symlink() and not path.is_file() and path.name[0] != "."]:
+        files = {path for path in found if path.is_file()}
+        if links := [path for path in found if path not in files and path.is_symlink() and path.name[0] != "."]:
             what = "link to a folder" if links[0].is_dir() else "link that leads nowhere"
             more = f", and {len(links) - 1:,} more" if links[1:] else ""
-            notice(f"{links[0]} is passed over{more}: it is a {what}.")
-        return sorted(files)
+            notice(f"{links[0]} is skipped{more}: it is a {what}.")
+        return sorted(map(str, files))
     return sorted(entry.path for entry in remote.list_all(filesystem, folder) if entry.is_file)
 
 

@@ -80,7 +80,9 @@ class Dissector(pickle._Unpickler):
         super().__init__(content, **options)
         self.content, self.persistent, self.left = content, persistent, MAX_STEPS
         self._file_read = self.read_some
-        self.room = len(content.getbuffer())  # for bytes that are made of text
+        here = content.tell()
+        self.room = content.seek(0, io.SEEK_END)  # for bytes that are made of text
+        content.seek(here)
         self.named: dict[str, Any] = {
             "collections.OrderedDict": self.to_items,
             "__builtin__.bytes": no_bytes,

@@ -125,10 +125,11 @@ def download(filesystem: fs.FileSystem, path: str, max_bytes: int) -> bytes:
     """Return a file's content, read once from front to back."""
 
     def work(beat: Callable[[int], None]) -> bytes:
-        info = filesystem.get_file_info(path)
-        if info.type == fs.FileType.NotFound:
-            raise FileNotFoundError("there is no such file")
-        check_size(info.size or 0, max_bytes)
+        if filesystem.type_name != "py::web":  # there, the answer to the request itself says so
+            info = filesystem.get_file_info(path)
+            if info.type == fs.FileType.NotFound:
+                raise FileNotFoundError("there is no such file")
+            check_size(info.size or 0, max_bytes)
         content = io.BytesIO()
         with filesystem.open_input_stream(path, compression=None) as stream:
             while chunk := stream.read(CHUNK if filesystem.type_name.startswith("py::") else 2**23):
@@ -199,6 +200,8 @@ class Web(fs.FSSpecHandler):
         import requests
 
         response = requests.head(path + self.query, timeout=(CONNECT_SECONDS, READ_SECONDS), allow_redirects=True)
+        if response.status_code >= 500 or response.status_code in BUSY:
+            response.raise_for_status()
         missing = response.status_code in (404, 410)
         return fs.FileType.NotFound if missing else kind_of(response.url.partition("?")[0])
 

@@ -15,7 +15,7 @@ from raycifar.analysis.statistics import accuracy_interval, accuracy_intervals, 
 from raycifar.data import CIFAR100
 from raycifar.data.corruptions import Corruptions, benchmark, find_corruptions
 from raycifar.data.dataset import Source, split_rows, to_images
-from raycifar.data.sources import absolute_name, is_location
+from raycifar.data.sources import is_location
 from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
 from raycifar.models.recipe import Precision
 from raycifar.models.recipes import recipe_from_json
@@ -71,7 +71,7 @@ def evaluate(
     """
     folder, predictions = RunFolder.at(request.network), None
     out = RunFolder.for_output(request.out, folder) if request.out is not None else None
-    if request.out and request.data and absolute_name(request.out) == absolute_name(request.data):
+    if request.out and request.data and is_location(request.data) and place_of(request.out) == place_of(request.data):
         raise RequestError(f"--out {request.out} is the data set: give another folder.")
     # A run's predictions for its own test set stay: nothing else may replace them.
     taken = RequestError(f"--out {request.out} holds the run's predictions for its own test set: give another folder.")
@@ -129,9 +129,14 @@ def identify(request: EvaluationRequest, data: str) -> dict[str, str]:
 def check_replaces_no_other(out: RunFolder, asked: dict[str, str]) -> None:
     """Raise RequestError if a folder holds the evaluation of another network, or on other images."""
     before = out.read_json(EVALUATION)
-    if before and any(before.get(name) != value for name, value in asked.items()):
+    if before and any(place_of(before.get(name, "")) != place_of(value) for name, value in asked.items()):
         what = f"{before.get('network')} on the {before.get('split')} images of {before.get('data')}"
         raise RequestError(f"{out.location} holds the evaluation of {what}: give another --out.")
+
+
+def place_of(name: str) -> str:
+    """Return a network or data set by its whole path, which earlier versions didn't write."""
+    return RunFolder.at(name).location if is_location(name) else name
 
 
 def find_copies(run: dict[str, Any], source: Source, screen: Screen) -> np.ndarray:

@@ -72,7 +72,7 @@ def preview_comparison(request: ComparisonRequest, screen: Screen) -> None:
         each = f", {duration(seconds)} each" if seconds and isfinite(seconds) else ""
         facts[model] = f"{searched}{seeds}{each}; {describe_recipe(model, recipe)}"
     fit = max(1, int(available_cpus() / (workers.count * workers.cpus)))
-    total /= min(fit, request.max_trials or fit)
+    total /= min(fit, request.max_trials or fit, number * len(request.recipes))
     facts["time"] = in_words(total or None) + "; a search stops trials that fall behind" * bool(request.search)
     screen.facts(request.name, facts)
     screen.say("Nothing was started.")

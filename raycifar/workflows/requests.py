@@ -151,6 +151,8 @@ class TrainingRequest(Settings):
         self.settle(recipe=recipe, name=name, workers=parse_workers(self.workers))
         super().__post_init__()
         self.check_workers(self.workers)
+        if recipe.optimizer == "muon" and recipe.batch_norm == "frozen":
+            raise RequestError("--optimizer muon rescales filters, so --batch-norm can't be frozen: change one.")
         if self.workers:
             check_batch_size(self.recipe, self.workers[1] if isinstance(self.workers, tuple) else self.workers)
         if isinstance(self.workers, tuple) and self.gpus_per_worker < 1:  # Ray Train would miscount the shares

@@ -127,7 +127,9 @@ def earlier_result(folder: RunFolder, identity: dict[str, Any]) -> dict[str, Any
 
 
 def flatten(identity: dict[str, Any]) -> dict[str, Any]:
-    recipe = recipe_from_json(identity["model"], identity["recipe"])  # with the fields of this version
+    architecture = identity.get("architecture") or {}  # whose options earlier versions didn't also write to the recipe
+    values = identity["recipe"] | architecture.get("options", {})
+    recipe = recipe_from_json(identity["model"], values)  # with the fields of this version
     values = {**identity, **asdict(recipe), **identity["data"], "val_size": identity["data"]["val"]}
     return {name: value for name, value in values.items() if name not in MAY_DIFFER}
 

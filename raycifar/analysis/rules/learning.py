@@ -56,6 +56,7 @@ def too_little_learned(history: RunHistory) -> Finding:
             f"After {after}, not all scores of training and validation images are known, so whether the network "
             "overfits can't be told."
         )
+        return Finding("too-early", 0.9, evidence, go_on(history, "Train again with --val-size above 0."), [])
     advice, needed = ("Continue this run.", epochs) if history.unfinished else ("Train for more --epochs.", 2 * epochs)
     return Finding("too-early", 0.9, evidence, advice, [], {"epochs_needed": needed})
 

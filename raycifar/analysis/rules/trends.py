@@ -86,14 +86,14 @@ def trend(history: RunHistory, found: Sequence[Finding]) -> list[Finding]:
     interval = f"(95% interval: {change(low)} to {change(high)})"
     if low > 0 and low * len(late) > noise:
         return [improving(history, found, epochs, slope, interval, metrics)]
-    if has(found, "overfitting"):
+    if has(found, "overfitting", "underfitting"):
         return []
     if high < 0 and -high * len(late) > noise:
         return [falling(history, epochs, slope, interval, metrics)]
     gain = max(0.0, high) * len(late)
     worth = 2 * COARSE if history.decayed else COARSE  # with a learning rate near 0, a rise is over anyway
     # Before the end, a falling learning rate may still help; of few images, a curve that looks flat may be rising.
-    if history.cut_short or has(found, "underfitting") or gain > min(2 * 1.96 * noise, worth):
+    if history.cut_short or gain > min(2 * 1.96 * noise, worth):
         return []
     stalls = "hardly rises" if low >= 0.00005 else "no longer rises"
     evidence = (
@@ -134,8 +134,8 @@ def improving(
         advice = go_on(history, f"Train for more epochs: {longer}")
     if has(found, "overfitting"):
         evidence += (
-            " Although the validation loss rises, the network grows overconfident in its errors rather than worse "
-            "(Guo et al., 2017)."
+            " The validation loss rises because the network grows overconfident in its errors, not because it makes "
+            "more of them (Guo et al., 2017)."
         )
         if history.recipe.label_smoothing < 0.1:
             advice = "Against overconfidence, try --label-smoothing 0.1."
