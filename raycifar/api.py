@@ -24,7 +24,7 @@ import pandas as pd
 from raycifar.errors import RequestError, ResumableError, WorkError
 from raycifar.models.recipe import field_types
 from raycifar.models.recipes import recipe_fields
-from raycifar.redaction import shown
+from raycifar.redaction import redact
 from raycifar.storage.locations import check_location
 from raycifar.storage.run_folder import COMPARISON, RESULT, RUN, RunFolder
 from raycifar.storage.schemas import EpochRecord
@@ -153,7 +153,7 @@ class Run(_InFolder):
         return Model(self.folder, device)
 
     def __repr__(self) -> str:
-        return f"Run({shown(self.folder)!r}): {self.state}"
+        return f"Run({redact(self.folder)!r}): {self.state}"
 
     def _repr_html_(self) -> str:
         report, about, test = self._report, self.about, self.test or {}
@@ -163,7 +163,7 @@ class Run(_InFolder):
             "state": report["state"],
             "curves": report["headline"],
             **{name: f"{test[name]:.4f}" for name in ("top1", "top5", "loss") if test.get(name) is not None},
-            "folder": shown(self.folder),
+            "folder": redact(self.folder),
         }
         rows = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in facts.items())
         return f"<b>{html.escape(self.name)}</b><table>{rows}</table>"
@@ -250,7 +250,7 @@ class Comparison(_InFolder):
         return plot_comparison(groups, self.name)
 
     def __repr__(self) -> str:
-        return f"Comparison({shown(self.folder)!r}): {' '.join(self.sentences)}"
+        return f"Comparison({redact(self.folder)!r}): {' '.join(self.sentences)}"
 
     def _repr_html_(self) -> str:
         scores = self.models[["runs", "top1", "top1_low", "top1_high", "top5", "loss", "device_seconds"]]

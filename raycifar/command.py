@@ -16,7 +16,7 @@ import click
 from click.core import ParameterSource
 
 from raycifar.errors import RayDiedError, RequestError, ResumableError, StorageError, WorkError, in_a_line, printable
-from raycifar.redaction import shown
+from raycifar.redaction import redact
 from raycifar.storage.remote import telling
 from raycifar.terminal import PlainLine, replace_unencodable
 
@@ -31,7 +31,7 @@ replace_unencodable()
 
 class WithoutSecrets(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return printable(shown(super().format(record)))
+        return printable(redact(super().format(record)))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -80,7 +80,7 @@ def run_to_the_end(work: Callable[[], Any], context: click.Context) -> None:
         leave(CLOSED_OUTPUT)
     except Exception as error:
         if debug:
-            click.echo(printable(shown("".join(traceback.format_exception(error)))), err=True)
+            click.echo(printable(redact("".join(traceback.format_exception(error)))), err=True)
         leave(*ending(error), quiet=isinstance(error, RayDiedError) and not debug)
 
 
@@ -120,7 +120,7 @@ def ending(error: Exception) -> tuple[int, str]:
     """Return the exit code and the sentence of a command that raised `error`."""
     match error:
         case click.ClickException():
-            return error.exit_code, shown(f"Error: {error.format_message()}")
+            return error.exit_code, redact(f"Error: {error.format_message()}")
         case RequestError():
             return 2, f"Error: {error}"
         case WorkError():
@@ -128,8 +128,8 @@ def ending(error: Exception) -> tuple[int, str]:
         case StorageError():
             return 1, f"Error: {error}."
     if reason := reason_outside(error):
-        return 1, shown(f"Error: {reason}. --debug shows where.")
-    return 1, shown(f"Error: {type(error).__name__}: {error}. This is a bug; --debug shows the traceback.")
+        return 1, redact(f"Error: {reason}. --debug shows where.")
+    return 1, redact(f"Error: {type(error).__name__}: {error}. This is a bug; --debug shows the traceback.")
 
 
 def reason_outside(error: Exception) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from errno import EACCES, EDQUOT, EISDIR, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 
-from raycifar.redaction import shown
+from raycifar.redaction import redact
 
 MAX_NAMES = 3  # in a sentence
 
@@ -40,7 +40,7 @@ class RaycifarError(Exception):
     """An error that raycifar raises on purpose; its message is one or more whole sentences, without secrets."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(shown(message))
+        super().__init__(redact(message))
 
 
 class RequestError(RaycifarError):
@@ -68,7 +68,7 @@ class StorageError(OSError):
 
     @classmethod
     def of(cls, location: str, cause: OSError, verb: str = "written") -> "StorageError":
-        return cls(cause.errno or 0, f"{shown(location)} can't be {verb}: {in_a_line(cause)}")
+        return cls(cause.errno or 0, f"{redact(location)} can't be {verb}: {in_a_line(cause)}")
 
     def __str__(self) -> str:
         return self.strerror or ""
@@ -85,7 +85,7 @@ def in_a_line(error: BaseException) -> str:
     message = re.sub(r"^Failed .* Detail: \[errno \d+\] ", "", message)  # Arrow's, of a local file
     lines = message.strip().splitlines() or [type(error).__name__]
     line = lines[-1 if any(line.startswith("Traceback") for line in lines) else 0]
-    return shown(line.removeprefix("raycifar.errors.StorageError: ").rstrip(".: "))
+    return redact(line.removeprefix("raycifar.errors.StorageError: ").rstrip(".: "))
 
 
 def as_sentence(message: str) -> str:

@@ -13,23 +13,23 @@ ENTITY = re.compile(r"(&(?!amp;)#?\w+;)")  # in HTML, of a character that ends a
 HARMLESS = {"region", "scheme", "endpoint_override", "allow_bucket_creation", "allow_bucket_deletion", "project_id"}
 
 
-def shown(text: str) -> str:
+def redact(text: str) -> str:
     """Return a text as it may be written and printed: what may be a secret in a URI is replaced by ***.
 
     These are the user and password before an @, and the parameters after a ?, except those that are known to be
     harmless.
     """
     if "://" in text:
-        text = IN_URI.sub(lambda match: without_secrets(match[0]), text)
+        text = IN_URI.sub(lambda match: redact_uri(match[0]), text)
     return SECRET_PARAMETER.sub(r"\1=***", text) if "=" in text else text
 
 
-def shown_in_html(html: str) -> str:
-    """Return HTML as `shown` returns the text that it stands for."""
-    return "".join(part if ENTITY.fullmatch(part) else shown(part) for part in ENTITY.split(html))
+def redact_html(html: str) -> str:
+    """Return HTML as `redact` returns the text that it stands for."""
+    return "".join(part if ENTITY.fullmatch(part) else redact(part) for part in ENTITY.split(html))
 
 
-def without_secrets(uri: str) -> str:
+def redact_uri(uri: str) -> str:
     """Return a URI, from its :// on, without its secrets."""
 
     def user(match: re.Match[str]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import click
 
 from raycifar.options import Command, folder_argument
-from raycifar.redaction import shown
+from raycifar.redaction import redact
 from raycifar.storage.run_folder import RunFolder
 from raycifar.terminal import Screen
 from raycifar.terminal_tables import LESS_OF_RUNS, fit, runs_table
@@ -23,7 +23,7 @@ def main(debug: bool, folder: str, as_json: bool) -> None:
     """
     screen, found = Screen(), find_runs(folder)
     if as_json:
-        click.echo(shown(json.dumps([asdict(entry) for entry in found], indent=2)))
+        click.echo(redact(json.dumps([asdict(entry) for entry in found], indent=2)))
     elif found:
         screen.console.print(fit(runs_table(found), screen.console, LESS_OF_RUNS))
         screen.lines(f"{entry.name}: {entry.reason}" for entry in found if entry.reason)

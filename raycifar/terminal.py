@@ -16,7 +16,7 @@ from rich.text import Text
 
 from raycifar.cluster.status import PartStatus, Phase, StatusStore, StepStatus, WorkerStatus
 from raycifar.errors import printable
-from raycifar.redaction import shown
+from raycifar.redaction import redact
 from raycifar.storage.remote import telling
 from raycifar.storage.schemas import EpochRecord
 from raycifar.words import duration, time_of_day
@@ -42,7 +42,7 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, highlight=False, force_jupyter=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(printable(shown(text)).replace("\n", r"\n"), **options)
+        return super().render_str(printable(redact(text)).replace("\n", r"\n"), **options)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -56,7 +56,7 @@ class PlainColumn(TextColumn):
         super().__init__(text, markup=False)
 
     def render(self, task: Task) -> Text:
-        return Text(printable(shown(super().render(task).plain)))
+        return Text(printable(redact(super().render(task).plain)))
 
 
 def replace_unencodable() -> None:

@@ -19,7 +19,7 @@ from raycifar.command import ending
 from raycifar.data.sources import load
 from raycifar.errors import RequestError, StorageError, WorkError
 from raycifar.models.recipes import recipe_for
-from raycifar.redaction import shown, shown_in_html
+from raycifar.redaction import redact, redact_html
 from raycifar.storage.run_folder import RunFolder
 from raycifar.workflows.reporting import write_report
 from raycifar.workflows.trial import Trial
@@ -45,10 +45,10 @@ from raycifar.workflows.trial import Trial
     ],
 )
 def test_what_may_be_secret_is_hidden(uri, says):
-    assert shown(uri) == says
-    assert shown(says) == says
+    assert redact(uri) == says
+    assert redact(says) == says
     quoted = escape(f"'{uri}' <\"{uri}\">")
-    assert unescape(shown_in_html(quoted)) == f"'{says}' <\"{says}\">"
+    assert unescape(redact_html(quoted)) == f"'{says}' <\"{says}\">"
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,14 @@ def test_what_may_be_secret_is_hidden(uri, says):
     ],
 )
 def test_what_is_harmless_stays(text):
-    assert shown(text) == text
+    assert redact(text) == text
     for quoted in (f"<code>{escape(repr(text))}</code>", f"{Markup.escape(repr(text))} &c.", f"<{text}&quot;>"):
-        assert shown_in_html(quoted) == quoted
+        assert redact_html(quoted) == quoted
 
 
 def test_what_an_entity_stands_for_hides_no_secret():
     for secret in ("a&lt;HIDDEN", "a&#39;HIDDEN", "a&amp;HIDDEN", "a;HIDDEN"):
-        assert "HIDDEN" not in shown_in_html(escape(f"https://host/a?x={secret}&y=HIDDEN#HIDDEN"))
+        assert "HIDDEN" not in redact_html(escape(f"https://host/a?x={secret}&y=HIDDEN#HIDDEN"))
 
 
 def test_a_page_and_its_markdown_keep_the_commands_that_they_suggest(tmp_path):

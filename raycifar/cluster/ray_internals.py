@@ -23,7 +23,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RpcError
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
-from raycifar.redaction import shown
+from raycifar.redaction import redact
 
 KV_SECONDS = 2  # for an answer of the key-value store
 
@@ -170,7 +170,7 @@ def entrypoint_without_secrets() -> AbstractContextManager[None]:
     There is no public way to name the command otherwise.
     """
     name_of = utils.get_entrypoint_name
-    return replaced(utils, "get_entrypoint_name", lambda: shown(name_of()))
+    return replaced(utils, "get_entrypoint_name", lambda: redact(name_of()))
 
 
 def forbid_auto_init() -> None:

@@ -18,13 +18,13 @@ from typing import Any, Self
 from pyarrow import fs
 
 from raycifar.errors import DamagedFileError, RequestError, StorageError, in_a_line, notice
-from raycifar.redaction import shown, shown_in_html
+from raycifar.redaction import redact, redact_html
 from raycifar.storage.files import MAX_BYTES, append_to, ask, file_type, is_local, locate, open_file, write_whole
 from raycifar.storage.locations import Location, check_location, is_utf8, join, parent_and_name
 from raycifar.storage.schemas import finite, parse
 
 # These may name where something lies, and never a secret.
-TEXTS = {".json": shown, ".html": shown_in_html, ".md": shown, ".csv": shown}
+TEXTS = {".json": redact, ".html": redact_html, ".md": redact, ".csv": redact}
 MAX_BYTES_BY_SUFFIX = {".json": 2**24, ".jsonl": 2**27, ".parquet": 2**28}
 
 
@@ -42,7 +42,7 @@ class Folder:
         return cls(*parent_and_name(check_location(location)))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({shown(join(self.storage, self.name))!r})"
+        return f"{type(self).__name__}({redact(join(self.storage, self.name))!r})"
 
     @cached_property
     def _location(self) -> tuple[fs.FileSystem, str]:

@@ -19,7 +19,7 @@ from raycifar.data.sources import is_location
 from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line, notice
 from raycifar.models.recipe import Precision
 from raycifar.models.recipes import recipe_from_json
-from raycifar.redaction import shown
+from raycifar.redaction import redact
 from raycifar.storage.parquet import from_lists, to_lists
 from raycifar.storage.run_folder import EVALUATION, EVALUATION_PAGE, PICTURES, PREDICTIONS, RunFolder
 from raycifar.terminal import Screen
@@ -122,8 +122,8 @@ def evaluate(
 
 def identify(request: EvaluationRequest, data: str) -> dict[str, str]:
     """Return the network and the images of an evaluation, as `evaluation.json` names them."""
-    network = shown(RunFolder.at(request.network).location)
-    return {"network": network, "data": shown(data), "split": request.split}
+    network = redact(RunFolder.at(request.network).location)
+    return {"network": network, "data": redact(data), "split": request.split}
 
 
 def check_replaces_no_other(out: RunFolder, asked: dict[str, str]) -> None:

@@ -18,7 +18,7 @@ from raycifar.errors import DamagedFileError, RequestError, WorkError, in_a_line
 from raycifar.machine import available_cpus
 from raycifar.models import Architecture
 from raycifar.models.recipe import Precision
-from raycifar.redaction import shown
+from raycifar.redaction import redact
 from raycifar.storage.files import read_file
 from raycifar.storage.locations import join, parent_and_name
 from raycifar.storage.run_folder import MODEL, RESULT, RunFolder
@@ -167,7 +167,7 @@ class Model:
         return check_finite(self.logits(pixels), self.location).softmax(1).numpy()
 
     def __repr__(self) -> str:
-        return f"Model({self.weights.architecture.model!r}, from {shown(self.location)!r}, on {self.device})"
+        return f"Model({self.weights.architecture.model!r}, from {redact(self.location)!r}, on {self.device})"
 
 
 def read_images(images: Any) -> np.ndarray:
@@ -231,9 +231,9 @@ def predict_files(network: str, locations: Iterable[str], device: str = "auto") 
     for file in [file for files, _ in found for file in files]:
         try:
             pixels.append(read_image(file.filesystem, file.path))
-            rows.append({"image": shown(file.name)})
+            rows.append({"image": redact(file.name)})
         except (ValueError, OSError) as error:
-            rows.append({"image": shown(file.name), "error": in_a_line(error)})
+            rows.append({"image": redact(file.name), "error": in_a_line(error)})
     if pixels:
         probabilities = iter(model.probabilities(np.stack(pixels)))
         for row in rows:

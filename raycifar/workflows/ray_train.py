@@ -20,7 +20,7 @@ from raycifar.cluster.stoppable import StoppableTrainer
 from raycifar.data.shards import ExactShards, to_datasets
 from raycifar.engine.config import TrainLoopConfig
 from raycifar.errors import ResumableError, in_a_line
-from raycifar.redaction import shown
+from raycifar.redaction import redact
 from raycifar.workflows.training_run import TrainingRun
 
 RESIZE_SECONDS = 15  # between two checks whether an elastic run can grow
@@ -74,7 +74,7 @@ def build_config(run: TrainingRun) -> TrainLoopConfig:
         folder=run.folder,
         status_store=run.status_store,
         initial=inputs.initial,
-        recipe=replace(request.recipe, pretrained=shown(request.recipe.pretrained)),  # Ray's dashboard shows it
+        recipe=replace(request.recipe, pretrained=redact(request.recipe.pretrained)),  # Ray's dashboard shows it
         seed=request.seed,
         superclass_of=inputs.source.superclass_of(),
         num_train_images=len(inputs.splits.train),

@@ -12,7 +12,7 @@ from raycifar.data.dataset import Source
 from raycifar.data.sources import load
 from raycifar.errors import DamagedFileError, RequestError, in_a_line, notice
 from raycifar.models import slug
-from raycifar.redaction import shown
+from raycifar.redaction import redact
 from raycifar.storage.run_folder import (
     COMPARISON,
     EXAMPLE_STATS,
@@ -160,7 +160,7 @@ def read_files(folder: RunFolder, host: str | None = None) -> "RunFiles":
         notes.append(f"Only {len(records)} of {count(result['epochs'], 'epoch')} recorded.")
     history = RunHistory(run, records, result)
     copies = known_training_copies(run["data"])
-    storage, host = shown(folder.storage), None if result else host
+    storage, host = redact(folder.storage), None if result else host
     return RunFiles(folder.name, history, predictions, example_stats, pictures, storage, notes, copies, host)
 
 

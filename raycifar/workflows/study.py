@@ -15,7 +15,7 @@ from raycifar.errors import RequestError, ResumableError, WorkError
 from raycifar.models.initial_weights import InitialWeights, load_initial_weights
 from raycifar.models.recipe import changes, describe_changes
 from raycifar.models.recipes import recipe_from_json
-from raycifar.redaction import shown
+from raycifar.redaction import redact
 from raycifar.storage.run_folder import RESULT, RUN, STUDY, RunFolder
 from raycifar.terminal import Screen
 from raycifar.words import count
@@ -247,7 +247,7 @@ def identify_study(
     }
     for model, recipe in request.recipes.items():
         resolved = initial_by_model[model].resolve(recipe)
-        identity[model] = asdict(replace(resolved, pretrained=shown(recipe.pretrained)))
+        identity[model] = asdict(replace(resolved, pretrained=redact(recipe.pretrained)))
         identity[f"{model} weights"] = initial_by_model[model].fingerprint()
         if request.search:
             identity[f"{model} space"] = space_to_json(spaces[model])

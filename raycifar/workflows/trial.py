@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from raycifar.cluster.status import StatusStore
 from raycifar.models.recipe import Recipe
-from raycifar.redaction import shown
+from raycifar.redaction import redact
 
 
 class TrialStatus(StrEnum):
@@ -34,5 +34,5 @@ class Trial:
 
     def to_config(self) -> dict[str, "Trial"]:
         """Return the configuration of Ray Tune's trial that runs this one."""
-        recipe = replace(self.recipe, pretrained=shown(self.recipe.pretrained))  # Ray keeps it; the weights are read
+        recipe = replace(self.recipe, pretrained=redact(self.recipe.pretrained))  # Ray keeps it; the weights are read
         return {"trial": replace(self, recipe=recipe)}
