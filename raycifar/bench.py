@@ -50,7 +50,9 @@ OF_NO_COST = (
 @request_options(TrainingRequest, without=UNUSED)
 @recipe_options(without=OF_NO_COST)
 def main(debug: bool, model: str, **options: Any) -> None:
-    """Time a model's training on this machine or cluster, compare it with the bare step, and say where the time goes.
+    """Time a model's training on this machine or cluster, and say where the time goes.
+
+    It is compared with the bare step: training on random tensors that are already on the device.
 
     The measurement ends within five minutes, and uses as many images of the data set, or of --limit, as fit. Figures
     are medians over rounds. Shares are relative to the bare step of the same round, so a machine that slows down slows

@@ -15,8 +15,9 @@ from raycifar.workflows.inventory import Removable, removable, remove
 def main(debug: bool, folder: str, yes: bool) -> None:
     """Remove the checkpoints of finished runs, after listing them and asking. Nothing else is removed.
 
-    Runs that are under way, stopped or failed keep their checkpoints and can be continued. Without its checkpoints, a
-    finished run can still be reported, compared, evaluated and exported.
+    Runs that are under way, interrupted or failed keep their checkpoints and can be continued. Trials that a search
+    has stopped count as finished. Without its checkpoints, a finished run can still be reported, compared, evaluated
+    and exported.
     """
     screen, found = Screen(), list(removable(folder))
     if not found:

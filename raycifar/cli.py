@@ -8,7 +8,7 @@ import click
 from raycifar import __version__
 
 COMMANDS = {
-    "data": "Fetch, describe, check and convert the data set.",
+    "data": "Fetch, check, describe and convert the data set, and find duplicates.",
     "train": "Train one model, data-parallel, on Ray Train.",
     "compare": "Train several models and seeds, orchestrated by Ray Tune, and say which is better.",
     "report": "Draw and explain a run, a comparison, or several runs side by side.",

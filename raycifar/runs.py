@@ -19,7 +19,8 @@ from raycifar.workflows.inventory import find_runs
 def main(debug: bool, folder: str, as_json: bool) -> None:
     """List the runs and comparisons in a folder, or the trials in a comparison's folder, the newest first.
 
-    A stopped run has no result yet; the command that started it continues it.
+    A run listed as stopped was interrupted; the same command with its --name continues it. One listed as stopped by
+    search is over.
     """
     screen, found = Screen(), find_runs(folder)
     if as_json:

@@ -1,4 +1,4 @@
-"""Fetch, describe, check and convert the data set: `python -m raycifar.data describe`."""
+"""Fetch, check, describe and convert the data set, and find duplicates: `python -m raycifar.data describe`."""
 
 import click
 
@@ -20,7 +20,7 @@ data_option = click.option(
 
 @click.group()
 def main() -> None:
-    """Fetch, describe, check and convert the data set."""
+    """Fetch, check, describe and convert the data set, and find duplicates."""
 
 
 @main.command("fetch", cls=Command, example="raycifar data fetch")

@@ -112,7 +112,7 @@ class Settings(WorkerSettings):
     max_failures: int = setting(3, "Restarts after worker failures, at most.", least=0)
     report: bool = setting(True, "Write a report, and update it during the run.")
     track: str | None = setting(None, "Also log the run to MLflow or Weights & Biases.  [none]", metavar="mlflow|wandb")
-    compile: bool = setting(False, "Compile the model with torch.compile.")
+    compile: bool = setting(False, "Compile the network and its loss with torch.compile, for training only.")
     record: bool = setting(True, "Record statistics of each image, and the gradient norm.")
 
     def __post_init__(self) -> None:
