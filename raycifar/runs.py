@@ -19,7 +19,7 @@ from raycifar.workflows.inventory import find_runs
 def main(debug: bool, folder: str, as_json: bool) -> None:
     """List the runs and comparisons in a folder, or the trials in a comparison's folder, the newest first.
 
-    A run listed as stopped was interrupted; the same command with its --name continues it. One listed as stopped by
+    A run listed as stopped was interrupted; the same command with its name continues it. One listed as stopped by
     search is over.
     """
     screen, found = Screen(), find_runs(folder)
