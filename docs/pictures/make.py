@@ -30,7 +30,7 @@ COLUMNS = 128
 PAGES = {"report": "results/first", "dead": "study/dead", "black": "study/black", "comparison": "results/both"}
 
 # The README's commands. What each of them writes is kept in FOLDER, for the README to quote.
-TRAIN = "train --model cnn --limit 5000 --val-size 2000 --epochs 20"
+TRAIN = "train --model cnn --limit 5000 --val-size 2000 --epochs 30"
 COMMANDS = {
     "first": f"{TRAIN} --augment none --workers 0 --name first",
     "report": "report results/first",
