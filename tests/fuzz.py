@@ -34,6 +34,7 @@ from PIL import Image
 from raycifar.cli import COMMANDS, main
 from raycifar.data.dataset import to_images
 from raycifar.data.synthetic import synthetic
+from raycifar.terminal import Screen
 from raycifar.workflows.datasets import write_parquet
 
 SECONDS, MEMORY = 20, 2 << 30  # of a case
@@ -89,7 +90,7 @@ def make_subjects(root: Path) -> list[Subject]:
     data = root / "data"
     for layout in ("binary", "python", "archive", "parquet"):
         (data / layout).mkdir(parents=True)
-    write_parquet(source, str(data / "parquet"))
+    write_parquet(source, str(data / "parquet"), Screen(quiet=True))
     (root / "pictures").mkdir()
     for split in ("train", "test"):
         table = getattr(source, split)

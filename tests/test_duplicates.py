@@ -150,7 +150,7 @@ def copied(tmp_path, planted):
     labels = np.concatenate([[6], np.arange(20)])
     parts = [(pixels, fine), (test, labels)]
     source = Source("copied", *(to_table(x, {"fine": y, "coarse": y // 5}, "copied") for x, y in parts))
-    write_parquet(source, str(tmp_path / "copied"))
+    write_parquet(source, str(tmp_path / "copied"), Screen(quiet=True))
     return tmp_path / "copied"
 
 
