@@ -278,6 +278,7 @@ assert len(comparison.runs[0].history) == 6
 # A notebook -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_notebook_shows_how_it_goes_and_its_stop_button_stops_the_training(small, tmp_path):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
