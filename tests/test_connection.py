@@ -47,6 +47,7 @@ print("twice")
 """
 
 
+@pytest.mark.slow
 def test_connecting_twice_in_a_process_works_and_leaves_nothing_behind():
     env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     done = subprocess.run([sys.executable, "-c", TWICE], env=env, capture_output=True, text=True, check=False)
